@@ -1,0 +1,26 @@
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+
+.PHONY: demo test check setup clean
+
+demo: $(READY)    ## harvest the shipped language model, train SA-GSAE and Gated SAEs on it, write a report
+	$(BIN)/sagsae demo --out demo
+
+test: check       ## lint, types and the whole test suite
+	$(BIN)/python -m pytest
+
+check: $(READY)
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+setup: $(READY)
+
+clean:
+	rm -rf $(VENV) demo build *.egg-info
+
+# A machine that already has torch (a GPU image) keeps its own build: the venv then sees the system's packages.
+$(READY): pyproject.toml
+	$(PYTHON) -m venv $(VENV) $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@

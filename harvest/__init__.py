@@ -1,0 +1,1 @@
+"""Stage one: a language model and a corpus in, an activation store out."""

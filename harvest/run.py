@@ -1,0 +1,363 @@
+"""harvest(config): a model and a corpus to a committed store. Resumes by itself: the same call goes on where it was.
+
+Everything that can be refused is refused before anything is written. Then: tokens, once; every shard that is not
+committed yet: capture, hand to the writer; at the end the state becomes "final".
+"""
+
+import hashlib
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.capture import capture_shard, make_buffers
+from harvest.corpus import Corpus, open_corpus
+from harvest.pack import Counts, pack, shuffled
+from harvest.writer import ShardWriter
+from shared.config import HarvestConfig
+from shared.errors import Interrupted, UserError
+from shared.manifest import clean_up, writer_lock
+from shared.model import (
+    LanguageModel,
+    ModelInfo,
+    ModelSource,
+    load_tokenizer,
+    model_info,
+    pick_device,
+    read_config,
+    resolve_hooks,
+    resolve_layers,
+    resolve_model,
+)
+from shared.progress import progress, say
+from shared.record import provenance, write_json
+from shared.stop import stop_requests
+from shared.store import (
+    DTYPES,
+    HookSpec,
+    Store,
+    StoreSpec,
+    create_store,
+    is_store,
+    remove_store,
+    stored_bytes,
+    write_state,
+    write_tokens,
+)
+
+CHUNK_BYTES = 2 << 20
+CHUNKS_PER_SHARD = 128
+SHARDS_OF_A_SMALL_STORE = 16
+EXPECTED_RATIO = {"zstd": 1.4, "lz4": 1.3, "none": 1.0}
+"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a harvest did."""
+
+    store: Path
+    tokens: int
+    hookpoints: dict[str, dict[str, Any]]
+    seconds: float
+    tokens_per_second: float
+    waiting_for_writer: float
+    """Share of the time that the model stood still because the writer was behind."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A configuration with every question answered that needs no weights and writes nothing."""
+
+    config: HarvestConfig
+    source: ModelSource
+    info: ModelInfo
+    tokenizer: Any
+    corpus: Corpus
+    device: str
+    dtype: str
+    context: int
+    bos_id: int | None
+    hooks: dict[str, HookSpec]
+    root: Path
+
+
+def harvest(config: HarvestConfig) -> Summary:
+    """Harvests until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
+    plan = make_plan(config)
+    if config.overwrite and is_store(plan.root):
+        remove_store(plan.root)
+    if is_store(plan.root):
+        check_same(plan, Store.open(plan.root).spec)
+    check_room(plan, config.tokens)
+    make_folder(plan.root)
+    with writer_lock(plan.root):
+        spec = Store.open(plan.root).spec if is_store(plan.root) else begin(plan)
+        clean_up(plan.root)
+        store = Store.open(plan.root)
+        if store.state == "final":
+            say(f"{plan.root} is complete: {spec.n_tokens:,} tokens. Nothing to do (--overwrite starts afresh).")
+            return summarise(store, 0.0, 0, 0.0)
+        return fill(plan, spec, store)
+
+
+def make_plan(config: HarvestConfig) -> Plan:
+    """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
+    source = resolve_model(config.model, config.revision)
+    model_config = read_config(source)
+    info = model_info(model_config)
+    names = resolve_hooks(config.hooks, resolve_layers(config.layers, info), info)
+    hooks = {path: HookSpec(name=name, d_in=hook_width(name, model_config)) for path, name in names.items()}
+    context = config.context or min(1024, info.max_context)
+    if context > info.max_context:
+        raise UserError(f"--context {context}: {config.model} was made for at most {info.max_context} tokens")
+    if context > 1 << 16:
+        raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
+    device = pick_device(config.device)
+    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    tokenizer = load_tokenizer(source)
+    if len(tokenizer) > info.vocab_size:
+        raise UserError(
+            f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens, the model only {info.vocab_size}"
+        )
+    default = Path(source.location) / "corpus.jsonl" if source.local else None
+    corpus = open_corpus(config, default)
+    root = config.out / (config.name or store_name(source))
+    return Plan(
+        config, source, info, tokenizer, corpus, device, dtype, context, bos_token(config, tokenizer), hooks, root
+    )
+
+
+def hook_width(name: str, model_config: Any) -> int:
+    """d_in of a hookpoint: the residual stream's width, the heads' or the MLP's."""
+    text = model_config.get_text_config()
+    part = name.split(".", 2)[2]
+    if part in ("attn.hook_z", "mlp.hook_pre", "mlp.hook_post"):
+        heads = text.num_attention_heads
+        per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        return int(heads * per_head) if part == "attn.hook_z" else int(text.intermediate_size)
+    if part.startswith("hook_") and part.removeprefix("hook_") in (
+        "resid_pre",
+        "resid_mid",
+        "resid_post",
+        "attn_out",
+        "mlp_out",
+    ):
+        return int(text.hidden_size)
+    raise UserError(
+        f"--hook {name}: hookpoints that can be harvested are blocks.N.hook_{{resid_pre,resid_mid,resid_post,attn_out,"
+        "mlp_out}, blocks.N.attn.hook_z, blocks.N.mlp.hook_pre and blocks.N.mlp.hook_post"
+    )
+
+
+def bos_token(config: HarvestConfig, tokenizer: Any) -> int | None:
+    """The id that begins every row, or None. 0 is a valid id."""
+    bos = tokenizer.bos_token_id
+    if config.bos == "true" and bos is None:
+        raise UserError(f"--bos true: the tokenizer of {config.model} has no BOS token")
+    first = tokenizer("a")["input_ids"][:1]
+    wanted = config.bos == "true" or (config.bos == "auto" and bos is not None and first == [bos])
+    return bos if wanted else None
+
+
+def store_name(source: ModelSource) -> str:
+    """`pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, the folder's own name for a folder."""
+    return Path(source.name).expanduser().resolve().name if source.local else source.name.split("/")[-1]
+
+
+def make_folder(root: Path) -> None:
+    if root.exists() and not is_store(root) and not (root / ".lock").exists() and any(root.iterdir()):
+        raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / ".lock").touch()
+    except OSError as error:
+        raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
+
+
+def check_room(plan: Plan, tokens: int | None) -> None:
+    """Says what the harvest will write, and raises UserError when the disk cannot take it."""
+    if tokens is None:
+        return
+    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
+    ratio = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
+    each = {path: int(tokens * (hook.d_in * itemsize / ratio + 4)) for path, hook in plan.hooks.items()}
+    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.root) if is_store(plan.root) else 0)
+    folder = next(p for p in (plan.root, *plan.root.absolute().parents) if p.exists())
+    free = shutil.disk_usage(folder).free
+    say(
+        f"{plan.config.model}: {tokens:,} tokens, {len(each)} hookpoints ({', '.join(each)}), about "
+        f"{max(needed, 0) / 1e9:.2f} GB to write into {plan.root}; {free / 1e9:.1f} GB are free"
+    )
+    if needed > free:
+        raise UserError(
+            f"--out {plan.config.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
+            "Ask for fewer --tokens or hookpoints, or choose another --out"
+        )
+
+
+def stored_size(root: Path) -> int:
+    return sum(size for commit in Store.open(root).commits.values() for size, _ in commit.files.values())
+
+
+def begin(plan: Plan) -> StoreSpec:
+    """Writes the token rows, then the empty store; whatever an earlier, unfinished beginning left goes first."""
+    for leftover in plan.root.iterdir():
+        if leftover.name != ".lock":
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+    counts = Counts()
+    say(f"{plan.root}: tokenising")
+    rows, digest = write_tokens(plan.root, token_rows(plan, counts), plan.context, plan.info.vocab_size)
+    available, wanted = rows * plan.context, plan.config.tokens
+    if available < (wanted or 1):
+        asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
+        raise UserError(
+            f"the corpus gives {max(available, counts.tokens):,} tokens{asked}. Lower --tokens or --context, or give "
+            "more text"
+        )
+    n_tokens = wanted or available
+    if wanted is None:
+        check_room(plan, n_tokens)
+    spec = make_spec(plan, counts, digest, n_tokens)
+    create_store(plan.root, spec)
+    write_json(plan.root / "record.json", {**provenance(), "config": plan.config.model_dump(mode="json")})
+    return spec
+
+
+def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+    """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
+    documents = plan.corpus.documents()
+    if plan.config.shuffle_documents:
+        documents = shuffled(documents, plan.config.seed)
+    blocks = pack(
+        documents,
+        plan.tokenizer,
+        context=plan.context,
+        eos_id=plan.tokenizer.eos_token_id,
+        bos_id=plan.bos_id,
+        counts=counts,
+    )
+    if plan.config.tokens is None:
+        return blocks
+    wanted = -(-plan.config.tokens // plan.context)
+    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
+
+
+def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
+    limited = islice(rows, wanted)
+    while some := list(islice(limited, 1024)):
+        yield some
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """The part of a store's spec that the configuration alone decides. A change in it is another store."""
+    tokenizer = plan.tokenizer
+    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
+    return {
+        "model": {
+            "name": plan.source.name,
+            "commit": plan.source.commit,
+            "dtype": plan.dtype,
+            "attention": "sdpa",
+            "weight_processing": "none",
+        },
+        "tokenizer": {"blake2b": digest, "eos_id": tokenizer.eos_token_id},
+        "context": plan.context,
+        "bos_id": plan.bos_id,
+        "special_ids": tuple(sorted(tokenizer.all_special_ids)),
+        "hookpoints": plan.hooks,
+        "dtype": plan.config.store_dtype,
+        "codec": plan.config.codec,
+        "seed": plan.config.seed,
+    }
+
+
+def make_spec(plan: Plan, counts: Counts, digest: str, n_tokens: int) -> StoreSpec:
+    widest = max(hook.d_in for hook in plan.hooks.values()) * DTYPES[plan.config.store_dtype][0].itemsize
+    chunk_rows = plan.config.chunk_rows or max(1, 1 << (CHUNK_BYTES // widest).bit_length() - 1)
+    chunks = min(CHUNKS_PER_SHARD, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
+    shard_rows = plan.config.shard_rows or chunk_rows * chunks
+    if shard_rows % chunk_rows:
+        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
+    corpus = {
+        "source": plan.corpus.description,
+        "shuffled": plan.config.shuffle_documents,
+        "documents": counts.documents,
+        "empty_documents": counts.empty,
+        "ids_blake2b": digest,
+    }
+    return StoreSpec(**identity(plan), corpus=corpus, n_tokens=n_tokens, chunk_rows=chunk_rows, shard_rows=shard_rows)
+
+
+def check_same(plan: Plan, spec: StoreSpec) -> None:
+    """Raises UserError, naming every field that differs, when the store was begun with another request."""
+    wanted: dict[str, Any] = {**identity(plan), "source": plan.corpus.description}
+    wanted["shuffled"] = plan.config.shuffle_documents
+    wanted |= {
+        "n_tokens": plan.config.tokens,
+        "chunk_rows": plan.config.chunk_rows,
+        "shard_rows": plan.config.shard_rows,
+    }
+    found: dict[str, Any] = {**dict(spec), **spec.corpus}
+    optional = ("n_tokens", "chunk_rows", "shard_rows")
+    pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
+    differ = [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
+    if differ:
+        raise UserError(
+            f"{plan.root}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
+            "afresh with --overwrite"
+        )
+
+
+def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:
+    """Captures and commits every missing shard, then marks the store final."""
+    todo = [shard for shard in range(spec.n_shards) if shard not in store.commits]
+    model = LanguageModel(plan.source, plan.device, plan.dtype)
+    model.check_hooks([hook.name for hook in spec.hookpoints.values()])
+    tokens = store.tokens()
+    buffers = [make_buffers(spec, model.device) for _ in range(2)]
+    rows_to_do = sum(spec.shard_range(shard)[1] - spec.shard_range(shard)[0] for shard in todo)
+    batch = max(1, plan.config.batch_tokens // spec.context)
+    started, waited = time.monotonic(), 0.0
+    with (
+        stop_requests() as stop_asked,
+        closing(ShardWriter(plan.root, spec, tokens, threads=4)) as writer,
+        progress(f"harvest {plan.root.name}", rows_to_do, "tokens") as advance,
+    ):
+
+        def after_batch(rows: int) -> None:
+            advance(rows, f"waiting for the writer {waited / (time.monotonic() - started):.0%}")
+            if stop_asked():
+                raise Interrupted(f"{plan.root}: stopped. To continue, run the same command again")
+
+        for turn, shard in enumerate(todo):
+            rows = capture_shard(model, spec, tokens, shard, buffers[turn % 2], batch, after_batch)
+            before = time.monotonic()
+            writer.submit(shard, rows)
+            waited += time.monotonic() - before
+        writer.wait()
+    write_state(plan.root, spec, "final")
+    return summarise(Store.open(plan.root), time.monotonic() - started, rows_to_do, waited)
+
+
+def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary:
+    itemsize = DTYPES[store.spec.dtype][0].itemsize
+    hookpoints = {}
+    for path, hook in store.spec.hookpoints.items():
+        stored = stored_bytes(store, path)
+        hookpoints[path] = {
+            "d_in": hook.d_in,
+            "bytes": stored,
+            "ratio": round(store.n_rows * hook.d_in * itemsize / max(1, stored), 3),
+        }
+    rate = rows / seconds if seconds else 0.0
+    return Summary(
+        store.root, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), round(waited / (seconds or 1), 4)
+    )

@@ -1,0 +1,183 @@
+"""The frozen configuration of each stage: what a TOML file, `--set key=value` and the command line may say.
+
+Unknown keys are refused with the nearest valid name. Nothing here is changed after it is built; what a run works out
+from it (a default context length, the number of steps) goes into the run's record.
+"""
+
+import difflib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import UserError
+
+Section = TypeVar("Section", bound="Frozen")
+
+DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class HarvestConfig(Frozen):
+    """One harvest: a model, a corpus and the hookpoints to keep."""
+
+    model: str
+    """An alias (`sagsae harvest --help` lists them), a Hugging Face id, or a folder."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face model."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What the model computes in. auto: bfloat16 on CUDA, float32 on a CPU."""
+    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
+    device: str = "auto"
+    layers: tuple[int | Literal["mid"], ...] = ("mid",)
+    """Layer numbers from 0; `mid` is n_layers // 2."""
+    hooks: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
+    """Short names, or TransformerLens names such as `blocks.3.attn.hook_z`."""
+    corpus: str | None = None
+    """A file, a folder or the name of a Hugging Face data set. Default: the `corpus.jsonl` beside a local model."""
+    corpus_config: str | None = None
+    """Configuration (subset) of a Hugging Face data set."""
+    corpus_split: str = "train"
+    text_field: str = "text"
+    """The field or column that holds a document's text, in JSON lines, parquet and Hugging Face data sets."""
+    shuffle_documents: bool = True
+    """Shuffle documents (seeded, a buffer of 100,000) before they are packed."""
+    context: Annotated[int, Field(ge=2)] | None = None
+    """Tokens in a row. Default: the model's longest, at most 1024."""
+    bos: Literal["auto", "true", "false"] = "auto"
+    """Begin every row with the BOS token. auto: as the model's tokenizer does."""
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Activation rows wanted, exactly. Default: all that the corpus gives."""
+    batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Tokens in one forward pass."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Shuffles documents and permutes rows inside a shard."""
+    codec: Literal["zstd", "lz4", "none"] = "zstd"
+    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
+    shard_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    out: Path = Path("stores")
+    """The folder that holds stores."""
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] | None = None
+    """The store's folder in `out`. Default: the model's name."""
+    overwrite: bool = False
+
+
+class SAEConfig(Frozen):
+    """One autoencoder. The mathematics is in docs/method.md."""
+
+    arch: Literal["sa-gsae", "gated"]
+    d_sae: Annotated[int, Field(ge=1)]
+    """Number of latents."""
+    sparsity: Annotated[float, Field(gt=0)]
+    """λ, the weight of the L1 term, for activations of unit variance."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seeds the initial weights."""
+    theta0: Annotated[float, Field(ge=0)] = 0.4
+    """Initial threshold, in units of 1/sqrt(d_in)."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.arch}-{self.d_sae}-lambda{self.sparsity:g}-seed{self.seed}"
+
+
+class TrainConfig(Frozen):
+    """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
+
+    store: Path
+    """A store (with `hook`, or with one hookpoint inside) or one hookpoint's array inside a store."""
+    hook: str | None = None
+    """Which hookpoint of the store, such as `layer_08/mlp_out`."""
+    saes: tuple[SAEConfig, ...]
+    tokens: Annotated[int, Field(ge=1)] | None = None
+    """Training tokens. Default: one epoch. More than the store holds means several epochs."""
+    batch: Annotated[int, Field(ge=1)] = 4096
+    """Tokens in a step, over all processes."""
+    lr: Annotated[float, Field(gt=0)] = 1e-3
+    """Peak learning rate of Adam. Short runs (under a million tokens) want 3e-3 to 8e-3."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 100
+    """Steps of linear warm-up, at most 5 % of the run."""
+    decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
+    """The last part of the run, over which the learning rate falls linearly to zero."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    device: str = "auto"
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Orders the activations and chooses the held-out contexts."""
+    heldout_tokens: Annotated[int, Field(ge=1)] = 100_000
+    """Tokens kept from training for evaluation, as whole contexts; at most a tenth of the store."""
+    exclude_positions: tuple[int, ...] = (0,)
+    """Positions in a context that are neither trained nor measured on."""
+    exclude_special: bool = True
+    """Neither train nor measure on the tokenizer's special tokens."""
+    streams: Annotated[int, Field(ge=1)] = 8
+    """Virtual streams that a global batch is made of."""
+    window_rows: Annotated[int, Field(ge=1)] = 524_288
+    """Rows in memory that are shuffled together, over all streams."""
+    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
+    """Steps between checkpoints."""
+    log_every: Annotated[int, Field(ge=1)] = 50
+    """Steps between lines of metrics.jsonl."""
+    out: Path | None = None
+    """The run's folder. Default: runs/NAME, where NAME follows from the store and this configuration."""
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def check(self) -> "TrainConfig":
+        if not self.saes:
+            raise ValueError("saes: name at least one autoencoder (arch, d_sae, sparsity)")
+        names = [sae.name for sae in self.saes]
+        if len(set(names)) < len(names):
+            raise ValueError(f"saes: {max(names, key=names.count)} is listed twice; change its seed or remove one")
+        if self.batch % self.streams:
+            raise ValueError(f"batch: {self.batch} is not a multiple of streams = {self.streams}")
+        return self
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises UserError when it is missing or malformed."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: is not valid TOML ({error})") from error
+
+
+def parse_set(assignments: list[str]) -> dict[str, Any]:
+    """`["lr=0.01", "hook=attn_out"]` -> `{"lr": 0.01, "hook": "attn_out"}`: values are JSON, or else text."""
+    values: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals or not key:
+            raise UserError(f"--set {assignment}: expected key=value")
+        try:
+            values[key] = json.loads(text)
+        except json.JSONDecodeError:
+            values[key] = text
+    return values
+
+
+def build(schema: type[Section], values: dict[str, Any]) -> Section:
+    """The validated configuration. Raises UserError naming the first offending key."""
+    try:
+        return schema.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = list(schema.model_fields)
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}"
+            raise UserError(f"unknown setting {key!r}: {hint}") from error
+        message = first["msg"].removeprefix("Value error, ")
+        if not key:
+            raise UserError(message) from error
+        raise UserError(f"{key}: {message} (got {first['input']!r})") from error

@@ -1,0 +1,20 @@
+"""The three ways a command ends short of success, each with its exit code. Messages are written for the person
+who typed the command: what was wrong, what was expected, what to do."""
+
+
+class UserError(Exception):
+    """The input cannot be used. Printed as one message, exit code 2."""
+
+    exit_code = 2
+
+
+class DamagedError(Exception):
+    """Bytes on disk are not what was committed. Printed as one message, exit code 3."""
+
+    exit_code = 3
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM was obeyed and the state saved. Exit code 130; the message says how to continue."""
+
+    exit_code = 130

@@ -1,0 +1,53 @@
+"""What a person sees while a command works, all of it on stderr: a live bar on a terminal, else a line every 30 s."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES: Final = 30.0
+
+
+def say(message: str) -> None:
+    """One plain line of information."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+@contextmanager
+def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+    """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes."""
+    if sys.stderr.isatty():
+        with Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[note]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+        ) as bar:
+            task = bar.add_task(title, total=total, note="")
+            yield lambda n, note: bar.update(task, advance=n, note=note)
+    else:
+        yield line_writer(title, total, unit)
+
+
+def line_writer(title: str, total: int, unit: str) -> Callable[[int, str], None]:
+    started = last = time.monotonic()
+    done = 0
+
+    def advance(n: int, note: str) -> None:
+        nonlocal done, last
+        done += n
+        now = time.monotonic()
+        if now - last >= SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - started) * (total - done) / max(1, done)
+            say(f"{title}: {done:,} of {total:,} {unit} ({done / total:.0%}), {left:.0f} s left; {note}")
+
+    return advance

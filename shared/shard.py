@@ -1,0 +1,153 @@
+"""The bytes of one shard: rows to the Zarr v3 `sharding_indexed` encoding and back.
+
+A shard holds `chunks_per_shard` inner chunks of `chunk_rows` whole rows. Each chunk is encoded on its own (blosc,
+then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length) pairs and its crc32c close the file.
+Encoding whole shards here costs a third of what zarr-python's chunk-by-chunk writing does (docs/store-format.md).
+Nothing in this file touches a disk.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+import numpy as np
+from numcodecs import blosc
+from numpy.typing import NDArray
+
+from shared.errors import DamagedError
+
+blosc.use_threads = False  # parallelism is across chunks, in our own threads
+
+MISSING = np.uint64(2**64 - 1)
+"""Index entry of an inner chunk that lies wholly beyond the end of the array."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """Parameters of blosc. The block size is explicit because blosc's own choice loses 13 % of the ratio on bf16."""
+
+    cname: str
+    clevel: int
+    shuffle: str
+    blocksize: int
+
+
+CODECS: dict[str, Codec | None] = {
+    "zstd": Codec("zstd", 1, "shuffle", 1 << 20),
+    "lz4": Codec("lz4", 5, "bitshuffle", 1 << 18),
+    "none": None,
+}
+SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one array's rows become shards."""
+
+    chunk_rows: int
+    chunks_per_shard: int
+    row_shape: tuple[int, ...]
+    """Shape of one row: (d_in,) for activations, () for an index."""
+    dtype: np.dtype[Any]
+    codec: str
+    fill: float | int
+
+    @property
+    def shard_rows(self) -> int:
+        return self.chunk_rows * self.chunks_per_shard
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return (self.chunk_rows, *self.row_shape)
+
+    @property
+    def index_bytes(self) -> int:
+        return 16 * self.chunks_per_shard + 4
+
+
+def crc32c(data: bytes) -> int:
+    return int(google_crc32c.value(data))
+
+
+def with_crc(data: bytes) -> bytes:
+    return data + crc32c(data).to_bytes(4, "little")
+
+
+def without_crc(data: bytes, what: str) -> bytes:
+    """The payload before the trailing crc32c. Raises DamagedError when it does not match."""
+    payload = data[:-4]
+    if len(data) < 4 or crc32c(payload) != int.from_bytes(data[-4:], "little"):
+        raise DamagedError(f"{what}: the checksum (crc32c) does not match its {len(data)} bytes")
+    return payload
+
+
+def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
+    """C-contiguous `rows` through the codec, then crc32c."""
+    parameters = CODECS[codec]
+    if parameters is None:
+        return with_crc(rows.tobytes())
+    packed = blosc.compress(
+        np.ascontiguousarray(rows),
+        parameters.cname.encode(),
+        parameters.clevel,
+        SHUFFLES[parameters.shuffle],
+        parameters.blocksize,
+        rows.dtype.itemsize,
+    )
+    return with_crc(packed)
+
+
+def decode_chunk(data: bytes, layout: Layout, out: NDArray[Any], what: str) -> None:
+    """Checks and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
+    payload = without_crc(data, what)
+    try:
+        if CODECS[layout.codec] is None:
+            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
+        else:
+            blosc.decompress(payload, out)
+    except (RuntimeError, ValueError) as error:
+        raise DamagedError(
+            f"{what}: its bytes do not decode to {layout.chunk_shape} {layout.dtype} ({error})"
+        ) from error
+
+
+def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
+    """The rows of a chunk at the array's end, filled up to a whole chunk as Zarr asks."""
+    if len(rows) == layout.chunk_rows:
+        return rows
+    whole = np.full(layout.chunk_shape, layout.fill, layout.dtype)
+    whole[: len(rows)] = rows
+    return whole
+
+
+def encode_shard(
+    rows: NDArray[Any],
+    layout: Layout,
+    run: Callable[[Callable[[NDArray[Any]], bytes], Iterable[Any]], Iterable[bytes]] = map,
+) -> bytes:
+    """The whole file of one shard for `rows` (n <= shard_rows, *row_shape). `run` may be a thread pool's `map`."""
+    if len(rows) > layout.shard_rows or rows.shape[1:] != layout.row_shape or rows.dtype != layout.dtype:
+        raise ValueError(
+            f"rows {rows.shape} {rows.dtype} do not fit shards of {layout.shard_rows} {layout.row_shape} {layout.dtype}"
+        )
+    pieces = [rows[i : i + layout.chunk_rows] for i in range(0, len(rows), layout.chunk_rows)]
+    encoded = list(run(lambda piece: encode_chunk(pad_chunk(piece, layout), layout.codec), pieces))
+    index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
+    sizes = np.array([len(chunk) for chunk in encoded], dtype="<u8")
+    index[: len(encoded), 0] = np.cumsum(sizes) - sizes
+    index[: len(encoded), 1] = sizes
+    return b"".join([*encoded, with_crc(index.tobytes())])
+
+
+def decode_index(tail: bytes, layout: Layout, what: str) -> NDArray[np.uint64]:
+    """(chunks_per_shard, 2) offsets and lengths from a shard's last `layout.index_bytes` bytes."""
+    payload = without_crc(tail, f"{what}: index")
+    return np.frombuffer(payload, "<u8").reshape(layout.chunks_per_shard, 2)
+
+
+def as_float32(rows: NDArray[Any], dtype: str) -> NDArray[np.float32]:
+    """Stored rows as numbers; `dtype` is the logical one (bfloat16 is stored as its bit pattern)."""
+    if dtype == "bfloat16":
+        return (rows.astype("<u4") << 16).view("<f4")
+    return rows.astype("<f4", copy=False)

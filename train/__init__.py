@@ -1,0 +1,1 @@
+"""Stage two: an activation store in, trained sparse autoencoders, their evaluation and a report out."""
