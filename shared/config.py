@@ -17,6 +17,8 @@ from shared.errors import UserError
 Section = TypeVar("Section", bound="Frozen")
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
+DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
+DEMO_SPARSITIES = (0.1, 0.2, 0.3, 0.5)
 
 
 class Frozen(BaseModel):
@@ -121,6 +123,8 @@ class TrainConfig(Frozen):
     """Virtual streams that a global batch is made of."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
     """Rows in memory that are shuffled together, over all streams."""
+    dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """A latent counts as dead in metrics.jsonl when it has not fired for this many training tokens."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000
     """Steps between checkpoints."""
     log_every: Annotated[int, Field(ge=1)] = 50
@@ -139,6 +143,22 @@ class TrainConfig(Frozen):
         if self.batch % self.streams:
             raise ValueError(f"batch: {self.batch} is not a multiple of streams = {self.streams}")
         return self
+
+
+class EvalConfig(Frozen):
+    """One evaluation of a finished training run on its held-out tokens."""
+
+    run: Path
+    """The run's folder."""
+    store: Path | None = None
+    """Where the run's store is now, if it moved."""
+    ce: bool = True
+    """Splice reconstructions into the language model and measure its next-token loss."""
+    model: str | None = None
+    """The language model, if it moved. Default: the one the store was harvested from."""
+    device: str = "auto"
+    ce_tokens: Annotated[int, Field(ge=1)] = 100_000
+    """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -181,3 +201,45 @@ def build(schema: type[Section], values: dict[str, Any]) -> Section:
         if not key:
             raise UserError(message) from error
         raise UserError(f"{key}: {message} (got {first['input']!r})") from error
+
+
+def sae_grid(archs: list[str], widths: list[int], sparsities: list[float], seeds: list[int]) -> list[dict[str, Any]]:
+    """Every combination. `gated:8192` gives an architecture a width of its own. Raises UserError when one has none."""
+    grid = []
+    for named in archs or ["sa-gsae"]:
+        arch, colon, own = named.partition(":")
+        if colon and not own.isdigit():
+            raise UserError(f"--arch {named}: expected ARCH or ARCH:WIDTH, such as gated:8192")
+        own_widths = [int(own)] if colon else widths
+        if not own_widths:
+            raise UserError(f"--arch {named}: how wide? Give --d-sae, or {arch}:WIDTH")
+        for d_sae in own_widths:
+            for sparsity in sparsities or DEFAULT_SPARSITIES:
+                grid += [{"arch": arch, "d_sae": d_sae, "sparsity": sparsity, "seed": s} for s in seeds or [0]]
+    return grid
+
+
+def demo_harvest(out: Path) -> HarvestConfig:
+    """The shipped model over the text that comes with it."""
+    return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, out=out / "stores")
+
+
+def demo_train(out: Path, store: Path) -> TrainConfig:
+    """SA-GSAE at one width against Gated at twice that width, both with the recipe for a short run."""
+    saes = tuple(
+        SAEConfig(arch=arch, d_sae=d_sae, sparsity=sparsity, theta0=1.0)
+        for arch, d_sae in (("sa-gsae", 512), ("gated", 1024))
+        for sparsity in DEMO_SPARSITIES
+    )
+    return TrainConfig(
+        store=store,
+        hook=DEMO_HOOKS[0],
+        saes=saes,
+        tokens=512 * 1000,
+        batch=512,
+        lr=8e-3,
+        heldout_tokens=50_000,
+        dead_after_tokens=100_000,
+        checkpoint_every=200,
+        out=out / "run",
+    )

@@ -265,6 +265,7 @@ class LanguageModel:
         model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.n_layers = model.config.get_text_config().num_hidden_layers
+        self.vocab_size = model.config.get_text_config().vocab_size
         self.bridge = build_bridge_from_module(
             model,
             type(model).__name__,

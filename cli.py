@@ -1,0 +1,309 @@
+"""sagsae: harvest a language model's activations, train sparse autoencoders on them, look at what they learned.
+
+Every command parses its options, calls one function and prints what it returned: a short text, or with --json one
+document on stdout. Progress goes to stderr. What a command needs is imported when it runs.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+store_app = typer.Typer(no_args_is_help=True, help="Look into activation stores.")
+app.add_typer(store_app, name="store")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value. Repeatable.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
+Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
+
+@app.command()
+def harvest(
+    model: Annotated[
+        str | None, typer.Option(help="Alias (tiny, pythia-1b, gpt2, …), Hugging Face id or folder.")
+    ] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face model.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Layer number from 0, or mid. Repeatable.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="resid_post, attn_out, mlp_out, … Repeatable.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Activation rows wanted, exactly.")] = None,
+    context: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="What the model computes in: auto, float32, bfloat16.")] = None,
+    codec: Annotated[str | None, typer.Option(help="zstd, lz4 or none.")] = None,
+    device: Device = None,
+    out: Annotated[Path | None, typer.Option(help="The folder that holds stores.")] = None,
+    name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: the model's name.")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Run a language model over a corpus and keep its activations."""
+    from shared.config import HarvestConfig
+
+    flags = {
+        "model": model, "revision": revision, "hooks": hook, "corpus": corpus, "tokens": tokens, "context": context,
+        "layers": [int(x) if x.lstrip("-").isdigit() else x for x in layer] if layer else None, "dtype": dtype,
+        "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
+    }  # fmt: skip
+    resolved = resolve(HarvestConfig, flags, config, settings)
+    from harvest.run import harvest as run
+
+    summary = run(resolved)
+    show(dataclasses.asdict(summary), as_json, lambda: typer.echo(harvest_text(summary)))
+
+
+@app.command()
+def train(
+    store: Annotated[Path | None, typer.Option(help="A store, or one hookpoint in a store.")] = None,
+    hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
+    arch: Annotated[
+        list[str] | None, typer.Option(help="sa-gsae or gated, or with its width gated:8192. Repeatable.")
+    ] = None,
+    d_sae: Annotated[list[int] | None, typer.Option(help="Latents. Repeatable.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="λ of the L1 term. Repeatable.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Of the initial weights. Repeatable.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Training tokens. Default: one epoch.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens in a step, over all processes.")] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    device: Device = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Train autoencoders on a store: every architecture, width, sparsity and seed in one pass."""
+    from shared.config import TrainConfig, sae_grid
+
+    saes = sae_grid(arch or [], d_sae or [], sparsity or [], seed or []) if arch or d_sae or sparsity or seed else None
+    flags = {
+        "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "lr": lr, "device": device,
+        "out": out, "overwrite": overwrite or None,
+    }  # fmt: skip
+    resolved = resolve(TrainConfig, flags, config, settings)
+    if processes > 1 and "LOCAL_RANK" not in os.environ:
+        launch(processes)
+    from train.run import train as run
+
+    summary = run(resolved)
+    if os.environ.get("RANK", "0") == "0":
+        show(dataclasses.asdict(summary), as_json, lambda: print_saes(f"{summary.run}", summary.saes))
+
+
+@app.command("eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A training run's folder.")],
+    store: Annotated[Path | None, typer.Option(help="Where its store is now, if it moved.")] = None,
+    model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
+    ce: Annotated[bool, typer.Option(help="Measure the language model's loss with reconstructions spliced in.")] = True,
+    ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run's autoencoders on its held-out tokens."""
+    from shared.config import EvalConfig
+
+    flags = {"run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device}
+    resolved = resolve(EvalConfig, flags, None, None)
+    from train.evaluate import evaluate as measure
+
+    done = measure(resolved)
+    show({"run": str(run), **done.results}, as_json, lambda: print_saes(f"{done.file}", done.results["saes"]))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.")],
+    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page that compares runs."""
+    from train.report import write_report
+
+    page = write_report(runs, out)
+    show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="One folder for everything.")] = Path("demo"),
+    as_json: Json = False,
+) -> None:
+    """The whole way on the shipped model: harvest, SA-GSAE against Gated, evaluation, report."""
+    from harvest.run import harvest as run_harvest
+    from shared.config import EvalConfig, demo_harvest, demo_train
+    from shared.progress import say
+    from train.evaluate import evaluate as measure
+    from train.report import write_report
+    from train.run import train as run_train
+
+    started = time.monotonic()
+    say("1 of 4: harvest the shipped language model's activations (the whole demo takes two to four minutes)")
+    store = run_harvest(demo_harvest(out)).store
+    say("2 of 4: train SA-GSAE and, at twice the width, Gated autoencoders")
+    run = run_train(demo_train(out, store)).run
+    say("3 of 4: measure them on held-out tokens, inside the language model")
+    results = measure(EvalConfig(run=run, ce_tokens=20_000)).results
+    say("4 of 4: write the report")
+    page = write_report([run], out / "report.html").resolve()
+    seconds = round(time.monotonic() - started, 1)
+    document = {"store": store, "runs": [run], "report": page, "seconds": seconds, "saes": results["saes"]}
+
+    def text() -> None:
+        print_saes(f"{run}", results["saes"])
+        typer.echo(f"\n{seconds:.0f} seconds. The report: {page}")
+
+    show(document, as_json, text)
+
+
+@store_app.command("ls")
+def store_ls(
+    root: Annotated[Path, typer.Argument(help="A folder that holds stores.")] = Path("stores"), as_json: Json = False
+) -> None:
+    """List the hookpoints in all stores of a folder."""
+    from shared.listing import list_stores
+
+    rows = list_stores(root)
+    show(rows, as_json, lambda: print_table(f"{root}", rows))
+
+
+@store_app.command("info")
+def store_info(path: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+    """What a store holds and where it came from."""
+    from shared.listing import describe_store
+
+    about = describe_store(path)
+    show(about, as_json, lambda: typer.echo(json.dumps(about, indent=2, default=str)))
+
+
+@store_app.command("verify")
+def store_verify(
+    path: Annotated[Path, typer.Argument(help="A store.")],
+    full: Annotated[
+        bool, typer.Option("--full/--quick", help="Decode every chunk, or only checksum the files.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Check every committed byte. Exit code 3 when something is damaged."""
+    from shared.store import Store, verify
+
+    store = Store.open(path)
+    damage = verify(store, full)
+
+    def text() -> None:
+        for line in damage:
+            typer.echo(line)
+        found = f"{len(damage)} damaged files" if damage else "no damage"
+        typer.echo(f"{path}: {len(store.commits)} of {store.spec.n_shards} shards committed, {found}")
+
+    show({"store": path, "shards": len(store.commits), "damage": damage}, as_json, text)
+    if damage:
+        raise typer.Exit(3)
+
+
+@store_app.command("rm")
+def store_rm(
+    path: Annotated[Path, typer.Argument(help="A store.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Delete a store."""
+    from shared.store import read_state, remove_store
+
+    spec, _ = read_state(path)
+    if not yes:
+        typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
+    remove_store(path)
+
+
+def resolve(schema: Any, flags: dict[str, Any], file: Path | None, settings: list[str] | None) -> Any:
+    """The configuration: the file, over it the options, over them --set."""
+    from shared.config import build, parse_set, read_toml
+
+    given = {key: value for key, value in flags.items() if value is not None}
+    return build(schema, {**(read_toml(file) if file else {}), **given, **parse_set(settings or [])})
+
+
+def launch(processes: int) -> None:
+    """Runs this same command in several processes and ends with their exit code."""
+    from torch.distributed.run import main as torchrun
+
+    torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
+    raise typer.Exit(0)
+
+
+def show(document: Any, as_json: bool, text: Any) -> None:
+    if as_json:
+        typer.echo(json.dumps(document, default=str))
+    else:
+        text()
+
+
+def harvest_text(summary: Any) -> str:
+    lines = [f"{summary.store}: {summary.tokens:,} tokens"]
+    lines += [
+        f"  {path}: d_in {h['d_in']}, {h['bytes'] / 1e6:.1f} MB, ratio {h['ratio']}"
+        for path, h in summary.hookpoints.items()
+    ]
+    return "\n".join(lines)
+
+
+def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
+    columns = (
+        "arch",
+        "d_sae",
+        "sparsity",
+        "seed",
+        "r2",
+        "l0",
+        "l0_pos",
+        "l0_neg",
+        "dead_fraction",
+        "ce_recovered",
+        "tokens",
+    )
+    print_table(title, [{key: sae[key] for key in columns} for sae in saes])
+
+
+def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title, title_justify="left")
+    for column in rows[0] if rows else ():
+        numeric = isinstance(rows[0][column], int | float)
+        table.add_column(column, justify="right" if numeric else "left")
+    for row in rows:
+        cells = (
+            "–" if v is None else f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
+            for v in row.values()
+        )
+        table.add_row(*cells)
+    Console().print(table)
+
+
+def main() -> None:
+    """Entry point: every error that a person can mend becomes one message and its exit code."""
+    from shared.errors import DamagedError, Interrupted, UserError
+
+    try:
+        app()
+    except (UserError, DamagedError, Interrupted) as error:
+        typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        typer.echo("stopped. Nothing that was committed is lost; the same command goes on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

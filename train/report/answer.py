@@ -1,0 +1,162 @@
+"""The short answer at the top of a report: sentences and a few large numbers, all computed from the measurements.
+
+SA-GSAE of width H is set against Gated of width 2H, and against Gated of width H where one was trained, at matched L0.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from train.report import wording
+from train.report.data import Sae
+from train.report.frontier import Matched, Point, compare, mean_of_seeds, parameters, seed_spread
+
+Series = dict[tuple[str, int], list[Sae]]
+"""(architecture, width) -> its autoencoders, all λ and seeds."""
+
+NEGLIGIBLE = 0.0005
+"""Differences in R² that round to 0.000 are called equal."""
+
+CAVEAT = (
+    "SA-GSAE of width H is contained in Gated of width 2H with identical loss (split every latent into its two poles), "
+    "so a win at half the width is an effect of optimisation, not of capacity."
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One large number."""
+
+    name: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One SA-GSAE width against one Gated width."""
+
+    title: str
+    text: str
+    tiles: tuple[Tile, ...]
+
+
+@dataclass(frozen=True)
+class Answer:
+    verdicts: tuple[Verdict, ...]
+    remarks: tuple[str, ...]
+
+
+def answer(series: Series, d_in: int | None) -> Answer:
+    widths = sorted(width for arch, width in series if arch == "sa-gsae")
+    pairs = [(h, other) for h in widths for other in (2 * h, h) if ("gated", other) in series]
+    verdicts = tuple(_verdict(series, h, other, d_in) for h, other in pairs)
+    remarks = [] if verdicts else [_no_pair(series)]
+    remarks += [_bipolar(series[key]) for key in series if key[0] == "sa-gsae" and _fractions(series[key])]
+    remarks.append(_spread([sae for saes in series.values() for sae in saes]))
+    return Answer(verdicts, (*remarks, CAVEAT) if verdicts else tuple(remarks))
+
+
+def _verdict(series: Series, h: int, other: int, d_in: int | None) -> Verdict:
+    a, b = series["sa-gsae", h], series["gated", other]
+    names = wording.label("sa-gsae", h), wording.label("gated", other)
+    points_a, points_b = mean_of_seeds(a, "r2"), mean_of_seeds(b, "r2")
+    matched = compare(points_a, points_b)
+    text = _sentence(names, matched) if matched else _apart(names, points_a, points_b)
+    tiles = _tiles(a, b, matched)
+    if d_in is not None:
+        tiles = (*tiles, _parameter_tile(h, other, d_in))
+    relation = "half the width" if other == 2 * h else "equal width"
+    return Verdict(f"{names[0]} against {names[1]}, {relation}", text, tiles)
+
+
+def _sentence(names: tuple[str, str], matched: Matched) -> str:
+    """What the difference in R² is over the shared range, in words."""
+    a, b = names
+    where = f"At matched L0 ({wording.l0_range(matched.l0_low, matched.l0_high)})"
+    low, high = wording.fixed(abs(matched.lowest), 4), wording.fixed(abs(matched.highest), 4)
+    if max(abs(matched.lowest), abs(matched.highest)) < NEGLIGIBLE:
+        return f"{where}, {a} and {b} reach the same R² to within {NEGLIGIBLE:g}."
+    if matched.lowest > -NEGLIGIBLE:
+        return f"{where}, {a} reaches a higher R² than {b} {_by(matched.lowest, matched.highest)}."
+    if matched.highest < NEGLIGIBLE:
+        return f"{where}, {a} reaches a lower R² than {b} {_by(-matched.highest, -matched.lowest)}."
+    crossings = " and ".join(wording.l0(l0) for l0 in matched.crossings)
+    return (
+        f"{where}, {a} is ahead of {b} in part of the range (R² higher by up to {high}) and behind in the rest "
+        f"(lower by up to {low}); the frontiers cross at L0\N{NO-BREAK SPACE}≈\N{NO-BREAK SPACE}{crossings}."
+    )
+
+
+def _by(small: float, large: float) -> str:
+    """`small` may be a negligible difference of the other sign."""
+    if small < NEGLIGIBLE:
+        return f"nearly throughout, by up to {wording.fixed(large, 4)}"
+    low, high = wording.fixed(small, 4), wording.fixed(large, 4)
+    return f"throughout, by {high}" if low == high else f"throughout, by {low} to {high}"
+
+
+def _apart(names: tuple[str, str], a: list[Point], b: list[Point]) -> str:
+    """Why there is no difference to state, and what would give one."""
+    if not a or not b:
+        missing = names[0] if not a else names[1]
+        return f"{missing} has no measured R² at a non-zero L0, so there is nothing to compare."
+    ranges = [wording.l0_range(points[0].l0, points[-1].l0) for points in (a, b)]
+    denser, sparser = names if a[0].l0 > b[-1].l0 else names[::-1]
+    return (
+        f"The frontiers do not overlap: {names[0]} covers {ranges[0]}, {names[1]} {ranges[1]}. No difference "
+        f"at matched L0 can be stated; train {denser} with a larger λ, or {sparser} with a smaller one."
+    )
+
+
+def _tiles(a: list[Sae], b: list[Sae], matched: Matched | None) -> tuple[Tile, ...]:
+    if matched is None:
+        return (Tile("R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
+    between = f"SA-GSAE minus Gated, {wording.signed(matched.lowest)} to {wording.signed(matched.highest)}"
+    tiles = [Tile("R² at matched L0", wording.signed(matched.mean), between)]
+    ce = compare(mean_of_seeds(a, "ce_recovered"), mean_of_seeds(b, "ce_recovered"))
+    if ce:
+        low, mean, high = (wording.signed(100 * value, 2) for value in (ce.lowest, ce.mean, ce.highest))
+        tiles.append(Tile("CE loss recovered at matched L0", mean, f"percentage points, {low} to {high}"))
+    dead = compare(mean_of_seeds(a, "dead_fraction"), mean_of_seeds(b, "dead_fraction"))
+    if dead:
+        note = f"Gated: {wording.percent(dead.mean_b)}, both means over the range"
+        tiles.append(Tile("Dead latents at matched L0", wording.percent(dead.mean_a), note))
+    return tuple(tiles)
+
+
+def _parameter_tile(h: int, other: int, d_in: int) -> Tile:
+    a, b = parameters(h, d_in), parameters(other, d_in)
+    return Tile("Parameters", wording.short(a), f"Gated: {wording.short(b)}, a ratio of {a / b:.2f}")
+
+
+def _no_pair(series: Series) -> str:
+    trained = ", ".join(wording.label(*key) for key in series)
+    return (
+        f"Trained here: {trained}. There is no pair of SA-GSAE at width H and Gated at 2H (or H), so no comparison at "
+        "matched L0 is stated."
+    )
+
+
+def _fractions(saes: Sequence[Sae]) -> list[float]:
+    return sorted(sae.bipolar_fraction for sae in saes if sae.bipolar_fraction is not None)
+
+
+def _bipolar(saes: Sequence[Sae]) -> str:
+    shares = _fractions(saes)
+    low, high = wording.percent(shares[0], 0), wording.percent(shares[-1], 0)
+    ten = wording.percent(0.1, 0)
+    share = low if low == high else f"Between {low} and {high}"
+    return (
+        f"{share} of the live latents of {wording.label(saes[0].arch, saes[0].d_sae)} use both poles "
+        f"(the rarer sign makes up more than {ten} of a latent’s firings)."
+    )
+
+
+def _spread(saes: Sequence[Sae]) -> str:
+    spread = seed_spread(saes)
+    if spread is None:
+        return (
+            "One seed for each setting: the spread between seeds is not measured, so read small differences with care."
+        )
+    most = wording.fixed(spread, 4)
+    return f"Seeds of the same setting differ by up to {most} in R²; differences smaller than that are noise."

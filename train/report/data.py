@@ -1,0 +1,201 @@
+"""Reads run folders: `config.json`, `record.json`, `evaluation.json` and, if there is one, `metrics.jsonl`.
+
+Only what the report cannot do without is required: a missing optional key is shown as not recorded, NaN or infinity (a
+diverged autoencoder) as not measured. Everything a person can get wrong ends in a UserError naming the folder.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from shared.errors import UserError
+
+CURVE_POINTS = 400
+"""A training curve is thinned to at most about this many of its logged steps."""
+
+
+class Sae(BaseModel):
+    """One autoencoder as `sagsae eval` measured it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    arch: Literal["sa-gsae", "gated"]
+    d_sae: int
+    sparsity: float
+    seed: int
+    r2: float | None
+    l0: float | None
+    l0_pos: float | None = None
+    l0_neg: float | None = None
+    dead_fraction: float | None
+    bipolar_fraction: float | None = None
+    ce_spliced: float | None = None
+    ce_recovered: float | None = None
+    ce_recovered_mean: float | None = None
+    tokens: int | None = None
+    ce_tokens: int | None = None
+
+
+class Evaluation(BaseModel):
+    """`evaluation.json`: what was measured on the held-out split, for every autoencoder of the run."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    tokens: int
+    ce_tokens: int | None = None
+    ce_clean: float | None = None
+    ce_zero: float | None = None
+    ce_mean: float | None = None
+    saes: tuple[Sae, ...]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What training logged of one autoencoder, in the order of the steps."""
+
+    tokens: list[int]
+    fvu: list[float | None]
+    l0: list[float | None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder."""
+
+    folder: Path
+    config: dict[str, Any]
+    record: dict[str, Any]
+    evaluation: Evaluation
+    curves: dict[str, Curve]
+
+    @property
+    def store(self) -> dict[str, Any]:
+        store = self.record.get("store")
+        return store if isinstance(store, dict) else {}
+
+    @property
+    def model(self) -> str:
+        return str(self.store.get("model") or "model not recorded")
+
+    @property
+    def hook(self) -> str:
+        return str(self.store.get("hook") or self.config.get("hook") or "hookpoint not recorded")
+
+    @property
+    def d_in(self) -> int | None:
+        d_in = self.store.get("d_in")
+        return d_in if isinstance(d_in, int) else None
+
+    @property
+    def tokens_trained(self) -> int | None:
+        """The last logged count of training tokens; without a log, steps times batch."""
+        logged = [curve.tokens[-1] for curve in self.curves.values() if curve.tokens]
+        steps, batch = self.record.get("steps"), self.config.get("batch")
+        planned = steps * batch if isinstance(steps, int) and isinstance(batch, int) else None
+        return max([*logged, planned or 0]) or None
+
+
+def read_runs(folders: list[Path]) -> list[Run]:
+    """Every run once, in the order given."""
+    if not folders:
+        raise UserError("no run to report on: name at least one run folder, such as `sagsae report runs/NAME`")
+    unique = {folder.resolve(): folder for folder in reversed(folders)}
+    return [read_run(folder) for folder in reversed(list(unique.values()))]
+
+
+def read_run(folder: Path) -> Run:
+    """Raises UserError when the folder is not a run, is not evaluated, or holds something unreadable."""
+    for name in ("config.json", "record.json"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder} is not a run folder: it has no {name}. Give a folder that `sagsae train` wrote")
+    if not (folder / "evaluation.json").is_file():
+        raise UserError(f"{folder} has no evaluation.json: run `sagsae eval {folder}` first")
+    return Run(
+        folder=folder,
+        config=_read_object(folder / "config.json"),
+        record=_read_object(folder / "record.json"),
+        evaluation=_read_evaluation(folder),
+        curves=_curves(_read_metrics(folder / "metrics.jsonl")),
+    )
+
+
+def _read_evaluation(folder: Path) -> Evaluation:
+    values = _read_object(folder / "evaluation.json")
+    try:
+        evaluation = Evaluation.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise UserError(
+            f"{folder / 'evaluation.json'}: {key}: {first['msg']}. Measure again with `sagsae eval {folder}`"
+        ) from error
+    if not evaluation.saes:
+        raise UserError(f"{folder / 'evaluation.json'} lists no autoencoder: run `sagsae eval {folder}` again")
+    return evaluation
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    """A JSON object, its NaN and infinities as None."""
+    try:
+        value = json.loads(text, parse_float=_finite, parse_constant=lambda _: None)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where}: is not valid JSON ({error}). Restore the file or make the run again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")
+    return value
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    return _parse(_read_text(path), str(path))
+
+
+def _read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The log's lines. A last line that its writer did not finish (no line end) is left out."""
+    if not path.exists():
+        return []
+    lines = _read_text(path).split("\n")[:-1]
+    return [_metric(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _metric(text: str, where: str) -> dict[str, Any]:
+    line = _parse(text, where)
+    saes = line.get("saes")
+    named = isinstance(saes, dict) and all(isinstance(values, dict) for values in saes.values())
+    if not named or not isinstance(line.get("tokens"), int):
+        raise UserError(f'{where}: expected {{"tokens": int, "saes": {{NAME: {{...}}}}}}, as `sagsae train` writes it')
+    return line
+
+
+def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
+    stride = max(1, len(lines) // CURVE_POINTS)
+    kept = [line for index, line in enumerate(lines) if index % stride == 0 or index == len(lines) - 1]
+    curves: dict[str, Curve] = {}
+    for line in kept:
+        for name, values in line["saes"].items():
+            curve = curves.setdefault(name, Curve([], [], []))
+            curve.tokens.append(line["tokens"])
+            curve.fvu.append(_rounded(values.get("fvu")))
+            curve.l0.append(_rounded(values.get("l0")))
+    return curves
+
+
+def _rounded(value: object) -> float | None:
+    """Five significant digits: a plot shows no more, and the page stays small."""
+    return float(f"{value:.5g}") if isinstance(value, int | float) else None

@@ -1,0 +1,208 @@
+"""The figures, as plotly traces and layouts without colours: `page.js` paints them, in light, dark and on paper.
+
+A trace says in its `meta` which architecture's colour it takes and which entry of the legend switches it. Width is told
+by marker and dash besides, so that nothing hangs on colour alone. Names pass through `html.escape`, for plotly reads
+its texts as HTML.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from itertools import groupby
+from typing import Any
+
+import plotly.graph_objects as go
+
+from train.report import wording
+from train.report.answer import Series
+from train.report.data import Curve, Sae
+from train.report.frontier import mean_of_seeds
+
+MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+Curves = Sequence[tuple[Sae, Curve]]
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+FAINTEST = 0.4
+"""Opacity of a training curve with the smallest λ; the largest λ has 1."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One set of axes: plotly's JSON, and what it shows in words."""
+
+    name: str
+    title: str
+    json: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One or more plots with a common legend and caption."""
+
+    name: str
+    title: str
+    plots: tuple[Plot, ...]
+    caption: str
+
+
+def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
+    """Every figure there is data for. A width has the same marker and dash in all of them."""
+    widths = sorted({width for _, width in series})
+    saes = [sae for group in series.values() for sae in group]
+    signed = {key: group for key, group in series.items() if key[0] == "sa-gsae"}
+    captions = _captions(saes)
+
+    def against_l0(name: str, of: Series, field: str, axis: str, title: str) -> Figure:
+        plot = _frontier(of, field, axis, widths, f"{prefix}-{name}-plot")
+        return Figure(f"{prefix}-{name}", f"{title} against L0", (plot,), captions[name])
+
+    found = (
+        against_l0("r2", series, "r2", "R²", "R²"),
+        against_l0("ce", series, "ce_recovered", "CE loss recovered", "CE loss recovered"),
+        against_l0("dead", series, "dead_fraction", "Share of latents dead", "Dead latents"),
+        against_l0("poles", signed, "bipolar_fraction", "Share of live latents", "Latents that use both poles"),
+        _training(curves, widths, f"{prefix}-training"),
+    )
+    return [figure for figure in found if all(plot.json["data"] for plot in figure.plots)]
+
+
+def _captions(saes: Sequence[Sae]) -> dict[str, str]:
+    """What to look for, and on how many tokens it was measured."""
+    rows = wording.tokens((sae.tokens for sae in saes), "held-out tokens")
+    ce_rows = wording.tokens(sae.ce_tokens for sae in saes)
+    ten, none, whole = (wording.percent(share, 0) for share in (0.1, 0.0, 1.0))
+    return {
+        "r2": "Up and to the left is better. A point is one autoencoder, a line joins the means over seeds. "
+        f"Measured on {rows}.",
+        "ce": f"The reconstruction is spliced into the model: {whole} is the clean model, {none} the hookpoint set to "
+        f"zero. Measured on the predictions of {ce_rows}.",
+        "dead": f"Dead: did not fire, with either sign, on any of the {rows}. Fewer tokens make more look dead.",
+        "poles": f"Of the live latents of SA-GSAE, those whose rarer sign makes up more than {ten} of their firings. "
+        f"Measured on {rows}.",
+    }
+
+
+def _training(curves: Curves, widths: Sequence[int], name: str) -> Figure:
+    most = max((curve.tokens[-1] for _, curve in curves if curve.tokens), default=0)
+    fvu = _curves(curves, "fvu", "FVU", widths, f"{name}-fvu")
+    l0 = _curves(curves, "l0", "L0", widths, f"{name}-l0")
+    return Figure(
+        name,
+        "Training curves",
+        (fvu, l0),
+        f"FVU is 1 − R². Logged on the training batches themselves, over {most:,} tokens, so these are not held-out "
+        "values. A stronger line is a larger λ; its seeds look alike. Choose an entry to hide or show it, with Shift "
+        "to see it alone.",
+    )
+
+
+def _frontier(series: Series, field: str, title: str, widths: Sequence[int], name: str) -> Plot:
+    """One line and its markers for each architecture and width."""
+    traces = []
+    for (arch, width), saes in series.items():
+        shown = [sae for sae in saes if sae.l0 and getattr(sae, field) is not None]
+        if shown:
+            means = mean_of_seeds(shown, field)
+            look, meta = widths.index(width), _meta(arch, width, "")
+            traces.append(_line([p.l0 for p in means], [p.value for p in means], meta, look))
+            traces.append(_points(shown, field, meta, look))
+    layout = _layout("L0, mean non-zero latents per token", title)
+    layout.yaxis.tickformat = ",.3~f" if field == "r2" else ",.2~%"
+    if field in ("dead_fraction", "bipolar_fraction"):
+        layout.yaxis.rangemode = "tozero"
+    layout.xaxis.update(_log_axis(value for trace in traces for value in trace.x))
+    return Plot(name, f"{title} against L0", go.Figure(traces, layout).to_plotly_json())
+
+
+def _curves(curves: Curves, field: str, title: str, widths: Sequence[int], name: str) -> Plot:
+    """One line for each autoencoder, fainter for a smaller λ."""
+    traces = []
+    for (arch, width), group in groupby(curves, key=lambda pair: (pair[0].arch, pair[0].d_sae)):
+        pairs = list(group)
+        order = sorted({sae.sparsity for sae, _ in pairs})
+        for sae, curve in pairs:
+            meta = _meta(arch, width, wording.sparsity(sae.sparsity))
+            trace = _line(curve.tokens, getattr(curve, field), meta, widths.index(width))
+            trace.opacity = FAINTEST + (1 - FAINTEST) * (order.index(sae.sparsity) + 1) / len(order)
+            trace.line.width = 1.5
+            trace.hoverinfo, trace.hovertemplate = None, _curve_hover(sae, title)
+            traces.append(trace)
+    layout = _layout("training tokens", title)
+    layout.yaxis.update(_log_axis(value for trace in traces for value in trace.y))
+    layout.xaxis.tickformat = "~s"
+    layout.xaxis.rangemode = "tozero"
+    return Plot(name, f"{title} against training tokens", go.Figure(traces, layout).to_plotly_json())
+
+
+def _meta(arch: str, width: int, entry: str) -> dict[str, str]:
+    return {"arch": arch, "group": wording.label(arch, width), "entry": entry}
+
+
+def _line(x: Sequence[float] | Sequence[int], y: Sequence[float | None], meta: dict[str, str], look: int) -> go.Scatter:
+    line = {"width": 2, "dash": DASHES[look % len(DASHES)]}
+    return go.Scatter(x=list(x), y=list(y), mode="lines", line=line, meta=meta, hoverinfo="skip", showlegend=False)
+
+
+def _points(saes: Sequence[Sae], field: str, meta: dict[str, str], look: int) -> go.Scatter:
+    return go.Scatter(
+        x=[sae.l0 for sae in saes],
+        y=[getattr(sae, field) for sae in saes],
+        mode="markers",
+        marker={"size": 9, "symbol": MARKERS[look % len(MARKERS)], "line": {"width": 1}},
+        text=[_hover(sae) for sae in saes],
+        hovertemplate="%{text}<extra></extra>",
+        meta=meta,
+        showlegend=False,
+    )
+
+
+def _hover(sae: Sae) -> str:
+    """Every number of one autoencoder."""
+    zero, mean = wording.percent(sae.ce_recovered, 2), wording.percent(sae.ce_recovered_mean, 2)
+    lines = [
+        _head(sae),
+        f"R² {wording.fixed(sae.r2, 4)}",
+        f"L0 {wording.l0(sae.l0)} (L0+ {wording.l0(sae.l0_pos)}, L0− {wording.l0(sae.l0_neg)})",
+        f"dead {wording.percent(sae.dead_fraction)}, both poles {wording.percent(sae.bipolar_fraction)}",
+        f"CE spliced {wording.fixed(sae.ce_spliced, 4)}",
+        f"CE recovered {zero} (zero), {mean} (mean)",
+        f"{wording.count(sae.tokens)} tokens, CE on {wording.count(sae.ce_tokens)}",
+        escape(sae.name),
+    ]
+    return "<br>".join(lines)
+
+
+def _head(sae: Sae) -> str:
+    return f"<b>{wording.label(sae.arch, sae.d_sae)}</b>, {wording.sparsity(sae.sparsity)}, seed {sae.seed}"
+
+
+def _curve_hover(sae: Sae, title: str) -> str:
+    return f"{_head(sae)}<br>{title} %{{y:.4~g}} at %{{x:,}} tokens<extra></extra>"
+
+
+def _log_axis(values: Iterable[float | None]) -> dict[str, Any]:
+    """A range with some air, and as many ticks as make plotly label 1, 2, 5, 10 rather than every digit."""
+    logs = [math.log10(value) for value in values if value is not None and value > 0] or [0.0]
+    low, high = min(logs), max(logs)
+    air = max(0.05 * (high - low), 0.04)
+    decades = high - low + 2 * air
+    ticks = 5 if decades < 1 else max(3, math.ceil(decades / 0.65))
+    return {"type": "log", "range": [low - air, high + air], "nticks": ticks, "minorloglabels": "complete"}
+
+
+def _layout(x: str, y: str) -> go.Layout:
+    """Transparent, without legend and with room for the labels only."""
+    axis = {"zeroline": False, "showline": False}
+    return go.Layout(
+        template=go.layout.Template(),
+        paper_bgcolor="rgba(0,0,0,0)",
+        plot_bgcolor="rgba(0,0,0,0)",
+        margin={"l": 62, "r": 14, "t": 10, "b": 44},
+        font={"family": FONT, "size": 12},
+        xaxis={**axis, "title": {"text": x, "standoff": 8}},
+        yaxis={**axis, "title": {"text": y, "standoff": 8}},
+        hovermode="closest",
+        hoverlabel={"align": "left", "font": {"family": FONT}},
+        showlegend=False,
+    )

@@ -1,0 +1,107 @@
+"""The arithmetic of comparing two frontiers: what is reached at the *same* L0, which the same λ does not give.
+
+A frontier is one architecture at one width over its λ values: the seeds of one λ are averaged (the value plainly, L0
+geometrically, for its axis is logarithmic) and joined by straight lines in log L0. Two frontiers are compared only
+where both exist; nothing is extrapolated.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.report.data import Sae
+
+
+@dataclass(frozen=True)
+class Point:
+    """The mean over the seeds of one λ."""
+
+    l0: float
+    value: float
+
+
+@dataclass(frozen=True)
+class Matched:
+    """Frontier a minus frontier b wherever both have an L0. Means are over log L0."""
+
+    l0_low: float
+    l0_high: float
+    lowest: float
+    highest: float
+    mean: float
+    mean_a: float
+    mean_b: float
+    crossings: tuple[float, ...]
+
+
+def mean_of_seeds(saes: Sequence[Sae], field: str) -> list[Point]:
+    """The frontier of autoencoders that differ in λ and seed only, by rising L0. L0 = 0 has no place on a log axis."""
+    known = [sae for sae in saes if sae.l0 and sae.l0 > 0 and getattr(sae, field) is not None]
+    points = []
+    for _, group in groupby(sorted(known, key=lambda sae: sae.sparsity), key=lambda sae: sae.sparsity):
+        seeds = list(group)
+        log_l0 = sum(math.log(sae.l0) for sae in seeds if sae.l0) / len(seeds)
+        points.append(Point(math.exp(log_l0), sum(getattr(sae, field) for sae in seeds) / len(seeds)))
+    return sorted(points, key=lambda point: point.l0)
+
+
+def compare(a: Sequence[Point], b: Sequence[Point]) -> Matched | None:
+    """None where the two ranges of L0 do not touch. Both are straight between knots, so the knots hold the extremes."""
+    if not a or not b:
+        return None
+    low, high = max(a[0].l0, b[0].l0), min(a[-1].l0, b[-1].l0)
+    if low > high:
+        return None
+    inside = {point.l0 for point in (*a, *b) if low < point.l0 < high}
+    knots = np.log(sorted({low, high, *inside}))
+    values_a, values_b = _interpolate(a, knots), _interpolate(b, knots)
+    difference = values_a - values_b
+    return Matched(
+        l0_low=low,
+        l0_high=high,
+        lowest=float(difference.min()),
+        highest=float(difference.max()),
+        mean=_mean(difference, knots),
+        mean_a=_mean(values_a, knots),
+        mean_b=_mean(values_b, knots),
+        crossings=_crossings(difference, knots),
+    )
+
+
+def seed_spread(saes: Sequence[Sae]) -> float | None:
+    """The largest difference in R² between two seeds of the same architecture, width and λ; None with one seed each."""
+    groups: dict[tuple[str, int, float], list[float]] = {}
+    for sae in saes:
+        if sae.r2 is not None:
+            groups.setdefault((sae.arch, sae.d_sae, sae.sparsity), []).append(sae.r2)
+    return max((max(r2) - min(r2) for r2 in groups.values() if len(r2) > 1), default=None)
+
+
+def parameters(d_sae: int, d_in: int) -> int:
+    """Encoder, decoder, three scalars a latent, the decoder's bias: alike for both architectures."""
+    return 2 * d_sae * d_in + 3 * d_sae + d_in
+
+
+def _interpolate(points: Sequence[Point], log_l0: NDArray[np.float64]) -> NDArray[np.float64]:
+    at, values = np.log([point.l0 for point in points]), np.array([point.value for point in points])
+    return np.asarray(np.interp(log_l0, at, values), dtype=np.float64)
+
+
+def _mean(values: NDArray[np.float64], knots: NDArray[np.float64]) -> float:
+    width = knots[-1] - knots[0]
+    return float(np.trapezoid(values, knots) / width) if width > 0 else float(values[0])
+
+
+def _crossings(difference: NDArray[np.float64], knots: NDArray[np.float64]) -> tuple[float, ...]:
+    """Where the difference changes sign: between two knots, or at the first of the knots where it is exactly zero."""
+    crossings = []
+    for left, right in pairwise(np.flatnonzero(difference)):
+        before, after = difference[left], difference[right]
+        if before * after < 0:
+            share = before / (before - after) if right == left + 1 else 1.0
+            crossings.append(float(np.exp(knots[left] + share * (knots[left + 1] - knots[left]))))
+    return tuple(crossings)

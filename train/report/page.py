@@ -1,0 +1,136 @@
+"""Renders the page: one HTML file with its style, its script and plotly inside, which asks the network for nothing.
+
+Everything read from a run is escaped: by jinja2 in the page, by `tojson` in the plots. Only this package's own files
+and plotly's are put in as they are.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from train.report import wording
+from train.report.data import Run, Sae
+from train.report.settings import measured, sections
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table. Numbers are aligned on the right and sorted as numbers."""
+
+    title: str
+    number: bool = True
+
+
+@dataclass(frozen=True)
+class Cell:
+    """`value` is what sorting compares, empty where nothing was measured."""
+
+    text: str
+    value: str
+
+
+@dataclass(frozen=True)
+class Row:
+    arch: str
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """How one run was made."""
+
+    folder: str
+    command: str
+    versions: tuple[tuple[str, str], ...]
+    documents: tuple[tuple[str, str], ...]
+
+
+COLUMNS = (
+    Column("Architecture", number=False),
+    *(Column(title) for title in ("Width", "λ", "Seed", "R²", "L0", "L0+", "L0−", "Dead", "Both poles")),
+    *(Column(title) for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")),
+    Column("Run / autoencoder", number=False),
+)
+SITE = Column("Model and hookpoint", number=False)
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The whole page."""
+    parts, several = sections(runs), len({_site(run) for run in runs}) > 1
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html").render(
+        title=parts[0].title if len(parts) == 1 else f"Sparse autoencoders in {len(parts)} settings",
+        sections=parts,
+        columns=(*COLUMNS, SITE) if several else COLUMNS,
+        rows=[_row(run, sae, several) for run in runs for sae in measured(run)],
+        runs=[_provenance(run) for run in runs],
+        plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
+        css=_own("page.css"),
+        js=_own("page.js"),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _own(name: str) -> Markup:
+    return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def _site(run: Run) -> str:
+    return f"{run.model} {run.hook}"
+
+
+def _row(run: Run, sae: Sae, several: bool) -> Row:
+    """In the order of COLUMNS, then SITE where the page has several."""
+    where = f"{run.folder.name}/{sae.name}"
+    return Row(
+        sae.arch,
+        (
+            _cell(wording.ARCH_LABELS[sae.arch], sae.arch),
+            _cell(str(sae.d_sae), sae.d_sae),
+            _cell(f"{sae.sparsity:g}", sae.sparsity),
+            _cell(str(sae.seed), sae.seed),
+            _cell(wording.fixed(sae.r2, 4), sae.r2),
+            *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
+            *(_cell(wording.percent(value), value) for value in (sae.dead_fraction, sae.bipolar_fraction)),
+            _cell(wording.fixed(sae.ce_spliced, 4), sae.ce_spliced),
+            *(_cell(wording.percent(value, 2), value) for value in (sae.ce_recovered, sae.ce_recovered_mean)),
+            *(_cell(wording.count(value), value) for value in (sae.tokens, sae.ce_tokens)),
+            _cell(where, where),
+            *([_cell(_site(run), _site(run))] if several else []),
+        ),
+    )
+
+
+def _cell(text: str, value: float | int | str | None) -> Cell:
+    return Cell(text, "" if value is None else str(value))
+
+
+def _provenance(run: Run) -> Provenance:
+    versions = run.record.get("versions")
+    references: dict[str, Any] = run.evaluation.model_dump(exclude={"saes"})
+    return Provenance(
+        folder=str(run.folder),
+        command=str(run.record.get("command") or "not recorded"),
+        versions=tuple((str(name), str(value)) for name, value in versions.items())
+        if isinstance(versions, dict)
+        else (),
+        documents=(
+            ("Configuration (config.json)", _pretty(run.config)),
+            ("Record (record.json)", _pretty(run.record)),
+            ("Reference values of the evaluation (evaluation.json)", _pretty(references)),
+        ),
+    )
+
+
+def _pretty(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False)

@@ -1,0 +1,139 @@
+"""Puts runs together for comparison.
+
+Autoencoders are compared within a *setting* only: the same model, hookpoint, training tokens, learning rate and batch.
+Runs of one setting (more λ, more seeds) share its figures; another setting gets a section of its own.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from train.report import wording
+from train.report.answer import Answer, Series, answer
+from train.report.data import Run, Sae
+from train.report.figures import Figure, figures
+
+ARCH_ORDER = ("sa-gsae", "gated")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One setting, ready for the page."""
+
+    name: str
+    title: str
+    facts: tuple[tuple[str, str], ...]
+    answer: Answer
+    figures: tuple[Figure, ...]
+    notes: tuple[str, ...]
+
+
+def sections(runs: Sequence[Run]) -> list[Section]:
+    """One for each setting, in the order in which the runs were named."""
+    groups: dict[tuple[Any, ...], list[Run]] = {}
+    for run in runs:
+        key = (run.model, run.hook, run.tokens_trained, str(run.config.get("lr")), str(run.config.get("batch")))
+        groups.setdefault(key, []).append(run)
+    sites = [key[:2] for key in groups]
+    return [
+        _section(f"setting-{index}", _title(key, unique=sites.count(key[:2]) == 1), group)
+        for index, (key, group) in enumerate(groups.items(), 1)
+    ]
+
+
+def in_order(saes: Iterable[Sae]) -> list[Sae]:
+    """SA-GSAE first, then by width, λ and seed."""
+    return sorted(saes, key=lambda sae: (ARCH_ORDER.index(sae.arch), sae.d_sae, sae.sparsity, sae.seed))
+
+
+def measured(run: Run) -> list[Sae]:
+    """The run's autoencoders in order, each saying on how many tokens it was measured, if only by its run."""
+    filled = []
+    for sae in in_order(run.evaluation.saes):
+        tokens = run.evaluation.tokens if sae.tokens is None else sae.tokens
+        missing = sae.ce_tokens is None and sae.ce_spliced is not None
+        ce_tokens = run.evaluation.ce_tokens if missing else sae.ce_tokens
+        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens}))
+    return filled
+
+
+def _title(key: tuple[Any, ...], unique: bool) -> str:
+    """Says no more than it takes to tell the settings apart."""
+    model, hook, tokens, lr, batch = key
+    title = f"{model} · {hook}"
+    return title if unique else f"{title} · {wording.count(tokens)} tokens, learning rate {lr}, batch {batch}"
+
+
+def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
+    pairs = [(sae, run) for run in runs for sae in measured(run)]
+    saes = in_order(sae for sae, _ in pairs)
+    series: Series = {}
+    for sae in saes:
+        series.setdefault((sae.arch, sae.d_sae), []).append(sae)
+    curves = [(sae, run.curves[sae.name]) for sae, run in pairs if sae.name in run.curves]
+    curves.sort(key=lambda pair: saes.index(pair[0]))
+    return Section(
+        name=name,
+        title=title,
+        facts=_facts(runs, saes),
+        answer=answer(series, runs[0].d_in),
+        figures=tuple(figures(series, curves, name)),
+        notes=tuple(_notes(runs, saes)),
+    )
+
+
+def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
+    """What a figure cannot show, so that nothing is left out in silence."""
+    notes = []
+    silent = sum(not sae.l0 for sae in saes)
+    if silent:
+        notes.append(
+            f"{silent} of {len(saes)} autoencoders have no L0 above zero: they are in the table, not the figures."
+        )
+    if any(sae.ce_spliced is None for sae in saes):
+        who = "any" if all(sae.ce_spliced is None for sae in saes) else "every"
+        notes.append(f"Cross-entropy was not measured for {who} autoencoder here.")
+    notes += [f"{run.folder} has no metrics.jsonl, so no training curves." for run in runs if not run.curves]
+    return notes
+
+
+def _facts(runs: Sequence[Run], saes: Sequence[Sae]) -> tuple[tuple[str, str], ...]:
+    """What a reader wants to know before any number."""
+    records = [run.record for run in runs]
+    dimensions = "" if runs[0].d_in is None else f", {runs[0].d_in:,} dimensions"
+    seconds = [float(record["seconds"]) for record in records if isinstance(record.get("seconds"), int | float)]
+    return (
+        ("Model", runs[0].model),
+        ("Hookpoint", runs[0].hook + dimensions),
+        ("Trained on", wording.tokens(run.tokens_trained for run in runs)),
+        ("Measured on", wording.tokens((sae.tokens for sae in saes), "held-out tokens")),
+        ("Autoencoders", f"{len(saes)}" + (f" in {len(runs)} runs" if len(runs) > 1 else "")),
+        ("Device", _distinct(_device(record) for record in records)),
+        ("Training time", wording.duration(sum(seconds)) if seconds else "not recorded"),
+        ("Started", _distinct(_date(record.get("started")) for record in records)),
+        ("Version", _distinct(_version(record) for record in records)),
+    )
+
+
+def _distinct(texts: Iterable[str]) -> str:
+    return "; ".join(dict.fromkeys(text for text in texts if text)) or "not recorded"
+
+
+def _device(record: dict[str, Any]) -> str:
+    return ", ".join(str(record[key]) for key in ("device", "precision") if record.get(key))
+
+
+def _version(record: dict[str, Any]) -> str:
+    versions = record.get("versions")
+    version = versions.get("sagsae") if isinstance(versions, dict) else None
+    return f"sagsae {version}" if version else ""
+
+
+def _date(started: object) -> str:
+    """`2026-11-22T10:26:00+00:00` -> `22 Nov 2026, 10:26 UTC`; anything else as it is."""
+    try:
+        moment = datetime.fromisoformat(str(started))
+    except ValueError:
+        return str(started or "")
+    return f"{moment.day} {moment:%b %Y, %H:%M %Z}".strip()

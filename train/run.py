@@ -1,0 +1,374 @@
+"""train(config): a store's activations to trained autoencoders. The one door to accelerate.
+
+One pass over the store trains every autoencoder asked for: a batch is read and scaled once. A run that was stopped or
+killed goes on from its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from jaxtyping import Float
+from torch import Tensor
+
+from shared.config import SAEConfig, TrainConfig
+from shared.errors import Interrupted, UserError
+from shared.model import pick_device
+from shared.progress import progress, say
+from shared.record import provenance, write_json
+from shared.stop import stop_requests
+from shared.store import Statistics, Store, find_hookpoint
+from train.autoencoder import Autoencoder, matmul_dtype
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.evaluate import measure_all
+from train.folder import FREE, RunFolder
+from train.optim import Optimizer, learning_rate
+from train.order import Order, Position, Split, make_order, split
+from train.sae.gated import Step, Weights, gradients, initial_weights
+from train.stream import BatchStream, Rows
+
+
+REVIVE_EVERY: Final = 500
+"""Steps between looks for decoder rows without a direction."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a training run did. `saes` are the entries of evaluation.json, language-model losses not yet measured."""
+
+    run: Path
+    store: Path
+    hook: str
+    tokens: int
+    steps: int
+    epochs: float
+    seconds: float
+    tokens_per_second: float
+    saes: list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration with every question answered, before anything is written."""
+
+    config: TrainConfig
+    store: Store
+    hook: str
+    statistics: Statistics
+    parts: Split
+    order: Order
+    steps: int
+    epoch_rows: int
+    matmul: torch.dtype
+    folder: RunFolder
+    identity: dict[str, Any]
+
+
+class Member:
+    """One autoencoder in training."""
+
+    def __init__(self, config: SAEConfig, statistics: Statistics, device: torch.device) -> None:
+        self.config = config
+        self.signed = config.arch == "sa-gsae"
+        self.generator = torch.Generator().manual_seed(config.seed)
+        mean = torch.from_numpy(statistics.mean / statistics.scale).float()
+        weights = initial_weights(len(mean), config.d_sae, config.theta0, mean, self.generator)
+        self.weights = Weights(**{name: tensor.to(device) for name, tensor in weights.named().items()})
+        self.optimizer = Optimizer(self.weights, self.signed)
+        self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=device)
+        """Training tokens since each latent last fired."""
+
+    def state(self) -> dict[str, Tensor]:
+        inside = {**self.weights.named(), **self.optimizer.state(), "silent": self.silent}
+        inside["generator"] = self.generator.get_state()
+        return {f"{self.config.name}/{key}": value for key, value in inside.items()}
+
+    def load_(self, tensors: dict[str, Tensor]) -> None:
+        prefix = f"{self.config.name}/"
+        state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        for name, tensor in self.weights.named().items():
+            tensor.copy_(state[name])
+        self.silent.copy_(state["silent"])
+        self.generator.set_state(state["generator"])
+        self.optimizer.load_({key: value for key, value in state.items() if "." in key})
+
+
+def train(config: TrainConfig) -> Summary:
+    """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
+    device = pick_device(config.device)
+    accelerator = Accelerator(cpu=device == "cpu")
+    job = make_job(config, accelerator.device)
+    if job.order.streams % accelerator.num_processes:
+        raise UserError(
+            f"{accelerator.num_processes} processes cannot share {job.order.streams} streams evenly. Use a divisor"
+        )
+    if accelerator.is_main_process:
+        open_folder(job, accelerator)
+    accelerator.wait_for_everyone()
+    if job.folder.finished():
+        say(f"{job.folder.path} is complete. Nothing to do (--overwrite starts afresh).")
+        return summarise(job, 0.0, 0)
+    members = [Member(sae, job.statistics, accelerator.device) for sae in config.saes]
+    started, seconds = time.monotonic(), run_steps(job, members, accelerator)
+    if accelerator.is_main_process:
+        finish(job, members, seconds)
+    accelerator.wait_for_everyone()
+    return summarise(job, time.monotonic() - started, job.steps)
+
+
+def make_job(config: TrainConfig, device: torch.device) -> Job:
+    """Raises UserError for a store that does not fit the configuration."""
+    store, hook = find_hookpoint(config.store, config.hook)
+    if not store.commits:
+        raise UserError(f"{store.root}: no shard is committed yet. Run sagsae harvest to its end first")
+    if store.state != "final":
+        say(f"{store.root} is unfinished: training on the {store.n_rows:,} tokens committed so far")
+    statistics = store.statistics(hook)
+    if not statistics.scale > 0:
+        raise UserError(f"{store.root}/{hook}: all activations are equal; there is nothing to learn")
+    parts = split(store.spec, store.tokens(), config)
+    committed = np.zeros(parts.train.size, dtype=bool)
+    for commit in store.commits.values():
+        committed[commit.start : commit.stop] = True
+    epoch_rows = int((parts.train.reshape(-1) & committed).sum())
+    steps = (config.tokens or epoch_rows) // config.batch
+    if steps < 1:
+        raise UserError(
+            f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
+            "Harvest or ask for more tokens, or lower --batch"
+        )
+    rows = Rows.of(store, hook)
+    order = make_order(len(rows.chunks()), store.spec.chunk_rows, config.streams, config.window_rows, config.seed)
+    matmul = matmul_dtype(config.precision, device)
+    identity = {
+        **config.model_dump(mode="json"),
+        "store": str(store.root),
+        "hook": hook,
+        "snapshot": store.snapshot_id,
+        "precision": str(matmul).removeprefix("torch."),
+    }
+    folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
+    return Job(config, store, hook, statistics, parts, order, steps, epoch_rows, matmul, folder, identity)
+
+
+def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:
+    """The same command gives the same name; any setting that matters changes it."""
+    decides = {key: value for key, value in identity.items() if key not in FREE}
+    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
+    return f"{store.root.resolve().name}-{hook.replace('/', '-')}-{digest}"
+
+
+def open_folder(job: Job, accelerator: Accelerator) -> None:
+    """Begins the run, or checks that the one that is here is the one asked for."""
+    folder = job.folder
+    if folder.exists() and job.config.overwrite:
+        folder.remove()
+    if folder.exists():
+        folder.check_same(job.identity)
+        return
+    spec = job.store.spec
+    about = {
+        "device": device_name(accelerator.device),
+        "processes": accelerator.num_processes,
+        "precision": job.identity["precision"],
+        "steps": job.steps,
+        "tokens": job.steps * job.config.batch,
+        "epoch_tokens": job.epoch_rows,
+        "store": {
+            "path": str(job.store.root),
+            "model": spec.model["name"],
+            "commit": spec.model["commit"],
+            "hook": job.hook,
+            "hook_name": spec.hookpoints[job.hook].name,
+            "tokens": job.store.n_rows,
+            "d_in": spec.hookpoints[job.hook].d_in,
+            "scale": job.statistics.scale,
+            "heldout_tokens": int(job.parts.heldout.sum()),
+        },
+    }
+    folder.begin(job.identity, {**provenance(), **about})
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type}, {torch.get_num_threads()} threads"
+    )
+
+
+def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> float:
+    """The training loop, from the newest checkpoint or from the start. Gives the seconds trained, over all sessions."""
+    config, device = job.config, accelerator.device
+    start, before, positions = restore(job, members)
+    serves = range(accelerator.process_index, job.order.streams, accelerator.num_processes)
+    epochs = job.steps * config.batch / job.epoch_rows
+    say(
+        f"{job.folder.path}: {len(members)} autoencoders, {job.steps * config.batch:,} tokens "
+        f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
+    )
+    started = time.monotonic()
+
+    def elapsed() -> float:
+        return before + time.monotonic() - started
+
+    rows = Rows.of(job.store, job.hook)
+    stream = BatchStream(rows, job.order, job.parts.train, config.batch, serves, positions)
+    with (
+        stop_requests() as stop_asked,
+        closing(stream),
+        progress("train", job.steps - start, "steps") as advance,
+        torch.no_grad(),
+    ):
+        for step in range(start, job.steps):
+            x = stream.next_batch().to(device, non_blocking=True).float() / job.statistics.scale
+            lr = learning_rate(step, job.steps, config.lr, config.warmup_steps, config.decay_fraction)
+            measured = [update_(member, x, lr, job.matmul, config.batch, accelerator) for member in members]
+            done = step + 1
+            if done % REVIVE_EVERY == 0:
+                for member in members:
+                    member.optimizer.revive_(member.generator)
+            due = done % config.log_every == 0 or done == job.steps
+            if due and accelerator.is_main_process:
+                job.folder.log(log_line(job, members, measured, done, lr, elapsed()))
+            stop = agree(stop_asked(), due, accelerator)
+            if done % config.checkpoint_every == 0 or stop or done == job.steps:
+                checkpoint(job, members, stream, done, elapsed(), accelerator)
+            if stop and done < job.steps:
+                raise Interrupted(
+                    f"{job.folder.path}: stopped after step {done}. To continue, run the same command again"
+                )
+            advance(1, f"{config.batch * (done - start) / (time.monotonic() - started):,.0f} tokens/s")
+    return elapsed()
+
+
+def update_(
+    member: Member, x: Float[Tensor, "batch d_in"], lr: float, matmul: torch.dtype, batch: int, accelerator: Accelerator
+) -> Step:
+    """One step of one autoencoder on this rank's share of the batch."""
+    grads, step = gradients(member.weights, x, member.config.sparsity, member.signed, matmul)
+    if accelerator.num_processes > 1:
+        grads, step = averaged(grads, step, accelerator)
+    member.optimizer.step_(grads, lr)
+    member.silent += batch
+    member.silent[step.fired] = 0
+    return step
+
+
+def averaged(grads: Weights, step: Step, accelerator: Accelerator) -> tuple[Weights, Step]:
+    """Means over the ranks, in one collective: every rank then makes the same update."""
+    named = grads.named()
+    scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0])
+    parts = [*named.values(), scalars, step.fired.float()]
+    flat = accelerator.reduce(torch.cat([part.reshape(-1) for part in parts]), "mean")
+    pieces: Iterator[Tensor] = iter(flat.split([part.numel() for part in parts]))
+    means = Weights(**{name: next(pieces).view_as(tensor) for name, tensor in named.items()})
+    reconstruction, sparsity, auxiliary, l0 = next(pieces).unbind()
+    return means, Step(reconstruction, sparsity, auxiliary, l0, next(pieces) > 0)
+
+
+def agree(stop: bool, due: bool, accelerator: Accelerator) -> bool:
+    """Whether all ranks stop now. With several, a signal to one of them counts at the next line of metrics."""
+    if accelerator.num_processes == 1:
+        return stop
+    if not due:
+        return False
+    return bool(accelerator.reduce(torch.tensor([float(stop)], device=accelerator.device), "sum").item())
+
+
+def log_line(
+    job: Job, members: list[Member], measured: list[Step], done: int, lr: float, seconds: float
+) -> dict[str, Any]:
+    tokens = done * job.config.batch
+    saes = {}
+    for member, step in zip(members, measured, strict=True):
+        dead = (member.silent >= min(tokens, job.config.dead_after_tokens)).float().mean()
+        loss = step.reconstruction + member.config.sparsity * step.sparsity + step.auxiliary
+        values = torch.stack([loss, step.reconstruction, step.auxiliary, step.l0, dead]).tolist()
+        saes[member.config.name] = dict(zip(("loss", "fvu", "aux_fvu", "l0", "dead_fraction"), values, strict=True))
+        if not np.isfinite(values[0]):
+            raise UserError(f"{member.config.name}: the loss is {values[0]} at step {done}. Lower --lr, or use float32")
+    epoch = tokens / job.epoch_rows
+    return {
+        "step": done,
+        "tokens": tokens,
+        "epoch": round(epoch, 4),
+        "lr": lr,
+        "seconds": round(seconds, 2),
+        "saes": saes,
+    }
+
+
+def checkpoint(
+    job: Job, members: list[Member], stream: BatchStream, done: int, seconds: float, accelerator: Accelerator
+) -> None:
+    """Everything that a later process needs to go on as if nothing had happened, and the autoencoders as they are."""
+    mine = {v: [at.epoch, at.window, at.offset] for v, at in stream.positions().items()}
+    positions = {v: at for part in gather(mine, accelerator) for v, at in part.items()}
+    if accelerator.is_main_process:
+        tensors = {key: value for member in members for key, value in member.state().items()}
+        state = {"version": 1, "step": done, "seconds": seconds, "positions": [positions[v] for v in sorted(positions)]}
+        save_checkpoint(job.folder.checkpoints, done, tensors, state)
+    accelerator.wait_for_everyone()
+
+
+def gather(value: dict[int, list[int]], accelerator: Accelerator) -> list[dict[int, list[int]]]:
+    if accelerator.num_processes == 1:
+        return [value]
+    gathered: list[dict[int, list[int]] | None] = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(gathered, value)
+    return [part for part in gathered if part is not None]
+
+
+def restore(job: Job, members: list[Member]) -> tuple[int, float, list[Position]]:
+    """(step, seconds, positions) of the newest checkpoint, loaded into the members; the beginning without one."""
+    found = load_checkpoint(job.folder.checkpoints)
+    if found is None:
+        job.folder.cut_metrics(0)
+        return 0, 0.0, [Position()] * job.order.streams
+    tensors, state = found
+    if state["version"] != 1:
+        raise UserError(f"{job.folder.path}: its checkpoint is of version {state['version']}; this sagsae reads 1")
+    for member in members:
+        member.load_(tensors)
+    job.folder.cut_metrics(state["step"])
+    say(f"{job.folder.path}: going on after step {state['step']}")
+    return state["step"], state["seconds"], [Position(*at) for at in state["positions"]]
+
+
+def finish(job: Job, members: list[Member], seconds: float) -> None:
+    """Saves the autoencoders, measures them on the held-out tokens, marks the run finished."""
+    spec = job.store.spec
+    hook = {
+        "model": spec.model,
+        "hook_name": spec.hookpoints[job.hook].name,
+        "context": spec.context,
+        "bos_id": spec.bos_id,
+    }
+    saes = [Autoencoder(member.config, member.weights, job.statistics.scale) for member in members]
+    for sae in saes:
+        sae.save(job.folder.sae(sae.config.name), hook)
+    device = str(members[0].silent.device)
+    write_json(job.folder.evaluation, measure_all(job.store, job.hook, job.parts, saes, None, device))
+    record = job.folder.read("record.json")
+    finished = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(job.folder.path / "record.json", {**record, "seconds": round(seconds, 2), "finished": finished})
+
+
+def summarise(job: Job, seconds: float, steps: int) -> Summary:
+    tokens = job.steps * job.config.batch
+    saes = json.loads(job.folder.evaluation.read_text(encoding="utf-8"))["saes"]
+    rate = steps * job.config.batch / seconds if seconds else 0.0
+    return Summary(
+        job.folder.path, job.store.root, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
+        round(seconds, 2), round(rate, 1), saes,
+    )  # fmt: skip
