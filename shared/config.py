@@ -18,7 +18,7 @@ Section = TypeVar("Section", bound="Frozen")
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
-DEMO_SPARSITIES = (0.1, 0.2, 0.3, 0.5)
+DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
 
 
 class Frozen(BaseModel):
@@ -233,7 +233,7 @@ def demo_train(out: Path, store: Path) -> TrainConfig:
     )
     return TrainConfig(
         store=store,
-        hook=DEMO_HOOKS[0],
+        hook="attn_out",
         saes=saes,
         tokens=512 * 1000,
         batch=512,

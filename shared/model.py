@@ -247,6 +247,7 @@ class LanguageModel:
 
     def __init__(self, source: ModelSource, device: str, dtype: str) -> None:
         import torch
+        from safetensors import SafetensorError
         from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -260,7 +261,7 @@ class LanguageModel:
                 trust_remote_code=False,
                 **source.arguments,
             )
-        except (OSError, ValueError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise UserError(f"--model {source.name}: its weights cannot be loaded: {first_line(error)}") from error
         model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)

@@ -338,7 +338,7 @@ def find_hookpoint(path: Path, hook: str | None) -> tuple[Store, str]:
 
 def is_store(path: Path) -> bool:
     try:
-        return "sagsae" in json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["attributes"]
+        return "state" in json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["attributes"]["sagsae"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -1,0 +1,135 @@
+"""Real things, made small: a GPT-NeoX model with random weights, a corpus, a store harvested from them."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach for the hub
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+
+from harvest.run import harvest
+from shared.config import HarvestConfig, SAEConfig, TrainConfig
+from shared.store import Store
+
+WORDS = "the a cat dog king sat saw said on in of and mat house 12 café naïve if then else return while".split()
+CONTEXT = 16
+ROOT = Path(__file__).parent.parent
+END = "<|endoftext|>"
+
+
+def sentences(n: int, seed: int = 0) -> list[str]:
+    """Documents of 5 to 60 words."""
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(5, 60))) for _ in range(n)]
+
+
+def save_model(folder: Path, **changes: Any) -> Path:
+    """A GPT-NeoX model (d_model 32, 3 layers) with a byte-level BPE of 300 tokens, as Hugging Face saves one."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(sentences(50), trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END, bos_token=END, pad_token=END)
+    settings: dict[str, Any] = {
+        "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2,
+        "intermediate_size": 64, "max_position_embeddings": 64, "initializer_range": 0.3,
+        "bos_token_id": 0, "eos_token_id": 0, **changes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(GPTNeoXConfig(**settings)).save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def save_corpus(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = save_model(tmp_path_factory.mktemp("models") / "neox")
+    save_corpus(folder / "corpus.jsonl", sentences(400))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def harvest_config(model_folder: Path) -> Callable[..., HarvestConfig]:
+    """A harvest of 5,000 tokens in 10 shards of 512 rows (the last one short, in rows and in contexts)."""
+
+    def config(out: Path, **changes: Any) -> HarvestConfig:
+        values = {
+            "model": str(model_folder), "context": CONTEXT, "tokens": 5000, "chunk_rows": 64, "shard_rows": 512,
+            "batch_tokens": 128, "device": "cpu", "out": out, "name": "s", **changes,
+        }  # fmt: skip
+        return HarvestConfig(**values)
+
+    return config
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory, harvest_config: Callable[..., HarvestConfig]) -> Store:
+    """A finished store with three hookpoints. Read only."""
+    return Store.open(harvest(harvest_config(tmp_path_factory.mktemp("stores"))).store)
+
+
+@pytest.fixture
+def train_config(store: Store, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """20 steps of two small autoencoders on the session's store."""
+
+    def config(**changes: Any) -> TrainConfig:
+        saes = tuple(SAEConfig(arch=arch, d_sae=48, sparsity=0.2) for arch in ("sa-gsae", "gated"))
+        values: dict[str, Any] = {
+            "store": store.root, "hook": "mlp_out", "saes": saes, "tokens": 20 * 64, "batch": 64, "lr": 5e-3,
+            "streams": 4, "window_rows": 1024, "log_every": 5, "checkpoint_every": 8, "device": "cpu",
+            "heldout_tokens": 320, "out": tmp_path / "run", **changes,
+        }  # fmt: skip
+        return TrainConfig(**values)
+
+    return config
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a store or a run that must not depend on when or how often it was interrupted."""
+    files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in ("record.json", ".lock"))
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+class Sagsae(Protocol):
+    def __call__(
+        self, *arguments: str | Path, stop: tuple[int, Callable[[], bool]] | None = None
+    ) -> subprocess.CompletedProcess[str]: ...
+
+
+@pytest.fixture(scope="session")
+def sagsae() -> Sagsae:
+    """`sagsae ARGUMENTS` in a process of its own. `stop` = (signal, condition) sends the signal as soon as the
+    condition holds, and fails when the process ends before that."""
+
+    def run(
+        *arguments: str | Path, stop: tuple[int, Callable[[], bool]] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while stop is not None and not stop[1]():
+            assert process.poll() is None, f"ended before it could be stopped: {process.communicate()}"
+            time.sleep(0.002)
+        if stop is not None:
+            process.send_signal(stop[0])
+        output, errors = process.communicate(timeout=250)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+    return run

@@ -1,0 +1,272 @@
+"""A harvest stores what the model computes, exactly as many rows as were asked for, and survives being killed."""
+
+import errno
+import json
+import shutil
+import signal
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import CONTEXT, Sagsae, contents, save_corpus, save_model, sentences
+from transformers import AutoModelForCausalLM
+
+import harvest.run
+import harvest.writer
+from harvest.run import harvest as run_harvest
+from shared.config import HarvestConfig
+from shared.errors import Interrupted, UserError
+from shared.shard import as_float32
+from shared.store import ArrayReader, Store, verify
+
+Config = Callable[..., HarvestConfig]
+
+
+def in_token_order(store: Store, hook: str) -> np.ndarray:
+    """[n_tokens, d_in]: the stored rows, back where they came from."""
+    readers = [ArrayReader(store, array) for array in (hook, "index/context", "index/position")]
+    rows, contexts, positions = (np.concatenate([r.read_shard(k) for k in store.commits]) for r in readers)
+    ordered = np.empty_like(rows)
+    ordered[contexts.astype(int) * store.spec.context + positions] = rows
+    return ordered
+
+
+def test_rows_equal_a_direct_forward_bit_for_bit(harvest_config: Config, model_folder: Path, tmp_path: Path) -> None:
+    config = harvest_config(tmp_path, store_dtype="float32", dtype="float32", layers=(1, 2), tokens=1203)
+    store = Store.open(run_harvest(config).store)
+    assert store.spec.n_tokens == store.n_rows == 1203, "exactly as many rows as asked for"
+    assert len(store.spec.hookpoints) == 6
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa").eval()
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            found.setdefault(name, []).append((output[0] if isinstance(output, tuple) else output).flatten(0, 1))
+
+        return hook
+
+    for layer in (1, 2):
+        block = model.gpt_neox.layers[layer]
+        for name, module in (("resid_post", block), ("attn_out", block.attention), ("mlp_out", block.mlp)):
+            module.register_forward_hook(keep(f"layer_{layer:02d}/{name}"))
+    tokens = torch.from_numpy(store.tokens().astype("int64"))
+    per_batch, per_shard = 128 // CONTEXT, 512 // CONTEXT
+    with torch.inference_mode():
+        for shard in tokens.split(per_shard):
+            for batch in shard.split(per_batch):
+                model(batch, use_cache=False)
+    for hook, parts in found.items():
+        assert np.array_equal(in_token_order(store, hook), torch.cat(parts)[:1203].numpy()), hook
+
+
+def test_bfloat16_is_the_rounded_float32(store: Store, harvest_config: Config, tmp_path: Path) -> None:
+    exact = Store.open(run_harvest(harvest_config(tmp_path, store_dtype="float32")).store)
+    for hook in store.spec.hookpoints:
+        expected = torch.from_numpy(in_token_order(exact, hook)).bfloat16().float().numpy()
+        assert np.array_equal(as_float32(in_token_order(store, hook), "bfloat16"), expected)
+
+
+def test_shards_that_cut_contexts(harvest_config: Config, tmp_path: Path) -> None:
+    """A context longer than the shard's remainder is computed for both shards; no row is lost or doubled."""
+    odd = Store.open(run_harvest(harvest_config(tmp_path / "odd", context=23, tokens=1000, shard_rows=192)).store)
+    whole = Store.open(run_harvest(harvest_config(tmp_path / "whole", context=23, tokens=1000, shard_rows=1024)).store)
+    for hook in odd.spec.hookpoints:
+        cut, uncut = (as_float32(in_token_order(s, hook), "bfloat16") for s in (odd, whole))
+        np.testing.assert_allclose(cut, uncut, rtol=2**-6, atol=1e-3)
+
+
+def test_tokens_are_packed_and_bos_is_a_policy(harvest_config: Config, tmp_path: Path) -> None:
+    plain = Store.open(run_harvest(harvest_config(tmp_path / "a", hooks=("mlp_out",))).store)
+    assert plain.spec.bos_id is None, "this tokenizer adds none by itself"
+    assert (plain.tokens() == 0).sum() > 50, "documents are joined by the end-of-text token"
+    begun = Store.open(run_harvest(harvest_config(tmp_path / "b", hooks=("mlp_out",), bos="true")).store)
+    assert begun.spec.bos_id == 0, "0 is a valid id"
+    assert (begun.tokens()[:, 0] == 0).all()
+
+
+def test_all_of_a_corpus_by_default(harvest_config: Config, tmp_path: Path) -> None:
+    store = Store.open(run_harvest(harvest_config(tmp_path, tokens=None, hooks=("mlp_out",))).store)
+    assert store.spec.n_tokens == store.tokens().size
+    assert store.spec.corpus["documents"] == 400
+
+
+def test_the_same_call_again_is_complete(harvest_config: Config, tmp_path: Path, capsys: Any) -> None:
+    config = harvest_config(tmp_path)
+    before = contents(run_harvest(config).store)
+    again = run_harvest(config)
+    assert "complete" in capsys.readouterr().err
+    assert contents(again.store) == before
+    assert run_harvest(harvest_config(tmp_path, overwrite=True, seed=1)).tokens == 5000
+    assert contents(again.store) != before
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"seed": 1}, "seed: the store has 0, this asks for 1"),
+        ({"context": 32}, "context: the store has 16, this asks for 32"),
+        ({"tokens": 100}, "n_tokens: the store has 5000, this asks for 100"),
+        ({"codec": "lz4", "bos": "true"}, "bos_id: the store has None, this asks for 0; codec: the store has zstd"),
+        ({"layers": (2,)}, "hookpoints"),
+        ({"shuffle_documents": False}, "shuffled: the store has True"),
+    ],
+)
+def test_another_request_for_the_same_store_is_refused(
+    harvest_config: Config, tmp_path: Path, changes: dict[str, Any], named: str
+) -> None:
+    run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
+    with pytest.raises(UserError, match=named) as refused:
+        run_harvest(harvest_config(tmp_path, **{"hooks": ("mlp_out",), **changes}))
+    assert "--overwrite" in str(refused.value)
+
+
+def test_a_store_of_another_model_is_refused(harvest_config: Config, model_folder: Path, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path))
+    other = save_model(tmp_path / "other", hidden_act="relu")
+    shutil.copy(model_folder / "corpus.jsonl", other)
+    with pytest.raises(UserError, match="model: the store has"):
+        run_harvest(harvest_config(tmp_path, model=str(other)))
+
+
+def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -> None:
+    short = save_corpus(tmp_path / "short.jsonl", ["a cat"])
+    out = tmp_path / "out"
+    refused = {
+        r"--context 65: .* at most 64 tokens": {"context": 65},
+        r"--layer 3: the model has 3 layers": {"layers": (3,)},
+        r"parallel residual": {"hooks": ("resid_mid",)},
+        r"hookpoints that can be harvested are": {"hooks": ("blocks.1.ln1.hook_in",)},
+        r"no such folder": {"model": "./nowhere"},
+        r"no such file or folder": {"corpus": "./nowhere.jsonl"},
+        r"--device cuda:7": {"device": "cuda:7"},
+        r"multiple of chunk_rows": {"shard_rows": 100},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(UserError, match=message):
+            run_harvest(harvest_config(out, **changes))
+        assert not out.exists() or not list(out.glob("*/zarr.json")), message
+    with pytest.raises(UserError, match=r"the corpus gives \d+ tokens, less than one row of 16"):
+        run_harvest(harvest_config(out, corpus=str(short), tokens=None))
+    with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens"):
+        run_harvest(harvest_config(out, corpus=str(save_corpus(tmp_path / "few.jsonl", sentences(3)))))
+    assert not list(out.glob("*/zarr.json"))
+    assert run_harvest(harvest_config(out)).tokens == 5000, "what a refusal leaves behind is no obstacle"
+
+
+def test_a_folder_that_is_no_store_is_left_alone(harvest_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "s").mkdir()
+    (tmp_path / "s" / "thesis.tex").write_text("years of work")
+    with pytest.raises(UserError, match="exists and is not a store"):
+        run_harvest(harvest_config(tmp_path, overwrite=True))
+    assert (tmp_path / "s" / "thesis.tex").exists()
+
+
+def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"--out .*: cannot be written to"):
+        run_harvest(harvest_config(tmp_path / "file"))
+
+
+def test_a_disk_too_small_is_refused_before_any_work(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(harvest.run.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
+    with pytest.raises(UserError, match=r"about 0\.0 GB are needed, 0\.0 GB are free"):
+        run_harvest(harvest_config(tmp_path))
+    assert "5,000 tokens, 3 hookpoints" in capsys.readouterr().err, "the estimate is printed"
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_disk_that_fills_up(harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, calls = harvest.writer.write_file, 0
+
+    def write_until_full(path: Path, data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 50:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest.writer, "write_file", write_until_full)
+        with pytest.raises(UserError, match=r"the disk is full. Free space, then run the same command again"):
+            run_harvest(harvest_config(tmp_path))
+    half = Store.open(tmp_path / "s")
+    assert 0 < len(half.commits) < 10
+    assert verify(half, full=True) == []
+    run_harvest(harvest_config(tmp_path))
+    whole = run_harvest(harvest_config(tmp_path / "whole"))
+    assert contents(tmp_path / "s") == contents(whole.store)
+
+
+def test_infinite_activations_are_named(harvest_config: Config, model_folder: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    broken = Path(shutil.copytree(model_folder, tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][5] = float("inf")
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"layer_01/\w+: NaN or infinite activations in \d+ dimensions \(first: \d+\)"):
+        run_harvest(harvest_config(tmp_path, model=str(broken)))
+    assert Store.open(tmp_path / "s").commits == {}
+
+
+def test_a_stop_request_between_batches(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop:
+        def __enter__(self) -> Callable[[], bool]:
+            return lambda: len(Store.open(tmp_path / "s").commits) >= 3
+
+        def __exit__(self, *_: object) -> None:
+            pass
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harvest.run, "stop_requests", Stop)
+        with pytest.raises(Interrupted, match="run the same command again"):
+            run_harvest(harvest_config(tmp_path))
+    assert 3 <= len(Store.open(tmp_path / "s").commits) < 10
+    assert run_harvest(harvest_config(tmp_path)).tokens == 5000
+
+
+def test_no_socket_is_opened_for_a_local_model(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*address: object, **_options: object) -> None:
+        raise AssertionError(f"a connection was asked for: {address}")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    run_harvest(harvest_config(tmp_path, model="tiny", tokens=2000, context=64))
+
+
+def manifest_lines(root: Path) -> int:
+    path = root / "manifest" / "rank-00000.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
+    """Killed twice in the middle of writing, then finished: the same bytes as a store harvested in one go."""
+    command = ["harvest", "--model", "tiny", "--tokens", "60000", "--hook", "mlp_out", "--hook", "attn_out",
+               "--set", "shard_rows=2048", "--set", "chunk_rows=512", "--json", "--out"]  # fmt: skip
+    root = tmp_path / "killed" / "tiny"
+    for lines in (2, 9):
+        stop = (signal.SIGKILL, lambda n=lines: manifest_lines(root) >= n)
+        assert sagsae(*command, tmp_path / "killed", stop=stop).returncode == -signal.SIGKILL
+        half = Store.open(root)
+        assert lines <= len(half.commits) < 30
+        assert verify(half, full=True) == [], "what is committed is whole"
+    asked = sagsae(*command, tmp_path / "killed", stop=(signal.SIGTERM, lambda: manifest_lines(root) >= 15))
+    assert asked.returncode == 130
+    assert "To continue, run the same command again" in asked.stderr
+    for folder in ("killed", "whole"):
+        done = sagsae(*command, tmp_path / folder)
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["tokens"] == 60_000
+    assert contents(root) == contents(tmp_path / "whole" / "tiny")

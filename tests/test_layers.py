@@ -1,0 +1,48 @@
+"""Who may import what. An import that points the wrong way is the first step of a tangle."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+FORBIDDEN = {
+    "shared": {"harvest", "train", "cli", "tests"},
+    "harvest": {"train", "cli", "tests"},
+    "train": {"harvest", "cli", "tests"},
+}
+DOORS = {
+    "zarr": {"shared/store.py"},
+    "transformer_lens": {"shared/model.py"},
+    "accelerate": {"train/run.py"},
+    "typer": {"cli.py"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name.split(".")[0] for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are written from the top, not relative"
+            found.add((node.module or "").split(".")[0])
+    return found
+
+
+def product() -> list[Path]:
+    return [ROOT / "cli.py", *(path for package in FORBIDDEN for path in sorted((ROOT / package).rglob("*.py")))]
+
+
+@pytest.mark.parametrize("path", product(), ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_imports_point_downwards(path: Path) -> None:
+    name = path.relative_to(ROOT).as_posix()
+    used = imports(path)
+    assert not used & FORBIDDEN.get(name.split("/")[0], set())
+    for library, allowed in DOORS.items():
+        assert library not in used or name in allowed, f"{library} is imported outside {allowed}"
+
+
+def test_order_and_mathematics_know_no_ranks() -> None:
+    assert not imports(ROOT / "train" / "order.py") & {"torch", "accelerate"}
+    assert imports(ROOT / "train" / "sae" / "gated.py") <= {"dataclasses", "typing", "torch", "jaxtyping"}

@@ -1,0 +1,193 @@
+"""The store on disk: any Zarr reader opens it, the manifest is the truth, damage is found and named."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from shared.errors import DamagedError, UserError
+from shared.manifest import append_commit, clean_up, parse_commit, read_manifest, write_file, writer_lock
+from shared.shard import as_float32
+from shared.store import ArrayReader, Store, find_hookpoint, read_state, remove_store, shard_file, verify
+
+HOOK = "layer_01/mlp_out"
+
+
+@pytest.fixture
+def copy(store: Store, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(store.root, tmp_path / "copy"))
+
+
+def read_all(store: Store, array: str) -> np.ndarray:
+    reader = ArrayReader(store, array)
+    return np.concatenate([reader.read_shard(shard) for shard in store.commits])
+
+
+def test_other_readers_see_the_same_values(store: Store) -> None:
+    for array in store.spec.layouts():
+        ours = read_all(store, array)
+        assert len(ours) == store.spec.n_tokens == 5000
+        assert np.asarray(zarr.open_array(store.root / array, mode="r")[:]).tobytes() == ours.tobytes()
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(store.root / array)}}
+        theirs = tensorstore.open(spec, read=True, open=True).result().read().result()
+        assert np.asarray(theirs).tobytes() == ours.tobytes()
+
+
+def test_the_group_opens_as_zarr(store: Store) -> None:
+    group = zarr.open_group(store.root, mode="r")
+    assert group.attrs["sagsae"]["state"] == "final"
+    array = group[HOOK]
+    assert isinstance(array, zarr.Array)
+    assert array.metadata.dimension_names == ("token", "d_model")
+    assert array.attrs["sagsae"] == {"logical_dtype": "bfloat16", "hook": "blocks.1.hook_mlp_out"}
+    for path in store.spec.sums():
+        partial = group[path]
+        assert isinstance(partial, zarr.Array)
+        assert np.array_equal(np.asarray(partial[3]), store.sums(path, 3))
+
+
+def test_every_row_of_the_token_stream_is_stored_once(store: Store) -> None:
+    stream = read_all(store, "index/context").astype(int) * store.spec.context + read_all(store, "index/position")
+    assert sorted(stream) == list(range(5000))
+    assert not np.array_equal(stream, np.arange(5000)), "rows are permuted inside a shard"
+    for shard, commit in store.commits.items():
+        assert store.spec.shard_range(shard) == (commit.start, commit.stop)
+
+
+def test_statistics_equal_a_direct_computation(store: Store) -> None:
+    tokens = store.tokens()
+    contexts, positions = read_all(store, "index/context"), read_all(store, "index/position")
+    counted = (positions > 0) & ~np.isin(tokens[contexts, positions], store.spec.special_ids)
+    x = as_float32(read_all(store, HOOK), "bfloat16").astype("<f8")
+    found = store.statistics(HOOK)
+    assert found.n == counted.sum() < 5000
+    np.testing.assert_allclose(found.mean, x[counted].mean(axis=0), rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(found.variance, x[counted].var(axis=0), rtol=1e-9)
+    assert found.scale == pytest.approx(np.sqrt(np.square(x[counted] - found.mean).sum(1).mean()), rel=1e-9)
+    norms = read_all(store, f"stats/{HOOK}/norm")
+    np.testing.assert_allclose(norms, np.linalg.norm(x, axis=1), rtol=1e-6)
+
+
+DAMAGES = {
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "emptied": lambda path: os.truncate(path, 0),
+    "missing": lambda path: path.unlink(),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "one bit flipped": lambda path: path.write_bytes((d := path.read_bytes())[:100] + bytes([d[100] ^ 1]) + d[101:]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_found_by_reading_and_by_verify(copy: Path, damage: str) -> None:
+    store = Store.open(copy)
+    assert verify(store, full=True) == []
+    path = shard_file(copy, HOOK, 4, 2)
+    DAMAGES[damage](path)
+    with pytest.raises(DamagedError, match=r"mlp_out/c/4/0"):
+        ArrayReader(store, HOOK).read_shard(4)
+    for full in (False, True):
+        assert [str(path) in line for line in verify(store, full)] == [True]
+
+
+def test_verify_names_all_that_is_damaged(copy: Path) -> None:
+    for array, shard in ((HOOK, 0), (HOOK, 7), ("index/position", 2)):
+        os.truncate(shard_file(copy, array, shard, 1 if "index" in array else 2), 5)
+    (copy / "stats" / HOOK / "sum" / "c" / "1" / "0").unlink()
+    assert len(verify(Store.open(copy), full=False)) == 4
+
+
+def test_damaged_partial_sums_are_not_summed(copy: Path) -> None:
+    path = copy / "stats" / HOOK / "sum" / "c" / "1" / "0"
+    data = bytearray(path.read_bytes())
+    data[3] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match="checksum"):
+        Store.open(copy).statistics(HOOK)
+
+
+def test_a_shard_counts_only_when_the_manifest_says_so(copy: Path) -> None:
+    manifest = copy / "manifest" / "rank-00000.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:3]))
+    store = Store.open(copy)
+    assert sorted(store.commits) == [0, 1, 2]
+    assert store.n_rows == 3 * 512
+
+
+@pytest.mark.parametrize("cut", [1, 40, -1])
+def test_a_torn_last_line_is_no_commit_and_is_cut(copy: Path, cut: int) -> None:
+    manifest = copy / "manifest" / "rank-00000.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:-1]) + lines[-1][:cut])
+    leftover = copy / "layer_01" / "mlp_out" / "c" / "9" / "0.123.tmp"
+    leftover.write_bytes(b"half")
+    assert len(read_manifest(copy)) == len(lines) - 1
+    clean_up(copy)
+    assert manifest.read_text() == "".join(lines[:-1])
+    assert not leftover.exists()
+    commit = parse_commit(lines[-1])
+    assert commit is not None
+    append_commit(copy, 0, commit)
+    assert manifest.read_text() == "".join(lines)
+
+
+def test_an_altered_line_is_damage(copy: Path) -> None:
+    manifest = copy / "manifest" / "rank-00000.jsonl"
+    manifest.write_text(manifest.read_text().replace('"rows":512', '"rows":511', 1))
+    with pytest.raises(DamagedError, match="line 1"):
+        Store.open(copy)
+
+
+def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_handle: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_file(tmp_path / "file", b"data")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_two_writers(tmp_path: Path) -> None:
+    with writer_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), writer_lock(tmp_path):
+        pass
+    with writer_lock(tmp_path):
+        pass
+
+
+def test_find_hookpoint(store: Store, tmp_path: Path) -> None:
+    for path, hook in (
+        (store.root, HOOK),
+        (store.root, "mlp_out"),
+        (store.root / HOOK, None),
+        (store.root / HOOK, "x"),
+    ):
+        assert find_hookpoint(path, hook)[1] == HOOK
+    with pytest.raises(UserError, match=r"several hookpoints.*--hook: layer_01/resid_post, layer_01/attn_out"):
+        find_hookpoint(store.root, None)
+    with pytest.raises(UserError, match=r"no hookpoint 'resid_pre'.*layer_01/mlp_out"):
+        find_hookpoint(store.root, "resid_pre")
+    with pytest.raises(UserError, match="does not exist"):
+        find_hookpoint(tmp_path / "nowhere", None)
+    with pytest.raises(UserError, match="holds no store"):
+        find_hookpoint(tmp_path, None)
+
+
+def test_a_newer_format_is_refused(copy: Path) -> None:
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"]["sagsae"]["format_version"] = 2
+    (copy / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(UserError, match=r"store format 2; this sagsae reads format 1"):
+        read_state(copy)
+
+
+def test_remove_store_removes_only_stores(copy: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds no store"):
+        remove_store(tmp_path)
+    remove_store(copy)
+    assert not copy.exists()
