@@ -148,12 +148,12 @@ def demo(
     from train.run import train as run_train
 
     started = time.monotonic()
-    say("1 of 4: harvest the shipped language model's activations (the whole demo takes two to four minutes)")
+    say("1 of 4: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
     store = run_harvest(demo_harvest(out)).store
     say("2 of 4: train SA-GSAE and, at twice the width, Gated autoencoders")
     run = run_train(demo_train(out, store)).run
     say("3 of 4: measure them on held-out tokens, inside the language model")
-    results = measure(EvalConfig(run=run, ce_tokens=20_000)).results
+    results = measure(EvalConfig(run=run, ce_tokens=10_000)).results
     say("4 of 4: write the report")
     page = write_report([run], out / "report.html").resolve()
     seconds = round(time.monotonic() - started, 1)
@@ -234,10 +234,17 @@ def resolve(schema: Any, flags: dict[str, Any], file: Path | None, settings: lis
 
 
 def launch(processes: int) -> None:
-    """Runs this same command in several processes and ends with their exit code."""
+    """Runs this same command in several processes and ends with the exit code of the first that failed."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
+    except ChildFailedError as error:
+        raise typer.Exit(max(1, error.get_first_failure()[1].exitcode)) from error
+    except SignalException as error:
+        raise KeyboardInterrupt from error
     raise typer.Exit(0)
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from harvest.capture import capture_shard, make_buffers
@@ -30,6 +31,7 @@ from shared.model import (
     ModelSource,
     load_tokenizer,
     model_info,
+    native_dtype,
     pick_device,
     read_config,
     resolve_hooks,
@@ -121,7 +123,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     if context > 1 << 16:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
     device = pick_device(config.device)
-    dtype = config.dtype if config.dtype != "auto" else "bfloat16" if device.startswith("cuda") else "float32"
+    dtype = native_dtype(torch.device(device)) if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(source)
     if len(tokenizer) > info.vocab_size:
         raise UserError(
@@ -328,7 +330,7 @@ def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:
     started, waited = time.monotonic(), 0.0
     with (
         stop_requests() as stop_asked,
-        closing(ShardWriter(plan.root, spec, tokens, threads=4)) as writer,
+        closing(ShardWriter(plan.root, spec, tokens)) as writer,
         progress(f"harvest {plan.root.name}", rows_to_do, "tokens") as advance,
     ):
 

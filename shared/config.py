@@ -33,7 +33,7 @@ class HarvestConfig(Frozen):
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in. auto: bfloat16 on CUDA, float32 on a CPU."""
+    """What the model computes in. auto: bfloat16 where the hardware multiplies it natively, else float32."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     device: str = "auto"
@@ -221,7 +221,7 @@ def sae_grid(archs: list[str], widths: list[int], sparsities: list[float], seeds
 
 def demo_harvest(out: Path) -> HarvestConfig:
     """The shipped model over the text that comes with it."""
-    return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, out=out / "stores")
+    return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, tokens=600_000, out=out / "stores")
 
 
 def demo_train(out: Path, store: Path) -> TrainConfig:

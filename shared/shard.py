@@ -6,7 +6,6 @@ Encoding whole shards here costs a third of what zarr-python's chunk-by-chunk wr
 Nothing in this file touches a disk.
 """
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,23 +120,23 @@ def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return whole
 
 
-def encode_shard(
-    rows: NDArray[Any],
-    layout: Layout,
-    run: Callable[[Callable[[NDArray[Any]], bytes], Iterable[Any]], Iterable[bytes]] = map,
-) -> bytes:
-    """The whole file of one shard for `rows` (n <= shard_rows, *row_shape). `run` may be a thread pool's `map`."""
+def assemble_shard(chunks: list[bytes], layout: Layout) -> bytes:
+    """The whole file of a shard: its encoded chunks, then the index. Chunks beyond the last are marked missing."""
+    index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
+    sizes = np.array([len(chunk) for chunk in chunks], dtype="<u8")
+    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
+    index[: len(chunks), 1] = sizes
+    return b"".join([*chunks, with_crc(index.tobytes())])
+
+
+def encode_shard(rows: NDArray[Any], layout: Layout) -> bytes:
+    """The whole file of one shard for `rows` (n <= shard_rows, *row_shape)."""
     if len(rows) > layout.shard_rows or rows.shape[1:] != layout.row_shape or rows.dtype != layout.dtype:
         raise ValueError(
             f"rows {rows.shape} {rows.dtype} do not fit shards of {layout.shard_rows} {layout.row_shape} {layout.dtype}"
         )
     pieces = [rows[i : i + layout.chunk_rows] for i in range(0, len(rows), layout.chunk_rows)]
-    encoded = list(run(lambda piece: encode_chunk(pad_chunk(piece, layout), layout.codec), pieces))
-    index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
-    sizes = np.array([len(chunk) for chunk in encoded], dtype="<u8")
-    index[: len(encoded), 0] = np.cumsum(sizes) - sizes
-    index[: len(encoded), 1] = sizes
-    return b"".join([*encoded, with_crc(index.tobytes())])
+    return assemble_shard([encode_chunk(pad_chunk(piece, layout), layout.codec) for piece in pieces], layout)
 
 
 def decode_index(tail: bytes, layout: Layout, what: str) -> NDArray[np.uint64]:

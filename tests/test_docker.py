@@ -4,7 +4,9 @@ docker_compose_spec.json is the Compose Specification's schema (Apache-2.0; dock
 """
 
 import fnmatch
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -13,6 +15,7 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Iterator, Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -165,8 +168,9 @@ def test_each_rule_notices(rule: str, old: str, new: str) -> None:
 
 def test_parser_joins_continuations_and_drops_comments_between_them() -> None:
     text = "# syntax\nFROM a:1.0 AS b\n\nRUN one \\\n  # why\n\n    && two\nFROM b\nrun three\n"
-    assert instructions(text) == [("FROM", "a:1.0 AS b", 0), ("RUN", "one       && two", 0), ("FROM", "b", 1),
-                                  ("RUN", "three", 1)]  # fmt: skip
+    found = [(each.word, each.arguments.split(), each.stage) for each in instructions(text)]
+    runs = [("RUN", ["one", "&&", "two"], 0), ("FROM", ["b"], 1), ("RUN", ["three"], 1)]
+    assert found == [("FROM", ["a:1.0", "AS", "b"], 0), *runs]
 
 
 @pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
@@ -236,13 +240,16 @@ def test_what_is_copied_exists_and_is_let_in() -> None:
 
 
 def test_what_is_copied_builds_a_complete_wheel(tmp_path: Path) -> None:
+    for needed in map(Requirement, PROJECT["build-system"]["requires"]):
+        if not needed.specifier.contains(metadata.version(needed.name)):
+            pytest.skip(f"{needed} is not installed, and nothing may be downloaded here")
     tree = tmp_path / "tree"
     tree.mkdir()
     for source in copied():
         place = shutil.copytree if (ROOT / source).is_dir() else shutil.copy
         place(ROOT / source, tree / source)
     offline = ["--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check"]
-    build = [sys.executable, "-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", tmp_path, tree]
+    build = [sys.executable, "-m", "pip", "wheel", "--quiet", *offline, "--wheel-dir", str(tmp_path), str(tree)]
     subprocess.run(build, check=True, env={"PATH": "/usr/bin:/bin"}, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
@@ -352,8 +359,9 @@ def test_compose_itself_makes_the_same_commands() -> None:
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         pytest.skip("the Compose plugin is not installed")
     given = {"MODEL": "gpt2", "GPUS": "2", "TRAIN_ARGS": "--sparsity 0.1 --sparsity 0.2", "DATA": "/texts"}
-    words = [docker, "compose", "-f", ROOT / "docker/compose.yaml", "--profile", "report", "config", "--format", "json"]
-    home = {"PATH": "/usr/bin:/bin"} | {"DOCKER_CONFIG": value for value in [environment_docker_config()] if value}
+    words = [docker, "compose", "-f", str(ROOT / "docker/compose.yaml")]
+    words += ["--profile", "report", "config", "--format", "json"]
+    home = {name: value for name, value in os.environ.items() if name not in variables()}
     done = subprocess.run(words, capture_output=True, text=True, check=True, env=home | given)
     said = json.loads(done.stdout)["services"]
     assert {name: each["command"] for name, each in said.items()} == {name: command(name, **given) for name in SERVICES}
@@ -376,7 +384,7 @@ def test_services_resume_stop_and_keep_secrets_outside() -> None:
         assert ("profiles" in service) == (name in ("eval", "report")), name
         sources = {volume.split(":")[0] for volume in service["volumes"]}
         assert sources == set(compose()["volumes"]), name
-    for before, after in zip(SERVICES, SERVICES[1:], strict=False):
+    for before, after in itertools.pairwise(SERVICES):
         assert services[after]["depends_on"] == {before: {"condition": "service_completed_successfully"}}
 
 
@@ -450,8 +458,8 @@ def test_services_hand_over_to_each_other() -> None:
 
 
 def test_variables_reach_the_commands() -> None:
-    given = {"GPUS": "4", "MODEL": "EleutherAI/pythia-70m", "STORE": "small", "RUN": "one", "HARVEST_ARGS": "--codec lz4",
-             "TRAIN_ARGS": "--sparsity 0.1 --sparsity 0.3 --seed 7"}  # fmt: skip
+    arguments = {"HARVEST_ARGS": "--codec lz4", "TRAIN_ARGS": "--sparsity 0.1 --sparsity 0.3 --seed 7"}
+    given = {"GPUS": "4", "MODEL": "EleutherAI/pythia-70m", "STORE": "small", "RUN": "one", **arguments}
     harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
     assert (harvest.model, harvest.name, harvest.codec) == ("EleutherAI/pythia-70m", "small", "lz4")
     assert (train.store, train.out) == (Path("/stores/small"), Path("/runs/one"))
@@ -542,3 +550,10 @@ def test_page_and_compose_name_the_same_variables() -> None:
     for name, default in documented.items():
         if default.startswith("`"):
             assert set(re.findall(rf"\$\{{{name}:-([^}}]*)\}}", text)) == {default.strip("`")}, name
+
+
+@pytest.mark.parametrize(("service", "name"), [("harvest", "HARVEST_ARGS"), ("train", "TRAIN_ARGS")])
+def test_example_arguments_of_the_page(service: str, name: str) -> None:
+    example = re.search(rf"^\| `{name}` .*?`(--[^`]+)`", PAGE, re.MULTILINE)
+    assert example
+    check_command(command(service, **{name: example[1]}))

@@ -14,6 +14,7 @@ from torch import Tensor
 from shared.config import SAEConfig, build
 from shared.errors import UserError
 from shared.manifest import write_file
+from shared.model import native_dtype, torch_dtype
 from shared.record import write_json
 from train.sae import gated
 
@@ -60,16 +61,4 @@ class Autoencoder:
 
 def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
     """What matrix products take in. auto: bfloat16 where the hardware multiplies it natively, else float32."""
-    if precision != "auto":
-        return torch.bfloat16 if precision == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        native = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        native = device.type == "cpu" and cpu_has_bfloat16()
-    return torch.bfloat16 if native else torch.float32
-
-
-def cpu_has_bfloat16() -> bool:
-    """AVX512-BF16 or AMX. torch keeps the question private; where it cannot be asked, the answer is no."""
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"))
-    return any(question is not None and question() for question in asked)
+    return torch_dtype(native_dtype(device) if precision == "auto" else precision)

@@ -36,9 +36,10 @@ from train.order import Order, Position, Split, make_order, split
 from train.sae.gated import Step, Weights, gradients, initial_weights
 from train.stream import BatchStream, Rows
 
-
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
+AGREE_EVERY: Final = 10
+"""Steps between the moments at which several ranks agree to stop."""
 
 
 @dataclass(frozen=True)
@@ -104,8 +105,10 @@ class Member:
 
 def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
-    device = pick_device(config.device)
-    accelerator = Accelerator(cpu=device == "cpu")
+    device = torch.device(pick_device(config.device))
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # accelerate takes the current one
+    accelerator = Accelerator(cpu=device.type == "cpu")
     job = make_job(config, accelerator.device)
     if job.order.streams % accelerator.num_processes:
         raise UserError(
@@ -240,7 +243,7 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> floa
             due = done % config.log_every == 0 or done == job.steps
             if due and accelerator.is_main_process:
                 job.folder.log(log_line(job, members, measured, done, lr, elapsed()))
-            stop = agree(stop_asked(), due, accelerator)
+            stop = agree(stop_asked(), done, accelerator)
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
                 checkpoint(job, members, stream, done, elapsed(), accelerator)
             if stop and done < job.steps:
@@ -276,11 +279,11 @@ def averaged(grads: Weights, step: Step, accelerator: Accelerator) -> tuple[Weig
     return means, Step(reconstruction, sparsity, auxiliary, l0, next(pieces) > 0)
 
 
-def agree(stop: bool, due: bool, accelerator: Accelerator) -> bool:
-    """Whether all ranks stop now. With several, a signal to one of them counts at the next line of metrics."""
+def agree(stop: bool, done: int, accelerator: Accelerator) -> bool:
+    """Whether all ranks stop now. Several ranks ask one another only now and then."""
     if accelerator.num_processes == 1:
         return stop
-    if not due:
+    if done % AGREE_EVERY:
         return False
     return bool(accelerator.reduce(torch.tensor([float(stop)], device=accelerator.device), "sum").item())
 

@@ -1,7 +1,8 @@
 """Windows of rows from a store's committed shards to batches on the device. The next window is read while the current
-one is used, one reader thread for all streams; memory is two windows a stream. Resumes from a position by reading that
+one is used; memory is two windows a stream. Resumes from a position by reading that
 window again."""
 
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -48,13 +49,28 @@ def to_tensor(rows: NDArray[Any], dtype: str) -> Float[Tensor, "rows d_in"]:
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
+@dataclass(frozen=True)
+class Readers:
+    """Threads: one reads windows, one after another, for all streams; the others decode a window's chunks."""
+
+    windows: ThreadPoolExecutor
+    chunks: ThreadPoolExecutor
+
+    @classmethod
+    def start(cls) -> "Readers":
+        cores = len(os.sched_getaffinity(0))
+        return cls(
+            ThreadPoolExecutor(1, thread_name_prefix="window"), ThreadPoolExecutor(cores, thread_name_prefix="decode")
+        )
+
+
 class VirtualStream:
     """One of the V streams: its windows, one after another, epoch after epoch."""
 
     def __init__(
-        self, rows: Rows, order: Order, keep: NDArray[np.bool_], number: int, at: Position, reader: ThreadPoolExecutor
+        self, rows: Rows, order: Order, keep: NDArray[np.bool_], number: int, at: Position, readers: Readers
     ) -> None:
-        self.rows, self.order, self.keep, self.number, self.reader = rows, order, keep, number, reader
+        self.rows, self.order, self.keep, self.number, self.readers = rows, order, keep, number, readers
         self.chunks = rows.chunks()
         self.at = at
         self.window: NDArray[Any] = self.load(at.epoch, at.window)
@@ -62,8 +78,8 @@ class VirtualStream:
 
     def load(self, epoch: int, window: int) -> NDArray[Any]:
         """The rows of one window in the order in which they are given out."""
-        chunks = self.order.windows(epoch, self.number)[window]
-        rows = np.concatenate([self.rows.kept(*self.chunks[int(chunk)], self.keep) for chunk in chunks])
+        chunks = [self.chunks[int(chunk)] for chunk in self.order.windows(epoch, self.number)[window]]
+        rows = np.concatenate(list(self.readers.chunks.map(lambda at: self.rows.kept(at[0], at[1], self.keep), chunks)))
         return rows[self.order.rows(epoch, self.number, window, len(rows))]
 
     def after(self, at: Position) -> Position:
@@ -72,7 +88,7 @@ class VirtualStream:
 
     def read_ahead(self) -> Future[NDArray[Any]]:
         following = self.after(self.at)
-        return self.reader.submit(self.load, following.epoch, following.window)
+        return self.readers.windows.submit(self.load, following.epoch, following.window)
 
     def take(self, n: int) -> Iterator[NDArray[Any]]:
         """The next n rows, in one or more pieces. Raises UserError when an epoch of this stream has none."""
@@ -106,10 +122,10 @@ class BatchStream:
         serves: Sequence[int],
         positions: Sequence[Position],
     ) -> None:
-        self.reader = ThreadPoolExecutor(1, thread_name_prefix="read")
+        self.readers = Readers.start()
         self.rows_per_stream = batch // order.streams
         self.dtype = rows.activations.store.spec.dtype
-        self.streams = [VirtualStream(rows, order, keep, v, positions[v], self.reader) for v in serves]
+        self.streams = [VirtualStream(rows, order, keep, v, positions[v], self.readers) for v in serves]
 
     def next_batch(self) -> Float[Tensor, "batch d_in"]:
         pieces = [piece for stream in self.streams for piece in stream.take(self.rows_per_stream)]
@@ -120,4 +136,5 @@ class BatchStream:
         return {stream.number: stream.at for stream in self.streams}
 
     def close(self) -> None:
-        self.reader.shutdown(cancel_futures=True)
+        self.readers.windows.shutdown(cancel_futures=True)
+        self.readers.chunks.shutdown()

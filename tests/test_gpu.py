@@ -1,0 +1,74 @@
+"""On CUDA: the same store, the same mathematics, the same resume. Without a GPU these are skipped, with that reason."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import contents
+from test_gated import batch, by_autograd, weights
+
+import train.run
+from harvest.run import harvest as run_harvest
+from shared.config import EvalConfig, HarvestConfig, TrainConfig
+from shared.errors import Interrupted
+from shared.shard import as_float32
+from shared.store import ArrayReader, Store
+from train.evaluate import evaluate
+from train.run import train as run_train
+from train.sae.gated import Weights, gradients
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="this machine has no CUDA device"),
+]
+
+
+def test_a_store_harvested_on_cuda(harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:
+    """The same rows in the same places; the numbers differ from a CPU's by rounding only."""
+    exact = {"dtype": "float32", "store_dtype": "float32"}
+    stores = [Store.open(run_harvest(harvest_config(tmp_path / d, device=d, **exact)).store) for d in ("cpu", "cuda")]
+    for array in stores[0].spec.layouts():
+        on_cpu, on_cuda = (np.concatenate([ArrayReader(s, array).read_shard(k) for k in s.commits]) for s in stores)
+        np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-3, atol=1e-3)
+    again = run_harvest(harvest_config(tmp_path / "again", device="cuda", **exact)).store
+    assert contents(again) == contents(stores[1].root), "the pinned buffers are never read before they are full"
+
+
+def test_bfloat16_on_cuda(harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:
+    store = Store.open(run_harvest(harvest_config(tmp_path, device="cuda")).store)
+    assert store.spec.model["dtype"] == "bfloat16"
+    rows = as_float32(ArrayReader(store, "layer_01/mlp_out").read_shard(3), "bfloat16")
+    assert np.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize(("matmul", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 0.05)])
+def test_gradients_on_cuda(signed: bool, matmul: torch.dtype, tolerance: float) -> None:
+    on_device = Weights(**{name: tensor.cuda() for name, tensor in weights().named().items()})
+    found, _ = gradients(on_device, batch().cuda(), 0.3, signed, matmul)
+    for name, expected in by_autograd(weights(), batch(), 0.3, signed).items():
+        assert (getattr(found, name).cpu() - expected).norm() / expected.norm() < tolerance, name
+
+
+def test_a_run_on_cuda(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Close to the CPU's result in float32; learns in bfloat16; goes on after a stop; is evaluated in the model."""
+    runs = [
+        run_train(train_config(device=device, precision="float32", out=tmp_path / device)) for device in ("cpu", "cuda")
+    ]
+    for on_cpu, on_cuda in zip(runs[0].saes, runs[1].saes, strict=True):
+        assert on_cuda["r2"] == pytest.approx(on_cpu["r2"], abs=1e-3)
+    calls = iter(range(100))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.run, "agree", lambda *_: next(calls) == 9)
+        with pytest.raises(Interrupted):
+            run_train(train_config(device="cuda", precision="float32", out=tmp_path / "stopped"))
+    stopped = run_train(train_config(device="cuda", precision="float32", out=tmp_path / "stopped"))
+    for one, other in zip(stopped.saes, runs[1].saes, strict=True):
+        assert one["r2"] == pytest.approx(other["r2"], abs=1e-4)
+    learned = run_train(train_config(device="cuda", tokens=64 * 300, out=tmp_path / "bf16"))
+    results = evaluate(EvalConfig(run=learned.run, device="cuda")).results
+    assert all(sae["r2"] > 0.3 and sae["ce_tokens"] > 0 for sae in results["saes"])

@@ -1,0 +1,262 @@
+"""Training learns, resumes to the bit, says what is wrong, and gives the same result on one process and on two."""
+
+import json
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Sagsae, contents
+from safetensors.torch import load_file
+
+import train.run
+from harvest.run import harvest as run_harvest
+from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
+from shared.errors import DamagedError, Interrupted, UserError
+from shared.store import Store, shard_file
+from train.autoencoder import Autoencoder, matmul_dtype
+from train.evaluate import evaluate
+from train.folder import RunFolder
+from train.run import train as run_train
+
+Config = Callable[..., TrainConfig]
+
+
+def weights_of(run: Path) -> dict[str, bytes]:
+    return {key: data for key, data in contents(run).items() if key.startswith("saes/")}
+
+
+def lines_of(run: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def test_a_run_and_its_folder(train_config: Config, store: Store) -> None:
+    summary = run_train(train_config(tokens=64 * 300))
+    assert summary.steps == 300
+    assert summary.epochs > 3, "more tokens than the store holds are several epochs"
+    run = summary.run
+    lines = lines_of(run)
+    assert [line["step"] for line in lines] == list(range(5, 301, 5))
+    for name in ("sa-gsae-48-lambda0.2-seed0", "gated-48-lambda0.2-seed0"):
+        first, last = lines[0]["saes"][name], lines[-1]["saes"][name]
+        assert last["loss"] < first["loss"]
+        assert last["fvu"] < 0.7
+        sae = Autoencoder.load(run / "saes" / name)
+        assert (sae.weights.W_dec.norm(dim=1) - 1).abs().max() < 1e-5
+        assert sae.scale == store.statistics("layer_01/mlp_out").scale
+    record = json.loads((run / "record.json").read_text())
+    assert {"command", "versions", "started", "finished", "seconds", "store", "precision"} <= set(record)
+    for entry in summary.saes:
+        assert entry["r2"] > 0.3
+        assert entry["ce_recovered"] is None, "not measured yet"
+        assert entry["tokens"] == record["store"]["heldout_tokens"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000296", "step-00000300"]
+
+
+def test_evaluation_of_a_run(train_config: Config, model_folder: Path, tmp_path: Path) -> None:
+    run = run_train(train_config()).run
+    results = evaluate(EvalConfig(run=run, device="cpu")).results
+    assert results["ce_tokens"] > 0
+    assert results["saes"][0]["ce_spliced"] is not None
+    assert json.loads((run / "evaluation.json").read_text()) == results
+    without = evaluate(EvalConfig(run=run, ce=False)).results
+    assert without["ce_clean"] is None
+    assert without["saes"][0]["r2"] == results["saes"][0]["r2"]
+    other = Path(shutil.copytree(model_folder, tmp_path / "other"))
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "rotary_pct": 0.5}))
+    with pytest.raises(UserError, match=r"is not the model that .* was harvested from"):
+        evaluate(EvalConfig(run=run, model=str(other)))
+    with pytest.raises(UserError, match="is not a training run"):
+        evaluate(EvalConfig(run=tmp_path))
+    record = json.loads((run / "record.json").read_text())
+    del record["finished"]
+    (run / "record.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="not finished"):
+        evaluate(EvalConfig(run=run))
+
+
+def test_stopped_anywhere_it_ends_with_the_same_bits(
+    train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run_train(train_config(out=tmp_path / "whole")).run
+    for stop_after in (1, 7, 8, 13, 19):
+        asked = iter(range(1, 100))
+
+        @contextmanager
+        def stop_requests(asked: Iterator[int] = asked, at: int = stop_after) -> Iterator[Callable[[], bool]]:
+            yield lambda: next(asked) == at
+
+        config = train_config(out=tmp_path / f"stopped-{stop_after}")
+        with monkeypatch.context() as patch:
+            patch.setattr(train.run, "stop_requests", stop_requests)
+            with pytest.raises(
+                Interrupted, match=f"stopped after step {stop_after}. To continue, run the same command"
+            ):
+                run_train(config)
+        run = run_train(config).run
+        assert weights_of(run) == weights_of(whole), stop_after
+        assert lines_of(run) == lines_of(whole), stop_after
+
+
+def test_every_autoencoder_trains_as_if_alone(train_config: Config, tmp_path: Path) -> None:
+    """One pass trains many: no other member, seed or sparsity changes what one learns."""
+    saes = tuple(SAEConfig(arch="sa-gsae", d_sae=48, sparsity=s, seed=i) for i, s in enumerate((0.2, 0.4, 0.2)))
+    together = run_train(train_config(saes=saes, out=tmp_path / "many")).run
+    for sae in saes:
+        alone = run_train(train_config(saes=(sae,), out=tmp_path / sae.name)).run
+        assert weights_of(alone).items() <= weights_of(together).items()
+    first, third = (load_file(together / "saes" / saes[i].name / "sae.safetensors")["W_enc"] for i in (0, 2))
+    assert not torch.equal(first, third), "seeds differ"
+
+
+def test_the_same_call_again_is_complete(train_config: Config, capsys: Any) -> None:
+    first = run_train(train_config())
+    before = contents(first.run)
+    assert run_train(train_config(log_every=7)).saes == first.saes
+    assert "complete" in capsys.readouterr().err
+    assert contents(first.run) == before
+    with pytest.raises(UserError, match=r"lr: the run has 0\.005, this asks for 0\.001.*--overwrite"):
+        run_train(train_config(lr=1e-3))
+    run_train(train_config(lr=1e-3, overwrite=True))
+    assert weights_of(first.run).items() != {k: v for k, v in before.items() if k.startswith("saes/")}.items()
+
+
+def test_a_run_has_a_name_of_its_own(train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names = {run_train(train_config(out=None, seed=seed)).run for seed in (0, 0, 1)}
+    assert len(names) == 2
+    assert all(name.parent == Path("runs") and name.name.startswith("s-layer_01-mlp_out-") for name in names)
+
+
+def test_unusable_input(train_config: Config, tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    (tmp_path / "file").write_text("")
+    refused = {
+        r"5 training tokens are less than one batch of 64": {"tokens": 5},
+        r"several hookpoints": {"hook": None},
+        r"does not exist. Make a store with: sagsae harvest": {"store": tmp_path / "none"},
+        r"exists and is not a training run": {"out": tmp_path / "thesis", "overwrite": True},
+        r"--out .*: cannot be written to": {"out": tmp_path / "file" / "run"},
+        r"--device cuda:7": {"device": "cuda:7"},
+    }
+    for message, changes in refused.items():
+        with pytest.raises(UserError, match=message):
+            run_train(train_config(**changes))
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(UserError, match="the loss is"):
+        run_train(train_config(lr=1e30))
+
+
+def test_a_damaged_shard_stops_training_with_its_name(train_config: Config, store: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
+    path = shard_file(copy, "layer_01/mlp_out", 3, 2)
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(DamagedError, match=r"mlp_out/c/3/0: chunk \d+: the checksum"):
+        run_train(train_config(store=copy, tokens=64 * 100))
+    os.truncate(path, 10)
+    with pytest.raises(DamagedError, match=r"has 10 bytes, \d+ were committed"):
+        run_train(train_config(store=copy, tokens=64 * 100, out=tmp_path / "again"))
+
+
+def test_training_on_an_unfinished_store(train_config: Config, store: Store, tmp_path: Path, capsys: Any) -> None:
+    copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
+    manifest = copy / "manifest" / "rank-00000.jsonl"
+    lines = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text("".join(lines[:6]))
+    document = json.loads((copy / "zarr.json").read_text())
+    document["attributes"]["sagsae"]["state"] = "writing"
+    (copy / "zarr.json").write_text(json.dumps(document))
+    config = train_config(store=copy)
+    run_train(config)
+    assert "is unfinished: training on the 3,072 tokens committed so far" in capsys.readouterr().err
+    manifest.write_text("".join(lines[:7]))
+    with pytest.raises(UserError, match="snapshot: the run has"):
+        run_train(config)
+    manifest.write_text("")
+    with pytest.raises(UserError, match="no shard is committed yet"):
+        run_train(train_config(store=copy, out=tmp_path / "none"))
+
+
+def test_a_broken_checkpoint_is_named(train_config: Config) -> None:
+    run = run_train(train_config()).run
+    record = json.loads((run / "record.json").read_text())
+    del record["finished"]
+    (run / "record.json").write_text(json.dumps(record))
+    os.truncate(run / "checkpoints" / "step-00000020" / "tensors.safetensors", 100)
+    with pytest.raises(DamagedError, match=r"step-00000020: cannot be read .* Delete it"):
+        run_train(train_config())
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    assert run_train(train_config()).steps == 20
+
+
+def test_an_autoencoder_is_used_on_raw_activations(train_config: Config, store: Store) -> None:
+    run = run_train(train_config(tokens=64 * 200)).run
+    sae = Autoencoder.load(run / "saes" / "sa-gsae-48-lambda0.2-seed0")
+    mean = torch.from_numpy(store.statistics("layer_01/mlp_out").mean).float()
+    x = mean + 0.01 * torch.randn(4, 32)
+    f = sae.encode(x)
+    assert f.shape == (4, 48)
+    assert (sae.decode(f) - x).norm() < mean.norm()
+    with pytest.raises(UserError, match="does not hold a trained autoencoder"):
+        Autoencoder.load(run)
+
+
+def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert matmul_dtype("float32", cpu) == torch.float32
+    for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+            monkeypatch.setattr(torch.cpu, question, lambda supported=supported: supported, raising=False)
+        assert matmul_dtype("auto", cpu) == expected
+
+
+def test_kill_9_and_again(sagsae: Sagsae, harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:
+    """Killed between checkpoints, then finished: the same weights, bit for bit, and no line of metrics twice."""
+    store = run_harvest(harvest_config(tmp_path, hooks=("mlp_out",))).store
+    command = ["train", "--store", store, "--arch", "sa-gsae:64", "--arch", "gated:128", "--sparsity", "0.2",
+               "--batch", "64", "--tokens", 64 * 3000, "--device", "cpu", "--set", "checkpoint_every=100",
+               "--set", "log_every=10", "--json", "--out"]  # fmt: skip
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+
+    def checkpoints() -> int:
+        return int(max((p.name for p in killed.glob("checkpoints/step-*")), default="step-0").removeprefix("step-"))
+
+    for steps in (300, 1200):
+        done = sagsae(*command, killed, stop=(signal.SIGKILL, lambda n=steps: checkpoints() >= n))
+        assert done.returncode == -signal.SIGKILL
+    assert not RunFolder(killed).finished()
+    asked = sagsae(*command, killed, stop=(signal.SIGTERM, lambda: checkpoints() >= 2000))
+    assert asked.returncode == 130
+    assert "To continue, run the same command again" in asked.stderr
+    for out in (killed, whole):
+        done = sagsae(*command, out)
+        assert done.returncode == 0, done.stderr
+    assert weights_of(killed) == weights_of(whole)
+    assert lines_of(killed) == lines_of(whole)
+    assert len(lines_of(killed)) == 300
+
+
+def test_two_processes_train_what_one_does(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    """Real processes, real collectives: the same global batches, so the same weights up to the order of sums."""
+    command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "gated:48",
+               "--sparsity", "0.2", "--batch", "64", "--tokens", 64 * 40, "--device", "cpu",
+               "--set", "precision=float32", "--json", "--out"]  # fmt: skip
+    for processes in (1, 2):
+        done = sagsae(*command, tmp_path / str(processes), "--processes", processes)
+        assert done.returncode == 0, done.stderr
+        assert len(json.loads(done.stdout)["saes"]) == 2
+    assert json.loads((tmp_path / "2" / "record.json").read_text())["processes"] == 2
+    for name in ("sa-gsae-48-lambda0.2-seed0", "gated-48-lambda0.2-seed0"):
+        one, two = (load_file(tmp_path / n / "saes" / name / "sae.safetensors") for n in ("1", "2"))
+        for key, tensor in one.items():
+            torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4)
