@@ -1,0 +1,124 @@
+"""The command line as a person meets it: fast help, one message for every mistake, one JSON document when asked."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, Sagsae
+
+from shared.store import Store, shard_file
+
+SAE_KEYS = {
+    "arch",
+    "d_sae",
+    "sparsity",
+    "seed",
+    "r2",
+    "l0",
+    "l0_pos",
+    "l0_neg",
+    "dead_fraction",
+    "ce_recovered",
+    "tokens",
+}
+
+
+def test_help_is_fast_and_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, cli\n"
+        "try: cli.app(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'zarr', 'numpy', 'pydantic', 'accelerate', 'datasets'} & set(sys.modules))"
+    )
+    seconds = []
+    for _ in range(3):
+        started = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        seconds.append(time.monotonic() - started)
+    assert done.stdout.splitlines()[-1] == "set()"
+    for command in ("harvest", "train", "eval", "report", "demo", "store"):
+        assert command in done.stdout
+    assert min(seconds) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["harvest", "--model", "nope"], "error: --model nope: is not an alias"),
+        (["harvest"], "error: model: Field required"),
+        (["harvest", "--model", "tiny", "--layer", "9"], "error: --layer 9: the model has 4 layers, 0 to 3"),
+        (["harvest", "--model", "tiny", "--hook", "resid_mid"], "Use resid_pre, resid_post, attn_out or mlp_out"),
+        (["harvest", "--model", "tiny", "--context", "4096"], "was made for at most 128 tokens"),
+        (["harvest", "--model", "tiny", "--tokens", "-5"], "error: tokens:"),
+        (["harvest", "--model", "tiny", "--corpus", "./none"], "there is no such file or folder"),
+        (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Ask for fewer --tokens"),
+        (["train", "--store", "none", "--arch", "gated:8"], "does not exist. Make a store with: sagsae harvest"),
+        (["train", "--store", "none"], "error: saes: Field required"),
+        (["train", "--config", "none.toml"], "error: --config none.toml: cannot be read"),
+        (["eval", "none"], "is not a training run"),
+        (["report", "none"], "none"),
+        (["store", "ls", "none"], "there is no such folder"),
+        (["store", "verify", "none"], "does not exist"),
+    ],
+)
+def test_a_mistake_is_one_message_and_exit_code_2(
+    sagsae: Sagsae, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        done = sagsae(*arguments)
+    finally:
+        os.chdir(before)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not list(tmp_path.rglob("*.json")), "nothing is half-written"
+
+
+def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.root, tmp_path / "stores" / "s"))
+    rows = json.loads(sagsae("store", "ls", tmp_path / "stores", "--json").stdout)
+    assert [row["hook"] for row in rows] == list(store.spec.hookpoints)
+    assert {row["tokens"] for row in rows} == {5000}
+    about = json.loads(sagsae("store", "info", copy, "--json").stdout)
+    assert about["state"] == "final"
+    assert about["spec"]["corpus"]["documents"] > 0
+    for depth in ("--quick", "--full"):
+        done = sagsae("store", "verify", copy, depth)
+        assert (done.returncode, "no damage" in done.stdout) == (0, True)
+    os.truncate(shard_file(copy, "layer_01/attn_out", 2, 2), 100)
+    done = sagsae("store", "verify", copy, "--json")
+    assert done.returncode == 3
+    assert len(json.loads(done.stdout)["damage"]) == 1
+    done = sagsae(
+        "train", "--store", copy, "--hook", "attn_out", "--arch", "gated:8", "--batch", "64", "--out", tmp_path / "r"
+    )
+    assert done.returncode == 3
+    assert "List all damage with: sagsae store verify" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert sagsae("store", "rm", copy, "--yes").returncode == 0
+    assert not copy.exists()
+
+
+@pytest.mark.slow
+def test_the_demo_meets_its_promises(sagsae: Sagsae, tmp_path: Path) -> None:
+    done = sagsae("demo", "--out", tmp_path / "demo", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert {"store", "runs", "report", "seconds", "saes"} <= set(result)
+    assert Path(result["report"]).stat().st_size > 100_000
+    assert len(result["saes"]) >= 8
+    for arch in ("sa-gsae", "gated"):
+        saes = [sae for sae in result["saes"] if sae["arch"] == arch]
+        assert all(set(sae) >= SAE_KEYS for sae in saes)
+        assert max(sae["r2"] for sae in saes if sae["l0"] <= 64) >= 0.85
+        assert max(sae["ce_recovered"] for sae in saes) >= 0.9
+    again = sagsae("demo", "--out", tmp_path / "demo", "--json")
+    assert json.loads(again.stdout)["saes"] == result["saes"], "the same command again changes nothing"
