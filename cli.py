@@ -265,37 +265,42 @@ def harvest_text(summary: Any) -> str:
 
 
 def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
-    columns = (
-        "arch",
-        "d_sae",
-        "sparsity",
-        "seed",
-        "r2",
-        "l0",
-        "l0_pos",
-        "l0_neg",
-        "dead_fraction",
-        "ce_recovered",
-        "tokens",
-    )
-    print_table(title, [{key: sae[key] for key in columns} for sae in saes])
+    """The numbers of every autoencoder, narrow enough for 80 columns; --json has all of them unrounded."""
+
+    def share(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.1f}%"
+
+    rows = [
+        {
+            "arch": sae["arch"],
+            "width": sae["d_sae"],
+            "λ": f"{sae['sparsity']:g}",
+            "seed": sae["seed"],
+            "R²": f"{sae['r2']:.4f}",
+            "L0": f"{sae['l0']:.1f}",
+            "L0+": f"{sae['l0_pos']:.1f}",
+            "L0-": f"{sae['l0_neg']:.1f}",
+            "dead": share(sae["dead_fraction"]),
+            "CE rec.": share(sae["ce_recovered"]),
+            "tokens": sae["tokens"],
+        }
+        for sae in saes
+    ]
+    print_table(title, rows)
 
 
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
+    """Columns as wide as what they hold; the first is text, the others are set to the right where they are numbers."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
-    for column in rows[0] if rows else ():
-        numeric = isinstance(rows[0][column], int | float)
-        table.add_column(column, justify="right" if numeric else "left")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for column, first in (rows[0] if rows else {}).items():
+        numeric = isinstance(first, int | float) or str(first)[:1].isdigit()
+        table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        cells = (
-            "–" if v is None else f"{v:.4f}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else str(v)
-            for v in row.values()
-        )
-        table.add_row(*cells)
-    Console().print(table)
+        table.add_row(*("–" if value is None else str(value) for value in row.values()))
+    Console(width=max(Console().width, 110)).print(table)  # a cell that is cut off is worth less than a long line
 
 
 def main() -> None:

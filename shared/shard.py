@@ -2,7 +2,7 @@
 
 A shard holds `chunks_per_shard` inner chunks of `chunk_rows` whole rows. Each chunk is encoded on its own (blosc,
 then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length) pairs and its crc32c close the file.
-Only whole shards are written: one written chunk by chunk would be encoded anew for each. Nothing in this file touches a disk.
+Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
 """
 
 from dataclasses import dataclass
