@@ -4,7 +4,6 @@ import errno
 import json
 import shutil
 import signal
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -231,19 +230,6 @@ def test_a_stop_request_between_batches(
             run_harvest(harvest_config(tmp_path))
     assert 3 <= len(Store.open(tmp_path / "s").commits) < 10
     assert run_harvest(harvest_config(tmp_path)).tokens == 5000
-
-
-def test_no_socket_is_opened_for_a_local_model(
-    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*address: object, **_options: object) -> None:
-        raise AssertionError(f"a connection was asked for: {address}")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(socket.socket, "connect", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    run_harvest(harvest_config(tmp_path, model="tiny", tokens=2000, context=64))
 
 
 def manifest_lines(root: Path) -> int:

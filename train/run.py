@@ -215,8 +215,9 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> floa
     start, before, positions = restore(job, members)
     serves = range(accelerator.process_index, job.order.streams, accelerator.num_processes)
     epochs = job.steps * config.batch / job.epoch_rows
+    plural = "" if len(members) == 1 else "s"
     say(
-        f"{job.folder.path}: {len(members)} autoencoders, {job.steps * config.batch:,} tokens "
+        f"{job.folder.path}: {len(members)} autoencoder{plural}, {job.steps * config.batch:,} tokens "
         f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
     started = time.monotonic()
