@@ -195,7 +195,8 @@ def store_verify(
     as_json: Json = False,
 ) -> None:
     """Check every committed byte. Exit code 3 when something is damaged."""
-    from shared.store import Store, verify
+    from shared.reader import verify
+    from shared.store import Store
 
     store = Store.open(path)
     damage = verify(store, full)

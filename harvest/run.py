@@ -4,7 +4,6 @@ Everything that can be refused is refused before anything is written. Then: toke
 committed yet: capture, hand to the writer; at the end the state becomes "final".
 """
 
-import hashlib
 import shutil
 import time
 from collections.abc import Iterator
@@ -15,35 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from harvest.capture import capture_shard, make_buffers
-from harvest.corpus import Corpus, open_corpus
 from harvest.pack import Counts, pack, shuffled
+from harvest.plan import Plan, check_room, check_same, make_plan, make_spec
 from harvest.writer import ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
 from shared.manifest import clean_up, writer_lock
-from shared.model import (
-    LanguageModel,
-    ModelInfo,
-    ModelSource,
-    load_tokenizer,
-    model_info,
-    native_dtype,
-    pick_device,
-    read_config,
-    resolve_hooks,
-    resolve_layers,
-    resolve_model,
-)
+from shared.model import LanguageModel
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests
 from shared.store import (
     DTYPES,
-    HookSpec,
     Store,
     StoreSpec,
     create_store,
@@ -53,12 +38,6 @@ from shared.store import (
     write_state,
     write_tokens,
 )
-
-CHUNK_BYTES = 2 << 20
-CHUNKS_PER_SHARD = 128
-SHARDS_OF_A_SMALL_STORE = 16
-EXPECTED_RATIO = {"zstd": 1.4, "lz4": 1.3, "none": 1.0}
-"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
 
 
 @dataclass(frozen=True)
@@ -72,23 +51,6 @@ class Summary:
     tokens_per_second: float
     waiting_for_writer: float
     """Share of the time that the model stood still because the writer was behind."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration with every question answered that needs no weights and writes nothing."""
-
-    config: HarvestConfig
-    source: ModelSource
-    info: ModelInfo
-    tokenizer: Any
-    corpus: Corpus
-    device: str
-    dtype: str
-    context: int
-    bos_id: int | None
-    hooks: dict[str, HookSpec]
-    root: Path
 
 
 def harvest(config: HarvestConfig) -> Summary:
@@ -110,70 +72,6 @@ def harvest(config: HarvestConfig) -> Summary:
         return fill(plan, spec, store)
 
 
-def make_plan(config: HarvestConfig) -> Plan:
-    """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
-    source = resolve_model(config.model, config.revision)
-    model_config = read_config(source)
-    info = model_info(model_config)
-    names = resolve_hooks(config.hooks, resolve_layers(config.layers, info), info)
-    hooks = {path: HookSpec(name=name, d_in=hook_width(name, model_config)) for path, name in names.items()}
-    context = config.context or min(1024, info.max_context)
-    if context > info.max_context:
-        raise UserError(f"--context {context}: {config.model} was made for at most {info.max_context} tokens")
-    if context > 1 << 16:
-        raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
-    device = pick_device(config.device)
-    dtype = native_dtype(torch.device(device)) if config.dtype == "auto" else config.dtype
-    tokenizer = load_tokenizer(source)
-    if len(tokenizer) > info.vocab_size:
-        raise UserError(
-            f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens, the model only {info.vocab_size}"
-        )
-    default = Path(source.location) / "corpus.jsonl" if source.local else None
-    corpus = open_corpus(config, default)
-    root = config.out / (config.name or store_name(source))
-    return Plan(
-        config, source, info, tokenizer, corpus, device, dtype, context, bos_token(config, tokenizer), hooks, root
-    )
-
-
-def hook_width(name: str, model_config: Any) -> int:
-    """d_in of a hookpoint: the residual stream's width, the heads' or the MLP's."""
-    text = model_config.get_text_config()
-    part = name.split(".", 2)[2]
-    if part in ("attn.hook_z", "mlp.hook_pre", "mlp.hook_post"):
-        heads = text.num_attention_heads
-        per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return int(heads * per_head) if part == "attn.hook_z" else int(text.intermediate_size)
-    if part.startswith("hook_") and part.removeprefix("hook_") in (
-        "resid_pre",
-        "resid_mid",
-        "resid_post",
-        "attn_out",
-        "mlp_out",
-    ):
-        return int(text.hidden_size)
-    raise UserError(
-        f"--hook {name}: hookpoints that can be harvested are blocks.N.hook_{{resid_pre,resid_mid,resid_post,attn_out,"
-        "mlp_out}, blocks.N.attn.hook_z, blocks.N.mlp.hook_pre and blocks.N.mlp.hook_post"
-    )
-
-
-def bos_token(config: HarvestConfig, tokenizer: Any) -> int | None:
-    """The id that begins every row, or None. 0 is a valid id."""
-    bos = tokenizer.bos_token_id
-    if config.bos == "true" and bos is None:
-        raise UserError(f"--bos true: the tokenizer of {config.model} has no BOS token")
-    first = tokenizer("a")["input_ids"][:1]
-    wanted = config.bos == "true" or (config.bos == "auto" and bos is not None and first == [bos])
-    return bos if wanted else None
-
-
-def store_name(source: ModelSource) -> str:
-    """`pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, the folder's own name for a folder."""
-    return Path(source.name).expanduser().resolve().name if source.local else source.name.split("/")[-1]
-
-
 def make_folder(root: Path) -> None:
     if root.exists() and not is_store(root) and not (root / ".lock").exists() and any(root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
@@ -182,31 +80,6 @@ def make_folder(root: Path) -> None:
         (root / ".lock").touch()
     except OSError as error:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
-
-
-def check_room(plan: Plan, tokens: int | None) -> None:
-    """Says what the harvest will write, and raises UserError when the disk cannot take it."""
-    if tokens is None:
-        return
-    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
-    ratio = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
-    each = {path: int(tokens * (hook.d_in * itemsize / ratio + 4)) for path, hook in plan.hooks.items()}
-    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.root) if is_store(plan.root) else 0)
-    folder = next(p for p in (plan.root, *plan.root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
-    say(
-        f"{plan.config.model}: {tokens:,} tokens, {len(each)} hookpoints ({', '.join(each)}), about "
-        f"{max(needed, 0) / 1e9:.2f} GB to write into {plan.root}; {free / 1e9:.1f} GB are free"
-    )
-    if needed > free:
-        raise UserError(
-            f"--out {plan.config.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
-            "Ask for fewer --tokens or hookpoints, or choose another --out"
-        )
-
-
-def stored_size(root: Path) -> int:
-    return sum(size for commit in Store.open(root).commits.values() for size, _ in commit.files.values())
 
 
 def begin(plan: Plan) -> StoreSpec:
@@ -256,66 +129,6 @@ def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
     limited = islice(rows, wanted)
     while some := list(islice(limited, 1024)):
         yield some
-
-
-def identity(plan: Plan) -> dict[str, Any]:
-    """The part of a store's spec that the configuration alone decides. A change in it is another store."""
-    tokenizer = plan.tokenizer
-    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
-    return {
-        "model": {
-            "name": plan.source.name,
-            "commit": plan.source.commit,
-            "dtype": plan.dtype,
-            "attention": "sdpa",
-            "weight_processing": "none",
-        },
-        "tokenizer": {"blake2b": digest, "eos_id": tokenizer.eos_token_id},
-        "context": plan.context,
-        "bos_id": plan.bos_id,
-        "special_ids": tuple(sorted(tokenizer.all_special_ids)),
-        "hookpoints": plan.hooks,
-        "dtype": plan.config.store_dtype,
-        "codec": plan.config.codec,
-        "seed": plan.config.seed,
-    }
-
-
-def make_spec(plan: Plan, counts: Counts, digest: str, n_tokens: int) -> StoreSpec:
-    widest = max(hook.d_in for hook in plan.hooks.values()) * DTYPES[plan.config.store_dtype][0].itemsize
-    chunk_rows = plan.config.chunk_rows or max(1, 1 << (CHUNK_BYTES // widest).bit_length() - 1)
-    chunks = min(CHUNKS_PER_SHARD, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
-    shard_rows = plan.config.shard_rows or chunk_rows * chunks
-    if shard_rows % chunk_rows:
-        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
-    corpus = {
-        "source": plan.corpus.description,
-        "shuffled": plan.config.shuffle_documents,
-        "documents": counts.documents,
-        "empty_documents": counts.empty,
-        "ids_blake2b": digest,
-    }
-    return StoreSpec(**identity(plan), corpus=corpus, n_tokens=n_tokens, chunk_rows=chunk_rows, shard_rows=shard_rows)
-
-
-def check_same(plan: Plan, spec: StoreSpec) -> None:
-    """Raises UserError, naming every field that differs, when the store was begun with another request."""
-    wanted: dict[str, Any] = {**identity(plan), "source": plan.corpus.description}
-    wanted["shuffled"] = plan.config.shuffle_documents
-    wanted |= {
-        "n_tokens": plan.config.tokens,
-        "chunk_rows": plan.config.chunk_rows,
-        "shard_rows": plan.config.shard_rows,
-    }
-    found: dict[str, Any] = {**dict(spec), **spec.corpus}
-    optional = ("n_tokens", "chunk_rows", "shard_rows")
-    pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
-    differ = [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
-    if differ:
-        raise UserError(
-            f"{plan.root}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
-            "afresh with --overwrite"
-        )
 
 
 def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:

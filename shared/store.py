@@ -1,4 +1,4 @@
-"""The store on disk: what is where, what was committed, and how to read it back. The one door to Zarr.
+"""The store on disk: what is where and what was committed. The one door to Zarr.
 
 docs/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system or an
 array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its files
@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from shared.config import Frozen
-from shared.errors import DamagedError, UserError
+from shared.errors import UserError
 from shared.manifest import Commit, read_manifest, read_range, sync_folder, write_file
-from shared.shard import CODECS, Layout, crc32c, decode_chunk, decode_index, without_crc
+from shared.shard import CODECS, Layout, crc32c, without_crc
 
 FORMAT_VERSION: Final = 1
 STATE_FILE: Final = "zarr.json"
@@ -280,45 +280,6 @@ class Store:
         return np.frombuffer(without_crc(data, str(file)), "<f8")
 
 
-class ArrayReader:
-    """Reads and checks inner chunks of one sharded array. Shard indexes are read once and kept."""
-
-    def __init__(self, store: Store, array: str) -> None:
-        self.store, self.array = store, array
-        self.layout = store.spec.layouts()[array]
-        self.indexes: dict[int, NDArray[np.uint64]] = {}
-
-    def file(self, shard: int) -> tuple[Path, int]:
-        path = shard_file(self.store.root, self.array, shard, 1 + len(self.layout.row_shape))
-        return path, self.store.commits[shard].files[self.array][0]
-
-    def index(self, shard: int) -> NDArray[np.uint64]:
-        if shard not in self.indexes:
-            path, size = self.file(shard)
-            tail = read_range(path, size - self.layout.index_bytes, None, size)
-            self.indexes[shard] = decode_index(tail, self.layout, str(path))
-        return self.indexes[shard]
-
-    def chunk_rows(self, shard: int, chunk: int) -> int:
-        """Rows of a chunk that exist (the last one of the array may be short)."""
-        rows = self.store.commits[shard].rows - chunk * self.layout.chunk_rows
-        return max(0, min(self.layout.chunk_rows, rows))
-
-    def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The rows of one inner chunk. `out` (chunk_rows, *row_shape) is decoded into and a view of it returned."""
-        path, size = self.file(shard)
-        offset, length = (int(number) for number in self.index(shard)[chunk])
-        data = read_range(path, offset, length, size)
-        whole = np.empty(self.layout.chunk_shape, self.layout.dtype) if out is None else out
-        decode_chunk(data, self.layout, whole, f"{path}: chunk {chunk}")
-        return whole[: self.chunk_rows(shard, chunk)]
-
-    def read_shard(self, shard: int) -> NDArray[Any]:
-        """All rows of a shard, in stored order."""
-        n_chunks = -(-self.store.commits[shard].rows // self.layout.chunk_rows)
-        return np.concatenate([self.read(shard, chunk) for chunk in range(n_chunks)])
-
-
 def find_hookpoint(path: Path, hook: str | None) -> tuple[Store, str]:
     """The store and the hookpoint that `--store PATH [--hook NAME]` means: PATH is a store, or an array in one."""
     path = Path(os.path.normpath(path))
@@ -341,29 +302,6 @@ def is_store(path: Path) -> bool:
         return "state" in json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["attributes"]["sagsae"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-
-
-def verify(store: Store, full: bool) -> list[str]:
-    """Everything that is not as committed, one line each. Quick: presence, length and crc32c of every file.
-    Full: also decodes every chunk and counts its rows."""
-    damage = []
-    layouts = store.spec.layouts()
-    for shard, commit in store.commits.items():
-        for array, (size, crc) in commit.files.items():
-            layout = layouts.get(array)
-            file = shard_file(store.root, array, shard, 2 if layout is None else 1 + len(layout.row_shape))
-            try:
-                if crc32c(read_range(file, 0, None, size)) != crc:
-                    raise DamagedError(f"{file}: its checksum is not the committed one")
-                if (
-                    full
-                    and layout is not None
-                    and len(rows := ArrayReader(store, array).read_shard(shard)) != commit.rows
-                ):
-                    raise DamagedError(f"{file}: holds {len(rows)} rows, {commit.rows} were committed")
-            except DamagedError as error:
-                damage.append(str(error).split(". List all damage")[0])
-    return damage
 
 
 def stored_bytes(store: Store, hook: str) -> int:

@@ -13,8 +13,9 @@ import train.run
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import Interrupted
+from shared.reader import ArrayReader
 from shared.shard import as_float32
-from shared.store import ArrayReader, Store
+from shared.store import Store
 from train.evaluate import evaluate
 from train.run import train as run_train
 from train.sae.gated import Weights, gradients

@@ -14,13 +14,15 @@ import torch
 from conftest import CONTEXT, Sagsae, contents, save_corpus, save_model, sentences
 from transformers import AutoModelForCausalLM
 
+import harvest.plan
 import harvest.run
 import harvest.writer
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
+from shared.reader import ArrayReader, verify
 from shared.shard import as_float32
-from shared.store import ArrayReader, Store, verify
+from shared.store import Store
 
 Config = Callable[..., HarvestConfig]
 
@@ -173,7 +175,7 @@ def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
 def test_a_disk_too_small_is_refused_before_any_work(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(harvest.run.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr(harvest.plan.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(UserError, match=r"about 0\.0 GB are needed, 0\.0 GB are free"):
         run_harvest(harvest_config(tmp_path))
     assert "5,000 tokens, 3 hookpoints" in capsys.readouterr().err, "the estimate is printed"

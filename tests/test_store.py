@@ -12,8 +12,9 @@ import zarr
 
 from shared.errors import DamagedError, UserError
 from shared.manifest import append_commit, clean_up, parse_commit, read_manifest, write_file, writer_lock
+from shared.reader import ArrayReader, verify
 from shared.shard import as_float32
-from shared.store import ArrayReader, Store, find_hookpoint, read_state, remove_store, shard_file, verify
+from shared.store import Store, find_hookpoint, read_state, remove_store, shard_file
 
 HOOK = "layer_01/mlp_out"
 

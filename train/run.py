@@ -4,7 +4,6 @@ One pass over the store trains every autoencoder asked for: a batch is read and 
 killed goes on from its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
 """
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
@@ -26,13 +25,13 @@ from shared.model import pick_device
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests
-from shared.store import Statistics, Store, find_hookpoint
-from train.autoencoder import Autoencoder, matmul_dtype
+from shared.store import Statistics
+from train.autoencoder import Autoencoder
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.evaluate import measure_all
-from train.folder import FREE, RunFolder
+from train.job import Job, make_job
 from train.optim import Optimizer, learning_rate
-from train.order import Order, Position, Split, make_order, split
+from train.order import Position
 from train.sae.gated import Step, Weights, gradients, initial_weights
 from train.stream import BatchStream, Rows
 
@@ -55,23 +54,6 @@ class Summary:
     seconds: float
     tokens_per_second: float
     saes: list[dict[str, Any]]
-
-
-@dataclass(frozen=True)
-class Job:
-    """A configuration with every question answered, before anything is written."""
-
-    config: TrainConfig
-    store: Store
-    hook: str
-    statistics: Statistics
-    parts: Split
-    order: Order
-    steps: int
-    epoch_rows: int
-    matmul: torch.dtype
-    folder: RunFolder
-    identity: dict[str, Any]
 
 
 class Member:
@@ -126,48 +108,6 @@ def train(config: TrainConfig) -> Summary:
         finish(job, members, seconds)
     accelerator.wait_for_everyone()
     return summarise(job, time.monotonic() - started, job.steps)
-
-
-def make_job(config: TrainConfig, device: torch.device) -> Job:
-    """Raises UserError for a store that does not fit the configuration."""
-    store, hook = find_hookpoint(config.store, config.hook)
-    if not store.commits:
-        raise UserError(f"{store.root}: no shard is committed yet. Run sagsae harvest to its end first")
-    if store.state != "final":
-        say(f"{store.root} is unfinished: training on the {store.n_rows:,} tokens committed so far")
-    statistics = store.statistics(hook)
-    if not statistics.scale > 0:
-        raise UserError(f"{store.root}/{hook}: all activations are equal; there is nothing to learn")
-    parts = split(store.spec, store.tokens(), config)
-    committed = np.zeros(parts.train.size, dtype=bool)
-    for commit in store.commits.values():
-        committed[commit.start : commit.stop] = True
-    epoch_rows = int((parts.train.reshape(-1) & committed).sum())
-    steps = (config.tokens or epoch_rows) // config.batch
-    if steps < 1:
-        raise UserError(
-            f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
-            "Harvest or ask for more tokens, or lower --batch"
-        )
-    rows = Rows.of(store, hook)
-    order = make_order(len(rows.chunks()), store.spec.chunk_rows, config.streams, config.window_rows, config.seed)
-    matmul = matmul_dtype(config.precision, device)
-    identity = {
-        **config.model_dump(mode="json"),
-        "store": str(store.root),
-        "hook": hook,
-        "snapshot": store.snapshot_id,
-        "precision": str(matmul).removeprefix("torch."),
-    }
-    folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
-    return Job(config, store, hook, statistics, parts, order, steps, epoch_rows, matmul, folder, identity)
-
-
-def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:
-    """The same command gives the same name; any setting that matters changes it."""
-    decides = {key: value for key, value in identity.items() if key not in FREE}
-    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"{store.root.resolve().name}-{hook.replace('/', '-')}-{digest}"
 
 
 def open_folder(job: Job, accelerator: Accelerator) -> None:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.store import ArrayReader, Store
+from shared.reader import ArrayReader
+from shared.store import Store
 from train.order import Order, Position
 
 
