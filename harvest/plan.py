@@ -188,7 +188,7 @@ def check_room(plan: Plan, tokens: int | None) -> None:
     folder = next(p for p in (plan.root, *plan.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     say(
-        f"{plan.config.model}: {tokens:,} tokens, {len(each)} hookpoints ({', '.join(each)}), about "
+        f"{plan.config.model}: {tokens:,} tokens of {', '.join(each)}: about "
         f"{max(needed, 0) / 1e9:.2f} GB to write into {plan.root}; {free / 1e9:.1f} GB are free"
     )
     if needed > free:

@@ -22,18 +22,18 @@ from harvest.plan import Plan, check_room, check_same, make_plan, make_spec
 from harvest.writer import ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
-from shared.manifest import clean_up, writer_lock
+from shared.manifest import LOCK_FILE, clean_up, writer_lock
 from shared.model import LanguageModel
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests
 from shared.store import (
     DTYPES,
+    STATE_FILE,
     Store,
     StoreSpec,
     create_store,
     is_store,
-    remove_store,
     stored_bytes,
     write_state,
     write_tokens,
@@ -56,13 +56,13 @@ class Summary:
 def harvest(config: HarvestConfig) -> Summary:
     """Harvests until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
     plan = make_plan(config)
-    if config.overwrite and is_store(plan.root):
-        remove_store(plan.root)
-    if is_store(plan.root):
+    if is_store(plan.root) and not config.overwrite:
         check_same(plan, Store.open(plan.root).spec)
     check_room(plan, config.tokens)
     make_folder(plan.root)
     with writer_lock(plan.root):
+        if config.overwrite:
+            (plan.root / STATE_FILE).unlink(missing_ok=True)
         spec = Store.open(plan.root).spec if is_store(plan.root) else begin(plan)
         clean_up(plan.root)
         store = Store.open(plan.root)
@@ -73,11 +73,11 @@ def harvest(config: HarvestConfig) -> Summary:
 
 
 def make_folder(root: Path) -> None:
-    if root.exists() and not is_store(root) and not (root / ".lock").exists() and any(root.iterdir()):
+    if root.exists() and not is_store(root) and not (root / LOCK_FILE).exists() and any(root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        (root / ".lock").touch()
+        (root / LOCK_FILE).touch()
     except OSError as error:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
@@ -85,7 +85,7 @@ def make_folder(root: Path) -> None:
 def begin(plan: Plan) -> StoreSpec:
     """Writes the token rows, then the empty store; whatever an earlier, unfinished beginning left goes first."""
     for leftover in plan.root.iterdir():
-        if leftover.name != ".lock":
+        if leftover.name != LOCK_FILE:
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
     counts = Counts()
     say(f"{plan.root}: tokenising")

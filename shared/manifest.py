@@ -18,6 +18,7 @@ from shared.errors import DamagedError, UserError
 from shared.shard import crc32c
 
 MANIFEST_VERSION: Final = 1
+LOCK_FILE: Final = ".lock"
 
 
 @dataclass(frozen=True)
@@ -120,14 +121,14 @@ def write_file(path: Path, data: bytes) -> None:
 
 @contextmanager
 def writer_lock(root: Path) -> Iterator[None]:
-    """One harvest at a time. The lock dies with its process. Raises UserError naming the holder."""
-    with (root / ".lock").open("a+") as file:
+    """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
+    with (root / LOCK_FILE).open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
-            raise UserError(f"{root}: {holder} is writing to this store; wait for it, or stop it first") from error
+            raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()

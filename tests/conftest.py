@@ -129,7 +129,7 @@ def sagsae() -> Sagsae:
             time.sleep(0.002)
         if stop is not None:
             process.send_signal(stop[0])
-        output, errors = process.communicate(timeout=250)
+        output, errors = process.communicate(timeout=600)
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     return run

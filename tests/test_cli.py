@@ -108,6 +108,7 @@ def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_demo_meets_its_promises(sagsae: Sagsae, tmp_path: Path) -> None:
     done = sagsae("demo", "--out", tmp_path / "demo", "--json")
     assert done.returncode == 0, done.stderr

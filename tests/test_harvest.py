@@ -20,6 +20,7 @@ import harvest.writer
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
+from shared.manifest import writer_lock
 from shared.reader import ArrayReader, verify
 from shared.shard import as_float32
 from shared.store import Store
@@ -166,6 +167,13 @@ def test_a_folder_that_is_no_store_is_left_alone(harvest_config: Config, tmp_pat
     assert (tmp_path / "s" / "thesis.tex").exists()
 
 
+def test_a_store_being_written_is_not_overwritten(harvest_config: Config, tmp_path: Path) -> None:
+    before = contents(run_harvest(harvest_config(tmp_path)).store)
+    with writer_lock(tmp_path / "s"), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
+        run_harvest(harvest_config(tmp_path, overwrite=True))
+    assert contents(tmp_path / "s") == before
+
+
 def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*: cannot be written to"):
@@ -178,7 +186,9 @@ def test_a_disk_too_small_is_refused_before_any_work(
     monkeypatch.setattr(harvest.plan.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(UserError, match=r"about 0\.0 GB are needed, 0\.0 GB are free"):
         run_harvest(harvest_config(tmp_path))
-    assert "5,000 tokens, 3 hookpoints" in capsys.readouterr().err, "the estimate is printed"
+    assert (
+        "5,000 tokens of layer_01/resid_post, layer_01/attn_out, layer_01/mlp_out: about" in capsys.readouterr().err
+    ), "the estimate is printed"
     assert not (tmp_path / "s").exists()
 
 

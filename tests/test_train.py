@@ -18,6 +18,7 @@ import train.run
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
+from shared.manifest import writer_lock
 from shared.store import Store, shard_file
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.evaluate import evaluate
@@ -133,6 +134,34 @@ def test_a_run_has_a_name_of_its_own(train_config: Config, tmp_path: Path, monke
     names = {run_train(train_config(out=None, seed=seed)).run for seed in (0, 0, 1)}
     assert len(names) == 2
     assert all(name.parent == Path("runs") and name.name.startswith("s-layer_01-mlp_out-") for name in names)
+
+
+def test_a_run_killed_while_it_began_begins_again(train_config: Config) -> None:
+    run = run_train(train_config()).run
+    whole = weights_of(run)
+    (run / "config.json").unlink()
+    for name in ("checkpoints", "saes"):
+        shutil.rmtree(run / name)
+    for name in ("evaluation.json", "metrics.jsonl"):
+        (run / name).unlink()
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "record.json"]
+    assert weights_of(run_train(train_config()).run) == whole
+
+
+def test_two_trainings_of_one_run(train_config: Config) -> None:
+    run = run_train(train_config()).run
+    with writer_lock(run), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
+        run_train(train_config(overwrite=True))
+    assert RunFolder(run).finished()
+
+
+def test_a_store_that_moved(train_config: Config, store: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
+    run = run_train(train_config(store=copy)).run
+    copy.rename(tmp_path / "moved")
+    with pytest.raises(UserError, match=r"its store .*copy is not there. Say where it is now: --store"):
+        evaluate(EvalConfig(run=run, ce=False))
+    assert evaluate(EvalConfig(run=run, ce=False, store=tmp_path / "moved")).results["tokens"] > 0
 
 
 def test_unusable_input(train_config: Config, tmp_path: Path) -> None:

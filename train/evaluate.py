@@ -36,6 +36,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
     trained = folder.config()
     if not folder.finished():
         raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
+    if config.store is None and not trained.store.exists():
+        raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
     if store.snapshot_id != folder.read("config.json")["snapshot"]:
         raise UserError(

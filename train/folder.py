@@ -15,10 +15,13 @@ from typing import Any, Final
 
 from shared.config import TrainConfig, build
 from shared.errors import UserError
+from shared.manifest import LOCK_FILE, write_file
 from shared.record import write_json
 
 FREE: Final = {"out", "overwrite", "device", "store", "hook", "log_every", "checkpoint_every"}
 """Settings that may differ when a run goes on: they do not change what is trained."""
+BEGINNINGS: Final = {LOCK_FILE, "record.json"}
+"""What a run that was killed before it began may leave behind."""
 
 
 @dataclass(frozen=True)
@@ -62,21 +65,26 @@ class RunFolder:
     def finished(self) -> bool:
         return self.exists() and "finished" in self.read("record.json")
 
-    def begin(self, identity: dict[str, Any], record: dict[str, Any]) -> None:
-        """Creates the folder. Raises UserError when it cannot, or when something else is there."""
-        if self.path.exists() and any(self.path.iterdir()):
+    def make(self) -> None:
+        """The empty folder. Raises UserError when it cannot be made, or when something else is there."""
+        if self.path.exists() and not self.exists() and any(p.name not in BEGINNINGS for p in self.path.iterdir()):
             raise UserError(f"{self.path}: exists and is not a training run. Choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_json(self.path / "record.json", record)
-            write_json(self.path / "config.json", identity)
+            (self.path / LOCK_FILE).touch()
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written to ({error.strerror})") from error
 
-    def remove(self) -> None:
-        """Deletes the run. config.json goes first, so that a rest is never taken for a run."""
-        (self.path / "config.json").unlink()
-        shutil.rmtree(self.path)
+    def begin(self, identity: dict[str, Any], record: dict[str, Any]) -> None:
+        """The run exists when config.json does, which is written last."""
+        write_json(self.path / "record.json", record)
+        write_json(self.path / "config.json", identity)
+
+    def clear(self) -> None:
+        """Deletes what is in the folder, config.json last: until then it is a run that --overwrite can clear."""
+        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
+            if path.name != LOCK_FILE:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raises UserError naming every setting in which the run that is here differs from the one asked for."""
@@ -94,7 +102,7 @@ class RunFolder:
         if self.metrics.exists():
             lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.metrics.write_text("".join(kept), encoding="utf-8")
+            write_file(self.metrics, "".join(kept).encode())
 
     def log(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

@@ -50,6 +50,8 @@ def make_job(config: TrainConfig, device: torch.device) -> Job:
     committed = np.zeros(parts.train.size, dtype=bool)
     for commit in store.commits.values():
         committed[commit.start : commit.stop] = True
+    if not (parts.heldout.reshape(-1) & committed).any():
+        raise UserError(f"{store.root}: no held-out context is committed yet. Let sagsae harvest go on, then train")
     epoch_rows = int((parts.train.reshape(-1) & committed).sum())
     steps = (config.tokens or epoch_rows) // config.batch
     if steps < 1:
@@ -62,7 +64,7 @@ def make_job(config: TrainConfig, device: torch.device) -> Job:
     matmul = matmul_dtype(config.precision, device)
     identity = {
         **config.model_dump(mode="json"),
-        "store": str(store.root),
+        "store": str(store.root.resolve()),
         "hook": hook,
         "snapshot": store.snapshot_id,
         "precision": str(matmul).removeprefix("torch."),

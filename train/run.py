@@ -7,7 +7,7 @@ killed goes on from its newest checkpoint when the same call is made again, and 
 import json
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from shared.config import SAEConfig, TrainConfig
 from shared.errors import Interrupted, UserError
+from shared.manifest import writer_lock
 from shared.model import pick_device
 from shared.progress import progress, say
 from shared.record import provenance, write_json
@@ -97,12 +98,19 @@ def train(config: TrainConfig) -> Summary:
             f"{accelerator.num_processes} processes cannot share {job.order.streams} streams evenly. Use a divisor"
         )
     if accelerator.is_main_process:
+        job.folder.make()
+    with writer_lock(job.folder.path) if accelerator.is_main_process else nullcontext():
+        return train_job(job, accelerator)
+
+
+def train_job(job: Job, accelerator: Accelerator) -> Summary:
+    if accelerator.is_main_process:
         open_folder(job, accelerator)
     accelerator.wait_for_everyone()
     if job.folder.finished():
         say(f"{job.folder.path} is complete. Nothing to do (--overwrite starts afresh).")
         return summarise(job, 0.0, 0)
-    members = [Member(sae, job.statistics, accelerator.device) for sae in config.saes]
+    members = [Member(sae, job.statistics, accelerator.device) for sae in job.config.saes]
     started, seconds = time.monotonic(), run_steps(job, members, accelerator)
     if accelerator.is_main_process:
         finish(job, members, seconds)
@@ -114,7 +122,7 @@ def open_folder(job: Job, accelerator: Accelerator) -> None:
     """Begins the run, or checks that the one that is here is the one asked for."""
     folder = job.folder
     if folder.exists() and job.config.overwrite:
-        folder.remove()
+        folder.clear()
     if folder.exists():
         folder.check_same(job.identity)
         return
