@@ -7,6 +7,7 @@ document on stdout. Progress goes to stderr. What a command needs is imported wh
 import dataclasses
 import json
 import os
+import re
 import sys
 import time
 from pathlib import Path
@@ -51,7 +52,7 @@ def harvest(
 
     flags = {
         "model": model, "revision": revision, "hooks": hook, "corpus": corpus, "tokens": tokens, "context": context,
-        "layers": [int(x) if x.lstrip("-").isdigit() else x for x in layer] if layer else None, "dtype": dtype,
+        "layers": [int(x) if re.fullmatch("-?[0-9]+", x) else x for x in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
@@ -240,12 +241,14 @@ def launch(processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from shared.errors import Interrupted
+
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
     except ChildFailedError as error:
         raise typer.Exit(max(1, error.get_first_failure()[1].exitcode)) from error
     except SignalException as error:
-        raise KeyboardInterrupt from error
+        raise Interrupted("stopped. To continue, run the same command again") from error
     raise typer.Exit(0)
 
 
@@ -294,13 +297,14 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     """Columns as wide as what they hold; the first is text, the others are set to the right where they are numbers."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
     for column, first in (rows[0] if rows else {}).items():
         numeric = isinstance(first, int | float) or str(first)[:1].isdigit()
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
-        table.add_row(*("–" if value is None else str(value) for value in row.values()))
+        table.add_row(*(Text("–" if value is None else str(value)) for value in row.values()))
     Console(width=max(Console().width, 110)).print(table)  # a cell that is cut off is worth less than a long line
 
 
@@ -313,9 +317,6 @@ def main() -> None:
     except (UserError, DamagedError, Interrupted) as error:
         typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        typer.echo("stopped. Nothing that was committed is lost; the same command goes on", err=True)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -125,6 +125,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "model": {
             "name": plan.source.name,
             "commit": plan.source.commit,
+            "local": plan.source.local,
             "dtype": plan.dtype,
             "attention": "sdpa",
             "weight_processing": "none",
@@ -184,16 +185,17 @@ def check_room(plan: Plan, tokens: int | None) -> None:
     itemsize = DTYPES[plan.config.store_dtype][0].itemsize
     ratio = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
     each = {path: int(tokens * (hook.d_in * itemsize / ratio + 4)) for path, hook in plan.hooks.items()}
-    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.root) if is_store(plan.root) else 0)
+    going_on = is_store(plan.root) and not plan.config.overwrite
+    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.root) if going_on else 0)
     folder = next(p for p in (plan.root, *plan.root.absolute().parents) if p.exists())
     free = shutil.disk_usage(folder).free
     say(
         f"{plan.config.model}: {tokens:,} tokens of {', '.join(each)}: about "
-        f"{max(needed, 0) / 1e9:.2f} GB to write into {plan.root}; {free / 1e9:.1f} GB are free"
+        f"{max(needed, 0) / 1e9:.3g} GB to write into {plan.root}; {free / 1e9:.3g} GB are free"
     )
     if needed > free:
         raise UserError(
-            f"--out {plan.config.out}: about {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are free. "
+            f"--out {plan.config.out}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free. "
             "Ask for fewer --tokens or hookpoints, or choose another --out"
         )
 

@@ -22,18 +22,22 @@ from harvest.plan import Plan, check_room, check_same, make_plan, make_spec
 from harvest.writer import ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
-from shared.manifest import LOCK_FILE, clean_up, writer_lock
+from shared.manifest import LOCK_FILE, clean_up, explained, writer_lock
 from shared.model import LanguageModel
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests
 from shared.store import (
+    BUILDING,
     DTYPES,
     STATE_FILE,
     Store,
     StoreSpec,
+    clear_folder,
     create_store,
+    is_ours,
     is_store,
+    place_tokens,
     stored_bytes,
     write_state,
     write_tokens,
@@ -57,23 +61,31 @@ def harvest(config: HarvestConfig) -> Summary:
     """Harvests until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
     plan = make_plan(config)
     if is_store(plan.root) and not config.overwrite:
-        check_same(plan, Store.open(plan.root).spec)
+        store = Store.open(plan.root)
+        check_same(plan, store.spec)
+        if is_complete(store):
+            say(f"{plan.root} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            return summarise(store, 0.0, 0, 0.0)
     check_room(plan, config.tokens)
     make_folder(plan.root)
-    with writer_lock(plan.root):
-        if config.overwrite:
-            (plan.root / STATE_FILE).unlink(missing_ok=True)
-        spec = Store.open(plan.root).spec if is_store(plan.root) else begin(plan)
+    with writer_lock(plan.root), explained(plan.root):
+        if config.overwrite or not is_store(plan.root):
+            begin(plan)
         clean_up(plan.root)
         store = Store.open(plan.root)
-        if store.state == "final":
-            say(f"{plan.root} is complete: {spec.n_tokens:,} tokens. Nothing to do (--overwrite starts afresh).")
-            return summarise(store, 0.0, 0, 0.0)
-        return fill(plan, spec, store)
+        check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
+        return fill(plan, store.spec, store)
+
+
+def is_complete(store: Store) -> bool:
+    return store.state == "final" and not store.missing
 
 
 def make_folder(root: Path) -> None:
-    if root.exists() and not is_store(root) and not (root / LOCK_FILE).exists() and any(root.iterdir()):
+    """Raises UserError when the folder cannot be made or written to, or when something else is there."""
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: is a file. Choose another --out or --name")
+    if root.exists() and not is_store(root) and any(not is_ours(path.name) for path in root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -82,28 +94,34 @@ def make_folder(root: Path) -> None:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
 
-def begin(plan: Plan) -> StoreSpec:
-    """Writes the token rows, then the empty store; whatever an earlier, unfinished beginning left goes first."""
-    for leftover in plan.root.iterdir():
-        if leftover.name != LOCK_FILE:
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+def begin(plan: Plan) -> None:
+    """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
+    beginning, goes only when nothing can be refused any more."""
     counts = Counts()
     say(f"{plan.root}: tokenising")
-    rows, digest = write_tokens(plan.root, token_rows(plan, counts), plan.context, plan.info.vocab_size)
-    available, wanted = rows * plan.context, plan.config.tokens
-    if available < (wanted or 1):
-        asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
-        raise UserError(
-            f"the corpus gives {max(available, counts.tokens):,} tokens{asked}. Lower --tokens or --context, or give "
-            "more text"
-        )
-    n_tokens = wanted or available
-    if wanted is None:
-        check_room(plan, n_tokens)
-    spec = make_spec(plan, counts, digest, n_tokens)
+    try:
+        rows, digest = write_tokens(plan.root, token_rows(plan, counts), plan.context, plan.info.vocab_size)
+        available, wanted = rows * plan.context, plan.config.tokens
+        if available < (wanted or 1):
+            asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
+            raise UserError(
+                f"the corpus gives {max(available, counts.tokens):,} tokens{asked}. Lower --tokens or --context, or "
+                "give more text"
+            )
+        if wanted is None:
+            check_room(plan, available)
+        spec = make_spec(plan, counts, digest, wanted or available)
+    except UserError:
+        shutil.rmtree(plan.root / BUILDING, ignore_errors=True)
+        if [path.name for path in plan.root.iterdir()] == [LOCK_FILE]:
+            (plan.root / LOCK_FILE).unlink()
+            plan.root.rmdir()
+        raise
+    (plan.root / STATE_FILE).unlink(missing_ok=True)
+    clear_folder(plan.root, keep=(LOCK_FILE, BUILDING))
+    place_tokens(plan.root)
     create_store(plan.root, spec)
     write_json(plan.root / "record.json", {**provenance(), "config": plan.config.model_dump(mode="json")})
-    return spec
 
 
 def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
@@ -133,7 +151,7 @@ def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
 
 def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:
     """Captures and commits every missing shard, then marks the store final."""
-    todo = [shard for shard in range(spec.n_shards) if shard not in store.commits]
+    todo = store.missing
     model = LanguageModel(plan.source, plan.device, plan.dtype)
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()

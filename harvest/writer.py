@@ -4,11 +4,8 @@ Rows are permuted inside the shard before they are encoded. It costs one gather 
 chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-format.md has the measurement).
 """
 
-import errno
 import os
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError
-from shared.manifest import Commit, append_commit, write_file
+from shared.manifest import Commit, append_commit, explained, write_file
 from shared.permute import SHARD_ROWS, permutation
 from shared.shard import Layout, as_float32, assemble_shard, crc32c, encode_chunk, encode_shard, pad_chunk, with_crc
 from shared.store import StoreSpec, shard_file
@@ -124,25 +121,6 @@ class ShardWriter:
     def write(self, array: str, shard: int, data: bytes, ndim: int) -> Files:
         write_file(shard_file(self.root, array, shard, ndim), data)
         return {array: (len(data), crc32c(data))}
-
-
-@contextmanager
-def explained(root: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only one into a message; what is committed stays valid."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full. Free space",
-            errno.EDQUOT: "the disk quota is used up. Free space",
-            errno.EROFS: "the file system is read-only. Make it writable",
-            errno.EACCES: "permission denied. Make the folder writable",
-        }
-        if error.errno not in reasons:
-            raise
-        raise UserError(
-            f"{root}: {reasons[error.errno]}, then run the same command again: committed shards are safe and stay"
-        ) from error
 
 
 def check_finite(total: Rows, squares: Rows, path: str, shard: int, start: int, stop: int) -> None:

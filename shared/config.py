@@ -6,6 +6,7 @@ from it (a default context length, the number of steps) goes into the run's reco
 
 import difflib
 import json
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -29,7 +30,7 @@ class HarvestConfig(Frozen):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
     model: str
-    """An alias (`sagsae harvest --help` lists them), a Hugging Face id, or a folder."""
+    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/model.py), a Hugging Face id, or a folder."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -58,7 +59,7 @@ class HarvestConfig(Frozen):
     """Activation rows wanted, exactly. Default: all that the corpus gives."""
     batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Tokens in one forward pass."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Shuffles documents and permutes rows inside a shard."""
     codec: Literal["zstd", "lz4", "none"] = "zstd"
     chunk_rows: Annotated[int, Field(ge=1)] | None = None
@@ -71,16 +72,22 @@ class HarvestConfig(Frozen):
     """The store's folder in `out`. Default: the model's name."""
     overwrite: bool = False
 
+    @model_validator(mode="after")
+    def check(self) -> "HarvestConfig":
+        if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
+        return self
+
 
 class SAEConfig(Frozen):
     """One autoencoder. The mathematics is in docs/method.md."""
 
     arch: Literal["sa-gsae", "gated"]
-    d_sae: Annotated[int, Field(ge=1)]
+    d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
-    sparsity: Annotated[float, Field(gt=0)]
+    sparsity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
     """λ, the weight of the L1 term, for activations of unit variance."""
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the initial weights."""
     theta0: Annotated[float, Field(ge=0)] = 0.4
     """Initial threshold, in units of 1/sqrt(d_in)."""
@@ -102,7 +109,7 @@ class TrainConfig(Frozen):
     """Training tokens. Default: one epoch. More than the store holds means several epochs."""
     batch: Annotated[int, Field(ge=1)] = 4096
     """Tokens in a step, over all processes."""
-    lr: Annotated[float, Field(gt=0)] = 1e-3
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     """Peak learning rate of Adam. Short runs (under a million tokens) want 3e-3 to 8e-3."""
     warmup_steps: Annotated[int, Field(ge=0)] = 100
     """Steps of linear warm-up, at most 5 % of the run."""
@@ -111,7 +118,7 @@ class TrainConfig(Frozen):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
     device: str = "auto"
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Orders the activations and chooses the held-out contexts."""
     heldout_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Tokens kept from training for evaluation, as whole contexts; at most a tenth of the store."""
@@ -139,7 +146,7 @@ class TrainConfig(Frozen):
             raise ValueError("saes: name at least one autoencoder (arch, d_sae, sparsity)")
         names = [sae.name for sae in self.saes]
         if len(set(names)) < len(names):
-            raise ValueError(f"saes: {max(names, key=names.count)} is listed twice; change its seed or remove one")
+            raise ValueError(f"saes: {max(names, key=names.count)} is listed twice; change its seed, or remove one")
         if self.batch % self.streams:
             raise ValueError(f"batch: {self.batch} is not a multiple of streams = {self.streams}")
         return self
@@ -192,6 +199,10 @@ def build(schema: type[Section], values: dict[str, Any]) -> Section:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "missing":
+            raise UserError(
+                f"{key}: is needed; give --{key.replace('_', '-')}, or {key} in the --config file"
+            ) from error
         if first["type"] == "extra_forbidden":
             known = list(schema.model_fields)
             near = difflib.get_close_matches(key, known, n=1)
@@ -208,7 +219,7 @@ def sae_grid(archs: list[str], widths: list[int], sparsities: list[float], seeds
     grid = []
     for named in archs or ["sa-gsae"]:
         arch, colon, own = named.partition(":")
-        if colon and not own.isdigit():
+        if colon and not re.fullmatch("[0-9]+", own):
             raise UserError(f"--arch {named}: expected ARCH or ARCH:WIDTH, such as gated:8192")
         own_widths = [int(own)] if colon else widths
         if not own_widths:

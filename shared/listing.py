@@ -3,16 +3,23 @@
 from pathlib import Path
 from typing import Any
 
-from shared.errors import UserError
-from shared.store import DTYPES, Store, is_store, stored_bytes
+from shared.errors import DamagedError, UserError
+from shared.progress import say
+from shared.store import DTYPES, STATE_FILE, Store, is_store, stored_bytes
 
 
 def list_stores(root: Path) -> list[dict[str, Any]]:
     """One row a hookpoint of every store in `root` (or of `root` itself, when it is a store)."""
     if not root.is_dir():
         raise UserError(f"{root}: there is no such folder. Stores are made with: sagsae harvest")
-    found = [root] if is_store(root) else [path for path in sorted(root.iterdir()) if is_store(path)]
-    return [row for path in found for row in store_rows(Store.open(path))]
+    found = [root] if is_store(root) else [path for path in sorted(root.iterdir()) if (path / STATE_FILE).exists()]
+    rows: list[dict[str, Any]] = []
+    for path in found:
+        try:
+            rows += store_rows(Store.open(path))
+        except (UserError, DamagedError) as error:
+            say(f"{path}: left out. {error}")
+    return rows
 
 
 def store_rows(store: Store) -> list[dict[str, Any]]:

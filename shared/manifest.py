@@ -4,6 +4,7 @@ A shard is committed by one line in its writer's manifest file, appended and syn
 The line carries the length and crc32c of every file and ends in its own crc32c, so a torn line is recognised.
 """
 
+import errno
 import fcntl
 import json
 import os
@@ -61,9 +62,9 @@ def read_manifest(root: Path) -> dict[int, Commit]:
     the last is damage, and raises DamagedError."""
     commits: dict[int, Commit] = {}
     for path in sorted((root / "manifest").glob("rank-*.jsonl")):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
         for number, line in enumerate(lines, start=1):
-            commit = parse_commit(line)
+            commit = parse_commit(line.decode(errors="replace"))
             if commit is not None:
                 commits[commit.shard] = commit
             elif number < len(lines):
@@ -133,6 +134,25 @@ def writer_lock(root: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield
+
+
+@contextmanager
+def explained(root: Path) -> Iterator[None]:
+    """Turns a full disk or a read-only one into a message; what is committed stays valid."""
+    try:
+        yield
+    except OSError as error:
+        reasons = {
+            errno.ENOSPC: "the disk is full. Free space",
+            errno.EDQUOT: "the disk quota is used up. Free space",
+            errno.EROFS: "the file system is read-only. Make it writable",
+            errno.EACCES: "permission denied. Make the folder writable",
+        }
+        if error.errno not in reasons:
+            raise
+        raise UserError(
+            f"{root}: {reasons[error.errno]}, then run the same command again: what is committed is safe and stays"
+        ) from error
 
 
 def read_range(file: Path, offset: int, length: int | None, expected: int) -> bytes:

@@ -64,10 +64,8 @@ class ModelInfo:
 
 def resolve_model(name: str, revision: str | None = None) -> ModelSource:
     """The model an alias, a folder or a hub id means. Raises UserError when there is none."""
-    folder = Path(name).expanduser()
-    if not folder.is_dir() and name in ALIASES:
-        folder = Path(ALIASES[name])
-    if folder.is_dir():
+    folder = local_folder(name)
+    if folder is not None:
         if revision is not None:
             raise UserError(f"--revision {revision}: {name} is a folder; revisions belong to Hugging Face models")
         if not (folder / "config.json").is_file():
@@ -81,6 +79,12 @@ def resolve_model(name: str, revision: str | None = None) -> ModelSource:
         hint = f"Did you mean {near[0]}?" if near else f"Aliases: {', '.join(ALIASES)}."
         raise UserError(f"--model {name}: is not an alias, a folder, or a Hugging Face id (owner/name). {hint}")
     return ModelSource(name, location, False, hub_commit(location, revision))
+
+
+def local_folder(name: str) -> Path | None:
+    """The folder that a name means, itself or as an alias; None for the name of a hub model."""
+    folders = (Path(name).expanduser(), Path(ALIASES.get(name, "")))
+    return next((folder for folder in folders if str(folder) != "." and folder.is_dir()), None)
 
 
 def folder_digest(folder: Path) -> str:

@@ -58,6 +58,12 @@ def verify(store: Store, full: bool) -> list[str]:
     """Everything that is not as committed, one line each. Quick: presence, length and crc32c of every file.
     Full: also decodes every chunk and counts its rows."""
     damage = []
+    if store.state == "final" and store.missing:
+        damage.append(f"{store.root}: is final, but shards {store.missing} are not in its manifest")
+    try:
+        store.tokens()
+    except DamagedError as error:
+        damage.append(str(error))
     layouts = store.spec.layouts()
     for shard, commit in store.commits.items():
         for array, (size, crc) in commit.files.items():

@@ -20,12 +20,14 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from shared.config import Frozen
-from shared.errors import UserError
-from shared.manifest import Commit, read_manifest, read_range, sync_folder, write_file
+from shared.errors import DamagedError, UserError
+from shared.manifest import LOCK_FILE, Commit, read_manifest, read_range, sync_folder, write_file, writer_lock
 from shared.shard import CODECS, Layout, crc32c, without_crc
 
 FORMAT_VERSION: Final = 1
 STATE_FILE: Final = "zarr.json"
+BUILDING: Final = "tokens.building"
+OURS: Final = {LOCK_FILE, STATE_FILE, BUILDING, "tokens", "index", "stats", "manifest", "record.json"}
 
 # bf16 has no Zarr v3 data type that zarr-python knows: its bit pattern is stored as uint16. The fill values are NaN,
 # so that reading what was never written is loud.
@@ -149,13 +151,13 @@ def create_store(root: Path, spec: StoreSpec) -> None:
 
 
 def write_tokens(root: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> tuple[int, str]:
-    """Writes `tokens/` from blocks of rows [n, context]; there are all of them or none. Gives the number of rows
-    and a digest of the ids."""
+    """Writes rows [n, context] beside whatever is in the folder; `place_tokens` puts them in their place. Gives the
+    number of rows and a digest of the ids."""
     import zarr
     from zarr.codecs import BloscCodec, Crc32cCodec
 
     dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    building = root / "tokens.building"
+    building = root / BUILDING
     shutil.rmtree(building, ignore_errors=True)
     array = zarr.create_array(
         building,
@@ -172,10 +174,15 @@ def write_tokens(root: Path, blocks: Iterable[NDArray[Any]], context: int, vocab
         array.append(ids)
         digest.update(ids.tobytes())
         rows += len(ids)
-    shutil.rmtree(root / "tokens", ignore_errors=True)
-    building.rename(root / "tokens")
-    sync_folder(root)
+    for file in building.rglob("*"):
+        sync_folder(file)
     return rows, digest.hexdigest()
+
+
+def place_tokens(root: Path) -> None:
+    """Gives the rows that `write_tokens` wrote their final name."""
+    (root / BUILDING).rename(root / "tokens")
+    sync_folder(root)
 
 
 def rebatched(blocks: Iterable[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
@@ -248,6 +255,11 @@ class Store:
         return cls(root, spec, state, read_manifest(root))
 
     @property
+    def missing(self) -> list[int]:
+        """Shards that are planned but not committed."""
+        return [shard for shard in range(self.spec.n_shards) if shard not in self.commits]
+
+    @property
     def n_rows(self) -> int:
         return sum(commit.rows for commit in self.commits.values())
 
@@ -257,10 +269,16 @@ class Store:
         return f"{crc32c(''.join(commit.line() for commit in self.commits.values()).encode()):08x}-{len(self.commits)}"
 
     def tokens(self) -> NDArray[Any]:
-        """Token ids [n_contexts, context], in corpus order."""
+        """Token ids [n_contexts, context], in corpus order. Raises DamagedError when they are not what was written."""
         import zarr
 
-        return np.asarray(zarr.open_array(self.root / "tokens", mode="r")[:])
+        try:
+            ids = np.asarray(zarr.open_array(self.root / "tokens", mode="r")[:])
+        except Exception as error:  # whatever a codec or a missing file raises
+            raise DamagedError(f"{self.root / 'tokens'}: cannot be read ({error})") from error
+        if hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest() != self.spec.corpus["ids_blake2b"]:
+            raise DamagedError(f"{self.root / 'tokens'}: the token ids are not the ones that were written")
+        return ids
 
     def statistics(self, hook: str) -> Statistics:
         """Of one hookpoint, over the committed shards. Raises UserError when too few rows count."""
@@ -288,6 +306,8 @@ def find_hookpoint(path: Path, hook: str | None) -> tuple[Store, str]:
     names = list(store.spec.hookpoints)
     inside = path.relative_to(root).as_posix()
     wanted = hook if inside == "." else inside
+    if inside != "." and hook not in (None, inside, inside.split("/")[-1]):
+        raise UserError(f"--hook {hook}: --store {path} already says {inside}. Give one of the two")
     matches = [
         n for n in names if wanted is None or n == wanted or n.split("/")[-1] == wanted or n.startswith(f"{wanted}/")
     ]
@@ -298,10 +318,22 @@ def find_hookpoint(path: Path, hook: str | None) -> tuple[Store, str]:
 
 
 def is_store(path: Path) -> bool:
+    """Whether a harvest was begun here. Raises DamagedError when a zarr.json is there but cannot be read: a store that
+    is out of reach for a moment must not be taken for an empty folder."""
     try:
-        return "state" in json.loads((path / STATE_FILE).read_text(encoding="utf-8"))["attributes"]["sagsae"]
-    except (OSError, ValueError, KeyError, TypeError):
+        document = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
         return False
+    except (OSError, ValueError) as error:
+        raise DamagedError(f"{path / STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    ours = attributes.get("sagsae") if isinstance(attributes, dict) else None
+    return isinstance(ours, dict) and "state" in ours
+
+
+def is_ours(name: str) -> bool:
+    """Whether a store puts something of this name into its folder. Nothing else is ever deleted there."""
+    return name in OURS or name.startswith("layer_") or name.endswith(".tmp")
 
 
 def stored_bytes(store: Store, hook: str) -> int:
@@ -309,7 +341,19 @@ def stored_bytes(store: Store, hook: str) -> int:
 
 
 def remove_store(root: Path) -> None:
-    """Deletes a store, and only a store. Its zarr.json goes first, so that a rest is never taken for one."""
+    """Deletes a store that nobody is writing to. Its zarr.json goes first, so that a rest is never taken for one, and
+    its lock last; the folder stays when it holds anything else."""
     read_state(root)
-    (root / STATE_FILE).unlink()
-    shutil.rmtree(root)
+    with writer_lock(root):
+        (root / STATE_FILE).unlink()
+        clear_folder(root)
+    (root / LOCK_FILE).unlink()
+    if not any(root.iterdir()):
+        root.rmdir()
+
+
+def clear_folder(root: Path, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
+    """Deletes all that a store puts into its folder, but for `keep`."""
+    for path in root.iterdir():
+        if is_ours(path.name) and path.name not in keep:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

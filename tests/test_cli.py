@@ -50,7 +50,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     ("arguments", "message"),
     [
         (["harvest", "--model", "nope"], "error: --model nope: is not an alias"),
-        (["harvest"], "error: model: Field required"),
+        (["harvest"], "error: model: is needed; give --model"),
         (["harvest", "--model", "tiny", "--layer", "9"], "error: --layer 9: the model has 4 layers, 0 to 3"),
         (["harvest", "--model", "tiny", "--hook", "resid_mid"], "Use resid_pre, resid_post, attn_out or mlp_out"),
         (["harvest", "--model", "tiny", "--context", "4096"], "was made for at most 128 tokens"),
@@ -58,7 +58,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["harvest", "--model", "tiny", "--corpus", "./none"], "there is no such file or folder"),
         (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Ask for fewer --tokens"),
         (["train", "--store", "none", "--arch", "gated:8"], "does not exist. Make a store with: sagsae harvest"),
-        (["train", "--store", "none"], "error: saes: Field required"),
+        (["train", "--store", "none"], "error: saes: is needed; give --arch ARCH:WIDTH"),
         (["train", "--config", "none.toml"], "error: --config none.toml: cannot be read"),
         (["eval", "none"], "is not a training run"),
         (["report", "none"], "none"),

@@ -19,7 +19,7 @@ import harvest.run
 import harvest.writer
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
-from shared.errors import Interrupted, UserError
+from shared.errors import DamagedError, Interrupted, UserError
 from shared.manifest import writer_lock
 from shared.reader import ArrayReader, verify
 from shared.shard import as_float32
@@ -145,26 +145,48 @@ def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -
         r"no such folder": {"model": "./nowhere"},
         r"no such file or folder": {"corpus": "./nowhere.jsonl"},
         r"--device cuda:7": {"device": "cuda:7"},
-        r"multiple of chunk_rows": {"shard_rows": 100},
+        r"not a multiple of chunk_rows = 64": {"shard_rows": 100},
     }
     for message, changes in refused.items():
-        with pytest.raises(UserError, match=message):
+        with pytest.raises((UserError, ValueError), match=message):
             run_harvest(harvest_config(out, **changes))
-        assert not out.exists() or not list(out.glob("*/zarr.json")), message
+        assert not out.exists(), message
     with pytest.raises(UserError, match=r"the corpus gives \d+ tokens, less than one row of 16"):
         run_harvest(harvest_config(out, corpus=str(short), tokens=None))
     with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens"):
         run_harvest(harvest_config(out, corpus=str(save_corpus(tmp_path / "few.jsonl", sentences(3)))))
-    assert not list(out.glob("*/zarr.json"))
-    assert run_harvest(harvest_config(out)).tokens == 5000, "what a refusal leaves behind is no obstacle"
+    assert list(out.iterdir()) == [], "not even a lock is left"
+    before = contents(run_harvest(harvest_config(out)).store)
+    with pytest.raises(UserError, match="were asked for"):
+        run_harvest(harvest_config(out, tokens=10**6, overwrite=True))
+    assert contents(out / "s") == before, "a store goes only when there is something to put in its place"
 
 
 def test_a_folder_that_is_no_store_is_left_alone(harvest_config: Config, tmp_path: Path) -> None:
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="exists and is not a store"):
-        run_harvest(harvest_config(tmp_path, overwrite=True))
+    for _ in range(2):
+        with pytest.raises(UserError, match="exists and is not a store"):
+            run_harvest(harvest_config(tmp_path, overwrite=True))
+        (tmp_path / "s" / ".lock").touch()
     assert (tmp_path / "s" / "thesis.tex").exists()
+
+
+def test_a_store_whose_description_is_damaged_is_not_begun_anew(harvest_config: Config, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path))
+    (tmp_path / "s" / "zarr.json").write_text("{")
+    before = contents(tmp_path / "s")
+    with pytest.raises(DamagedError, match="cannot be read"):
+        run_harvest(harvest_config(tmp_path))
+    assert contents(tmp_path / "s") == before
+
+
+def test_a_store_that_lost_commits_is_completed(harvest_config: Config, tmp_path: Path) -> None:
+    before = contents(run_harvest(harvest_config(tmp_path)).store)
+    manifest = tmp_path / "s" / "manifest" / "rank-00000.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-2]))
+    assert run_harvest(harvest_config(tmp_path)).tokens == 5000
+    assert contents(tmp_path / "s") == before
 
 
 def test_a_store_being_written_is_not_overwritten(harvest_config: Config, tmp_path: Path) -> None:
@@ -178,13 +200,15 @@ def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"--out .*: cannot be written to"):
         run_harvest(harvest_config(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"file: is a file"):
+        run_harvest(harvest_config(tmp_path, name="file"))
 
 
 def test_a_disk_too_small_is_refused_before_any_work(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     monkeypatch.setattr(harvest.plan.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(UserError, match=r"about 0\.0 GB are needed, 0\.0 GB are free"):
+    with pytest.raises(UserError, match=r"about 0\.00\d+ GB are needed, 1e-06 GB are free"):
         run_harvest(harvest_config(tmp_path))
     assert (
         "5,000 tokens of layer_01/resid_post, layer_01/attn_out, layer_01/mlp_out: about" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Every metric against its definition, written out in numpy float64; language-model losses against identities."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,11 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from shared.config import SAEConfig
+from harvest.run import harvest as run_harvest
+from shared.config import HarvestConfig, SAEConfig
 from shared.model import LanguageModel, resolve_model
+from shared.store import Store
 from train.autoencoder import Autoencoder
-from train.metrics import language_losses, measure, recovered
+from train.metrics import language_losses, measure, read_heldout, recovered
 from train.sae.gated import initial_weights
+from train.stream import Rows
 
 D_IN, D_SAE = 32, 40
 
@@ -68,6 +72,17 @@ def test_r2_sees_a_constant_bias_and_ignores_the_mean_of_the_data() -> None:
     assert (nothing.l0, nothing.dead_fraction, nothing.bipolar_fraction) == (0, 1, None)
     biased = replace(closed, weights=replace(closed.weights, b_dec=closed.weights.b_dec + 1))
     assert measure(biased, x, "cpu").r2 < -0.5
+
+
+def test_held_out_contexts_over_many_shards_are_read_whole(
+    harvest_config: Callable[..., HarvestConfig], tmp_path: Path
+) -> None:
+    """A context longer than a shard: its middle shards hold its rows too."""
+    config = harvest_config(tmp_path, context=48, tokens=960, shard_rows=16, chunk_rows=16, hooks=("mlp_out",))
+    store = Store.open(run_harvest(config).store)
+    keep = np.zeros((20, 48), dtype=bool)
+    keep[[3, 11]] = True
+    assert len(read_heldout(Rows.of(store, "layer_01/mlp_out"), keep)) == 2 * 48
 
 
 def test_the_share_recovered() -> None:

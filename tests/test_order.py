@@ -26,8 +26,8 @@ def test_golden_order() -> None:
     assert permutation(10, 7, 2, 0).tolist() == [7, 3, 2, 0, 8, 4, 9, 5, 1, 6]
     order = Order(n_chunks=11, streams=2, window_chunks=3, seed=7)
     assert [[w.tolist() for w in order.windows(1, v)] for v in (0, 1)] == [
-        [[5], [7, 10, 2], [4, 0]],
-        [[3, 6, 9], [8, 1]],
+        [[3], [6, 9, 8], [1]],
+        [[5, 7, 10], [2, 4, 0]],
     ]
     assert order.rows(1, 0, 2, 6).tolist() == [2, 5, 0, 4, 1, 3]
 
@@ -44,7 +44,7 @@ def test_seeds_and_epochs_do_not_collide() -> None:
 )  # fmt: skip
 def test_an_epoch_holds_every_chunk_once(n: int, streams: int, window: int, seed: int, epoch: int) -> None:
     order = make_order(n, 1, streams, window * streams, seed)
-    assert order.streams <= n
+    assert order.streams == 1 or n // order.streams >= 16
     assert streams % order.streams == 0
     windows = [w for v in range(order.streams) for w in order.windows(epoch, v)]
     assert sorted(np.concatenate(windows)) == list(range(n))
@@ -68,16 +68,20 @@ def fingerprints(rows: torch.Tensor) -> list[bytes]:
     return [row.numpy().tobytes() for row in rows.view(torch.int16)]
 
 
-def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config) -> None:
-    config = train_config(batch=4, streams=1)
+@pytest.mark.parametrize("streams", [1, 4])
+def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, streams: int) -> None:
+    """With one stream exactly; with several but for what the longer ones have to go when an epoch's rows are out."""
+    config = train_config(batch=4, streams=streams)
     keep = split(store.spec, store.tokens(), config).train
     n = int(keep.reshape(-1)[:5000].sum())
-    given_out = [row for batch, _ in batches(store, config, n // 4) for row in fingerprints(batch)]
     rows = Rows.of(store, HOOK)
-    expected = np.concatenate([rows.kept(*chunk, keep) for chunk in rows.chunks()])
-    counts, known = Counter(given_out), Counter(row.tobytes() for row in expected)
-    assert not counts - known, "nothing comes more often than it is stored"
-    assert len(given_out) == n - n % 4
+    known = Counter(row.tobytes() for chunk in rows.chunks() for row in rows.kept(*chunk, keep))
+    given_out = Counter(row for batch, _ in batches(store, config, n // 4) for row in fingerprints(batch))
+    twice, never = (given_out - known).total(), (known - given_out).total()
+    assert given_out.total() == n // 4 * 4
+    assert set(given_out) <= set(known)
+    assert twice == (0 if streams == 1 else pytest.approx(0, abs=0.03 * n))
+    assert never <= twice + 3
 
 
 def test_batches_go_on_from_every_position(store: Store, train_config: Config) -> None:

@@ -14,7 +14,7 @@ from shared.errors import DamagedError, UserError
 from shared.manifest import append_commit, clean_up, parse_commit, read_manifest, write_file, writer_lock
 from shared.reader import ArrayReader, verify
 from shared.shard import as_float32
-from shared.store import Store, find_hookpoint, read_state, remove_store, shard_file
+from shared.store import Store, find_hookpoint, is_store, read_state, remove_store, shard_file
 
 HOOK = "layer_01/mlp_out"
 
@@ -166,9 +166,11 @@ def test_find_hookpoint(store: Store, tmp_path: Path) -> None:
         (store.root, HOOK),
         (store.root, "mlp_out"),
         (store.root / HOOK, None),
-        (store.root / HOOK, "x"),
+        (store.root / HOOK, "mlp_out"),
     ):
         assert find_hookpoint(path, hook)[1] == HOOK
+    with pytest.raises(UserError, match=r"--hook attn_out: --store .* already says layer_01/mlp_out"):
+        find_hookpoint(store.root / HOOK, "attn_out")
     with pytest.raises(UserError, match=r"several hookpoints.*--hook: layer_01/resid_post, layer_01/attn_out"):
         find_hookpoint(store.root, None)
     with pytest.raises(UserError, match=r"no hookpoint 'resid_pre'.*layer_01/mlp_out"):
@@ -185,6 +187,40 @@ def test_a_newer_format_is_refused(copy: Path) -> None:
     (copy / "zarr.json").write_text(json.dumps(document))
     with pytest.raises(UserError, match=r"store format 2; this sagsae reads format 1"):
         read_state(copy)
+
+
+def test_a_final_store_that_lost_a_commit_is_damaged(copy: Path) -> None:
+    manifest = copy / "manifest" / "rank-00000.jsonl"
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-2]))
+    store = Store.open(copy)
+    assert store.missing == [8, 9]
+    assert verify(store, full=False) == [f"{copy}: is final, but shards [8, 9] are not in its manifest"]
+
+
+@pytest.mark.parametrize("damage", ["missing", "one bit flipped"])
+def test_damaged_tokens_are_never_used(copy: Path, damage: str) -> None:
+    DAMAGES[damage](copy / "tokens" / "c" / "0" / "0")
+    with pytest.raises(DamagedError, match="tokens: "):
+        Store.open(copy).tokens()
+    assert ["tokens" in line for line in verify(Store.open(copy), full=False)] == [True]
+
+
+def test_an_unreadable_zarr_json_is_not_an_empty_folder(copy: Path) -> None:
+    (copy / "zarr.json").write_text("{")
+    with pytest.raises(DamagedError, match=r"zarr\.json: cannot be read"):
+        is_store(copy)
+
+
+def test_a_store_being_written_is_not_removed(copy: Path) -> None:
+    with writer_lock(copy), pytest.raises(UserError, match="is writing here"):
+        remove_store(copy)
+    assert verify(Store.open(copy), full=True) == []
+
+
+def test_what_is_not_ours_is_never_removed(copy: Path) -> None:
+    (copy / "thesis.tex").write_text("years of work")
+    remove_store(copy)
+    assert [path.name for path in copy.iterdir()] == ["thesis.tex"]
 
 
 def test_remove_store_removes_only_stores(copy: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import shutil
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.manifest import writer_lock
+from shared.model import ModelSource
 from shared.store import Store, shard_file
 from train.autoencoder import Autoencoder, matmul_dtype
-from train.evaluate import evaluate
+from train.evaluate import evaluate, find_model
 from train.folder import RunFolder
 from train.run import train as run_train
 
@@ -58,6 +60,22 @@ def test_a_run_and_its_folder(train_config: Config, store: Store) -> None:
         assert entry["ce_recovered"] is None, "not measured yet"
         assert entry["tokens"] == record["store"]["heldout_tokens"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000296", "step-00000300"]
+
+
+def test_the_model_of_an_evaluation_is_the_one_that_was_harvested(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hub model is asked for at the commit that was harvested, wherever its main branch is now."""
+    asked = []
+
+    def resolve(name: str, revision: str | None = None) -> ModelSource:
+        asked.append((name, revision))
+        return ModelSource(name, name, False, "c0ffee")
+
+    monkeypatch.setattr("train.evaluate.resolve_model", resolve)
+    model = {**store.spec.model, "name": "owner/model", "commit": "c0ffee", "local": False}
+    find_model(replace(store, spec=store.spec.model_copy(update={"model": model})), None)
+    assert asked == [("owner/model", "c0ffee")]
 
 
 def test_evaluation_of_a_run(train_config: Config, model_folder: Path, tmp_path: Path) -> None:
@@ -125,6 +143,8 @@ def test_the_same_call_again_is_complete(train_config: Config, capsys: Any) -> N
     assert contents(first.run) == before
     with pytest.raises(UserError, match=r"lr: the run has 0\.005, this asks for 0\.001.*--overwrite"):
         run_train(train_config(lr=1e-3))
+    with pytest.raises(UserError, match=r"hook: the run has layer_01/mlp_out, this asks for layer_01/attn_out"):
+        run_train(train_config(hook="attn_out"))
     run_train(train_config(lr=1e-3, overwrite=True))
     assert weights_of(first.run).items() != {k: v for k, v in before.items() if k.startswith("saes/")}.items()
 
@@ -144,7 +164,16 @@ def test_a_run_killed_while_it_began_begins_again(train_config: Config) -> None:
         shutil.rmtree(run / name)
     for name in ("evaluation.json", "metrics.jsonl"):
         (run / name).unlink()
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "record.json"]
+    (run / "config.json.123.tmp").write_text("half")
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json.123.tmp", "record.json"]
+    assert weights_of(run_train(train_config()).run) == whole
+
+
+def test_overwriting_that_was_killed_half_way(train_config: Config) -> None:
+    run = run_train(train_config()).run
+    whole = weights_of(run)
+    (run / "config.json").unlink()
+    (run / "evaluation.json").unlink()
     assert weights_of(run_train(train_config()).run) == whole
 
 
@@ -167,6 +196,7 @@ def test_a_store_that_moved(train_config: Config, store: Store, tmp_path: Path) 
 def test_unusable_input(train_config: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
+    (tmp_path / "thesis" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
     refused = {
         r"5 training tokens are less than one batch of 64": {"tokens": 5},
@@ -174,12 +204,14 @@ def test_unusable_input(train_config: Config, tmp_path: Path) -> None:
         r"does not exist. Make a store with: sagsae harvest": {"store": tmp_path / "none"},
         r"exists and is not a training run": {"out": tmp_path / "thesis", "overwrite": True},
         r"--out .*: cannot be written to": {"out": tmp_path / "file" / "run"},
+        r"--out .*file: is a file": {"out": tmp_path / "file"},
         r"--device cuda:7": {"device": "cuda:7"},
     }
     for message, changes in refused.items():
         with pytest.raises(UserError, match=message):
             run_train(train_config(**changes))
     assert not (tmp_path / "run").exists()
+    assert (tmp_path / "thesis" / "thesis.tex").exists(), "--overwrite clears runs, nothing else"
     with pytest.raises(UserError, match="the loss is"):
         run_train(train_config(lr=1e30))
 

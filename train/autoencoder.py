@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shared.config import SAEConfig, build
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.manifest import write_file
 from shared.model import native_dtype, torch_dtype
 from shared.record import write_json
@@ -55,7 +55,9 @@ class Autoencoder:
             tensors = load_file(folder / "sae.safetensors", device=device)
             config = build(SAEConfig, {key: about[key] for key in SAEConfig.model_fields})
             return cls(config, gated.Weights(**tensors), float(about["scale"]))
-        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        except SafetensorError as error:
+            raise DamagedError(f"{folder / 'sae.safetensors'}: cannot be read ({error})") from error
+        except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: does not hold a trained autoencoder ({error!r})") from error
 
 

@@ -35,8 +35,6 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
     """The newest checkpoint, or None when there is none. Raises DamagedError when it cannot be read."""
-    for leftover in folder.glob("building.*"):
-        shutil.rmtree(leftover)
     newest = max(folder.glob("step-*"), default=None)
     if newest is None:
         return None

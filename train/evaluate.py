@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from shared.config import EvalConfig
 from shared.errors import UserError
-from shared.model import LanguageModel, ModelSource, pick_device, resolve_model
+from shared.manifest import explained
+from shared.model import LanguageModel, ModelSource, local_folder, pick_device, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
@@ -41,7 +42,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
     if store.snapshot_id != folder.read("config.json")["snapshot"]:
         raise UserError(
-            f"{config.run}: was not trained on what {store.root} holds now. Say where its store is: --store"
+            f"{config.run}: was not trained on what {store.root} holds now: it grew since, or it is another store. "
+            "Say where the right one is: --store"
         )
     device = pick_device(config.device)
     source = find_model(store, config.model) if config.ce else None
@@ -53,14 +55,16 @@ def evaluate(config: EvalConfig) -> Evaluation:
         model = LanguageModel(source, device, store.spec.model["dtype"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
     results = measure_all(store, hook, parts, saes, losses, device)
-    write_json(folder.evaluation, results)
+    with explained(config.run):
+        write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
 
 
 def find_model(store: Store, name: str | None) -> ModelSource:
     """The language model that the store was harvested from. Raises UserError when the one found is another."""
     harvested = store.spec.model
-    source = resolve_model(name or harvested["name"], None if name else harvested.get("revision"))
+    name = name or harvested["name"]
+    source = resolve_model(name, None if local_folder(name) else harvested["commit"])
     if source.commit != harvested["commit"]:
         raise UserError(
             f"--model {source.name}: is not the model that {store.root} was harvested from ({harvested['name']}, "

@@ -18,10 +18,10 @@ from shared.errors import UserError
 from shared.manifest import LOCK_FILE, write_file
 from shared.record import write_json
 
-FREE: Final = {"out", "overwrite", "device", "store", "hook", "log_every", "checkpoint_every"}
+FREE: Final = {"out", "overwrite", "device", "store", "log_every", "checkpoint_every"}
 """Settings that may differ when a run goes on: they do not change what is trained."""
-BEGINNINGS: Final = {LOCK_FILE, "record.json"}
-"""What a run that was killed before it began may leave behind."""
+OURS: Final = {LOCK_FILE, "config.json", "record.json", "metrics.jsonl", "evaluation.json", "checkpoints", "saes"}
+"""All that a run puts into its folder, and all that is ever deleted there."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,12 @@ class RunFolder:
         return self.path / "saes" / name
 
     def exists(self) -> bool:
-        return (self.path / "config.json").is_file()
+        """Whether a run was begun here: a config.json alone may be anybody's."""
+        try:
+            found = json.loads((self.path / "config.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return isinstance(found, dict) and {"snapshot", "saes"} <= set(found)
 
     def read(self, name: str) -> dict[str, Any]:
         """config.json or record.json. Raises UserError when this is no run."""
@@ -63,11 +68,13 @@ class RunFolder:
         return build(TrainConfig, {key: values[key] for key in TrainConfig.model_fields if key in values})
 
     def finished(self) -> bool:
-        return self.exists() and "finished" in self.read("record.json")
+        return self.exists() and self.evaluation.is_file() and "finished" in self.read("record.json")
 
     def make(self) -> None:
-        """The empty folder. Raises UserError when it cannot be made, or when something else is there."""
-        if self.path.exists() and not self.exists() and any(p.name not in BEGINNINGS for p in self.path.iterdir()):
+        """The folder. Raises UserError when it cannot be made or written to, or when something else is there."""
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"--out {self.path}: is a file. Choose another --out")
+        if self.path.exists() and not self.exists() and self.strangers():
             raise UserError(f"{self.path}: exists and is not a training run. Choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -75,16 +82,28 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written to ({error.strerror})") from error
 
+    def strangers(self) -> list[str]:
+        """Names in the folder that no run puts there."""
+        return [path.name for path in self.path.iterdir() if path.name not in OURS and path.suffix != ".tmp"]
+
     def begin(self, identity: dict[str, Any], record: dict[str, Any]) -> None:
         """The run exists when config.json does, which is written last."""
         write_json(self.path / "record.json", record)
         write_json(self.path / "config.json", identity)
 
     def clear(self) -> None:
-        """Deletes what is in the folder, config.json last: until then it is a run that --overwrite can clear."""
-        for path in sorted(self.path.iterdir(), key=lambda path: path.name == "config.json"):
-            if path.name != LOCK_FILE:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        """Deletes what a run put here, config.json first: then the rest is only what a run left behind."""
+        (self.path / "config.json").unlink(missing_ok=True)
+        for name in OURS - {LOCK_FILE}:
+            path = self.path / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+    def tidy(self) -> None:
+        """Deletes what was being written when an earlier process was killed."""
+        for leftover in self.path.rglob("*.tmp"):
+            leftover.unlink()
+        for leftover in self.checkpoints.glob("building.*"):
+            shutil.rmtree(leftover)
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raises UserError naming every setting in which the run that is here differs from the one asked for."""
@@ -99,10 +118,17 @@ class RunFolder:
 
     def cut_metrics(self, step: int) -> None:
         """Forgets what was logged after `step`: those steps are about to be repeated."""
-        if self.metrics.exists():
-            lines = self.metrics.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
-            write_file(self.metrics, "".join(kept).encode())
+        if not self.metrics.exists():
+            return
+        kept = []
+        for line in self.metrics.read_bytes().splitlines(keepends=True):
+            try:
+                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                    break
+            except (ValueError, KeyError, TypeError):
+                break  # torn by a crash
+            kept.append(line)
+        write_file(self.metrics, b"".join(kept))
 
     def log(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:

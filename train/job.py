@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from shared.config import TrainConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.progress import say
 from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
@@ -31,6 +31,7 @@ class Job:
     order: Order
     steps: int
     epoch_rows: int
+    heldout_rows: int
     matmul: torch.dtype
     folder: RunFolder
     identity: dict[str, Any]
@@ -41,6 +42,8 @@ def make_job(config: TrainConfig, device: torch.device) -> Job:
     store, hook = find_hookpoint(config.store, config.hook)
     if not store.commits:
         raise UserError(f"{store.root}: no shard is committed yet. Run sagsae harvest to its end first")
+    if store.state == "final" and store.missing:
+        raise DamagedError(f"{store.root}: is final, but shards {store.missing} are not in its manifest")
     if store.state != "final":
         say(f"{store.root} is unfinished: training on the {store.n_rows:,} tokens committed so far")
     statistics = store.statistics(hook)
@@ -50,7 +53,8 @@ def make_job(config: TrainConfig, device: torch.device) -> Job:
     committed = np.zeros(parts.train.size, dtype=bool)
     for commit in store.commits.values():
         committed[commit.start : commit.stop] = True
-    if not (parts.heldout.reshape(-1) & committed).any():
+    heldout_rows = int((parts.heldout.reshape(-1) & committed).sum())
+    if not heldout_rows:
         raise UserError(f"{store.root}: no held-out context is committed yet. Let sagsae harvest go on, then train")
     epoch_rows = int((parts.train.reshape(-1) & committed).sum())
     steps = (config.tokens or epoch_rows) // config.batch
@@ -70,7 +74,7 @@ def make_job(config: TrainConfig, device: torch.device) -> Job:
         "precision": str(matmul).removeprefix("torch."),
     }
     folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
-    return Job(config, store, hook, statistics, parts, order, steps, epoch_rows, matmul, folder, identity)
+    return Job(config, store, hook, statistics, parts, order, steps, epoch_rows, heldout_rows, matmul, folder, identity)
 
 
 def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:

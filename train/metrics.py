@@ -56,9 +56,9 @@ def read_heldout(rows: Rows, keep: NDArray[np.bool_]) -> Float[Tensor, "rows d_i
     """Every committed row marked in `keep` [contexts, context], in stored order and data type. Reads only the shards
     that hold such rows."""
     spec = rows.activations.store.spec
-    contexts = np.flatnonzero(keep.any(axis=1)) * spec.context
-    wanted = set((contexts // spec.shard_rows).tolist())
-    wanted |= set(((contexts + spec.context - 1) // spec.shard_rows).tolist())
+    starts = (np.flatnonzero(keep.any(axis=1)) * spec.context).tolist()
+    last = spec.context - 1
+    wanted = {k for at in starts for k in range(at // spec.shard_rows, (at + last) // spec.shard_rows + 1)}
     found = [rows.kept(shard, chunk, keep) for shard, chunk in rows.chunks() if shard in wanted]
     d_in = rows.activations.layout.row_shape[0]
     return to_tensor(np.concatenate([np.empty((0, d_in), rows.activations.layout.dtype), *found]), spec.dtype)

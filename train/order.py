@@ -2,13 +2,14 @@
 
 An epoch is a permutation of the chunks, dealt to V virtual streams. A stream reads its chunks in windows and gives out
 the rows of a window in random order; a global batch takes the same number of rows from every stream, so it does not
-depend on how many processes share the streams. Position is all the state there is. docs/store-format.md measures how
-well this mixes. Streams drift apart by at most a window at an epoch's end: the next epoch simply goes on.
+depend on how many processes share the streams. Position is all the state there is. Streams differ by a chunk or so in
+length: when an epoch's worth of rows is given out, some have begun the next one and others have a rest to go (about 1 %
+of the rows of a store of 150 chunks, less in larger ones). Who has the longer part changes from epoch to epoch.
 """
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,9 @@ from numpy.typing import NDArray
 from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
 from shared.store import StoreSpec
+
+CHUNKS_PER_STREAM: Final = 16
+"""At least so many chunks to a stream."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class Order:
     def windows(self, epoch: int, stream: int) -> list[NDArray[np.int64]]:
         """The chunk numbers of each window, in order. First windows are shorter by stream, so that refills do not
         all come at once; together the windows of all streams hold every chunk once."""
-        chunks = epoch_chunks(self.n_chunks, self.seed, epoch)[stream :: self.streams]
+        chunks = epoch_chunks(self.n_chunks, self.seed, epoch)[(stream + epoch) % self.streams :: self.streams]
         first = max(1, self.window_chunks * (stream + 1) // self.streams)
         edges = list(range(first, len(chunks), self.window_chunks))
         return [window for window in np.split(chunks, edges) if len(window)]
@@ -56,8 +60,10 @@ class Position:
 
 
 def make_order(n_chunks: int, chunk_rows: int, streams: int, window_rows: int, seed: int) -> Order:
-    """The order for a snapshot; a store with fewer chunks than streams is read in fewer streams (a divisor)."""
-    possible = max(v for v in range(1, streams + 1) if streams % v == 0 and v <= max(1, n_chunks))
+    """The order for a snapshot. A small store is read in fewer streams (a divisor), so that each has enough chunks for
+    all to end an epoch at about the same time."""
+    most = max(1, n_chunks // CHUNKS_PER_STREAM)
+    possible = max(v for v in range(1, streams + 1) if streams % v == 0 and v <= most)
     return Order(n_chunks, possible, max(1, window_rows // (possible * chunk_rows)), seed)
 
 

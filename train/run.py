@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shared.config import SAEConfig, TrainConfig
 from shared.errors import Interrupted, UserError
-from shared.manifest import writer_lock
+from shared.manifest import explained, writer_lock
 from shared.model import pick_device
 from shared.progress import progress, say
 from shared.record import provenance, write_json
@@ -97,35 +97,34 @@ def train(config: TrainConfig) -> Summary:
         raise UserError(
             f"{accelerator.num_processes} processes cannot share {job.order.streams} streams evenly. Use a divisor"
         )
-    if accelerator.is_main_process:
-        job.folder.make()
-    with writer_lock(job.folder.path) if accelerator.is_main_process else nullcontext():
-        return train_job(job, accelerator)
-
-
-def train_job(job: Job, accelerator: Accelerator) -> Summary:
-    if accelerator.is_main_process:
-        open_folder(job, accelerator)
-    accelerator.wait_for_everyone()
-    if job.folder.finished():
-        say(f"{job.folder.path} is complete. Nothing to do (--overwrite starts afresh).")
-        return summarise(job, 0.0, 0)
-    members = [Member(sae, job.statistics, accelerator.device) for sae in job.config.saes]
-    started, seconds = time.monotonic(), run_steps(job, members, accelerator)
-    if accelerator.is_main_process:
-        finish(job, members, seconds)
-    accelerator.wait_for_everyone()
-    return summarise(job, time.monotonic() - started, job.steps)
+    folder, main = job.folder, accelerator.is_main_process
+    if folder.exists() and not config.overwrite:
+        folder.check_same(job.identity)
+        if folder.finished():
+            say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
+            return summarise(job, 0.0, 0)
+    if main:
+        folder.make()
+    with writer_lock(folder.path) if main else nullcontext(), explained(folder.path):
+        if main:
+            open_folder(job, accelerator)
+        accelerator.wait_for_everyone()
+        members = [Member(sae, job.statistics, accelerator.device) for sae in config.saes]
+        started, (steps, seconds) = time.monotonic(), run_steps(job, members, accelerator)
+        if main:
+            finish(job, members, seconds)
+        accelerator.wait_for_everyone()
+        return summarise(job, time.monotonic() - started, steps)
 
 
 def open_folder(job: Job, accelerator: Accelerator) -> None:
     """Begins the run, or checks that the one that is here is the one asked for."""
     folder = job.folder
-    if folder.exists() and job.config.overwrite:
-        folder.clear()
-    if folder.exists():
+    folder.tidy()
+    if folder.exists() and not job.config.overwrite:
         folder.check_same(job.identity)
         return
+    folder.clear()
     spec = job.store.spec
     about = {
         "device": device_name(accelerator.device),
@@ -143,7 +142,7 @@ def open_folder(job: Job, accelerator: Accelerator) -> None:
             "tokens": job.store.n_rows,
             "d_in": spec.hookpoints[job.hook].d_in,
             "scale": job.statistics.scale,
-            "heldout_tokens": int(job.parts.heldout.sum()),
+            "heldout_tokens": job.heldout_rows,
         },
     }
     folder.begin(job.identity, {**provenance(), **about})
@@ -157,8 +156,9 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> float:
-    """The training loop, from the newest checkpoint or from the start. Gives the seconds trained, over all sessions."""
+def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> tuple[int, float]:
+    """The training loop, from the newest checkpoint or from the start. Gives the steps made now and the seconds trained
+    over all sessions."""
     config, device = job.config, accelerator.device
     start, before, positions = restore(job, members)
     serves = range(accelerator.process_index, job.order.streams, accelerator.num_processes)
@@ -200,7 +200,7 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> floa
                     f"{job.folder.path}: stopped after step {done}. To continue, run the same command again"
                 )
             advance(1, f"{config.batch * (done - start) / (time.monotonic() - started):,.0f} tokens/s")
-    return elapsed()
+    return job.steps - start, elapsed()
 
 
 def update_(
