@@ -52,7 +52,7 @@ def harvest(
 
     flags = {
         "model": model, "revision": revision, "hooks": hook, "corpus": corpus, "tokens": tokens, "context": context,
-        "layers": [int(x) if re.fullmatch("-?[0-9]+", x) else x for x in layer] if layer else None, "dtype": dtype,
+        "layers": [layer_number(text) for text in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
@@ -225,6 +225,12 @@ def store_rm(
     if not yes:
         typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
     remove_store(path)
+
+
+def layer_number(text: str) -> int | str:
+    if text != "mid" and not re.fullmatch("-?[0-9]+", text):
+        raise typer.BadParameter(f"{text}: expected a layer number from 0, or mid", param_hint="--layer")
+    return text if text == "mid" else int(text)
 
 
 def resolve(schema: Any, flags: dict[str, Any], file: Path | None, settings: list[str] | None) -> Any:

@@ -200,9 +200,8 @@ def build(schema: type[Section], values: dict[str, Any]) -> Section:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "missing":
-            raise UserError(
-                f"{key}: is needed; give --{key.replace('_', '-')}, or {key} in the --config file"
-            ) from error
+            option = {"saes": "--arch ARCH:WIDTH"}.get(key, f"--{key}")
+            raise UserError(f"{key}: is needed; give {option}, or {key} in the --config file") from error
         if first["type"] == "extra_forbidden":
             known = list(schema.model_fields)
             near = difflib.get_close_matches(key, known, n=1)

@@ -52,6 +52,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["harvest", "--model", "nope"], "error: --model nope: is not an alias"),
         (["harvest"], "error: model: is needed; give --model"),
         (["harvest", "--model", "tiny", "--layer", "9"], "error: --layer 9: the model has 4 layers, 0 to 3"),
+        (["harvest", "--model", "tiny", "--layer", "--5"], "--5: expected a layer number from 0, or mid"),
         (["harvest", "--model", "tiny", "--hook", "resid_mid"], "Use resid_pre, resid_post, attn_out or mlp_out"),
         (["harvest", "--model", "tiny", "--context", "4096"], "was made for at most 128 tokens"),
         (["harvest", "--model", "tiny", "--tokens", "-5"], "error: tokens:"),
