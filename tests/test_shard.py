@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
@@ -33,6 +33,7 @@ def decode_shard(data: bytes, shape: Layout, rows: int) -> NDArray[Any]:
 
 
 @settings(max_examples=60, deadline=None)
+@example(codec="lz4", dtype="<f2", chunk_rows=6, chunks=4, width=None, fraction=0.3125, seed=52)
 @given(
     codec=st.sampled_from(sorted(CODECS)), dtype=st.sampled_from(sorted(FILLS)), chunk_rows=st.integers(1, 9),
     chunks=st.integers(1, 5), width=st.none() | st.integers(1, 7), fraction=st.floats(0.01, 1), seed=st.integers(0, 99),
@@ -55,6 +56,7 @@ def test_round_trip_equals_zarr_python(
         folder, shape=(n, *shape.row_shape), dtype=shape.dtype, chunks=shape.chunk_shape,
         shards=(shape.shard_rows, *shape.row_shape), compressors=[*blosc, Crc32cCodec()],
         filters=None, fill_value=shape.fill,
+        config={"write_empty_chunks": True},  # else it leaves out a chunk whose random bits are all NaN, the fill value
     )  # fmt: skip
     file = folder / "c" / "0" if width is None else folder / "c" / "0" / "0"
     file.parent.mkdir(parents=True)
