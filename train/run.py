@@ -212,7 +212,7 @@ def update_(
         grads, step = averaged(grads, step, accelerator)
     member.optimizer.step_(grads, lr)
     member.silent += batch
-    member.silent[step.fired] = 0
+    member.silent.masked_fill_(step.fired, 0)  # never a wait for the device
     return step
 
 
