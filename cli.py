@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and 
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value. Repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
+Place = Annotated[str, typer.Argument(help="A store: a folder or a URL.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
 
 
@@ -38,9 +39,9 @@ def harvest(
     tokens: Annotated[int | None, typer.Option(help="Activation rows wanted, exactly.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in: auto, float32, bfloat16.")] = None,
-    codec: Annotated[str | None, typer.Option(help="zstd, lz4 or none.")] = None,
+    codec: Annotated[str | None, typer.Option(help="zstd, lz4, none, or int8 (lossy).")] = None,
     device: Device = None,
-    out: Annotated[Path | None, typer.Option(help="The folder that holds stores.")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder (or s3:// prefix) that holds stores.")] = None,
     name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: the model's name.")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
@@ -64,7 +65,7 @@ def harvest(
 
 @app.command()
 def train(
-    store: Annotated[Path | None, typer.Option(help="A store, or one hookpoint in a store.")] = None,
+    store: Annotated[str | None, typer.Option(help="A store, or one hookpoint in it: a folder or a URL.")] = None,
     hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
     arch: Annotated[
         list[str] | None, typer.Option(help="sa-gsae or gated, or with its width gated:8192. Repeatable.")
@@ -76,6 +77,7 @@ def train(
     batch: Annotated[int | None, typer.Option(help="Tokens in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     device: Device = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Train while the store is being harvested.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     overwrite: Overwrite = False,
@@ -89,7 +91,7 @@ def train(
     saes = sae_grid(arch or [], d_sae or [], sparsity or [], seed or []) if arch or d_sae or sparsity or seed else None
     flags = {
         "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "lr": lr, "device": device,
-        "out": out, "overwrite": overwrite or None,
+        "out": out, "overwrite": overwrite or None, "follow": follow or None,
     }  # fmt: skip
     resolved = resolve(TrainConfig, flags, config, settings)
     if processes > 1 and "LOCAL_RANK" not in os.environ:
@@ -104,7 +106,7 @@ def train(
 @app.command("eval")
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A training run's folder.")],
-    store: Annotated[Path | None, typer.Option(help="Where its store is now, if it moved.")] = None,
+    store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
     ce: Annotated[bool, typer.Option(help="Measure the language model's loss with reconstructions spliced in.")] = True,
     ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
@@ -169,17 +171,17 @@ def demo(
 
 @store_app.command("ls")
 def store_ls(
-    root: Annotated[Path, typer.Argument(help="A folder that holds stores.")] = Path("stores"), as_json: Json = False
+    root: Annotated[str, typer.Argument(help="A folder (or URL) that holds stores.")] = "stores", as_json: Json = False
 ) -> None:
     """List the hookpoints in all stores of a folder."""
     from shared.listing import list_stores
 
     rows = list_stores(root)
-    show(rows, as_json, lambda: print_table(f"{root}", rows))
+    show(rows, as_json, lambda: print_table(root, rows))
 
 
 @store_app.command("info")
-def store_info(path: Annotated[Path, typer.Argument(help="A store.")], as_json: Json = False) -> None:
+def store_info(path: Place, as_json: Json = False) -> None:
     """What a store holds and where it came from."""
     from shared.listing import describe_store
 
@@ -189,42 +191,98 @@ def store_info(path: Annotated[Path, typer.Argument(help="A store.")], as_json: 
 
 @store_app.command("verify")
 def store_verify(
-    path: Annotated[Path, typer.Argument(help="A store.")],
+    path: Place,
     full: Annotated[
         bool, typer.Option("--full/--quick", help="Decode every chunk, or only checksum the files.")
     ] = False,
+    mend: Annotated[
+        bool, typer.Option("--repair", help="Take damaged shards back to the harvest, by removing their commits.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check every committed byte. Exit code 3 when something is damaged."""
-    from shared.reader import verify
+    """Check every byte of a store and list all that is damaged. Exit code 3 when something is and stays so."""
+    from shared.progress import progress
     from shared.store import Store
+    from shared.verify import repair, verify
 
-    store = Store.open(path)
-    damage = verify(store, full)
+    store = Store.open(path, lenient=True)
+    size = sum(n for commit in store.commits.values() for n, _ in commit.files.values())
+    with progress(f"verify {path}", size, "bytes") as advance:
+        damage = verify(store, full, advance)
+    again = repair(store.files, damage.shards) if mend and damage.lines else []
 
     def text() -> None:
-        for line in damage:
+        for line in damage.lines:
             typer.echo(line)
-        found = f"{len(damage)} damaged files" if damage else "no damage"
+        found = f"{len(damage.lines)} damaged files" if damage.lines else "no damage"
         typer.echo(f"{path}: {len(store.commits)} of {store.spec.n_shards} shards committed, {found}")
+        if again:
+            typer.echo(f"shards {again} are to be written again: run the same sagsae harvest command once more")
 
-    show({"store": path, "shards": len(store.commits), "damage": damage}, as_json, text)
-    if damage:
+    document = {
+        "store": path, "full": full, "shards": len(store.commits), "damage": damage.lines,
+        "damaged_shards": damage.shards, "to_harvest": again,
+    }  # fmt: skip
+    show(document, as_json, text)
+    if damage.lasting if mend else damage.lines:
         raise typer.Exit(3)
+
+
+@store_app.command("recode")
+def store_recode(
+    source: Annotated[str, typer.Argument(help="A finished store.")],
+    target: Annotated[str, typer.Argument(help="The new store: a folder or an s3:// URL.")],
+    codec: Annotated[str, typer.Option(help="zstd, lz4, none, or int8 (lossy).")],
+    as_json: Json = False,
+) -> None:
+    """Write a store anew with another codec. The same command again goes on where it was."""
+    from harvest.recode import recode
+    from shared.config import RecodeConfig
+
+    config = resolve(RecodeConfig, {"source": source, "target": target, "codec": codec}, None, None)
+    done = recode(config.source, config.target, config.codec)
+
+    def text() -> None:
+        ratio = done.bytes_after / max(1, done.bytes_before)
+        typer.echo(f"{done.store}: {done.tokens:,} tokens, {done.codec}, {ratio:.3f} times the size of {source}")
+
+    show(dataclasses.asdict(done), as_json, text)
+
+
+@store_app.command("tail")
+def store_tail(
+    path: Place,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between looks.")] = 2.0,
+    as_json: Json = False,
+) -> None:
+    """Follow a running harvest: a line for whatever is committed, until the store is final."""
+    from shared.files import open_files
+    from shared.tail import describe, looks
+
+    first = last = None
+    for last in looks(open_files(path), every):
+        first = first or last
+        typer.echo(describe(last, first), err=as_json)
+    if as_json and last:
+        typer.echo(json.dumps({"store": path, "shards": len(last.store.commits), "tokens": last.store.n_rows}))
 
 
 @store_app.command("rm")
 def store_rm(
-    path: Annotated[Path, typer.Argument(help="A store.")],
+    path: Place,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a store."""
-    from shared.store import read_state, remove_store
+    from shared.create import remove_store
+    from shared.files import open_files
+    from shared.store import read_state
 
-    spec, _ = read_state(path)
+    files = open_files(path)
+    spec, _ = read_state(files)
     if not yes:
         typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
-    remove_store(path)
+    with files.explained():
+        remove_store(files)
 
 
 def layer_number(text: str) -> int | str:

@@ -13,7 +13,9 @@ import torch
 from harvest.corpus import Corpus, open_corpus
 from harvest.pack import Counts
 from shared.config import HarvestConfig
+from shared.create import Tokens
 from shared.errors import UserError
+from shared.files import Files, LocalFiles, join, open_files
 from shared.model import (
     ModelInfo,
     ModelSource,
@@ -27,12 +29,13 @@ from shared.model import (
     resolve_model,
 )
 from shared.progress import say
-from shared.store import DTYPES, HookSpec, Store, StoreSpec, is_store
+from shared.spec import DTYPES, HookSpec, StoreSpec
+from shared.store import Store, is_store
 
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128
 SHARDS_OF_A_SMALL_STORE = 16
-EXPECTED_RATIO = {"zstd": 1.4, "lz4": 1.3, "none": 1.0}
+EXPECTED_RATIO = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 1.0}
 """Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
 
 
@@ -50,7 +53,11 @@ class Plan:
     context: int
     bos_id: int | None
     hooks: dict[str, HookSpec]
-    root: Path
+    files: Files
+
+    @property
+    def name(self) -> str:
+        return self.files.name
 
 
 def make_plan(config: HarvestConfig) -> Plan:
@@ -74,9 +81,9 @@ def make_plan(config: HarvestConfig) -> Plan:
         )
     default = Path(source.location) / "corpus.jsonl" if source.local else None
     corpus = open_corpus(config, default)
-    root = config.out / (config.name or store_name(source))
+    files = open_files(join(config.out, config.name or store_name(source)))
     return Plan(
-        config, source, info, tokenizer, corpus, device, dtype, context, bos_token(config, tokenizer), hooks, root
+        config, source, info, tokenizer, corpus, device, dtype, context, bos_token(config, tokenizer), hooks, files
     )
 
 
@@ -141,9 +148,14 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def make_spec(plan: Plan, counts: Counts, digest: str, n_tokens: int) -> StoreSpec:
+def default_chunk_rows(row_bytes: int) -> int:
+    """The power of two that makes a chunk at most 2 MiB."""
+    return max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1)
+
+
+def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> StoreSpec:
     widest = max(hook.d_in for hook in plan.hooks.values()) * DTYPES[plan.config.store_dtype][0].itemsize
-    chunk_rows = plan.config.chunk_rows or max(1, 1 << (CHUNK_BYTES // widest).bit_length() - 1)
+    chunk_rows = plan.config.chunk_rows or default_chunk_rows(widest)
     chunks = min(CHUNKS_PER_SHARD, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
     shard_rows = plan.config.shard_rows or chunk_rows * chunks
     if shard_rows % chunk_rows:
@@ -153,9 +165,16 @@ def make_spec(plan: Plan, counts: Counts, digest: str, n_tokens: int) -> StoreSp
         "shuffled": plan.config.shuffle_documents,
         "documents": counts.documents,
         "empty_documents": counts.empty,
-        "ids_blake2b": digest,
+        "ids_blake2b": tokens.digest,
     }
-    return StoreSpec(**identity(plan), corpus=corpus, n_tokens=n_tokens, chunk_rows=chunk_rows, shard_rows=shard_rows)
+    return StoreSpec(
+        **identity(plan),
+        corpus=corpus,
+        n_tokens=n_tokens,
+        token_dtype=tokens.dtype,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+    )
 
 
 def check_same(plan: Plan, spec: StoreSpec) -> None:
@@ -173,7 +192,7 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
     differ = [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
     if differ:
         raise UserError(
-            f"{plan.root}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
+            f"{plan.name}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
             "afresh with --overwrite"
         )
 
@@ -184,21 +203,31 @@ def check_room(plan: Plan, tokens: int | None) -> None:
         return
     itemsize = DTYPES[plan.config.store_dtype][0].itemsize
     ratio = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
+    if plan.config.codec == "int8":
+        ratio = 0.99 * itemsize
     each = {path: int(tokens * (hook.d_in * itemsize / ratio + 4)) for path, hook in plan.hooks.items()}
-    going_on = is_store(plan.root) and not plan.config.overwrite
-    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.root) if going_on else 0)
-    folder = next(p for p in (plan.root, *plan.root.absolute().parents) if p.exists())
-    free = shutil.disk_usage(folder).free
+    going_on = is_store(plan.files) and not plan.config.overwrite
+    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.files) if going_on else 0)
+    free = free_bytes(plan.files)
     say(
         f"{plan.config.model}: {tokens:,} tokens of {', '.join(each)}: about "
-        f"{max(needed, 0) / 1e9:.3g} GB to write into {plan.root}; {free / 1e9:.3g} GB are free"
+        f"{max(needed, 0) / 1e9:.3g} GB to write into {plan.name}"
+        + ("" if free is None else f"; {free / 1e9:.3g} GB are free")
     )
-    if needed > free:
+    if free is not None and needed > free:
         raise UserError(
             f"--out {plan.config.out}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free. "
             "Ask for fewer --tokens or hookpoints, or choose another --out"
         )
 
 
-def stored_size(root: Path) -> int:
-    return sum(size for commit in Store.open(root).commits.values() for size, _ in commit.files.values())
+def free_bytes(files: Files) -> int | None:
+    """Of the disk that the store is on; None where there is no such number."""
+    if not isinstance(files, LocalFiles):
+        return None
+    folder = next(p for p in (files.root, *files.root.absolute().parents) if p.exists())
+    return shutil.disk_usage(folder).free
+
+
+def stored_size(files: Files) -> int:
+    return sum(size for commit in Store.open(files).commits.values() for size, _ in commit.files.values())

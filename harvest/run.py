@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,36 +18,33 @@ from numpy.typing import NDArray
 from harvest.capture import capture_shard, make_buffers
 from harvest.pack import Counts, pack, shuffled
 from harvest.plan import Plan, check_room, check_same, make_plan, make_spec
-from harvest.writer import ShardWriter
+from harvest.writer import ShardWriter, rows_that_count
 from shared.config import HarvestConfig
-from shared.errors import Interrupted, UserError
-from shared.manifest import LOCK_FILE, clean_up, explained, writer_lock
-from shared.model import LanguageModel
-from shared.progress import progress, say
-from shared.record import provenance, write_json
-from shared.stop import stop_requests
-from shared.store import (
-    BUILDING,
-    DTYPES,
-    STATE_FILE,
-    Store,
-    StoreSpec,
-    clear_folder,
+from shared.create import (
+    building,
+    clean_up,
+    clear_store,
     create_store,
+    finish_store,
     is_ours,
-    is_store,
     place_tokens,
-    stored_bytes,
-    write_state,
     write_tokens,
 )
+from shared.errors import Interrupted, UserError
+from shared.files import LOCK_FILE, Files, LocalFiles
+from shared.model import LanguageModel
+from shared.progress import progress, say
+from shared.record import provenance
+from shared.spec import DTYPES, StoreSpec
+from shared.stop import stop_requests
+from shared.store import STATE_FILE, Store, is_store, write_state
 
 
 @dataclass(frozen=True)
 class Summary:
     """What a harvest did."""
 
-    store: Path
+    store: str
     tokens: int
     hookpoints: dict[str, dict[str, Any]]
     seconds: float
@@ -60,19 +56,19 @@ class Summary:
 def harvest(config: HarvestConfig) -> Summary:
     """Harvests until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
     plan = make_plan(config)
-    if is_store(plan.root) and not config.overwrite:
-        store = Store.open(plan.root)
+    if is_store(plan.files) and not config.overwrite:
+        store = Store.open(plan.files)
         check_same(plan, store.spec)
         if is_complete(store):
-            say(f"{plan.root} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
             return summarise(store, 0.0, 0, 0.0)
     check_room(plan, config.tokens)
-    make_folder(plan.root)
-    with writer_lock(plan.root), explained(plan.root):
-        if config.overwrite or not is_store(plan.root):
+    make_folder(plan.files)
+    with plan.files.lock(), plan.files.explained():
+        if config.overwrite or not is_store(plan.files):
             begin(plan)
-        clean_up(plan.root)
-        store = Store.open(plan.root)
+        clean_up(plan.files)
+        store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
         return fill(plan, store.spec, store)
 
@@ -81,11 +77,14 @@ def is_complete(store: Store) -> bool:
     return store.state == "final" and not store.missing
 
 
-def make_folder(root: Path) -> None:
+def make_folder(files: Files) -> None:
     """Raises UserError when the folder cannot be made or written to, or when something else is there."""
+    if not isinstance(files, LocalFiles):
+        return  # an object store has no folders
+    root = files.root
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is a file. Choose another --out or --name")
-    if root.exists() and not is_store(root) and any(not is_ours(path.name) for path in root.iterdir()):
+    if root.exists() and not is_store(files) and any(not is_ours(path.name) for path in root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -98,30 +97,36 @@ def begin(plan: Plan) -> None:
     """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
     beginning, goes only when nothing can be refused any more."""
     counts = Counts()
-    say(f"{plan.root}: tokenising")
-    try:
-        rows, digest = write_tokens(plan.root, token_rows(plan, counts), plan.context, plan.info.vocab_size)
-        available, wanted = rows * plan.context, plan.config.tokens
-        if available < (wanted or 1):
-            asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
-            raise UserError(
-                f"the corpus gives {max(available, counts.tokens):,} tokens{asked}. Lower --tokens or --context, or "
-                "give more text"
-            )
-        if wanted is None:
-            check_room(plan, available)
-        spec = make_spec(plan, counts, digest, wanted or available)
-    except UserError:
-        shutil.rmtree(plan.root / BUILDING, ignore_errors=True)
-        if [path.name for path in plan.root.iterdir()] == [LOCK_FILE]:
-            (plan.root / LOCK_FILE).unlink()
-            plan.root.rmdir()
-        raise
-    (plan.root / STATE_FILE).unlink(missing_ok=True)
-    clear_folder(plan.root, keep=(LOCK_FILE, BUILDING))
-    place_tokens(plan.root)
-    create_store(plan.root, spec)
-    write_json(plan.root / "record.json", {**provenance(), "config": plan.config.model_dump(mode="json")})
+    say(f"{plan.name}: tokenising")
+    with building(plan.files) as folder:
+        try:
+            tokens = write_tokens(folder, token_rows(plan, counts), plan.context, plan.info.vocab_size)
+            available, wanted = tokens.rows * plan.context, plan.config.tokens
+            if available < (wanted or 1):
+                asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
+                given = max(available, counts.tokens)
+                raise UserError(
+                    f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text"
+                )
+            if wanted is None:
+                check_room(plan, available)
+            spec = make_spec(plan, counts, tokens, wanted or available)
+        except UserError:
+            shutil.rmtree(folder, ignore_errors=True)
+            leave_nothing(plan.files)
+            raise
+        plan.files.remove(STATE_FILE)
+        clear_store(plan.files, keep=(LOCK_FILE, folder.name))
+        place_tokens(plan.files, tokens)
+    record = {**provenance(), "config": plan.config.model_dump(mode="json")}
+    create_store(plan.files, spec, tokens.files, record)
+
+
+def leave_nothing(files: Files) -> None:
+    """A folder that was made for a store that did not come to be goes again."""
+    if isinstance(files, LocalFiles) and [path.name for path in files.root.iterdir()] == [LOCK_FILE]:
+        (files.root / LOCK_FILE).unlink()
+        files.root.rmdir()
 
 
 def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
@@ -151,40 +156,43 @@ def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
 
 def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:
     """Captures and commits every missing shard, then marks the store final."""
+    if store.state == "final":  # it lost commits: while it is filled up, they are in more than the index
+        write_state(plan.files, spec, "writing")
     todo = store.missing
     model = LanguageModel(plan.source, plan.device, plan.dtype)
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()
+    keep = rows_that_count(tokens, spec.special_ids)
     buffers = [make_buffers(spec, model.device) for _ in range(2)]
     rows_to_do = sum(spec.shard_range(shard)[1] - spec.shard_range(shard)[0] for shard in todo)
     batch = max(1, plan.config.batch_tokens // spec.context)
     started, waited = time.monotonic(), 0.0
     with (
         stop_requests() as stop_asked,
-        closing(ShardWriter(plan.root, spec, tokens)) as writer,
-        progress(f"harvest {plan.root.name}", rows_to_do, "tokens") as advance,
+        closing(ShardWriter(plan.files, spec, keep)) as writer,
+        progress(f"harvest {plan.name}", rows_to_do, "tokens") as advance,
     ):
 
         def after_batch(rows: int) -> None:
             advance(rows, f"waiting for the writer {waited / (time.monotonic() - started):.0%}")
             if stop_asked():
-                raise Interrupted(f"{plan.root}: stopped. To continue, run the same command again")
+                raise Interrupted(f"{plan.name}: stopped. To continue, run the same command again")
 
         for turn, shard in enumerate(todo):
-            rows = capture_shard(model, spec, tokens, shard, buffers[turn % 2], batch, after_batch)
+            rows = capture_shard(model, spec, tokens, keep, shard, buffers[turn % 2], batch, after_batch)
             before = time.monotonic()
             writer.submit(shard, rows)
             waited += time.monotonic() - before
         writer.wait()
-    write_state(plan.root, spec, "final")
-    return summarise(Store.open(plan.root), time.monotonic() - started, rows_to_do, waited)
+    finish_store(plan.files, spec)
+    return summarise(Store.open(plan.files), time.monotonic() - started, rows_to_do, waited)
 
 
 def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary:
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     hookpoints = {}
     for path, hook in store.spec.hookpoints.items():
-        stored = stored_bytes(store, path)
+        stored = store.stored_bytes(path)
         hookpoints[path] = {
             "d_in": hook.d_in,
             "bytes": stored,
@@ -192,5 +200,5 @@ def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary
         }
     rate = rows / seconds if seconds else 0.0
     return Summary(
-        store.root, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), round(waited / (seconds or 1), 4)
+        store.name, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), round(waited / (seconds or 1), 4)
     )

@@ -1,56 +1,44 @@
-"""Rows to a committed shard: permute, sum up, encode, write, sync, and last the manifest line.
+"""Rows to a committed shard: permute, encode, write, sync, and last the manifest line.
 
 Rows are permuted inside the shard before they are encoded. It costs one gather here and makes a window of a few
-chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-format.md has the measurement).
+chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-format.md has the measurement). Any
+number of processes may write one store, each the shards that it is given and each with a log of its own.
 """
 
-import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harvest.encode import ShardFiles
 from shared.errors import UserError
-from shared.manifest import Commit, append_commit, explained, write_file
+from shared.files import Files
+from shared.manifest import Commit, Sizes, append_commit
 from shared.permute import SHARD_ROWS, permutation
-from shared.shard import Layout, as_float32, assemble_shard, crc32c, encode_chunk, encode_shard, pad_chunk, with_crc
-from shared.store import StoreSpec, shard_file
-
-Rows = NDArray[Any]
-Files = dict[str, tuple[int, int]]
-"""Length and crc32c of each file written, by array."""
+from shared.spec import StoreSpec
 
 
-def rows_that_count(tokens: Rows, special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
+@dataclass(frozen=True)
+class ShardRows:
+    """One hookpoint's activations of one shard, and their exact moments over the rows that count."""
+
+    rows: NDArray[Any]
+    """[n, d_in] in token order, as stored (bfloat16 as its bit pattern)."""
+    norms: NDArray[np.float32]
+    """[n] Euclidean norms, in token order."""
+    total: NDArray[np.float64]
+    """[d_in] sum."""
+    squares: NDArray[np.float64]
+    """[d_in] sum of squares."""
+
+
+def rows_that_count(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
     """[contexts, context]: all but position 0 (an outlier in most models) and special tokens."""
     keep = ~np.isin(tokens, special_ids)
     keep[:, 0] = False
     return keep
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """One inner chunk of a hookpoint, encoded, and what it adds to the statistics."""
-
-    data: bytes
-    total: Rows
-    """Float64 sum over the kept rows [d_in]."""
-    squares: Rows
-    norms: Rows
-    """Of every row, float32."""
-
-
-def make_chunk(rows: Rows, order: Rows, keep: NDArray[np.bool_], layout: Layout, dtype: str) -> Chunk:
-    """Gathers `rows[order]`, sums it up and encodes it: 2 MiB at a time, so that it all happens in the cache."""
-    part = rows[order]
-    x = as_float32(part, dtype).astype("<f8")
-    norms = np.sqrt(np.einsum("nd,nd->n", x, x)).astype("<f4")
-    x = x[keep]
-    data = encode_chunk(pad_chunk(part, layout), layout.codec)
-    return Chunk(data, x.sum(axis=0), np.einsum("nd,nd->d", x, x), norms)
 
 
 class ShardWriter:
@@ -60,15 +48,18 @@ class ShardWriter:
     commit the hookpoints are written side by side and their chunks encoded on every core.
     """
 
-    def __init__(self, root: Path, spec: StoreSpec, tokens: Rows) -> None:
-        self.root, self.spec, self.layouts = root, spec, spec.layouts()
-        self.keep = rows_that_count(tokens, spec.special_ids).reshape(-1)
+    def __init__(
+        self, files: Files, spec: StoreSpec, keep: NDArray[np.bool_], writer: int = 0, threads: int | None = None
+    ) -> None:
+        """`keep` [contexts, context] marks the rows that the moments are over; `writer` is this process's number."""
+        self.files, self.spec, self.writer = files, spec, writer
+        self.keep = keep.reshape(-1)
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self.hooks = ThreadPoolExecutor(len(spec.hookpoints), thread_name_prefix="hook")
-        self.encoders = ThreadPoolExecutor(len(os.sched_getaffinity(0)), thread_name_prefix="encode")
+        self.shards = ShardFiles(files, spec, threads)
         self.pending: Future[None] | None = None
 
-    def submit(self, shard: int, rows: dict[str, Rows]) -> None:
+    def submit(self, shard: int, rows: dict[str, ShardRows]) -> None:
         self.wait()
         self.pending = self.committer.submit(self.commit, shard, rows)
 
@@ -78,54 +69,46 @@ class ShardWriter:
             self.pending = None
 
     def close(self) -> None:
-        for pool in (self.committer, self.hooks, self.encoders):
-            pool.shutdown()
+        self.committer.shutdown()
+        self.hooks.shutdown()
+        self.shards.close()
 
-    def commit(self, shard: int, rows: dict[str, Rows]) -> None:
+    def commit(self, shard: int, rows: dict[str, ShardRows]) -> None:
         """Every file of the shard, then its manifest line."""
         start, stop = self.spec.shard_range(shard)
         order = permutation(stop - start, self.spec.seed, SHARD_ROWS, shard)
         stream = start + order
-        with explained(self.root):
+        kept = self.keep[stream]
+        with self.files.explained():
             parts = [
-                self.write_vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
-                self.write_vector("index/position", shard, (stream % self.spec.context).astype("<u2")),
-                *self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order), rows),
+                self.shards.vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
+                self.shards.vector("index/position", shard, (stream % self.spec.context).astype("<u2")),
+                *self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows),
             ]
             files = {path: entry for part in parts for path, entry in part.items()}
-            append_commit(self.root, 0, Commit(shard, stop - start, start, stop, int(self.keep[stream].sum()), files))
+            append_commit(self.files, self.writer, Commit(shard, stop - start, start, stop, int(kept.sum()), files))
 
-    def write_hookpoint(self, path: str, shard: int, rows: Rows, order: Rows) -> Files:
-        """One hookpoint's shard of activations, norms and sums; `rows` are in token order, `order` permutes them."""
-        start, stop = self.spec.shard_range(shard)
-        layout = self.layouts[path]
-        kept = self.keep[start + order]
+    def write_hookpoint(
+        self, path: str, shard: int, part: ShardRows, order: NDArray[np.int64], kept: NDArray[np.bool_]
+    ) -> Sizes:
+        """One hookpoint's shard of activations, norms and sums; `order` permutes its rows."""
+        check_finite(part, path, shard, self.spec)
 
-        def chunk(at: int) -> Chunk:
-            part = slice(at, at + layout.chunk_rows)
-            return make_chunk(rows, order[part], kept[part], layout, self.spec.dtype)
+        def fetch(at: slice, out: NDArray[Any]) -> None:
+            np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
-        chunks = list(self.encoders.map(chunk, range(0, stop - start, layout.chunk_rows)))
-        total, squares = (np.sum([getattr(c, name) for c in chunks], axis=0) for name in ("total", "squares"))
-        check_finite(total, squares, path, shard, start, stop)
         return {
-            **self.write(path, shard, assemble_shard([c.data for c in chunks], layout), 2),
-            **self.write_vector(f"stats/{path}/norm", shard, np.concatenate([c.norms for c in chunks])),
-            **self.write(f"stats/{path}/sum", shard, with_crc(total.tobytes()), 2),
-            **self.write(f"stats/{path}/sum_of_squares", shard, with_crc(squares.tobytes()), 2),
+            **self.shards.activations(path, shard, len(order), fetch, part.squares, kept),
+            **self.shards.vector(f"stats/{path}/norm", shard, part.norms[order]),
+            **self.shards.row(f"stats/{path}/sum", shard, part.total),
+            **self.shards.row(f"stats/{path}/sum_of_squares", shard, part.squares),
         }
 
-    def write_vector(self, array: str, shard: int, rows: Rows) -> Files:
-        return self.write(array, shard, encode_shard(rows, self.layouts[array]), 1)
 
-    def write(self, array: str, shard: int, data: bytes, ndim: int) -> Files:
-        write_file(shard_file(self.root, array, shard, ndim), data)
-        return {array: (len(data), crc32c(data))}
-
-
-def check_finite(total: Rows, squares: Rows, path: str, shard: int, start: int, stop: int) -> None:
-    bad = np.flatnonzero(~np.isfinite(total + squares))
+def check_finite(part: ShardRows, path: str, shard: int, spec: StoreSpec) -> None:
+    bad = np.flatnonzero(~np.isfinite(part.total + part.squares))
     if len(bad):
+        start, stop = spec.shard_range(shard)
         raise UserError(
             f"{path}: NaN or infinite activations in {len(bad)} dimensions (first: {bad[0]}) of shard {shard}, tokens "
             f"{start:,} to {stop:,}. Try --dtype float32, or bfloat16 instead of float16"

@@ -11,11 +11,13 @@ import tomllib
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import UserError
 
 Section = TypeVar("Section", bound="Frozen")
+Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+"""A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
@@ -61,13 +63,14 @@ class HarvestConfig(Frozen):
     """Tokens in one forward pass."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Shuffles documents and permutes rows inside a shard."""
-    codec: Literal["zstd", "lz4", "none"] = "zstd"
+    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1)] | None = None
     """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1)] | None = None
     """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
-    out: Path = Path("stores")
-    """The folder that holds stores."""
+    out: Location = "stores"
+    """The folder that holds stores, or an s3:// prefix."""
     name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] | None = None
     """The store's folder in `out`. Default: the model's name."""
     overwrite: bool = False
@@ -100,8 +103,9 @@ class SAEConfig(Frozen):
 class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
-    store: Path
-    """A store (with `hook`, or with one hookpoint inside) or one hookpoint's array inside a store."""
+    store: Location
+    """A folder or a URL (s3://, gs://, http(s)://): of a store (with `hook`, or with one hookpoint inside), or of one
+    hookpoint's array inside a store."""
     hook: str | None = None
     """Which hookpoint of the store, such as `layer_08/mlp_out`."""
     saes: tuple[SAEConfig, ...]
@@ -126,8 +130,16 @@ class TrainConfig(Frozen):
     """Positions in a context that are neither trained nor measured on."""
     exclude_special: bool = True
     """Neither train nor measure on the tokenizer's special tokens."""
+    follow: bool = False
+    """Train while the store is still being harvested, on what is committed so far; waits for the harvest where it
+    must. One epoch is all that is planned for the store."""
+    verify: Literal["always", "first-epoch", "off"] = "always"
+    """When the checksum of each chunk is compared. Lengths and indexes always are."""
     streams: Annotated[int, Field(ge=1)] = 8
     """Virtual streams that a global batch is made of."""
+    run_chunks: Annotated[int, Field(ge=1)] | None = None
+    """Neighbouring chunks read together. Default: 1 on a disk; 2 from an object store, where a request costs more.
+    Batches stay as well mixed with 1 for every 262,144 of `window_rows`."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
     """Rows in memory that are shuffled together, over all streams."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
@@ -152,12 +164,20 @@ class TrainConfig(Frozen):
         return self
 
 
+class RecodeConfig(Frozen):
+    """A store written anew with another codec."""
+
+    source: Location
+    target: Location
+    codec: Literal["zstd", "lz4", "none", "int8"]
+
+
 class EvalConfig(Frozen):
     """One evaluation of a finished training run on its held-out tokens."""
 
     run: Path
     """The run's folder."""
-    store: Path | None = None
+    store: Location | None = None
     """Where the run's store is now, if it moved."""
     ce: bool = True
     """Splice reconstructions into the language model and measure its next-token loss."""
@@ -231,10 +251,10 @@ def sae_grid(archs: list[str], widths: list[int], sparsities: list[float], seeds
 
 def demo_harvest(out: Path) -> HarvestConfig:
     """The shipped model over the text that comes with it."""
-    return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, tokens=600_000, out=out / "stores")
+    return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, tokens=600_000, out=str(out / "stores"))
 
 
-def demo_train(out: Path, store: Path) -> TrainConfig:
+def demo_train(out: Path, store: str) -> TrainConfig:
     """SA-GSAE at one width against Gated at twice that width, both with the recipe for a short run."""
     saes = tuple(
         SAEConfig(arch=arch, d_sae=d_sae, sparsity=sparsity, theta0=1.0)

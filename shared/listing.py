@@ -4,33 +4,38 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DamagedError, UserError
+from shared.files import Files, LocalFiles, open_files
 from shared.progress import say
-from shared.store import DTYPES, STATE_FILE, Store, is_store, stored_bytes
+from shared.spec import DTYPES
+from shared.store import Store, is_store
 
 
-def list_stores(root: Path) -> list[dict[str, Any]]:
-    """One row a hookpoint of every store in `root` (or of `root` itself, when it is a store)."""
-    if not root.is_dir():
-        raise UserError(f"{root}: there is no such folder. Stores are made with: sagsae harvest")
-    found = [root] if is_store(root) else [path for path in sorted(root.iterdir()) if (path / STATE_FILE).exists()]
+def list_stores(location: str | Path) -> list[dict[str, Any]]:
+    """One row a hookpoint of every store in a folder (or of the folder itself, when it is a store)."""
+    files = open_files(location)
+    if isinstance(files, LocalFiles) and not files.root.is_dir():
+        raise UserError(f"{location}: there is no such folder. Stores are made with: sagsae harvest")
     rows: list[dict[str, Any]] = []
-    for path in found:
+    for place in [files] if is_store(files) else [files.at(name) for name in files.folders()]:
         try:
-            rows += store_rows(Store.open(path))
+            if is_store(place):
+                rows += store_rows(Store.open(place))
         except (UserError, DamagedError) as error:
-            say(f"{path}: left out. {error}")
+            say(f"{place.name}: left out. {error}")
     return rows
 
 
 def store_rows(store: Store) -> list[dict[str, Any]]:
     rows = []
     for hook, spec in store.spec.hookpoints.items():
-        size = stored_bytes(store, hook)
+        size = store.stored_bytes(hook)
         raw = store.n_rows * spec.d_in * DTYPES[store.spec.dtype][0].itemsize
+        layer, _, name = hook.partition("/")
         rows.append({
-            "store": store.root.name,
+            "store": folder_name(store.files),
             "model": store.spec.model["name"],
-            "hook": hook,
+            "layer": layer.removeprefix("layer_"),
+            "hook": name or hook,
             "tokens": store.n_rows,
             "d_in": spec.d_in,
             "dtype": store.spec.dtype,
@@ -42,16 +47,22 @@ def store_rows(store: Store) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_store(path: Path) -> dict[str, Any]:
+def folder_name(files: Files) -> str:
+    return files.root.resolve().name if isinstance(files, LocalFiles) else files.name.rstrip("/").rsplit("/", 1)[-1]
+
+
+def describe_store(location: str | Path) -> dict[str, Any]:
     """The whole specification, and the moments of every hookpoint."""
-    store = Store.open(path)
-    about: dict[str, Any] = {"store": str(path), "state": store.state, "tokens": store.n_rows}
+    store = Store.open(location)
+    about: dict[str, Any] = {"store": str(location), "state": store.state, "tokens": store.n_rows}
     about |= {"shards": f"{len(store.commits)} of {store.spec.n_shards}", "spec": store.spec.model_dump(mode="json")}
     about["hookpoints"] = store_rows(store)
-    if store.commits:
-        for row in about["hookpoints"]:
-            statistics = store.statistics(row["hook"])
+    if sum(commit.kept for commit in store.commits.values()) >= 2:
+        for row, hook in zip(about["hookpoints"], store.spec.hookpoints, strict=True):
+            statistics, cost = store.statistics(hook), store.quantisation(hook)
             row["scale"] = statistics.scale
             row["mean_norm"] = float((statistics.mean**2).sum() ** 0.5)
             row["counted"] = statistics.n
+            if cost:
+                row |= {"snr_db": round(cost.snr_db, 2), "fvu_added": cost.fvu}
     return about

@@ -1,25 +1,25 @@
-"""What exists in a store, and how it comes to exist: commits, and files that are whole or absent.
+"""What exists in a store: the commits, one line each, and the checksums of the files that no commit covers.
 
-A shard is committed by one line in its writer's manifest file, appended and synced after all its files are in place.
-The line carries the length and crc32c of every file and ends in its own crc32c, so a torn line is recognised.
+A shard is committed by one line in its writer's log, appended and synced after all its files are in place. The line
+carries the length and crc32c of every file and ends in its own crc32c, so a torn line is recognised. When a store is
+complete its lines are sorted into one index: then nothing in it tells how many writers there were.
 """
 
-import errno
-import fcntl
 import json
-import os
-import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
+from shared.files import Files
 from shared.shard import crc32c
 
 MANIFEST_VERSION: Final = 1
-LOCK_FILE: Final = ".lock"
+INDEX: Final = "manifest/index.jsonl"
+METADATA: Final = "manifest/metadata.json"
+
+Sizes = dict[str, tuple[int, int]]
+"""Length and crc32c of whole files."""
 
 
 @dataclass(frozen=True)
@@ -32,141 +32,143 @@ class Commit:
     stop: int
     kept: int
     """Rows that count in the statistics: not position 0, not a special token."""
-    files: dict[str, tuple[int, int]]
+    files: Sizes
+    """By array."""
 
     def line(self) -> str:
-        body = {
-            "v": MANIFEST_VERSION,
-            "k": self.shard,
-            "rows": self.rows,
-            "in": [self.start, self.stop],
-            "kept": self.kept,
-            "files": {path: {"bytes": n, "crc32c": crc} for path, (n, crc) in sorted(self.files.items())},
-        }
-        text = json.dumps(body, separators=(",", ":"))
-        return f'{text[:-1]},"c":{crc32c(text.encode())}}}\n'
+        return sealed(
+            {
+                "v": MANIFEST_VERSION,
+                "k": self.shard,
+                "rows": self.rows,
+                "in": [self.start, self.stop],
+                "kept": self.kept,
+                "files": as_json(self.files),
+            }
+        )
+
+
+def as_json(files: Sizes) -> dict[str, dict[str, int]]:
+    return {path: {"bytes": n, "crc32c": crc} for path, (n, crc) in sorted(files.items())}
+
+
+def as_sizes(entries: dict[str, dict[str, int]]) -> Sizes:
+    return {path: (entry["bytes"], entry["crc32c"]) for path, entry in entries.items()}
+
+
+def sealed(body: dict[str, Any]) -> str:
+    """A line of JSON whose last member is the crc32c of the line without it."""
+    text = json.dumps(body, separators=(",", ":"))
+    return f'{text[:-1]},"c":{crc32c(text.encode())}}}\n'
+
+
+def unsealed(line: str) -> dict[str, Any] | None:
+    """The body of a sealed line; None when the line is torn or altered."""
+    text, found, crc = line.rstrip("\n").rpartition(',"c":')
+    if not found or not line.endswith("}\n") or crc != f"{crc32c((text + '}').encode())}}}":
+        return None
+    body: dict[str, Any] = json.loads(text + "}")
+    return body
 
 
 def parse_commit(line: str) -> Commit | None:
     """The commit of a manifest line, or None when the line is torn or altered."""
-    text, found, crc = line.rstrip("\n").rpartition(',"c":')
-    if not found or not line.endswith("}\n") or crc != f"{crc32c((text + '}').encode())}}}":
+    body = unsealed(line)
+    if body is None:
         return None
-    body = json.loads(text + "}")
-    files = {path: (entry["bytes"], entry["crc32c"]) for path, entry in body["files"].items()}
-    return Commit(body["k"], body["rows"], body["in"][0], body["in"][1], body["kept"], files)
-
-
-def read_manifest(root: Path) -> dict[int, Commit]:
-    """Every committed shard. A torn last line (a crash while it was written) is not a commit; a bad line before
-    the last is damage, and raises DamagedError."""
-    commits: dict[int, Commit] = {}
-    for path in sorted((root / "manifest").glob("rank-*.jsonl")):
-        lines = path.read_bytes().splitlines(keepends=True)
-        for number, line in enumerate(lines, start=1):
-            commit = parse_commit(line.decode(errors="replace"))
-            if commit is not None:
-                commits[commit.shard] = commit
-            elif number < len(lines):
-                raise DamagedError(f"{path}: line {number} of the manifest is damaged; restore it from a copy")
-    return dict(sorted(commits.items()))
-
-
-def manifest_file(root: Path, writer: int) -> Path:
-    return root / "manifest" / f"rank-{writer:05d}.jsonl"
-
-
-def append_commit(root: Path, writer: int, commit: Commit) -> None:
-    """Commits a shard: after this returns the shard exists, whatever happens next."""
-    path = manifest_file(root, writer)
-    with path.open("ab") as file:
-        file.write(commit.line().encode())
-        file.flush()
-        os.fsync(file.fileno())
-    sync_folder(path.parent)
-
-
-def clean_up(root: Path) -> None:
-    """After a crash: cuts the line that was being written, deletes files that were not yet renamed."""
-    for path in (root / "manifest").glob("rank-*.jsonl"):
-        lines = path.read_bytes().splitlines(keepends=True)
-        if lines and parse_commit(lines[-1].decode(errors="replace")) is None:
-            os.truncate(path, sum(map(len, lines[:-1])))
-    for leftover in root.rglob("*.tmp"):
-        leftover.unlink()
-
-
-def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """All of `data` under `path`, or nothing: tmp, fsync, rename, fsync of the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.rename(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(path.parent)
-
-
-@contextmanager
-def writer_lock(root: Path) -> Iterator[None]:
-    """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
-    with (root / LOCK_FILE).open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-@contextmanager
-def explained(root: Path) -> Iterator[None]:
-    """Turns a full disk or a read-only one into a message; what is committed stays valid."""
-    try:
-        yield
-    except OSError as error:
-        reasons = {
-            errno.ENOSPC: "the disk is full. Free space",
-            errno.EDQUOT: "the disk quota is used up. Free space",
-            errno.EROFS: "the file system is read-only. Make it writable",
-            errno.EACCES: "permission denied. Make the folder writable",
-        }
-        if error.errno not in reasons:
-            raise
+    if body["v"] > MANIFEST_VERSION:
         raise UserError(
-            f"{root}: {reasons[error.errno]}, then run the same command again: what is committed is safe and stays"
-        ) from error
+            f"the manifest is in version {body['v']}, this sagsae reads version {MANIFEST_VERSION}. Install a newer one"
+        )
+    start, stop = body["in"]
+    return Commit(body["k"], body["rows"], start, stop, body["kept"], as_sizes(body["files"]))
 
 
-def read_range(file: Path, offset: int, length: int | None, expected: int) -> bytes:
-    """Bytes of a committed file, whose length must be what the manifest says. Raises DamagedError otherwise."""
+@dataclass(frozen=True)
+class Log:
+    """One file of the manifest as it is now."""
+
+    path: str
+    commits: list[Commit]
+    bad: list[int]
+    """Numbers of the lines that are no commits."""
+    lines: int
+
+    @property
+    def torn(self) -> bool:
+        """Whether only its last line is bad: being written now, or torn by a crash."""
+        return self.bad == [self.lines] and self.path != INDEX
+
+
+def read_log(files: Files, path: str) -> Log:
+    lines = files.read(path).splitlines(keepends=True)
+    parsed = [parse_commit(line.decode(errors="replace")) for line in lines]
+    bad = [number for number, commit in enumerate(parsed, start=1) if commit is None]
+    return Log(path, [commit for commit in parsed if commit is not None], bad, len(lines))
+
+
+def read_logs(files: Files, final: bool) -> list[Log]:
+    """The whole manifest. A final store has it in one file, which can be read where files cannot be listed."""
+    logs = []
     try:
-        handle = os.open(file, os.O_RDONLY)
-    except FileNotFoundError as error:
-        raise DamagedError(f"{file}: is committed but missing. List all damage with: sagsae store verify") from error
-    try:
-        size = os.fstat(handle).st_size
-        if size != expected:
+        logs.append(read_log(files, INDEX))
+    except FileNotFoundError:
+        if final:
+            raise DamagedError(f"{files.name}/{INDEX}: is missing; restore it from a copy") from None
+    if final:
+        return logs
+    for path in files.logs("manifest", "rank-"):
+        try:
+            logs.append(read_log(files, path))
+        except FileNotFoundError:  # the harvest ended since the listing, and the index has its lines now
+            return read_logs(files, final)
+    return logs
+
+
+def commits_of(logs: Iterable[Log]) -> dict[int, Commit]:
+    """By shard, in order."""
+    return dict(sorted((commit.shard, commit) for log in logs for commit in log.commits))
+
+
+def read_manifest(files: Files, final: bool) -> dict[int, Commit]:
+    """Every committed shard. A torn last line is not a commit; raises DamagedError for any other bad line: no crash
+    makes one."""
+    logs = read_logs(files, final)
+    for log in logs:
+        if log.bad and not log.torn:
             raise DamagedError(
-                f"{file}: has {size} bytes, {expected} were committed. List all damage with: sagsae store verify"
+                f"{files.name}/{log.path}: line {log.bad[0]} of the manifest is damaged. Restore it from a copy, or "
+                "give up its shard with: sagsae store verify --repair"
             )
-        return os.pread(handle, expected - offset if length is None else length, offset)
-    finally:
-        os.close(handle)
+    return commits_of(logs)
+
+
+def append_commit(files: Files, writer: int, commit: Commit) -> None:
+    """Commits a shard: after this returns the shard exists, whatever happens next."""
+    files.append(f"manifest/rank-{writer:05d}.jsonl", commit.line().encode(), commit.shard)
+
+
+def write_index(files: Files, commits: Iterable[Commit]) -> None:
+    files.write(INDEX, [commit.line().encode() for commit in sorted(commits, key=lambda commit: commit.shard)])
+
+
+def remove_logs(files: Files) -> None:
+    """After `write_index`: the writers' own logs say nothing more."""
+    for path in files.logs("manifest", "rank-"):
+        files.remove(path)
+
+
+def write_metadata(files: Files, sizes: Sizes) -> None:
+    """The checksums of what is written once, before the first commit."""
+    files.write(METADATA, [sealed({"v": MANIFEST_VERSION, "files": as_json(sizes)}).encode()])
+
+
+def read_metadata(files: Files) -> Sizes:
+    """Raises DamagedError when it is missing or altered."""
+    try:
+        body = unsealed(files.read(METADATA).decode(errors="replace"))
+    except FileNotFoundError:
+        body = None
+    if body is None:
+        raise DamagedError(f"{files.name}/{METADATA}: is missing or damaged; restore it from a copy")
+    return as_sizes(body["files"])

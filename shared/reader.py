@@ -1,83 +1,128 @@
-"""Reading a store back: inner chunks straight from their files, every one of them checked.
+"""Reading a store back: inner chunks straight from their files, each checked, decoded where they are wanted.
 
-Positional reads and a decode into one buffer: no Zarr library on the way. Property-tested equal to zarr-python.
+Positional reads into one buffer a thread and a decode into the caller's memory: nothing is allocated for a chunk, and
+no Zarr library is on the way. Property-tested equal to zarr-python, which takes over where an array was encoded anew
+with other codecs (shared/foreign.py). Open files and shard indexes are kept, a bounded number of each.
 """
 
-from pathlib import Path
-from typing import Any
+import json
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.manifest import read_range
-from shared.shard import crc32c, decode_chunk, decode_index
-from shared.store import Store, shard_file
+from shared.files import OpenFile
+from shared.shard import Layout, decode_chunk, decode_index
+from shared.spec import shard_file, sharded_codecs
+from shared.store import Store
+
+OPEN_FILES: Final = 256
+"""Of one array. Most systems let a process open 1,024."""
+INDEXES: Final = 1 << 14
+"""Shard indexes kept, of one array: 2 kB each with the default of 128 chunks a shard."""
+
+
+@runtime_checkable
+class Reader(Protocol):
+    """Inner chunks of one sharded array."""
+
+    store: Store
+    layout: Layout
+
+    def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:
+        """The rows of one inner chunk. `out` (chunk_rows, *row_shape) is decoded into and a view of it returned.
+        `check=False` leaves out the chunk's checksum. Raises DamagedError."""
+        ...
+
+    def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
+        """`count` neighbouring chunks in one request, into `out` (count * chunk_rows, *row_shape)."""
+        ...
+
+
+def open_reader(store: Store, array: str) -> Reader:
+    """The fast reader where the array is encoded as its spec says, else zarr-python's. Raises DamagedError when the
+    array's description cannot be read."""
+    path = f"{array}/zarr.json"
+    layout = store.spec.layouts()[array]
+    try:
+        document = json.loads(store.files.read(path))
+        ours = document["codecs"] == sharded_codecs(layout) and document["data_type"] == layout.dtype.name
+    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+        raise DamagedError(f"{store.name}/{path}: cannot be read ({error!r}). Restore it from a copy") from error
+    if ours:
+        return ArrayReader(store, array)
+    from shared.foreign import ZarrReader
+
+    return ZarrReader(store, array)
 
 
 class ArrayReader:
-    """Reads and checks inner chunks of one sharded array. Shard indexes are read once and kept."""
+    """Reads and checks inner chunks of one sharded array. Any number of threads may share one."""
 
     def __init__(self, store: Store, array: str) -> None:
         self.store, self.array = store, array
         self.layout = store.spec.layouts()[array]
-        self.indexes: dict[int, NDArray[np.uint64]] = {}
+        self.file: Callable[[int], OpenFile] = lru_cache(maxsize=OPEN_FILES)(self.open_shard)
+        self.index: Callable[[int], NDArray[np.uint64]] = lru_cache(maxsize=INDEXES)(self.read_index)
 
-    def file(self, shard: int) -> tuple[Path, int]:
-        path = shard_file(self.store.root, self.array, shard, 1 + len(self.layout.row_shape))
-        return path, self.store.commits[shard].files[self.array][0]
+    def path(self, shard: int) -> str:
+        return shard_file(self.array, shard, bool(self.layout.row_shape))
 
-    def index(self, shard: int) -> NDArray[np.uint64]:
-        if shard not in self.indexes:
-            path, size = self.file(shard)
-            tail = read_range(path, size - self.layout.index_bytes, None, size)
-            self.indexes[shard] = decode_index(tail, self.layout, str(path))
-        return self.indexes[shard]
+    def open_shard(self, shard: int) -> OpenFile:
+        return self.store.files.open(self.path(shard), self.store.commits[shard].files[self.array][0])
+
+    def read_index(self, shard: int) -> NDArray[np.uint64]:
+        size, length = self.store.commits[shard].files[self.array][0], self.layout.index_bytes
+        what = f"{self.store.name}/{self.path(shard)}"
+        if size < length:
+            raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
+        return decode_index(self.file(shard).read(size - length, length), self.layout, what)
 
     def chunk_rows(self, shard: int, chunk: int) -> int:
         """Rows of a chunk that exist (the last one of the array may be short)."""
         rows = self.store.commits[shard].rows - chunk * self.layout.chunk_rows
         return max(0, min(self.layout.chunk_rows, rows))
 
-    def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None) -> NDArray[Any]:
-        """The rows of one inner chunk. `out` (chunk_rows, *row_shape) is decoded into and a view of it returned."""
-        path, size = self.file(shard)
-        offset, length = (int(number) for number in self.index(shard)[chunk])
-        data = read_range(path, offset, length, size)
+    def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:
         whole = np.empty(self.layout.chunk_shape, self.layout.dtype) if out is None else out
-        decode_chunk(data, self.layout, whole, f"{path}: chunk {chunk}")
-        return whole[: self.chunk_rows(shard, chunk)]
+        return self.read_run(shard, chunk, 1, whole, check=check)
 
-    def read_shard(self, shard: int) -> NDArray[Any]:
-        """All rows of a shard, in stored order."""
-        n_chunks = -(-self.store.commits[shard].rows // self.layout.chunk_rows)
-        return np.concatenate([self.read(shard, chunk) for chunk in range(n_chunks)])
-
-
-def verify(store: Store, full: bool) -> list[str]:
-    """Everything that is not as committed, one line each. Quick: presence, length and crc32c of every file.
-    Full: also decodes every chunk and counts its rows."""
-    damage = []
-    if store.state == "final" and store.missing:
-        damage.append(f"{store.root}: is final, but shards {store.missing} are not in its manifest")
-    try:
-        store.tokens()
-    except DamagedError as error:
-        damage.append(str(error))
-    layouts = store.spec.layouts()
-    for shard, commit in store.commits.items():
-        for array, (size, crc) in commit.files.items():
-            layout = layouts.get(array)
-            file = shard_file(store.root, array, shard, 2 if layout is None else 1 + len(layout.row_shape))
+    def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
+        places = self.index(shard)[first : first + count].tolist()
+        begin, end = places[0][0], sum(places[-1])
+        self.check_places(places, shard, first)
+        file, rows = self.file(shard), self.layout.chunk_rows
+        for again in (True, False):
+            data = memoryview(file.read(begin, end - begin))
             try:
-                if crc32c(read_range(file, 0, None, size)) != crc:
-                    raise DamagedError(f"{file}: its checksum is not the committed one")
-                if (
-                    full
-                    and layout is not None
-                    and len(rows := ArrayReader(store, array).read_shard(shard)) != commit.rows
-                ):
-                    raise DamagedError(f"{file}: holds {len(rows)} rows, {commit.rows} were committed")
-            except DamagedError as error:
-                damage.append(str(error).split(". List all damage")[0])
-    return damage
+                for number, (offset, length) in enumerate(places):
+                    part = data[offset - begin : offset - begin + length]
+                    what = f"{self.store.name}/{self.path(shard)}: chunk {first + number}"
+                    decode_chunk(part, self.layout, out[number * rows : (number + 1) * rows], what, check)
+                break
+            except DamagedError:
+                if not (again and file.forget(begin, end - begin)):
+                    raise
+        return out[: (count - 1) * rows + self.chunk_rows(shard, first + count - 1)]
+
+    def check_places(self, places: list[list[int]], shard: int, first: int) -> None:
+        """Chunks lie one after another, inside the file: anything else is no index that we wrote."""
+        size = self.store.commits[shard].files[self.array][0]
+        ends = [offset + length for offset, length in places]
+        follow = all(end == offset for end, (offset, _) in zip(ends, places[1:], strict=False))
+        if not follow or ends[-1] > size:
+            what = f"{self.store.name}/{self.path(shard)}"
+            raise DamagedError(f"{what}: its index has no chunks {first} to {first + len(places) - 1} in {size} bytes")
+
+
+def read_shard(reader: Reader, shard: int) -> NDArray[Any]:
+    """All rows of a shard, in stored order."""
+    rows = reader.layout.chunk_rows
+    count = -(-reader.store.commits[shard].rows // rows)
+    out = np.empty((count * rows, *reader.layout.row_shape), reader.layout.dtype)
+    for chunk in range(count):
+        reader.read(shard, chunk, out[chunk * rows : (chunk + 1) * rows])
+    return out[: reader.store.commits[shard].rows]

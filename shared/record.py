@@ -10,7 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from shared.manifest import write_file
+from shared.files import write_file
+from shared.spec import as_bytes, seal
 
 PACKAGES: Final = ("sagsae", "torch", "transformers", "transformer-lens", "zarr", "numcodecs", "numpy", "accelerate")
 
@@ -51,6 +52,11 @@ def git_state() -> dict[str, Any] | None:
         }
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def sealed_json(value: dict[str, Any]) -> bytes:
+    """JSON that carries its own checksum, for a file that nothing else vouches for."""
+    return as_bytes(seal(value))
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -5,15 +5,17 @@ then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length)
 Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import google_crc32c
 import numpy as np
+from crc32c import crc32c as crc32c_of  # releases the interpreter's lock, unlike google-crc32c
 from numcodecs import blosc
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
+from shared.files import Buffer
 
 blosc.use_threads = False  # parallelism is across chunks, in our own threads
 
@@ -64,41 +66,47 @@ class Layout:
         return 16 * self.chunks_per_shard + 4
 
 
-def crc32c(data: bytes) -> int:
-    return int(google_crc32c.value(data))
+def crc32c(data: Buffer, before: int = 0) -> int:
+    """Of `data`, or of all that `before` is the crc32c of and then `data`."""
+    return crc32c_of(data, before)
+
+
+def crc_bytes(data: Buffer) -> bytes:
+    return crc32c(data).to_bytes(4, "little")
 
 
 def with_crc(data: bytes) -> bytes:
-    return data + crc32c(data).to_bytes(4, "little")
+    return data + crc_bytes(data)
 
 
-def without_crc(data: bytes, what: str) -> bytes:
+def without_crc(data: Buffer, what: str, check: bool = True) -> memoryview:
     """The payload before the trailing crc32c. Raises DamagedError when it does not match."""
-    payload = data[:-4]
-    if len(data) < 4 or crc32c(payload) != int.from_bytes(data[-4:], "little"):
-        raise DamagedError(f"{what}: the checksum (crc32c) does not match its {len(data)} bytes")
+    view = memoryview(data)
+    payload = view[:-4]
+    if len(view) < 4 or (check and crc32c(payload) != int.from_bytes(view[-4:], "little")):
+        raise DamagedError(f"{what}: the checksum (crc32c) does not match its {len(view)} bytes")
     return payload
 
 
 def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
-    """C-contiguous `rows` through the codec, then crc32c."""
+    """C-contiguous `rows` through the codec, without the crc32c that follows it in the file."""
     parameters = CODECS[codec]
     if parameters is None:
-        return with_crc(rows.tobytes())
-    packed = blosc.compress(
-        np.ascontiguousarray(rows),
+        return rows.tobytes()
+    packed: bytes = blosc.compress(
+        rows,
         parameters.cname.encode(),
         parameters.clevel,
         SHUFFLES[parameters.shuffle],
         parameters.blocksize,
         rows.dtype.itemsize,
     )
-    return with_crc(packed)
+    return packed
 
 
-def decode_chunk(data: bytes, layout: Layout, out: NDArray[Any], what: str) -> None:
-    """Checks and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
-    payload = without_crc(data, what)
+def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, check: bool = True) -> None:
+    """Checks (unless told not to) and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
+    payload = without_crc(data, what, check)
     try:
         if CODECS[layout.codec] is None:
             out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
@@ -119,29 +127,33 @@ def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return whole
 
 
-def assemble_shard(chunks: list[bytes], layout: Layout) -> bytes:
-    """The whole file of a shard: its encoded chunks, then the index. Chunks beyond the last are marked missing."""
+def shard_pieces(chunks: Iterable[bytes], layout: Layout) -> Iterator[bytes]:
+    """The file of a shard, piece by piece: its encoded chunks, each with its crc32c, then the index with its own.
+    Chunks beyond the last are marked missing."""
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
-    sizes = np.array([len(chunk) for chunk in chunks], dtype="<u8")
-    index[: len(chunks), 0] = np.cumsum(sizes) - sizes
-    index[: len(chunks), 1] = sizes
-    return b"".join([*chunks, with_crc(index.tobytes())])
+    end = 0
+    for number, chunk in enumerate(chunks):
+        index[number] = end, len(chunk) + 4
+        end += len(chunk) + 4
+        yield chunk
+        yield crc_bytes(chunk)
+    yield with_crc(index.tobytes())
 
 
-def encode_shard(rows: NDArray[Any], layout: Layout) -> bytes:
-    """The whole file of one shard for `rows` (n <= shard_rows, *row_shape)."""
+def encode_shard(rows: NDArray[Any], layout: Layout) -> Iterator[bytes]:
+    """The file of one shard for `rows` (n <= shard_rows, *row_shape), piece by piece."""
     if len(rows) > layout.shard_rows or rows.shape[1:] != layout.row_shape or rows.dtype != layout.dtype:
         raise ValueError(
             f"rows {rows.shape} {rows.dtype} do not fit shards of {layout.shard_rows} {layout.row_shape} {layout.dtype}"
         )
-    pieces = [rows[i : i + layout.chunk_rows] for i in range(0, len(rows), layout.chunk_rows)]
-    return assemble_shard([encode_chunk(pad_chunk(piece, layout), layout.codec) for piece in pieces], layout)
+    parts = (rows[i : i + layout.chunk_rows] for i in range(0, len(rows), layout.chunk_rows))
+    return shard_pieces((encode_chunk(np.ascontiguousarray(pad_chunk(p, layout)), layout.codec) for p in parts), layout)
 
 
-def decode_index(tail: bytes, layout: Layout, what: str) -> NDArray[np.uint64]:
+def decode_index(tail: Buffer, layout: Layout, what: str) -> NDArray[np.uint64]:
     """(chunks_per_shard, 2) offsets and lengths from a shard's last `layout.index_bytes` bytes."""
     payload = without_crc(tail, f"{what}: index")
-    return np.frombuffer(payload, "<u8").reshape(layout.chunks_per_shard, 2)
+    return np.frombuffer(payload, "<u8").reshape(layout.chunks_per_shard, 2).copy()  # the bytes may be a scratch buffer
 
 
 def as_float32(rows: NDArray[Any], dtype: str) -> NDArray[np.float32]:

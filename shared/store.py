@@ -1,4 +1,4 @@
-"""The store on disk: what is where and what was committed. The one door to Zarr.
+"""A store opened for reading: what it is, what was committed, its tokens and its statistics.
 
 docs/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system or an
 array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its files
@@ -8,8 +8,6 @@ are complete, synced and renamed and its manifest line is synced. Every chunk re
 import hashlib
 import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,216 +17,55 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from shared.config import Frozen
 from shared.errors import DamagedError, UserError
-from shared.manifest import LOCK_FILE, Commit, read_manifest, read_range, sync_folder, write_file, writer_lock
-from shared.shard import CODECS, Layout, crc32c, without_crc
+from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
+from shared.manifest import Commit, commits_of, read_logs, read_manifest
+from shared.shard import crc32c, decode_chunk, without_crc
+from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, seal, shard_file, token_layout
 
-FORMAT_VERSION: Final = 1
 STATE_FILE: Final = "zarr.json"
-BUILDING: Final = "tokens.building"
-OURS: Final = {LOCK_FILE, STATE_FILE, BUILDING, "tokens", "index", "stats", "manifest", "record.json"}
-
-# bf16 has no Zarr v3 data type that zarr-python knows: its bit pattern is stored as uint16. The fill values are NaN,
-# so that reading what was never written is loud.
-DTYPES: Final[dict[str, tuple[np.dtype[Any], float | int]]] = {
-    "bfloat16": (np.dtype("<u2"), 0x7FC0),
-    "float16": (np.dtype("<f2"), float("nan")),
-    "float32": (np.dtype("<f4"), float("nan")),
-}
+State = Literal["writing", "final"]
 
 
-class HookSpec(Frozen):
-    name: str
-    """TransformerLens name, such as `blocks.8.hook_mlp_out`."""
-    d_in: int
+def state_document(spec: StoreSpec, state: State) -> bytes:
+    """The store's own zarr.json. It carries a crc32c of what it says: a changed letter in it would go unnoticed."""
+    attributes = {"sagsae": seal({**spec.model_dump(mode="json"), "state": state})}
+    return as_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
-class StoreSpec(Frozen):
-    """What a store is: everything that decides its bytes. Two harvests with equal specs write equal stores."""
-
-    format_version: int = FORMAT_VERSION
-    model: dict[str, Any]
-    tokenizer: dict[str, Any]
-    corpus: dict[str, Any]
-    context: int
-    bos_id: int | None
-    special_ids: tuple[int, ...]
-    n_tokens: int
-    hookpoints: dict[str, HookSpec]
-    """By path inside the store, such as `layer_08/mlp_out`."""
-    dtype: Literal["bfloat16", "float16", "float32"]
-    codec: Literal["zstd", "lz4", "none"]
-    chunk_rows: int
-    shard_rows: int
-    seed: int
-
-    @property
-    def n_shards(self) -> int:
-        return -(-self.n_tokens // self.shard_rows)
-
-    @property
-    def n_contexts(self) -> int:
-        return -(-self.n_tokens // self.context)
-
-    def shard_range(self, shard: int) -> tuple[int, int]:
-        """The slice of the token stream that a shard holds (in permuted order)."""
-        start = shard * self.shard_rows
-        return start, min(start + self.shard_rows, self.n_tokens)
-
-    def layouts(self) -> dict[str, Layout]:
-        """Every sharded array: hookpoints, their row norms, and where each row came from."""
-        per_shard = self.shard_rows // self.chunk_rows
-        dtype, fill = DTYPES[self.dtype]
-        layouts = {}
-        for path, hook in self.hookpoints.items():
-            layouts[path] = Layout(self.chunk_rows, per_shard, (hook.d_in,), dtype, self.codec, fill)
-            layouts[f"stats/{path}/norm"] = Layout(
-                self.chunk_rows, per_shard, (), np.dtype("<f4"), "zstd", float("nan")
-            )
-        for name, index_dtype in (("context", "<u4"), ("position", "<u2")):
-            dtype = np.dtype(index_dtype)
-            layouts[f"index/{name}"] = Layout(self.chunk_rows, per_shard, (), dtype, "zstd", int(np.iinfo(dtype).max))
-        return layouts
-
-    def sums(self) -> dict[str, int]:
-        """The per-shard partial statistics, [n_shards, d_in] float64, one file a shard: path -> d_in."""
-        return {
-            f"stats/{path}/{name}": hook.d_in
-            for path, hook in self.hookpoints.items()
-            for name in ("sum", "sum_of_squares")
-        }
+def write_state(files: Files, spec: StoreSpec, state: State) -> None:
+    files.write(STATE_FILE, [state_document(spec, state)])
 
 
-def shard_file(root: Path, array: str, shard: int, ndim: int) -> Path:
-    """`c/<shard>/0` for a matrix, `c/<shard>` for a vector: Zarr's default chunk keys."""
-    folder = root / array / "c" / str(shard)
-    return folder / "0" if ndim == 2 else folder
-
-
-def create_store(root: Path, spec: StoreSpec) -> None:
-    """Group and array metadata for an empty store. The group's own file comes last: with it, the store exists."""
-    import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    def compressors(codec: str, itemsize: int) -> list[Any]:
-        blosc = CODECS[codec]
-        if blosc is None:
-            return [Crc32cCodec()]
-        return [BloscCodec(typesize=itemsize, **vars(blosc)), Crc32cCodec()]
-
-    files = zarr.storage.LocalStore(root)
-    rows = spec.shard_rows // spec.chunk_rows * spec.chunk_rows
-    for path, layout in spec.layouts().items():
-        hook = spec.hookpoints.get(path)
-        zarr.create_array(
-            files,
-            name=path,
-            shape=(spec.n_tokens, *layout.row_shape),
-            dtype=layout.dtype,
-            chunks=layout.chunk_shape,
-            shards=(rows, *layout.row_shape),
-            compressors=compressors(layout.codec, layout.dtype.itemsize),
-            filters=None,
-            fill_value=layout.fill,
-            dimension_names=("token", "d_model")[: 1 + len(layout.row_shape)],
-            attributes={"sagsae": {"logical_dtype": spec.dtype, "hook": hook.name}} if hook else {},
-        )
-    for path, d_in in spec.sums().items():
-        zarr.create_array(
-            files,
-            name=path,
-            shape=(spec.n_shards, d_in),
-            dtype="<f8",
-            chunks=(1, d_in),
-            compressors=[Crc32cCodec()],
-            filters=None,
-            fill_value=float("nan"),
-            dimension_names=("shard", "d_model"),
-        )
-    (root / "manifest").mkdir(exist_ok=True)
-    write_state(root, spec, "writing")
-
-
-def write_tokens(root: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> tuple[int, str]:
-    """Writes rows [n, context] beside whatever is in the folder; `place_tokens` puts them in their place. Gives the
-    number of rows and a digest of the ids."""
-    import zarr
-    from zarr.codecs import BloscCodec, Crc32cCodec
-
-    dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
-    building = root / BUILDING
-    shutil.rmtree(building, ignore_errors=True)
-    array = zarr.create_array(
-        building,
-        shape=(0, context),
-        dtype=dtype,
-        chunks=(max(1, (1 << 20) // context), context),
-        compressors=[BloscCodec(typesize=dtype.itemsize, cname="zstd", clevel=1, shuffle="shuffle"), Crc32cCodec()],
-        filters=None,
-        dimension_names=("context", "position"),
-    )
-    digest, rows = hashlib.blake2b(digest_size=16), 0
-    for block in rebatched(blocks, array.chunks[0]):
-        ids = block.astype(dtype)
-        array.append(ids)
-        digest.update(ids.tobytes())
-        rows += len(ids)
-    for file in building.rglob("*"):
-        sync_folder(file)
-    return rows, digest.hexdigest()
-
-
-def place_tokens(root: Path) -> None:
-    """Gives the rows that `write_tokens` wrote their final name."""
-    (root / BUILDING).rename(root / "tokens")
-    sync_folder(root)
-
-
-def rebatched(blocks: Iterable[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
-    """The same rows in blocks of `rows`, the last one shorter."""
-    held: list[NDArray[Any]] = []
-    for block in blocks:
-        held.append(block)
-        if sum(map(len, held)) >= rows:
-            joined = np.concatenate(held)
-            whole = len(joined) // rows * rows
-            yield from np.split(joined[:whole], whole // rows)
-            held = [joined[whole:]]
-    if held and sum(map(len, held)):
-        yield np.concatenate(held)
-
-
-def write_state(root: Path, spec: StoreSpec, state: Literal["writing", "final"]) -> None:
-    attributes = {"sagsae": {**spec.model_dump(mode="json"), "state": state}}
-    document = {"zarr_format": 3, "node_type": "group", "attributes": attributes}
-    write_file(root / STATE_FILE, json.dumps(document, indent=2).encode() + b"\n")
-
-
-def read_state(root: Path) -> tuple[StoreSpec, str]:
-    """The spec and the state ("writing" or "final"). Raises UserError when `root` is not a store of ours."""
+def read_state(files: Files) -> tuple[StoreSpec, State]:
+    """The spec and the state. Raises UserError when there is no store of ours, DamagedError when it was altered."""
     try:
-        attributes = json.loads((root / STATE_FILE).read_text(encoding="utf-8"))["attributes"]["sagsae"]
-        state = attributes.pop("state")
-        version = attributes["format_version"]
+        about = json.loads(files.read(STATE_FILE))["attributes"]["sagsae"]
+        version = about["format_version"]
     except FileNotFoundError as error:
-        what = "does not exist" if not root.exists() else "holds no store (there is no zarr.json in it)"
-        raise UserError(f"{root}: {what}. Make a store with: sagsae harvest") from error
+        there = not isinstance(files, LocalFiles) or files.root.exists()
+        what = "holds no store (there is no zarr.json in it)" if there else "does not exist"
+        raise UserError(f"{files.name}: {what}. Make a store with: sagsae harvest") from error
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{root}: is not a store written by sagsae harvest ({error!r} in zarr.json)") from error
+        raise UserError(f"{files.name}: is not a store written by sagsae harvest ({error!r} in zarr.json)") from error
     if version != FORMAT_VERSION:
+        newer = isinstance(version, int) and version > FORMAT_VERSION
+        what = "Install a newer sagsae" if newer else "Harvest it again, or read it with the sagsae that wrote it"
         raise UserError(
-            f"{root}: is in store format {version}; this sagsae reads format {FORMAT_VERSION}. Install a newer sagsae"
+            f"{files.name}: is in store format {version}; this sagsae reads format {FORMAT_VERSION}. {what}"
         )
+    if not is_sealed(about):
+        raise DamagedError(f"{files.name}/{STATE_FILE}: its checksum does not match. Restore it from a copy")
     try:
-        return StoreSpec.model_validate(attributes), state
+        values = {key: value for key, value in about.items() if key not in ("state", "crc32c")}
+        return StoreSpec.model_validate(values), about["state"]
     except ValidationError as error:
-        raise UserError(f"{root}: zarr.json does not describe a store ({error.errors()[0]['msg']})") from error
+        raise UserError(f"{files.name}: zarr.json does not describe a store ({error.errors()[0]['msg']})") from error
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Exact moments of one hookpoint over the rows that count, accumulated in float64."""
+    """Exact moments of one hookpoint over the rows that count, accumulated in float64 before any quantisation."""
 
     n: int
     mean: NDArray[np.float64]
@@ -241,18 +78,53 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Store:
-    """A store opened for reading: a frozen snapshot of what was committed when it was opened."""
+class Quantisation:
+    """What int8 cost, measured while writing, over the rows that count."""
 
-    root: Path
+    snr_db: float
+    """10 log10 of E|x|^2 over the mean squared error."""
+    fvu: float
+    """Mean squared error over E|x - mean|^2: what it adds to a fraction of variance unexplained."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """A frozen snapshot of what was committed when it was opened."""
+
+    files: Files
     spec: StoreSpec
-    state: str
+    state: State
     commits: dict[int, Commit]
 
     @classmethod
-    def open(cls, root: Path) -> "Store":
-        spec, state = read_state(root)
-        return cls(root, spec, state, read_manifest(root))
+    def open(cls, location: str | Path | Files, *, lenient: bool = False) -> "Store":
+        """Raises UserError when there is no store, DamagedError when its description or manifest is damaged. `lenient`
+        opens what is left of a damaged manifest."""
+        files = open_files(location) if isinstance(location, str | Path) else location
+        spec, state = read_state(files)
+        while True:  # a harvest that ends between the two moves its commits from one place to another
+            final = state == "final"
+            commits = commits_of(read_logs(files, final)) if lenient else read_manifest(files, final)
+            now = read_state(files)[1] if state == "writing" else state
+            if now == state:
+                return cls(files, spec, state, commits)
+            state = now
+
+    @property
+    def name(self) -> str:
+        return self.files.name
+
+    @property
+    def root(self) -> Path:
+        """The folder of a store on a disk. Raises UserError for one that is elsewhere."""
+        if not isinstance(self.files, LocalFiles):
+            raise UserError(f"{self.name}: is not on a disk here")
+        return self.files.root
+
+    @property
+    def location(self) -> str:
+        """Names the store from anywhere on this machine."""
+        return str(self.root.resolve()) if isinstance(self.files, LocalFiles) else self.files.name
 
     @property
     def missing(self) -> list[int]:
@@ -268,92 +140,112 @@ class Store:
         """Names this set of committed shards: equal ids mean equal bytes."""
         return f"{crc32c(''.join(commit.line() for commit in self.commits.values()).encode()):08x}-{len(self.commits)}"
 
+    @cached_property
+    def spec_id(self) -> str:
+        """Names what the store will be when it is final."""
+        return f"{crc32c(state_document(self.spec, 'final')):08x}"
+
+    def only(self, shards: list[int]) -> "Store":
+        """The same store with fewer commits."""
+        return Store(self.files, self.spec, self.state, {shard: self.commits[shard] for shard in shards})
+
     def tokens(self) -> NDArray[Any]:
         """Token ids [n_contexts, context], in corpus order. Raises DamagedError when they are not what was written."""
-        import zarr
-
-        try:
-            ids = np.asarray(zarr.open_array(self.root / "tokens", mode="r")[:])
-        except Exception as error:  # whatever a codec or a missing file raises
-            raise DamagedError(f"{self.root / 'tokens'}: cannot be read ({error})") from error
+        layout = token_layout(self.spec.context, self.spec.token_dtype)
+        rows = -(-self.spec.n_contexts // layout.chunk_rows) * layout.chunk_rows
+        ids = np.empty((rows, self.spec.context), layout.dtype)
+        for chunk in range(rows // layout.chunk_rows):
+            path = shard_file("tokens", chunk, True)
+            what = f"{self.name}/{path}"
+            try:
+                data = self.files.read(path)
+            except FileNotFoundError as error:
+                raise DamagedError(f"{what}: is missing. Restore it from a copy") from error
+            decode_chunk(data, layout, ids[chunk * layout.chunk_rows :][: layout.chunk_rows], what)
+        ids = ids[: self.spec.n_contexts]
         if hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest() != self.spec.corpus["ids_blake2b"]:
-            raise DamagedError(f"{self.root / 'tokens'}: the token ids are not the ones that were written")
+            raise DamagedError(f"{self.name}/tokens: the token ids are not the ones that were written")
         return ids
 
     def statistics(self, hook: str) -> Statistics:
         """Of one hookpoint, over the committed shards. Raises UserError when too few rows count."""
-        n = sum(commit.kept for commit in self.commits.values())
-        if n < 2:
-            raise UserError(f"{self.root}: {n} rows are committed; at least 2 are needed. Harvest more tokens")
-        total, squares = (
-            np.sum([self.sums(f"stats/{hook}/{name}", shard) for shard in self.commits], axis=0)
-            for name in ("sum", "sum_of_squares")
-        )
+        n = self.counted()
+        total, squares = (self.total(f"stats/{hook}/{name}") for name in ("sum", "sum_of_squares"))
         mean = total / n
         return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
 
-    def sums(self, path: str, shard: int) -> NDArray[np.float64]:
-        file = shard_file(self.root, path, shard, 2)
-        data = read_range(file, 0, None, self.commits[shard].files[path][0])
-        return np.frombuffer(without_crc(data, str(file)), "<f8")
+    def counted(self) -> int:
+        n = sum(commit.kept for commit in self.commits.values())
+        if n < 2:
+            raise UserError(f"{self.name}: {n} rows are committed; at least 2 are needed. Harvest more tokens")
+        return n
+
+    def total(self, path: str) -> NDArray[np.float64]:
+        """The sum of one per-shard statistic over the committed shards, [d_in]."""
+        total: NDArray[np.float64] = np.sum([self.row_of_shard(path, shard) for shard in self.commits], axis=0)
+        return total
+
+    def row_of_shard(self, path: str, shard: int) -> NDArray[Any]:
+        """One shard's row of an array with one row a shard, [d_in]."""
+        file = shard_file(path, shard, True)
+        size = self.commits[shard].files[path][0]
+        payload = without_crc(self.files.open(file, size).read(0, size), f"{self.name}/{file}")
+        return np.frombuffer(payload, self.spec.rows_of_shards()[path][1]).copy()
+
+    def dim_scale(self, hook: str, shard: int) -> NDArray[np.float32]:
+        """Of int8, [d_in]."""
+        return self.row_of_shard(f"scale/{hook}/dim", shard)
+
+    def quantisation(self, hook: str) -> Quantisation | None:
+        """None for a store that is not quantised."""
+        if not self.spec.quantised:
+            return None
+        n, squares = self.counted(), self.total(f"stats/{hook}/sum_of_squares").sum()
+        error = max(float(self.total(f"stats/{hook}/sum_of_squared_error").sum()), np.finfo("f8").tiny)
+        variance = self.statistics(hook).variance.sum()
+        return Quantisation(float(10 * np.log10(squares / error)), float(error / n / variance) if variance else 0.0)
+
+    def stored_bytes(self, hook: str) -> int:
+        """Of a hookpoint's activations, with what is needed to read them back."""
+        paths = [hook, *([f"scale/{hook}/row", f"scale/{hook}/dim"] if self.spec.quantised else [])]
+        return sum(commit.files[path][0] for commit in self.commits.values() for path in paths)
 
 
-def find_hookpoint(path: Path, hook: str | None) -> tuple[Store, str]:
+def find_hookpoint(location: str | Path, hook: str | None) -> tuple[Store, str]:
     """The store and the hookpoint that `--store PATH [--hook NAME]` means: PATH is a store, or an array in one."""
-    path = Path(os.path.normpath(path))
-    root = next((p for p in (path, *list(path.parents)[:3]) if is_store(p)), path)
+    place = str(location).rstrip("/") if is_remote(location) else os.path.normpath(location)
+    root, inside = place, "."
+    above: str | None = place
+    for depth in range(4):
+        if above is None:
+            break
+        if is_store(open_files(above)):
+            root, inside = above, "/".join(place.split("/")[-depth:]) if depth else "."
+            break
+        above = parent_of(above)
     store = Store.open(root)
     names = list(store.spec.hookpoints)
-    inside = path.relative_to(root).as_posix()
     wanted = hook if inside == "." else inside
     if inside != "." and hook not in (None, inside, inside.split("/")[-1]):
-        raise UserError(f"--hook {hook}: --store {path} already says {inside}. Give one of the two")
+        raise UserError(f"--hook {hook}: --store {location} already says {inside}. Give one of the two")
     matches = [
         n for n in names if wanted is None or n == wanted or n.split("/")[-1] == wanted or n.startswith(f"{wanted}/")
     ]
     if len(matches) == 1:
         return store, matches[0]
     said = f"has no hookpoint {wanted!r}" if not matches else "holds several hookpoints"
-    raise UserError(f"{root}: {said}. Say which one with --hook: {', '.join(matches or names)}")
+    raise UserError(f"{store.name}: {said}. Say which one with --hook: {', '.join(matches or names)}")
 
 
-def is_store(path: Path) -> bool:
+def is_store(files: Files) -> bool:
     """Whether a harvest was begun here. Raises DamagedError when a zarr.json is there but cannot be read: a store that
     is out of reach for a moment must not be taken for an empty folder."""
     try:
-        document = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+        document = json.loads(files.read(STATE_FILE))
+    except FileNotFoundError:
         return False
     except (OSError, ValueError) as error:
-        raise DamagedError(f"{path / STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
+        raise DamagedError(f"{files.name}/{STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ours = attributes.get("sagsae") if isinstance(attributes, dict) else None
     return isinstance(ours, dict) and "state" in ours
-
-
-def is_ours(name: str) -> bool:
-    """Whether a store puts something of this name into its folder. Nothing else is ever deleted there."""
-    return name in OURS or name.startswith("layer_") or name.endswith(".tmp")
-
-
-def stored_bytes(store: Store, hook: str) -> int:
-    return sum(commit.files[hook][0] for commit in store.commits.values())
-
-
-def remove_store(root: Path) -> None:
-    """Deletes a store that nobody is writing to. Its zarr.json goes first, so that a rest is never taken for one, and
-    its lock last; the folder stays when it holds anything else."""
-    read_state(root)
-    with writer_lock(root):
-        (root / STATE_FILE).unlink()
-        clear_folder(root)
-    (root / LOCK_FILE).unlink()
-    if not any(root.iterdir()):
-        root.rmdir()
-
-
-def clear_folder(root: Path, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
-    """Deletes all that a store puts into its folder, but for `keep`."""
-    for path in root.iterdir():
-        if is_ours(path.name) and path.name not in keep:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -73,7 +73,7 @@ def harvest_config(model_folder: Path) -> Callable[..., HarvestConfig]:
     def config(out: Path, **changes: Any) -> HarvestConfig:
         values = {
             "model": str(model_folder), "context": CONTEXT, "tokens": 5000, "chunk_rows": 64, "shard_rows": 512,
-            "batch_tokens": 128, "device": "cpu", "out": out, "name": "s", **changes,
+            "batch_tokens": 128, "device": "cpu", "out": str(out), "name": "s", **changes,
         }  # fmt: skip
         return HarvestConfig(**values)
 
@@ -93,7 +93,7 @@ def train_config(store: Store, tmp_path: Path) -> Callable[..., TrainConfig]:
     def config(**changes: Any) -> TrainConfig:
         saes = tuple(SAEConfig(arch=arch, d_sae=48, sparsity=0.2) for arch in ("sa-gsae", "gated"))
         values: dict[str, Any] = {
-            "store": store.root, "hook": "mlp_out", "saes": saes, "tokens": 20 * 64, "batch": 64, "lr": 5e-3,
+            "store": str(store.root), "hook": "mlp_out", "saes": saes, "tokens": 20 * 64, "batch": 64, "lr": 5e-3,
             "streams": 4, "window_rows": 1024, "log_every": 5, "checkpoint_every": 8, "device": "cpu",
             "heldout_tokens": 320, "out": tmp_path / "run", **changes,
         }  # fmt: skip

@@ -86,7 +86,7 @@ def test_a_mistake_is_one_message_and_exit_code_2(
 def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(store.root, tmp_path / "stores" / "s"))
     rows = json.loads(sagsae("store", "ls", tmp_path / "stores", "--json").stdout)
-    assert [row["hook"] for row in rows] == list(store.spec.hookpoints)
+    assert [f"layer_{row['layer']}/{row['hook']}" for row in rows] == list(store.spec.hookpoints)
     assert {row["tokens"] for row in rows} == {5000}
     about = json.loads(sagsae("store", "info", copy, "--json").stdout)
     assert about["state"] == "final"

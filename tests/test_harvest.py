@@ -16,22 +16,22 @@ from transformers import AutoModelForCausalLM
 
 import harvest.plan
 import harvest.run
-import harvest.writer
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.manifest import writer_lock
-from shared.reader import ArrayReader, verify
+from shared.files import LocalFiles, folder_lock
+from shared.reader import open_reader, read_shard
 from shared.shard import as_float32
 from shared.store import Store
+from shared.verify import verify
 
 Config = Callable[..., HarvestConfig]
 
 
 def in_token_order(store: Store, hook: str) -> np.ndarray:
     """[n_tokens, d_in]: the stored rows, back where they came from."""
-    readers = [ArrayReader(store, array) for array in (hook, "index/context", "index/position")]
-    rows, contexts, positions = (np.concatenate([r.read_shard(k) for k in store.commits]) for r in readers)
+    readers = [open_reader(store, array) for array in (hook, "index/context", "index/position")]
+    rows, contexts, positions = (np.concatenate([read_shard(r, k) for k in store.commits]) for r in readers)
     ordered = np.empty_like(rows)
     ordered[contexts.astype(int) * store.spec.context + positions] = rows
     return ordered
@@ -98,12 +98,12 @@ def test_all_of_a_corpus_by_default(harvest_config: Config, tmp_path: Path) -> N
 
 def test_the_same_call_again_is_complete(harvest_config: Config, tmp_path: Path, capsys: Any) -> None:
     config = harvest_config(tmp_path)
-    before = contents(run_harvest(config).store)
+    before = contents(Path(run_harvest(config).store))
     again = run_harvest(config)
     assert "complete" in capsys.readouterr().err
-    assert contents(again.store) == before
+    assert contents(Path(again.store)) == before
     assert run_harvest(harvest_config(tmp_path, overwrite=True, seed=1)).tokens == 5000
-    assert contents(again.store) != before
+    assert contents(Path(again.store)) != before
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -
     with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens"):
         run_harvest(harvest_config(out, corpus=str(save_corpus(tmp_path / "few.jsonl", sentences(3)))))
     assert list(out.iterdir()) == [], "not even a lock is left"
-    before = contents(run_harvest(harvest_config(out)).store)
+    before = contents(Path(run_harvest(harvest_config(out)).store))
     with pytest.raises(UserError, match="were asked for"):
         run_harvest(harvest_config(out, tokens=10**6, overwrite=True))
     assert contents(out / "s") == before, "a store goes only when there is something to put in its place"
@@ -182,16 +182,16 @@ def test_a_store_whose_description_is_damaged_is_not_begun_anew(harvest_config: 
 
 
 def test_a_store_that_lost_commits_is_completed(harvest_config: Config, tmp_path: Path) -> None:
-    before = contents(run_harvest(harvest_config(tmp_path)).store)
-    manifest = tmp_path / "s" / "manifest" / "rank-00000.jsonl"
+    before = contents(Path(run_harvest(harvest_config(tmp_path)).store))
+    manifest = tmp_path / "s" / "manifest" / "index.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-2]))
     assert run_harvest(harvest_config(tmp_path)).tokens == 5000
     assert contents(tmp_path / "s") == before
 
 
 def test_a_store_being_written_is_not_overwritten(harvest_config: Config, tmp_path: Path) -> None:
-    before = contents(run_harvest(harvest_config(tmp_path)).store)
-    with writer_lock(tmp_path / "s"), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
+    before = contents(Path(run_harvest(harvest_config(tmp_path)).store))
+    with folder_lock(tmp_path / "s"), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
         run_harvest(harvest_config(tmp_path, overwrite=True))
     assert contents(tmp_path / "s") == before
 
@@ -217,25 +217,25 @@ def test_a_disk_too_small_is_refused_before_any_work(
 
 
 def test_a_disk_that_fills_up(harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = harvest.writer.write_file, 0
+    write, calls = LocalFiles.write, 0
 
-    def write_until_full(path: Path, data: bytes) -> None:
+    def write_until_full(files: LocalFiles, path: str, pieces: Any) -> None:
         nonlocal calls
         calls += 1
-        if calls == 50:
+        if calls == 80:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, data)
+        write(files, path, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(harvest.writer, "write_file", write_until_full)
+        patch.setattr(LocalFiles, "write", write_until_full)
         with pytest.raises(UserError, match=r"the disk is full. Free space, then run the same command again"):
             run_harvest(harvest_config(tmp_path))
     half = Store.open(tmp_path / "s")
     assert 0 < len(half.commits) < 10
-    assert verify(half, full=True) == []
+    assert verify(half, full=True).lines == []
     run_harvest(harvest_config(tmp_path))
     whole = run_harvest(harvest_config(tmp_path / "whole"))
-    assert contents(tmp_path / "s") == contents(whole.store)
+    assert contents(tmp_path / "s") == contents(Path(whole.store))
 
 
 def test_infinite_activations_are_named(harvest_config: Config, model_folder: Path, tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
         assert sagsae(*command, tmp_path / "killed", stop=stop).returncode == -signal.SIGKILL
         half = Store.open(root)
         assert lines <= len(half.commits) < 30
-        assert verify(half, full=True) == [], "what is committed is whole"
+        assert verify(half, full=True).lines == [], "what is committed is whole"
     asked = sagsae(*command, tmp_path / "killed", stop=(signal.SIGTERM, lambda: manifest_lines(root) >= 15))
     assert asked.returncode == 130
     assert "To continue, run the same command again" in asked.stderr

@@ -12,7 +12,7 @@ FORBIDDEN = {
     "train": {"harvest", "cli", "tests"},
 }
 DOORS = {
-    "zarr": {"shared/store.py"},
+    "zarr": {"shared/foreign.py"},
     "transformer_lens": {"shared/model.py"},
     "accelerate": {"train/run.py"},
     "typer": {"cli.py"},

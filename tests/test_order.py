@@ -1,7 +1,8 @@
 """Order: every row once an epoch, from any position, for any number of ranks, and nothing held out is trained on."""
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,8 +15,9 @@ from shared.errors import UserError
 from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
-from train.order import Order, Position, heldout_contexts, make_order, split
-from train.stream import BatchStream, Rows
+from train.order import Order, Position, heldout_contexts, make_order, share, split
+from train.rows import Kept, Rows
+from train.stream import BatchStream, Loader, Pass, Same
 
 HOOK = "layer_01/mlp_out"
 Config = Callable[..., TrainConfig]
@@ -24,7 +26,7 @@ Config = Callable[..., TrainConfig]
 def test_golden_order() -> None:
     """The order is part of what a checkpoint means: it may change only together with the checkpoint's version."""
     assert permutation(10, 7, 2, 0).tolist() == [7, 3, 2, 0, 8, 4, 9, 5, 1, 6]
-    order = Order(n_chunks=11, streams=2, window_chunks=3, seed=7)
+    order = Order(n_units=11, streams=2, window_units=3, seed=7)
     assert [[w.tolist() for w in order.windows(1, v)] for v in (0, 1)] == [
         [[3], [6, 9, 8], [1]],
         [[5, 7, 10], [2, 4, 0]],
@@ -48,20 +50,28 @@ def test_an_epoch_holds_every_chunk_once(n: int, streams: int, window: int, seed
     assert streams % order.streams == 0
     windows = [w for v in range(order.streams) for w in order.windows(epoch, v)]
     assert sorted(np.concatenate(windows)) == list(range(n))
-    assert all(0 < len(w) <= order.window_chunks for w in windows)
+    assert all(0 < len(w) <= order.window_units for w in windows)
 
 
 def batches(
-    store: Store, config: TrainConfig, count: int, serves: range | None = None, at: list[Position] | None = None
-):
-    rows = Rows.of(store, HOOK)
-    order = make_order(len(rows.chunks()), store.spec.chunk_rows, config.streams, config.window_rows, config.seed)
+    store: Store,
+    config: TrainConfig,
+    count: int,
+    world: tuple[int, int] = (0, 1),
+    at: list[Position] | None = None,
+) -> Iterator[tuple[torch.Tensor, dict[int, Position]]]:
+    """Batches with the positions after each. `world` = (rank, ranks)."""
     keep = split(store.spec, store.tokens(), config).train
+    rows = Rows.of(store, HOOK)
+    units = rows.units(config.run_chunks or 1)
+    unit_rows = (config.run_chunks or 1) * store.spec.chunk_rows
+    order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
+    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, order)), order.streams, "always", torch.device("cpu"))
     start = at or [Position()] * order.streams
-    stream = BatchStream(rows, order, keep, config.batch, serves or range(order.streams), start)
-    for _ in range(count):
-        yield stream.next_batch(), stream.positions()
-    stream.close()
+    stream = BatchStream(loader, share(config.batch, order.streams, *world), config.batch // order.streams, start)
+    with closing(stream):
+        for _ in range(count):
+            yield stream.next_batch().clone(), stream.positions()
 
 
 def fingerprints(rows: torch.Tensor) -> list[bytes]:
@@ -75,7 +85,8 @@ def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, 
     keep = split(store.spec, store.tokens(), config).train
     n = int(keep.reshape(-1)[:5000].sum())
     rows = Rows.of(store, HOOK)
-    known = Counter(row.tobytes() for chunk in rows.chunks() for row in rows.kept(*chunk, keep))
+    kept = Kept(rows, keep)
+    known = Counter(row.tobytes() for unit in rows.units(1) for row in kept.values(unit.shard, unit.first))
     given_out = Counter(row for batch, _ in batches(store, config, n // 4) for row in fingerprints(batch))
     twice, never = (given_out - known).total(), (known - given_out).total()
     assert given_out.total() == n // 4 * 4
@@ -99,9 +110,9 @@ def test_batches_go_on_from_every_position(store: Store, train_config: Config) -
 def test_ranks_share_the_same_global_batches(store: Store, train_config: Config, ranks: int) -> None:
     config = train_config(batch=64, streams=4)
     alone = [batch for batch, _ in batches(store, config, 20)]
-    shares = [[b for b, _ in batches(store, config, 20, serves=range(rank, 4, ranks))] for rank in range(ranks)]
+    shares = [[b for b, _ in batches(store, config, 20, world=(rank, ranks))] for rank in range(ranks)]
     for step, batch in enumerate(alone):
-        assert Counter(fingerprints(batch)) == Counter(fingerprints(torch.cat([share[step] for share in shares])))
+        assert torch.equal(batch, torch.cat([part[step] for part in shares])), "in the same order, too"
 
 
 def test_held_out_contexts_are_never_trained_on(store: Store, train_config: Config) -> None:
@@ -149,6 +160,6 @@ def test_rows_reach_the_batch_unchanged(store: Store, train_config: Config) -> N
     batch, _ = next(batches(store, train_config(), 1))
     assert batch.dtype == torch.bfloat16
     rows = Rows.of(store, HOOK)
-    stored = np.concatenate([as_float32(rows.activations.read(*chunk), "bfloat16") for chunk in rows.chunks()])
+    stored = np.concatenate([as_float32(rows.values(unit.shard, unit.first), "bfloat16") for unit in rows.units(1)])
     known = {row.tobytes() for row in stored}
     assert all(row.numpy().tobytes() in known for row in batch.float())

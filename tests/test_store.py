@@ -10,11 +10,15 @@ import pytest
 import tensorstore
 import zarr
 
+from shared.create import clean_up, remove_store
 from shared.errors import DamagedError, UserError
-from shared.manifest import append_commit, clean_up, parse_commit, read_manifest, write_file, writer_lock
-from shared.reader import ArrayReader, verify
+from shared.files import LocalFiles, folder_lock, write_file
+from shared.manifest import append_commit, parse_commit, read_manifest
+from shared.reader import ArrayReader, open_reader, read_shard
 from shared.shard import as_float32
-from shared.store import Store, find_hookpoint, is_store, read_state, remove_store, shard_file
+from shared.spec import seal, shard_file
+from shared.store import Store, find_hookpoint, is_store, read_state
+from shared.verify import repair, verify
 
 HOOK = "layer_01/mlp_out"
 
@@ -25,8 +29,20 @@ def copy(store: Store, tmp_path: Path) -> Path:
 
 
 def read_all(store: Store, array: str) -> np.ndarray:
-    reader = ArrayReader(store, array)
-    return np.concatenate([reader.read_shard(shard) for shard in store.commits])
+    reader = open_reader(store, array)
+    assert isinstance(reader, ArrayReader)
+    return np.concatenate([read_shard(reader, shard) for shard in store.commits])
+
+
+def unfinished(root: Path) -> tuple[Path, list[str]]:
+    """Takes a final store back to the moment after its last commit. Gives the writer's log and its lines."""
+    document = json.loads((root / "zarr.json").read_text())
+    about = {key: value for key, value in document["attributes"]["sagsae"].items() if key != "crc32c"}
+    document["attributes"]["sagsae"] = seal({**about, "state": "writing"})
+    (root / "zarr.json").write_text(json.dumps(document, indent=2) + "\n")
+    (root / "manifest" / "index.jsonl").rename(root / "manifest" / "rank-00000.jsonl")
+    log = root / "manifest" / "rank-00000.jsonl"
+    return log, log.read_text().splitlines(keepends=True)
 
 
 def test_other_readers_see_the_same_values(store: Store) -> None:
@@ -46,10 +62,10 @@ def test_the_group_opens_as_zarr(store: Store) -> None:
     assert isinstance(array, zarr.Array)
     assert array.metadata.dimension_names == ("token", "d_model")
     assert array.attrs["sagsae"] == {"logical_dtype": "bfloat16", "hook": "blocks.1.hook_mlp_out"}
-    for path in store.spec.sums():
+    for path in store.spec.rows_of_shards():
         partial = group[path]
         assert isinstance(partial, zarr.Array)
-        assert np.array_equal(np.asarray(partial[3]), store.sums(path, 3))
+        assert np.array_equal(np.asarray(partial[3]), store.row_of_shard(path, 3))
 
 
 def test_every_row_of_the_token_stream_is_stored_once(store: Store) -> None:
@@ -86,20 +102,24 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_found_by_reading_and_by_verify(copy: Path, damage: str) -> None:
     store = Store.open(copy)
-    assert verify(store, full=True) == []
-    path = shard_file(copy, HOOK, 4, 2)
+    assert verify(store, full=True).lines == []
+    path = copy / shard_file(HOOK, 4, True)
     DAMAGES[damage](path)
     with pytest.raises(DamagedError, match=r"mlp_out/c/4/0"):
-        ArrayReader(store, HOOK).read_shard(4)
+        read_shard(open_reader(store, HOOK), 4)
     for full in (False, True):
-        assert [str(path) in line for line in verify(store, full)] == [True]
+        assert [str(path) in line for line in verify(store, full).lines] == [True]
+        assert verify(store, full).shards == [4]
 
 
 def test_verify_names_all_that_is_damaged(copy: Path) -> None:
     for array, shard in ((HOOK, 0), (HOOK, 7), ("index/position", 2)):
-        os.truncate(shard_file(copy, array, shard, 1 if "index" in array else 2), 5)
+        os.truncate(copy / shard_file(array, shard, "index" not in array), 5)
     (copy / "stats" / HOOK / "sum" / "c" / "1" / "0").unlink()
-    assert len(verify(Store.open(copy), full=False)) == 4
+    damage = verify(Store.open(copy), full=False)
+    assert len(damage.lines) == 4
+    assert damage.shards == [0, 1, 2, 7]
+    assert damage.lasting == []
 
 
 def test_damaged_partial_sums_are_not_summed(copy: Path) -> None:
@@ -112,8 +132,7 @@ def test_damaged_partial_sums_are_not_summed(copy: Path) -> None:
 
 
 def test_a_shard_counts_only_when_the_manifest_says_so(copy: Path) -> None:
-    manifest = copy / "manifest" / "rank-00000.jsonl"
-    lines = manifest.read_text().splitlines(keepends=True)
+    manifest, lines = unfinished(copy)
     manifest.write_text("".join(lines[:3]))
     store = Store.open(copy)
     assert sorted(store.commits) == [0, 1, 2]
@@ -122,26 +141,30 @@ def test_a_shard_counts_only_when_the_manifest_says_so(copy: Path) -> None:
 
 @pytest.mark.parametrize("cut", [1, 40, -1])
 def test_a_torn_last_line_is_no_commit_and_is_cut(copy: Path, cut: int) -> None:
-    manifest = copy / "manifest" / "rank-00000.jsonl"
-    lines = manifest.read_text().splitlines(keepends=True)
+    manifest, lines = unfinished(copy)
     manifest.write_text("".join(lines[:-1]) + lines[-1][:cut])
+    files = LocalFiles(copy)
     leftover = copy / "layer_01" / "mlp_out" / "c" / "9" / "0.123.tmp"
     leftover.write_bytes(b"half")
-    assert len(read_manifest(copy)) == len(lines) - 1
-    clean_up(copy)
-    assert manifest.read_text() == "".join(lines[:-1])
+    assert len(read_manifest(files, final=False)) == len(lines) - 1
+    clean_up(files)
     assert not leftover.exists()
     commit = parse_commit(lines[-1])
     assert commit is not None
-    append_commit(copy, 0, commit)
+    append_commit(files, 0, commit)
     assert manifest.read_text() == "".join(lines)
 
 
 def test_an_altered_line_is_damage(copy: Path) -> None:
-    manifest = copy / "manifest" / "rank-00000.jsonl"
+    manifest = copy / "manifest" / "index.jsonl"
     manifest.write_text(manifest.read_text().replace('"rows":512', '"rows":511', 1))
     with pytest.raises(DamagedError, match="line 1"):
         Store.open(copy)
+    damage = verify(Store.open(copy, lenient=True), full=False)
+    assert ["line 1 is torn or damaged" in line for line in damage.lines] == [False, True]
+    assert repair(LocalFiles(copy), damage.shards) == [0], "the shard of the bad line is to be harvested again"
+    assert verify(Store.open(copy), full=True).lines == []
+    assert Store.open(copy).state == "writing"
 
 
 def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,9 +178,9 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_two_writers(tmp_path: Path) -> None:
-    with writer_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), writer_lock(tmp_path):
+    with folder_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), folder_lock(tmp_path):
         pass
-    with writer_lock(tmp_path):
+    with folder_lock(tmp_path):
         pass
 
 
@@ -183,48 +206,49 @@ def test_find_hookpoint(store: Store, tmp_path: Path) -> None:
 
 def test_a_newer_format_is_refused(copy: Path) -> None:
     document = json.loads((copy / "zarr.json").read_text())
-    document["attributes"]["sagsae"]["format_version"] = 2
+    document["attributes"]["sagsae"]["format_version"] = 3
     (copy / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(UserError, match=r"store format 2; this sagsae reads format 1"):
-        read_state(copy)
+    with pytest.raises(UserError, match=r"store format 3; this sagsae reads format 2. Install a newer"):
+        read_state(LocalFiles(copy))
 
 
 def test_a_final_store_that_lost_a_commit_is_damaged(copy: Path) -> None:
-    manifest = copy / "manifest" / "rank-00000.jsonl"
+    manifest = copy / "manifest" / "index.jsonl"
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-2]))
     store = Store.open(copy)
     assert store.missing == [8, 9]
-    assert verify(store, full=False) == [f"{copy}: is final, but shards [8, 9] are not in its manifest"]
+    assert verify(store, full=False).lines == [f"{copy}: is final, but shards [8, 9] are not in its manifest"]
 
 
 @pytest.mark.parametrize("damage", ["missing", "one bit flipped"])
 def test_damaged_tokens_are_never_used(copy: Path, damage: str) -> None:
     DAMAGES[damage](copy / "tokens" / "c" / "0" / "0")
-    with pytest.raises(DamagedError, match="tokens: "):
+    with pytest.raises(DamagedError, match=r"tokens/c/0/0: "):
         Store.open(copy).tokens()
-    assert ["tokens" in line for line in verify(Store.open(copy), full=False)] == [True]
+    assert ["tokens" in line for line in verify(Store.open(copy), full=False).lines] == [True, True]
+    assert len(verify(Store.open(copy), full=False).lasting) == 2
 
 
 def test_an_unreadable_zarr_json_is_not_an_empty_folder(copy: Path) -> None:
     (copy / "zarr.json").write_text("{")
     with pytest.raises(DamagedError, match=r"zarr\.json: cannot be read"):
-        is_store(copy)
+        is_store(LocalFiles(copy))
 
 
 def test_a_store_being_written_is_not_removed(copy: Path) -> None:
-    with writer_lock(copy), pytest.raises(UserError, match="is writing here"):
-        remove_store(copy)
-    assert verify(Store.open(copy), full=True) == []
+    with folder_lock(copy), pytest.raises(UserError, match="is writing here"):
+        remove_store(LocalFiles(copy))
+    assert verify(Store.open(copy), full=True).lines == []
 
 
 def test_what_is_not_ours_is_never_removed(copy: Path) -> None:
     (copy / "thesis.tex").write_text("years of work")
-    remove_store(copy)
+    remove_store(LocalFiles(copy))
     assert [path.name for path in copy.iterdir()] == ["thesis.tex"]
 
 
 def test_remove_store_removes_only_stores(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds no store"):
-        remove_store(tmp_path)
-    remove_store(copy)
+        remove_store(LocalFiles(tmp_path))
+    remove_store(LocalFiles(copy))
     assert not copy.exists()

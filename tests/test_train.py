@@ -14,14 +14,16 @@ import pytest
 import torch
 from conftest import Sagsae, contents
 from safetensors.torch import load_file
+from test_store import unfinished
 
 import train.run
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.manifest import writer_lock
+from shared.files import folder_lock
 from shared.model import ModelSource
-from shared.store import Store, shard_file
+from shared.spec import shard_file
+from shared.store import Store
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.evaluate import evaluate, find_model
 from train.folder import RunFolder
@@ -179,7 +181,7 @@ def test_overwriting_that_was_killed_half_way(train_config: Config) -> None:
 
 def test_two_trainings_of_one_run(train_config: Config) -> None:
     run = run_train(train_config()).run
-    with writer_lock(run), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
+    with folder_lock(run), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
         run_train(train_config(overwrite=True))
     assert RunFolder(run).finished()
 
@@ -218,7 +220,7 @@ def test_unusable_input(train_config: Config, tmp_path: Path) -> None:
 
 def test_a_damaged_shard_stops_training_with_its_name(train_config: Config, store: Store, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
-    path = shard_file(copy, "layer_01/mlp_out", 3, 2)
+    path = copy / shard_file("layer_01/mlp_out", 3, True)
     data = bytearray(path.read_bytes())
     data[1000] ^= 4
     path.write_bytes(data)
@@ -231,12 +233,8 @@ def test_a_damaged_shard_stops_training_with_its_name(train_config: Config, stor
 
 def test_training_on_an_unfinished_store(train_config: Config, store: Store, tmp_path: Path, capsys: Any) -> None:
     copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
-    manifest = copy / "manifest" / "rank-00000.jsonl"
-    lines = manifest.read_text().splitlines(keepends=True)
+    manifest, lines = unfinished(copy)
     manifest.write_text("".join(lines[:6]))
-    document = json.loads((copy / "zarr.json").read_text())
-    document["attributes"]["sagsae"]["state"] = "writing"
-    (copy / "zarr.json").write_text(json.dumps(document))
     config = train_config(store=copy)
     run_train(config)
     assert "is unfinished: training on the 3,072 tokens committed so far" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from shared.config import SAEConfig, build
 from shared.errors import DamagedError, UserError
-from shared.manifest import write_file
+from shared.files import write_file
 from shared.model import native_dtype, torch_dtype
 from shared.record import write_json
 from train.sae import gated

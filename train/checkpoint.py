@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.manifest import sync_folder, write_file
+from shared.files import sync_folder, write_file
 
 KEPT: Final = 2
 

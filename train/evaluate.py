@@ -10,16 +10,17 @@ from numpy.typing import NDArray
 
 from shared.config import EvalConfig
 from shared.errors import UserError
-from shared.manifest import explained
+from shared.files import explained, is_remote
 from shared.model import LanguageModel, ModelSource, local_folder, pick_device, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
+from train.job import following
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
-from train.stream import Rows
+from train.rows import Rows
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,12 @@ def evaluate(config: EvalConfig) -> Evaluation:
     trained = folder.config()
     if not folder.finished():
         raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
-    if config.store is None and not trained.store.exists():
+    if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
-    if store.snapshot_id != folder.read("config.json")["snapshot"]:
+    if folder.read("config.json")["snapshot"] not in (store.snapshot_id, following(store)):
         raise UserError(
-            f"{config.run}: was not trained on what {store.root} holds now: it grew since, or it is another store. "
+            f"{config.run}: was not trained on what {store.name} holds now: it grew since, or it is another store. "
             "Say where the right one is: --store"
         )
     device = pick_device(config.device)
@@ -67,7 +68,7 @@ def find_model(store: Store, name: str | None) -> ModelSource:
     source = resolve_model(name, None if local_folder(name) else harvested["commit"])
     if source.commit != harvested["commit"]:
         raise UserError(
-            f"--model {source.name}: is not the model that {store.root} was harvested from ({harvested['name']}, "
+            f"--model {source.name}: is not the model that {store.name} was harvested from ({harvested['name']}, "
             f"{harvested['commit'][:12]}; this one is {source.commit[:12]}). Give that model with --model, or --no-ce"
         )
     return source
@@ -79,7 +80,7 @@ def measure_all(
     """The content of evaluation.json."""
     heldout = read_heldout(Rows.of(store, hook), parts.heldout)
     if not len(heldout):
-        raise UserError(f"{store.root}: holds no row of the held-out contexts. Harvest more tokens")
+        raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
     with progress("evaluate", len(saes), "autoencoders") as advance:
         for index, sae in enumerate(saes):

@@ -3,6 +3,7 @@
 config.json      what decides the result: the configuration, the snapshot of the store, the precision
 record.json      what produced it: command, versions, device, times; "finished" appears when it is
 metrics.jsonl    a line every `log_every` steps
+segments.jsonl   with --follow: which shards were read in which pass
 checkpoints/     the newest two states, from which an interrupted run goes on
 saes/NAME/       each trained autoencoder; evaluation.json what they are worth
 """
@@ -15,12 +16,21 @@ from typing import Any, Final
 
 from shared.config import TrainConfig, build
 from shared.errors import UserError
-from shared.manifest import LOCK_FILE, write_file
+from shared.files import LOCK_FILE, write_file
 from shared.record import write_json
 
-FREE: Final = {"out", "overwrite", "device", "store", "log_every", "checkpoint_every"}
+FREE: Final = {"out", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every"}
 """Settings that may differ when a run goes on: they do not change what is trained."""
-OURS: Final = {LOCK_FILE, "config.json", "record.json", "metrics.jsonl", "evaluation.json", "checkpoints", "saes"}
+OURS: Final = {
+    LOCK_FILE,
+    "config.json",
+    "record.json",
+    "metrics.jsonl",
+    "evaluation.json",
+    "checkpoints",
+    "saes",
+    "segments.jsonl",
+}
 """All that a run puts into its folder, and all that is ever deleted there."""
 
 

@@ -2,21 +2,31 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import torch
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
+from shared.files import is_remote
+from shared.listing import folder_name
 from shared.progress import say
 from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
+from train.follow import Segments
 from train.order import Order, Split, make_order, split
-from train.stream import Rows
+from train.rows import Kept, Rows
+from train.stream import Pass, Passes, Same
+
+ROWS_PER_RUN_CHUNK: Final = 262_144
+"""So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.12 times
+that of independent rows (tests/test_shuffle.py)."""
 
 
 @dataclass(frozen=True)
@@ -26,9 +36,9 @@ class Job:
     config: TrainConfig
     store: Store
     hook: str
-    statistics: Statistics
     parts: Split
-    order: Order
+    passes: Passes
+    streams: int
     steps: int
     epoch_rows: int
     heldout_rows: int
@@ -36,49 +46,107 @@ class Job:
     folder: RunFolder
     identity: dict[str, Any]
 
+    @cached_property
+    def statistics(self) -> Statistics:
+        """What the activations are normalised with: of the store, or of the first segment of one that grows. Waits for
+        that segment, and writes it into the run's folder."""
+        found = self.passes.get(0).rows.store.statistics(self.hook)
+        if not found.scale > 0:
+            raise UserError(f"{self.store.name}/{self.hook}: all activations are equal; there is nothing to learn")
+        return found
 
-def make_job(config: TrainConfig, device: torch.device) -> Job:
-    """Raises UserError for a store that does not fit the configuration."""
+    def heldout_store(self, stop_asked: Callable[[], bool]) -> Store:
+        """The store with every held-out row that it will have."""
+        if not isinstance(self.passes, Segments):
+            return self.store
+        rows = np.flatnonzero(self.parts.heldout.reshape(-1)[: self.store.spec.n_tokens])
+        shards = set((rows // self.store.spec.shard_rows).tolist())
+        return self.passes.complete(shards, stop_asked)
+
+
+def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> Job:
+    """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
+    read next from a store that grows."""
     store, hook = find_hookpoint(config.store, config.hook)
-    if not store.commits:
-        raise UserError(f"{store.root}: no shard is committed yet. Run sagsae harvest to its end first")
-    if store.state == "final" and store.missing:
-        raise DamagedError(f"{store.root}: is final, but shards {store.missing} are not in its manifest")
-    if store.state != "final":
-        say(f"{store.root} is unfinished: training on the {store.n_rows:,} tokens committed so far")
-    statistics = store.statistics(hook)
-    if not statistics.scale > 0:
-        raise UserError(f"{store.root}/{hook}: all activations are equal; there is nothing to learn")
+    check_store(store, config)
     parts = split(store.spec, store.tokens(), config)
-    committed = np.zeros(parts.train.size, dtype=bool)
-    for commit in store.commits.values():
-        committed[commit.start : commit.stop] = True
-    heldout_rows = int((parts.heldout.reshape(-1) & committed).sum())
+    there = np.zeros(parts.train.size, dtype=bool)
+    for shard in range(store.spec.n_shards) if config.follow else store.commits:
+        there[slice(*store.spec.shard_range(shard))] = True
+    heldout_rows = int((parts.heldout.reshape(-1) & there).sum())
     if not heldout_rows:
-        raise UserError(f"{store.root}: no held-out context is committed yet. Let sagsae harvest go on, then train")
-    epoch_rows = int((parts.train.reshape(-1) & committed).sum())
+        raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest go on, then train")
+    epoch_rows = int((parts.train.reshape(-1) & there).sum())
     steps = (config.tokens or epoch_rows) // config.batch
     if steps < 1:
         raise UserError(
             f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
             "Harvest or ask for more tokens, or lower --batch"
         )
-    rows = Rows.of(store, hook)
-    order = make_order(len(rows.chunks()), store.spec.chunk_rows, config.streams, config.window_rows, config.seed)
     matmul = matmul_dtype(config.precision, device)
+    run_chunks = config.run_chunks or (
+        max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
+    )
     identity = {
         **config.model_dump(mode="json"),
-        "store": str(store.root.resolve()),
+        "store": store.location,
         "hook": hook,
-        "snapshot": store.snapshot_id,
+        "snapshot": following(store) if config.follow else store.snapshot_id,
         "precision": str(matmul).removeprefix("torch."),
+        "run_chunks": run_chunks,
     }
     folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
-    return Job(config, store, hook, statistics, parts, order, steps, epoch_rows, heldout_rows, matmul, folder, identity)
+    passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
+    job = Job(
+        config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity
+    )  # fmt: skip
+    if not config.follow:
+        _ = job.statistics  # raises where there is nothing to learn
+    return job
+
+
+def check_store(store: Store, config: TrainConfig) -> None:
+    if store.state == "final" and store.missing:
+        raise DamagedError(f"{store.name}: is final, but shards {store.missing} are not in its manifest")
+    if config.follow:
+        return
+    if not store.commits:
+        raise UserError(f"{store.name}: no shard is committed yet. Run sagsae harvest to its end first, or --follow it")
+    if store.state != "final":
+        say(f"{store.name} is unfinished: training on the {store.n_rows:,} tokens committed so far")
+
+
+def make_passes(
+    config: TrainConfig, store: Store, hook: str, parts: Split, run_chunks: int, folder: Path, leads: bool
+) -> tuple[Passes, int]:
+    """What is read in each epoch, and in how many streams."""
+    unit_rows = run_chunks * store.spec.chunk_rows
+    if not config.follow:
+        rows = Rows.of(store, hook)
+        units = rows.units(run_chunks)
+        order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
+        return Same(Pass(rows, Kept(rows, parts.train), units, order)), order.streams
+    window_units = max(1, config.window_rows // (config.streams * unit_rows))
+
+    def make_pass(part: Store) -> Pass:
+        rows = Rows.of(part, hook)
+        units = rows.units(run_chunks)
+        order = Order(len(units), config.streams, window_units, config.seed)
+        return Pass(rows, Kept(rows, parts.train), units, order)
+
+    def enough(part: Store) -> bool:
+        return part.n_rows >= config.streams * window_units * unit_rows
+
+    return Segments(store, folder, leads, make_pass, enough), config.streams
+
+
+def following(store: Store) -> str:
+    """Stands for a snapshot where all that the store will be is read."""
+    return f"follows {store.spec_id}"
 
 
 def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:
     """The same command gives the same name; any setting that matters changes it."""
     decides = {key: value for key, value in identity.items() if key not in FREE}
     digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return f"{store.root.resolve().name}-{hook.replace('/', '-')}-{digest}"
+    return f"{folder_name(store.files)}-{hook.replace('/', '-')}-{digest}"

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from shared.model import LanguageModel
 from train.autoencoder import Autoencoder
-from train.stream import Rows, to_tensor
+from train.rows import Kept, Rows, to_tensor
 
 ROWS_AT_A_TIME: Final = 4096
 LOGITS_AT_A_TIME: Final = 1 << 26
@@ -55,13 +55,14 @@ class Losses:
 def read_heldout(rows: Rows, keep: NDArray[np.bool_]) -> Float[Tensor, "rows d_in"]:
     """Every committed row marked in `keep` [contexts, context], in stored order and data type. Reads only the shards
     that hold such rows."""
-    spec = rows.activations.store.spec
+    spec, marked = rows.store.spec, Kept(rows, keep)
     starts = (np.flatnonzero(keep.any(axis=1)) * spec.context).tolist()
     last = spec.context - 1
     wanted = {k for at in starts for k in range(at // spec.shard_rows, (at + last) // spec.shard_rows + 1)}
-    found = [rows.kept(shard, chunk, keep) for shard, chunk in rows.chunks() if shard in wanted]
+    found = [marked.values(unit.shard, unit.first) for unit in rows.units(1) if unit.shard in wanted]
+    dtype = np.dtype("<f4") if spec.quantised else rows.activations.layout.dtype
     d_in = rows.activations.layout.row_shape[0]
-    return to_tensor(np.concatenate([np.empty((0, d_in), rows.activations.layout.dtype), *found]), spec.dtype)
+    return to_tensor(np.concatenate([np.empty((0, d_in), dtype), *found]), spec.dtype)
 
 
 def measure(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> Fit:

@@ -1,12 +1,14 @@
 """Who reads what, when: pure functions of (snapshot, seed, epoch, position), in numpy, without ranks.
 
-An epoch is a permutation of the chunks, dealt to V virtual streams. A stream reads its chunks in windows and gives out
-the rows of a window in random order; a global batch takes the same number of rows from every stream, so it does not
-depend on how many processes share the streams. Position is all the state there is. Streams differ by a chunk or so in
-length: when an epoch's worth of rows is given out, some have begun the next one and others have a rest to go (about 1 %
-of the rows of a store of 150 chunks, less in larger ones). Who has the longer part changes from epoch to epoch.
+A unit of reading is a run: a few consecutive chunks of one shard. An epoch is a permutation of the runs, dealt to V
+virtual streams. A stream reads its runs in windows and gives out the rows of a window in random order; a global batch
+takes the same number of rows from every stream, so it does not depend on how many processes share it. Position is all
+the state there is. Streams differ by a run or so in length: when an epoch's worth of rows is given out, some have begun
+the next one and others have a rest to go (about 1 % of the rows of a store of 150 runs, less in larger ones). Who has
+the longer part changes from epoch to epoch.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
@@ -16,29 +18,69 @@ from numpy.typing import NDArray
 
 from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
-from shared.store import StoreSpec
+from shared.spec import StoreSpec
 
-CHUNKS_PER_STREAM: Final = 16
-"""At least so many chunks to a stream."""
+UNITS_PER_STREAM: Final = 16
+"""At least so many units to a stream."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Consecutive chunks of one shard that are read together: one range request on an object store."""
+
+    shard: int
+    first: int
+    """Number of the first chunk in the shard."""
+    count: int
+    """Chunks."""
+
+
+def runs(rows_per_shard: Mapping[int, int], chunk_rows: int, run_chunks: int) -> list[Run]:
+    """Every chunk that exists, once, in runs of `run_chunks` that do not cross shards; a shard's last may be shorter,
+    and its last chunk partly filled. By shard, whatever the order of the mapping: a run's place is its unit number."""
+    return [
+        Run(shard, first, min(run_chunks, n_chunks - first))
+        for shard, n_chunks in sorted((shard, -(-rows // chunk_rows)) for shard, rows in rows_per_shard.items())
+        for first in range(0, n_chunks, run_chunks)
+    ]
+
+
+def share(batch: int, streams: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
+    """The part of every global batch that a rank gives out: (stream, lo, hi), rows lo to hi of the stream's piece.
+
+    A global batch is the streams' pieces of batch / streams rows one after another, and a rank has the rows from
+    rank * batch / ranks on. Where that cuts a piece, both ranks read the stream and each gives its part, so that any
+    number of ranks sees the same batches. Raises ValueError when the batch does not divide evenly.
+    """
+    if batch % streams or batch % ranks:
+        raise ValueError(f"a batch of {batch} does not divide evenly among {streams} streams and {ranks} ranks")
+    piece, mine = batch // streams, batch // ranks
+    start, stop = rank * mine, (rank + 1) * mine
+    return [
+        (stream, max(start - stream * piece, 0), min(stop - stream * piece, piece))
+        for stream in range(start // piece, -(-stop // piece))
+    ]
 
 
 @dataclass(frozen=True)
 class Order:
-    """How the chunks of a snapshot are read."""
+    """How the units of a snapshot are read."""
 
-    n_chunks: int
+    n_units: int
+    """Units of reading: runs of chunks."""
     streams: int
-    window_chunks: int
-    """Chunks in one window of one stream."""
+    window_units: int
+    """Units in one window of one stream."""
     seed: int
 
     def windows(self, epoch: int, stream: int) -> list[NDArray[np.int64]]:
-        """The chunk numbers of each window, in order. First windows are shorter by stream, so that refills do not
-        all come at once; together the windows of all streams hold every chunk once."""
-        chunks = epoch_chunks(self.n_chunks, self.seed, epoch)[(stream + epoch) % self.streams :: self.streams]
-        first = max(1, self.window_chunks * (stream + 1) // self.streams)
-        edges = list(range(first, len(chunks), self.window_chunks))
-        return [window for window in np.split(chunks, edges) if len(window)]
+        """The unit numbers of each window, in order; none where there are fewer units than streams and this stream has
+        no part. First windows are shorter by stream, so that refills do not all come at once; together the windows of
+        all streams hold every unit once."""
+        units = epoch_units(self.n_units, self.seed, epoch)[(stream + epoch) % self.streams :: self.streams]
+        first = max(1, self.window_units * (stream + 1) // self.streams)
+        edges = list(range(first, len(units), self.window_units))
+        return [window for window in np.split(units, edges) if len(window)]
 
     def rows(self, epoch: int, stream: int, window: int, n: int) -> NDArray[np.int64]:
         """The order in which the n rows of a window are given out."""
@@ -46,8 +88,8 @@ class Order:
 
 
 @lru_cache(maxsize=2)  # every stream asks for the same epoch's
-def epoch_chunks(n_chunks: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    return permutation(n_chunks, seed, EPOCH_CHUNKS, epoch)
+def epoch_units(n_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return permutation(n_units, seed, EPOCH_CHUNKS, epoch)
 
 
 @dataclass(frozen=True)
@@ -59,12 +101,12 @@ class Position:
     offset: int = 0
 
 
-def make_order(n_chunks: int, chunk_rows: int, streams: int, window_rows: int, seed: int) -> Order:
-    """The order for a snapshot. A small store is read in fewer streams (a divisor), so that each has enough chunks for
-    all to end an epoch at about the same time."""
-    most = max(1, n_chunks // CHUNKS_PER_STREAM)
+def make_order(n_units: int, rows_per_unit: int, streams: int, window_rows: int, seed: int) -> Order:
+    """The order for a snapshot; `rows_per_unit` is a full run's. A small store is read in fewer streams (a divisor), so
+    that each has enough units for all to end an epoch at about the same time."""
+    most = max(1, n_units // UNITS_PER_STREAM)
     possible = max(v for v in range(1, streams + 1) if streams % v == 0 and v <= most)
-    return Order(n_chunks, possible, max(1, window_rows // (possible * chunk_rows)), seed)
+    return Order(n_units, possible, max(1, window_rows // (possible * rows_per_unit)), seed)
 
 
 def heldout_contexts(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from shared.config import SAEConfig, TrainConfig
 from shared.errors import Interrupted, UserError
-from shared.manifest import explained, writer_lock
+from shared.files import explained, folder_lock
 from shared.model import pick_device
 from shared.progress import progress, say
 from shared.record import provenance, write_json
@@ -32,9 +32,9 @@ from train.checkpoint import load_checkpoint, save_checkpoint
 from train.evaluate import measure_all
 from train.job import Job, make_job
 from train.optim import Optimizer, learning_rate
-from train.order import Position
+from train.order import Position, share
 from train.sae.gated import Step, Weights, gradients, initial_weights
-from train.stream import BatchStream, Rows
+from train.stream import BatchStream, Loader, StopWaiting
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
@@ -47,7 +47,7 @@ class Summary:
     """What a training run did. `saes` are the entries of evaluation.json, language-model losses not yet measured."""
 
     run: Path
-    store: Path
+    store: str
     hook: str
     tokens: int
     steps: int
@@ -92,11 +92,12 @@ def train(config: TrainConfig) -> Summary:
     if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)  # accelerate takes the current one
     accelerator = Accelerator(cpu=device.type == "cpu")
-    job = make_job(config, accelerator.device)
-    if job.order.streams % accelerator.num_processes:
+    if config.batch % accelerator.num_processes:
         raise UserError(
-            f"{accelerator.num_processes} processes cannot share {job.order.streams} streams evenly. Use a divisor"
+            f"{accelerator.num_processes} processes cannot share a batch of {config.batch} evenly. Choose a --batch "
+            "that is a multiple of their number"
         )
+    job = make_job(config, accelerator.device, accelerator.is_main_process)
     folder, main = job.folder, accelerator.is_main_process
     if folder.exists() and not config.overwrite:
         folder.check_same(job.identity)
@@ -105,7 +106,7 @@ def train(config: TrainConfig) -> Summary:
             return summarise(job, 0.0, 0)
     if main:
         folder.make()
-    with writer_lock(folder.path) if main else nullcontext(), explained(folder.path):
+    with folder_lock(folder.path) if main else nullcontext(), explained(folder.path):
         if main:
             open_folder(job, accelerator)
         accelerator.wait_for_everyone()
@@ -134,12 +135,12 @@ def open_folder(job: Job, accelerator: Accelerator) -> None:
         "tokens": job.steps * job.config.batch,
         "epoch_tokens": job.epoch_rows,
         "store": {
-            "path": str(job.store.root),
+            "path": job.store.name,
             "model": spec.model["name"],
             "commit": spec.model["commit"],
             "hook": job.hook,
             "hook_name": spec.hookpoints[job.hook].name,
-            "tokens": job.store.n_rows,
+            "tokens": job.store.spec.n_tokens if job.config.follow else job.store.n_rows,
             "d_in": spec.hookpoints[job.hook].d_in,
             "scale": job.statistics.scale,
             "heldout_tokens": job.heldout_rows,
@@ -161,7 +162,7 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> tupl
     over all sessions."""
     config, device = job.config, accelerator.device
     start, before, positions = restore(job, members)
-    serves = range(accelerator.process_index, job.order.streams, accelerator.num_processes)
+    shares = share(config.batch, job.streams, accelerator.process_index, accelerator.num_processes)
     epochs = job.steps * config.batch / job.epoch_rows
     plural = "" if len(members) == 1 else "s"
     say(
@@ -173,16 +174,20 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> tupl
     def elapsed() -> float:
         return before + time.monotonic() - started
 
-    rows = Rows.of(job.store, job.hook)
-    stream = BatchStream(rows, job.order, job.parts.train, config.batch, serves, positions)
+    loader = Loader(job.passes, job.streams, config.verify, device)
     with (
         stop_requests() as stop_asked,
-        closing(stream),
+        closing(BatchStream(loader, shares, config.batch // job.streams, positions, stop_asked)) as stream,
         progress("train", job.steps - start, "steps") as advance,
         torch.no_grad(),
     ):
         for step in range(start, job.steps):
-            x = stream.next_batch().to(device, non_blocking=True).float() / job.statistics.scale
+            try:
+                x = stream.next_batch().float() / job.statistics.scale
+            except StopWaiting:
+                if accelerator.num_processes == 1:  # others may be waiting for this one in a collective
+                    checkpoint(job, members, stream, step, elapsed(), accelerator)
+                raise interrupted(job, step) from None
             lr = learning_rate(step, job.steps, config.lr, config.warmup_steps, config.decay_fraction)
             measured = [update_(member, x, lr, job.matmul, config.batch, accelerator) for member in members]
             done = step + 1
@@ -196,11 +201,15 @@ def run_steps(job: Job, members: list[Member], accelerator: Accelerator) -> tupl
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
                 checkpoint(job, members, stream, done, elapsed(), accelerator)
             if stop and done < job.steps:
-                raise Interrupted(
-                    f"{job.folder.path}: stopped after step {done}. To continue, run the same command again"
-                )
-            advance(1, f"{config.batch * (done - start) / (time.monotonic() - started):,.0f} tokens/s")
+                raise interrupted(job, done)
+            seconds = time.monotonic() - started
+            rate, waiting = config.batch * (done - start) / seconds, stream.waited / seconds
+            advance(1, f"{rate:,.0f} tokens/s, waiting for data {waiting:.0%}")
     return job.steps - start, elapsed()
+
+
+def interrupted(job: Job, done: int) -> Interrupted:
+    return Interrupted(f"{job.folder.path}: stopped after step {done}. To continue, run the same command again")
 
 
 def update_(
@@ -286,7 +295,7 @@ def restore(job: Job, members: list[Member]) -> tuple[int, float, list[Position]
     found = load_checkpoint(job.folder.checkpoints)
     if found is None:
         job.folder.cut_metrics(0)
-        return 0, 0.0, [Position()] * job.order.streams
+        return 0, 0.0, [Position()] * job.streams
     tensors, state = found
     if state["version"] != 1:
         raise UserError(f"{job.folder.path}: its checkpoint is of version {state['version']}; this sagsae reads 1")
@@ -310,7 +319,9 @@ def finish(job: Job, members: list[Member], seconds: float) -> None:
     for sae in saes:
         sae.save(job.folder.sae(sae.config.name), hook)
     device = str(members[0].silent.device)
-    write_json(job.folder.evaluation, measure_all(job.store, job.hook, job.parts, saes, None, device))
+    with stop_requests() as stop_asked:
+        store = job.heldout_store(stop_asked)
+    write_json(job.folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device))
     record = job.folder.read("record.json")
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     write_json(job.folder.path / "record.json", {**record, "seconds": round(seconds, 2), "finished": finished})
@@ -321,6 +332,6 @@ def summarise(job: Job, seconds: float, steps: int) -> Summary:
     saes = json.loads(job.folder.evaluation.read_text(encoding="utf-8"))["saes"]
     rate = steps * job.config.batch / seconds if seconds else 0.0
     return Summary(
-        job.folder.path, job.store.root, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
+        job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
         round(seconds, 2), round(rate, 1), saes,
     )  # fmt: skip

@@ -1,0 +1,130 @@
+"""One shard's files: chunks encoded on every core and written in order as they come, counted and checksummed.
+
+Memory is a few chunks, whatever the shard's size.
+"""
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.files import Buffer, Files
+from shared.manifest import Sizes
+from shared.quantise import dequantise, dim_scale, quantise
+from shared.shard import as_float32, crc32c, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
+from shared.spec import DTYPES, StoreSpec, shard_file
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Fetch = Callable[[slice, NDArray[Any]], None]
+"""Puts the rows of a slice of the shard, in stored order, at the beginning of a chunk's memory."""
+
+
+class ShardFiles:
+    """Writes the files of shards, from any number of threads. `close` ends its own."""
+
+    def __init__(self, files: Files, spec: StoreSpec, threads: int | None = None) -> None:
+        self.files, self.spec, self.layouts = files, spec, spec.layouts()
+        self.threads = threads or len(os.sched_getaffinity(0))
+        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="encode")
+        self.local = threading.local()
+
+    def close(self) -> None:
+        self.pool.shutdown(cancel_futures=True)
+
+    def activations(
+        self, hook: str, shard: int, n: int, fetch: Fetch, squares: NDArray[np.float64], kept: NDArray[np.bool_]
+    ) -> Sizes:
+        """A hookpoint's n rows through the store's codec. `squares` [d_in] are summed over the rows `kept` [n] in
+        stored order; int8 takes its scales from them and measures its error over these rows."""
+        layout = self.layouts[hook]
+        slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
+        if self.spec.quantised:
+            return self.int8(hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept)
+
+        def encode(at: slice) -> bytes:
+            chunk = self.memory(layout.chunk_shape, layout.dtype)
+            fetch(at, chunk)
+            chunk[at.stop - at.start :] = layout.fill
+            return encode_chunk(chunk, layout.codec)
+
+        return self.write(hook, shard, shard_pieces(self.each(encode, slices), layout), True)
+
+    def int8(
+        self,
+        hook: str,
+        shard: int,
+        slices: list[slice],
+        fetch: Fetch,
+        dim: NDArray[np.float32],
+        kept: NDArray[np.bool_],
+    ) -> Sizes:
+        """Quantised rows, their scales, and the squared error in each dimension."""
+        layout, dtype = self.layouts[hook], DTYPES[self.spec.dtype][0]
+        scales = np.empty(slices[-1].stop, "<f4")
+        error = np.zeros(len(dim))
+
+        def encode(at: slice) -> tuple[bytes, NDArray[np.float64]]:
+            rows = self.memory(layout.chunk_shape, dtype)
+            fetch(at, rows)
+            x = as_float32(rows[: at.stop - at.start], self.spec.dtype)
+            q, scales[at] = quantise(x, dim)
+            wrong = (x - dequantise(q, scales[at], dim))[kept[at]].astype("<f8")
+            return encode_chunk(pad_chunk(q, layout), layout.codec), np.einsum("nd,nd->d", wrong, wrong)
+
+        def chunks() -> Iterator[bytes]:
+            for data, squared in self.each(encode, slices):
+                np.add(error, squared, out=error)
+                yield data
+
+        return {
+            **self.write(hook, shard, shard_pieces(chunks(), layout), True),
+            **self.vector(f"scale/{hook}/row", shard, scales),
+            **self.row(f"scale/{hook}/dim", shard, dim),
+            **self.row(f"stats/{hook}/sum_of_squared_error", shard, error),
+        }
+
+    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Results in order, only a few of which wait to be taken."""
+        waiting: deque[Future[Result]] = deque()
+        try:
+            for item in items:
+                waiting.append(self.pool.submit(function, item))
+                if len(waiting) > 2 * self.threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+    def memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Memory for one chunk, the same for every chunk of a thread."""
+        if getattr(self.local, "key", None) != (shape, dtype):
+            self.local.key, self.local.chunk = (shape, dtype), np.empty(shape, dtype)
+        chunk: NDArray[Any] = self.local.chunk
+        return chunk
+
+    def vector(self, array: str, shard: int, rows: NDArray[Any]) -> Sizes:
+        return self.write(array, shard, encode_shard(rows, self.layouts[array]), False)
+
+    def row(self, array: str, shard: int, row: NDArray[Any]) -> Sizes:
+        dtype = self.spec.rows_of_shards()[array][1]
+        return self.write(array, shard, [with_crc(row.astype(dtype).tobytes())], True)
+
+    def write(self, array: str, shard: int, pieces: Iterable[Buffer], matrix: bool) -> Sizes:
+        size = crc = 0
+
+        def counted() -> Iterator[Buffer]:
+            nonlocal size, crc
+            for piece in pieces:
+                size, crc = size + len(piece), crc32c(piece, crc)
+                yield piece
+
+        self.files.write(shard_file(array, shard, matrix), counted())
+        return {array: (size, crc)}

@@ -1,0 +1,144 @@
+"""A store written anew with another codec, shard by shard. Everything else stays byte for byte what it was.
+
+The result is the store that a harvest with that codec would have written: the same rows in the same order with the same
+moments, and for int8 the same scales. A recode that was interrupted goes on where it was.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.encode import Fetch, ShardFiles
+from harvest.writer import rows_that_count
+from shared.create import clean_up, create_store, finish_store, is_ours
+from shared.errors import DamagedError, Interrupted, UserError
+from shared.files import Buffer, Files, LocalFiles, open_files
+from shared.manifest import Commit, Sizes, append_commit, read_metadata
+from shared.progress import progress, say
+from shared.reader import Reader, open_reader, read_shard
+from shared.record import provenance
+from shared.shard import crc32c
+from shared.spec import Codec, StoreSpec, shard_file
+from shared.stop import stop_requests
+from shared.store import Store, is_store
+
+BLOCK: Final = 8 << 20
+"""Bytes copied at a time."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a recode did."""
+
+    store: str
+    codec: str
+    tokens: int
+    bytes_before: int
+    bytes_after: int
+
+
+def recode(source: str, target: str, codec: Codec) -> Summary:
+    """Raises UserError for unusable input, DamagedError where the source is damaged, Interrupted after a signal."""
+    store, files = Store.open(source), open_files(target)
+    if store.spec.quantised:
+        raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
+    if store.state != "final":
+        raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
+    spec = store.spec.model_copy(update={"codec": codec})
+    check_target(files, spec)
+    if isinstance(files, LocalFiles):
+        files.root.mkdir(parents=True, exist_ok=True)
+    with files.lock(), files.explained():
+        if not is_store(files):
+            begin(store, files, spec)
+        clean_up(files)
+        done = Store.open(files)
+        if done.state != "final":
+            fill(store, done)
+            finish_store(files, spec)
+        else:
+            say(f"{target} is complete. Nothing to do.")
+    done = Store.open(files)
+    before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
+    return Summary(target, codec, done.n_rows, before, after)
+
+
+def check_target(files: Files, spec: StoreSpec) -> None:
+    """Raises UserError when something else is there."""
+    if is_store(files):
+        if Store.open(files).spec != spec:
+            raise UserError(f"{files.name}: is another store, or was recoded differently. Choose another DST")
+        return
+    root = files.root if isinstance(files, LocalFiles) and files.root.exists() else None
+    if root and (not root.is_dir() or any(not is_ours(path.name) for path in root.iterdir())):
+        raise UserError(f"{files.name}: exists and is not a store. Choose another DST")
+
+
+def begin(store: Store, files: Files, spec: StoreSpec) -> None:
+    tokens = {path: entry for path, entry in read_metadata(store.files).items() if path.startswith("tokens/c/")}
+    for path, (size, crc) in tokens.items():
+        copy(store.files, files, path, size, crc)
+    create_store(files, spec, tokens, {**provenance(), "source": store.name})
+
+
+def fill(store: Store, done: Store) -> None:
+    """Writes and commits every missing shard."""
+    todo = done.missing
+    keep = rows_that_count(store.tokens(), store.spec.special_ids)
+    rows = sum(store.commits[shard].rows for shard in todo)
+    with (
+        stop_requests() as stop_asked,
+        closing(ShardFiles(done.files, done.spec)) as writer,
+        progress("recode", rows, "tokens") as advance,
+    ):
+        for shard in todo:
+            recode_shard(store, done, writer, shard, keep)
+            advance(store.commits[shard].rows, done.spec.codec)
+            if stop_asked():
+                raise Interrupted(f"{done.name}: stopped. To continue, run the same command again")
+
+
+def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: NDArray[np.bool_]) -> None:
+    """`keep` [contexts, context] marks the rows that the moments are over."""
+    commit = store.commits[shard]
+    contexts, positions = (read_shard(open_reader(store, f"index/{name}"), shard) for name in ("context", "position"))
+    kept = keep[contexts, positions]
+    files: Sizes = {}
+    for array, (size, crc) in commit.files.items():
+        if array not in store.spec.hookpoints:
+            matrix = array in store.spec.rows_of_shards()  # the others are vectors
+            files[array] = copy(store.files, done.files, shard_file(array, shard, matrix), size, crc)
+    for hook in store.spec.hookpoints:
+        squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
+        files |= writer.activations(
+            hook, shard, commit.rows, fetch_from(open_reader(store, hook), shard), squares, kept
+        )
+    append_commit(done.files, 0, Commit(shard, commit.rows, commit.start, commit.stop, commit.kept, files))
+
+
+def fetch_from(reader: Reader, shard: int) -> Fetch:
+    def fetch(at: slice, out: NDArray[Any]) -> None:
+        reader.read(shard, at.start // reader.layout.chunk_rows, out)
+
+    return fetch
+
+
+def copy(source: Files, target: Files, path: str, size: int, crc: int) -> tuple[int, int]:
+    """A committed file, checked on the way."""
+    file, found = source.open(path, size), 0
+
+    def pieces() -> Iterator[Buffer]:
+        nonlocal found
+        for at in range(0, size, BLOCK):
+            block = bytes(file.read(at, min(BLOCK, size - at)))
+            found = crc32c(block, found)
+            yield block
+        if found != crc:
+            raise DamagedError(f"{source.name}/{path}: its checksum is not the committed one")
+
+    target.write(path, pieces())
+    return size, crc

@@ -1,0 +1,141 @@
+"""The life of a store on disk: its tokens, its empty arrays, its end. What is written once is written here.
+
+The order is what makes it safe: everything that no commit covers first, with its checksums; then the store's own
+zarr.json, with which it exists; the commits; and at the end one sorted index of them.
+"""
+
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.files import LOCK_FILE, Files, LocalFiles, remove_temporaries, sync_folder
+from shared.manifest import Sizes, read_manifest, remove_logs, write_index, write_metadata
+from shared.record import sealed_json
+from shared.shard import crc32c, encode_chunk, pad_chunk, with_crc
+from shared.spec import StoreSpec, TokenType, shard_file, token_layout
+from shared.store import STATE_FILE, read_state, write_state
+
+BUILDING: Final = "tokens.building"
+RECORD: Final = "record.json"
+OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stats", "scale", "manifest"}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a store puts something of this name into its folder. Nothing else is ever deleted there."""
+    return name in OURS or name.startswith("layer_") or name.endswith(".tmp")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token rows that were written, not yet in their place."""
+
+    folder: Path
+    dtype: TokenType
+    rows: int
+    digest: str
+    files: Sizes
+
+
+@contextmanager
+def building(files: Files) -> Iterator[Path]:
+    """An empty folder for tokens that are being written: inside a local store, else a temporary one. Deleted at the
+    end unless `place_tokens` took it."""
+    if isinstance(files, LocalFiles):
+        folder = files.root / BUILDING
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with tempfile.TemporaryDirectory() as folder_name:
+            yield Path(folder_name) / BUILDING
+
+
+def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> Tokens:
+    """Writes rows [n, context] as the chunks of an array."""
+    dtype: TokenType = "uint16" if vocab_size <= 1 << 16 else "uint32"
+    layout, here = token_layout(context, dtype), LocalFiles(folder)
+    digest, rows, files = hashlib.blake2b(digest_size=16), 0, {}
+    for number, block in enumerate(rebatched(blocks, layout.chunk_rows)):
+        ids = block.astype(layout.dtype)
+        data = with_crc(encode_chunk(pad_chunk(ids, layout), layout.codec))
+        here.write(f"c/{number}/0", [data])
+        files[shard_file("tokens", number, True)] = (len(data), crc32c(data))
+        digest.update(ids.tobytes())
+        rows += len(ids)
+    return Tokens(folder, dtype, rows, digest.hexdigest(), files)
+
+
+def place_tokens(files: Files, tokens: Tokens) -> None:
+    """Gives the rows that `write_tokens` wrote their final name."""
+    if isinstance(files, LocalFiles):
+        tokens.folder.rename(files.root / "tokens")
+        sync_folder(files.root)
+    else:
+        for path in tokens.files:
+            files.write(path, [(tokens.folder.parent / path.replace("tokens", BUILDING, 1)).read_bytes()])
+
+
+def rebatched(blocks: Iterable[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
+    """The same rows in blocks of `rows`, the last one shorter."""
+    held: list[NDArray[Any]] = []
+    for block in blocks:
+        held.append(block)
+        if sum(map(len, held)) >= rows:
+            joined = np.concatenate(held)
+            whole = len(joined) // rows * rows
+            yield from np.split(joined[:whole], whole // rows)
+            held = [joined[whole:]]
+    if held and sum(map(len, held)):
+        yield np.concatenate(held)
+
+
+def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict[str, Any]) -> None:
+    """An empty store around tokens that are in their place. Its own zarr.json comes last: with it, it exists."""
+    documents = spec.documents()
+    for path, data in documents.items():
+        files.write(path, [data])
+    files.write(RECORD, [sealed_json(record)])
+    write_metadata(files, {**token_files, **{path: (len(data), crc32c(data)) for path, data in documents.items()}})
+    write_state(files, spec, "writing")
+
+
+def clean_up(files: Files) -> None:
+    """After a crash, for whoever holds the lock: deletes files that were not yet renamed."""
+    if isinstance(files, LocalFiles):
+        remove_temporaries(files.root)
+
+
+def finish_store(files: Files, spec: StoreSpec) -> None:
+    """When every shard is committed: the commits in one sorted index, then the state, and the logs go. After this
+    nothing tells how many processes wrote, or in what order."""
+    write_index(files, read_manifest(files, final=False).values())
+    write_state(files, spec, "final")
+    remove_logs(files)
+    clean_up(files)
+
+
+def remove_store(files: Files) -> None:
+    """Deletes a store that nobody is writing to. Its zarr.json goes first, so that a rest is never taken for one; a
+    local folder goes too, unless it holds anything else."""
+    read_state(files)
+    with files.lock():
+        files.remove(STATE_FILE)
+        clear_store(files)
+    files.remove(LOCK_FILE)
+    if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
+        files.root.rmdir()
+
+
+def clear_store(files: Files, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
+    """Deletes all that a store puts into its folder, but for `keep`."""
+    files.clear(lambda name: is_ours(name) and name not in keep)

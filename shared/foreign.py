@@ -1,0 +1,60 @@
+"""Arrays that another tool encoded anew, with codecs that are not ours, through zarr-python. Slow and general.
+
+Such codecs may check nothing, so a shard's whole file is compared with its committed crc32c before its first use.
+The one door to Zarr.
+"""
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import DamagedError
+from shared.files import LocalFiles
+from shared.shard import crc32c
+from shared.spec import shard_file
+from shared.store import Store
+
+
+class ZarrReader:
+    """The same answers as shared.reader.ArrayReader, for any codec that zarr-python has."""
+
+    def __init__(self, store: Store, array: str) -> None:
+        import zarr
+
+        self.store, self.array = store, array
+        self.layout = store.spec.layouts()[array]
+        place: Any = store.root / array
+        if not isinstance(store.files, LocalFiles):
+            place = zarr.storage.ObjectStore(store.files.at(array).store, read_only=True)  # type: ignore[attr-defined]
+        try:
+            self.zarr = zarr.open_array(place, mode="r")
+        except Exception as error:  # whatever a codec that is not installed raises
+            raise DamagedError(f"{store.name}/{array}: zarr-python cannot open it ({error})") from error
+        shape = (store.spec.n_tokens, *self.layout.row_shape)
+        if self.zarr.shape != shape or self.zarr.dtype != self.layout.dtype:
+            found = f"{self.zarr.shape} {self.zarr.dtype}"
+            raise DamagedError(f"{store.name}/{array}: is {found}, the store says {shape} {self.layout.dtype}")
+        self.checked = lru_cache(maxsize=1 << 16)(self.check_file)
+
+    def check_file(self, shard: int) -> None:
+        path = shard_file(self.array, shard, bool(self.layout.row_shape))
+        size, crc = self.store.commits[shard].files[self.array]
+        if crc32c(self.store.files.open(path, size).read(0, size)) != crc:
+            raise DamagedError(f"{self.store.name}/{path}: the checksum is not the committed one")
+
+    def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:
+        whole = np.empty(self.layout.chunk_shape, self.layout.dtype) if out is None else out
+        return self.read_run(shard, chunk, 1, whole, check=check)
+
+    def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
+        if check:
+            self.checked(shard)
+        start = self.store.commits[shard].start + first * self.layout.chunk_rows
+        stop = min(start + count * self.layout.chunk_rows, self.store.commits[shard].stop)
+        try:
+            out[: stop - start] = self.zarr[start:stop]
+        except Exception as error:  # codecs and stores share no base
+            raise DamagedError(f"{self.store.name}/{self.array}: rows {start} to {stop}: {error}") from error
+        return out[: stop - start]

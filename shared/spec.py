@@ -1,0 +1,211 @@
+"""What a store is: everything that decides its bytes, and the Zarr v3 documents that follow from it.
+
+The arrays' zarr.json are written out here, not by a Zarr library: their bytes are part of the format
+(docs/store-format.md) and do not change with a library's version. That Zarr libraries read them is tested with four.
+"""
+
+import json
+from typing import Any, Final, Literal
+
+import numpy as np
+
+from shared.config import Frozen
+from shared.shard import CODECS, Layout, crc32c
+
+FORMAT_VERSION: Final = 2
+TOKENS_PER_CHUNK: Final = 1 << 20
+
+# bf16 has no Zarr v3 data type that zarr-python knows: its bit pattern is stored as uint16. The fill values are NaN,
+# or a value that is never written, so that reading what does not exist is loud.
+DTYPES: Final[dict[str, tuple[np.dtype[Any], float | int]]] = {
+    "bfloat16": (np.dtype("<u2"), 0x7FC0),
+    "float16": (np.dtype("<f2"), float("nan")),
+    "float32": (np.dtype("<f4"), float("nan")),
+}
+INT8: Final[tuple[np.dtype[Any], int]] = (np.dtype("i1"), -128)
+
+Codec = Literal["zstd", "lz4", "none", "int8"]
+TokenType = Literal["uint16", "uint32"]
+
+
+class HookSpec(Frozen):
+    name: str
+    """TransformerLens name, such as `blocks.8.hook_mlp_out`."""
+    d_in: int
+
+
+class StoreSpec(Frozen):
+    """Two harvests with equal specs write equal stores."""
+
+    format_version: int = FORMAT_VERSION
+    model: dict[str, Any]
+    tokenizer: dict[str, Any]
+    corpus: dict[str, Any]
+    context: int
+    bos_id: int | None
+    special_ids: tuple[int, ...]
+    n_tokens: int
+    token_dtype: TokenType
+    hookpoints: dict[str, HookSpec]
+    """By path inside the store, such as `layer_08/mlp_out`."""
+    dtype: Literal["bfloat16", "float16", "float32"]
+    """What the model's activations were rounded to. With codec int8 they were quantised after that."""
+    codec: Codec
+    chunk_rows: int
+    shard_rows: int
+    seed: int
+
+    @property
+    def n_shards(self) -> int:
+        return -(-self.n_tokens // self.shard_rows)
+
+    @property
+    def n_contexts(self) -> int:
+        return -(-self.n_tokens // self.context)
+
+    def shard_range(self, shard: int) -> tuple[int, int]:
+        """The slice of the token stream that a shard holds (in permuted order)."""
+        start = shard * self.shard_rows
+        return start, min(start + self.shard_rows, self.n_tokens)
+
+    @property
+    def quantised(self) -> bool:
+        return self.codec == "int8"
+
+    def layouts(self) -> dict[str, Layout]:
+        """Every sharded array: hookpoints, int8's row scales, row norms, and where each row came from. What is read a
+        shard at a time has one chunk a shard."""
+        per_shard = self.shard_rows // self.chunk_rows
+        dtype, fill = INT8 if self.quantised else DTYPES[self.dtype]
+        codec = "none" if self.quantised else self.codec
+        float32, nan = np.dtype("<f4"), float("nan")
+        layouts = {}
+        for path, hook in self.hookpoints.items():
+            layouts[path] = Layout(self.chunk_rows, per_shard, (hook.d_in,), dtype, codec, fill)
+            layouts[f"stats/{path}/norm"] = Layout(self.shard_rows, 1, (), float32, "zstd", nan)
+            if self.quantised:
+                layouts[f"scale/{path}/row"] = Layout(self.chunk_rows, per_shard, (), float32, "zstd", nan)
+        for name, index_dtype in (("context", "<u4"), ("position", "<u2")):
+            dtype = np.dtype(index_dtype)
+            layouts[f"index/{name}"] = Layout(self.shard_rows, 1, (), dtype, "zstd", int(np.iinfo(dtype).max))
+        return layouts
+
+    def rows_of_shards(self) -> dict[str, tuple[int, np.dtype[Any]]]:
+        """The arrays with one row a shard, [n_shards, d_in], each row a file: path -> (d_in, data type)."""
+        float64, float32 = np.dtype("<f8"), np.dtype("<f4")
+        arrays: dict[str, tuple[int, np.dtype[Any]]] = {}
+        for path, hook in self.hookpoints.items():
+            for name in ("sum", "sum_of_squares", *(["sum_of_squared_error"] if self.quantised else [])):
+                arrays[f"stats/{path}/{name}"] = (hook.d_in, float64)
+            if self.quantised:
+                arrays[f"scale/{path}/dim"] = (hook.d_in, float32)
+        return arrays
+
+    def arrays(self) -> set[str]:
+        """Every array of which a shard has a file."""
+        return {*self.layouts(), *self.rows_of_shards()}
+
+    def documents(self) -> dict[str, bytes]:
+        """Every zarr.json but the store's own: arrays, and the groups that they are in."""
+        tokens = token_layout(self.context, self.token_dtype)
+        found = {"tokens": plain_document((self.n_contexts, self.context), tokens, ("context", "position"))}
+        for path, layout in self.layouts().items():
+            hook = self.hookpoints.get(path)
+            about = {"logical_dtype": "int8" if self.quantised else self.dtype, "hook": hook.name} if hook else None
+            found[path] = sharded_document(self.n_tokens, layout, {"sagsae": about} if about else {})
+        for path, (d_in, dtype) in self.rows_of_shards().items():
+            row = Layout(1, 1, (d_in,), dtype, "none", float("nan"))
+            found[path] = plain_document((self.n_shards, d_in), row, ("shard", "d_model"))
+        group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+        found |= {parent: group for path in list(found) for parent in parents(path)}
+        return {f"{path}/zarr.json": as_bytes(document) for path, document in sorted(found.items())}
+
+
+def token_layout(context: int, dtype: TokenType) -> Layout:
+    """Chunks of the token ids, [n_contexts, context]; each is a file of its own."""
+    return Layout(max(1, TOKENS_PER_CHUNK // context), 1, (context,), np.dtype(dtype).newbyteorder("<"), "zstd", 0)
+
+
+def shard_file(array: str, shard: int, matrix: bool) -> str:
+    """`c/<shard>/0` for a matrix, `c/<shard>` for a vector: Zarr's default chunk keys."""
+    return f"{array}/c/{shard}/0" if matrix else f"{array}/c/{shard}"
+
+
+def parents(path: str) -> list[str]:
+    """`a/b/c` -> `a`, `a/b`."""
+    parts = path.split("/")
+    return ["/".join(parts[:end]) for end in range(1, len(parts))]
+
+
+def as_bytes(document: dict[str, Any]) -> bytes:
+    return json.dumps(document, indent=2).encode() + b"\n"
+
+
+LITTLE: Final = {"name": "bytes", "configuration": {"endian": "little"}}
+CRC: Final = {"name": "crc32c"}
+
+
+def chunk_codecs(layout: Layout) -> list[dict[str, Any]]:
+    """How a chunk is encoded, in Zarr's words."""
+    parameters = CODECS[layout.codec]
+    raw = LITTLE if layout.dtype.itemsize > 1 else {"name": "bytes"}
+    if parameters is None:
+        return [raw, CRC]
+    return [
+        raw,
+        {"name": "blosc", "configuration": {"typesize": layout.dtype.itemsize, **vars(parameters)}},
+        CRC,
+    ]
+
+
+def sharded_codecs(layout: Layout) -> list[dict[str, Any]]:
+    inside = {
+        "chunk_shape": list(layout.chunk_shape),
+        "codecs": chunk_codecs(layout),
+        "index_codecs": [LITTLE, CRC],
+        "index_location": "end",
+    }
+    return [{"name": "sharding_indexed", "configuration": inside}]
+
+
+def sharded_document(rows: int, layout: Layout, attributes: dict[str, Any]) -> dict[str, Any]:
+    shape = (rows, *layout.row_shape)
+    chunk = (layout.shard_rows, *layout.row_shape)
+    return document(shape, chunk, layout, sharded_codecs(layout), ("token", "d_model")[: len(shape)], attributes)
+
+
+def plain_document(shape: tuple[int, ...], layout: Layout, names: tuple[str, ...]) -> dict[str, Any]:
+    """Of an array whose every chunk is a file."""
+    return document(shape, layout.chunk_shape, layout, chunk_codecs(layout), names, {})
+
+
+def document(
+    shape: tuple[int, ...],
+    chunk: tuple[int, ...],
+    layout: Layout,
+    codecs: list[dict[str, Any]],
+    names: tuple[str, ...],
+    attributes: dict[str, Any],
+) -> dict[str, Any]:
+    return {
+        "shape": list(shape),
+        "data_type": layout.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(chunk)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+        "fill_value": "NaN" if layout.fill != layout.fill else layout.fill,
+        "codecs": codecs,
+        "attributes": attributes,
+        "dimension_names": list(names),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
+
+
+def seal(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the crc32c of its compact, key-sorted JSON as its last member."""
+    return {**document, "crc32c": crc32c(json.dumps(document, sort_keys=True, separators=(",", ":")).encode())}
+
+
+def is_sealed(document: dict[str, Any]) -> bool:
+    return seal({key: value for key, value in document.items() if key != "crc32c"}) == document

@@ -1,0 +1,124 @@
+"""Training while a harvest goes on: what is committed is taken in segments, and each segment is one pass.
+
+A segment is frozen when enough new shards are committed for one window of every stream, and written down in the run's
+folder before it is used: a run that goes on later, or another rank, sees the same segments although more shards exist
+by then. When the harvest is complete the last segment takes the rest, and later passes read all of the store.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from shared.errors import Interrupted, UserError
+from shared.files import LocalFiles, is_locked
+from shared.manifest import sealed, unsealed
+from shared.progress import say
+from shared.store import Store
+from train.stream import Pass
+
+SEGMENTS: Final = "segments.jsonl"
+POLL_SECONDS: Final = 1.0
+SAY_SECONDS: Final = 30.0
+
+
+@dataclass
+class Segments:
+    """The passes of a run that follows a harvest."""
+
+    store: Store
+    """As it was when the run began; opened again to see what came since."""
+    folder: Path
+    """The run's, in which the segments are written down. Several nodes have to share it."""
+    leads: bool
+    """Whether this process freezes segments; the others wait for what it writes down."""
+    make_pass: Callable[[Store], Pass]
+    enough: Callable[[Store], bool]
+    """Whether the new shards are enough for a segment."""
+    frozen: list[Pass] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    closed: threading.Event = field(default_factory=threading.Event)
+
+    def get(self, epoch: int) -> Pass:
+        if epoch < len(self.frozen):
+            return self.frozen[epoch]
+        with self.lock:
+            while len(self.frozen) <= epoch:
+                self.frozen.append(self.next())
+            return self.frozen[epoch]
+
+    def close(self) -> None:
+        self.closed.set()
+
+    def next(self) -> Pass:
+        """The segment after those known, waiting until there is one."""
+        said = time.monotonic() - SAY_SECONDS + 5
+        while True:
+            shards = self.written(len(self.frozen))
+            now = Store.open(self.store.files)
+            if shards is None and self.leads:
+                shards = self.freeze(now)
+            if shards is not None:
+                return self.make_pass(self.checked(now, shards))
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                say(self.waiting(now))
+            if self.closed.wait(POLL_SECONDS):
+                raise Interrupted("stopped while waiting for the harvest")
+
+    def written(self, number: int) -> list[int] | None:
+        """Segment `number` as it was written down; None when it is not there yet."""
+        try:
+            lines = (self.folder / SEGMENTS).read_text(encoding="utf-8").splitlines(keepends=True)
+        except FileNotFoundError:
+            return None
+        body = unsealed(lines[number]) if number < len(lines) else None
+        return None if body is None else body["shards"]
+
+    def freeze(self, now: Store) -> list[int] | None:
+        """Chooses the next segment and writes it down; None while there are too few new shards."""
+        used = {shard for part in self.frozen for shard in part.rows.store.commits}
+        fresh = sorted(set(now.commits) - used)
+        complete = not now.missing
+        if not fresh and complete:
+            shards = sorted(now.commits)
+        elif fresh and (complete or self.enough(now.only(fresh))):
+            shards = fresh
+        else:
+            return None
+        body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": now.only(shards).snapshot_id}
+        LocalFiles(self.folder).append(SEGMENTS, sealed(body).encode(), len(self.frozen))
+        return shards
+
+    def checked(self, now: Store, shards: list[int]) -> Store:
+        """The segment's shards. Raises UserError when they are not the ones that were frozen."""
+        gone = sorted(set(shards) - set(now.commits))
+        if gone:
+            raise UserError(f"{now.name}: shards {gone}, which this run has trained on, are not committed any more")
+        part = now.only(shards)
+        line = (self.folder / SEGMENTS).read_text(encoding="utf-8").splitlines()[len(self.frozen)]
+        if json.loads(line)["snapshot"] != part.snapshot_id:
+            raise UserError(f"{now.name}: its shards changed since this run began. Start afresh with --overwrite")
+        return part
+
+    def waiting(self, now: Store) -> str:
+        at_work = not isinstance(now.files, LocalFiles) or is_locked(now.files.root)
+        note = "" if at_work else ". Nobody is harvesting into it: run the same sagsae harvest command again"
+        return f"waiting for {now.name}: {len(now.commits)} of {now.spec.n_shards} shards are committed{note}"
+
+    def complete(self, shards: set[int], stop_asked: Callable[[], bool]) -> Store:
+        """The store once these shards are committed."""
+        said = time.monotonic()
+        while True:
+            now = Store.open(self.store.files)
+            if shards <= set(now.commits):
+                return now
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                say(self.waiting(now))
+            if stop_asked():
+                raise Interrupted("stopped while waiting for held-out shards. Run the same command again")
+            time.sleep(POLL_SECONDS)

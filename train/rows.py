@@ -1,0 +1,83 @@
+"""The rows of one hookpoint with what is needed to use them: which of them count, and int8's scales."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.quantise import dequantise
+from shared.reader import Reader, open_reader, read_shard
+from shared.store import Store
+from train.order import Run, runs
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The activations of one hookpoint, each row with the place in the corpus it came from."""
+
+    store: Store
+    hook: str
+    activations: Reader
+    contexts: Reader
+    positions: Reader
+    row_scale: Reader | None
+    """Of int8."""
+
+    @classmethod
+    def of(cls, store: Store, hook: str) -> "Rows":
+        scale = open_reader(store, f"scale/{hook}/row") if store.spec.quantised else None
+        activations, contexts, positions = (open_reader(store, a) for a in (hook, "index/context", "index/position"))
+        return cls(store, hook, activations, contexts, positions, scale)
+
+    def units(self, run_chunks: int) -> list[Run]:
+        """The units that an order permutes."""
+        rows = {shard: commit.rows for shard, commit in self.store.commits.items()}
+        return runs(rows, self.activations.layout.chunk_rows, run_chunks)
+
+    def values(self, shard: int, chunk: int) -> NDArray[np.generic]:
+        """The rows of a chunk: as stored, or float32 where they were quantised."""
+        rows = self.activations.read(shard, chunk)
+        if self.row_scale is None:
+            return rows
+        return dequantise(rows, self.row_scale.read(shard, chunk), self.store.dim_scale(self.hook, shard))
+
+
+def to_tensor(rows: NDArray[np.generic], dtype: str) -> Float[Tensor, "rows d_in"]:
+    """Stored rows as a tensor of their logical data type, without a copy. Float32 rows are that."""
+    tensor = torch.from_numpy(rows)
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" and rows.dtype == np.uint16 else tensor
+
+
+@dataclass
+class Kept:
+    """Which rows of a store's shards are marked in a mask over the corpus.
+
+    Worked out from the index arrays when a shard is first asked for, then kept: one bit a row.
+    """
+
+    rows: Rows
+    mask: NDArray[np.bool_]
+    """[contexts, context]"""
+    shards: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
+
+    def bits(self, shard: int) -> NDArray[np.uint8]:
+        if shard not in self.shards:
+            contexts, positions = read_shard(self.rows.contexts, shard), read_shard(self.rows.positions, shard)
+            places = contexts.astype(np.int64) * self.mask.shape[1] + positions
+            self.shards[shard] = np.packbits(np.take(self.mask.reshape(-1), places))
+        return self.shards[shard]
+
+    def among(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
+        """The marked ones of a shard's rows start to stop, counted from `start`."""
+        first = start // 8
+        bits = np.unpackbits(self.bits(shard)[first : -(-stop // 8)])
+        return np.flatnonzero(bits[start - 8 * first : stop - 8 * first])
+
+    def values(self, shard: int, chunk: int) -> NDArray[np.generic]:
+        """The marked rows of a chunk, as `Rows.values` gives them."""
+        rows = self.rows.values(shard, chunk)
+        start = chunk * self.rows.activations.layout.chunk_rows
+        return rows[self.among(shard, start, start + len(rows))]
