@@ -18,6 +18,8 @@ import typer
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 store_app = typer.Typer(no_args_is_help=True, help="Look into activation stores.")
 app.add_typer(store_app, name="store")
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios to its limits and to other tools.")
+app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")]
@@ -283,6 +285,42 @@ def store_rm(
         typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
     with files.explained():
         remove_store(files)
+
+
+@bench_app.command("store")
+def bench_store(
+    model: Annotated[str, typer.Option(help="Whose activations: real ones, harvested first.")] = "tiny",
+    tokens: Annotated[int, typer.Option(min=1)] = 524_288,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
+    keep: Annotated[Path | None, typer.Option(help="Keep the stores here, and use them when they are there.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Reading and writing a store against the codec alone, and against other Zarr readers, in one run."""
+    import tempfile
+
+    from harvest.bench import make_stores, writing
+    from shared.bench import interleaved, store_report
+    from shared.progress import progress, say
+    from train.bench import reading
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = keep or Path(folder)
+        say(f"harvesting {tokens:,} tokens of {model}, and recoding them")
+        stores = make_stores(place, model, tokens)
+        hook = list(stores["zstd"].spec.hookpoints)[-1]
+        with writing(stores, hook, place / "written") as (runs, before):
+            for codec in stores:
+                runs |= reading(stores[codec], hook, others=codec in ("zstd", "lz4"))
+            with progress("bench", (rounds + 1) * len(runs), "runs") as advance:
+                figures = interleaved(runs, rounds, advance, before)
+        report = store_report(stores, hook, figures)
+
+    def text() -> None:
+        print_table("MB per CPU second, uncompressed, median", report["table"])
+        for name, value in report["ratios"].items():
+            typer.echo(f"{name:24} {value}")
+
+    show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
 def layer_number(text: str) -> int | str:

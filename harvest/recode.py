@@ -24,7 +24,7 @@ from shared.record import provenance
 from shared.shard import crc32c
 from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
-from shared.store import Store, is_store
+from shared.store import Store, is_store, write_state
 
 BLOCK: Final = 8 << 20
 """Bytes copied at a time."""
@@ -46,25 +46,33 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
-    if store.state != "final":
+    if store.state != "final" or store.missing:
         raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
     spec = store.spec.model_copy(update={"codec": codec})
     check_target(files, spec)
-    if isinstance(files, LocalFiles):
-        files.root.mkdir(parents=True, exist_ok=True)
-    with files.lock(), files.explained():
+    with files.explained():
+        if isinstance(files, LocalFiles):
+            files.root.mkdir(parents=True, exist_ok=True)
+        write(store, files, spec)
+    done = Store.open(files)
+    before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
+    return Summary(target, codec, done.n_rows, before, after)
+
+
+def write(store: Store, files: Files, spec: StoreSpec) -> None:
+    """All of the new store, or all that is missing of it."""
+    with files.lock():
         if not is_store(files):
             begin(store, files, spec)
         clean_up(files)
         done = Store.open(files)
-        if done.state != "final":
-            fill(store, done)
-            finish_store(files, spec)
-        else:
-            say(f"{target} is complete. Nothing to do.")
-    done = Store.open(files)
-    before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
-    return Summary(target, codec, done.n_rows, before, after)
+        if done.state == "final" and not done.missing:
+            say(f"{files.name} is complete. Nothing to do.")
+            return
+        if done.state == "final":  # it lost commits: while it is filled up, they are in more than the index
+            write_state(files, spec, "writing")
+        fill(store, done)
+        finish_store(files, spec)
 
 
 def check_target(files: Files, spec: StoreSpec) -> None:

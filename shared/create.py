@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.files import LOCK_FILE, Files, LocalFiles, remove_temporaries, sync_folder
-from shared.manifest import Sizes, read_manifest, remove_logs, write_index, write_metadata
+from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
 from shared.shard import crc32c, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
@@ -110,18 +110,19 @@ def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict
 
 
 def clean_up(files: Files) -> None:
-    """After a crash, for whoever holds the lock: deletes files that were not yet renamed."""
+    """After a crash, for whoever holds the lock: deletes files that were not yet renamed, and torn lines."""
     if isinstance(files, LocalFiles):
         remove_temporaries(files.root)
+        cut_torn_lines(files)
 
 
 def finish_store(files: Files, spec: StoreSpec) -> None:
-    """When every shard is committed: the commits in one sorted index, then the state, and the logs go. After this
-    nothing tells how many processes wrote, or in what order."""
+    """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
+    is not touched again. Nothing in it tells how many processes wrote, or in what order."""
     write_index(files, read_manifest(files, final=False).values())
-    write_state(files, spec, "final")
     remove_logs(files)
     clean_up(files)
+    write_state(files, spec, "final")
 
 
 def remove_store(files: Files) -> None:

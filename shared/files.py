@@ -51,8 +51,9 @@ class Files(Protocol):
         """A whole file. Raises FileNotFoundError when there is none."""
         ...
 
-    def open(self, path: str, size: int) -> OpenFile:
-        """A committed file of `size` bytes. Raises DamagedError when it is missing or of another length."""
+    def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:
+        """A committed file of `size` bytes. Raises DamagedError when it is missing or of another length. With the
+        crc32c that was committed, a copy of what was read before may be used where reading is slow."""
         ...
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
@@ -169,7 +170,7 @@ class LocalFiles:
         except NotADirectoryError as error:
             raise FileNotFoundError(str(error)) from error
 
-    def open(self, path: str, size: int) -> OpenFile:
+    def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:  # noqa: ARG002 (a disk is fast)
         file = self.root / path
         try:
             handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
@@ -271,16 +272,16 @@ def remove_temporaries(root: Path) -> None:
 @contextmanager
 def folder_lock(root: Path) -> Iterator[None]:
     """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
-    with (root / LOCK_FILE).open("a+") as file:
+    with (root / LOCK_FILE).open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             file.seek(0)
-            holder = file.read().strip() or "another process"
+            holder = file.read().decode(errors="replace").strip() or "another process"
             raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
-        file.truncate(0)
-        file.write(this_process())
-        file.flush()
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+            file.truncate(0)
+            file.write(this_process().encode())
         try:
             yield
         finally:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files import LocalFiles
+from shared.remote import RemoteFiles
 from shared.shard import crc32c
 from shared.spec import shard_file
 from shared.store import Store
@@ -25,18 +25,32 @@ class ZarrReader:
 
         self.store, self.array = store, array
         self.layout = store.spec.layouts()[array]
-        place: Any = store.root / array
-        if not isinstance(store.files, LocalFiles):
-            place = zarr.storage.ObjectStore(store.files.at(array).store, read_only=True)  # type: ignore[attr-defined]
+        place: Any
+        if isinstance(store.files, RemoteFiles):
+            place, path = (
+                zarr.storage.ObjectStore(store.files.client.reads, read_only=True),
+                store.files.place(array)[0],
+            )
+        else:
+            place, path = store.root, array
         try:
-            self.zarr = zarr.open_array(place, mode="r")
+            self.zarr = zarr.open_array(place, path=path, mode="r")
         except Exception as error:  # whatever a codec that is not installed raises
             raise DamagedError(f"{store.name}/{array}: zarr-python cannot open it ({error})") from error
         shape = (store.spec.n_tokens, *self.layout.row_shape)
         if self.zarr.shape != shape or self.zarr.dtype != self.layout.dtype:
             found = f"{self.zarr.shape} {self.zarr.dtype}"
             raise DamagedError(f"{store.name}/{array}: is {found}, the store says {shape} {self.layout.dtype}")
+        self.check_grid()
         self.checked = lru_cache(maxsize=1 << 16)(self.check_file)
+
+    def check_grid(self) -> None:
+        """A commit vouches for one file a shard: other files would be read unchecked."""
+        whole = (self.layout.shard_rows, *self.layout.row_shape)
+        file = shard_file(self.array, 0, bool(self.layout.row_shape))
+        key = self.zarr.metadata.encode_chunk_key((0,) * len(whole))
+        if (self.zarr.shards or self.zarr.chunks) != whole or f"{self.array}/{key}" != file:
+            raise DamagedError(f"{self.store.name}/{self.array}: has not one file a shard, named like {file}")
 
     def check_file(self, shard: int) -> None:
         path = shard_file(self.array, shard, bool(self.layout.row_shape))

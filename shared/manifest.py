@@ -7,6 +7,7 @@ complete its lines are sorted into one index: then nothing in it tells how many 
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,6 +18,8 @@ from shared.shard import crc32c
 MANIFEST_VERSION: Final = 1
 INDEX: Final = "manifest/index.jsonl"
 METADATA: Final = "manifest/metadata.json"
+AT_ONCE: Final = 16
+"""Small files read at once: from an object store each takes the time of a round trip."""
 
 Sizes = dict[str, tuple[int, int]]
 """Length and crc32c of whole files."""
@@ -108,26 +111,26 @@ def read_log(files: Files, path: str) -> Log:
 
 
 def read_logs(files: Files, final: bool) -> list[Log]:
-    """The whole manifest. A final store has it in one file, which can be read where files cannot be listed."""
-    logs = []
+    """The whole manifest. A final store has it in one file, which can be read where files cannot be listed. The index
+    is read last: a harvest that ends meanwhile writes it before it deletes the logs."""
+    paths = [] if final else files.logs("manifest", "rank-")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        try:
+            logs = list(pool.map(lambda path: read_log(files, path), paths))
+        except FileNotFoundError:  # the harvest ended since the listing, and the index has its lines now
+            return read_logs(files, final)
     try:
-        logs.append(read_log(files, INDEX))
+        return [read_log(files, INDEX), *logs]
     except FileNotFoundError:
         if final:
             raise DamagedError(f"{files.name}/{INDEX}: is missing; restore it from a copy") from None
-    if final:
-        return logs
-    for path in files.logs("manifest", "rank-"):
-        try:
-            logs.append(read_log(files, path))
-        except FileNotFoundError:  # the harvest ended since the listing, and the index has its lines now
-            return read_logs(files, final)
     return logs
 
 
 def commits_of(logs: Iterable[Log]) -> dict[int, Commit]:
-    """By shard, in order."""
-    return dict(sorted((commit.shard, commit) for log in logs for commit in log.commits))
+    """By shard, in order. Of a shard that is committed twice the last one counts."""
+    by_shard = {commit.shard: commit for log in logs for commit in log.commits}
+    return {shard: by_shard[shard] for shard in sorted(by_shard)}
 
 
 def read_manifest(files: Files, final: bool) -> dict[int, Commit]:
@@ -146,6 +149,13 @@ def read_manifest(files: Files, final: bool) -> dict[int, Commit]:
 def append_commit(files: Files, writer: int, commit: Commit) -> None:
     """Commits a shard: after this returns the shard exists, whatever happens next."""
     files.append(f"manifest/rank-{writer:05d}.jsonl", commit.line().encode(), commit.shard)
+
+
+def cut_torn_lines(files: Files) -> None:
+    """Appending cuts a line that does not end. One that ends but was altered would be in the middle after that."""
+    for log in read_logs(files, final=False):
+        if log.torn:
+            files.write(log.path, [commit.line().encode() for commit in log.commits])
 
 
 def write_index(files: Files, commits: Iterable[Commit]) -> None:

@@ -20,11 +20,13 @@ def dim_scale(sum_of_squares: NDArray[np.float64], rows: int) -> NDArray[np.floa
 
 
 def quantise(x: NDArray[np.float32], dim: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """(q [n, d_in], row [n]) of float32 rows."""
+    """(q [n, d_in], row [n]) of float32 rows. A row with a NaN or an infinity in it becomes NaN."""
     scaled = x / dim
     row = np.abs(scaled).max(axis=1, initial=0) / np.float32(LEVELS)
-    row[row == 0] = 1
+    lost = ~np.isfinite(row)
+    scaled[lost], row[lost | (row == 0)] = 0, 1
     np.divide(scaled, row[:, None], out=scaled)
+    row[lost] = np.nan
     return np.rint(scaled, out=scaled).clip(-LEVELS, LEVELS).astype("i1"), row.astype("<f4")
 
 

@@ -16,13 +16,15 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError
 from shared.files import OpenFile
 from shared.shard import Layout, decode_chunk, decode_index
-from shared.spec import shard_file, sharded_codecs
+from shared.spec import shard_file, sharded_document
 from shared.store import Store
 
 OPEN_FILES: Final = 256
 """Of one array. Most systems let a process open 1,024."""
 INDEXES: Final = 1 << 14
 """Shard indexes kept, of one array: 2 kB each with the default of 128 chunks a shard."""
+DECIDES_THE_BYTES: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
+"""Of an array's description."""
 
 
 @runtime_checkable
@@ -48,8 +50,9 @@ def open_reader(store: Store, array: str) -> Reader:
     path = f"{array}/zarr.json"
     layout = store.spec.layouts()[array]
     try:
-        document = json.loads(store.files.read(path))
-        ours = document["codecs"] == sharded_codecs(layout) and document["data_type"] == layout.dtype.name
+        found = json.loads(store.files.read(path))
+        written = sharded_document(store.spec.n_tokens, layout, {})
+        ours = all(found[key] == written[key] for key in DECIDES_THE_BYTES)
     except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"{store.name}/{path}: cannot be read ({error!r}). Restore it from a copy") from error
     if ours:
@@ -72,14 +75,20 @@ class ArrayReader:
         return shard_file(self.array, shard, bool(self.layout.row_shape))
 
     def open_shard(self, shard: int) -> OpenFile:
-        return self.store.files.open(self.path(shard), self.store.commits[shard].files[self.array][0])
+        return self.store.files.open(self.path(shard), *self.store.commits[shard].files[self.array])
 
     def read_index(self, shard: int) -> NDArray[np.uint64]:
         size, length = self.store.commits[shard].files[self.array][0], self.layout.index_bytes
         what = f"{self.store.name}/{self.path(shard)}"
         if size < length:
             raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
-        return decode_index(self.file(shard).read(size - length, length), self.layout, what)
+        file = self.file(shard)
+        try:
+            return decode_index(file.read(size - length, length), self.layout, what)
+        except DamagedError:
+            if not file.forget(size - length, length):
+                raise
+            return decode_index(file.read(size - length, length), self.layout, what)
 
     def chunk_rows(self, shard: int, chunk: int) -> int:
         """Rows of a chunk that exist (the last one of the array may be short)."""

@@ -8,6 +8,7 @@ are complete, synced and renamed and its manifest line is synced. Every chunk re
 import hashlib
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +20,7 @@ from pydantic import ValidationError
 
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
-from shared.manifest import Commit, commits_of, read_logs, read_manifest
+from shared.manifest import AT_ONCE, Commit, commits_of, read_logs, read_manifest
 from shared.shard import crc32c, decode_chunk, without_crc
 from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, seal, shard_file, token_layout
 
@@ -182,14 +183,16 @@ class Store:
 
     def total(self, path: str) -> NDArray[np.float64]:
         """The sum of one per-shard statistic over the committed shards, [d_in]."""
-        total: NDArray[np.float64] = np.sum([self.row_of_shard(path, shard) for shard in self.commits], axis=0)
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            rows = list(pool.map(lambda shard: self.row_of_shard(path, shard), self.commits))
+        total: NDArray[np.float64] = np.sum(rows, axis=0)
         return total
 
     def row_of_shard(self, path: str, shard: int) -> NDArray[Any]:
         """One shard's row of an array with one row a shard, [d_in]."""
         file = shard_file(path, shard, True)
-        size = self.commits[shard].files[path][0]
-        payload = without_crc(self.files.open(file, size).read(0, size), f"{self.name}/{file}")
+        size, crc = self.commits[shard].files[path]
+        payload = without_crc(self.files.open(file, size, crc).read(0, size), f"{self.name}/{file}")
         return np.frombuffer(payload, self.spec.rows_of_shards()[path][1]).copy()
 
     def dim_scale(self, hook: str, shard: int) -> NDArray[np.float32]:

@@ -135,7 +135,7 @@ def file_crc(file: OpenFile, size: int) -> int:
 def repair(files: Files, shards: list[int]) -> list[int]:
     """Takes back the commits of damaged shards, and bad lines, so that the same harvest command writes these shards
     again. Nothing else is touched. Gives all shards that are to be written. Raises UserError while somebody writes."""
-    with files.lock(), files.explained():
+    with files.explained(), files.lock():
         store = Store.open(files, lenient=True)
         logs = read_logs(files, store.state == "final")
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, Sagsae
 
-from shared.store import Store, shard_file
+from shared.spec import shard_file
+from shared.store import Store
 
 SAE_KEYS = {
     "arch",
@@ -94,7 +95,7 @@ def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store:
     for depth in ("--quick", "--full"):
         done = sagsae("store", "verify", copy, depth)
         assert (done.returncode, "no damage" in done.stdout) == (0, True)
-    os.truncate(shard_file(copy, "layer_01/attn_out", 2, 2), 100)
+    os.truncate(copy / shard_file("layer_01/attn_out", 2, True), 100)
     done = sagsae("store", "verify", copy, "--json")
     assert done.returncode == 3
     assert len(json.loads(done.stdout)["damage"]) == 1

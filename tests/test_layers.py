@@ -12,7 +12,8 @@ FORBIDDEN = {
     "train": {"harvest", "cli", "tests"},
 }
 DOORS = {
-    "zarr": {"shared/foreign.py"},
+    "zarr": {"shared/foreign.py", "train/bench.py"},
+    "obstore": {"shared/client.py", "shared/connect.py", "shared/object_lock.py"},
     "transformer_lens": {"shared/model.py"},
     "accelerate": {"train/run.py"},
     "typer": {"cli.py"},

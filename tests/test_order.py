@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from shared.shard import as_float32
 from shared.store import Store
 from train.order import Order, Position, heldout_contexts, make_order, share, split
 from train.rows import Kept, Rows
-from train.stream import BatchStream, Loader, Pass, Same
+from train.stream import BatchStream, Loader, Pass, Same, VirtualStream
 
 HOOK = "layer_01/mlp_out"
 Config = Callable[..., TrainConfig]
@@ -31,7 +32,9 @@ def test_golden_order() -> None:
         [[3], [6, 9, 8], [1]],
         [[5, 7, 10], [2, 4, 0]],
     ]
-    assert order.rows(1, 0, 2, 6).tolist() == [2, 5, 0, 4, 1, 3]
+    assert order.places(1, 6, 6).tolist() == [0, 3, 4, 2, 1, 5]
+    assert order.places(1, 4, 6).tolist() == [0, 3, 2, 1], "a smaller window leaves out what it has not"
+    assert replace(order, block_rows=2).places(1, 5, 5).tolist() == [0, 1, 4, 2, 3]
 
 
 def test_seeds_and_epochs_do_not_collide() -> None:
@@ -95,24 +98,71 @@ def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, 
     assert never <= twice + 3
 
 
-def test_batches_go_on_from_every_position(store: Store, train_config: Config) -> None:
-    """State saved before any of 120 batches (past an epoch's end) gives the same batches again."""
-    config = train_config(batch=64, streams=4, window_rows=256)
-    whole = list(batches(store, config, 120))
-    assert whole[-1][1][0].epoch >= 1
-    for cut in (1, 7, 30, 61, 75, 100, 119):
-        positions = whole[cut - 1][1]
-        again = list(batches(store, config, 120 - cut, at=[positions[v] for v in range(4)]))
+def positions_after(batch: tuple[torch.Tensor, dict[int, Position]]) -> list[Position]:
+    return [batch[1][stream] for stream in sorted(batch[1])]
+
+
+@pytest.mark.parametrize("run_chunks", [1, 3])
+def test_batches_go_on_from_every_position(store: Store, train_config: Config, run_chunks: int) -> None:
+    """State saved before any of the batches of one and a half epochs gives the same batches to the end."""
+    config = train_config(batch=96, streams=4, window_rows=256, run_chunks=run_chunks)
+    whole = list(batches(store, config, 66))
+    epochs = [min(at.epoch for at in batch[1].values()) for batch in whole]
+    assert epochs[0] == 0
+    assert epochs[-1] == 1
+    for cut in range(66):
+        at = positions_after(whole[cut - 1]) if cut else None
+        again = batches(store, config, 66 - cut, at=at)
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[cut:], again, strict=True)), cut
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_share_the_same_global_batches(store: Store, train_config: Config, ranks: int) -> None:
-    config = train_config(batch=64, streams=4)
-    alone = [batch for batch, _ in batches(store, config, 20)]
-    shares = [[b for b, _ in batches(store, config, 20, world=(rank, ranks))] for rank in range(ranks)]
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 8), (8, 2), (2, 1)])
+def test_batches_go_on_with_another_number_of_ranks(
+    store: Store, train_config: Config, before: int, after: int
+) -> None:
+    config = train_config(batch=96, streams=4, window_rows=256)
+    whole = [batch for batch, _ in batches(store, config, 66)]
+    for cut in range(1, 66, 4):
+        parts = [list(batches(store, config, cut, (rank, before))) for rank in range(before)]
+        at = {stream: position for part in parts for stream, position in part[-1][1].items()}
+        positions = [at[stream] for stream in range(4)]
+        again = [[b for b, _ in batches(store, config, 6, (rank, after), positions)] for rank in range(after)]
+        for step, batch in enumerate(whole[cut : cut + 6]):
+            assert torch.equal(batch, torch.cat([part[step] for part in again])), cut
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4, 8])
+def test_who_reads_what(store: Store, train_config: Config, ranks: int) -> None:
+    """Whatever the number of ranks: shares of equal length that make up the same global batches in the same order.
+    Three and eight ranks do not divide four streams."""
+    config = train_config(batch=96, streams=4, window_rows=256)
+    alone = [batch for batch, _ in batches(store, config, 66)]
+    shares = [[b for b, _ in batches(store, config, 66, world=(rank, ranks))] for rank in range(ranks)]
+    assert {len(batch) for part in shares for batch in part} == {96 // ranks}
     for step, batch in enumerate(alone):
-        assert torch.equal(batch, torch.cat([part[step] for part in shares])), "in the same order, too"
+        assert torch.equal(batch, torch.cat([part[step] for part in shares]))
+
+
+def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: Config) -> None:
+    """All that the streams give out before their second epoch: every kept row, each exactly once."""
+    config = train_config(streams=4, window_rows=256)
+    rows, keep = Rows.of(store, HOOK), split(store.spec, store.tokens(), config).train
+    units, kept = rows.units(1), Kept(rows, keep)
+    order = make_order(len(units), store.spec.chunk_rows, 4, 256, config.seed)
+    loader = Loader(Same(Pass(rows, kept, units, order)), 4, "always", torch.device("cpu"))
+    given_out: Counter[bytes] = Counter()
+    for number in range(4):
+        stream = VirtualStream(loader, number, Position())
+        while True:
+            window = stream.enter(lambda future: future.result())
+            if stream.at.epoch:
+                break
+            out = torch.empty(len(window.order), 32, dtype=torch.bfloat16)
+            window.gather(0, len(out), out)
+            given_out.update(fingerprints(out))
+            stream.leave()
+    loader.close()
+    assert given_out == Counter(r.tobytes() for unit in units for r in kept.values(unit.shard, unit.first))
 
 
 def test_held_out_contexts_are_never_trained_on(store: Store, train_config: Config) -> None:

@@ -27,10 +27,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from harvest.plan import CHUNK_BYTES, CHUNKS_PER_SHARD
+from harvest.plan import CHUNK_BYTES, CHUNKS_PER_SHARD, default_chunk_rows
 from shared.config import TrainConfig
 from shared.permute import SHARD_ROWS, permutation
-from train.order import Order, Run, make_order, runs, share
+from train.order import Order, Run, make_order, rows_together, runs, share
 
 DEFAULT = {name: field.default for name, field in TrainConfig.model_fields.items()}
 BATCH = DEFAULT["batch"]
@@ -73,11 +73,6 @@ def corpus() -> Corpus:
     return Corpus(document, effects.astype(np.float32))
 
 
-def default_chunk_rows(d_in: int) -> int:
-    """What a harvest in bfloat16 chooses (harvest.plan.make_spec)."""
-    return 1 << (CHUNK_BYTES // (2 * d_in)).bit_length() - 1
-
-
 def stored(chunk_rows: int, permuted: bool) -> list[NDArray[np.uint16]]:
     """The document of each row of each shard, in the order in which the harvest stores them (harvest.writer)."""
     shard_rows = chunk_rows * CHUNKS_PER_SHARD
@@ -89,10 +84,11 @@ def stored(chunk_rows: int, permuted: bool) -> list[NDArray[np.uint16]]:
 
 def given_out(order: Order, units: list[NDArray[np.uint16]], stream: int) -> Iterator[NDArray[np.uint16]]:
     """The rows of one stream, window after window, epoch after epoch."""
+    full = order.window_units * len(units[0])
     for epoch in count():
-        for number, window in enumerate(order.windows(epoch, stream)):
+        for window in order.windows(epoch, stream):
             rows = np.concatenate([units[unit] for unit in window])
-            yield rows[order.rows(epoch, stream, number, len(rows))]
+            yield rows[order.places(epoch, len(rows), full)]
 
 
 def take(pieces: Iterator[NDArray[np.uint16]], n: int) -> NDArray[np.uint16]:
@@ -116,7 +112,8 @@ def batches(
         shards[run.shard][run.first * chunk_rows : (run.first + run.count) * chunk_rows]
         for run in runs({k: len(rows) for k, rows in enumerate(shards)}, chunk_rows, run_chunks)
     ]
-    order = make_order(len(units), run_chunks * chunk_rows, streams, window_rows, 0)
+    together = rows_together(CHUNK_BYTES // chunk_rows, chunk_rows)
+    order = make_order(len(units), run_chunks * chunk_rows, streams, window_rows, 0, together)
     piece = BATCH // order.streams
     parts = [take(given_out(order, units, v), BATCHES * piece).reshape(-1, piece) for v in range(order.streams)]
     return np.concatenate(parts, axis=1)
@@ -148,14 +145,14 @@ def mixing(batches: NDArray[np.uint16]) -> Mixing:
 
 @pytest.mark.parametrize("d_in", [256, 768, 2048, 4096])
 def test_batches_of_the_default_settings_are_well_mixed(d_in: int) -> None:
-    pairs, inflation = mixing(batches(default_chunk_rows(d_in)))
+    pairs, inflation = mixing(batches(default_chunk_rows(2 * d_in)))
     assert pairs < MOST_PAIRS
     assert inflation < MOST_INFLATION
 
 
 def test_batches_from_runs_of_two_chunks_are_well_mixed() -> None:
     """And about as well as the module's formulas say."""
-    pairs, inflation = mixing(batches(default_chunk_rows(2048), run_chunks=2))
+    pairs, inflation = mixing(batches(default_chunk_rows(2 * 2048), run_chunks=2))
     assert pairs < MOST_PAIRS
     assert inflation < MOST_INFLATION
     per_unit = 2 / (CHUNKS_PER_SHARD * DEFAULT["window_rows"])
@@ -166,7 +163,7 @@ def test_batches_from_runs_of_two_chunks_are_well_mixed() -> None:
 @pytest.mark.parametrize("harm", [{"permuted": False}, {"run_chunks": 8}])
 def test_the_measures_tell_when_batches_are_badly_mixed(harm: dict[str, int]) -> None:
     """Without the permutation inside a shard, or with runs too long for the window, both bars are exceeded."""
-    pairs, inflation = mixing(batches(default_chunk_rows(2048), **harm))
+    pairs, inflation = mixing(batches(default_chunk_rows(2 * 2048), **harm))
     assert pairs > 1.2 * MOST_PAIRS
     assert inflation > 1.1 * MOST_INFLATION
 

@@ -20,7 +20,7 @@ from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
 from train.follow import Segments
-from train.order import Order, Split, make_order, split
+from train.order import Order, Split, make_order, rows_together, split
 from train.rows import Kept, Rows
 from train.stream import Pass, Passes, Same
 
@@ -120,18 +120,20 @@ def make_passes(
     config: TrainConfig, store: Store, hook: str, parts: Split, run_chunks: int, folder: Path, leads: bool
 ) -> tuple[Passes, int]:
     """What is read in each epoch, and in how many streams."""
-    unit_rows = run_chunks * store.spec.chunk_rows
+    layout = store.spec.layouts()[hook]
+    unit_rows = run_chunks * layout.chunk_rows
+    block_rows = rows_together(layout.dtype.itemsize * layout.row_shape[0], layout.chunk_rows)
     if not config.follow:
         rows = Rows.of(store, hook)
         units = rows.units(run_chunks)
-        order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
+        order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed, block_rows)
         return Same(Pass(rows, Kept(rows, parts.train), units, order)), order.streams
     window_units = max(1, config.window_rows // (config.streams * unit_rows))
 
     def make_pass(part: Store) -> Pass:
         rows = Rows.of(part, hook)
         units = rows.units(run_chunks)
-        order = Order(len(units), config.streams, window_units, config.seed)
+        order = Order(len(units), config.streams, window_units, config.seed, block_rows)
         return Pass(rows, Kept(rows, parts.train), units, order)
 
     def enough(part: Store) -> bool:

@@ -20,6 +20,7 @@ from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
 from shared.spec import StoreSpec
 
+BLOCK_BYTES: Final = 4096
 UNITS_PER_STREAM: Final = 16
 """At least so many units to a stream."""
 
@@ -72,6 +73,8 @@ class Order:
     window_units: int
     """Units in one window of one stream."""
     seed: int
+    block_rows: int = 1
+    """Rows that stay together: see `rows_together`."""
 
     def windows(self, epoch: int, stream: int) -> list[NDArray[np.int64]]:
         """The unit numbers of each window, in order; none where there are fewer units than streams and this stream has
@@ -82,14 +85,31 @@ class Order:
         edges = list(range(first, len(units), self.window_units))
         return [window for window in np.split(units, edges) if len(window)]
 
-    def rows(self, epoch: int, stream: int, window: int, n: int) -> NDArray[np.int64]:
-        """The order in which the n rows of a window are given out."""
-        return permutation(n, self.seed, WINDOW_ROWS, epoch, stream, window)
+    def places(self, epoch: int, n: int, full: int) -> NDArray[np.int32]:
+        """The order in which the first n of a window's `full` places are given out. The windows of an epoch share it:
+        what lies in a place is drawn anew for each, the order in which places are emptied need not be."""
+        places = window_places(full, self.seed, epoch, self.block_rows)
+        return places if n == full else places[places < n]
 
 
 @lru_cache(maxsize=2)  # every stream asks for the same epoch's
 def epoch_units(n_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation(n_units, seed, EPOCH_CHUNKS, epoch)
+
+
+@lru_cache(maxsize=4)  # a window's costs as much as reading a few of its chunks
+def window_places(n: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.int32]:
+    blocks = permutation(-(-n // block_rows), seed, WINDOW_ROWS, epoch)
+    places = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
+    return places[places < n].astype(np.int32)
+
+
+def rows_together(row_bytes: int, chunk_rows: int) -> int:
+    """How many neighbouring rows of a chunk travel together: as many as make 4 kB, so that narrow rows are gathered as
+    fast as wide ones. They are no nearer to each other in the corpus than any two rows of their shard, whose rows are
+    permuted; a chunk always has at least 64 blocks."""
+    most = max(1, min(BLOCK_BYTES // row_bytes, chunk_rows // 64))
+    return 1 << most.bit_length() - 1
 
 
 @dataclass(frozen=True)
@@ -101,12 +121,14 @@ class Position:
     offset: int = 0
 
 
-def make_order(n_units: int, rows_per_unit: int, streams: int, window_rows: int, seed: int) -> Order:
+def make_order(
+    n_units: int, rows_per_unit: int, streams: int, window_rows: int, seed: int, block_rows: int = 1
+) -> Order:
     """The order for a snapshot; `rows_per_unit` is a full run's. A small store is read in fewer streams (a divisor), so
     that each has enough units for all to end an epoch at about the same time."""
     most = max(1, n_units // UNITS_PER_STREAM)
     possible = max(v for v in range(1, streams + 1) if streams % v == 0 and v <= most)
-    return Order(n_units, possible, max(1, window_rows // (possible * rows_per_unit)), seed)
+    return Order(n_units, possible, max(1, window_rows // (possible * rows_per_unit)), seed, block_rows)
 
 
 def heldout_contexts(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int64]:

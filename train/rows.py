@@ -70,14 +70,14 @@ class Kept:
             self.shards[shard] = np.packbits(np.take(self.mask.reshape(-1), places))
         return self.shards[shard]
 
-    def among(self, shard: int, start: int, stop: int) -> NDArray[np.int64]:
-        """The marked ones of a shard's rows start to stop, counted from `start`."""
+    def marks(self, shard: int, start: int, stop: int) -> NDArray[np.bool_]:
+        """Of a shard's rows start to stop."""
         first = start // 8
         bits = np.unpackbits(self.bits(shard)[first : -(-stop // 8)])
-        return np.flatnonzero(bits[start - 8 * first : stop - 8 * first])
+        return bits[start - 8 * first : stop - 8 * first].view(np.bool_)
 
     def values(self, shard: int, chunk: int) -> NDArray[np.generic]:
         """The marked rows of a chunk, as `Rows.values` gives them."""
         rows = self.rows.values(shard, chunk)
         start = chunk * self.rows.activations.layout.chunk_rows
-        return rows[self.among(shard, start, start + len(rows))]
+        return rows[self.marks(shard, start, start + len(rows))]

@@ -79,13 +79,20 @@ class Memory:
     """Passed when the last batch was gathered from it."""
 
     @classmethod
-    def of(cls, rows: int, layout_shape: tuple[int, ...], dtype: str, stored: Any, scaled: bool) -> "Memory":
-        data = to_tensor(np.empty((rows, *layout_shape), stored), dtype)
-        return cls(data, torch.empty(rows if scaled else 0, dtype=torch.float32))
+    def of(cls, rows: int, source: Rows, pinned: bool) -> "Memory":
+        layout, spec = source.activations.layout, source.store.spec
+        data = to_tensor(np.empty((rows, *layout.row_shape), layout.dtype), spec.dtype)
+        scale = torch.empty(rows if spec.quantised else 0, dtype=torch.float32)
+        return cls(data.pin_memory(), scale.pin_memory()) if pinned else cls(data, scale)
 
     def at(self, device: torch.device) -> "Memory":
         """As much on a device."""
         return Memory(torch.empty_like(self.data, device=device), torch.empty_like(self.scale, device=device))
+
+    def stored(self) -> NDArray[Any]:
+        """The host's memory as the store's bytes."""
+        array: NDArray[Any] = (self.data.view(torch.uint16) if self.data.dtype == torch.bfloat16 else self.data).numpy()
+        return array
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,7 @@ class Loader:
         if held is None or len(held.data) < rows:
             del held
             self.memories.pop(key, None)  # before the larger one is there
-            layout, spec = source.activations.layout, source.store.spec
-            new = Memory.of(rows, layout.row_shape, spec.dtype, layout.dtype, spec.quantised)
-            self.memories[key] = Memory(new.data.pin_memory(), new.scale.pin_memory()) if self.copies else new
+            self.memories[key] = Memory.of(rows, source, pinned=self.copies is not None)
         return self.memories[key]
 
     def load(self, stream: int, epoch: int, window: int, turn: int) -> Window:
@@ -146,22 +151,27 @@ class Loader:
         units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
         unit_rows = max(unit.count for unit in units) * part.rows.activations.layout.chunk_rows
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
-        memory = self.memory((-1, turn) if self.copies else (stream, turn), len(units) * unit_rows, part.rows)
+        n = len(units) * unit_rows
+        memory = self.memory((-1, turn) if self.copies else (stream, turn), n, part.rows)
         if memory.free is not None:
             memory.free.synchronize()
+        rows, scale, holds = memory.stored(), memory.scale.numpy(), np.zeros(n, np.bool_)
 
-        def read(slot: int) -> NDArray[np.int64]:
-            return read_unit(part, units[slot], memory, slot * unit_rows, check)
+        def read(slot: int) -> None:
+            at = slice(slot * unit_rows, (slot + 1) * unit_rows)
+            read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
 
-        kept = np.concatenate(list(self.chunks.map(read, range(len(units)))))
-        order = torch.from_numpy(kept[part.order.rows(epoch, stream, window, len(kept))].astype(np.int32))
+        for _ in self.chunks.map(read, range(len(units))):
+            pass
+        places = part.order.places(epoch, n, part.order.window_units * unit_rows)
+        order = torch.from_numpy(places if holds.all() else places[holds[places]])
         dims = torch.empty(0)
         if part.rows.store.spec.quantised:
             scales = [part.rows.store.dim_scale(part.rows.hook, unit.shard) for unit in units]
             dims = torch.from_numpy(np.stack(scales))
         if self.copies is None:
             return Window(memory, order, dims, unit_rows, None)
-        return self.to_device(memory, order, dims, unit_rows, (stream, turn), len(units) * unit_rows)
+        return self.to_device(memory, order, dims, unit_rows, (stream, turn), n)
 
     def to_device(
         self, host: Memory, order: Tensor, dims: Tensor, unit_rows: int, key: tuple[int, int], rows: int
@@ -190,17 +200,16 @@ class Loader:
         self.chunks.shutdown()
 
 
-def read_unit(part: Pass, unit: Run, memory: Memory, at: int, check: bool) -> NDArray[np.int64]:
-    """Decodes a unit into the memory's rows from `at` on. Gives the places of the rows that are kept."""
-    layout = part.rows.activations.layout
-    start, space = unit.first * layout.chunk_rows, unit.count * layout.chunk_rows
-    data = memory.data[at : at + space]
-    stored = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
-    rows = part.rows.activations.read_run(unit.shard, unit.first, unit.count, stored, check=check)
+def read_unit(
+    part: Pass, unit: Run, rows: NDArray[Any], scale: NDArray[np.float32], holds: NDArray[np.bool_], check: bool
+) -> None:
+    """Decodes a unit into its part of a window, and marks the places that hold a row that is kept."""
+    where = unit.shard, unit.first, unit.count
+    start = unit.first * part.rows.activations.layout.chunk_rows
+    n = len(part.rows.activations.read_run(*where, rows, check=check))
     if part.rows.row_scale is not None:
-        scale = memory.scale[at : at + space].numpy()
-        part.rows.row_scale.read_run(unit.shard, unit.first, unit.count, scale, check=check)
-    return part.kept.among(unit.shard, start, start + len(rows)) + at
+        part.rows.row_scale.read_run(*where, scale, check=check)
+    holds[:n] = part.kept.marks(unit.shard, start, start + n)
 
 
 def new_event() -> "torch.cuda.Event":

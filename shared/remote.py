@@ -1,0 +1,145 @@
+"""Files in an object store (s3://, gs://) or behind a web server (http://, https://, which can only be read).
+
+An object is whole or absent: one PUT, or an upload in parts that ends with one. There is no appending: a line of a log
+is an object of its own. What was committed is read by byte ranges, from many threads at once, never more or fewer bytes
+than asked for. Ranges of a file whose checksum the caller knows are kept in a cache on disk.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from urllib.parse import unquote
+
+from shared.cache import Key, RangeCache
+from shared.client import PART_BYTES, Client, ServerError
+from shared.connect import parse
+from shared.errors import DamagedError, UserError
+from shared.files import LOCK_FILE, VERIFY, Buffer, Files
+from shared.object_lock import object_lock
+
+
+class RemoteFile:
+    """An object that does not change, read by ranges. Costs no request before the first."""
+
+    def __init__(self, client: Client, key: str, name: str, size: int, crc: int | None, cache: RangeCache) -> None:
+        self.client, self.key, self.name, self.size, self.crc = client, key, name, size, crc
+        self.cache = cache if crc is not None else RangeCache(cache.folder, 0)
+
+    def read(self, offset: int, length: int) -> Buffer:
+        if length <= PART_BYTES:
+            return self.read_part(offset, length)
+        data = bytearray()  # a part a request: each is short, and lost alone
+        for begin in range(0, length, PART_BYTES):
+            data += self.read_part(offset + begin, min(PART_BYTES, length - begin))
+        return memoryview(data)
+
+    def read_part(self, offset: int, length: int) -> Buffer:
+        if not length:
+            return b""
+        found = self.cache.get(self.cache_key(offset, length), length)
+        if found is not None:
+            return found
+        try:
+            data = self.client.get_range(self.key, self.name, offset, length, self.check)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{self.name}: is committed but missing. {VERIFY}") from error
+        self.cache.put(self.cache_key(offset, length), data)
+        return data
+
+    def forget(self, offset: int, length: int) -> bool:
+        """Always true: without a cached copy, too, other bytes may come the next time."""
+        for begin in range(0, length, PART_BYTES):
+            self.cache.forget(self.cache_key(offset + begin, min(PART_BYTES, length - begin)))
+        return True
+
+    def cache_key(self, offset: int, length: int) -> Key:
+        return self.client.where, self.key, self.size, self.crc or 0, offset, length
+
+    def check(self, found: int) -> None:
+        if found != self.size:
+            raise DamagedError(f"{self.name}: has {found} bytes, {self.size} were committed. {VERIFY}")
+
+
+class RemoteFiles:
+    """The objects below a prefix."""
+
+    def __init__(self, client: Client, prefix: str, name: str, cache: RangeCache) -> None:
+        self.client, self.prefix, self.name, self.cache = client, prefix, name, cache
+
+    @classmethod
+    def connect(cls, url: str) -> "RemoteFiles":
+        """The files at a URL; sends nothing. Raises UserError when it cannot be one."""
+        parts = parse(url)
+        path = unquote(parts.path) if parts.scheme.startswith("http") else parts.path
+        return cls(Client.connect(parts), path.strip("/"), url.rstrip("/"), RangeCache.of_user())
+
+    def place(self, path: str) -> tuple[str, str]:
+        """An object's key, and its name for messages."""
+        return f"{self.prefix}/{path}".strip("/"), f"{self.name}/{path}".rstrip("/")
+
+    def read(self, path: str) -> bytes:
+        return self.client.get(*self.place(path))[0]
+
+    def open(self, path: str, size: int, crc: int | None = None) -> RemoteFile:
+        """With the committed checksum, which tells this content from any other, its ranges are cached."""
+        return RemoteFile(self.client, *self.place(path), size, crc, self.cache)
+
+    def write(self, path: str, pieces: Iterable[Buffer]) -> None:
+        self.check_writable()
+        self.client.upload(*self.place(path), pieces)
+
+    def append(self, path: str, line: bytes, number: int) -> None:
+        self.check_writable()
+        stem, _, suffix = path.rpartition(".")
+        self.client.put(*self.place(f"{stem}.{number:08d}.{suffix}"), line)
+
+    def logs(self, folder: str, prefix: str) -> list[str]:
+        if self.client.read_only:
+            raise UserError(
+                f"{self.name}: an unfinished store cannot be read over http. Finish it, or read it in place"
+            )
+        names = [last_name(meta["path"]) for meta in self.client.listing(*self.place(folder))["objects"]]
+        found = sorted(name for name in names if name.startswith(prefix) and name.endswith(".jsonl"))
+        return [f"{folder}/{name}" for name in found]
+
+    def remove(self, path: str) -> None:
+        self.check_writable()
+        key, name = self.place(path)
+        with suppress(FileNotFoundError):
+            self.client.delete([key], name)
+
+    def folders(self) -> list[str]:
+        if self.client.read_only:
+            raise UserError(f"{self.name}: what is there cannot be listed over http. Name the store itself")
+        return sorted(last_name(path) for path in self.client.listing(*self.place(""))["common_prefixes"])
+
+    def clear(self, unwanted: Callable[[str], bool]) -> None:
+        """Files first: a store without its zarr.json is none, whatever else is left of it."""
+        self.check_writable()
+        here = self.client.listing(*self.place(""))
+        keys = [meta["path"] for meta in here["objects"] if unwanted(last_name(meta["path"]))]
+        self.client.delete(keys, self.name)
+        for folder in here["common_prefixes"]:
+            if unwanted(last_name(folder)):
+                self.client.delete([meta["path"] for meta in self.client.everything(folder, self.name)], self.name)
+
+    def at(self, path: str) -> Files:
+        return RemoteFiles(self.client, *self.place(path), self.cache)
+
+    def lock(self) -> AbstractContextManager[None]:
+        self.check_writable()
+        return object_lock(self.client, *self.place(LOCK_FILE))
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        try:
+            yield
+        except ServerError as error:
+            raise UserError(f"{error}; then run the same command again: what is committed is safe and stays") from error
+
+    def check_writable(self) -> None:
+        if self.client.read_only:
+            raise UserError(f"{self.name}: can only be read. Write to a folder, s3:// or gs://")
+
+
+def last_name(path: str) -> str:
+    return path.rstrip("/").rpartition("/")[2]

@@ -1,0 +1,154 @@
+"""`sagsae bench store`, the half that reads: from what decoding alone costs to batches, and other Zarr readers."""
+
+import importlib.util
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.bench import Run
+from shared.config import TrainConfig, build
+from shared.permute import permutation
+from shared.reader import ArrayReader
+from shared.shard import decode_chunk
+from shared.store import Store
+from train.job import make_passes
+from train.order import Position, Split, share
+from train.stream import BatchStream, Loader
+
+BATCH = 4096
+
+
+def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
+    """Each reads every chunk of a hookpoint once, in random order, on one thread (but for "2 threads")."""
+    reader = ArrayReader(store, hook)
+    rows = reader.layout.chunk_rows
+    places = [(s, c) for s, commit in store.commits.items() for c in range(commit.rows // rows)]
+    places = [places[i] for i in permutation(len(places), 0, 99)]
+    codec = store.spec.codec
+    runs = {f"decode {codec}": decoding(reader, places), f"reader {codec}": chunks(reader, places, False)}
+    runs[f"reader with crc {codec}"] = chunks(reader, places, True)
+    runs[f"reader with crc, 2 threads {codec}"] = two_threads(reader, places)
+    runs |= {f"windows {codec}": windows(store, hook), f"batches {codec}": batches(store, hook)}
+    if others:
+        starts = [(store.commits[s].start + c * rows, rows) for s, c in places]
+        runs |= {f"{name} {codec}": run for name, run in other_readers(store, hook, starts).items()}
+    return runs
+
+
+def decoding(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
+    """The limit: encoded chunks that lie in memory, decoded into one buffer, nothing checked."""
+    encoded = [encoded_chunk(reader, *place) for place in places]
+    out = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
+
+    def run() -> int:
+        for data in encoded:
+            decode_chunk(data, reader.layout, out, "chunk", check=False)
+        return len(encoded) * out.nbytes
+
+    return run
+
+
+def encoded_chunk(reader: ArrayReader, shard: int, chunk: int) -> bytes:
+    offset, length = (int(number) for number in reader.index(shard)[chunk])
+    return bytes(reader.file(shard).read(offset, length))
+
+
+def chunks(reader: ArrayReader, places: list[tuple[int, int]], check: bool) -> Run:
+    out = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
+
+    def run() -> int:
+        for shard, chunk in places:
+            reader.read(shard, chunk, out, check=check)
+        return len(places) * out.nbytes
+
+    return run
+
+
+def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
+    halves = [chunks(reader, part, True) for part in (places[::2], places[1::2])]
+
+    def run() -> int:
+        with ThreadPoolExecutor(2) as pool:
+            return sum(pool.map(lambda half: half(), halves))
+
+    return run
+
+
+def open_stream(store: Store, hook: str) -> BatchStream:
+    """What `sagsae train` reads with, all rows used: its memory is there after the first round, as in a long run."""
+    sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
+    config = build(TrainConfig, {"store": store.location, "saes": [sae], "batch": BATCH})
+    everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
+    passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
+    loader = Loader(passes, streams, config.verify, torch.device("cpu"), threads=1)
+    return BatchStream(loader, share(BATCH, streams, 0, 1), BATCH // streams, [Position()] * streams)
+
+
+def windows(store: Store, hook: str) -> Run:
+    """Every window of an epoch, read and checked, not gathered: what goes to a GPU."""
+    stream = open_stream(store, hook)
+    wait([virtual.following for virtual in stream.streams.values()])
+    loader, epochs = stream.loader, count()
+
+    def run() -> int:
+        moved, epoch = 0, next(epochs)
+        order = loader.passes.get(epoch).order
+        for stream in range(order.streams):
+            for number in range(len(order.windows(epoch, stream))):
+                with loader.one_at_a_time:
+                    window = loader.load(stream, epoch, number, number % 2)
+                moved += len(window.order) * window.memory.data[0].nbytes
+        return moved
+
+    return warmed(run)
+
+
+def batches(store: Store, hook: str) -> Run:
+    """An epoch of batches, gathered on the CPU by one thread."""
+    stream = open_stream(store, hook)
+
+    def run() -> int:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows = sum(len(stream.next_batch()) for _ in range(store.n_rows // BATCH))
+        wait([virtual.following for virtual in stream.streams.values()])  # else what runs next would pay for them
+        torch.set_num_threads(threads)
+        return rows * stream.loader.memories[0, 0].data[0].nbytes
+
+    return warmed(run)
+
+
+def warmed(run: Run) -> Run:
+    """After so many epochs that every window's memory has its size, as in a long run."""
+    for _ in range(3):
+        run()
+    return run
+
+
+def other_readers(store: Store, hook: str, starts: list[tuple[int, int]]) -> dict[str, Run]:
+    """The same chunks through whichever Zarr readers are installed."""
+    path = str(store.root / hook)
+    found: dict[str, Callable[[int, int], Any]] = {}
+    import zarr
+
+    plain = zarr.open_array(path, mode="r")
+    found["zarr-python"] = lambda start, n: plain[start : start + n]
+    if importlib.util.find_spec("zarrs"):
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}):
+            rust = zarr.open_array(path, mode="r")
+        found["zarrs"] = lambda start, n: rust[start : start + n]
+    if importlib.util.find_spec("tensorstore"):
+        import tensorstore
+
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+        opened = tensorstore.open(spec, read=True, open=True).result()
+        found["tensorstore"] = lambda start, n: opened[start : start + n].read().result()
+
+    def reads(read: Callable[[int, int], Any]) -> Run:
+        return lambda: sum(np.asarray(read(start, n)).nbytes for start, n in starts)
+
+    return {name: reads(read) for name, read in found.items()}
