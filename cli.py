@@ -290,15 +290,18 @@ def store_rm(
 @bench_app.command("store")
 def bench_store(
     model: Annotated[str, typer.Option(help="Whose activations: real ones, harvested first.")] = "tiny",
-    tokens: Annotated[int, typer.Option(min=1)] = 524_288,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
+    tokens: Annotated[int, typer.Option(min=32_768)] = 65_536,
+    width: Annotated[
+        int, typer.Option(min=1, help="Of the rows read: hookpoints of a small model side by side.")
+    ] = 2048,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
     keep: Annotated[Path | None, typer.Option(help="Keep the stores here, and use them when they are there.")] = None,
     as_json: Json = False,
 ) -> None:
     """Reading and writing a store against the codec alone, and against other Zarr readers, in one run."""
     import tempfile
 
-    from harvest.bench import make_stores, writing
+    from harvest.bench import WIDE, make_stores, writing
     from shared.bench import interleaved, store_report
     from shared.progress import progress, say
     from train.bench import reading
@@ -306,14 +309,13 @@ def bench_store(
     with tempfile.TemporaryDirectory() as folder:
         place = keep or Path(folder)
         say(f"harvesting {tokens:,} tokens of {model}, and recoding them")
-        stores = make_stores(place, model, tokens)
-        hook = list(stores["zstd"].spec.hookpoints)[-1]
-        with writing(stores, hook, place / "written") as (runs, before):
-            for codec in stores:
-                runs |= reading(stores[codec], hook, others=codec in ("zstd", "lz4"))
+        stores = make_stores(place, model, tokens, width)
+        with writing(stores, place / "written") as (runs, before):
+            for codec, store in stores.wide.items():
+                runs |= reading(store, WIDE, others=codec in ("zstd", "lz4"))
             with progress("bench", (rounds + 1) * len(runs), "runs") as advance:
                 figures = interleaved(runs, rounds, advance, before)
-        report = store_report(stores, hook, figures)
+        report = store_report(stores.narrow, stores.wide, figures)
 
     def text() -> None:
         print_table("MB per CPU second, uncompressed, median", report["table"])

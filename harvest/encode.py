@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.files import Buffer, Files
 from shared.manifest import Sizes
 from shared.quantise import dequantise, dim_scale, quantise
-from shared.shard import as_float32, crc32c, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
+from shared.shard import as_float32, crc32, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
 from shared.spec import DTYPES, StoreSpec, shard_file
 
 Item = TypeVar("Item")
@@ -123,7 +123,7 @@ class ShardFiles:
         def counted() -> Iterator[Buffer]:
             nonlocal size, crc
             for piece in pieces:
-                size, crc = size + len(piece), crc32c(piece, crc)
+                size, crc = size + len(piece), crc32(piece, crc)
                 yield piece
 
         self.files.write(shard_file(array, shard, matrix), counted())

@@ -19,9 +19,9 @@ from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import Buffer, Files, LocalFiles, open_files
 from shared.manifest import Commit, Sizes, append_commit, read_metadata
 from shared.progress import progress, say
-from shared.reader import Reader, open_reader, read_shard
+from shared.reader import ArrayReader, Reader, open_reader, read_shard
 from shared.record import provenance
-from shared.shard import crc32c
+from shared.shard import crc32
 from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
 from shared.store import Store, is_store, write_state
@@ -117,8 +117,13 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
     kept = keep[contexts, positions]
     files: Sizes = {}
     for array, (size, crc) in commit.files.items():
-        if array not in store.spec.hookpoints:
-            matrix = array in store.spec.rows_of_shards()  # the others are vectors
+        matrix = array in store.spec.rows_of_shards()  # the others are vectors
+        reader = None if matrix else open_reader(store, array)
+        if array in store.spec.hookpoints:
+            continue
+        if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
+            files |= writer.vector(array, shard, read_shard(reader, shard))
+        else:
             files[array] = copy(store.files, done.files, shard_file(array, shard, matrix), size, crc)
     for hook in store.spec.hookpoints:
         squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
@@ -143,7 +148,7 @@ def copy(source: Files, target: Files, path: str, size: int, crc: int) -> tuple[
         nonlocal found
         for at in range(0, size, BLOCK):
             block = bytes(file.read(at, min(BLOCK, size - at)))
-            found = crc32c(block, found)
+            found = crc32(block, found)
             yield block
         if found != crc:
             raise DamagedError(f"{source.name}/{path}: its checksum is not the committed one")

@@ -66,25 +66,30 @@ def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
     return round(figures[one].mb_per_cpu_second / figures[other].mb_per_cpu_second, 3)
 
 
-def store_report(stores: Mapping[str, Store], hook: str, figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """Ratios by name, and beside them the raw figures."""
+def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure]) -> dict[str, Any]:
+    """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; the others are of
+    the store that was read."""
 
     def against(one: str, other: str, codec: str = "zstd") -> float | None:
         return ratio(figures, f"{one} {codec}", f"{other} {codec}")
 
-    ratios: dict[str, Any] = {f"ratio_{codec}": ratio_of(store) for codec, store in stores.items()}
+    ratios: dict[str, Any] = {f"ratio_{codec}": ratio_of(store) for codec, store in wide.items()}
+    ratios["ratio_zstd"] = ratio_of(narrow)
     for end, codec in (("", "zstd"), ("_lz4", "lz4"), ("_none", "none"), ("_int8", "int8")):
         ratios[f"reader_vs_decode{end}"] = against("reader", "decode", codec)
         ratios[f"reader_crc_vs_decode{end}"] = against("reader with crc", "decode", codec)
         ratios[f"windows_vs_decode{end}"] = against("windows", "decode", codec)
         ratios[f"batches_vs_decode{end}"] = against("batches", "decode", codec)
+        ratios[f"windows_crc_vs_decode{end}"] = against("windows with crc", "decode", codec)
+        ratios[f"batches_crc_vs_decode{end}"] = against("batches with crc", "decode", codec)
         ratios[f"two_threads_vs_one{end}"] = against("reader with crc, 2 threads", "reader with crc", codec)
     for codec in ("zstd", "lz4"):
         for end, other in (("zarr", "zarr-python"), ("zarrs", "zarrs"), ("tensorstore", "tensorstore")):
             ratios[f"reader_vs_{end}_{codec}"] = against("reader with crc", other, codec)
         ratios[f"writer_vs_encode_{codec}"] = against("writer", "encode", codec)
     table = [{"what": name, **{key: round(value) for key, value in vars(f).items()}} for name, f in figures.items()]
-    raw = {"machine": machine(), "hook": hook, "tokens": stores["zstd"].n_rows, "figures": table}
+    d_in = {path: hook.d_in for store in (narrow, wide["zstd"]) for path, hook in store.spec.hookpoints.items()}
+    raw = {"machine": machine(), "d_in": d_in, "tokens": narrow.n_rows, "figures": table}
     return {"ratios": ratios, "table": table, "raw": raw}
 
 

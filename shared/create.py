@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shared.files import LOCK_FILE, Files, LocalFiles, remove_temporaries, sync_folder
 from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
-from shared.shard import crc32c, encode_chunk, pad_chunk, with_crc
+from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
 from shared.store import STATE_FILE, read_state, write_state
 
@@ -69,7 +69,7 @@ def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, voc
         ids = block.astype(layout.dtype)
         data = with_crc(encode_chunk(pad_chunk(ids, layout), layout.codec))
         here.write(f"c/{number}/0", [data])
-        files[shard_file("tokens", number, True)] = (len(data), crc32c(data))
+        files[shard_file("tokens", number, True)] = (len(data), crc32(data))
         digest.update(ids.tobytes())
         rows += len(ids)
     return Tokens(folder, dtype, rows, digest.hexdigest(), files)
@@ -105,7 +105,7 @@ def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict
     for path, data in documents.items():
         files.write(path, [data])
     files.write(RECORD, [sealed_json(record)])
-    write_metadata(files, {**token_files, **{path: (len(data), crc32c(data)) for path, data in documents.items()}})
+    write_metadata(files, {**token_files, **{path: (len(data), crc32(data)) for path, data in documents.items()}})
     write_state(files, spec, "writing")
 
 

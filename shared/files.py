@@ -53,7 +53,7 @@ class Files(Protocol):
 
     def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:
         """A committed file of `size` bytes. Raises DamagedError when it is missing or of another length. With the
-        crc32c that was committed, a copy of what was read before may be used where reading is slow."""
+        crc32 that was committed, a copy of what was read before may be used where reading is slow."""
         ...
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:

@@ -1,7 +1,7 @@
 """What exists in a store: the commits, one line each, and the checksums of the files that no commit covers.
 
 A shard is committed by one line in its writer's log, appended and synced after all its files are in place. The line
-carries the length and crc32c of every file and ends in its own crc32c, so a torn line is recognised. When a store is
+carries the length and crc32 of every file and ends in its own crc32c, so a torn line is recognised. When a store is
 complete its lines are sorted into one index: then nothing in it tells how many writers there were.
 """
 
@@ -22,12 +22,12 @@ AT_ONCE: Final = 16
 """Small files read at once: from an object store each takes the time of a round trip."""
 
 Sizes = dict[str, tuple[int, int]]
-"""Length and crc32c of whole files."""
+"""Length and crc32 of whole files."""
 
 
 @dataclass(frozen=True)
 class Commit:
-    """One manifest line: a shard that exists, and the length and crc32c of each of its files."""
+    """One manifest line: a shard that exists, and the length and crc32 of each of its files."""
 
     shard: int
     rows: int
@@ -52,11 +52,11 @@ class Commit:
 
 
 def as_json(files: Sizes) -> dict[str, dict[str, int]]:
-    return {path: {"bytes": n, "crc32c": crc} for path, (n, crc) in sorted(files.items())}
+    return {path: {"bytes": n, "crc32": crc} for path, (n, crc) in sorted(files.items())}
 
 
 def as_sizes(entries: dict[str, dict[str, int]]) -> Sizes:
-    return {path: (entry["bytes"], entry["crc32c"]) for path, entry in entries.items()}
+    return {path: (entry["bytes"], entry["crc32"]) for path, entry in entries.items()}
 
 
 def sealed(body: dict[str, Any]) -> str:

@@ -5,6 +5,7 @@ then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length)
 Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
 """
 
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -69,6 +70,12 @@ class Layout:
 def crc32c(data: Buffer, before: int = 0) -> int:
     """Of `data`, or of all that `before` is the crc32c of and then `data`."""
     return crc32c_of(data, before)
+
+
+def crc32(data: Buffer, before: int = 0) -> int:
+    """Of a whole file. Another polynomial than the chunks': the crc32c of bytes that end in their own crc32c depends on
+    nothing but how many they are, and would not tell one shard from another."""
+    return zlib.crc32(data, before)
 
 
 def crc_bytes(data: Buffer) -> bytes:

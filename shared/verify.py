@@ -1,6 +1,6 @@
 """Everything in a store that is not as it was written, and taking damaged shards back to the harvest.
 
-Quick: the presence, length and crc32c of every file. Full: besides, every chunk is decoded and its rows counted. Either
+Quick: the presence, length and crc32 of every file. Full: besides, every chunk is decoded and its rows counted. Either
 way every byte that a store holds is looked at.
 """
 
@@ -14,7 +14,7 @@ from shared.files import Files, OpenFile
 from shared.manifest import Commit, read_logs, read_metadata
 from shared.reader import open_reader, read_shard
 from shared.record import sealed_json
-from shared.shard import crc32c
+from shared.shard import crc32
 from shared.spec import shard_file
 from shared.store import STATE_FILE, Store, state_document, write_state
 
@@ -85,7 +85,7 @@ def check_metadata(store: Store) -> None:
         except FileNotFoundError:
             wrong.append(f"{store.name}/{path}: is missing")
             continue
-        if len(data) != size or crc32c(data) != crc:
+        if len(data) != size or crc32(data) != crc:
             wrong.append(f"{store.name}/{path}: is not as it was written")
     if wrong:
         raise DamagedError("\n".join(wrong))
@@ -128,7 +128,7 @@ def check_file(store: Store, commit: Commit, array: str, full: bool) -> list[str
 def file_crc(file: OpenFile, size: int) -> int:
     crc = 0
     for at in range(0, size, BLOCK):
-        crc = crc32c(file.read(at, min(BLOCK, size - at)), crc)
+        crc = crc32(file.read(at, min(BLOCK, size - at)), crc)
     return crc
 
 

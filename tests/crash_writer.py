@@ -35,6 +35,7 @@ from shared.store import STATE_FILE, Store, is_store, write_state
 from shared.verify import verify
 
 CONTEXT, VOCABULARY = 32, 500
+HITS = 8
 ROOT = Path(__file__).parent.parent
 
 
@@ -291,8 +292,8 @@ def read_everything(root: Path) -> str:
 
 
 def damage(root: Path, size: Size, shards: int, times: int) -> dict[str, Any]:
-    """Alters one random byte of one file after another, so many times, and puts it back. A store with fewer `shards`
-    than it should have is unfinished."""
+    """Alters one random byte of one file after another, so many times, and puts it back: HITS times in each, for the
+    rest in those that say what the store is. A store with fewer `shards` than it should have is unfinished."""
     files, rng, silent = LocalFiles(root), random.Random(0), []
     root.mkdir()
     begin(files, size)
@@ -303,8 +304,9 @@ def damage(root: Path, size: Size, shards: int, times: int) -> dict[str, Any]:
     if seen_by_verify(root) or read_everything(root) != "right":
         silent.append("was damaged from the beginning")
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
+    top = [path for path in paths if path.parent in (root, root / "manifest")]
     for number in range(times):
-        path = paths[number % len(paths)]
+        path = paths[number % len(paths)] if number < HITS * len(paths) else rng.choice(top)
         before = path.read_bytes()
         at = rng.randrange(len(before))
         after = before[:at] + bytes([(before[at] + rng.randint(1, 255)) % 256]) + before[at + 1 :]

@@ -2,18 +2,21 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from conftest import contents
 from test_gated import batch, by_autograd, weights
+from test_order import batches
 
 import train.run
+from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import Interrupted
-from shared.reader import ArrayReader
+from shared.reader import open_reader, read_shard
 from shared.shard import as_float32
 from shared.store import Store
 from train.evaluate import evaluate
@@ -31,17 +34,30 @@ def test_a_store_harvested_on_cuda(harvest_config: Callable[..., HarvestConfig],
     exact = {"dtype": "float32", "store_dtype": "float32"}
     stores = [Store.open(run_harvest(harvest_config(tmp_path / d, device=d, **exact)).store) for d in ("cpu", "cuda")]
     for array in stores[0].spec.layouts():
-        on_cpu, on_cuda = (np.concatenate([ArrayReader(s, array).read_shard(k) for k in s.commits]) for s in stores)
+        on_cpu, on_cuda = (np.concatenate([read_shard(open_reader(s, array), k) for k in s.commits]) for s in stores)
         np.testing.assert_allclose(on_cuda, on_cpu, rtol=1e-3, atol=1e-3)
     again = run_harvest(harvest_config(tmp_path / "again", device="cuda", **exact)).store
-    assert contents(again) == contents(stores[1].root), "the pinned buffers are never read before they are full"
+    assert contents(Path(again)) == contents(stores[1].root), "the pinned buffers are never read before they are full"
 
 
 def test_bfloat16_on_cuda(harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:
     store = Store.open(run_harvest(harvest_config(tmp_path, device="cuda")).store)
     assert store.spec.model["dtype"] == "bfloat16"
-    rows = as_float32(ArrayReader(store, "layer_01/mlp_out").read_shard(3), "bfloat16")
+    rows = as_float32(read_shard(open_reader(store, "layer_01/mlp_out"), 3), "bfloat16")
     assert np.isfinite(rows).all()
+
+
+@pytest.mark.parametrize("codec", ["zstd", "int8"])
+def test_windows_on_cuda_give_the_batches_of_a_cpu(store: Store, train_config: Any, tmp_path: Path, codec: str) -> None:
+    """Small windows, so that their memory is written to again while gathers from it may still be under way."""
+    if codec == "int8":
+        store = Store.open(recode(str(store.root), str(tmp_path / "int8"), "int8").store)
+    config = train_config(batch=64, streams=4, window_rows=256)
+    on_cpu, on_cuda = (
+        [batch.cpu() for batch, _ in batches(store, config, 150, device=torch.device(name))] for name in ("cpu", "cuda")
+    )
+    for one, other in zip(on_cpu, on_cuda, strict=True):
+        torch.testing.assert_close(one, other, rtol=0 if codec == "zstd" else 1e-6, atol=0)
 
 
 @pytest.mark.parametrize("signed", [True, False])

@@ -2,8 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harvest.recode import recode
 from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.permute import permutation
@@ -62,6 +65,7 @@ def batches(
     count: int,
     world: tuple[int, int] = (0, 1),
     at: list[Position] | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008
 ) -> Iterator[tuple[torch.Tensor, dict[int, Position]]]:
     """Batches with the positions after each. `world` = (rank, ranks)."""
     keep = split(store.spec, store.tokens(), config).train
@@ -69,7 +73,7 @@ def batches(
     units = rows.units(config.run_chunks or 1)
     unit_rows = (config.run_chunks or 1) * store.spec.chunk_rows
     order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
-    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, order)), order.streams, "always", torch.device("cpu"))
+    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, order)), order.streams, "always", device)
     start = at or [Position()] * order.streams
     stream = BatchStream(loader, share(config.batch, order.streams, *world), config.batch // order.streams, start)
     with closing(stream):
@@ -163,6 +167,40 @@ def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: C
             stream.leave()
     loader.close()
     assert given_out == Counter(r.tobytes() for unit in units for r in kept.values(unit.shard, unit.first))
+
+
+class StandIn:
+    """A stream or an event of a device that does everything at once."""
+
+    def __getattr__(self, _name: str) -> Callable[..., None]:
+        return lambda *_args: None
+
+
+@pytest.mark.parametrize("codec", ["zstd", "int8"])
+def test_the_way_over_a_device(
+    store: Store, train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, codec: str
+) -> None:
+    """Through the staging buffers and the device's memory, with a stand-in for CUDA: which window goes where, not
+    when. tests/test_gpu.py has the real thing."""
+    if codec == "int8":
+        store = Store.open(recode(str(store.root), str(tmp_path / "int8"), "int8").store)
+    config = train_config(batch=64, streams=4, window_rows=256)
+    direct = [batch for batch, _ in batches(store, config, 150)]
+    assert direct[0].dtype == (torch.bfloat16 if codec == "zstd" else torch.float32)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: StandIn())
+    monkeypatch.setattr(torch.cuda, "Event", StandIn)
+    start = Loader.__init__
+
+    def with_copies(loader: Loader, *arguments: Any) -> None:
+        start(loader, *arguments)
+        loader.copies = StandIn()  # type: ignore[assignment]
+
+    monkeypatch.setattr(Loader, "__init__", with_copies)
+    over = [batch for batch, _ in batches(store, config, 150)]
+    assert all(torch.equal(one, other) for one, other in zip(direct, over, strict=True))
 
 
 def test_held_out_contexts_are_never_trained_on(store: Store, train_config: Config) -> None:

@@ -32,7 +32,9 @@ def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
     runs = {f"decode {codec}": decoding(reader, places), f"reader {codec}": chunks(reader, places, False)}
     runs[f"reader with crc {codec}"] = chunks(reader, places, True)
     runs[f"reader with crc, 2 threads {codec}"] = two_threads(reader, places)
-    runs |= {f"windows {codec}": windows(store, hook), f"batches {codec}": batches(store, hook)}
+    for end, verify in (("", "off"), (" with crc", "always")):
+        runs[f"windows{end} {codec}"] = windows(store, hook, verify)
+        runs[f"batches{end} {codec}"] = batches(store, hook, verify)
     if others:
         starts = [(store.commits[s].start + c * rows, rows) for s, c in places]
         runs |= {f"{name} {codec}": run for name, run in other_readers(store, hook, starts).items()}
@@ -78,19 +80,19 @@ def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
     return run
 
 
-def open_stream(store: Store, hook: str) -> BatchStream:
+def open_stream(store: Store, hook: str, verify: str) -> BatchStream:
     """What `sagsae train` reads with, all rows used: its memory is there after the first round, as in a long run."""
     sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
-    config = build(TrainConfig, {"store": store.location, "saes": [sae], "batch": BATCH})
+    config = build(TrainConfig, {"store": store.location, "saes": [sae], "batch": BATCH, "verify": verify})
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
     passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
     loader = Loader(passes, streams, config.verify, torch.device("cpu"), threads=1)
     return BatchStream(loader, share(BATCH, streams, 0, 1), BATCH // streams, [Position()] * streams)
 
 
-def windows(store: Store, hook: str) -> Run:
+def windows(store: Store, hook: str, verify: str) -> Run:
     """Every window of an epoch, read and checked, not gathered: what goes to a GPU."""
-    stream = open_stream(store, hook)
+    stream = open_stream(store, hook, verify)
     wait([virtual.following for virtual in stream.streams.values()])
     loader, epochs = stream.loader, count()
 
@@ -107,9 +109,9 @@ def windows(store: Store, hook: str) -> Run:
     return warmed(run)
 
 
-def batches(store: Store, hook: str) -> Run:
+def batches(store: Store, hook: str, verify: str) -> Run:
     """An epoch of batches, gathered on the CPU by one thread."""
-    stream = open_stream(store, hook)
+    stream = open_stream(store, hook, verify)
 
     def run() -> int:
         threads = torch.get_num_threads()

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -45,7 +45,7 @@ class Rows:
         return dequantise(rows, self.row_scale.read(shard, chunk), self.store.dim_scale(self.hook, shard))
 
 
-def to_tensor(rows: NDArray[np.generic], dtype: str) -> Float[Tensor, "rows d_in"]:
+def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_in"]:
     """Stored rows as a tensor of their logical data type, without a copy. Float32 rows are that."""
     tensor = torch.from_numpy(rows)
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" and rows.dtype == np.uint16 else tensor

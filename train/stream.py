@@ -75,7 +75,7 @@ class Memory:
     """[rows, d_in] in the stored data type."""
     scale: Tensor
     """[rows] float32, int8's; empty otherwise."""
-    free: "torch.cuda.Event | None" = None
+    free: Any = None
     """Passed when the last batch was gathered from it."""
 
     @classmethod
@@ -101,17 +101,21 @@ class Window:
 
     memory: Memory
     order: Tensor
-    """[kept rows] int32: places in the memory."""
+    """[rows] int64: places in the memory of the rows that are kept."""
+    rows: int
     dims: Tensor
     """[units, d_in] float32, int8's scale of each dimension in each unit; empty otherwise."""
     unit_rows: int
-    ready: "torch.cuda.Event | None"
+    ready: Any
     """Passed when the copy to the device is complete."""
 
     def gather(self, start: int, stop: int, out: Float[Tensor, "rows d_in"]) -> None:
         """The window's rows start to stop, in the order in which they are given out."""
         if self.ready is not None:
-            torch.cuda.current_stream(out.device).wait_event(self.ready)
+            here = torch.cuda.current_stream(out.device)
+            here.wait_event(self.ready)
+            for tensor in (self.order, self.dims):  # of the copies' stream: not to be used anew before this is done
+                tensor.record_stream(here)
         places = self.order[start:stop]
         if not len(self.dims):
             torch.index_select(self.memory.data, 0, places, out=out)
@@ -129,10 +133,10 @@ class Loader:
         self, passes: Passes, streams: int, verify: Verify, device: torch.device, threads: int | None = None
     ) -> None:
         self.passes, self.verify, self.device = passes, verify, device
-        cores = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or len(os.sched_getaffinity(0))
         self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window")
         self.one_at_a_time = threading.Lock()
-        self.chunks = ThreadPoolExecutor(cores, thread_name_prefix="decode")
+        self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.memories: dict[tuple[int, int], Memory] = {}
         self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -157,11 +161,14 @@ class Loader:
             memory.free.synchronize()
         rows, scale, holds = memory.stored(), memory.scale.numpy(), np.zeros(n, np.bool_)
 
-        def read(slot: int) -> None:
-            at = slice(slot * unit_rows, (slot + 1) * unit_rows)
-            read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
+        def read(first: int) -> None:
+            """Every `tasks`-th unit: a task a chunk would cost a few percent."""
+            for slot in range(first, len(units), tasks):
+                at = slice(slot * unit_rows, (slot + 1) * unit_rows)
+                read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
 
-        for _ in self.chunks.map(read, range(len(units))):
+        tasks = min(len(units), 4 * self.threads)
+        for _ in self.chunks.map(read, range(tasks)):
             pass
         places = part.order.places(epoch, n, part.order.window_units * unit_rows)
         order = torch.from_numpy(places if holds.all() else places[holds[places]])
@@ -170,25 +177,26 @@ class Loader:
             scales = [part.rows.store.dim_scale(part.rows.hook, unit.shard) for unit in units]
             dims = torch.from_numpy(np.stack(scales))
         if self.copies is None:
-            return Window(memory, order, dims, unit_rows, None)
+            return Window(memory, order, len(order), dims, unit_rows, None)
         return self.to_device(memory, order, dims, unit_rows, (stream, turn), n)
 
     def to_device(
         self, host: Memory, order: Tensor, dims: Tensor, unit_rows: int, key: tuple[int, int], rows: int
     ) -> Window:
         """Copies a window on a stream of its own, behind the last gather from the memory that it goes to."""
+        assert self.copies is not None
         there = self.memories.get(key)
         if there is None or len(there.data) < rows:
             del there
             self.memories.pop(key, None)
             there = self.memories[key] = host.at(self.device)
-        assert self.copies is not None
+            self.copies.wait_stream(torch.cuda.current_stream(self.device))  # it may lie where a gather still reads
         with torch.cuda.stream(self.copies):
             if there.free is not None:
                 self.copies.wait_event(there.free)
             there.data[:rows].copy_(host.data[:rows], non_blocking=True)
             there.scale[:rows].copy_(host.scale[:rows], non_blocking=True)
-            window = Window(there, order.to(self.device), dims.to(self.device), unit_rows, new_event())
+            window = Window(there, order.to(self.device), len(order), dims.to(self.device), unit_rows, new_event())
             assert window.ready is not None
             window.ready.record(self.copies)
         host.free = window.ready
@@ -212,7 +220,7 @@ def read_unit(
     holds[:n] = part.kept.marks(unit.shard, start, start + n)
 
 
-def new_event() -> "torch.cuda.Event":
+def new_event() -> Any:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 
 
@@ -254,17 +262,17 @@ class VirtualStream:
         last_epoch_with_rows = None
         while n:
             window = self.enter(wait)
-            if last_epoch_with_rows is None or len(window.order):
+            if last_epoch_with_rows is None or window.rows:
                 last_epoch_with_rows = self.at.epoch
             if self.at.epoch - last_epoch_with_rows > 2:
                 raise UserError("too few activations are left to train on. Harvest more tokens, or lower streams")
             start = self.at.offset
-            stop = min(start + n, len(window.order))
+            stop = min(start + n, window.rows)
             self.at = Position(self.at.epoch, self.at.window, stop)
             n -= stop - start
             if stop > start:
                 yield window, start, stop
-            if stop == len(window.order):
+            if stop == window.rows:
                 self.leave()
 
 
