@@ -52,9 +52,10 @@ def make_stores(folder: Path, model: str, tokens: int, width: int) -> Stores:
     if n_layers > plan.info.n_layers:
         raise UserError(f"--width {width}: {model} has rows of {d_in}, and layers for {plan.info.n_layers * d_in * 3}")
     first = (plan.info.n_layers - n_layers) // 2
-    shape = {"layers": tuple(range(first, first + n_layers)), "chunk_rows": default_chunk_rows(2 * side_by_side * d_in)}
-    shape["shard_rows"] = CHUNKS_PER_SHARD * shape["chunk_rows"]
-    narrow = Store.open(harvest(config.model_copy(update=shape)).store)
+    rows = default_chunk_rows(2 * side_by_side * d_in)
+    shape = {"chunk_rows": rows, "shard_rows": CHUNKS_PER_SHARD * rows}
+    layers = tuple(range(first, first + n_layers))
+    narrow = Store.open(harvest(config.model_copy(update={**shape, "layers": layers})).store)
     widened = widen(narrow, list(narrow.spec.hookpoints)[-side_by_side:], LocalFiles(folder / "zstd"))
     stores = {"zstd": widened}
     for codec in ("lz4", "none", "int8"):

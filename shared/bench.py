@@ -67,7 +67,7 @@ def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
 
 
 def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure]) -> dict[str, Any]:
-    """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; the others are of
+    """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; all else is of
     the store that was read."""
 
     def against(one: str, other: str, codec: str = "zstd") -> float | None:

@@ -116,6 +116,8 @@ def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, che
     payload = without_crc(data, what, check)
     try:
         if CODECS[layout.codec] is None:
+            if len(payload) != out.nbytes:  # one byte would be copied to every place
+                raise ValueError(f"{len(payload)} bytes instead of {out.nbytes}")
             out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
         else:
             blosc.decompress(payload, out)

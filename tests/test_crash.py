@@ -27,7 +27,7 @@ from shared.store import Store, is_store
 from shared.verify import verify
 
 PAGE = os.sysconf("SC_PAGE_SIZE")
-SIZE = Size(tokens=120_000, chunk_rows=256, shard_rows=1024, widths=(192, 128))
+SIZE = Size(tokens=90_000, chunk_rows=256, shard_rows=1024, widths=(192, 128))
 SMALL = Size(tokens=150, chunk_rows=32, shard_rows=96, widths=(8,))
 
 

@@ -17,8 +17,8 @@ FINAL, UNFINISHED = 1000, 400
 
 
 def test_one_altered_byte_anywhere(tmp_path: Path) -> None:
-    """A thousand times in a final store: verify must see it, and who reads without verifying meets an error or nothing wrong. Three
-    shards, the last one short; the unfinished store has two."""
+    """Verify must see it, and who reads without verifying meets an error or nothing wrong. Three shards, the last one
+    short; the unfinished store has two."""
     jobs = {}
     for codec, shards, times in (("zstd", 3, FINAL), ("int8", 3, FINAL), ("zstd", 2, UNFINISHED)):
         root, size = tmp_path / f"{codec}-{shards}", Size(150, 16, 64, (8, 5), codec)

@@ -73,7 +73,7 @@ def batches(
     units = rows.units(config.run_chunks or 1)
     unit_rows = (config.run_chunks or 1) * store.spec.chunk_rows
     order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
-    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, order)), order.streams, "always", device)
+    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, unit_rows, order)), order.streams, "always", device)
     start = at or [Position()] * order.streams
     stream = BatchStream(loader, share(config.batch, order.streams, *world), config.batch // order.streams, start)
     with closing(stream):
@@ -153,18 +153,21 @@ def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: C
     rows, keep = Rows.of(store, HOOK), split(store.spec, store.tokens(), config).train
     units, kept = rows.units(1), Kept(rows, keep)
     order = make_order(len(units), store.spec.chunk_rows, 4, 256, config.seed)
-    loader = Loader(Same(Pass(rows, kept, units, order)), 4, "always", torch.device("cpu"))
+    loader = Loader(Same(Pass(rows, kept, units, store.spec.chunk_rows, order)), 4, "always", torch.device("cpu"))
     given_out: Counter[bytes] = Counter()
     for number in range(4):
         stream = VirtualStream(loader, number, Position())
         while True:
             window = stream.enter(lambda future: future.result())
+            assert window is not None
+            assert loader.memory is not None
             if stream.at.epoch:
                 break
-            out = torch.empty(len(window.order), 32, dtype=torch.bfloat16)
-            window.gather(0, len(out), out)
+            out = loader.memory.batch(window.rows)
+            loader.memory.gather(window.order, loader.unit_rows, out)
             given_out.update(fingerprints(out))
-            stream.leave()
+            stream.advance(window.rows)
+            stream.read_ahead()
     loader.close()
     assert given_out == Counter(r.tobytes() for unit in units for r in kept.values(unit.shard, unit.first))
 

@@ -93,8 +93,8 @@ def open_stream(store: Store, hook: str, verify: str) -> BatchStream:
 def windows(store: Store, hook: str, verify: str) -> Run:
     """Every window of an epoch, read and checked, not gathered: what goes to a GPU."""
     stream = open_stream(store, hook, verify)
-    wait([virtual.following for virtual in stream.streams.values()])
-    loader, epochs = stream.loader, count()
+    settle(stream)
+    loader, epochs, row_bytes = stream.loader, count(), bytes_of_a_row(store, hook)
 
     def run() -> int:
         moved, epoch = 0, next(epochs)
@@ -103,7 +103,7 @@ def windows(store: Store, hook: str, verify: str) -> Run:
             for number in range(len(order.windows(epoch, stream))):
                 with loader.one_at_a_time:
                     window = loader.load(stream, epoch, number, number % 2)
-                moved += len(window.order) * window.memory.data[0].nbytes
+                moved += window.rows * row_bytes
         return moved
 
     return warmed(run)
@@ -117,11 +117,21 @@ def batches(store: Store, hook: str, verify: str) -> Run:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         rows = sum(len(stream.next_batch()) for _ in range(store.n_rows // BATCH))
-        wait([virtual.following for virtual in stream.streams.values()])  # else what runs next would pay for them
+        settle(stream)  # else what runs next would pay for them
         torch.set_num_threads(threads)
-        return rows * stream.loader.memories[0, 0].data[0].nbytes
+        return rows * bytes_of_a_row(store, hook)
 
     return warmed(run)
+
+
+def settle(stream: BatchStream) -> None:
+    """Waits for the windows being read ahead."""
+    wait([virtual.following for virtual in stream.streams.values() if virtual.following])
+
+
+def bytes_of_a_row(store: Store, hook: str) -> int:
+    layout = store.spec.layouts()[hook]
+    return layout.row_shape[0] * layout.dtype.itemsize
 
 
 def warmed(run: Run) -> Run:

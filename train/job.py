@@ -127,14 +127,14 @@ def make_passes(
         rows = Rows.of(store, hook)
         units = rows.units(run_chunks)
         order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed, block_rows)
-        return Same(Pass(rows, Kept(rows, parts.train), units, order)), order.streams
+        return Same(Pass(rows, Kept(rows, parts.train), units, unit_rows, order)), order.streams
     window_units = max(1, config.window_rows // (config.streams * unit_rows))
 
     def make_pass(part: Store) -> Pass:
         rows = Rows.of(part, hook)
         units = rows.units(run_chunks)
         order = Order(len(units), config.streams, window_units, config.seed, block_rows)
-        return Pass(rows, Kept(rows, parts.train), units, order)
+        return Pass(rows, Kept(rows, parts.train), units, unit_rows, order)
 
     def enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows

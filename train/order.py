@@ -85,7 +85,7 @@ class Order:
         edges = list(range(first, len(units), self.window_units))
         return [window for window in np.split(units, edges) if len(window)]
 
-    def places(self, epoch: int, n: int, full: int) -> NDArray[np.int64]:
+    def places(self, epoch: int, n: int, full: int) -> NDArray[np.int32]:
         """The order in which the first n of a window's `full` places are given out. The windows of an epoch share it:
         what lies in a place is drawn anew for each, the order in which places are emptied need not be."""
         places = window_places(full, self.seed, epoch, self.block_rows)
@@ -98,10 +98,10 @@ def epoch_units(n_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=4)  # a window's costs as much as reading a few of its chunks
-def window_places(n: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.int64]:
+def window_places(n: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.int32]:
     blocks = permutation(-(-n // block_rows), seed, WINDOW_ROWS, epoch)
     places = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
-    return places[places < n].astype(np.int64)
+    return places[places < n].astype(np.int32)
 
 
 def rows_together(row_bytes: int, chunk_rows: int) -> int:

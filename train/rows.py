@@ -1,6 +1,8 @@
 """The rows of one hookpoint with what is needed to use them: which of them count, and int8's scales."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
@@ -25,12 +27,15 @@ class Rows:
     positions: Reader
     row_scale: Reader | None
     """Of int8."""
+    dim_scale: Callable[[int], NDArray[np.float32]]
+    """Of int8, by shard."""
 
     @classmethod
     def of(cls, store: Store, hook: str) -> "Rows":
         scale = open_reader(store, f"scale/{hook}/row") if store.spec.quantised else None
         activations, contexts, positions = (open_reader(store, a) for a in (hook, "index/context", "index/position"))
-        return cls(store, hook, activations, contexts, positions, scale)
+        dim_scale = lru_cache(maxsize=4096)(partial(store.dim_scale, hook))
+        return cls(store, hook, activations, contexts, positions, scale, dim_scale)
 
     def units(self, run_chunks: int) -> list[Run]:
         """The units that an order permutes."""
@@ -42,7 +47,7 @@ class Rows:
         rows = self.activations.read(shard, chunk)
         if self.row_scale is None:
             return rows
-        return dequantise(rows, self.row_scale.read(shard, chunk), self.store.dim_scale(self.hook, shard))
+        return dequantise(rows, self.row_scale.read(shard, chunk), self.dim_scale(shard))
 
 
 def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_in"]:
