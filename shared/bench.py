@@ -22,13 +22,20 @@ Run = Callable[[], int]
 
 @dataclass(frozen=True)
 class Figure:
-    """Medians over the rounds."""
+    """What one run did, round by round."""
 
-    mb_per_cpu_second: float
-    mb_per_second: float
-    lowest: float
-    """MB per CPU second in the worst round."""
-    highest: float
+    by_cpu: list[float]
+    """MB per CPU second."""
+    by_wall: list[float]
+    """MB per second."""
+
+    def row(self) -> dict[str, int]:
+        return {
+            "MB/CPU s": round(statistics.median(self.by_cpu)),
+            "lowest": round(min(self.by_cpu)),
+            "highest": round(max(self.by_cpu)),
+            "MB/s": round(statistics.median(self.by_wall)),
+        }
 
 
 def interleaved(
@@ -51,19 +58,16 @@ def interleaved(
             if number:
                 found[name].append((moved / cpu, moved / wall))
             advance(1, name)
-    return {name: figure(pairs) for name, pairs in found.items()}
-
-
-def figure(pairs: list[tuple[float, float]]) -> Figure:
-    by_cpu, by_wall = ([pair[i] for pair in pairs] for i in (0, 1))
-    return Figure(statistics.median(by_cpu), statistics.median(by_wall), min(by_cpu), max(by_cpu))
+    return {name: Figure([cpu for cpu, _ in pairs], [wall for _, wall in pairs]) for name, pairs in found.items()}
 
 
 def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
-    """Of CPU efficiencies; None where one was not measured."""
+    """Of CPU efficiencies, the median over the rounds: what disturbs a machine for a while disturbs both. None where
+    one was not measured."""
     if one not in figures or other not in figures:
         return None
-    return round(figures[one].mb_per_cpu_second / figures[other].mb_per_cpu_second, 3)
+    pairs = zip(figures[one].by_cpu, figures[other].by_cpu, strict=True)
+    return round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
 
 
 def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure]) -> dict[str, Any]:
@@ -87,7 +91,7 @@ def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str,
         for end, other in (("zarr", "zarr-python"), ("zarrs", "zarrs"), ("tensorstore", "tensorstore")):
             ratios[f"reader_vs_{end}_{codec}"] = against("reader with crc", other, codec)
         ratios[f"writer_vs_encode_{codec}"] = against("writer", "encode", codec)
-    table = [{"what": name, **{key: round(value) for key, value in vars(f).items()}} for name, f in figures.items()]
+    table = [{"what": name, **figure.row()} for name, figure in figures.items()]
     d_in = {path: hook.d_in for store in (narrow, wide["zstd"]) for path, hook in store.spec.hookpoints.items()}
     raw = {"machine": machine(), "d_in": d_in, "tokens": narrow.n_rows, "figures": table}
     return {"ratios": ratios, "table": table, "raw": raw}

@@ -261,16 +261,19 @@ def test_a_second_harvest_and_a_killed_one(tiny: tuple[list[str], Path], sagsae:
     log = root / "manifest" / "rank-00000.jsonl"
     words = [sys.executable, str(ROOT / "cli.py"), *command, str(tmp_path)]
     with subprocess.Popen(words, stderr=subprocess.DEVNULL) as first:
-        while not log.exists() or log.read_bytes().count(b"\n") < 3:
-            assert first.poll() is None
-            time.sleep(0.002)
-        first.send_signal(signal.SIGSTOP)
-        before = contents(root)
-        second = sagsae(*command, tmp_path)
-        assert second.returncode == 2
-        assert f"process {first.pid} on {socket.gethostname()} is writing here" in second.stderr
-        assert contents(root) == before
-        first.kill()
+        try:
+            while not log.exists() or log.read_bytes().count(b"\n") < 3:
+                assert first.poll() is None
+                time.sleep(0.002)
+            first.send_signal(signal.SIGSTOP)
+            os.waitpid(first.pid, os.WUNTRACED)
+            before = contents(root)
+            second = sagsae(*command, tmp_path)
+            assert second.returncode == 2
+            assert f"process {first.pid} on {socket.gethostname()} is writing here" in second.stderr
+            assert contents(root) == before
+        finally:
+            first.kill()
     assert first.returncode == -signal.SIGKILL
     assert f"process {first.pid} on" in (root / ".lock").read_text(), "it left its lock file"
     assert 3 <= len(Store.open(root).commits) < len(read_lines(whole))

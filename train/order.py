@@ -20,7 +20,7 @@ from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
 from shared.spec import StoreSpec
 
-BLOCK_BYTES: Final = 4096
+BLOCK_BYTES: Final = 16_384
 UNITS_PER_STREAM: Final = 16
 """At least so many units to a stream."""
 
@@ -105,9 +105,9 @@ def window_places(n: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.
 
 
 def rows_together(row_bytes: int, chunk_rows: int) -> int:
-    """How many neighbouring rows of a chunk travel together: as many as make 4 kB, so that narrow rows are gathered as
-    fast as wide ones. They are no nearer to each other in the corpus than any two rows of their shard, whose rows are
-    permuted; a chunk always has at least 64 blocks."""
+    """How many neighbouring rows of a chunk travel together: as many as make 16 kB, which memory gives out faster than
+    single rows. They are no nearer to each other in the corpus than any two rows of their shard, whose rows are
+    permuted; a chunk has at least 64 blocks. tests/test_shuffle.py measures what it costs in mixing."""
     most = max(1, min(BLOCK_BYTES // row_bytes, chunk_rows // 64))
     return 1 << most.bit_length() - 1
 
