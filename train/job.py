@@ -25,7 +25,7 @@ from train.rows import Kept, Rows
 from train.stream import Pass, Passes, Same
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
-"""So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.12 times
+"""So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times
 that of independent rows (tests/test_shuffle.py)."""
 
 
