@@ -125,6 +125,8 @@ def wrong_rows(store: Store, shard: int) -> int:
     contexts, positions = (read_shard(open_reader(store, f"index/{name}"), shard) for name in ("context", "position"))
     at = contexts.astype("<i8") * CONTEXT + positions
     wrong = np.sort(at) != np.arange(*store.spec.shard_range(shard))
+    if wrong.any():
+        return int(wrong.sum())
     keep = rows_that_count(token_ids(store.spec.n_contexts), store.spec.special_ids)
     for hook, spec in store.spec.hookpoints.items():
         rows, truth = read_shard(open_reader(store, hook), shard), rows_of(store.spec, hook, shard, keep)

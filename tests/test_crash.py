@@ -173,6 +173,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, sagsae: Sagsae) -> tuple[list
     return command, folder / "tiny"
 
 
+@pytest.mark.slow
 def test_a_full_disk(tiny: tuple[list[str], Path], disk: Disk) -> None:
     """It is full three times: in the token ids, in a shard's file, and in the middle of a manifest line. Every time the
     same command says so, and goes on when there is room."""

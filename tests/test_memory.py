@@ -24,7 +24,8 @@ from shared.config import TrainConfig
 from shared.store import Store
 from train.job import make_passes
 from train.order import Position, Split, share
-from train.stream import BatchStream, Loader
+from train.loader import Loader
+from train.stream import BatchStream
 
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024

@@ -19,9 +19,10 @@ from shared.errors import UserError
 from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
+from train.loader import Loader, Pass, Same
 from train.order import Order, Position, heldout_contexts, make_order, share, split
 from train.rows import Kept, Rows
-from train.stream import BatchStream, Loader, Pass, Same, VirtualStream
+from train.stream import BatchStream, VirtualStream
 
 HOOK = "layer_01/mlp_out"
 Config = Callable[..., TrainConfig]

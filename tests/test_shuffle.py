@@ -11,8 +11,9 @@ n / inflation. Extra pairs come from one unit of reading giving several rows to 
     pairs      1 + together * tokens * run_chunks / (chunks per shard * window_rows)
     inflation  1 + together * 1.2 * batch * document tokens * run_chunks / (chunks per shard * window_rows)
 
-where together is 1 + (rows that travel together - 1) / (rows that a batch takes from a unit, on average). 1.2 is twice the share of the variance that a document's rows have in common. Pairs depend
-on the length of the corpus, since a longer one has fewer to start with; inflation does not.
+where together is 1 + (rows that travel together - 1) / (rows that a batch takes from a unit, on average), and 1.2 is
+twice the share of the variance that a document's rows have in common. Pairs depend on the length of the corpus, since a
+longer one has fewer to start with; inflation does not.
 """
 
 from collections.abc import Iterator

@@ -16,8 +16,9 @@ from shared.reader import ArrayReader
 from shared.shard import decode_chunk
 from shared.store import Store
 from train.job import make_passes
+from train.loader import Loader
 from train.order import Position, Split, share
-from train.stream import BatchStream, Loader
+from train.stream import BatchStream
 
 BATCH_BYTES = 4 << 20
 """1,024 rows of 2,048 in bfloat16: what a CPU trains on at a time."""

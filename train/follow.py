@@ -18,7 +18,7 @@ from shared.files import LocalFiles, is_locked
 from shared.manifest import sealed, unsealed
 from shared.progress import say
 from shared.store import Store
-from train.stream import Pass
+from train.loader import Pass
 
 SEGMENTS: Final = "segments.jsonl"
 POLL_SECONDS: Final = 1.0

@@ -20,9 +20,9 @@ from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
 from train.follow import Segments
+from train.loader import Pass, Passes, Same
 from train.order import Order, Split, make_order, rows_together, split
 from train.rows import Kept, Rows
-from train.stream import Pass, Passes, Same
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
 """So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times

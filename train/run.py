@@ -31,10 +31,11 @@ from train.autoencoder import Autoencoder
 from train.checkpoint import load_checkpoint, save_checkpoint
 from train.evaluate import measure_all
 from train.job import Job, make_job
+from train.loader import Loader
 from train.optim import Optimizer, learning_rate
 from train.order import Position, share
 from train.sae.gated import Step, Weights, gradients, initial_weights
-from train.stream import BatchStream, Loader, StopWaiting
+from train.stream import BatchStream, StopWaiting
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
