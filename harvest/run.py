@@ -64,7 +64,7 @@ def harvest(config: HarvestConfig) -> Summary:
             return summarise(store, 0.0, 0, 0.0)
     check_room(plan, config.tokens)
     make_folder(plan.files)
-    with plan.files.lock(), plan.files.explained():
+    with plan.files.explained(), plan.files.lock():
         if config.overwrite or not is_store(plan.files):
             begin(plan)
         clean_up(plan.files)

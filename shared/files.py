@@ -145,10 +145,12 @@ class LocalFile:
         os.close(self.handle)
 
     def read(self, offset: int, length: int) -> Buffer:
-        buffer = SCRATCH.take(length)
-        done = os.preadv(self.handle, [buffer], offset) if length else 0
+        buffer, done = SCRATCH.take(length), 0
         while done < length:  # the kernel gives at most 2 GiB at a time
-            more = os.preadv(self.handle, [buffer[done:]], offset + done)
+            try:
+                more = os.preadv(self.handle, [buffer[done:]], offset + done)
+            except OSError as error:
+                raise DamagedError(f"{self.path}: cannot be read ({error.strerror}). Check the disk") from error
             if not more:
                 raise DamagedError(f"{self.path}: ends after {offset + done} bytes. {VERIFY}")
             done += more

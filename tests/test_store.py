@@ -252,3 +252,13 @@ def test_remove_store_removes_only_stores(copy: Path, tmp_path: Path) -> None:
         remove_store(LocalFiles(tmp_path))
     remove_store(LocalFiles(copy))
     assert not copy.exists()
+
+
+def test_a_disk_that_cannot_read_is_told(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    reader = open_reader(Store.open(copy), HOOK)
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(DamagedError, match=r"c/3/0: cannot be read \(Input/output error\). Check the disk"):
+        read_shard(reader, 3)
