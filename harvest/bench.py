@@ -26,7 +26,7 @@ from shared.shard import CODECS, as_float32, encode_chunk
 from shared.spec import HookSpec, StoreSpec
 from shared.store import Store, is_store
 
-CHUNKS_PER_SHARD: Final = 32
+CHUNKS_PER_SHARD: Final = 64
 HOOKS: Final = ("resid_post", "attn_out", "mlp_out")
 WIDE: Final = "wide"
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, Sagsae
+from test_store import unfinished
 
 from shared.spec import shard_file
 from shared.store import Store
@@ -125,3 +127,34 @@ def test_the_demo_meets_its_promises(sagsae: Sagsae, tmp_path: Path) -> None:
         assert max(sae["ce_recovered"] for sae in saes) >= 0.9
     again = sagsae("demo", "--out", tmp_path / "demo", "--json")
     assert json.loads(again.stdout)["saes"] == result["saes"], "the same command again changes nothing"
+
+
+def test_a_harvest_is_followed_from_outside(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(store.root, tmp_path / "s"))
+    done = sagsae("store", "tail", copy, "--json")
+    assert (done.returncode, json.loads(done.stdout)["shards"]) == (0, 10)
+    assert "10/10 shards, 5,000 tokens" in done.stderr
+    log, lines = unfinished(copy)
+    log.write_text("".join(lines[:4]))
+
+    def more() -> bool:
+        log.write_text("".join(lines[:7]))
+        return time.monotonic() > began + 6
+
+    began = time.monotonic()
+    stopped = sagsae("store", "tail", copy, "--every", "0.2", stop=(signal.SIGINT, more))
+    assert "4/10 shards, 2,048 tokens" in stopped.stdout or "7/10 shards" in stopped.stdout
+    assert "nobody is harvesting into it" in stopped.stdout
+
+
+@pytest.mark.slow
+def test_bench_store_prints_its_ratios(sagsae: Sagsae) -> None:
+    """That every figure is there and the ratio of real activations is what it should be; never how fast it was."""
+    done = sagsae("bench", "store", "--tokens", "32768", "--rounds", "1", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    promised = ("reader_vs_decode reader_crc_vs_decode windows_vs_decode batches_vs_decode reader_vs_zarr_zstd "
+                "reader_vs_zarr_lz4 writer_vs_encode_zstd writer_vs_encode_lz4").split()  # fmt: skip
+    assert all(found[key] > 0 for key in promised)
+    assert found["ratio_zstd"] > 1.43
+    assert {"decode zstd", "windows lz4", "writer zstd"} <= {row["what"] for row in found["figures"]}

