@@ -449,7 +449,7 @@ def test_services_hand_over_to_each_other() -> None:
     harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
     assert (harvest.model, harvest.corpus, harvest.corpus_config) == ("tiny", "/data/texts.jsonl", None)
     assert (harvest.tokens, harvest.layers, harvest.hooks) == (2000, ("mid",), ("mlp_out",))
-    assert train.store == harvest.out / harvest.name
+    assert train.store == join(harvest.out, harvest.name)
     assert train.hook in harvest.hooks
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
@@ -462,7 +462,7 @@ def test_variables_reach_the_commands() -> None:
     given = {"GPUS": "4", "MODEL": "EleutherAI/pythia-70m", "STORE": "small", "RUN": "one", **arguments}
     harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
     assert (harvest.model, harvest.name, harvest.codec) == ("EleutherAI/pythia-70m", "small", "lz4")
-    assert (train.store, train.out) == (Path("/stores/small"), Path("/runs/one"))
+    assert (train.store, train.out) == ("/stores/small", Path("/runs/one"))
     assert [(sae.sparsity, sae.seed) for sae in train.saes] == [(0.1, 7), (0.3, 7)]
     (device,) = compose(**given)["services"]["train"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "4", "capabilities": ["gpu"]}
