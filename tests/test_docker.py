@@ -449,7 +449,7 @@ def test_services_hand_over_to_each_other() -> None:
     harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
     assert (harvest.model, harvest.corpus, harvest.corpus_config) == ("tiny", "/data/texts.jsonl", None)
     assert (harvest.tokens, harvest.layers, harvest.hooks) == (2000, ("mid",), ("mlp_out",))
-    assert train.store == join(harvest.out, harvest.name)
+    assert train.store == f"{harvest.out}/{harvest.name}"
     assert train.hook in harvest.hooks
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
