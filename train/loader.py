@@ -95,9 +95,12 @@ class Memory:
         self.dims.copy_(other.dims, non_blocking=True)
 
     def batch(self, rows: int) -> Float[Tensor, "rows d_in"]:
-        """Memory for so many rows as numbers."""
-        dtype = torch.float32 if len(self.dims) else self.data.dtype
-        return torch.empty(rows, *self.data.shape[1:], dtype=dtype, device=self.data.device)
+        """Memory for so many rows as numbers. On a CPU it is numpy's, which asks for large pages."""
+        dtype, shape = torch.float32 if len(self.dims) else self.data.dtype, (rows, *self.data.shape[1:])
+        if self.data.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self.data.device)
+        size = dtype.itemsize * rows * self.data.shape[1:].numel()
+        return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
     def gather(self, places: Tensor, unit_rows: int, out: Float[Tensor, "rows d_in"]) -> None:
         """The rows at these places, as numbers."""
