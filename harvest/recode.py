@@ -7,7 +7,7 @@ moments, and for int8 the same scales. A recode that was interrupted goes on whe
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,13 +21,10 @@ from shared.manifest import Commit, Sizes, append_commit, read_metadata
 from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_shard
 from shared.record import provenance
-from shared.shard import crc32
+from shared.shard import BLOCK_BYTES, crc32
 from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
 from shared.store import Store, is_store, write_state
-
-BLOCK: Final = 8 << 20
-"""Bytes copied at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +114,10 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
     kept = keep[contexts, positions]
     files: Sizes = {}
     for array, (size, crc) in commit.files.items():
-        matrix = array in store.spec.rows_of_shards()  # the others are vectors
-        reader = None if matrix else open_reader(store, array)
         if array in store.spec.hookpoints:
             continue
+        matrix = array in store.spec.rows_of_shards()  # the others are vectors
+        reader = None if matrix else open_reader(store, array)
         if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
             files |= writer.vector(array, shard, read_shard(reader, shard))
         else:
@@ -146,8 +143,8 @@ def copy(source: Files, target: Files, path: str, size: int, crc: int) -> tuple[
 
     def pieces() -> Iterator[Buffer]:
         nonlocal found
-        for at in range(0, size, BLOCK):
-            block = bytes(file.read(at, min(BLOCK, size - at)))
+        for at in range(0, size, BLOCK_BYTES):
+            block = bytes(file.read(at, min(BLOCK_BYTES, size - at)))
             found = crc32(block, found)
             yield block
         if found != crc:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shared.errors import DamagedError
 from shared.remote import RemoteFiles
-from shared.shard import crc32
+from shared.shard import file_crc
 from shared.spec import shard_file
 from shared.store import Store
 
@@ -55,7 +55,7 @@ class ZarrReader:
     def check_file(self, shard: int) -> None:
         path = shard_file(self.array, shard, bool(self.layout.row_shape))
         size, crc = self.store.commits[shard].files[self.array]
-        if crc32(self.store.files.open(path, size).read(0, size)) != crc:
+        if file_crc(self.store.files.open(path, size), size) != crc:
             raise DamagedError(f"{self.store.name}/{path}: the checksum is not the committed one")
 
     def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:

@@ -16,10 +16,12 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files import Buffer
+from shared.files import Buffer, OpenFile
 
 blosc.use_threads = False  # parallelism is across chunks, in our own threads
 
+BLOCK_BYTES = 8 << 20
+"""Of a whole file, read at a time."""
 MISSING = np.uint64(2**64 - 1)
 """Index entry of an inner chunk that lies wholly beyond the end of the array."""
 
@@ -76,6 +78,14 @@ def crc32(data: Buffer, before: int = 0) -> int:
     """Of a whole file. Another polynomial than the chunks': the crc32c of bytes that end in their own crc32c depends on
     nothing but how many they are, and would not tell one shard from another."""
     return zlib.crc32(data, before)
+
+
+def file_crc(file: OpenFile, size: int) -> int:
+    """crc32 of a whole file, a block at a time."""
+    crc = 0
+    for at in range(0, size, BLOCK_BYTES):
+        crc = crc32(file.read(at, min(BLOCK_BYTES, size - at)), crc)
+    return crc
 
 
 def crc_bytes(data: Buffer) -> bytes:

@@ -7,19 +7,16 @@ way every byte that a store holds is looked at.
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any
 
 from shared.errors import DamagedError
-from shared.files import Files, OpenFile
+from shared.files import Files
 from shared.manifest import Commit, read_logs, read_metadata
 from shared.reader import open_reader, read_shard
 from shared.record import sealed_json
-from shared.shard import crc32
+from shared.shard import crc32, file_crc
 from shared.spec import shard_file
 from shared.store import STATE_FILE, Store, state_document, write_state
-
-BLOCK: Final = 8 << 20
-"""Bytes checksummed at a time."""
 
 
 @dataclass
@@ -123,13 +120,6 @@ def check_file(store: Store, commit: Commit, array: str, full: bool) -> list[str
     except DamagedError as error:
         return [str(error).split(". List all damage")[0]]
     return []
-
-
-def file_crc(file: OpenFile, size: int) -> int:
-    crc = 0
-    for at in range(0, size, BLOCK):
-        crc = crc32(file.read(at, min(BLOCK, size - at)), crc)
-    return crc
 
 
 def repair(files: Files, shards: list[int]) -> list[int]:
