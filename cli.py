@@ -294,7 +294,7 @@ def bench_store(
     width: Annotated[
         int, typer.Option(min=1, help="Of the rows read: hookpoints of a small model side by side.")
     ] = 2048,
-    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 7,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 15,
     keep: Annotated[Path | None, typer.Option(help="Keep the stores here, and use them when they are there.")] = None,
     as_json: Json = False,
 ) -> None:

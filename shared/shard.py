@@ -5,13 +5,13 @@ then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length)
 Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
 """
 
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from crc32c import crc32c as crc32c_of  # releases the interpreter's lock, unlike google-crc32c
+from isal import isal_zlib
 from numcodecs import blosc
 from numpy.typing import NDArray
 
@@ -77,7 +77,7 @@ def crc32c(data: Buffer, before: int = 0) -> int:
 def crc32(data: Buffer, before: int = 0) -> int:
     """Of a whole file. Another polynomial than the chunks': the crc32c of bytes that end in their own crc32c depends on
     nothing but how many they are, and would not tell one shard from another."""
-    return zlib.crc32(data, before)
+    return isal_zlib.crc32(data, before)
 
 
 def file_crc(file: OpenFile, size: int) -> int:

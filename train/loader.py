@@ -189,17 +189,17 @@ class Loader:
         data, n = memory.data, self.unit_rows
         rows = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
         scale, dims, holds = memory.scale.numpy(), memory.dims.numpy(), np.zeros(len(data), np.bool_)
-        tasks = min(len(units), 4 * self.threads)
+        slots = iter(range(len(units)))
 
-        def read(first: int) -> None:
-            """Every `tasks`-th unit: a task a chunk would cost a few percent."""
-            for slot in range(first, len(units), tasks):
+        def read(_: int) -> None:
+            """Units until none is left: a task for each would cost a few percent."""
+            for slot in slots:
                 at = slice(slot * n, (slot + 1) * n)
                 read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
                 if part.rows.row_scale is not None:
                     dims[slot] = part.rows.dim_scale(units[slot].shard)
 
-        for _ in self.chunks.map(read, range(tasks)):
+        for _ in self.chunks.map(read, range(min(len(units), self.threads))):
             pass
         return holds
 

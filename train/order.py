@@ -88,8 +88,7 @@ class Order:
     def places(self, epoch: int, n: int, full: int) -> NDArray[np.int32]:
         """The order in which the first n of a window's `full` places are given out. The windows of an epoch share it:
         what lies in a place is drawn anew for each, the order in which places are emptied need not be."""
-        places = window_places(full, self.seed, epoch, self.block_rows)
-        return places if n == full else places[places < n]
+        return window_places(n, full, self.seed, epoch, self.block_rows)
 
 
 @lru_cache(maxsize=2)  # every stream asks for the same epoch's
@@ -97,9 +96,9 @@ def epoch_units(n_units: int, seed: int, epoch: int) -> NDArray[np.int64]:
     return permutation(n_units, seed, EPOCH_CHUNKS, epoch)
 
 
-@lru_cache(maxsize=4)  # a window's costs as much as reading a few of its chunks
-def window_places(n: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.int32]:
-    blocks = permutation(-(-n // block_rows), seed, WINDOW_ROWS, epoch)
+@lru_cache(maxsize=8)  # a window's costs as much as reading a few of its chunks
+def window_places(n: int, full: int, seed: int, epoch: int, block_rows: int) -> NDArray[np.int32]:
+    blocks = permutation(-(-full // block_rows), seed, WINDOW_ROWS, epoch)
     places = (blocks[:, None] * block_rows + np.arange(block_rows)).reshape(-1)
     return places[places < n].astype(np.int32)
 
