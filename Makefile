@@ -3,13 +3,16 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test check setup clean
+.PHONY: demo test test-slow check setup clean
 
 demo: $(READY)    ## harvest the shipped language model, train SA-GSAE and Gated SAEs on it, write a report
 	$(BIN)/sagsae demo --out demo
 
-test: check       ## lint, types and the whole test suite
-	$(BIN)/python -m pytest
+test: check       ## lint, types and the test suite
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: $(READY)    ## the tests that take longer than half a minute each
+	$(BIN)/python -m pytest -m slow
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -42,6 +42,13 @@ def harvest(
     context: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in: auto, float32, bfloat16.")] = None,
     codec: Annotated[str | None, typer.Option(help="zstd, lz4, none, or int8 (lossy).")] = None,
+    skip_positions: Annotated[
+        int | None, typer.Option(help="First positions left out of statistics and training. Default: 1.")
+    ] = None,
+    allow_nonfinite: Annotated[
+        bool, typer.Option("--allow-nonfinite", help="Keep rows with NaN or infinities, marked.")
+    ] = False,
+    processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
     device: Device = None,
     out: Annotated[str | None, typer.Option(help="The folder (or s3:// prefix) that holds stores.")] = None,
     name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: the model's name.")] = None,
@@ -57,12 +64,16 @@ def harvest(
         "model": model, "revision": revision, "hooks": hook, "corpus": corpus, "tokens": tokens, "context": context,
         "layers": [layer_number(text) for text in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
+        "skip_positions": skip_positions, "allow_nonfinite": allow_nonfinite or None,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
+    if processes > 1 and "LOCAL_RANK" not in os.environ:
+        launch(processes)
     from harvest.run import harvest as run
 
     summary = run(resolved)
-    show(dataclasses.asdict(summary), as_json, lambda: typer.echo(harvest_text(summary)))
+    if not is_helper():
+        show(dataclasses.asdict(summary), as_json, lambda: typer.echo(harvest_text(summary)))
 
 
 @app.command()
@@ -101,7 +112,7 @@ def train(
     from train.run import train as run
 
     summary = run(resolved)
-    if os.environ.get("RANK", "0") == "0":
+    if not is_helper():
         show(dataclasses.asdict(summary), as_json, lambda: print_saes(f"{summary.run}", summary.saes))
 
 
@@ -357,6 +368,11 @@ def launch(processes: int) -> None:
     raise typer.Exit(0)
 
 
+def is_helper() -> bool:
+    """Whether another process of this command does the talking."""
+    return os.environ.get("RANK", "0") != "0"
+
+
 def show(document: Any, as_json: bool, text: Any) -> None:
     if as_json:
         typer.echo(json.dumps(document, default=str))
@@ -420,6 +436,8 @@ def main() -> None:
     try:
         app()
     except (UserError, DamagedError, Interrupted) as error:
+        if isinstance(error, Interrupted) and is_helper():
+            sys.exit(error.exit_code)
         typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)
 

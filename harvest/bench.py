@@ -74,10 +74,9 @@ def widen(narrow: Store, hooks: list[str], files: LocalFiles) -> Store:
         files.write(path, [narrow.files.read(path)])
     (files.root / "manifest").mkdir()
     create_store(files, spec, tokens, {"source": narrow.name})
-    with closing(ShardWriter(files, spec, rows_that_count(narrow.tokens(), spec.special_ids))) as writer:
+    with closing(ShardWriter(files, spec, rows_that_count(narrow.tokens(), spec))) as writer:
         for shard in narrow.commits:
-            writer.submit(shard, {WIDE: side_by_side(narrow, hooks, shard)})
-        writer.wait()
+            writer.commit(shard, {WIDE: side_by_side(narrow, hooks, shard)})
     finish_store(files, spec)
     return Store.open(files)
 
@@ -105,7 +104,7 @@ def writing(stores: Stores, folder: Path) -> Iterator[tuple[dict[str, Run], dict
     store = stores.wide["zstd"]
     shard = next(iter(store.commits))
     part = side_by_side(store, [WIDE], shard)
-    keep = rows_that_count(store.tokens(), store.spec.special_ids)
+    keep = rows_that_count(store.tokens(), store.spec)
     runs: dict[str, Run] = {}
     before: dict[str, Prepare] = {}
     with ExitStack() as stack:
@@ -142,8 +141,7 @@ def encoding(rows: NDArray[Any], spec: StoreSpec) -> Run:
 
 def committing(writer: ShardWriter, shard: int, part: ShardRows) -> Run:
     def run() -> int:
-        writer.submit(shard, {WIDE: part})
-        writer.wait()
+        writer.commit(shard, {WIDE: part})
         return part.rows.nbytes
 
     return run

@@ -3,7 +3,6 @@ and everything that can be refused is refused here.
 """
 
 import hashlib
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from harvest.pack import Counts
 from shared.config import HarvestConfig
 from shared.create import Tokens
 from shared.errors import UserError
-from shared.files import Files, LocalFiles, join, open_files
+from shared.files import Files, join, open_files
 from shared.model import (
     ModelInfo,
     ModelSource,
@@ -28,15 +27,11 @@ from shared.model import (
     resolve_layers,
     resolve_model,
 )
-from shared.progress import say
 from shared.spec import DTYPES, HookSpec, StoreSpec
-from shared.store import Store, is_store
 
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128
 SHARDS_OF_A_SMALL_STORE = 16
-EXPECTED_RATIO = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 1.0}
-"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
 
 
 @dataclass(frozen=True)
@@ -141,10 +136,19 @@ def identity(plan: Plan) -> dict[str, Any]:
         "context": plan.context,
         "bos_id": plan.bos_id,
         "special_ids": tuple(sorted(tokenizer.all_special_ids)),
+        "skip_positions": plan.config.skip_positions,
         "hookpoints": plan.hooks,
         "dtype": plan.config.store_dtype,
         "codec": plan.config.codec,
         "seed": plan.config.seed,
+    }
+
+
+def corpus_asked(plan: Plan) -> dict[str, Any]:
+    """The part of a store's `corpus` that the configuration alone decides."""
+    return {
+        "source": plan.corpus.description,
+        "shuffled": plan.config.shuffle_documents,
     }
 
 
@@ -161,8 +165,8 @@ def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> Stor
     if shard_rows % chunk_rows:
         raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
     corpus = {
-        "source": plan.corpus.description,
-        "shuffled": plan.config.shuffle_documents,
+        **corpus_asked(plan),
+        "whole": plan.config.tokens is None,
         "documents": counts.documents,
         "empty_documents": counts.empty,
         "ids_blake2b": tokens.digest,
@@ -179,8 +183,7 @@ def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> Stor
 
 def check_same(plan: Plan, spec: StoreSpec) -> None:
     """Raises UserError, naming every field that differs, when the store was begun with another request."""
-    wanted: dict[str, Any] = {**identity(plan), "source": plan.corpus.description}
-    wanted["shuffled"] = plan.config.shuffle_documents
+    wanted: dict[str, Any] = {**identity(plan), **corpus_asked(plan)}
     wanted |= {
         "n_tokens": plan.config.tokens,
         "chunk_rows": plan.config.chunk_rows,
@@ -195,39 +198,3 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
             f"{plan.name}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
             "afresh with --overwrite"
         )
-
-
-def check_room(plan: Plan, tokens: int | None) -> None:
-    """Says what the harvest will write, and raises UserError when the disk cannot take it."""
-    if tokens is None:
-        return
-    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
-    ratio = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
-    if plan.config.codec == "int8":
-        ratio = 0.99 * itemsize
-    each = {path: int(tokens * (hook.d_in * itemsize / ratio + 4)) for path, hook in plan.hooks.items()}
-    going_on = is_store(plan.files) and not plan.config.overwrite
-    needed = sum(each.values()) + tokens * 8 - (stored_size(plan.files) if going_on else 0)
-    free = free_bytes(plan.files)
-    say(
-        f"{plan.config.model}: {tokens:,} tokens of {', '.join(each)}: about "
-        f"{max(needed, 0) / 1e9:.3g} GB to write into {plan.name}"
-        + ("" if free is None else f"; {free / 1e9:.3g} GB are free")
-    )
-    if free is not None and needed > free:
-        raise UserError(
-            f"--out {plan.config.out}: about {needed / 1e9:.3g} GB are needed, {free / 1e9:.3g} GB are free. "
-            "Ask for fewer --tokens or hookpoints, or choose another --out"
-        )
-
-
-def free_bytes(files: Files) -> int | None:
-    """Of the disk that the store is on; None where there is no such number."""
-    if not isinstance(files, LocalFiles):
-        return None
-    folder = next(p for p in (files.root, *files.root.absolute().parents) if p.exists())
-    return shutil.disk_usage(folder).free
-
-
-def stored_size(files: Files) -> int:
-    return sum(size for commit in Store.open(files).commits.values() for size, _ in commit.files.values())

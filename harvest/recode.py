@@ -6,7 +6,7 @@ moments, and for int8 the same scales. A recode that was interrupted goes on whe
 
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 
 from harvest.encode import Fetch, ShardFiles
 from harvest.writer import rows_that_count
-from shared.create import clean_up, create_store, finish_store, is_ours
+from shared.create import clean_up, create_store, finish_store, is_ours, reopen
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import Buffer, Files, LocalFiles, open_files
-from shared.manifest import Commit, Sizes, append_commit, read_metadata
+from shared.manifest import Sizes, append_commit, read_metadata
 from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_shard
 from shared.record import provenance
 from shared.shard import BLOCK_BYTES, crc32
 from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
-from shared.store import Store, is_store, write_state
+from shared.store import Store, is_store
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
+    if codec == "int8" and any(commit.nonfinite for commit in store.commits.values()):
+        raise UserError(f"{source}: has rows with NaN or infinities, which int8 cannot hold. Choose another codec")
     if store.state != "final" or store.missing:
         raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
     spec = store.spec.model_copy(update={"codec": codec})
@@ -66,8 +68,7 @@ def write(store: Store, files: Files, spec: StoreSpec) -> None:
         if done.state == "final" and not done.missing:
             say(f"{files.name} is complete. Nothing to do.")
             return
-        if done.state == "final":  # it lost commits: while it is filled up, they are in more than the index
-            write_state(files, spec, "writing")
+        reopen(done)
         fill(store, done)
         finish_store(files, spec)
 
@@ -93,7 +94,7 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
 def fill(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
-    keep = rows_that_count(store.tokens(), store.spec.special_ids)
+    keep = rows_that_count(store.tokens(), store.spec)
     rows = sum(store.commits[shard].rows for shard in todo)
     with (
         stop_requests() as stop_asked,
@@ -127,7 +128,7 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
         files |= writer.activations(
             hook, shard, commit.rows, fetch_from(open_reader(store, hook), shard), squares, kept
         )
-    append_commit(done.files, 0, Commit(shard, commit.rows, commit.start, commit.stop, commit.kept, files))
+    append_commit(done.files, 0, replace(commit, files=files))
 
 
 def fetch_from(reader: Reader, shard: int) -> Fetch:

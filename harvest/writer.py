@@ -5,6 +5,8 @@ chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-f
 number of processes may write one store, each the shards that it is given and each with a log of its own.
 """
 
+from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,51 +36,82 @@ class ShardRows:
     """[d_in] sum of squares."""
 
 
-def rows_that_count(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
-    """[contexts, context]: all but position 0 (an outlier in most models) and special tokens."""
-    keep = ~np.isin(tokens, special_ids)
-    keep[:, 0] = False
+Ready = Callable[[], dict[str, ShardRows]]
+"""Waits until a shard's rows are in memory, and gives them by hookpoint."""
+
+
+def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
+    """[contexts, context]: all but the first positions (0 is an outlier in most models) and special tokens."""
+    keep = ~np.isin(tokens, spec.special_ids)
+    keep[:, : spec.skip_positions] = False
     return keep
 
 
 class ShardWriter:
-    """Commits shards one at a time in the background, so that the next one can be captured meanwhile.
+    """Commits shards in the background, one at a time and in order, so that the next one can be captured meanwhile.
 
-    `submit` waits for the shard before, which bounds memory to two shards and raises that shard's error here. Inside a
-    commit the hookpoints are written side by side and their chunks encoded on every core.
+    Inside a commit the hookpoints are written side by side and their chunks encoded on every core. Who submits gives
+    out the memory that rows lie in, and so bounds how many shards wait.
     """
 
     def __init__(
-        self, files: Files, spec: StoreSpec, keep: NDArray[np.bool_], writer: int = 0, threads: int | None = None
+        self,
+        files: Files,
+        spec: StoreSpec,
+        keep: NDArray[np.bool_],
+        *,
+        writer: int = 0,
+        threads: int | None = None,
+        allow_nonfinite: bool = False,
     ) -> None:
         """`keep` [contexts, context] marks the rows that the moments are over; `writer` is this process's number."""
-        self.files, self.spec, self.writer = files, spec, writer
+        self.files, self.spec, self.writer, self.allow_nonfinite = files, spec, writer, allow_nonfinite
         self.keep = keep.reshape(-1)
         self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
         self.hooks = ThreadPoolExecutor(len(spec.hookpoints), thread_name_prefix="hook")
         self.shards = ShardFiles(files, spec, threads)
-        self.pending: Future[None] | None = None
+        self.pending: deque[Future[None]] = deque()
+        self.commits: list[Commit] = []
+        """What this writer has committed."""
 
-    def submit(self, shard: int, rows: dict[str, ShardRows]) -> None:
-        self.wait()
-        self.pending = self.committer.submit(self.commit, shard, rows)
+    def submit(self, shard: int, rows: Ready, done: Callable[[], None] = lambda: None) -> None:
+        """Commits a shard in the background: waits there for its rows, and calls `done` when they are written."""
+
+        def run() -> None:
+            self.commit(shard, rows())
+            done()
+
+        self.pending.append(self.committer.submit(run))
+
+    def check(self) -> None:
+        """Raises the error of a commit that failed."""
+        while self.pending and self.pending[0].done():
+            self.pending.popleft().result()
 
     def wait(self) -> None:
-        if self.pending is not None:
-            self.pending.result()
-            self.pending = None
+        while self.pending:
+            self.pending.popleft().result()
 
     def close(self) -> None:
-        self.committer.shutdown()
+        """Ends the commit that is under way; those that wait are dropped."""
+        self.committer.shutdown(cancel_futures=True)
         self.hooks.shutdown()
         self.shards.close()
 
     def commit(self, shard: int, rows: dict[str, ShardRows]) -> None:
-        """Every file of the shard, then its manifest line."""
+        """Every file of the shard, then its manifest line. Raises UserError for NaN and infinities, unless they are
+        allowed: then the line counts the rows that would have counted in the moments and have some."""
         start, stop = self.spec.shard_range(shard)
         order = permutation(stop - start, self.spec.seed, SHARD_ROWS, shard)
         stream = start + order
         kept = self.keep[stream]
+        nonfinite = {}
+        for path, part in rows.items():
+            bad = ~np.isfinite(part.norms)
+            if bad.any() and not self.allow_nonfinite:
+                raise not_finite(path, np.flatnonzero(bad) + start, self.spec)
+            if bad.any():
+                nonfinite[path] = int((bad & self.keep[start:stop]).sum())
         with self.files.explained():
             parts = [
                 self.shards.vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
@@ -86,13 +119,14 @@ class ShardWriter:
                 *self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows),
             ]
             files = {path: entry for part in parts for path, entry in part.items()}
-            append_commit(self.files, self.writer, Commit(shard, stop - start, start, stop, int(kept.sum()), files))
+            commit = Commit(shard, stop - start, start, stop, int(kept.sum()), files, nonfinite)
+            append_commit(self.files, self.writer, commit)
+        self.commits.append(commit)
 
     def write_hookpoint(
         self, path: str, shard: int, part: ShardRows, order: NDArray[np.int64], kept: NDArray[np.bool_]
     ) -> Sizes:
         """One hookpoint's shard of activations, norms and sums; `order` permutes its rows."""
-        check_finite(part, path, shard, self.spec)
 
         def fetch(at: slice, out: NDArray[Any]) -> None:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
@@ -105,11 +139,11 @@ class ShardWriter:
         }
 
 
-def check_finite(part: ShardRows, path: str, shard: int, spec: StoreSpec) -> None:
-    bad = np.flatnonzero(~np.isfinite(part.total + part.squares))
-    if len(bad):
-        start, stop = spec.shard_range(shard)
-        raise UserError(
-            f"{path}: NaN or infinite activations in {len(bad)} dimensions (first: {bad[0]}) of shard {shard}, tokens "
-            f"{start:,} to {stop:,}. Try --dtype float32, or bfloat16 instead of float16"
-        )
+def not_finite(path: str, rows: NDArray[np.int64], spec: StoreSpec) -> UserError:
+    """`rows`: their numbers in the token stream, in order."""
+    context, position = divmod(int(rows[0]), spec.context)
+    return UserError(
+        f"{path}: NaN or infinite activations in {len(rows):,} rows, the first of them row {rows[0]:,} (context "
+        f"{context}, position {position}). float16 ends at 65,504: use --dtype bfloat16 or float32, and --set "
+        f"store_dtype=bfloat16. To keep such rows, marked and left out of statistics and training: --allow-nonfinite"
+    )

@@ -57,10 +57,16 @@ class HarvestConfig(Frozen):
     """Tokens in a row. Default: the model's longest, at most 1024."""
     bos: Literal["auto", "true", "false"] = "auto"
     """Begin every row with the BOS token. auto: as the model's tokenizer does."""
+    skip_positions: Annotated[int, Field(ge=0)] = 1
+    """The first positions of every context: stored, but left out of statistics and training. In most models position 0
+    is an outlier."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Activation rows wanted, exactly. Default: all that the corpus gives."""
-    batch_tokens: Annotated[int, Field(ge=1)] = 16_384
-    """Tokens in one forward pass."""
+    batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in one forward pass. Default: 16,384 on a CPU, on a GPU what surely fits, at most 65,536. What does not
+    fit after all is halved."""
+    allow_nonfinite: bool = False
+    """Keep rows with NaN or infinities instead of stopping; they are left out of statistics and training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Shuffles documents and permutes rows inside a shard."""
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
@@ -79,6 +85,8 @@ class HarvestConfig(Frozen):
     def check(self) -> "HarvestConfig":
         if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
+        if self.allow_nonfinite and self.codec == "int8":
+            raise ValueError("allow_nonfinite: int8 has no NaN and no infinity. Choose another codec")
         return self
 
 
@@ -126,8 +134,8 @@ class TrainConfig(Frozen):
     """Orders the activations and chooses the held-out contexts."""
     heldout_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Tokens kept from training for evaluation, as whole contexts; at most a tenth of the store."""
-    exclude_positions: tuple[int, ...] = (0,)
-    """Positions in a context that are neither trained nor measured on."""
+    exclude_positions: tuple[int, ...] | None = None
+    """Positions in a context that are neither trained nor measured on. Default: the store's `skip_positions`."""
     exclude_special: bool = True
     """Neither train nor measure on the tokenizer's special tokens."""
     follow: bool = False

@@ -21,7 +21,7 @@ from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, w
 from shared.record import sealed_json
 from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
-from shared.store import STATE_FILE, read_state, write_state
+from shared.store import STATE_FILE, Store, read_state, write_state
 
 BUILDING: Final = "tokens.building"
 RECORD: Final = "record.json"
@@ -30,7 +30,7 @@ OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stat
 
 def is_ours(name: str) -> bool:
     """Whether a store puts something of this name into its folder. Nothing else is ever deleted there."""
-    return name in OURS or name.startswith("layer_") or name.endswith(".tmp")
+    return name in OURS or name.startswith(("layer_", f"{LOCK_FILE}.")) or name.endswith(".tmp")
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,12 @@ def clean_up(files: Files) -> None:
         cut_torn_lines(files)
 
 
+def reopen(store: Store) -> None:
+    """A final store that lost commits is being written again: until it is final, they are in more than the index."""
+    if store.state == "final":
+        write_state(store.files, store.spec, "writing")
+
+
 def finish_store(files: Files, spec: StoreSpec) -> None:
     """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
     is not touched again. Nothing in it tells how many processes wrote, or in what order."""
@@ -123,6 +129,9 @@ def finish_store(files: Files, spec: StoreSpec) -> None:
     remove_logs(files)
     clean_up(files)
     write_state(files, spec, "final")
+    if isinstance(files, LocalFiles):
+        for path in files.root.glob(f"{LOCK_FILE}.*"):  # of the other writers, which are done
+            path.unlink(missing_ok=True)
 
 
 def remove_store(files: Files) -> None:

@@ -85,8 +85,8 @@ class Files(Protocol):
         """A folder in this one."""
         ...
 
-    def lock(self) -> AbstractContextManager[None]:
-        """One writer at a time. Raises UserError naming the holder."""
+    def lock(self, writer: int = 0) -> AbstractContextManager[None]:
+        """One writer at a time, or one of each number. Raises UserError naming the holder."""
         ...
 
     def explained(self) -> AbstractContextManager[None]:
@@ -223,8 +223,8 @@ class LocalFiles:
     def at(self, path: str) -> Files:
         return LocalFiles(self.root / path)
 
-    def lock(self) -> AbstractContextManager[None]:
-        return folder_lock(self.root)
+    def lock(self, writer: int = 0) -> AbstractContextManager[None]:
+        return folder_lock(self.root, lock_file(writer))
 
     def explained(self) -> AbstractContextManager[None]:
         return explained(self.root)
@@ -271,10 +271,14 @@ def remove_temporaries(root: Path) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def lock_file(writer: int) -> str:
+    return f"{LOCK_FILE}.{writer}" if writer else LOCK_FILE
+
+
 @contextmanager
-def folder_lock(root: Path) -> Iterator[None]:
+def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
-    with (root / LOCK_FILE).open("ab+", buffering=0) as file:
+    with (root / name).open("ab+", buffering=0) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -8,7 +8,7 @@ complete its lines are sorted into one index: then nothing in it tells how many 
 import json
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
@@ -37,18 +37,20 @@ class Commit:
     """Rows that count in the statistics: not position 0, not a special token."""
     files: Sizes
     """By array."""
+    nonfinite: dict[str, int] = field(default_factory=dict)
+    """Of the kept rows, those with a NaN or an infinity, which the moments leave out: by hookpoint that has any such
+    row, kept or not."""
 
     def line(self) -> str:
-        return sealed(
-            {
-                "v": MANIFEST_VERSION,
-                "k": self.shard,
-                "rows": self.rows,
-                "in": [self.start, self.stop],
-                "kept": self.kept,
-                "files": as_json(self.files),
-            }
-        )
+        body = {
+            "v": MANIFEST_VERSION,
+            "k": self.shard,
+            "rows": self.rows,
+            "in": [self.start, self.stop],
+            "kept": self.kept,
+            "files": as_json(self.files),
+        }
+        return sealed({**body, "nonfinite": dict(sorted(self.nonfinite.items()))} if self.nonfinite else body)
 
 
 def as_json(files: Sizes) -> dict[str, dict[str, int]]:
@@ -84,7 +86,8 @@ def parse_commit(line: str) -> Commit | None:
             f"the manifest is in version {body['v']}, this sagsae reads version {MANIFEST_VERSION}. Install a newer one"
         )
     start, stop = body["in"]
-    return Commit(body["k"], body["rows"], start, stop, body["kept"], as_sizes(body["files"]))
+    nonfinite = body.get("nonfinite", {})
+    return Commit(body["k"], body["rows"], start, stop, body["kept"], as_sizes(body["files"]), nonfinite)
 
 
 @dataclass(frozen=True)

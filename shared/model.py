@@ -288,6 +288,7 @@ class LanguageModel:
         model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
         self.n_layers = model.config.get_text_config().num_hidden_layers
+        self.d_model = model.config.get_text_config().hidden_size
         self.vocab_size = model.config.get_text_config().vocab_size
         self.bridge = build_bridge_from_module(
             model,

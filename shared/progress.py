@@ -18,9 +18,11 @@ def say(message: str) -> None:
 
 
 @contextmanager
-def progress(title: str, total: int, unit: str) -> Iterator[Callable[[int, str], None]]:
+def progress(title: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes."""
-    if sys.stderr.isatty():
+    if not shown:
+        yield lambda n, note: None  # noqa: ARG005
+    elif sys.stderr.isatty():
         with Progress(
             TextColumn("{task.description}"),
             BarColumn(),

@@ -13,7 +13,7 @@ from shared.cache import Key, RangeCache
 from shared.client import PART_BYTES, Client, ServerError
 from shared.connect import parse
 from shared.errors import DamagedError, UserError
-from shared.files import LOCK_FILE, VERIFY, Buffer, Files
+from shared.files import VERIFY, Buffer, Files, lock_file
 from shared.object_lock import object_lock
 
 
@@ -125,9 +125,9 @@ class RemoteFiles:
     def at(self, path: str) -> Files:
         return RemoteFiles(self.client, *self.place(path), self.cache)
 
-    def lock(self) -> AbstractContextManager[None]:
+    def lock(self, writer: int = 0) -> AbstractContextManager[None]:
         self.check_writable()
-        return object_lock(self.client, *self.place(LOCK_FILE))
+        return object_lock(self.client, *self.place(lock_file(writer)))
 
     @contextmanager
     def explained(self) -> Iterator[None]:

@@ -44,6 +44,8 @@ class StoreSpec(Frozen):
     context: int
     bos_id: int | None
     special_ids: tuple[int, ...]
+    skip_positions: int = 1
+    """The first positions of every context, which neither count in statistics nor are trained on."""
     n_tokens: int
     token_dtype: TokenType
     hookpoints: dict[str, HookSpec]
@@ -54,6 +56,10 @@ class StoreSpec(Frozen):
     chunk_rows: int
     shard_rows: int
     seed: int
+
+    def as_json(self) -> dict[str, Any]:
+        """A skip_positions of 1 goes unsaid: stores were written before there was any other."""
+        return self.model_dump(mode="json", exclude={"skip_positions"} if self.skip_positions == 1 else None)
 
     @property
     def n_shards(self) -> int:

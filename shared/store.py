@@ -30,7 +30,7 @@ State = Literal["writing", "final"]
 
 def state_document(spec: StoreSpec, state: State) -> bytes:
     """The store's own zarr.json. It carries a crc32c of what it says: a changed letter in it would go unnoticed."""
-    attributes = {"sagsae": seal({**spec.model_dump(mode="json"), "state": state})}
+    attributes = {"sagsae": seal({**spec.as_json(), "state": state})}
     return as_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
@@ -170,13 +170,14 @@ class Store:
 
     def statistics(self, hook: str) -> Statistics:
         """Of one hookpoint, over the committed shards. Raises UserError when too few rows count."""
-        n = self.counted()
+        n = self.counted(hook)
         total, squares = (self.total(f"stats/{hook}/{name}") for name in ("sum", "sum_of_squares"))
         mean = total / n
         return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
 
-    def counted(self) -> int:
-        n = sum(commit.kept for commit in self.commits.values())
+    def counted(self, hook: str) -> int:
+        """Rows that the moments are over."""
+        n = sum(commit.kept - commit.nonfinite.get(hook, 0) for commit in self.commits.values())
         if n < 2:
             raise UserError(f"{self.name}: {n} rows are committed; at least 2 are needed. Harvest more tokens")
         return n
@@ -203,7 +204,7 @@ class Store:
         """None for a store that is not quantised."""
         if not self.spec.quantised:
             return None
-        n, squares = self.counted(), self.total(f"stats/{hook}/sum_of_squares").sum()
+        n, squares = self.counted(hook), self.total(f"stats/{hook}/sum_of_squares").sum()
         error = max(float(self.total(f"stats/{hook}/sum_of_squared_error").sum()), np.finfo("f8").tiny)
         variance = self.statistics(hook).variance.sum()
         return Quantisation(float(10 * np.log10(squares / error)), float(error / n / variance) if variance else 0.0)

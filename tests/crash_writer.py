@@ -95,12 +95,11 @@ def begin(files: LocalFiles, size: Size) -> None:
 def fill(files: Files, shards: Container[int] = range(1 << 30), number: int = 0) -> None:
     """Writer `number` commits those of `shards` that are missing."""
     store = Store.open(files)
-    keep = rows_that_count(token_ids(store.spec.n_contexts), store.spec.special_ids)
-    writer = ShardWriter(files, store.spec, keep, number, threads=2)
+    keep = rows_that_count(token_ids(store.spec.n_contexts), store.spec)
+    writer = ShardWriter(files, store.spec, keep, writer=number, threads=2)
     for shard in store.missing:
         if shard in shards:
-            writer.submit(shard, {hook: rows_of(store.spec, hook, shard, keep) for hook in store.spec.hookpoints})
-    writer.wait()
+            writer.commit(shard, {hook: rows_of(store.spec, hook, shard, keep) for hook in store.spec.hookpoints})
     writer.close()
 
 
@@ -127,7 +126,7 @@ def wrong_rows(store: Store, shard: int) -> int:
     wrong = np.sort(at) != np.arange(*store.spec.shard_range(shard))
     if wrong.any():
         return int(wrong.sum())
-    keep = rows_that_count(token_ids(store.spec.n_contexts), store.spec.special_ids)
+    keep = rows_that_count(token_ids(store.spec.n_contexts), store.spec)
     for hook, spec in store.spec.hookpoints.items():
         rows, truth = read_shard(open_reader(store, hook), shard), rows_of(store.spec, hook, shard, keep)
         expected = bits(hook, at, spec.d_in)

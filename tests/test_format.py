@@ -165,14 +165,13 @@ def write_golden(root: Path, codec: str) -> Path:
         place_tokens(files, tokens)
     spec = spec.model_copy(update={"corpus": {**spec.corpus, "ids_blake2b": tokens.digest}})
     create_store(files, spec, tokens.files, GOLDEN_RECORD)
-    keep = rows_that_count(golden_ids(spec), spec.special_ids)
+    keep = rows_that_count(golden_ids(spec), spec)
     with closing(ShardWriter(files, spec, keep, threads=1)) as writer:
         for shard in range(spec.n_shards):
             part = slice(*spec.shard_range(shard))
             x = {path: golden_values(spec.n_tokens, hook.d_in)[part] for path, hook in spec.hookpoints.items()}
             kept = keep.reshape(-1)[part]
-            writer.submit(shard, {path: with_moments(rows, kept) for path, rows in x.items()})
-        writer.wait()
+            writer.commit(shard, {path: with_moments(rows, kept) for path, rows in x.items()})
     finish_store(files, spec)
     return root
 
@@ -254,7 +253,7 @@ def test_golden_stores_are_read(tmp_path: Path, codec: str) -> None:
 
 def counted(store: Store) -> NDArray[np.bool_]:
     """Which tokens of the stream count in the moments."""
-    return rows_that_count(store.tokens(), store.spec.special_ids).reshape(-1)[: store.spec.n_tokens]
+    return rows_that_count(store.tokens(), store.spec).reshape(-1)[: store.spec.n_tokens]
 
 
 @pytest.mark.parametrize("array", ["layer_00/attn_out", "stats/layer_00/attn_out/sum", "scale/layer_00/attn_out/dim"])

@@ -14,7 +14,7 @@ import torch
 from conftest import CONTEXT, Sagsae, contents, save_corpus, save_model, sentences
 from transformers import AutoModelForCausalLM
 
-import harvest.plan
+import harvest.room
 import harvest.run
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
@@ -22,7 +22,7 @@ from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import LocalFiles, folder_lock
 from shared.reader import open_reader, read_shard
 from shared.shard import as_float32
-from shared.store import Store
+from shared.store import Store, is_store
 from shared.verify import verify
 
 Config = Callable[..., HarvestConfig]
@@ -207,12 +207,12 @@ def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
 def test_a_disk_too_small_is_refused_before_any_work(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr(harvest.plan.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
+    monkeypatch.setattr(harvest.room.shutil, "disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
     with pytest.raises(UserError, match=r"about 0\.00\d+ GB are needed, 1e-06 GB are free"):
         run_harvest(harvest_config(tmp_path))
-    assert (
-        "5,000 tokens of layer_01/resid_post, layer_01/attn_out, layer_01/mlp_out: about" in capsys.readouterr().err
-    ), "the estimate is printed"
+    said = capsys.readouterr().err
+    assert "5,000 tokens of 3 hookpoints" in said
+    assert "layer_01/attn_out: d_in 32, about 0.000249 GB" in said, "the estimate is printed"
     assert not (tmp_path / "s").exists()
 
 
@@ -245,7 +245,8 @@ def test_infinite_activations_are_named(harvest_config: Config, model_folder: Pa
     weights = load_file(broken / "model.safetensors")
     weights["gpt_neox.layers.1.mlp.dense_4h_to_h.bias"][5] = float("inf")
     save_file(weights, broken / "model.safetensors", {"format": "pt"})
-    with pytest.raises(UserError, match=r"layer_01/\w+: NaN or infinite activations in \d+ dimensions \(first: \d+\)"):
+    named = r"layer_01/\w+: NaN or infinite activations in 512 rows, the first of them row 0 \(context 0, position 0\)"
+    with pytest.raises(UserError, match=named):
         run_harvest(harvest_config(tmp_path, model=str(broken)))
     assert Store.open(tmp_path / "s").commits == {}
 
@@ -255,7 +256,7 @@ def test_a_stop_request_between_batches(
 ) -> None:
     class Stop:
         def __enter__(self) -> Callable[[], bool]:
-            return lambda: len(Store.open(tmp_path / "s").commits) >= 3
+            return lambda: is_store(LocalFiles(tmp_path / "s")) and len(Store.open(tmp_path / "s").commits) >= 3
 
         def __exit__(self, *_: object) -> None:
             pass

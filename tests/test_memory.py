@@ -64,11 +64,10 @@ def test_a_reader_holds_two_windows_and_a_chunk_a_thread(tmp_path: Path) -> None
     files = LocalFiles(tmp_path)
     begin(files, size)
     store = Store.open(files)
-    keep = rows_that_count(store.tokens(), store.spec.special_ids)
+    keep = rows_that_count(store.tokens(), store.spec)
     writer = ShardWriter(files, store.spec, keep)
     for shard in range(SHARDS):
-        writer.submit(shard, {hook: rows_of(store.spec, hook, shard, keep) for hook in store.spec.hookpoints})
-    writer.wait()
+        writer.commit(shard, {hook: rows_of(store.spec, hook, shard, keep) for hook in store.spec.hookpoints})
     writer.close()
     finish_store(files, store.spec)
     command = [sys.executable, "-c", READ, str(tmp_path), *map(str, (WINDOW_ROWS, STREAMS, THREADS))]

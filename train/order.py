@@ -159,7 +159,8 @@ def split(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> Split:
     usable = np.ones(tokens.shape, dtype=bool)
     if config.exclude_special:
         usable &= ~np.isin(tokens, spec.special_ids)
-    usable[:, [p for p in config.exclude_positions if p < spec.context]] = False
+    positions = range(spec.skip_positions) if config.exclude_positions is None else config.exclude_positions
+    usable[:, [p for p in positions if p < spec.context]] = False
     chosen = np.zeros((len(tokens), 1), dtype=bool)
     chosen[heldout_contexts(spec, config.heldout_tokens, config.seed)] = True
     return Split(usable & ~chosen, usable & chosen)

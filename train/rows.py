@@ -58,7 +58,7 @@ def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_i
 
 @dataclass
 class Kept:
-    """Which rows of a store's shards are marked in a mask over the corpus.
+    """Which rows of a store's shards are marked in a mask over the corpus. One with a NaN or an infinity never is.
 
     Worked out from the index arrays when a shard is first asked for, then kept: one bit a row.
     """
@@ -72,7 +72,10 @@ class Kept:
         if shard not in self.shards:
             contexts, positions = read_shard(self.rows.contexts, shard), read_shard(self.rows.positions, shard)
             places = contexts.astype(np.int64) * self.mask.shape[1] + positions
-            self.shards[shard] = np.packbits(np.take(self.mask.reshape(-1), places))
+            marked = np.take(self.mask.reshape(-1), places)
+            if self.rows.hook in self.rows.store.commits[shard].nonfinite:
+                marked &= np.isfinite(read_shard(open_reader(self.rows.store, f"stats/{self.rows.hook}/norm"), shard))
+            self.shards[shard] = np.packbits(marked)
         return self.shards[shard]
 
     def marks(self, shard: int, start: int, stop: int) -> NDArray[np.bool_]:

@@ -1,0 +1,150 @@
+"""The beginning of a store: the corpus to rows of token ids, once, and the empty arrays around them.
+
+A store beside the new one that was made from the same corpus in the same way lends its tokens: another layer of a model
+is harvested without tokenising again, and its rows are in the same order.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.pack import Counts, pack, shuffled
+from harvest.plan import Plan, corpus_asked, identity, make_spec
+from harvest.room import check_room
+from shared.create import Tokens, building, clear_store, create_store, is_ours, place_tokens, write_tokens
+from shared.errors import DamagedError, UserError
+from shared.files import LOCK_FILE, Files, LocalFiles, open_files
+from shared.progress import say
+from shared.record import provenance
+from shared.spec import StoreSpec
+from shared.store import STATE_FILE, Store, is_store
+
+OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
+"""What decides them, beside the corpus."""
+
+
+def make_folder(files: Files) -> None:
+    """Raises UserError when the folder cannot be made or written to, or when something else is there."""
+    if not isinstance(files, LocalFiles):
+        return  # an object store has no folders
+    root = files.root
+    if root.exists() and not root.is_dir():
+        raise UserError(f"{root}: is a file. Choose another --out or --name")
+    if root.exists() and not is_store(files) and any(not is_ours(path.name) for path in root.iterdir()):
+        raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        (root / LOCK_FILE).touch()
+    except OSError as error:
+        raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
+
+
+def begin(plan: Plan, look: Callable[[], None]) -> None:
+    """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
+    beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
+    with building(plan.files) as folder:
+        try:
+            lender = same_tokens(plan)
+            if lender is None:
+                tokens, spec = tokenised(plan, folder, look)
+            else:
+                say(f"{plan.name}: the tokens are those of {lender.name}")
+                tokens = write_tokens(folder, iter([lender.tokens()]), plan.context, plan.info.vocab_size)
+                spec = like(lender, plan, tokens)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            leave_nothing(plan.files)
+            raise
+        plan.files.remove(STATE_FILE)
+        clear_store(plan.files, keep=(LOCK_FILE, folder.name))
+        place_tokens(plan.files, tokens)
+    record = {**provenance(), "config": plan.config.model_dump(mode="json")}
+    create_store(plan.files, spec, tokens.files, record)
+
+
+def leave_nothing(files: Files) -> None:
+    """A folder that was made for a store that did not come to be goes again."""
+    if isinstance(files, LocalFiles) and [path.name for path in files.root.iterdir()] == [LOCK_FILE]:
+        (files.root / LOCK_FILE).unlink()
+        files.root.rmdir()
+
+
+def tokenised(plan: Plan, folder: Any, look: Callable[[], None]) -> tuple[Tokens, StoreSpec]:
+    """Raises UserError when the corpus does not give what was asked for."""
+    counts = Counts()
+    say(f"{plan.name}: tokenising")
+    tokens = write_tokens(folder, looking(token_rows(plan, counts), look), plan.context, plan.info.vocab_size)
+    available, wanted = tokens.rows * plan.context, plan.config.tokens
+    if available < (wanted or 1):
+        asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
+        given = max(available, counts.tokens)
+        raise UserError(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
+    if wanted is None:
+        check_room(plan, available)
+    return tokens, make_spec(plan, counts, tokens, wanted or available)
+
+
+def looking(blocks: Iterator[NDArray[Any]], look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+    for block in blocks:
+        look()
+        yield block
+
+
+def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+    """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
+    documents = plan.corpus.documents()
+    if plan.config.shuffle_documents:
+        documents = shuffled(documents, plan.config.seed)
+    blocks = pack(
+        documents,
+        plan.tokenizer,
+        context=plan.context,
+        eos_id=plan.tokenizer.eos_token_id,
+        bos_id=plan.bos_id,
+        counts=counts,
+    )
+    if plan.config.tokens is None:
+        return blocks
+    wanted = -(-plan.config.tokens // plan.context)
+    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
+
+
+def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
+    limited = islice(rows, wanted)
+    while some := list(islice(limited, 1024)):
+        yield some
+
+
+def same_tokens(plan: Plan) -> Store | None:
+    """A store beside this one whose tokens are the ones that this harvest would make; None where there is none."""
+    beside = open_files(plan.config.out)
+    if isinstance(beside, LocalFiles) and not beside.root.is_dir():
+        return None
+    wanted = {key: identity(plan)[key] for key in OF_THE_TOKENS}
+    for name in beside.folders():
+        files = beside.at(name)
+        try:
+            store = Store.open(files) if files.name != plan.name and is_store(files) else None
+        except (UserError, DamagedError):  # whatever it is, it lends nothing
+            continue
+        if store is None or {key: getattr(store.spec, key) for key in OF_THE_TOKENS} != wanted:
+            continue
+        asked = {**corpus_asked(plan), "whole": plan.config.tokens is None}
+        as_asked = {key: store.spec.corpus.get(key) for key in asked} == asked
+        if as_asked and plan.config.tokens in (None, store.spec.n_tokens):
+            return store
+    return None
+
+
+def like(lender: Store, plan: Plan, tokens: Tokens) -> StoreSpec:
+    """The spec of a store over the same tokens: its rows are in the lender's order, unless shards of another size were
+    asked for."""
+    spec, config = lender.spec, plan.config
+    shape = {"chunk_rows": config.chunk_rows or spec.chunk_rows, "shard_rows": config.shard_rows or spec.shard_rows}
+    if shape["shard_rows"] % shape["chunk_rows"]:
+        raise UserError(f"shard_rows: {shape['shard_rows']} is not a multiple of chunk_rows = {shape['chunk_rows']}")
+    return StoreSpec(**identity(plan), corpus=spec.corpus, n_tokens=spec.n_tokens, token_dtype=tokens.dtype, **shape)

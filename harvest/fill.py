@@ -1,0 +1,132 @@
+"""The loop of a harvest: a shard is captured while the one before is written."""
+
+import time
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from functools import partial
+
+import torch
+
+from harvest.capture import Capture, Slot, make_slot
+from harvest.ring import Ring
+from harvest.room import check_progress
+from harvest.team import Team
+from harvest.writer import Ready, ShardWriter, rows_that_count
+from shared.config import HarvestConfig
+from shared.errors import UserError
+from shared.model import LanguageModel, ModelSource
+from shared.progress import progress, say
+from shared.spec import DTYPES, StoreSpec
+from shared.store import Store
+
+SLOTS = 3
+"""Shards in memory: one that is captured, one that is written, one that waits in between."""
+
+
+def fill(
+    store: Store, config: HarvestConfig, source: ModelSource, team: Team, look: Callable[[], None], todo: list[int]
+) -> float:
+    """Captures and commits these shards. Gives the seconds in which the model waited for the writer. `look` is called
+    between batches and may raise."""
+    spec = store.spec
+    model = LanguageModel(source, team.device(config.device), spec.model["dtype"])
+    model.check_hooks([hook.name for hook in spec.hookpoints.values()])
+    tokens = store.tokens()
+    keep = rows_that_count(tokens, spec)
+    batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
+    capture = Capture(model, spec, tokens, keep, max(1, batch // spec.context))
+    ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS)
+    nonfinite = config.allow_nonfinite
+    with (
+        closing(
+            ShardWriter(store.files, spec, keep, writer=team.rank, threads=team.threads, allow_nonfinite=nonfinite)
+        ) as writer,
+        progress(f"harvest {store.name}", rows_of(spec, todo), "tokens", shown=team.rank == 0) as advance,
+    ):
+        watch = Watch(store, config, team, writer, look, advance)
+        for shard in todo:
+            started = time.monotonic()
+            slot = ring.take(watch.check)
+            watch.waited += time.monotonic() - started
+            rows = capture_shard(capture, shard, slot, watch)
+            writer.submit(shard, rows, partial(ring.give_back, slot))
+        writer.wait()
+    return watch.waited
+
+
+def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:
+    """In smaller batches from here on when a GPU's memory does not suffice. Raises UserError when it does not suffice
+    for one context."""
+    while True:
+        before = watch.rows
+        try:
+            return capture.shard(shard, slot, watch.after_batch)
+        except torch.OutOfMemoryError as error:
+            watch.after_batch(before - watch.rows)
+            if capture.batch == 1:
+                raise UserError(
+                    f"--device {capture.model.device}: its memory does not suffice for one context of "
+                    f"{capture.spec.context} tokens. Lower --context, or use a larger GPU"
+                ) from error
+        capture.batch = -(-capture.batch // 2)
+        say(f"out of memory: going on with {capture.batch * capture.spec.context:,} tokens in a batch")
+        if capture.side is not None:
+            torch.cuda.synchronize(capture.model.device)
+            torch.cuda.empty_cache()
+
+
+class Watch:
+    """Looks after a harvest between batches: stops, failed commits, progress, room on the disk."""
+
+    def __init__(
+        self,
+        store: Store,
+        config: HarvestConfig,
+        team: Team,
+        writer: ShardWriter,
+        look: Callable[[], None],
+        advance: Callable[[int, str], None],
+    ) -> None:
+        self.store, self.config, self.team, self.writer = store, config, team, writer
+        self.look, self.advance = look, advance
+        spec = store.spec
+        self.row_bytes = sum(hook.d_in for hook in spec.hookpoints.values()) * DTYPES[spec.dtype][0].itemsize
+        self.started = time.monotonic()
+        self.waited = 0.0
+        """Seconds in which the model waited for the writer."""
+        self.rows = 0
+        self.measured = False
+
+    def check(self) -> None:
+        """Raises what stops a harvest: a signal, a commit that failed, a disk that turns out too small."""
+        self.look()
+        self.writer.check()
+        if self.writer.commits and not self.measured:
+            self.measured = True
+            said = check_progress(self.store, self.writer.commits, self.config.out)
+            if self.team.rank == 0:
+                say(f"measured on the first shard: {said}")
+
+    def after_batch(self, rows: int) -> None:
+        self.rows += rows
+        seconds = time.monotonic() - self.started
+        rate = self.rows / seconds
+        together = f" in each of {self.team.size} processes" if self.team.size > 1 else ""
+        self.advance(
+            rows,
+            f"{rate:,.0f} tokens/s, {rate * self.row_bytes / 1e9:.2f} GB/s{together}, waiting for the writer "
+            f"{self.waited / seconds:.0%}",
+        )
+        self.check()
+
+
+def default_batch_tokens(device: torch.device, d_model: int) -> int:
+    """On a GPU what takes about a quarter of its memory, by 40 numbers of d_model a token."""
+    if device.type != "cuda":
+        return 16_384
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return max(1, min(65_536, memory // 4 // (80 * d_model)))
+
+
+def rows_of(spec: StoreSpec, shards: Iterable[int]) -> int:
+    return sum(stop - start for start, stop in map(spec.shard_range, shards))

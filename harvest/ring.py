@@ -1,0 +1,31 @@
+"""Memory that goes round: from the model, which fills it, to the writer, which empties it, and back."""
+
+import queue
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+Slot = TypeVar("Slot")
+
+
+class Ring(Generic[Slot]):
+    """A fixed number of slots, made when they are first needed. Taking one waits for the writer: that is all that ever
+    holds the model up."""
+
+    def __init__(self, make: Callable[[], Slot], slots: int) -> None:
+        self.make = make
+        self.free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
+        for _ in range(slots):
+            self.free.put(None)
+
+    def take(self, look: Callable[[], None]) -> Slot:
+        """`look` is called now and then while none is free, and may raise."""
+        while True:
+            look()
+            try:
+                slot = self.free.get(timeout=0.2)
+            except queue.Empty:
+                continue
+            return self.make() if slot is None else slot
+
+    def give_back(self, slot: Slot) -> None:
+        self.free.put(slot)

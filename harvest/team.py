@@ -1,0 +1,103 @@
+"""The processes of one harvest: who they are, what each has to do, and when all of it is done.
+
+Started by `sagsae harvest --processes N`, torchrun, accelerate launch or anything else that sets RANK, WORLD_SIZE,
+MASTER_ADDR and MASTER_PORT. They meet twice, at the beginning and at the end, through the launcher's key-value store.
+In between nobody waits for anybody: each has its own shards and its own log in the manifest.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from shared.errors import UserError
+from shared.model import pick_device
+
+SECONDS_BETWEEN_LOOKS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class Work:
+    """What rank 0 tells the others when the store is there."""
+
+    store: str
+    todo: tuple[int, ...]
+    """Shards that are not committed."""
+
+
+@dataclass(frozen=True)
+class Team:
+    """This process among all of them."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    keys: Any = None
+    """The key-value store that all of them reach; None: alone."""
+
+    @classmethod
+    def join(cls) -> "Team":
+        """From the environment. Raises UserError when it says that there are others and they cannot be reached."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            keys, rank, size = next(rendezvous("env://"))
+        except (ValueError, RuntimeError) as error:
+            raise UserError(
+                f"WORLD_SIZE is {size}, but the other processes cannot be reached ({error}). Start them with "
+                "--processes, torchrun or accelerate launch"
+            ) from error
+        local = int(os.environ.get("LOCAL_RANK", str(rank))), int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
+        return cls(rank, size, *local, keys)
+
+    def mine(self, work: Work) -> list[int]:
+        return list(work.todo[self.rank :: self.size])
+
+    @property
+    def threads(self) -> int:
+        """Cores for this process."""
+        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+
+    def device(self, name: str) -> str:
+        """Each process of a machine has a GPU of its own. Raises UserError where there are not enough."""
+        chosen = pick_device(name)
+        if self.local_size == 1 or chosen.split(":")[0] != "cuda":
+            return chosen
+        if ":" in chosen:
+            raise UserError(f"--device {name}: is one GPU for {self.local_size} processes. Use --device cuda")
+        import torch
+
+        if self.local_size > torch.cuda.device_count():
+            raise UserError(f"--processes {self.local_size}: this machine has {torch.cuda.device_count()} GPUs")
+        return f"cuda:{self.local_rank}"
+
+    def begin(self, work: Work) -> None:
+        """Rank 0: the store is there."""
+        if self.keys is not None:
+            self.keys.set("work", json.dumps([work.store, work.todo]))
+
+    def await_work(self, look: Callable[[], None]) -> Work:
+        """The others: waits for rank 0. `look` is called now and then and may raise."""
+        self.await_key("work", look)
+        store, todo = json.loads(self.keys.get("work"))
+        return Work(store, tuple(todo))
+
+    def done(self) -> None:
+        """The others: all my shards are committed."""
+        self.keys.set(f"done {self.rank}", "")
+
+    def await_others(self, look: Callable[[], None]) -> None:
+        """Rank 0: waits until all are done."""
+        for rank in range(1, self.size):
+            self.await_key(f"done {rank}", look)
+
+    def await_key(self, key: str, look: Callable[[], None]) -> None:
+        while not self.keys.check([key]):
+            look()
+            time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -1,0 +1,300 @@
+"""Any number of processes, killed at any time: one and the same store. And what goes wrong in a long harvest."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Sagsae, contents, save_corpus, sentences
+
+import harvest.capture
+import harvest.fill
+from harvest.capture import Capture
+from harvest.ring import Ring
+from harvest.run import harvest as run_harvest
+from shared.config import HarvestConfig, TrainConfig
+from shared.errors import UserError
+from shared.files import LocalFiles
+from shared.model import LanguageModel
+from shared.reader import open_reader, read_shard
+from shared.store import Store, is_store
+from shared.verify import verify
+from train.run import train as run_train
+
+Config = Callable[..., HarvestConfig]
+COMMAND = [
+    "harvest", "--model", "tiny", "--tokens", "40000", "--hook", "mlp_out", "--hook", "attn_out", "--context", "64",
+    "--set", "shard_rows=1024", "--set", "chunk_rows=256", "--set", "batch_tokens=512", "--json", "--out",
+]  # fmt: skip
+SHARDS = 40
+
+
+@pytest.fixture(scope="module")
+def whole(sagsae: Sagsae, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of one process that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    assert sagsae(*COMMAND, out).returncode == 0
+    return contents(out / "tiny")
+
+
+def commits(root: Path) -> int:
+    return len(Store.open(root).commits) if is_store(LocalFiles(root)) else 0
+
+
+def test_two_processes_write_the_store_of_one(sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path) -> None:
+    done = sagsae(*COMMAND, tmp_path, "--processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["tokens"] == 40_000, "one document, from rank 0"
+    assert contents(tmp_path / "tiny") == whole
+    assert not list((tmp_path / "tiny").glob(".lock.*"))
+
+
+def test_three_processes_continued_as_two(sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+
+    def two_have_written() -> bool:
+        return len(list((root / "manifest").glob("rank-*.jsonl"))) > 1
+
+    stopped = sagsae(*COMMAND, tmp_path, "--processes", 3, stop=(signal.SIGTERM, two_have_written))
+    assert stopped.returncode == 130, stopped.stderr
+    assert "To continue, run the same command again" in stopped.stderr
+    half = Store.open(root)
+    assert 2 <= len(half.commits) < SHARDS
+    assert verify(half, full=True).lines == []
+    done = sagsae(*COMMAND, tmp_path, "--processes", 2)
+    assert done.returncode == 0, done.stderr
+    assert contents(root) == whole
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """SIGKILL to all processes of a harvest at random moments, with 1, 2 and 3 processes in turn."""
+    root, rng, killed = tmp_path / "tiny", random.Random(0), 0
+    while killed < 20:
+        processes = ("1", "2", "3")[killed % 3]
+        command = [sys.executable, str(ROOT / "cli.py"), *COMMAND, str(tmp_path), "--processes", processes]
+        before = commits(root)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
+        deadline = time.monotonic() + 60
+        while commits(root) <= before and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.05)
+        if process.poll() is None:
+            for pid in (process.pid, *children(process.pid)):
+                kill(pid)
+            process.wait()
+            killed += 1
+            wait_until_gone(command)
+            assert verify(Store.open(root), full=True).lines == []
+        if commits(root) > SHARDS - 4:  # nearly done: once more from the beginning
+            shutil.rmtree(root)
+    assert sagsae(*COMMAND, tmp_path).returncode == 0
+    assert contents(root) == whole
+
+
+def children(pid: int) -> list[int]:
+    """Processes below this one."""
+    below: list[int] = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(fields[1]) == pid:
+            child = int(stat.parent.name)
+            below += [child, *children(child)]
+    return below
+
+
+def kill(pid: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+def wait_until_gone(command: list[str]) -> None:
+    out = command[command.index("--out") + 1].encode()
+    while any(out in words and b"python" in words for words in command_lines()):
+        time.sleep(0.01)
+
+
+def command_lines() -> list[bytes]:
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            found.append(path.read_bytes())
+        except OSError:
+            continue
+    return found
+
+
+def test_a_writer_that_fails_stops_the_model_at_once(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, shards = LocalFiles.write, []
+
+    def no_third_shard(files: LocalFiles, path: str, pieces: Any) -> None:
+        if path.startswith("layer_01/mlp_out/c/2/"):
+            raise RuntimeError("a bug")
+        write(files, path, pieces)
+
+    run = Capture.shard
+    monkeypatch.setattr(Capture, "shard", lambda self, shard, *rest: shards.append(shard) or run(self, shard, *rest))
+    monkeypatch.setattr(LocalFiles, "write", no_third_shard)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_harvest(harvest_config(tmp_path))
+    assert len(shards) <= 2 + harvest.fill.SLOTS
+    assert 2 not in Store.open(tmp_path / "s").commits
+
+
+def test_memory_that_goes_round() -> None:
+    made: list[int] = []
+    ring = Ring(lambda: made.append(0) or len(made), 2)
+    assert [ring.take(lambda: None), ring.take(lambda: None)] == [1, 2]
+    looked = 0
+
+    def look() -> None:
+        nonlocal looked
+        looked += 1
+        if looked == 2:
+            ring.give_back(1)
+
+    assert ring.take(look) == 1
+    assert made == [0, 0], "nothing more is made"
+    with pytest.raises(UserError, match="stop"):
+        ring.take(lambda: (_ for _ in ()).throw(UserError("stop")))
+
+
+def test_out_of_memory_halves_the_batch(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A stand-in for a GPU: this model refuses more than 3 contexts at once."""
+    exact = {"dtype": "float32", "store_dtype": "float32"}
+    expected = Store.open(run_harvest(harvest_config(tmp_path, name="whole", batch_tokens=32, **exact)).store)
+    capturing = LanguageModel.capturing
+
+    def small(self: LanguageModel, sinks: Any) -> Any:
+        @contextlib.contextmanager
+        def limited() -> Any:
+            with capturing(self, sinks) as run:
+
+                def refuse(tokens: torch.Tensor) -> None:
+                    if len(tokens) > 3:
+                        raise torch.OutOfMemoryError("CUDA out of memory")
+                    run(tokens)
+
+                yield refuse
+
+        return limited()
+
+    monkeypatch.setattr(LanguageModel, "capturing", small)
+    found = Store.open(run_harvest(harvest_config(tmp_path, name="halved", batch_tokens=128, **exact)).store)
+    said = capsys.readouterr().err
+    assert said.count("out of memory") == 2
+    assert "going on with 32 tokens in a batch" in said
+    assert {path: file for path, file in contents(found.root).items() if "/c/" in path} == {
+        path: file for path, file in contents(expected.root).items() if "/c/" in path
+    }
+    monkeypatch.setattr(
+        LanguageModel,
+        "capturing",
+        lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
+    )
+    with pytest.raises(UserError, match=r"does not suffice for one context of 16 tokens\. Lower --context"):
+        run_harvest(harvest_config(tmp_path, name="none"))
+
+
+def test_rows_with_nan_are_kept_when_that_is_asked_for(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are left out of statistics and of training; everything else is as without them."""
+    good = Store.open(run_harvest(harvest_config(tmp_path, name="good")).store)
+    push, bad = harvest.capture.HookSink.push, torch.arange(3, 5000, 97)
+
+    def poisoned(self: Any, activations: torch.Tensor) -> None:
+        start = self.first_row + self.begin
+        rows = torch.arange(start, start + len(activations))
+        activations = activations.clone()
+        activations[torch.isin(rows, bad), 5] = float("nan")
+        push(self, activations)
+
+    def shard(self: Capture, number: int, *rest: Any) -> Any:
+        harvest.capture.HookSink.first_row = self.spec.shard_range(number)[0]
+        return run(self, number, *rest)
+
+    run = Capture.shard
+    monkeypatch.setattr(Capture, "shard", shard)
+    monkeypatch.setattr(harvest.capture.HookSink, "push", poisoned)
+    with pytest.raises(UserError, match=r"in 6 rows, the first of them row 3 \(context 0, position 3\)"):
+        run_harvest(harvest_config(tmp_path, name="refused"))
+    store = Store.open(run_harvest(harvest_config(tmp_path, name="kept", allow_nonfinite=True)).store)
+    norms = np.concatenate([read_shard(open_reader(store, "stats/layer_01/mlp_out/norm"), k) for k in store.commits])
+    assert np.isnan(norms).sum() == len(bad)
+    counted = [commit.kept - commit.nonfinite["layer_01/mlp_out"] for commit in store.commits.values()]
+    assert store.statistics("layer_01/mlp_out").n == sum(counted) < good.statistics("layer_01/mlp_out").n
+    rows = np.concatenate([read_shard(open_reader(good, "layer_01/mlp_out"), k) for k in good.commits])
+    assert rows.shape[0] == 5000
+    sae = {"arch": "gated", "d_sae": 48, "sparsity": 0.2}
+    config = {"store": str(store.root), "hook": "mlp_out", "saes": [sae], "tokens": 1280, "batch": 64, "device": "cpu"}
+    trained = run_train(TrainConfig(**config, streams=4, window_rows=1024, heldout_tokens=320, out=tmp_path / "run"))
+    assert all(np.isfinite(result["r2"]) for result in trained.saes)
+
+
+def test_a_second_layer_over_the_same_tokens(
+    harvest_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows of both stores are in the same order, whatever their widths; the corpus is not tokenised again."""
+    first = Store.open(run_harvest(harvest_config(tmp_path, name="first", hooks=("mlp_out",), chunk_rows=None,
+                                                  shard_rows=None)).store)  # fmt: skip
+    capsys.readouterr()
+    other = {"chunk_rows": None, "shard_rows": None, "layers": (2,), "hooks": ("mlp_out", "blocks.0.mlp.hook_post")}
+    second = Store.open(run_harvest(harvest_config(tmp_path, name="second", **other)).store)
+    said = capsys.readouterr().err
+    assert "the tokens are those of" in said
+    assert "tokenising" not in said
+    assert set(second.spec.hookpoints) == {"layer_02/mlp_out", "layer_00/mlp.hook_post"}
+    for name in ("context", "position"):
+        assert contents(first.root / "index" / name) == contents(second.root / "index" / name)
+    assert contents(first.root / "tokens") == contents(second.root / "tokens")
+    alone = Store.open(run_harvest(harvest_config(tmp_path / "alone", name="second", **other)).store)
+    assert second.spec.corpus == alone.spec.corpus
+    both = Store.open(run_harvest(harvest_config(tmp_path, name="both", layers=(1, 2), hooks=("mlp_out",),
+                                                 chunk_rows=None, shard_rows=None)).store)  # fmt: skip
+    for hook, store in (("layer_01/mlp_out", first), ("layer_02/mlp_out", second)):
+        for shard in store.commits:
+            aligned = (read_shard(open_reader(each, hook), shard) for each in (both, store))
+            assert np.array_equal(*aligned), hook
+    run_harvest(harvest_config(tmp_path, name="third", seed=1))
+    assert "tokenising" in capsys.readouterr().err, "another order of documents is another corpus"
+
+
+def test_skipped_positions(harvest_config: Config, tmp_path: Path) -> None:
+    store = Store.open(run_harvest(harvest_config(tmp_path, skip_positions=4, hooks=("mlp_out",))).store)
+    ids = store.tokens().reshape(-1)[:5000]
+    kept = (ids != 0) & (np.arange(5000) % 16 >= 4)
+    assert store.statistics("layer_01/mlp_out").n == kept.sum()
+    assert store.n_rows == 5000, "all are stored"
+    with pytest.raises(UserError, match="skip_positions: the store has 4, this asks for 1"):
+        run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
+
+
+def test_an_unfinished_corpus_is_given_up_on_a_signal(sagsae: Sagsae, tmp_path: Path) -> None:
+    corpus = save_corpus(tmp_path / "corpus.jsonl", sentences(60_000))
+    root = tmp_path / "out" / "tiny"
+    stopped = sagsae("harvest", "--model", "tiny", "--corpus", corpus, "--out", tmp_path / "out", "--context", "64",
+                     stop=(signal.SIGINT, (root / "tokens.building").is_dir))  # fmt: skip
+    assert stopped.returncode == 130, stopped.stderr
+    assert "To continue, run the same command again" in stopped.stderr
+    assert not root.exists(), "nothing half-written is left"
