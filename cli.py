@@ -49,6 +49,9 @@ def harvest(
         bool, typer.Option("--allow-nonfinite", help="Keep rows with NaN or infinities, marked.")
     ] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure one batch, say what the whole would take, write nothing.")
+    ] = False,
     device: Device = None,
     out: Annotated[str | None, typer.Option(help="The folder (or s3:// prefix) that holds stores.")] = None,
     name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: the model's name.")] = None,
@@ -67,6 +70,12 @@ def harvest(
         "skip_positions": skip_positions, "allow_nonfinite": allow_nonfinite or None,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
+    if dry_run:
+        from harvest.trial import trial
+
+        found = trial(resolved, processes)
+        show(dataclasses.asdict(found), as_json, lambda: typer.echo(trial_text(found)))
+        raise typer.Exit
     if processes > 1 and "LOCAL_RANK" not in os.environ:
         launch(processes)
     from harvest.run import harvest as run
@@ -337,6 +346,45 @@ def bench_store(
     show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
+@bench_app.command("harvest")
+def bench_harvest(
+    model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny",
+    corpus: Annotated[str | None, typer.Option(help="Default: the corpus beside a local model.")] = None,
+    tokens: Annotated[int, typer.Option(min=1)] = 65_536,
+    context: Annotated[int | None, typer.Option(help="Default: the model's longest, at most 1024.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: mid.")] = None,
+    hook: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: resid_post, attn_out, mlp_out.")] = None,
+    codec: Annotated[str | None, typer.Option(help="zstd, lz4 or none.")] = None,
+    device: Device = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
+    folder: Annotated[Path | None, typer.Option(help="Where to write. Default: a temporary folder.")] = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """A harvest against the bare forward pass and against the codec alone, in one run."""
+    import tempfile
+
+    from shared.config import HarvestConfig
+    from shared.progress import progress
+
+    flags = {
+        "model": model, "corpus": corpus, "tokens": tokens, "context": context, "hooks": hook, "codec": codec,
+        "layers": [layer_number(text) for text in layer] if layer else None, "device": device,
+    }  # fmt: skip
+    config = resolve(HarvestConfig, flags, None, settings)
+    from harvest.bench_harvest import bench_harvest as measure
+
+    with tempfile.TemporaryDirectory(dir=folder) as place, progress("bench", (rounds + 1) * 4, "runs") as advance:
+        report = measure(config, Path(place), rounds, advance)
+
+    def text() -> None:
+        print_table(f"{model}, median over {rounds} rounds", report.raw["figures"])
+        for name, value in report.ratios.items():
+            typer.echo(f"{name:24} {value}")
+
+    show({**report.ratios, **report.raw}, as_json, text)
+
+
 def layer_number(text: str) -> int | str:
     if text != "mid" and not re.fullmatch("-?[0-9]+", text):
         raise typer.BadParameter(f"{text}: expected a layer number from 0, or mid", param_hint="--layer")
@@ -387,6 +435,30 @@ def harvest_text(summary: Any) -> str:
         for path, h in summary.hookpoints.items()
     ]
     return "\n".join(lines)
+
+
+def trial_text(trial: Any) -> str:
+    many = f"{trial.tokens:,}" if trial.tokens else "a million"
+    free = "" if trial.bytes_free is None else f"; {trial.bytes_free / 1e9:.3g} GB are free"
+    lines = [f"{trial.store}: {many} tokens, measured on one batch"]
+    lines += [
+        f"  {path}: d_in {h['d_in']}, {h['bytes'] / 1e9:.3g} GB, ratio {h['ratio']}"
+        for path, h in trial.hookpoints.items()
+    ]
+    lines += [
+        f"  {trial.bytes_to_write / 1e9:.3g} GB to write{free}{'' if trial.fits else ': too little'}",
+        f"  the model gives {trial.model_tokens_per_second:,.0f} tokens/s, the codec takes "
+        f"{trial.codec_tokens_per_second:,.0f}",
+    ]
+    if trial.seconds:
+        lines.append(f"  about {duration(trial.seconds)} at {trial.tokens_per_second:,.0f} tokens/s")
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def print_saes(title: str, saes: list[dict[str, Any]]) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from harvest.plan import default_chunk_rows, make_plan
 from harvest.recode import recode
 from harvest.run import harvest
-from harvest.writer import ShardRows, ShardWriter, rows_that_count
+from harvest.writer import ShardRows, ShardWriter
 from shared.bench import Run
 from shared.config import HarvestConfig
 from shared.create import create_store, finish_store
@@ -23,7 +23,7 @@ from shared.manifest import read_metadata
 from shared.permute import SHARD_ROWS, permutation
 from shared.reader import open_reader, read_shard
 from shared.shard import CODECS, as_float32, encode_chunk
-from shared.spec import HookSpec, StoreSpec
+from shared.spec import HookSpec, StoreSpec, rows_that_count
 from shared.store import Store, is_store
 
 CHUNKS_PER_SHARD: Final = 64

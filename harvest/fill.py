@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable
 from contextlib import closing
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -11,23 +12,32 @@ from harvest.capture import Capture, Slot, make_slot
 from harvest.ring import Ring
 from harvest.room import check_progress
 from harvest.team import Team
-from harvest.writer import Ready, ShardWriter, rows_that_count
+from harvest.writer import Ready, ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import UserError
 from shared.model import LanguageModel, ModelSource
 from shared.progress import progress, say
-from shared.spec import DTYPES, StoreSpec
+from shared.spec import DTYPES, StoreSpec, rows_that_count
 from shared.store import Store
 
 SLOTS = 3
 """Shards in memory: one that is captured, one that is written, one that waits in between."""
 
 
+@dataclass(frozen=True)
+class Filled:
+    """How it went."""
+
+    started: float
+    """When the model was loaded and the first batch began, by the monotonic clock."""
+    waited: float
+    """Seconds in which the model waited for the writer."""
+
+
 def fill(
     store: Store, config: HarvestConfig, source: ModelSource, team: Team, look: Callable[[], None], todo: list[int]
-) -> float:
-    """Captures and commits these shards. Gives the seconds in which the model waited for the writer. `look` is called
-    between batches and may raise."""
+) -> Filled:
+    """Captures and commits these shards. `look` is called between batches and may raise."""
     spec = store.spec
     model = LanguageModel(source, team.device(config.device), spec.model["dtype"])
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
@@ -51,7 +61,7 @@ def fill(
             rows = capture_shard(capture, shard, slot, watch)
             writer.submit(shard, rows, partial(ring.give_back, slot))
         writer.wait()
-    return watch.waited
+    return Filled(watch.started, watch.waited)
 
 
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:

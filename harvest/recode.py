@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.encode import Fetch, ShardFiles
-from harvest.writer import rows_that_count
 from shared.create import clean_up, create_store, finish_store, is_ours, reopen
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import Buffer, Files, LocalFiles, open_files
@@ -22,7 +21,7 @@ from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_shard
 from shared.record import provenance
 from shared.shard import BLOCK_BYTES, crc32
-from shared.spec import Codec, StoreSpec, shard_file
+from shared.spec import Codec, StoreSpec, rows_that_count, shard_file
 from shared.stop import stop_requests
 from shared.store import Store, is_store
 

@@ -14,7 +14,7 @@ from shared.progress import say
 from shared.spec import DTYPES
 from shared.store import Store, is_store
 
-EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 1.0}
+EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 2.0}
 """Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
 INDEX_BYTES: Final = 8
 """A token: its id, and where its row came from."""
@@ -44,12 +44,14 @@ class Need:
 
 def raw_bytes(config: HarvestConfig, d_in: int) -> int:
     """Of one row before the codec."""
-    return d_in * (1 if config.codec == "int8" else DTYPES[config.store_dtype][0].itemsize)
+    return d_in * DTYPES[config.store_dtype][0].itemsize
 
 
 def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) -> Need:
     """By the codec's usual ratio, or by ratios that were measured (raw bytes over stored ones)."""
+    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
     usual = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
+    usual = 0.99 * itemsize if plan.config.codec == "int8" else usual
     found = ratios or dict.fromkeys(plan.hooks, usual)
     each = {
         path: int(tokens * (raw_bytes(plan.config, hook.d_in) / found[path] + 4)) for path, hook in plan.hooks.items()

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from harvest.begin import begin, make_folder
-from harvest.fill import fill, rows_of
+from harvest.fill import Filled, fill, rows_of
 from harvest.plan import check_same, make_plan
 from harvest.room import check_room
 from harvest.team import Team, Work
@@ -32,6 +32,7 @@ class Summary:
     tokens: int
     hookpoints: dict[str, dict[str, Any]]
     seconds: float
+    """Of capturing and writing: loading the model is not counted."""
     tokens_per_second: float
     waiting_for_writer: float
     """Share of the time that the model stood still because the writer was behind."""
@@ -72,27 +73,26 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         reopen(store)
         work = Work(store.location, tuple(store.missing))
         team.begin(work)
-        started = time.monotonic()
-        waited = fill(store, config, plan.source, team, look, team.mine(work))
+        filled = fill(store, config, plan.source, team, look, team.mine(work))
         team.await_others(look)
         finish_store(plan.files, store.spec)
-    seconds = time.monotonic() - started
-    return summarise(Store.open(plan.files), seconds, rows_of(store.spec, work.todo), waited)
+    seconds = time.monotonic() - filled.started
+    return summarise(Store.open(plan.files), seconds, rows_of(store.spec, work.todo), filled.waited)
 
 
 def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
     """The others: a share of the shards. What the store is, they are told."""
     work = team.await_work(look)
-    todo, waited = team.mine(work), 0.0
-    store, started = Store.open(work.store), time.monotonic()
+    todo, filled = team.mine(work), Filled(time.monotonic(), 0.0)
+    store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
         if source.commit != store.spec.model["commit"]:
             raise UserError(f"--model {config.model}: is another model here than on rank 0's machine")
         with store.files.explained(), store.files.lock(team.rank):
-            waited = fill(store, config, source, team, look, todo)
+            filled = fill(store, config, source, team, look, todo)
     team.done()
-    return summarise(store, time.monotonic() - started, rows_of(store.spec, todo), waited)
+    return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
 
 
 def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary:

@@ -40,13 +40,6 @@ Ready = Callable[[], dict[str, ShardRows]]
 """Waits until a shard's rows are in memory, and gives them by hookpoint."""
 
 
-def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
-    """[contexts, context]: all but the first positions (0 is an outlier in most models) and special tokens."""
-    keep = ~np.isin(tokens, spec.special_ids)
-    keep[:, : spec.skip_positions] = False
-    return keep
-
-
 class ShardWriter:
     """Commits shards in the background, one at a time and in order, so that the next one can be captured meanwhile.
 

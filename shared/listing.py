@@ -1,10 +1,12 @@
 """What stores there are and what is in them, for `sagsae store ls` and `info`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, open_files
+from shared.norms import norms, outlying
 from shared.progress import say
 from shared.spec import DTYPES
 from shared.store import Store, is_store
@@ -52,7 +54,7 @@ def folder_name(files: Files) -> str:
 
 
 def describe_store(location: str | Path) -> dict[str, Any]:
-    """The whole specification, and the moments of every hookpoint."""
+    """The whole specification; of every hookpoint the moments, norms and outlying dimensions."""
     store = Store.open(location)
     about: dict[str, Any] = {"store": str(location), "state": store.state, "tokens": store.n_rows}
     about |= {"shards": f"{len(store.commits)} of {store.spec.n_shards}", "spec": store.spec.model_dump(mode="json")}
@@ -61,8 +63,12 @@ def describe_store(location: str | Path) -> dict[str, Any]:
         for row, hook in zip(about["hookpoints"], store.spec.hookpoints, strict=True):
             statistics, cost = store.statistics(hook), store.quantisation(hook)
             row["scale"] = statistics.scale
-            row["mean_norm"] = float((statistics.mean**2).sum() ** 0.5)
+            row["norm_of_mean"] = float((statistics.mean**2).sum() ** 0.5)
             row["counted"] = statistics.n
+            row["mean_square"] = float((statistics.variance + statistics.mean**2).sum())
+            row["variance"] = float(statistics.variance.sum())
+            row["outlying_dimensions"] = outlying(statistics)
+            row["norms"] = asdict(measured) if (measured := norms(store, hook)) else None
             if cost:
                 row |= {"snr_db": round(cost.snr_db, 2), "fvu_added": cost.fvu}
     return about

@@ -12,15 +12,31 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 SECONDS_BETWEEN_LINES: Final = 30.0
 
 
+hushed = False
+
+
+@contextmanager
+def hush() -> Iterator[None]:
+    """Nothing is said meanwhile: for what runs a command many times to measure it."""
+    global hushed
+    before, hushed = hushed, True
+    try:
+        yield
+    finally:
+        hushed = before
+
+
 def say(message: str) -> None:
     """One plain line of information."""
+    if hushed:
+        return
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
 @contextmanager
 def progress(title: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
     """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes."""
-    if not shown:
+    if hushed or not shown:
         yield lambda n, note: None  # noqa: ARG005
     elif sys.stderr.isatty():
         with Progress(

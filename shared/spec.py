@@ -8,6 +8,7 @@ import json
 from typing import Any, Final, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.config import Frozen
 from shared.shard import CODECS, Layout, crc32c
@@ -125,6 +126,13 @@ class StoreSpec(Frozen):
         group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
         found |= {parent: group for path in list(found) for parent in parents(path)}
         return {f"{path}/zarr.json": as_bytes(document) for path, document in sorted(found.items())}
+
+
+def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
+    """[contexts, context]: all but the first positions (0 is an outlier in most models) and special tokens."""
+    keep = ~np.isin(tokens, spec.special_ids)
+    keep[:, : spec.skip_positions] = False
+    return keep
 
 
 def token_layout(context: int, dtype: TokenType) -> Layout:

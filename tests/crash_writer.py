@@ -23,14 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from harvest.writer import ShardRows, ShardWriter, rows_that_count
+from harvest.writer import ShardRows, ShardWriter
 from shared.create import building, clean_up, clear_store, create_store, finish_store, place_tokens, write_tokens
 from shared.errors import DamagedError, UserError
 from shared.files import LOCK_FILE, Files, LocalFiles
 from shared.manifest import INDEX
 from shared.reader import open_reader, read_shard
 from shared.shard import as_float32
-from shared.spec import HookSpec, StoreSpec, shard_file
+from shared.spec import HookSpec, StoreSpec, rows_that_count, shard_file
 from shared.store import STATE_FILE, Store, is_store, write_state
 from shared.verify import verify
 

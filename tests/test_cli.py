@@ -60,7 +60,7 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["harvest", "--model", "tiny", "--context", "4096"], "was made for at most 128 tokens"),
         (["harvest", "--model", "tiny", "--tokens", "-5"], "error: tokens:"),
         (["harvest", "--model", "tiny", "--corpus", "./none"], "there is no such file or folder"),
-        (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Ask for fewer --tokens"),
+        (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Free space and run"),
         (["train", "--store", "none", "--arch", "gated:8"], "does not exist. Make a store with: sagsae harvest"),
         (["train", "--store", "none"], "error: saes: is needed; give --arch ARCH:WIDTH"),
         (["train", "--config", "none.toml"], "error: --config none.toml: cannot be read"),

@@ -34,7 +34,7 @@ from zarr.storage import MemoryStore
 import harvest.recode
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
-from harvest.writer import ShardRows, ShardWriter, rows_that_count
+from harvest.writer import ShardRows, ShardWriter
 from shared.config import HarvestConfig
 from shared.create import building, create_store, finish_store, place_tokens, write_tokens
 from shared.errors import DamagedError, Interrupted, UserError
@@ -45,7 +45,7 @@ from shared.quantise import LEVELS, dequantise, dim_scale, quantise
 from shared.reader import ArrayReader, open_reader, read_shard
 from shared.shard import CODECS, Layout, as_float32, crc32, encode_shard
 from shared.shard import crc32c as fast_crc32c
-from shared.spec import DTYPES, HookSpec, StoreSpec, shard_file, token_layout
+from shared.spec import DTYPES, HookSpec, StoreSpec, rows_that_count, shard_file, token_layout
 from shared.store import Store, write_state
 from shared.verify import verify
 from train.rows import Kept, Rows

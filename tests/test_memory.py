@@ -8,9 +8,10 @@ from pathlib import Path
 from conftest import ROOT
 from crash_writer import Size, begin, rows_of
 
-from harvest.writer import ShardWriter, rows_that_count
+from harvest.writer import ShardWriter
 from shared.create import finish_store
 from shared.files import LocalFiles
+from shared.spec import rows_that_count
 from shared.store import Store
 
 D_IN, CHUNK_ROWS, CHUNKS, SHARDS = 512, 1024, 16, 12

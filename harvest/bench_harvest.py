@@ -1,0 +1,154 @@
+"""`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
+
+The bare forward is Hugging Face's own model, cut off after the layer that is harvested, without TransformerLens and
+without hooks. Encoding is the codec alone, on every core, on the very rows that are harvested.
+"""
+
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+
+from harvest.capture import Capture, make_slot
+from harvest.fill import default_batch_tokens
+from harvest.run import harvest
+from harvest.team import Team
+from shared.bench import machine
+from shared.config import HarvestConfig
+from shared.model import LanguageModel, ModelSource, layer_of, resolve_model, torch_dtype
+from shared.progress import hush
+from shared.reader import open_reader, read_shard
+from shared.shard import encode_chunk
+from shared.spec import rows_that_count
+from shared.store import Store
+
+
+@dataclass(frozen=True)
+class Report:
+    """Ratios of seconds: smaller is better, 1 is the limit."""
+
+    ratios: dict[str, float | None]
+    raw: dict[str, Any]
+
+
+def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]) -> Report:
+    """Every measure once a round, in turns, after a round that does not count; ratios are medians over the rounds.
+    `config.tokens` must be given. Raises UserError for what a harvest would refuse."""
+    with hush():
+        store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
+    source = resolve_model(config.model, config.revision)
+    model = LanguageModel(source, Team().device(config.device), store.spec.model["dtype"])
+    last = max(layer_of(hook.name) for hook in store.spec.hookpoints.values())
+    bare = cut_off(source, model.device, store.spec.model["dtype"], last)
+    tokens, spec = store.tokens(), store.spec
+    contexts = max(1, (config.batch_tokens or default_batch_tokens(model.device, model.d_model)) // spec.context)
+    capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts)
+    slot = make_slot(spec, model.device)
+    chunks = encodable(store)
+
+    def forward() -> None:
+        with torch.inference_mode():
+            for shard in store.commits:
+                start, stop = spec.shard_range(shard)
+                end = -(-stop // spec.context)
+                for first in range(start // spec.context, end, contexts):
+                    ids = torch.from_numpy(tokens[first : min(first + contexts, end)].astype("int64"))
+                    bare(ids.to(model.device), use_cache=False)
+        synchronize(model.device)
+
+    def captured() -> None:
+        for shard in store.commits:
+            capture.shard(shard, slot, lambda _: None)()
+
+    def encoded() -> None:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
+
+    found: dict[str, list[float]] = {"forward": [], "capture": [], "encode": [], "harvest": []}
+    waiting = []
+    for number in range(rounds + 1):
+        seconds = {}
+        for name, run in (("forward", forward), ("capture", captured), ("encode", encoded)):
+            started = time.perf_counter()
+            run()
+            seconds[name] = time.perf_counter() - started
+            advance(1, name)
+        shutil.rmtree(folder / "again", ignore_errors=True)
+        with hush():
+            done = harvest(config.model_copy(update={"out": str(folder), "name": "again"}))
+        seconds["harvest"] = done.seconds
+        advance(1, "harvest")
+        if number:
+            waiting.append(done.waiting_for_writer)
+            for name, value in seconds.items():
+                found[name].append(value)
+    return report(store, model.device, found, waiting)
+
+
+def report(store: Store, device: torch.device, found: dict[str, list[float]], waiting: list[float]) -> Report:
+    rounds = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    stored = sum(store.stored_bytes(hook) for hook in store.spec.hookpoints)
+    raw = sum(rows.nbytes for rows in encodable(store))
+    ratios = {
+        "capture_vs_forward": round(median(r["capture"] / r["forward"] for r in rounds), 3),
+        "harvest_vs_limit": round(median(r["harvest"] / max(r["forward"], r["encode"]) for r in rounds), 3),
+        "stalled": round(median(waiting), 4),
+    }
+    figures = [
+        {
+            "what": name,
+            "tokens/s": round(store.n_rows / median(seconds)),
+            "GB/s": round(raw / median(seconds) / 1e9, 3),
+            "seconds": round(median(seconds), 3),
+            "lowest": round(min(seconds), 3),
+            "highest": round(max(seconds), 3),
+        }
+        for name, seconds in found.items()
+    ]
+    about = {
+        "machine": machine(), "device": device_name(device), "model": store.spec.model["name"],
+        "dtype": store.spec.model["dtype"], "context": store.spec.context, "tokens": store.n_rows,
+        "hookpoints": {path: hook.d_in for path, hook in store.spec.hookpoints.items()},
+        "codec": store.spec.codec, "bytes": raw, "stored": stored,
+    }  # fmt: skip
+    return Report(ratios, {**about, "figures": figures})
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def cut_off(source: ModelSource, device: torch.device, dtype: str, last: int) -> Any:
+    """Hugging Face's model without its head and without the layers after `last`."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(
+        source.location, dtype=torch_dtype(dtype), attn_implementation="sdpa", **source.arguments
+    )
+    base = model.base_model.to(device).eval().requires_grad_(False)
+    n = model.config.get_text_config().num_hidden_layers
+    blocks = next(m for m in base.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == n)
+    del blocks[last + 1 :]
+    return base
+
+
+def encodable(store: Store) -> list[NDArray[Any]]:
+    """All rows of all hookpoints in the chunks that they are stored in."""
+    chunks = []
+    for hook in store.spec.hookpoints:
+        for shard in store.commits:
+            rows = read_shard(open_reader(store, hook), shard)
+            chunks += [rows[at : at + store.spec.chunk_rows] for at in range(0, len(rows), store.spec.chunk_rows)]
+    return chunks

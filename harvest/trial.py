@@ -1,0 +1,129 @@
+"""`sagsae harvest --dry-run`: one batch through the model and the codec, to say what the whole harvest would take.
+
+Nothing is written. The batch is the beginning of the corpus, not shuffled, so that little of it has to be read.
+"""
+
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harvest.begin import token_rows
+from harvest.capture import BITS
+from harvest.fill import default_batch_tokens
+from harvest.pack import Counts
+from harvest.plan import Plan, default_chunk_rows, make_plan
+from harvest.room import expected, raw_bytes
+from harvest.team import Team
+from shared.config import HarvestConfig
+from shared.errors import UserError
+from shared.model import LanguageModel, torch_dtype
+from shared.progress import say
+from shared.quantise import dim_scale, quantise
+from shared.shard import as_float32, encode_chunk
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one batch says about the whole."""
+
+    store: str
+    tokens: int | None
+    """None: all that the corpus gives, which only reading it would tell."""
+    hookpoints: dict[str, dict[str, Any]]
+    """By path: d_in, the measured ratio, bytes (of a million tokens where `tokens` is None)."""
+    bytes_to_write: int
+    bytes_free: int | None
+    fits: bool
+    model_tokens_per_second: float
+    codec_tokens_per_second: float
+    """On all cores of this machine."""
+    tokens_per_second: float
+    """Of the whole: the slower of the two on a GPU; on a CPU they share the cores."""
+    seconds: float | None
+
+
+def trial(config: HarvestConfig, processes: int = 1) -> Trial:
+    """Raises UserError for whatever the harvest would refuse."""
+    plan = make_plan(config)
+    say(f"{plan.name}: a dry run on one batch")
+    model = LanguageModel(plan.source, plan.device, plan.dtype)
+    batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
+    rows, model_seconds = captured(plan, model, first_rows(plan, max(1, batch // plan.context)))
+    n = len(next(iter(rows.values())))
+    threads = Team().threads
+    sizes, codec_seconds = encoded(config, rows, threads)
+    ratios = {path: n * raw_bytes(config, plan.hooks[path].d_in) / size for path, size in sizes.items()}
+    need = expected(plan, config.tokens or 1_000_000, ratios)
+    shared = model_seconds + codec_seconds
+    together = shared if model.device.type == "cpu" else max(model_seconds / processes, codec_seconds)
+    return Trial(
+        plan.name,
+        config.tokens,
+        {
+            path: {"d_in": hook.d_in, "ratio": round(ratios[path], 3), "bytes": need.hookpoints[path]}
+            for path, hook in plan.hooks.items()
+        },
+        need.to_write,
+        need.free,
+        need.fits,
+        round(n / model_seconds, 1),
+        round(n / codec_seconds, 1),
+        round(n / together, 1),
+        round(config.tokens * together / n, 1) if config.tokens else None,
+    )
+
+
+def first_rows(plan: Plan, contexts: int) -> NDArray[Any]:
+    """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has not one row."""
+    config = plan.config.model_copy(update={"shuffle_documents": False, "tokens": None})
+    blocks: Iterator[NDArray[Any]] = token_rows(Plan(**{**vars(plan), "config": config}), Counts())
+    found = list(islice(chain.from_iterable(blocks), contexts))
+    if not found:
+        raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
+    return np.stack(found)
+
+
+def captured(plan: Plan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
+    """Rows of every hookpoint as they are stored, on the host, and the median seconds that a batch takes."""
+    found: dict[str, torch.Tensor] = {}
+    dtype, seconds = torch_dtype(plan.config.store_dtype), []
+
+    def sink(path: str, activations: torch.Tensor) -> None:
+        found[path] = activations.to(dtype).to("cpu", copy=True)
+
+    sinks = {hook.name: lambda x, path=path: sink(path, x) for path, hook in plan.hooks.items()}
+    with model.capturing(sinks) as run:
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            run(torch.from_numpy(ids.astype("int64")))
+            seconds.append(time.perf_counter() - started)
+    return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, float(np.median(seconds))
+
+
+def encoded(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
+    """Bytes of every hookpoint's rows through the codec, and the seconds that it takes on so many threads."""
+    sizes: dict[str, int] = {}
+    at = config.chunk_rows or default_chunk_rows(max(x.shape[1] * x.itemsize for x in rows.values()))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for path, x in rows.items():
+            chunks = [x[i : i + at] for i in range(0, len(x), at)]
+            sizes[path] = sum(pool.map(lambda chunk: encoded_size(config, chunk), chunks))
+    return sizes, time.perf_counter() - started
+
+
+def encoded_size(config: HarvestConfig, rows: NDArray[Any]) -> int:
+    if config.codec != "int8":
+        return len(encode_chunk(rows, config.codec))
+    x = as_float32(rows, config.store_dtype)
+    q, scale = quantise(x, dim_scale(np.square(x.astype(np.float64)).sum(0), len(x)))
+    return q.nbytes + scale.nbytes

@@ -1,0 +1,52 @@
+"""A dry run writes nothing and says what the harvest then does; the benchmark measures both of its halves."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import Sagsae, save_corpus
+
+from harvest.run import harvest as run_harvest
+from harvest.trial import trial
+from shared.config import HarvestConfig
+from shared.errors import UserError
+
+Config = Callable[..., HarvestConfig]
+
+
+@pytest.mark.parametrize("codec", ["zstd", "int8"])
+def test_a_dry_run_foresees_the_store(harvest_config: Config, tmp_path: Path, codec: str) -> None:
+    config = harvest_config(tmp_path / "out", codec=codec, batch_tokens=2048)
+    found = trial(config)
+    assert not (tmp_path / "out").exists(), "nothing is written"
+    assert found.fits
+    assert found.seconds is not None
+    assert found.seconds > 0
+    done = run_harvest(config)
+    for path, hook in done.hookpoints.items():
+        assert found.hookpoints[path]["d_in"] == hook["d_in"]
+        assert found.hookpoints[path]["ratio"] == pytest.approx(hook["ratio"], rel=0.15)
+
+
+def test_a_dry_run_of_a_whole_corpus_and_of_too_little(harvest_config: Config, tmp_path: Path) -> None:
+    assert trial(harvest_config(tmp_path, tokens=None)).seconds is None
+    little = str(save_corpus(tmp_path / "little.jsonl", ["a cat"]))
+    with pytest.raises(UserError, match="less than one row of 16"):
+        trial(harvest_config(tmp_path, corpus=little))
+
+
+def test_commands(sagsae: Sagsae, tmp_path: Path) -> None:
+    tiny = ("--model", "tiny", "--tokens", "3000", "--context", "32", "--hook", "mlp_out")
+    said = sagsae("harvest", *tiny, "--out", tmp_path / "out", "--dry-run")
+    assert said.returncode == 0, said.stderr
+    assert "3,000 tokens, measured on one batch" in said.stdout
+    assert "GB are free" in said.stdout
+    assert not (tmp_path / "out").exists()
+    measured = sagsae("bench", "harvest", *tiny, "--rounds", 1, "--json", "--folder", tmp_path)
+    assert measured.returncode == 0, measured.stderr
+    report = json.loads(measured.stdout)
+    assert 0 < report["capture_vs_forward"] < 10
+    assert 0 < report["harvest_vs_limit"] < 100
+    assert report["tokens"] == 3000
+    assert list(tmp_path.iterdir()) == [], "the stores go again"
