@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.capture import capture_shard, make_buffers
-from harvest.pack import Counts, pack, shuffled
+from harvest.documents import Stream, refuse
+from harvest.pack import Counts, cut, pack, shuffled, skipping
 from harvest.plan import Plan, check_room, check_same, make_plan, make_spec
 from harvest.writer import ShardWriter, rows_that_count
 from shared.config import HarvestConfig
@@ -101,6 +102,8 @@ def begin(plan: Plan) -> None:
     with building(plan.files) as folder:
         try:
             tokens = write_tokens(folder, token_rows(plan, counts), plan.context, plan.info.vocab_size)
+            if counts.bad:
+                say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
             available, wanted = tokens.rows * plan.context, plan.config.tokens
             if available < (wanted or 1):
                 asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
@@ -131,21 +134,25 @@ def leave_nothing(files: Files) -> None:
 
 def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
     """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
-    documents = plan.corpus.documents()
-    if plan.config.shuffle_documents:
-        documents = shuffled(documents, plan.config.seed)
-    blocks = pack(
-        documents,
+    blocks = packed_rows(plan, counts)
+    if plan.config.tokens is None:
+        return blocks
+    wanted = -(-plan.config.tokens // plan.context)
+    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
+
+
+def packed_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+    if isinstance(plan.corpus, Stream):
+        return cut(plan.corpus.blocks(), plan.context, plan.bos_id, counts)
+    documents = plan.corpus.documents(skipping(counts) if plan.config.on_bad_document == "skip" else refuse)
+    return pack(
+        shuffled(documents, plan.config.seed) if plan.shuffles else documents,
         plan.tokenizer,
         context=plan.context,
         eos_id=plan.tokenizer.eos_token_id,
         bos_id=plan.bos_id,
         counts=counts,
     )
-    if plan.config.tokens is None:
-        return blocks
-    wanted = -(-plan.config.tokens // plan.context)
-    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
 
 
 def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
