@@ -13,7 +13,7 @@ from jaxtyping import Int64
 
 from shared.errors import UserError
 
-Ids = Int64[np.ndarray, " ids"]
+Ids = Int64[np.ndarray, " _ids"]
 Document = str | Ids
 """A text, or ids without the EOS that joins them to the next document."""
 

@@ -15,7 +15,8 @@ from shared.config import HarvestConfig
 from shared.errors import UserError
 from shared.progress import say
 
-SECONDS_TO_ANSWER: Final = 3
+SECONDS_TO_ANSWER: Final = 2
+"""Of one try; the client makes two before it gives up."""
 BUILDERS: Final = ("arrow", "csv", "json", "parquet", "text")
 """How a repository on this machine may be stored. None of them unpickles or runs anything."""
 
@@ -106,15 +107,15 @@ def saved_set(folder: Path, config: HarvestConfig, field: Field) -> Corpus:
         dataset = library.load_from_disk(str(folder))
     except Exception as error:  # arrow, JSON and file system errors
         raise _unreadable(str(folder), error) from error
-    there = dataset if isinstance(dataset, dict) else {str(dataset.split or split): dataset}
-    if split not in there and (there is dataset or "corpus_split" in config.model_fields_set):
+    there = list(dataset) if isinstance(dataset, dict) else [str(dataset.split)] if dataset.split else [split]
+    if split not in there and (isinstance(dataset, dict) or "corpus_split" in config.model_fields_set):
         raise UserError(
             f"corpus {folder}: has no split {split!r}; there are: {', '.join(there)}. Choose one: "
             "--set corpus_split=NAME"
         )
-    chosen = there.get(split) or next(iter(there.values()))
+    chosen = dataset[split] if isinstance(dataset, dict) else dataset
     files = [Path(file["filename"]) for file in chosen.cache_files]
-    description = {"kind": "huggingface-saved", "split": split, "files": described(files, folder)}
+    description = {"kind": "huggingface-saved", "split": str(chosen.split or split), "files": described(files, folder)}
     return _corpus(chosen.with_format(None), str(folder), field, description)
 
 
@@ -132,6 +133,8 @@ def repository_card(folder: Path) -> dict[str, Any] | None:
 
 def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, field: Field) -> Corpus:
     """A data-set repository on this machine, read where it is. Raises UserError when it names files elsewhere."""
+    if (folder / ".huggingface.yaml").exists():
+        raise UserError(f"corpus {folder}: its .huggingface.yaml is not read; write what it says into README.md")
     elsewhere = next((text for text in _strings(card.get("configs")) if "://" in text), None)
     if elsewhere is not None:
         raise UserError(
