@@ -114,8 +114,9 @@ def saved_set(folder: Path, config: HarvestConfig, field: Field) -> Corpus:
             "--set corpus_split=NAME"
         )
     chosen = dataset[split] if isinstance(dataset, dict) else dataset
+    read = split if isinstance(dataset, dict) else there[0]
     files = [Path(file["filename"]) for file in chosen.cache_files]
-    description = {"kind": "huggingface-saved", "split": str(chosen.split or split), "files": described(files, folder)}
+    description = {"kind": "huggingface-saved", "split": read, "files": described(files, folder)}
     return _corpus(chosen.with_format(None), str(folder), field, description)
 
 

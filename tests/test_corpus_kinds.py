@@ -278,12 +278,14 @@ def write_ids(path: Path, ids: list[list[int]], kind: str) -> Path:
 def test_ids_give_the_rows_of_their_texts(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, kind: str, bos_id: int | None
 ) -> None:
-    texts = [*sentences(150), *TEXTS, "a text that spells <|endoftext|>"]
+    texts = [*sentences(151), "", "", *TEXTS, "a text that spells <|endoftext|>"]
     (tmp_path / "texts.jsonl").write_bytes(json_lines(texts))
     expected, counted = packed(opened(tmp_path / "texts.jsonl"), tokenizer, bos_id)
     (tmp_path / "ids").mkdir()
     ids = ids_of(tokenizer, texts[:-1])
     ids[1::3] = [[*each, EOS] for each in ids[1::3]]  # some end in EOS already, one is nothing else
+    assert [EOS] in ids
+    assert [] in ids
     ids.append([*ids_of(tokenizer, texts[-1:])[0], EOS])
     corpus = opened(write_ids(tmp_path / "ids", ids, kind), text_field="input_ids")
 
