@@ -153,7 +153,7 @@ def _with_text(documents: Iterable[Document], eos_id: int, counts: Counts) -> It
 def _is_empty(document: Document, eos_id: int) -> bool:
     if isinstance(document, str):
         return not document or document.isspace()
-    return len(document) == 0 or (len(document) == 1 and document[0] == eos_id)
+    return document[:2].tolist() in ([], [eos_id])
 
 
 def _uniform(seed: int) -> Callable[[int], int]:

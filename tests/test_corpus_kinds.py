@@ -334,7 +334,7 @@ def write_array(folder: Path, ids: np.ndarray, kind: str, chunk: int = 7) -> Pat
     if kind == "npy":
         np.save(folder / "a.npy", ids)
         return folder / "a.npy"
-    array = zarr.create_array(folder / "a.zarr", data=ids, chunks=(chunk, *ids.shape[1:]))
+    array = zarr.create_array(folder / "a.zarr", data=ids, chunks=(chunk, *ids.shape[1:]), compressors=None)
     assert array.metadata.zarr_format == 3
     return folder / "a.zarr"
 
