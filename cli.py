@@ -38,6 +38,7 @@ def harvest(
     layer: Annotated[list[str] | None, typer.Option(help="Layer number from 0, or mid. Repeatable.")] = None,
     hook: Annotated[list[str] | None, typer.Option(help="resid_post, attn_out, mlp_out, … Repeatable.")] = None,
     corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
+    on_bad_document: Annotated[str | None, typer.Option(help="refuse, or skip and count.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Activation rows wanted, exactly.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in: auto, float32, bfloat16.")] = None,
@@ -68,6 +69,7 @@ def harvest(
         "layers": [layer_number(text) for text in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
         "skip_positions": skip_positions, "allow_nonfinite": allow_nonfinite or None,
+        "on_bad_document": on_bad_document,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
     if dry_run:

@@ -12,7 +12,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.pack import Counts, pack, shuffled
+from harvest.documents import Stream, refuse
+from harvest.pack import Counts, cut, pack, shuffled, skipping
 from harvest.plan import Plan, corpus_asked, identity, make_spec
 from harvest.room import check_room
 from shared.create import Tokens, building, clear_store, create_store, is_ours, place_tokens, write_tokens
@@ -78,6 +79,8 @@ def tokenised(plan: Plan, folder: Any, look: Callable[[], None]) -> tuple[Tokens
     counts = Counts()
     say(f"{plan.name}: tokenising")
     tokens = write_tokens(folder, looking(token_rows(plan, counts), look), plan.context, plan.info.vocab_size)
+    if counts.bad:
+        say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
     if available < (wanted or 1):
         asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
@@ -96,21 +99,25 @@ def looking(blocks: Iterator[NDArray[Any]], look: Callable[[], None]) -> Iterato
 
 def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
     """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
-    documents = plan.corpus.documents()
-    if plan.config.shuffle_documents:
-        documents = shuffled(documents, plan.config.seed)
-    blocks = pack(
-        documents,
+    blocks = packed_rows(plan, counts)
+    if plan.config.tokens is None:
+        return blocks
+    wanted = -(-plan.config.tokens // plan.context)
+    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
+
+
+def packed_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+    if isinstance(plan.corpus, Stream):
+        return cut(plan.corpus.blocks(), plan.context, plan.bos_id, counts)
+    documents = plan.corpus.documents(skipping(counts) if plan.config.on_bad_document == "skip" else refuse)
+    return pack(
+        shuffled(documents, plan.config.seed) if plan.shuffles else documents,
         plan.tokenizer,
         context=plan.context,
         eos_id=plan.tokenizer.eos_token_id,
         bos_id=plan.bos_id,
         counts=counts,
     )
-    if plan.config.tokens is None:
-        return blocks
-    wanted = -(-plan.config.tokens // plan.context)
-    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
 
 
 def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 
-from harvest.corpus import Corpus, open_corpus
+from harvest.arrays import takes_rows
+from harvest.corpus import open_corpus
+from harvest.documents import Corpus, Stream
 from harvest.pack import Counts
 from shared.config import HarvestConfig
 from shared.create import Tokens
@@ -42,7 +44,7 @@ class Plan:
     source: ModelSource
     info: ModelInfo
     tokenizer: Any
-    corpus: Corpus
+    corpus: Corpus | Stream
     device: str
     dtype: str
     context: int
@@ -53,6 +55,10 @@ class Plan:
     @property
     def name(self) -> str:
         return self.files.name
+
+    @property
+    def shuffles(self) -> bool:
+        return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
 
 
 def make_plan(config: HarvestConfig) -> Plan:
@@ -75,11 +81,10 @@ def make_plan(config: HarvestConfig) -> Plan:
             f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens, the model only {info.vocab_size}"
         )
     default = Path(source.location) / "corpus.jsonl" if source.local else None
-    corpus = open_corpus(config, default)
+    corpus = open_corpus(config, default, info.vocab_size)
+    bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, tokenizer)
     files = open_files(join(config.out, config.name or store_name(source)))
-    return Plan(
-        config, source, info, tokenizer, corpus, device, dtype, context, bos_token(config, tokenizer), hooks, files
-    )
+    return Plan(config, source, info, tokenizer, corpus, device, dtype, context, bos_id, hooks, files)
 
 
 def hook_width(name: str, model_config: Any) -> int:
@@ -148,7 +153,8 @@ def corpus_asked(plan: Plan) -> dict[str, Any]:
     """The part of a store's `corpus` that the configuration alone decides."""
     return {
         "source": plan.corpus.description,
-        "shuffled": plan.config.shuffle_documents,
+        "shuffled": plan.shuffles,
+        "on_bad_document": plan.config.on_bad_document,
     }
 
 
@@ -169,6 +175,7 @@ def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> Stor
         "whole": plan.config.tokens is None,
         "documents": counts.documents,
         "empty_documents": counts.empty,
+        "bad_documents": counts.bad,
         "ids_blake2b": tokens.digest,
     }
     return StoreSpec(
@@ -189,7 +196,7 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
         "chunk_rows": plan.config.chunk_rows,
         "shard_rows": plan.config.shard_rows,
     }
-    found: dict[str, Any] = {**dict(spec), **spec.corpus}
+    found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     optional = ("n_tokens", "chunk_rows", "shard_rows")
     pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
     differ = [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]

@@ -45,12 +45,18 @@ class HarvestConfig(Frozen):
     hooks: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
     """Short names, or TransformerLens names such as `blocks.3.attn.hook_z`."""
     corpus: str | None = None
-    """A file, a folder or the name of a Hugging Face data set. Default: the `corpus.jsonl` beside a local model."""
+    """A file, a folder or the name of a Hugging Face data set (docs/corpora.md). Default: the `corpus.jsonl` beside a
+    local model."""
     corpus_config: str | None = None
     """Configuration (subset) of a Hugging Face data set."""
     corpus_split: str = "train"
+    corpus_revision: str | None = None
+    """Branch, tag or commit of a Hugging Face data set."""
     text_field: str = "text"
-    """The field or column that holds a document's text, in JSON lines, parquet and Hugging Face data sets."""
+    """The field or column that holds a document, in JSON lines, parquet and Hugging Face data sets: its text, or the
+    list of its token ids."""
+    on_bad_document: Literal["refuse", "skip"] = "refuse"
+    """What to do at a document that is not UTF-8, not JSON, lacks the field or holds something else in it."""
     shuffle_documents: bool = True
     """Shuffle documents (seeded, a buffer of 100,000) before they are packed."""
     context: Annotated[int, Field(ge=2)] | None = None

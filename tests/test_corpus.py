@@ -10,6 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -65,7 +66,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def opened(corpus: Path | str, **settings: object) -> Corpus:
-    return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None)
+    return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
 
 
 def texts_of(corpus: Path | str, **settings: object) -> list[str]:
@@ -275,10 +276,10 @@ def test_description_of_one_file(tmp_path: Path) -> None:
 
 def test_the_default_is_the_file_beside_the_model(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "corpus.jsonl")
-    assert list(open_corpus(HarvestConfig(model="tiny"), path).documents()) == TEXTS
+    assert list(open_corpus(HarvestConfig(model="tiny"), path, 300).documents()) == TEXTS
     for none in (None, tmp_path / "absent.jsonl"):
         with pytest.raises(UserError, match="no corpus: pass --corpus FILE"):
-            open_corpus(HarvestConfig(model="tiny"), none)
+            open_corpus(HarvestConfig(model="tiny"), none, 300)
 
 
 def test_home_and_relative_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,7 +316,12 @@ def test_an_empty_name() -> None:
 
 def test_a_file_of_unknown_extension(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("x")
-    fails(tmp_path / "a.csv", "a.csv", "not known", ".jsonl, .jsonl.gz, .json, .txt, .md, .parquet")
+    fails(
+        tmp_path / "a.csv",
+        "a.csv",
+        "not known",
+        ".jsonl, .jsonl.gz, .jsonl.zst, .json, .txt, .txt.gz, .txt.zst, .md, .parquet, .npy",
+    )
 
 
 def test_a_folder_without_usable_files(tmp_path: Path) -> None:
@@ -368,7 +374,7 @@ def test_not_utf8_names_the_line(tmp_path: Path) -> None:
         ('["text"]', ["is a list", 'one object a line, {"text": ...}']),
         ('{"body": "b", "n": 1}', ["no field 'text'", "there are: body, n.", "--set text_field=NAME"]),
         ("{}", ["no field 'text'", "there are: none."]),
-        ('{"text": 3}', ["'text' is of type int, not a string", "--set text_field=NAME"]),
+        ('{"text": 3}', ["'text' is of type int, not a string or a list of ids", "--set text_field=NAME"]),
         ('{"text": null}', ["'text' is of type NoneType, not a string"]),
         ('{"text": "\\ud800"}', ["'text' is not Unicode text (surrogates not allowed)", "correct or remove it"]),
     ],
@@ -395,14 +401,14 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     write_parquet(path, field="body")
     fails(path, "a.parquet: has no field 'text'", "there are: id, body.", "--set text_field=NAME")
-    fails(path, "a.parquet, row 1: 'id' is of type int, not a string", text_field="id")
+    fails(path, "a.parquet, row 1: 'id' is of type int, not a string or a list of ids", text_field="id")
     write_parquet(path, ["a", "b", None])
     fails(path, "a.parquet, row 3: 'text' is of type NoneType")
     path.write_bytes(path.read_bytes()[:-9])
     fails(path, "a.parquet: is not a readable parquet file", "write it anew")
     latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"]).buffers())
     pq.write_table(pa.table({"text": latin}), path)
-    fails(path, "a.parquet, after row 0: 'text' is not UTF-8", "write it anew")
+    fails(path, "a.parquet, row 1: 'text' is not UTF-8", "write it anew")
 
 
 # --- Hugging Face data sets
@@ -416,9 +422,22 @@ def examples(files: list[str]) -> Iterator[dict[str, object]]:
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """`datasets.load_dataset` gives a real streamed data set of unknown columns; returns its calls."""
-    calls: list[object] = []
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """The hub's one answer: whatever the data set and the revision, they are at COMMIT. Returns the questions."""
+    questions: list[object] = []
+
+    def answer(_api: object, name: str, revision: str | None, timeout: float) -> SimpleNamespace:
+        questions.append((name, revision, timeout))
+        return SimpleNamespace(sha=COMMIT)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", answer)
+    return questions
+
+
+@pytest.fixture
+def asked(hub: list[object], monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """`datasets.load_dataset` gives a real streamed data set of unknown columns; returns its calls, after the hub's."""
+    calls = hub
 
     def load(*names: object, **options: object) -> datasets.IterableDataset:
         calls.append((names, options))
@@ -431,10 +450,10 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.mark.parametrize("name", ["owner/name", "name", "owner/name-v1.5"])
 def test_a_streamed_data_set(asked: list[object], name: str) -> None:
-    corpus = opened(name, corpus_config="sub", corpus_split="test")
+    corpus = opened(name, corpus_config="sub", corpus_split="test", corpus_revision="v2")
     assert list(corpus.documents()) == TEXTS
     assert list(corpus.documents()) == TEXTS, "a second pass is a fresh one"
-    assert asked == [((name, "sub"), {"split": "test", "streaming": True})]
+    assert asked == [(name, "v2", 2), ((name, "sub"), {"split": "test", "streaming": True, "revision": COMMIT})]
     assert corpus.description == {
         "kind": "huggingface",
         "name": name,
@@ -453,18 +472,22 @@ def test_fields_of_a_data_set_of_unknown_columns() -> None:
         "there are: text, n, file.",
         text_field="body",
     )
-    fails("owner/name", "^corpus owner/name, example 1: 'n' is of type int, not a string", text_field="n")
+    fails(
+        "owner/name", "^corpus owner/name, example 1: 'n' is of type int, not a string or a list of ids", text_field="n"
+    )
 
 
 @pytest.fixture
-def local_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def local_set(hub: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """What the real loader makes of a folder on this machine, under the name owner/name."""
     folder = tmp_path / "set"
     folder.mkdir()
     write_jsonl(folder / "train.jsonl")
     load, cache = datasets.load_dataset, str(tmp_path / "cache")
+    assert not hub
 
-    def from_folder(_name: str, *names: object, **options: object) -> datasets.IterableDataset:
+    def from_folder(_name: str, *names: object, revision: str, **options: object) -> datasets.IterableDataset:
+        assert revision == COMMIT
         return load(str(folder), *names, cache_dir=cache, **options)
 
     monkeypatch.setattr(datasets, "load_dataset", from_folder)
@@ -474,7 +497,7 @@ def local_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_real_loader(local_set: Path) -> None:
     corpus = opened("owner/name")
     assert list(corpus.documents()) == TEXTS
-    assert corpus.description["commit"] is None
+    assert corpus.description["commit"] == COMMIT
     assert str(local_set) not in json.dumps(corpus.description)
 
 
@@ -489,6 +512,7 @@ def test_the_hub_cannot_be_reached() -> None:
     fails("owner/name", "corpus owner/name: no file or folder here", "OfflineModeIsEnabled", "the network", "local")
 
 
+@pytest.mark.usefixtures("hub")
 @pytest.mark.parametrize("error", [OSError("lost\nlong story"), RuntimeError("lost"), KeyError("lost")])
 def test_the_connection_breaks_half_way(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     def broken(raised: list[Exception]) -> Iterator[dict[str, str]]:
@@ -504,6 +528,7 @@ def test_the_connection_breaks_half_way(monkeypatch: pytest.MonkeyPatch, error: 
     assert "story" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("hub")
 def test_an_error_without_words_is_named_by_its_type(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_names: object, **_options: object) -> None:
         raise TimeoutError
