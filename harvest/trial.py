@@ -78,7 +78,7 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
         round(n / model_seconds, 1),
         round(n / codec_seconds, 1),
         round(n / together, 1),
-        round(config.tokens * together / n, 1) if config.tokens else None,
+        round(config.tokens * together / n, 3) if config.tokens else None,
     )
 
 
