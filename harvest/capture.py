@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harvest.writer import ShardRows
-from shared.model import LanguageModel, torch_dtype
+from shared.device import torch_dtype
+from shared.model import LanguageModel
 from shared.spec import StoreSpec
 
 BITS: Final = {torch.bfloat16: torch.uint16}
@@ -95,7 +96,7 @@ def capture_shard(
     sinks = {path: HookSink(buffers[path][: stop - start], counts) for path in spec.hookpoints}
     names = {spec.hookpoints[path].name: sink.push for path, sink in sinks.items()}
     batches = 0
-    with model.capturing(names) as run:
+    with model.capturing(names, {hook.name: hook.d_in for hook in spec.hookpoints.values()}) as run:
         for context in range(start // spec.context, -(-stop // spec.context), batch_contexts):
             batch = tokens[context : min(context + batch_contexts, -(-stop // spec.context))]
             for sink in sinks.values():

@@ -159,7 +159,7 @@ def fill(plan: Plan, spec: StoreSpec, store: Store) -> Summary:
     if store.state == "final":  # it lost commits: while it is filled up, they are in more than the index
         write_state(plan.files, spec, "writing")
     todo = store.missing
-    model = LanguageModel(plan.source, plan.device, plan.dtype)
+    model = LanguageModel(plan.source, plan.device, plan.dtype, plan.config.attention)
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()
     keep = rows_that_count(tokens, spec.special_ids)

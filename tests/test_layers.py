@@ -14,7 +14,7 @@ FORBIDDEN = {
 DOORS = {
     "zarr": {"shared/foreign.py", "train/bench.py"},
     "obstore": {"shared/client.py", "shared/connect.py", "shared/object_lock.py"},
-    "transformer_lens": {"shared/model.py"},
+    "transformer_lens": {"shared/bridge.py"},
     "accelerate": {"train/run.py"},
     "typer": {"cli.py"},
 }
