@@ -83,9 +83,12 @@ def native_blocks(adapter: Any) -> None:
                 optional=part.optional,
                 submodules={} if output is None else {"o": LinearBridge(name=output.name)},
             )
+            if output is None:
+                parts[key].hook_aliases = {}
         elif isinstance(part, JointGateUpMLPBridge):
             out = LinearBridge(name=part.submodules["out"].name)
             parts[key] = MLPBridge(name=part.name, config=adapter.cfg, submodules={"out": out}, optional=part.optional)
+            parts[key].hook_aliases = {"hook_post": "out.hook_in"}  # gate and up are one projection: no hook_pre
         elif isinstance(part, NormalizationBridge):
             parts[key] = plain(part, adapter.cfg)
     final = adapter.component_mapping.get("ln_final")
@@ -113,8 +116,13 @@ def restore_forwards(forwards: "dict[nn.Module, Any]") -> None:
 
 
 def keep_layers(model: "nn.Module", path: str, layers: Sequence[int]) -> None:
+    """Takes all other blocks away, and their kinds where the configuration lists one for each."""
     from torch import nn
 
     parent, _, name = path.rpartition(".")
     blocks: Any = model.get_submodule(path)
     setattr(model.get_submodule(parent), name, nn.ModuleList([blocks[layer] for layer in layers]))
+    config: Any = model.config
+    text = config.get_text_config()
+    if vars(text).get("layer_types"):
+        text.layer_types = [text.layer_types[layer] for layer in layers]

@@ -13,9 +13,10 @@ from shared.bridge import Attention, build_bridge, wants_sdpa
 from shared.device import torch_dtype
 from shared.errors import UserError
 from shared.hooks import layer_of
-from shared.models import ModelSource, first_line
+from shared.models import ModelSource, cannot_load
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 DEVICE_MAP: Final[str | dict[str, str]] = "auto"
@@ -41,9 +42,18 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
                 **source.arguments,
             )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {source.name}: its weights cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(source, "weights", error) from error
     model.eval().requires_grad_(False)
     return model if place else model.to(device)
+
+
+def first_device(model: Any) -> "torch.device":
+    """Where a model that was spread takes its tokens: the first device that computes. Weights on the host or on disk
+    are brought there block by block."""
+    import torch
+
+    parts = getattr(model, "hf_device_map", {"": model.device}).values()
+    return torch.device(next((part for part in parts if part not in ("cpu", "disk")), "cpu"))
 
 
 class LanguageModel:
@@ -53,8 +63,7 @@ class LanguageModel:
         import torch
 
         model = load_weights(source, device, dtype, attention)
-        parts: dict[str, Any] = getattr(model, "hf_device_map", {})
-        self.device = torch.device(next(iter(parts.values())) if device == "map" else device)
+        self.device = first_device(model) if device == "map" else torch.device(device)
         self.vocab_size = model.config.get_text_config().vocab_size
         self.bridge = build_bridge(model, attention, source.name)
         self.n_layers = len(self.bridge.blocks)

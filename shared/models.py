@@ -168,7 +168,7 @@ def read_config(source: ModelSource) -> Any:
     try:
         return AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {source.name}: its configuration cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(source, "configuration", error) from error
 
 
 def model_info(config: Any) -> ModelInfo:
@@ -189,11 +189,13 @@ def load_tokenizer(source: ModelSource) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
     except (OSError, ValueError) as error:
-        raise UserError(f"--model {source.name}: its tokenizer cannot be loaded: {first_line(error)}") from error
+        raise cannot_load(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise UserError(f"--model {source.name}: its tokenizer names no end-of-text token to join documents with")
     return tokenizer
 
 
-def first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def cannot_load(source: ModelSource, what: str, error: BaseException) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    hint = ". Hugging Face cannot be reached, and the local cache lacks it: check the network" if source.cached else ""
+    return UserError(f"--model {source.name}: its {what} cannot be loaded: {lines[0]}{hint}")

@@ -49,8 +49,8 @@ def outline(config: Any, attention: Attention, name: str, layers: Sequence[int])
         except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
             other = "eager" if attention == "sdpa" else "sdpa"
             raise UserError(
-                f"--model {name}: {type(model).__name__} cannot be run with --attention {attention} in TransformerLens "
-                f"({type(error).__name__}: {error}). Try --attention {other}, or another model"
+                f"--model {name}: {type(model).__name__} cannot be run with --attention {attention} to see what its "
+                f"hookpoints give ({type(error).__name__}: {error}). --attention {other} may do, or another model"
             ) from error
     found = {}
     for hook, point in points.items():
