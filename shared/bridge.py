@@ -67,6 +67,7 @@ def native_blocks(adapter: Any) -> None:
     """Puts plain wrappers where the adapter would compute attention, norms or fused projections itself. Hooks fire on
     what goes in and what comes out, and on what enters attention's output projection (`attn.hook_z`)."""
     from transformer_lens.model_bridge.generalized_components import AttentionBridge, LinearBridge, MLPBridge
+    from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
     from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import JointGateUpMLPBridge
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
@@ -89,7 +90,7 @@ def native_blocks(adapter: Any) -> None:
             out = LinearBridge(name=part.submodules["out"].name)
             parts[key] = MLPBridge(name=part.name, config=adapter.cfg, submodules={"out": out}, optional=part.optional)
             parts[key].hook_aliases = {"hook_post": "out.hook_in"}  # gate and up are one projection: no hook_pre
-        elif isinstance(part, NormalizationBridge):
+        elif isinstance(part, NormalizationBridge | GatedDeltaNetBridge):
             parts[key] = plain(part, adapter.cfg)
     final = adapter.component_mapping.get("ln_final")
     if final is not None:

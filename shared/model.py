@@ -5,6 +5,7 @@ the functions that need them.
 """
 
 import difflib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
@@ -30,6 +31,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
     from transformers.utils import logging
 
     logging.disable_progress_bar()
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else *.bin weights are sent for, in the background
     place = {"device_map": DEVICE_MAP} if device == "map" else {}
     try:
         with wants_sdpa(source.name, attention):

@@ -10,10 +10,10 @@ from conftest import save_decoder
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from shared.bridge import Attention
+from shared.bridge import Attention, build_bridge
 from shared.errors import UserError
 from shared.hooks import SHORT_HOOKS, hook_widths, row_width
-from shared.model import LanguageModel
+from shared.model import LanguageModel, load_weights
 from shared.models import model_info, read_config, resolve_model
 from shared.outline import outline
 
@@ -189,17 +189,26 @@ def known(folder: Path, attention: Attention, layers: list[int]) -> dict[str, in
 
 
 def check(folder: Path, attention: Attention, tolerance: float) -> None:
-    n_layers = model_info(read_config(resolve_model(str(folder)))).n_layers
+    last = model_info(read_config(resolve_model(str(folder)))).n_layers - 1
     model = LanguageModel(resolve_model(str(folder)), "cpu", "float32", attention)
-    for layer in (n_layers - 1, 1):
-        widths = known(folder, attention, [layer])
+    for layers in ([0, last], [1]):
+        widths = known(folder, attention, layers)
         found = harvested(model, widths)  # raises where a width was wrong, or a hook did not fire
-        short = [name for name in (f"blocks.{layer}.hook_{short}" for short in SHORT_HOOKS) if name in widths]
+        short = [f"blocks.{layer}.hook_{short}" for layer in layers for short in SHORT_HOOKS]
+        short = [name for name in short if name in model.bridge.hook_dict]
+        assert {f"blocks.{layer}.hook_resid_{end}" for layer in layers for end in ("pre", "post")} <= set(short)
         expected = reference(folder, {name: module_of(model, name) for name in short}, attention)
-        assert {f"blocks.{layer}.hook_resid_pre", f"blocks.{layer}.hook_resid_post"} <= set(expected)
         for name in short:
             difference = (found[name] - expected[name]).abs().max()
             assert difference <= tolerance * expected[name].abs().max(), f"{name}: {difference}"
+
+
+def calls(model: Any) -> list[str]:
+    """Every call of a module, by name, in the order in which they end; filled while the model runs."""
+    made: list[str] = []
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_args, name=name: made.append(name))
+    return made
 
 
 @pytest.mark.parametrize("name", EQUAL)
@@ -223,6 +232,21 @@ def test_what_cannot_be_harvested_is_refused(name: str, tmp_path: Path) -> None:
     kind, settings, message = REFUSED[name]
     with pytest.raises(UserError, match=message):
         known(save(kind, settings, tmp_path), "sdpa", [1])
+
+
+@pytest.mark.parametrize("name", EQUAL)
+def test_every_module_computes_for_itself(name: str, tmp_path: Path) -> None:
+    """The bridge leaves none of Hugging Face's modules out, calls none twice, and replaces no forward."""
+    source = resolve_model(str(save(*EQUAL[name], tmp_path)))
+    alone, bridged = (load_weights(source, "cpu", "float32", "sdpa") for _ in range(2))
+    modules = list(bridged.modules())
+    expected, made = calls(alone), calls(bridged)
+    build_bridge(bridged, "sdpa", "it")
+    with torch.inference_mode():
+        alone.base_model(IDS, use_cache=False)
+        bridged.base_model(IDS, use_cache=False)
+    assert made == expected
+    assert not [module for module in modules if "forward" in vars(module)]
 
 
 ADDS_UP = [name for name in EQUAL if name not in ("OPT, post-norm", "Qwen3-Next", "LFM2", "RecurrentGemma")]
