@@ -42,6 +42,9 @@ def harvest(
     tokens: Annotated[int | None, typer.Option(help="Activation rows wanted, exactly.")] = None,
     context: Annotated[int | None, typer.Option(help="Tokens in a row.")] = None,
     dtype: Annotated[str | None, typer.Option(help="What the model computes in: auto, float32, bfloat16.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="sdpa: the model's own. eager: hooks inside it; slower.")
+    ] = None,
     codec: Annotated[str | None, typer.Option(help="zstd, lz4, none, or int8 (lossy).")] = None,
     skip_positions: Annotated[
         int | None, typer.Option(help="First positions left out of statistics and training. Default: 1.")
@@ -69,7 +72,7 @@ def harvest(
         "layers": [layer_number(text) for text in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
         "skip_positions": skip_positions, "allow_nonfinite": allow_nonfinite or None,
-        "on_bad_document": on_bad_document,
+        "on_bad_document": on_bad_document, "attention": attention,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
     if dry_run:
@@ -307,6 +310,34 @@ def store_rm(
         typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
     with files.explained():
         remove_store(files)
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the names that stand for a model."""
+    from shared.models import list_models
+
+    table = list_models()
+    show(table, as_json, lambda: print_table("--model also takes any Hugging Face id or folder", table))
+
+
+@app.command()
+def hooks(
+    model: Annotated[str, typer.Option(help="Alias (tiny, pythia-1b, gpt2, …), Hugging Face id or folder.")],
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face model.")] = None,
+    layer: Annotated[list[str] | None, typer.Option(help="Layer number from 0, or mid. Repeatable.")] = None,
+    attention: Annotated[str, typer.Option(help="sdpa, or eager, which has hooks inside attention.")] = "sdpa",
+    as_json: Json = False,
+) -> None:
+    """List what can be harvested from a model: hookpoints and their widths. Reads its configuration, no weights."""
+    from shared.config import HarvestConfig
+
+    layers = [layer_number(text) for text in layer] if layer else None
+    asked = resolve(HarvestConfig, {"model": model, "layers": layers, "attention": attention}, None, None)
+    from shared.hooks import hook_table
+
+    table = [dataclasses.asdict(hook) for hook in hook_table(model, revision, asked.layers, asked.attention)]
+    show(table, as_json, lambda: print_table(f"{model}, --attention {attention}", table))
 
 
 @bench_app.command("store")

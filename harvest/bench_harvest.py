@@ -22,7 +22,10 @@ from harvest.run import harvest
 from harvest.team import Team
 from shared.bench import machine
 from shared.config import HarvestConfig
-from shared.model import LanguageModel, ModelSource, layer_of, resolve_model, torch_dtype
+from shared.device import torch_dtype
+from shared.hooks import layer_of
+from shared.model import LanguageModel
+from shared.models import ModelSource, resolve_model
 from shared.progress import hush
 from shared.reader import open_reader, read_shard
 from shared.shard import encode_chunk
@@ -44,7 +47,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     with hush():
         store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
     source = resolve_model(config.model, config.revision)
-    model = LanguageModel(source, Team().device(config.device), store.spec.model["dtype"])
+    model = LanguageModel(source, Team().device(config.device), store.spec.model["dtype"], config.attention)
     last = max(layer_of(hook.name) for hook in store.spec.hookpoints.values())
     bare = cut_off(source, model.device, store.spec.model["dtype"], last)
     tokens, spec = store.tokens(), store.spec

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harvest.writer import Ready, ShardRows
-from shared.model import LanguageModel, torch_dtype
+from shared.device import torch_dtype
+from shared.model import LanguageModel
 from shared.spec import StoreSpec
 
 BITS: Final = {torch.bfloat16: torch.uint16}
@@ -142,7 +143,8 @@ class Capture:
         names = {self.spec.hookpoints[path].name: sink.push for path, sink in sinks.items()}
         context, last, batches = self.spec.context, -(-stop // self.spec.context), 0
         asked: deque[Any] = deque()
-        with self.model.capturing(names) as run:
+        widths = {hook.name: hook.d_in for hook in self.spec.hookpoints.values()}
+        with self.model.capturing(names, widths) as run:
             for first in range(start // context, last, self.batch):
                 batch = self.tokens[first : min(first + self.batch, last)]
                 for sink in sinks.values():

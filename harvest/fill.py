@@ -15,7 +15,8 @@ from harvest.team import Team
 from harvest.writer import Ready, ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import UserError
-from shared.model import LanguageModel, ModelSource
+from shared.model import LanguageModel
+from shared.models import ModelSource
 from shared.progress import progress, say
 from shared.spec import DTYPES, StoreSpec, rows_that_count
 from shared.store import Store
@@ -39,7 +40,7 @@ def fill(
 ) -> Filled:
     """Captures and commits these shards. `look` is called between batches and may raise."""
     spec = store.spec
-    model = LanguageModel(source, team.device(config.device), spec.model["dtype"])
+    model = LanguageModel(source, team.device(config.device), spec.model["dtype"], spec.model["attention"])
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()
     keep = rows_that_count(tokens, spec)

@@ -15,20 +15,12 @@ from harvest.documents import Corpus, Stream
 from harvest.pack import Counts
 from shared.config import HarvestConfig
 from shared.create import Tokens
+from shared.device import native_dtype, pick_device
 from shared.errors import UserError
 from shared.files import Files, join, open_files
-from shared.model import (
-    ModelInfo,
-    ModelSource,
-    load_tokenizer,
-    model_info,
-    native_dtype,
-    pick_device,
-    read_config,
-    resolve_hooks,
-    resolve_layers,
-    resolve_model,
-)
+from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
+from shared.models import ModelInfo, ModelSource, load_tokenizer, model_info, read_config, resolve_model
+from shared.outline import outline
 from shared.spec import DTYPES, HookSpec, StoreSpec
 
 CHUNK_BYTES = 2 << 20
@@ -67,14 +59,17 @@ def make_plan(config: HarvestConfig) -> Plan:
     model_config = read_config(source)
     info = model_info(model_config)
     names = resolve_hooks(config.hooks, resolve_layers(config.layers, info), info)
-    hooks = {path: HookSpec(name=name, d_in=hook_width(name, model_config)) for path, name in names.items()}
+    kept = sorted(set(map(layer_of, names.values())))
+    widths = hook_widths(names.values(), outline(model_config, config.attention, source.name, kept))
+    hooks = {path: HookSpec(name=name, d_in=widths[name]) for path, name in names.items()}
     context = config.context or min(1024, info.max_context)
     if context > info.max_context:
         raise UserError(f"--context {context}: {config.model} was made for at most {info.max_context} tokens")
     if context > 1 << 16:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
-    device = pick_device(config.device)
-    dtype = native_dtype(torch.device(device)) if config.dtype == "auto" else config.dtype
+    device = pick_device(config.device, spread=True)
+    computes = torch.device(pick_device("auto") if device == "map" else device)
+    dtype = native_dtype(computes) if config.dtype == "auto" else config.dtype
     tokenizer = load_tokenizer(source)
     if len(tokenizer) > info.vocab_size:
         raise UserError(
@@ -85,28 +80,6 @@ def make_plan(config: HarvestConfig) -> Plan:
     bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, tokenizer)
     files = open_files(join(config.out, config.name or store_name(source)))
     return Plan(config, source, info, tokenizer, corpus, device, dtype, context, bos_id, hooks, files)
-
-
-def hook_width(name: str, model_config: Any) -> int:
-    """d_in of a hookpoint: the residual stream's width, the heads' or the MLP's."""
-    text = model_config.get_text_config()
-    part = name.split(".", 2)[2]
-    if part in ("attn.hook_z", "mlp.hook_pre", "mlp.hook_post"):
-        heads = text.num_attention_heads
-        per_head = getattr(text, "head_dim", None) or text.hidden_size // heads
-        return int(heads * per_head) if part == "attn.hook_z" else int(text.intermediate_size)
-    if part.startswith("hook_") and part.removeprefix("hook_") in (
-        "resid_pre",
-        "resid_mid",
-        "resid_post",
-        "attn_out",
-        "mlp_out",
-    ):
-        return int(text.hidden_size)
-    raise UserError(
-        f"--hook {name}: hookpoints that can be harvested are blocks.N.hook_{{resid_pre,resid_mid,resid_post,attn_out,"
-        "mlp_out}, blocks.N.attn.hook_z, blocks.N.mlp.hook_pre and blocks.N.mlp.hook_post"
-    )
 
 
 def bos_token(config: HarvestConfig, tokenizer: Any) -> int | None:
@@ -134,7 +107,7 @@ def identity(plan: Plan) -> dict[str, Any]:
             "commit": plan.source.commit,
             "local": plan.source.local,
             "dtype": plan.dtype,
-            "attention": "sdpa",
+            "attention": plan.config.attention,
             "weight_processing": "none",
         },
         "tokenizer": {"blake2b": digest, "eos_id": tokenizer.eos_token_id},

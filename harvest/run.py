@@ -17,7 +17,7 @@ from harvest.team import Team, Work
 from shared.config import HarvestConfig
 from shared.create import clean_up, finish_store, reopen
 from shared.errors import Interrupted, UserError
-from shared.model import resolve_model
+from shared.models import resolve_model
 from shared.progress import say
 from shared.spec import DTYPES
 from shared.stop import stop_requests

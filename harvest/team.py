@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from shared.device import pick_device
 from shared.errors import UserError
-from shared.model import pick_device
 
 SECONDS_BETWEEN_LOOKS: Final = 0.2
 
@@ -66,7 +66,9 @@ class Team:
 
     def device(self, name: str) -> str:
         """Each process of a machine has a GPU of its own. Raises UserError where there are not enough."""
-        chosen = pick_device(name)
+        chosen = pick_device(name, spread=True)
+        if chosen == "map" and self.local_size > 1:
+            raise UserError("--device map: spreads one model over all GPUs, which leaves none for other --processes")
         if self.local_size == 1 or chosen.split(":")[0] != "cuda":
             return chosen
         if ":" in chosen:

@@ -22,8 +22,9 @@ from harvest.plan import Plan, default_chunk_rows, make_plan
 from harvest.room import expected, raw_bytes
 from harvest.team import Team
 from shared.config import HarvestConfig
+from shared.device import torch_dtype
 from shared.errors import UserError
-from shared.model import LanguageModel, torch_dtype
+from shared.model import LanguageModel
 from shared.progress import say
 from shared.quantise import dim_scale, quantise
 from shared.shard import as_float32, encode_chunk
@@ -55,7 +56,7 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
     """Raises UserError for whatever the harvest would refuse."""
     plan = make_plan(config)
     say(f"{plan.name}: a dry run on one batch")
-    model = LanguageModel(plan.source, plan.device, plan.dtype)
+    model = LanguageModel(plan.source, plan.device, plan.dtype, config.attention)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
     rows, model_seconds = captured(plan, model, first_rows(plan, max(1, batch // plan.context)))
     n = len(next(iter(rows.values())))

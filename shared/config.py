@@ -32,14 +32,17 @@ class HarvestConfig(Frozen):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
     model: str
-    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/model.py), a Hugging Face id, or a folder."""
+    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/models.py), a Hugging Face id, or a folder."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What the model computes in. auto: bfloat16 where the hardware multiplies it natively, else float32."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """sdpa: the model's own modules, bit for bit. eager: TransformerLens' attention, slower, with hooks inside it."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …; map spreads a model over every GPU, as transformers' device_map="auto" does."""
     layers: tuple[int | Literal["mid"], ...] = ("mid",)
     """Layer numbers from 0; `mid` is n_layers // 2."""
     hooks: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")

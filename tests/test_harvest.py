@@ -141,7 +141,7 @@ def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -
         r"--context 65: .* at most 64 tokens": {"context": 65},
         r"--layer 3: the model has 3 layers": {"layers": (3,)},
         r"parallel residual": {"hooks": ("resid_mid",)},
-        r"hookpoints that can be harvested are": {"hooks": ("blocks.1.ln1.hook_in",)},
+        r"never fires in a forward pass": {"hooks": ("blocks.1.attn.hook_pattern",)},
         r"no such folder": {"model": "./nowhere"},
         r"no such file or folder": {"corpus": "./nowhere.jsonl"},
         r"--device cuda:7": {"device": "cuda:7"},

@@ -14,7 +14,7 @@ FORBIDDEN = {
 DOORS = {
     "zarr": {"harvest/arrays.py", "shared/foreign.py", "train/bench.py"},
     "obstore": {"shared/client.py", "shared/connect.py", "shared/object_lock.py"},
-    "transformer_lens": {"shared/model.py"},
+    "transformer_lens": {"shared/bridge.py"},
     "accelerate": {"train/run.py"},
     "typer": {"cli.py"},
 }

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig, SAEConfig
-from shared.model import LanguageModel, resolve_model
+from shared.model import LanguageModel
+from shared.models import resolve_model
 from shared.store import Store
 from train.autoencoder import Autoencoder
 from train.metrics import language_losses, measure, read_heldout, recovered

@@ -1,71 +1,78 @@
-"""The model we harvest is the model Hugging Face ships: equal bit for bit, spliced without a trace."""
+"""The model we harvest is the model Hugging Face ships: equal bit for bit at every hook, spliced without a trace."""
 
-import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import save_decoder, save_tokenizer, save_wide_model
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, SmolLM3Config
 
+from shared import model as language_model
+from shared.bridge import Attention
 from shared.errors import UserError
-from shared.model import (
-    SHIPPED,
-    LanguageModel,
-    model_info,
-    read_config,
-    resolve_hooks,
-    resolve_layers,
-    resolve_model,
-)
+from shared.model import LanguageModel
+from shared.models import resolve_model
 
 IDS = torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(0))
-SMALL: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0}
+SMALL: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
+SHAPE: dict[str, Any] = {
+    **SMALL, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "intermediate_size": 64,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "neox": GPTNeoXConfig(**SHAPE),
+    "gpt2": GPT2Config(**SMALL, n_embd=32, n_layer=3, n_head=2, n_positions=64),
+    "llama": LlamaConfig(**SHAPE, num_key_value_heads=2),
+    "smollm3": SmolLM3Config(**SHAPE, num_key_value_heads=2, pad_token_id=0),
+}
+MODULES = {
+    "neox": ("layers", "attention", None),
+    "gpt2": ("h", "attn", "ln_2"),
+    "llama": ("layers", "self_attn", "post_attention_layernorm"),
+    "smollm3": ("layers", "self_attn", "post_attention_layernorm"),
+}
+"""Where Hugging Face keeps its blocks, in them attention, and the norm that reads the stream between the two halves."""
 
 
-@pytest.fixture(scope="module", params=["neox", "gpt2", "llama"])
-def folder(request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if request.param == "neox":
-        return model_folder
-    torch.manual_seed(0)
-    if request.param == "gpt2":
-        model: Any = GPT2LMHeadModel(GPT2Config(**SMALL, n_embd=32, n_layer=3, n_head=2, n_positions=64))
-    else:
-        model = LlamaForCausalLM(LlamaConfig(
-            **SMALL, hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            intermediate_size=64, max_position_embeddings=64,
-        ))  # fmt: skip
-    path = tmp_path_factory.mktemp("models") / str(request.param)
-    model.save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(model_folder / name, path)
+@pytest.fixture(scope="module", params=CONFIGS)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = save_decoder(tmp_path_factory.mktemp("models") / str(request.param), CONFIGS[request.param])
+    save_tokenizer(path)
     return path
 
 
-def reference(folder: Path, layer: int) -> dict[str, Tensor]:
-    """What Hugging Face's own modules give, read with torch hooks."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    base = model.base_model
-    block = (base.layers if hasattr(base, "layers") else base.h)[layer]
-    attention = next(m for name, m in block.named_children() if name in ("attention", "attn", "self_attn"))
+def reference(folder: Path, layer: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    """What Hugging Face's own modules give, read with torch hooks: short name -> [n * context, d], and the logits."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
+    blocks, attention, middle = MODULES[folder.name]
+    block = getattr(model.base_model, blocks)[layer]
     found: dict[str, Tensor] = {}
 
-    def keep(name: str) -> Any:
+    def before(name: str) -> Any:
+        def hook(_module: Any, args: Any, options: Any) -> None:
+            found[name] = (args[0] if args else options["hidden_states"]).flatten(0, 1)
+
+        return hook
+
+    def after(name: str) -> Any:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             found[name] = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
 
         return hook
 
-    for name, module in (("resid_post", block), ("attn_out", attention), ("mlp_out", block.mlp)):
-        module.register_forward_hook(keep(name))
+    block.register_forward_pre_hook(before("resid_pre"), with_kwargs=True)
+    if middle:
+        getattr(block, middle).register_forward_pre_hook(before("resid_mid"), with_kwargs=True)
+    for name, module in (("resid_post", block), ("attn_out", getattr(block, attention)), ("mlp_out", block.mlp)):
+        module.register_forward_hook(after(name))
     with torch.inference_mode():
         found["logits"] = model(IDS, use_cache=False).logits
     return found
 
 
-def captured(model: LanguageModel, layer: int, names: tuple[str, ...]) -> dict[str, Tensor]:
+def captured(model: LanguageModel, layer: int, names: list[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     sinks = {f"blocks.{layer}.hook_{name}": lambda x, name=name: found.__setitem__(name, x.clone()) for name in names}
     with model.capturing(sinks) as run:
@@ -73,30 +80,51 @@ def captured(model: LanguageModel, layer: int, names: tuple[str, ...]) -> dict[s
     return found
 
 
+def load(folder: Path, dtype: str = "float32", attention: Attention = "sdpa") -> LanguageModel:
+    return LanguageModel(resolve_model(str(folder)), "cpu", dtype, attention)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("layer", [1, 2])  # 2 is the last: the unembedding must not be needed
-def test_activations_equal_hugging_face_bit_for_bit(folder: Path, layer: int) -> None:
-    expected = reference(folder, layer)
-    model = LanguageModel(resolve_model(str(folder)), "cpu", "float32")
-    found = captured(model, layer, ("resid_post", "attn_out", "mlp_out"))
-    for name, activations in found.items():
-        assert torch.equal(activations, expected[name]), name
+def test_activations_equal_hugging_face_bit_for_bit(folder: Path, layer: int, dtype: str) -> None:
+    expected = reference(folder, layer, getattr(torch, dtype))
+    del expected["logits"]
+    assert len(expected) == (4 if folder.name == "neox" else 5), "resid_mid exists unless the residual is parallel"
+    found = captured(load(folder, dtype), layer, list(expected))
+    for name, activations in expected.items():
+        assert activations.dtype == getattr(torch, dtype)
+        assert torch.equal(found[name], activations), name
 
 
 def test_activations_equal_the_stock_bridge(folder: Path) -> None:
+    """Within 1e-5 of their scale; and --attention eager is the stock bridge, to the bit."""
     from transformer_lens.model_bridge import TransformerBridge
 
-    names = ("resid_pre", "resid_post", "attn_out", "mlp_out")
-    found = captured(LanguageModel(resolve_model(str(folder)), "cpu", "float32"), 1, names)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
-    bridge = TransformerBridge.boot_transformers(str(folder), hf_model=stock, device="cpu", dtype=torch.float32)
+    names = [name for name in reference(folder, 1) if name != "logits"]
+    found, eager = captured(load(folder), 1, names), captured(load(folder, attention="eager"), 1, names)
+    bridge = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=torch.float32)
     with torch.inference_mode():
         _, cache = bridge.run_with_cache(IDS)
-    for name, activations in found.items():
-        torch.testing.assert_close(activations, cache[f"blocks.1.hook_{name}"].flatten(0, 1), rtol=1e-4, atol=1e-5)
+    for name in names:
+        stock = cache[f"blocks.1.hook_{name}"].flatten(0, 1)
+        assert torch.equal(eager[name], stock), name
+        assert (found[name] - stock).abs().max() <= 1e-5 * stock.abs().max(), name
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_nothing_runs_beyond_the_last_hook(folder: Path, layer: int) -> None:
+    model = load(folder)
+    ran: list[str] = []
+    parts = {f"block {k}": model.bridge.blocks[k].original_component for k in range(3)}
+    parts["head"] = model.bridge.original_model.get_output_embeddings()
+    for name, part in parts.items():
+        part.register_forward_pre_hook(lambda *_args, name=name: ran.append(name))
+    captured(model, layer, ["attn_out"])
+    assert ran == [f"block {k}" for k in range(layer + 1)]
 
 
 def test_splicing(folder: Path) -> None:
-    model = LanguageModel(resolve_model(str(folder)), "cpu", "float32")
+    model = load(folder)
     logits = reference(folder, 1)["logits"]
     expected = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), IDS[:, 1:].flatten(), reduction="none")
     clean = model.losses(IDS)
@@ -109,76 +137,80 @@ def test_splicing(folder: Path) -> None:
 
 
 def test_hooks_of_other_shapes_are_flattened(model_folder: Path) -> None:
-    model = LanguageModel(resolve_model(str(model_folder)), "cpu", "float32")
-    widths: dict[str, int] = {}
-    sinks = {name: lambda x, name=name: widths.__setitem__(name, x.shape[1]) for name in
-             ("blocks.0.attn.hook_z", "blocks.1.mlp.hook_post")}  # fmt: skip
+    model = load(model_folder, attention="eager")
+    found: dict[str, Tensor] = {}
+    sinks = {name: lambda x, name=name: found.__setitem__(name, x.clone()) for name in
+             ("blocks.0.attn.hook_z", "blocks.1.mlp.hook_post", "blocks.0.attn.hook_q")}  # fmt: skip
     with model.capturing(sinks) as run:
         run(IDS)
-    assert widths == {"blocks.0.attn.hook_z": 32, "blocks.1.mlp.hook_post": 64}
+    shapes = {name: tuple(rows.shape) for name, rows in found.items()}
+    assert shapes == {
+        "blocks.0.attn.hook_z": (48, 32),
+        "blocks.1.mlp.hook_post": (48, 64),
+        "blocks.0.attn.hook_q": (48, 32),
+    }
+    output = model.bridge.blocks[0].attn.o.original_component
+    with torch.inference_mode(), model.capturing({"blocks.0.hook_attn_out": lambda x: found.update(out=x)}) as run:
+        run(IDS)
+        assert torch.equal(output(found["blocks.0.attn.hook_z"]), found["out"]), "heads side by side"
     with pytest.raises(UserError, match="no such hookpoint"):
         model.check_hooks(["blocks.0.hook_nonsense"])
 
 
-def test_names(model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert resolve_model("tiny").location == str(SHIPPED)
-    with pytest.raises(UserError, match=r"--model pithia-1b: is not an alias.*Did you mean pythia-1b\?"):
-        resolve_model("pithia-1b")
-    with pytest.raises(UserError, match="no such folder"):
-        resolve_model("./nowhere")
-    with pytest.raises(UserError, match=r"no config\.json"):
-        resolve_model(str(tmp_path))
-    with pytest.raises(UserError, match="revisions belong to Hugging Face"):
-        resolve_model(str(model_folder), "main")
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(model_folder, tmp_path / "gpt2")
-    assert resolve_model("gpt2").local, "a folder wins over an alias"
-    (tmp_path / "gpt2" / "model.safetensors").unlink()
-    with pytest.raises(UserError, match="no weights"):
-        resolve_model("gpt2")
+def sink(_rows: Tensor) -> None: ...
 
 
-def test_a_hub_out_of_reach_fails_fast_and_says_what_to_do() -> None:
-    started = time.monotonic()
-    with pytest.raises(UserError, match=r"cannot be reached.*or give a folder"):
-        resolve_model("EleutherAI/pythia-1b")
-    assert time.monotonic() - started < 5
+def test_every_step_is_checked(model_folder: Path) -> None:
+    """A hook that does not fire, fires twice, has no row a token or rows of another width stops the harvest."""
+    model = load(model_folder)
+    name = "blocks.1.hook_mlp_out"
+    mlp = model.bridge.blocks[1].mlp
+    with (
+        pytest.raises(UserError, match=r"mlp_out: gave \[3, 16, 32\]; expected \[3, 16, 31\]"),
+        model.capturing({name: sink}, {name: 31}) as run,
+    ):
+        run(IDS)
+    with model.capturing({name: sink}, {name: 32}) as run:
+        run(IDS)
+        handle = mlp.original_component.register_forward_hook(lambda _module, _args, output: output[:, :-1])
+        with pytest.raises(UserError, match=r"mlp_out: gave \[3, 15, 32\]; expected \[3, 16, 32\]"):
+            run(IDS)
+        handle.remove()
+        handle = mlp.register_forward_hook(lambda _module, _args, output: mlp.hook_out(output))
+        with pytest.raises(UserError, match="mlp_out: fired more than once"):
+            run(IDS)
+        handle.remove()
+        run(IDS)
+    silent = model.capturing({"blocks.1.attn.hook_pattern": sink})
+    with pytest.raises(UserError, match="pattern: did not fire"), silent as run:
+        run(IDS)
 
 
-def test_the_commit_of_a_folder_follows_its_weights(model_folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(model_folder, tmp_path / "copy"))
-    assert resolve_model(str(copy)).commit == resolve_model(str(model_folder)).commit
-    data = bytearray((copy / "model.safetensors").read_bytes())
-    data[-1] ^= 1
-    (copy / "model.safetensors").write_bytes(data)
-    assert resolve_model(str(copy)).commit != resolve_model(str(model_folder)).commit
+@pytest.mark.parametrize("split", [False, True])
+def test_a_model_is_spread(folder: Path, split: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' device_map places it: whole on this machine's CPU, or with two blocks left on disk, whose
+    weights are brought in one block at a time."""
+    names = ["resid_pre", "resid_post", "attn_out", "mlp_out"]
+    whole = load(folder)
+    if split:
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        blocks = f"{model.base_model_prefix}.{MODULES[folder.name][0]}"
+        leaves = [name for name, module in model.named_modules() if name and not list(module.children())]
+        places = dict.fromkeys((name for name in leaves if not name.startswith(blocks)), "cpu")
+        places |= {f"{blocks}.{k}": "disk" if k else "cpu" for k in range(3)}
+        monkeypatch.setattr(language_model, "DEVICE_MAP", places)
+    spread = LanguageModel(resolve_model(str(folder)), "map", "float32")
+    assert spread.device == torch.device("cpu")
+    weights = [next(block.original_component.parameters()).device.type for block in spread.bridge.blocks]
+    assert weights == (["cpu", "meta", "meta"] if split else ["cpu"] * 3)
+    for layer in (1, 2):
+        expected, found = captured(whole, layer, names), captured(spread, layer, names)
+        assert all(torch.equal(found[name], expected[name]) for name in names)
+    assert torch.equal(spread.losses(IDS), whole.losses(IDS))
 
 
-def test_broken_weights_are_an_error_for_people(model_folder: Path, tmp_path: Path) -> None:
-    copy = Path(shutil.copytree(model_folder, tmp_path / "copy"))
-    (copy / "model.safetensors").write_bytes(b"not weights")
-    with pytest.raises(UserError, match="weights cannot be loaded"):
-        LanguageModel(resolve_model(str(copy)), "cpu", "float32")
-    (copy / "config.json").write_text("{")
-    with pytest.raises(UserError, match="configuration cannot be loaded"):
-        read_config(resolve_model(str(copy)))
-
-
-def test_layers_and_hookpoints(model_folder: Path) -> None:
-    info = model_info(read_config(resolve_model(str(model_folder))))
-    assert resolve_layers(("mid", 0, 0), info) == [0, 1]
-    with pytest.raises(UserError, match=r"--layer 3: the model has 3 layers, 0 to 2"):
-        resolve_layers((3,), info)
-    named = resolve_hooks(("mlp_out", "blocks.2.attn.hook_z"), [0, 1], info)
-    assert named == {
-        "layer_00/mlp_out": "blocks.0.hook_mlp_out",
-        "layer_01/mlp_out": "blocks.1.hook_mlp_out",
-        "layer_02/attn.hook_z": "blocks.2.attn.hook_z",
-    }
-    for hook in ("resid_mid", "blocks.1.hook_resid_mid"):
-        with pytest.raises(UserError, match=r"parallel residual\)\. Use resid_pre, resid_post, attn_out or mlp_out"):
-            resolve_hooks((hook,), [1], info)
-    with pytest.raises(UserError, match="Short names: resid_pre"):
-        resolve_hooks(("mlp",), [1], info)
-    with pytest.raises(UserError, match="--layer 9"):
-        resolve_hooks(("blocks.9.hook_mlp_out",), [1], info)
+def test_a_model_of_the_shape_of_pythia(tmp_path: Path) -> None:
+    model = load(save_wide_model(tmp_path / "wide"), "bfloat16")
+    rows = captured(model, 1, ["mlp_out"])["mlp_out"]
+    assert rows.shape == (48, 2048)
+    assert 0.1 < rows.float().std() < 1000, "numbers that mean something"

@@ -6,7 +6,8 @@ import json
 import numpy as np
 import torch
 
-from shared.model import SHIPPED, LanguageModel, load_tokenizer, model_info, read_config, resolve_model
+from shared.model import LanguageModel
+from shared.models import SHIPPED, load_tokenizer, model_info, read_config, resolve_model
 
 
 def test_size_and_provenance() -> None:

@@ -21,7 +21,7 @@ from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import folder_lock
-from shared.model import ModelSource
+from shared.models import ModelSource
 from shared.spec import shard_file
 from shared.store import Store
 from train.autoencoder import Autoencoder, matmul_dtype

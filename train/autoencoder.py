@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from shared.config import SAEConfig, build
+from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
 from shared.files import write_file
-from shared.model import native_dtype, torch_dtype
 from shared.record import write_json
 from train.sae import gated
 

@@ -9,9 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.config import EvalConfig
+from shared.device import pick_device
 from shared.errors import UserError
 from shared.files import explained, is_remote
-from shared.model import LanguageModel, ModelSource, local_folder, pick_device, resolve_model
+from shared.model import LanguageModel
+from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
@@ -53,7 +55,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     parts = split(store.spec, tokens, trained)
     losses = None
     if source is not None:
-        model = LanguageModel(source, device, store.spec.model["dtype"])
+        model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
     results = measure_all(store, hook, parts, saes, losses, device)
     with explained(config.run):

@@ -20,9 +20,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.config import SAEConfig, TrainConfig
+from shared.device import pick_device
 from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
-from shared.model import pick_device
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests

@@ -1,0 +1,48 @@
+"""Where a model computes, and in which type of number."""
+
+from typing import TYPE_CHECKING
+
+from shared.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def torch_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[name]
+
+
+def pick_device(name: str, spread: bool = False) -> str:
+    """`auto` is CUDA when there is one; `map`, where a model may be spread, stays. Raises UserError for a device this
+    machine does not have."""
+    import torch
+
+    if name == "map" and spread:
+        return name
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        known = device.type in ("cpu", "cuda", "mps", "xpu")
+    except RuntimeError:
+        known = False
+    if not known:
+        raise UserError(f"--device {name}: is not a device. Use auto, cpu, cuda, cuda:1, … mps or xpu")
+    count = torch.cuda.device_count() if device.type == "cuda" else torch.get_device_module(device).device_count()
+    if (device.index or 0) >= count:
+        raise UserError(f"--device {name}: this machine has {count} {device.type} devices. Use --device cpu, or auto")
+    return name
+
+
+def native_dtype(device: "torch.device") -> str:
+    """bfloat16 where the hardware multiplies it natively (recent GPUs; CPUs with AVX512-BF16 or AMX), else float32.
+    torch keeps the question about CPUs private; where it cannot be asked, the answer is float32."""
+    import torch
+
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    asked = [getattr(torch.cpu, name, None) for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported")]
+    native = device.type == "cpu" and any(question is not None and question() for question in asked)
+    return "bfloat16" if native else "float32"
