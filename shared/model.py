@@ -31,7 +31,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else *.bin weights are sent for, in the background
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else it asks a server to convert *.bin weights
     place = {"device_map": DEVICE_MAP} if device == "map" else {}
     try:
         with wants_sdpa(source.name, attention):
@@ -40,6 +40,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=False,
+                use_safetensors=True,
                 **place,
                 **source.arguments,
             )

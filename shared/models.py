@@ -103,9 +103,12 @@ def local_folder(name: str) -> Path | None:
 def folder_digest(folder: Path) -> str:
     """Names the model in a folder by its configuration and by the size, first and last MiB of every weights file."""
     digest = hashlib.blake2b((folder / "config.json").read_bytes(), digest_size=16)
-    weights = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    weights = sorted(p for p in folder.iterdir() if p.suffix == ".safetensors")
     if not weights:
-        raise UserError(f"--model {folder}: the folder holds no weights (*.safetensors)")
+        raise UserError(
+            f"--model {folder}: the folder holds no weights (*.safetensors). Pickled ones (*.bin) are never read: "
+            "save the model anew with save_pretrained"
+        )
     for path in weights:
         with path.open("rb") as file:
             digest.update(f"{path.name} {path.stat().st_size}".encode() + file.read(1 << 20))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
 
 from shared.errors import UserError
@@ -54,6 +55,17 @@ def test_broken_weights_are_an_error_for_people(model_folder: Path, tmp_path: Pa
     (copy / "config.json").write_text("{")
     with pytest.raises(UserError, match="configuration cannot be loaded"):
         read_config(resolve_model(str(copy)))
+
+
+def test_pickled_weights_are_never_read(model_folder: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(model_folder, tmp_path / "copy"))
+    torch.save({}, copy / "pytorch_model.bin")
+    source = resolve_model(str(copy))
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="weights cannot be loaded"):
+        LanguageModel(source, "cpu", "float32")
+    with pytest.raises(UserError, match=r"holds no weights \(\*\.safetensors\)\. Pickled ones .* are never read"):
+        resolve_model(str(copy))
 
 
 ASK = """
