@@ -6,10 +6,11 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: n
 
 import json
 import random
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -32,6 +33,7 @@ WORDS = "the a cat dog king sat saw said on in of and mat house 12 café naïve 
 CONTEXT = 16
 ROOT = Path(__file__).parent.parent
 END = "<|endoftext|>"
+HERE = {None, "", "127.0.0.1", "localhost", "::1", "0.0.0.0", socket.gethostname()}
 
 
 def sentences(n: int, seed: int = 0) -> list[str]:
@@ -91,6 +93,27 @@ def save_wide_model(folder: Path) -> Path:
 def save_corpus(path: Path, documents: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network() -> Iterator[None]:
+    """Nothing in the suite may connect to another machine, nor ask for its address."""
+    connect, getaddrinfo = socket.socket.connect, socket.getaddrinfo
+
+    def local_only(self: socket.socket, address: Any) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6) and address[0] not in HERE:
+            raise AssertionError(f"a connection was asked for: {address}")
+        connect(self, address)
+
+    def names_of_here(host: Any, *rest: Any, **options: Any) -> Any:
+        if host not in HERE:
+            raise AssertionError(f"an address was asked for: {host}")
+        return getaddrinfo(host, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", local_only)
+        patch.setattr(socket, "getaddrinfo", names_of_here)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -1,19 +1,25 @@
 """The model we harvest is the model Hugging Face ships: equal bit for bit at every hook, spliced without a trace."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from conftest import save_decoder, save_tokenizer, save_wide_model
+from conftest import save_corpus, save_decoder, save_tokenizer, save_wide_model, sentences
+from test_harvest import in_token_order
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig, SmolLM3Config
 
+from harvest.run import harvest as run_harvest
 from shared import model as language_model
 from shared.bridge import Attention
+from shared.config import HarvestConfig
 from shared.errors import UserError
 from shared.model import LanguageModel
 from shared.models import resolve_model
+from shared.store import Store
 
 IDS = torch.randint(0, 300, (3, 16), generator=torch.Generator().manual_seed(0))
 SMALL: dict[str, Any] = {"vocab_size": 300, "bos_token_id": 0, "eos_token_id": 0, "initializer_range": 0.2}
@@ -44,7 +50,12 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 def reference(folder: Path, layer: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    """What Hugging Face's own modules give, read with torch hooks: short name -> [n * context, d], and the logits."""
+    return hugging_face(folder, layer, dtype)(IDS)
+
+
+def hugging_face(folder: Path, layer: int, dtype: torch.dtype) -> Callable[[Tensor], dict[str, Tensor]]:
+    """What Hugging Face's own modules give for token ids, read with torch hooks: short name -> [n * context, d], and
+    the logits."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").eval()
     blocks, attention, middle = MODULES[folder.name]
     block = getattr(model.base_model, blocks)[layer]
@@ -67,9 +78,13 @@ def reference(folder: Path, layer: int, dtype: torch.dtype = torch.float32) -> d
         getattr(block, middle).register_forward_pre_hook(before("resid_mid"), with_kwargs=True)
     for name, module in (("resid_post", block), ("attn_out", getattr(block, attention)), ("mlp_out", block.mlp)):
         module.register_forward_hook(after(name))
-    with torch.inference_mode():
-        found["logits"] = model(IDS, use_cache=False).logits
-    return found
+
+    def run(ids: Tensor) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            found["logits"] = model(ids, use_cache=False).logits
+        return dict(found)
+
+    return run
 
 
 def captured(model: LanguageModel, layer: int, names: list[str]) -> dict[str, Tensor]:
@@ -94,6 +109,29 @@ def test_activations_equal_hugging_face_bit_for_bit(folder: Path, layer: int, dt
     for name, activations in expected.items():
         assert activations.dtype == getattr(torch, dtype)
         assert torch.equal(found[name], activations), name
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_stored_rows_equal_hugging_face_bit_for_bit(folder: Path, dtype: str, tmp_path: Path) -> None:
+    """Contexts of 24 in shards of 320 rows, 5 contexts a batch: shards cut contexts, batches reach over their ends."""
+    run, names = hugging_face(folder, 1, getattr(torch, dtype)), ["resid_pre", "resid_post", "attn_out", "mlp_out"]
+    names += [] if folder.name == "neox" else ["resid_mid"]
+    corpus = save_corpus(tmp_path / "corpus.jsonl", sentences(100))
+    config = HarvestConfig(
+        model=str(folder), corpus=str(corpus), context=24, tokens=1000, chunk_rows=64, shard_rows=320, batch_tokens=120,
+        layers=(1,), hooks=tuple(names), dtype=dtype, store_dtype=dtype, device="cpu", out=str(tmp_path), name="s",
+    )  # fmt: skip
+    store = Store.open(run_harvest(config).store)
+    ids = torch.from_numpy(store.tokens().astype("int64"))
+    stored = {name: in_token_order(store, f"layer_01/{name}") for name in names}
+    for shard in store.commits:
+        start, stop = store.spec.shard_range(shard)
+        first, last = start // 24, -(-stop // 24)
+        parts = [run(ids[at : min(at + 5, last)]) for at in range(first, last, 5)]
+        for name in names:
+            rows = torch.cat([part[name] for part in parts])[start - 24 * first : stop - 24 * first]
+            bits = rows.view(torch.uint16) if dtype == "bfloat16" else rows
+            assert np.array_equal(stored[name][start:stop], bits.numpy()), (name, shard)
 
 
 def test_activations_equal_the_stock_bridge(folder: Path) -> None:
