@@ -6,11 +6,14 @@ document on stdout. Progress goes to stderr. What a command needs is imported wh
 
 import dataclasses
 import json
+import logging
 import os
 import re
+import signal
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
@@ -442,6 +445,9 @@ def launch(processes: int) -> None:
 
     from shared.errors import Interrupted
 
+    cores = len(os.sched_getaffinity(0))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
     except ChildFailedError as error:
@@ -467,6 +473,10 @@ def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
     from shared.errors import DamagedError, Interrupted, UserError
 
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
+        raise Interrupted("stopped. To continue, run the same command again")
+
+    signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
     try:
         app()
     except (UserError, DamagedError, Interrupted) as error:

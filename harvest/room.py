@@ -101,7 +101,7 @@ def room(need: Need) -> str:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB"
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"
 
 
 def free_bytes(files: Files) -> int | None:
