@@ -86,7 +86,7 @@ def harvest(
         found = trial(resolved, processes)
         show(dataclasses.asdict(found), as_json, lambda: typer.echo(trial_text(found)))
         raise typer.Exit
-    if processes > 1 and "LOCAL_RANK" not in os.environ:
+    if processes > 1 and not launched(processes):
         launch(processes)
     from harvest.run import harvest as run
 
@@ -126,7 +126,7 @@ def train(
         "out": out, "overwrite": overwrite or None, "follow": follow or None,
     }  # fmt: skip
     resolved = resolve(TrainConfig, flags, config, settings)
-    if processes > 1 and "LOCAL_RANK" not in os.environ:
+    if processes > 1 and not launched(processes):
         launch(processes)
     from train.run import train as run
 
@@ -435,6 +435,16 @@ def resolve(schema: Any, flags: dict[str, Any], file: Path | None, settings: lis
 
     given = {key: value for key, value in flags.items() if value is not None}
     return build(schema, {**(read_toml(file) if file else {}), **given, **parse_set(settings or [])})
+
+
+def launched(processes: int) -> bool:
+    """Whether this is one of several processes already. Raises UserError when they are not as many as asked for."""
+    from shared.errors import UserError
+
+    size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
+    if size is not None and int(size) != processes:
+        raise UserError(f"--processes {processes}: was started as one of {size}. Leave --processes to the launcher")
+    return size is not None
 
 
 def launch(processes: int) -> None:

@@ -7,14 +7,15 @@ is harvested without tokenising again, and its rows are in the same order.
 import shutil
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, Final
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from harvest.documents import Stream, refuse
 from harvest.pack import Counts, cut, pack, shuffled, skipping
-from harvest.plan import Plan, corpus_asked, identity, make_spec
+from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from harvest.room import check_room
 from shared.create import Tokens, building, clear_store, create_store, is_ours, place_tokens, write_tokens
 from shared.errors import DamagedError, UserError
@@ -22,20 +23,22 @@ from shared.files import LOCK_FILE, Files, LocalFiles, open_files
 from shared.progress import say
 from shared.record import provenance
 from shared.spec import StoreSpec
-from shared.store import STATE_FILE, Store, is_store
+from shared.store import STATE_FILE, Store, is_store, read_state
 
+Item = TypeVar("Item")
 OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
 """What decides them, beside the corpus."""
 
 
-def make_folder(files: Files) -> None:
-    """Raises UserError when the folder cannot be made or written to, or when something else is there."""
+def make_folder(files: Files, overwrite: bool) -> None:
+    """Raises UserError when the folder cannot be made or written to, or when something else is there; DamagedError when
+    that is a store that cannot be read, unless it goes."""
     if not isinstance(files, LocalFiles):
         return  # an object store has no folders
     root = files.root
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is a file. Choose another --out or --name")
-    if root.exists() and not is_store(files) and any(not is_ours(path.name) for path in root.iterdir()):
+    if root.exists() and not there(files, overwrite) and any(not is_ours(path.name) for path in root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -44,18 +47,21 @@ def make_folder(files: Files) -> None:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
 
+def there(files: Files, overwrite: bool) -> bool:
+    try:
+        return is_store(files)
+    except DamagedError:
+        if overwrite:
+            return True
+        raise
+
+
 def begin(plan: Plan, look: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
     beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
     with building(plan.files) as folder:
         try:
-            lender = same_tokens(plan)
-            if lender is None:
-                tokens, spec = tokenised(plan, folder, look)
-            else:
-                say(f"{plan.name}: the tokens are those of {lender.name}")
-                tokens = write_tokens(folder, iter([lender.tokens()]), plan.context, plan.info.vocab_size)
-                spec = like(lender, plan, tokens)
+            tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             leave_nothing(plan.files)
@@ -74,11 +80,11 @@ def leave_nothing(files: Files) -> None:
         files.root.rmdir()
 
 
-def tokenised(plan: Plan, folder: Any, look: Callable[[], None]) -> tuple[Tokens, StoreSpec]:
+def tokenised(plan: Plan, folder: Path, look: Callable[[], None]) -> tuple[Tokens, StoreSpec]:
     """Raises UserError when the corpus does not give what was asked for."""
     counts = Counts()
     say(f"{plan.name}: tokenising")
-    tokens = write_tokens(folder, looking(token_rows(plan, counts), look), plan.context, plan.info.vocab_size)
+    tokens = write_tokens(folder, looking(token_rows(plan, counts, look), look), plan.context, plan.info.vocab_size)
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
@@ -91,25 +97,26 @@ def tokenised(plan: Plan, folder: Any, look: Callable[[], None]) -> tuple[Tokens
     return tokens, make_spec(plan, counts, tokens, wanted or available)
 
 
-def looking(blocks: Iterator[NDArray[Any]], look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    for block in blocks:
+def looking(items: Iterator[Item], look: Callable[[], None]) -> Iterator[Item]:
+    for item in items:
         look()
-        yield block
+        yield item
 
 
-def token_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
     """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
-    blocks = packed_rows(plan, counts)
+    blocks = packed_rows(plan, counts, look)
     if plan.config.tokens is None:
         return blocks
     wanted = -(-plan.config.tokens // plan.context)
     return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
 
 
-def packed_rows(plan: Plan, counts: Counts) -> Iterator[NDArray[Any]]:
+def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
     if isinstance(plan.corpus, Stream):
         return cut(plan.corpus.blocks(), plan.context, plan.bos_id, counts)
-    documents = plan.corpus.documents(skipping(counts) if plan.config.on_bad_document == "skip" else refuse)
+    skips = plan.config.on_bad_document == "skip"
+    documents = looking(plan.corpus.documents(skipping(counts) if skips else refuse), look)
     return pack(
         shuffled(documents, plan.config.seed) if plan.shuffles else documents,
         plan.tokenizer,
@@ -126,32 +133,43 @@ def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
         yield some
 
 
-def same_tokens(plan: Plan) -> Store | None:
-    """A store beside this one whose tokens are the ones that this harvest would make; None where there is none."""
+def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
+    """The tokens of a store beside this one, where it has those that this harvest would make."""
+    lender = lender_of(plan)
+    if lender is None:
+        return None
+    try:
+        tokens = write_tokens(folder, iter([lender.tokens()]), plan.context, plan.info.vocab_size)
+    except (DamagedError, OSError) as error:
+        say(f"{lender.name} has the same tokens, but they cannot be read ({error})")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    say(f"{plan.name}: the tokens are those of {lender.name}")
+    check_room(plan, lender.spec.n_tokens)
+    shaped = lent_shape(plan, lender.spec)
+    if shaped is None:
+        say(f"{plan.name}: its shards have another size, and so its rows another order than those of {lender.name}")
+    n_tokens = lender.spec.n_tokens
+    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(shaped or shape(plan, n_tokens)))
+    return tokens, spec
+
+
+def lender_of(plan: Plan) -> Store | None:
     beside = open_files(plan.config.out)
     if isinstance(beside, LocalFiles) and not beside.root.is_dir():
         return None
     wanted = {key: identity(plan)[key] for key in OF_THE_TOKENS}
+    asked = decides_the_tokens(plan)
     for name in beside.folders():
         files = beside.at(name)
         try:
-            store = Store.open(files) if files.name != plan.name and is_store(files) else None
-        except (UserError, DamagedError):  # whatever it is, it lends nothing
+            if files.name == plan.name or not is_store(files):
+                continue
+            spec, state = read_state(files)
+        except (UserError, DamagedError, OSError):  # whatever it is, it lends nothing
             continue
-        if store is None or {key: getattr(store.spec, key) for key in OF_THE_TOKENS} != wanted:
-            continue
-        asked = {**corpus_asked(plan), "whole": plan.config.tokens is None}
-        as_asked = {key: store.spec.corpus.get(key) for key in asked} == asked
-        if as_asked and plan.config.tokens in (None, store.spec.n_tokens):
-            return store
+        same = {key: getattr(spec, key) for key in OF_THE_TOKENS} == wanted
+        same = same and {key: spec.corpus.get(key) for key in asked} == asked
+        if same and plan.config.tokens in (None, spec.n_tokens):
+            return Store(files, spec, state, {})
     return None
-
-
-def like(lender: Store, plan: Plan, tokens: Tokens) -> StoreSpec:
-    """The spec of a store over the same tokens: its rows are in the lender's order, unless shards of another size were
-    asked for."""
-    spec, config = lender.spec, plan.config
-    shape = {"chunk_rows": config.chunk_rows or spec.chunk_rows, "shard_rows": config.shard_rows or spec.shard_rows}
-    if shape["shard_rows"] % shape["chunk_rows"]:
-        raise UserError(f"shard_rows: {shape['shard_rows']} is not a multiple of chunk_rows = {shape['chunk_rows']}")
-    return StoreSpec(**identity(plan), corpus=spec.corpus, n_tokens=spec.n_tokens, token_dtype=tokens.dtype, **shape)

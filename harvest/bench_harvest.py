@@ -23,6 +23,7 @@ from harvest.team import Team
 from shared.bench import machine
 from shared.config import HarvestConfig
 from shared.device import torch_dtype
+from shared.errors import UserError
 from shared.hooks import layer_of
 from shared.model import LanguageModel
 from shared.models import ModelSource, resolve_model
@@ -44,6 +45,8 @@ class Report:
 def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]) -> Report:
     """Every measure once a round, in turns, after a round that does not count; ratios are medians over the rounds.
     `config.tokens` must be given. Raises UserError for what a harvest would refuse."""
+    if config.codec == "int8":
+        raise UserError("--codec int8: encodes nothing. Measure zstd, lz4 or none")
     with hush():
         store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
     source = resolve_model(config.model, config.revision)

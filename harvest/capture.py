@@ -20,6 +20,7 @@ from torch import Tensor
 
 from harvest.writer import Ready, ShardRows
 from shared.device import torch_dtype
+from shared.errors import UserError
 from shared.model import LanguageModel
 from shared.spec import StoreSpec
 
@@ -53,15 +54,22 @@ Slot = dict[str, Memory]
 
 
 def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
+    """Raises UserError when the host has not enough memory."""
     rows, pin = min(spec.shard_rows, spec.n_tokens), device.type == "cuda"
-    return {
-        path: Memory(
-            torch.empty(rows, hook.d_in, dtype=torch_dtype(spec.dtype), pin_memory=pin),
-            torch.empty(rows, dtype=torch.float32, pin_memory=pin),
-            torch.empty(2, hook.d_in, dtype=torch.float64, pin_memory=pin),
-        )
-        for path, hook in spec.hookpoints.items()
-    }
+    try:
+        return {
+            path: Memory(
+                torch.empty(rows, hook.d_in, dtype=torch_dtype(spec.dtype), pin_memory=pin),
+                torch.empty(rows, dtype=torch.float32, pin_memory=pin),
+                torch.empty(2, hook.d_in, dtype=torch.float64, pin_memory=pin),
+            )
+            for path, hook in spec.hookpoints.items()
+        }
+    except (RuntimeError, MemoryError) as error:
+        raise UserError(
+            f"there is no memory for a shard of {rows:,} rows of {len(spec.hookpoints)} hookpoints. Harvest fewer "
+            "hookpoints at a time, or start afresh with smaller shards: --set shard_rows=N"
+        ) from error
 
 
 @dataclass

@@ -40,7 +40,9 @@ def fill(
 ) -> Filled:
     """Captures and commits these shards. `look` is called between batches and may raise."""
     spec = store.spec
+    look()
     model = LanguageModel(source, team.device(config.device), spec.model["dtype"], spec.model["attention"])
+    look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()
     keep = rows_that_count(tokens, spec)
@@ -54,15 +56,13 @@ def fill(
         ) as writer,
         progress(f"harvest {store.name}", rows_of(spec, todo), "tokens", shown=team.rank == 0) as advance,
     ):
-        watch = Watch(store, config, team, writer, look, advance)
+        watch = Watch(store, config, team, writer, ring, look, advance)
         for shard in todo:
-            started = time.monotonic()
             slot = ring.take(watch.check)
-            watch.waited += time.monotonic() - started
             rows = capture_shard(capture, shard, slot, watch)
             writer.submit(shard, rows, partial(ring.give_back, slot))
         writer.wait()
-    return Filled(watch.started, watch.waited)
+    return Filled(watch.started, ring.waited)
 
 
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:
@@ -75,15 +75,19 @@ def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> R
         except torch.OutOfMemoryError as error:
             watch.after_batch(before - watch.rows)
             if capture.batch == 1:
-                raise UserError(
-                    f"--device {capture.model.device}: its memory does not suffice for one context of "
-                    f"{capture.spec.context} tokens. Lower --context, or use a larger GPU"
-                ) from error
+                raise no_memory(capture.model.device, capture.spec.context) from error
         capture.batch = -(-capture.batch // 2)
         say(f"out of memory: going on with {capture.batch * capture.spec.context:,} tokens in a batch")
         if capture.side is not None:
             torch.cuda.synchronize(capture.model.device)
             torch.cuda.empty_cache()
+
+
+def no_memory(device: torch.device, context: int) -> UserError:
+    return UserError(
+        f"--device {device}: its memory does not suffice for one context of {context} tokens. Lower --context, or use "
+        "a larger GPU"
+    )
 
 
 class Watch:
@@ -95,16 +99,15 @@ class Watch:
         config: HarvestConfig,
         team: Team,
         writer: ShardWriter,
+        ring: Ring[Slot],
         look: Callable[[], None],
         advance: Callable[[int, str], None],
     ) -> None:
-        self.store, self.config, self.team, self.writer = store, config, team, writer
+        self.store, self.config, self.team, self.writer, self.ring = store, config, team, writer, ring
         self.look, self.advance = look, advance
         spec = store.spec
         self.row_bytes = sum(hook.d_in for hook in spec.hookpoints.values()) * DTYPES[spec.dtype][0].itemsize
         self.started = time.monotonic()
-        self.waited = 0.0
-        """Seconds in which the model waited for the writer."""
         self.rows = 0
         self.measured = False
 
@@ -126,7 +129,7 @@ class Watch:
         self.advance(
             rows,
             f"{rate:,.0f} tokens/s, {rate * self.row_bytes / 1e9:.2f} GB/s{together}, waiting for the writer "
-            f"{self.waited / seconds:.0%}",
+            f"{self.ring.waited / seconds:.0%}",
         )
         self.check()
 

@@ -21,10 +21,12 @@ from shared.files import Files, join, open_files
 from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
 from shared.models import ModelInfo, ModelSource, load_tokenizer, model_info, read_config, resolve_model
 from shared.outline import outline
-from shared.spec import DTYPES, HookSpec, StoreSpec
+from shared.spec import DTYPES, HookSpec, StoreSpec, TokenType
 
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128
+SHARD_BYTES = 2 << 30
+"""Of all hookpoints of a shard, in memory."""
 SHARDS_OF_A_SMALL_STORE = 16
 
 
@@ -65,6 +67,10 @@ def make_plan(config: HarvestConfig) -> Plan:
     context = config.context or min(1024, info.max_context)
     if context > info.max_context:
         raise UserError(f"--context {context}: {config.model} was made for at most {info.max_context} tokens")
+    if config.skip_positions >= context:
+        raise UserError(
+            f"--skip-positions {config.skip_positions}: leaves nothing of a context of {context} tokens. Lower it"
+        )
     if context > 1 << 16:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
     device = pick_device(config.device, spread=True)
@@ -131,34 +137,61 @@ def corpus_asked(plan: Plan) -> dict[str, Any]:
     }
 
 
+def decides_the_tokens(plan: Plan) -> dict[str, Any]:
+    """What of a store's `corpus` is equal in all stores of the same tokens."""
+    return {**corpus_asked(plan), "whole": plan.config.tokens is None, "vocab_size": plan.info.vocab_size}
+
+
 def default_chunk_rows(row_bytes: int) -> int:
     """The power of two that makes a chunk at most 2 MiB."""
     return max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1)
 
 
 def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> StoreSpec:
-    widest = max(hook.d_in for hook in plan.hooks.values()) * DTYPES[plan.config.store_dtype][0].itemsize
-    chunk_rows = plan.config.chunk_rows or default_chunk_rows(widest)
-    chunks = min(CHUNKS_PER_SHARD, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
-    shard_rows = plan.config.shard_rows or chunk_rows * chunks
-    if shard_rows % chunk_rows:
-        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
     corpus = {
-        **corpus_asked(plan),
-        "whole": plan.config.tokens is None,
+        **decides_the_tokens(plan),
         "documents": counts.documents,
         "empty_documents": counts.empty,
         "bad_documents": counts.bad,
         "ids_blake2b": tokens.digest,
     }
+    chunk_rows, shard_rows = shape(plan, n_tokens)
+    return spec_of(plan, corpus, n_tokens, tokens.dtype, chunk_rows, shard_rows)
+
+
+def spec_of(
+    plan: Plan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
+) -> StoreSpec:
     return StoreSpec(
         **identity(plan),
         corpus=corpus,
         n_tokens=n_tokens,
-        token_dtype=tokens.dtype,
+        token_dtype=token_dtype,
         chunk_rows=chunk_rows,
         shard_rows=shard_rows,
     )
+
+
+def shape(plan: Plan, n_tokens: int) -> tuple[int, int]:
+    """Rows of a chunk and of a shard: what was asked for, else chunks of 2 MiB, 128 of them or fewer: in a small store,
+    and where all hookpoints together would make a shard too large for memory."""
+    widths = [hook.d_in * DTYPES[plan.config.store_dtype][0].itemsize for hook in plan.hooks.values()]
+    chunk_rows = plan.config.chunk_rows or default_chunk_rows(max(widths))
+    most = max(1, SHARD_BYTES // (chunk_rows * sum(widths)))
+    chunks = min(CHUNKS_PER_SHARD, most, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
+    shard_rows = plan.config.shard_rows or chunk_rows * chunks
+    if shard_rows % chunk_rows:
+        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
+    return chunk_rows, shard_rows
+
+
+def lent_shape(plan: Plan, lender: StoreSpec) -> tuple[int, int] | None:
+    """That of another store over the same tokens, which puts the rows in the same order; None where another was asked
+    for, or where its shards would be too large for these hookpoints."""
+    config, lent = plan.config, (lender.chunk_rows, lender.shard_rows)
+    width = sum(hook.d_in for hook in plan.hooks.values()) * DTYPES[config.store_dtype][0].itemsize
+    asked = (config.chunk_rows or lent[0], config.shard_rows or lent[1])
+    return lent if asked == lent and lent[1] * width <= 2 * SHARD_BYTES else None
 
 
 def check_same(plan: Plan, spec: StoreSpec) -> None:
@@ -169,6 +202,8 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
         "chunk_rows": plan.config.chunk_rows,
         "shard_rows": plan.config.shard_rows,
     }
+    if plan.config.tokens is None and spec.corpus.get("whole") is False:
+        wanted["n_tokens"] = "all that the corpus gives"
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     optional = ("n_tokens", "chunk_rows", "shard_rows")
     pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}

@@ -1,6 +1,7 @@
 """Memory that goes round: from the model, which fills it, to the writer, which empties it, and back."""
 
 import queue
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -13,6 +14,8 @@ class Ring(Generic[Slot]):
 
     def __init__(self, make: Callable[[], Slot], slots: int) -> None:
         self.make = make
+        self.waited = 0.0
+        """Seconds in which no slot was free."""
         self.free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
         for _ in range(slots):
             self.free.put(None)
@@ -21,10 +24,13 @@ class Ring(Generic[Slot]):
         """`look` is called now and then while none is free, and may raise."""
         while True:
             look()
+            started = time.monotonic()
             try:
                 slot = self.free.get(timeout=0.2)
             except queue.Empty:
                 continue
+            finally:
+                self.waited += time.monotonic() - started
             return self.make() if slot is None else slot
 
     def give_back(self, slot: Slot) -> None:

@@ -7,7 +7,7 @@ from typing import Final
 
 from harvest.plan import Plan
 from shared.config import HarvestConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles
 from shared.manifest import Commit
 from shared.progress import say
@@ -56,8 +56,10 @@ def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) ->
     each = {
         path: int(tokens * (raw_bytes(plan.config, hook.d_in) / found[path] + 4)) for path, hook in plan.hooks.items()
     }
-    going_on = is_store(plan.files) and not plan.config.overwrite
-    return Need(each, tokens * INDEX_BYTES, stored_size(plan.files) if going_on else 0, free_bytes(plan.files))
+    stored, free = stored_size(plan.files), free_bytes(plan.files)
+    if plan.config.overwrite and free is not None:  # what is there goes first
+        free, stored = free + stored, 0
+    return Need(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
 
 
 def check_room(plan: Plan, tokens: int | None) -> None:
@@ -76,7 +78,7 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
     """By what the first shards took: what is still to be written, in words. Raises UserError when it does not fit."""
     commits = list(commits)
     rows = sum(commit.rows for commit in commits)
-    left = store.spec.n_tokens - store.n_rows
+    left = store.spec.n_tokens - Store.open(store.files).n_rows
     size = sum(size for commit in commits for size, _ in commit.files.values()) / rows
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     ratios = [
@@ -113,4 +115,10 @@ def free_bytes(files: Files) -> int | None:
 
 
 def stored_size(files: Files) -> int:
-    return sum(size for commit in Store.open(files).commits.values() for size, _ in commit.files.values())
+    """Of the store that is there; 0 when there is none, or none that can be read."""
+    try:
+        if not is_store(files):
+            return 0
+    except DamagedError:
+        return 0
+    return sum(size for commit in Store.open(files, lenient=True).commits.values() for size, _ in commit.files.values())

@@ -7,7 +7,7 @@ process captures and commits its share of the shards that are not committed yet;
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from harvest.begin import begin, make_folder
 from harvest.fill import Filled, fill, rows_of
@@ -17,11 +17,14 @@ from harvest.team import Team, Work
 from shared.config import HarvestConfig
 from shared.create import clean_up, finish_store, reopen
 from shared.errors import Interrupted, UserError
+from shared.files import LocalFiles, check_alone
 from shared.models import resolve_model
 from shared.progress import say
 from shared.spec import DTYPES
 from shared.stop import stop_requests
 from shared.store import Store, is_store
+
+AGAIN: Final = "run the same command again"
 
 
 @dataclass(frozen=True)
@@ -46,25 +49,38 @@ def harvest(config: HarvestConfig) -> Summary:
 
         def look() -> None:
             if stop_asked():
-                raise Interrupted("the harvest was stopped. To continue, run the same command again")
+                raise Interrupted(f"the harvest was stopped. To continue, {AGAIN}")
+            team.look()
 
-        return lead(config, team, look) if team.rank == 0 else help_out(config, team, look)
+        try:
+            return lead(config, team, look) if team.rank == 0 else help_out(config, team, look)
+        except (UserError, Interrupted) as error:
+            if team.rank:
+                team.fail()
+            if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+                raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
+            raise
 
 
 def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
     """Rank 0: the beginning and the end, and a share of what is between them."""
     plan = make_plan(config)
-    if is_store(plan.files) and not config.overwrite:
+    if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
         check_same(plan, store.spec)
         if store.state == "final" and not store.missing:
             team.begin(Work(store.location, ()))
+            team.await_others(look)
             say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
             return summarise(store, 0.0, 0, 0.0)
-    check_room(plan, config.tokens)
+        check_room(plan, store.spec.n_tokens)
+    else:
+        check_room(plan, config.tokens)
     team.device(config.device)
-    make_folder(plan.files)
+    make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
+        if isinstance(plan.files, LocalFiles):
+            check_alone(plan.files.root)
         if config.overwrite or not is_store(plan.files):
             begin(plan, look)
         clean_up(plan.files)
@@ -73,7 +89,9 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         reopen(store)
         work = Work(store.location, tuple(store.missing))
         team.begin(work)
-        filled = fill(store, config, plan.source, team, look, team.mine(work))
+        filled = Filled(time.monotonic(), 0.0)
+        if team.mine(work):
+            filled = fill(store, config, plan.source, team, look, team.mine(work))
         team.await_others(look)
         finish_store(plan.files, store.spec)
     seconds = time.monotonic() - filled.started

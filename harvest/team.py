@@ -9,6 +9,7 @@ import json
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -87,12 +88,30 @@ class Team:
     def await_work(self, look: Callable[[], None]) -> Work:
         """The others: waits for rank 0. `look` is called now and then and may raise."""
         self.await_key("work", look)
-        store, todo = json.loads(self.keys.get("work"))
+        store, todo = json.loads(self.reach(lambda keys: keys.get("work")))
         return Work(store, tuple(todo))
 
     def done(self) -> None:
         """The others: all my shards are committed."""
-        self.keys.set(f"done {self.rank}", "")
+        self.reach(lambda keys: keys.set(f"done {self.rank}", ""))
+
+    def fail(self) -> None:
+        """The others: I cannot go on, and have said why."""
+        with suppress(RuntimeError):
+            self.keys.set("failed", "")
+
+    def look(self) -> None:
+        """Raises UserError when the launcher is gone: what goes on without it would write beside the next harvest."""
+        if self.keys is not None:
+            self.reach(lambda keys: keys.check(["work"]))
+
+    def reach(self, ask: Callable[[Any], Any]) -> Any:
+        try:
+            return ask(self.keys)
+        except RuntimeError as error:
+            raise UserError(
+                "the launcher, or rank 0, is gone; what it said before tells why. Run the same command again"
+            ) from error
 
     def await_others(self, look: Callable[[], None]) -> None:
         """Rank 0: waits until all are done."""
@@ -100,6 +119,8 @@ class Team:
             self.await_key(f"done {rank}", look)
 
     def await_key(self, key: str, look: Callable[[], None]) -> None:
-        while not self.keys.check([key]):
+        while not self.reach(lambda keys: keys.check([key])):
             look()
+            if self.reach(lambda keys: keys.check(["failed"])):
+                raise UserError("another process of this harvest has failed, and said why. Run the same command again")
             time.sleep(SECONDS_BETWEEN_LOOKS)

@@ -6,7 +6,7 @@ Nothing is written. The batch is the beginning of the corpus, not shuffled, so t
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import Any
 
@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from harvest.begin import token_rows
 from harvest.capture import BITS
-from harvest.fill import default_batch_tokens
+from harvest.fill import default_batch_tokens, no_memory
 from harvest.pack import Counts
-from harvest.plan import Plan, default_chunk_rows, make_plan
+from harvest.plan import Plan, check_same, default_chunk_rows, make_plan
 from harvest.room import expected, raw_bytes
 from harvest.team import Team
 from shared.config import HarvestConfig
@@ -28,6 +28,7 @@ from shared.model import LanguageModel
 from shared.progress import say
 from shared.quantise import dim_scale, quantise
 from shared.shard import as_float32, encode_chunk
+from shared.store import Store, is_store
 
 ROUNDS = 3
 
@@ -43,18 +44,21 @@ class Trial:
     """By path: d_in, the measured ratio, bytes (of a million tokens where `tokens` is None)."""
     bytes_to_write: int
     bytes_free: int | None
-    fits: bool
+    fits: bool | None
+    """None where `tokens` is."""
     model_tokens_per_second: float
     codec_tokens_per_second: float
     """On all cores of this machine."""
     tokens_per_second: float
     """Of the whole: the slower of the two on a GPU; on a CPU they share the cores."""
     seconds: float | None
+    """Of what is not committed yet."""
 
 
 def trial(config: HarvestConfig, processes: int = 1) -> Trial:
-    """Raises UserError for whatever the harvest would refuse."""
+    """Raises UserError for what is wrong with the configuration, or when a store is there that was made differently."""
     plan = make_plan(config)
+    left = rows_left(plan)
     say(f"{plan.name}: a dry run on one batch")
     model = LanguageModel(plan.source, plan.device, plan.dtype, config.attention)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
@@ -64,6 +68,8 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
     sizes, codec_seconds = encoded(config, rows, threads)
     ratios = {path: n * raw_bytes(config, plan.hooks[path].d_in) / size for path, size in sizes.items()}
     need = expected(plan, config.tokens or 1_000_000, ratios)
+    if config.tokens is None:
+        need = replace(need, stored=0)
     shared = model_seconds + codec_seconds
     together = shared if model.device.type == "cpu" else max(model_seconds / processes, codec_seconds)
     return Trial(
@@ -75,18 +81,27 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
         },
         need.to_write,
         need.free,
-        need.fits,
+        need.fits if config.tokens else None,
         round(n / model_seconds, 1),
         round(n / codec_seconds, 1),
         round(n / together, 1),
-        round(config.tokens * together / n, 3) if config.tokens else None,
+        round(left * together / n, 3) if left is not None else None,
     )
+
+
+def rows_left(plan: Plan) -> int | None:
+    """That the harvest would still write; None where only reading the corpus would tell."""
+    if plan.config.overwrite or not is_store(plan.files):
+        return plan.config.tokens
+    store = Store.open(plan.files)
+    check_same(plan, store.spec)
+    return store.spec.n_tokens - store.n_rows
 
 
 def first_rows(plan: Plan, contexts: int) -> NDArray[Any]:
     """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has not one row."""
     config = plan.config.model_copy(update={"shuffle_documents": False, "tokens": None})
-    blocks: Iterator[NDArray[Any]] = token_rows(Plan(**{**vars(plan), "config": config}), Counts())
+    blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), Counts(), lambda: None)
     found = list(islice(chain.from_iterable(blocks), contexts))
     if not found:
         raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
@@ -102,11 +117,16 @@ def captured(plan: Plan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[
         found[path] = activations.to(dtype).to("cpu", copy=True)
 
     sinks = {hook.name: lambda x, path=path: sink(path, x) for path, hook in plan.hooks.items()}
-    with model.capturing(sinks) as run:
-        for _ in range(ROUNDS):
-            started = time.perf_counter()
-            run(torch.from_numpy(ids.astype("int64")))
-            seconds.append(time.perf_counter() - started)
+    try:
+        with model.capturing(sinks) as run:
+            for _ in range(ROUNDS):
+                started = time.perf_counter()
+                run(torch.from_numpy(ids.astype("int64")))
+                seconds.append(time.perf_counter() - started)
+    except torch.OutOfMemoryError as error:
+        if len(ids) == 1:
+            raise no_memory(model.device, plan.context) from error
+        return captured(plan, model, ids[: len(ids) // 2])
     return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, float(np.median(seconds))
 
 

@@ -7,6 +7,7 @@ zarr.json, with which it exists; the commits; and at the end one sorted index of
 import hashlib
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,14 +17,16 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.files import LOCK_FILE, Files, LocalFiles, remove_temporaries, sync_folder
-from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
+from shared.errors import UserError
+from shared.files import LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync_folder
+from shared.manifest import Commit, Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
 from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
 from shared.store import STATE_FILE, Store, read_state, write_state
 
 BUILDING: Final = "tokens.building"
+SECONDS_BEHIND: Final = 10
 RECORD: Final = "record.json"
 OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stats", "scale", "manifest"}
 
@@ -56,7 +59,7 @@ def building(files: Files) -> Iterator[Path]:
         finally:
             shutil.rmtree(folder, ignore_errors=True)
     else:
-        with tempfile.TemporaryDirectory() as folder_name:
+        with tempfile.TemporaryDirectory() as folder_name, explained(folder_name):
             yield Path(folder_name) / BUILDING
 
 
@@ -125,13 +128,28 @@ def reopen(store: Store) -> None:
 def finish_store(files: Files, spec: StoreSpec) -> None:
     """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
     is not touched again. Nothing in it tells how many processes wrote, or in what order."""
-    write_index(files, read_manifest(files, final=False).values())
+    write_index(files, all_commits(files, spec).values())
     remove_logs(files)
     clean_up(files)
     write_state(files, spec, "final")
     if isinstance(files, LocalFiles):
         for path in files.root.glob(f"{LOCK_FILE}.*"):  # of the other writers, which are done
             path.unlink(missing_ok=True)
+
+
+def all_commits(files: Files, spec: StoreSpec) -> dict[int, Commit]:
+    """Of every shard. A shared file system may be a few seconds behind what its other machines wrote; raises UserError
+    when it stays so."""
+    for last in (*[False] * SECONDS_BEHIND, True):
+        commits = read_manifest(files, final=False)
+        if len(commits) == spec.n_shards:
+            return commits
+        if not last:
+            time.sleep(1)
+    raise UserError(
+        f"{files.name}: only {len(commits)} of {spec.n_shards} shards are in the manifest. Nothing is lost: run the "
+        "same command again"
+    )
 
 
 def remove_store(files: Files) -> None:

@@ -12,6 +12,7 @@ import os
 import shutil
 import socket
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -279,12 +280,7 @@ def lock_file(writer: int) -> str:
 def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
     """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
     with (root / name).open("ab+", buffering=0) as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            holder = file.read().decode(errors="replace").strip() or "another process"
-            raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
+        take_flock(file, root)
         with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
             file.truncate(0)
             file.write(this_process().encode())
@@ -293,6 +289,27 @@ def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):
                 file.truncate(0)
+
+
+def take_flock(file: Any, root: Path) -> None:
+    for last in (False, True):
+        try:
+            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if last:
+                file.seek(0)
+                holder = file.read().decode(errors="replace").strip() or "another process"
+                raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
+            time.sleep(0.05)  # `is_locked` holds it for a moment
+    return None
+
+
+def check_alone(root: Path) -> None:
+    """For whoever holds the lock of writer 0. Raises UserError when another writer is still at work: the rest of a
+    harvest whose first process was killed."""
+    for path in sorted(root.glob(f"{LOCK_FILE}.*")):
+        with folder_lock(root, path.name):
+            pass
 
 
 def this_process() -> str:

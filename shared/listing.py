@@ -59,16 +59,17 @@ def describe_store(location: str | Path) -> dict[str, Any]:
     about: dict[str, Any] = {"store": str(location), "state": store.state, "tokens": store.n_rows}
     about |= {"shards": f"{len(store.commits)} of {store.spec.n_shards}", "spec": store.spec.model_dump(mode="json")}
     about["hookpoints"] = store_rows(store)
-    if sum(commit.kept for commit in store.commits.values()) >= 2:
-        for row, hook in zip(about["hookpoints"], store.spec.hookpoints, strict=True):
-            statistics, cost = store.statistics(hook), store.quantisation(hook)
-            row["scale"] = statistics.scale
-            row["norm_of_mean"] = float((statistics.mean**2).sum() ** 0.5)
-            row["counted"] = statistics.n
-            row["mean_square"] = float((statistics.variance + statistics.mean**2).sum())
-            row["variance"] = float(statistics.variance.sum())
-            row["outlying_dimensions"] = outlying(statistics)
-            row["norms"] = asdict(measured) if (measured := norms(store, hook)) else None
-            if cost:
-                row |= {"snr_db": round(cost.snr_db, 2), "fvu_added": cost.fvu}
+    for row, hook in zip(about["hookpoints"], store.spec.hookpoints, strict=True):
+        row["counted"] = store.kept(hook)
+        if row["counted"] < 2:
+            continue
+        statistics, cost = store.statistics(hook), store.quantisation(hook)
+        row["scale"] = statistics.scale
+        row["norm_of_mean"] = float((statistics.mean**2).sum() ** 0.5)
+        row["mean_square"] = float((statistics.variance + statistics.mean**2).sum())
+        row["variance"] = float(statistics.variance.sum())
+        row["outlying_dimensions"] = outlying(statistics)
+        row["norms"] = asdict(measured) if (measured := norms(store, hook)) else None
+        if cost:
+            row |= {"snr_db": round(cost.snr_db, 2), "fvu_added": cost.fvu}
     return about

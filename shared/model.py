@@ -25,7 +25,8 @@ DEVICE_MAP: Final[str | dict[str, str]] = "auto"
 
 
 def load_weights(source: ModelSource, device: str, dtype: str, attention: Attention) -> Any:
-    """The model as Hugging Face makes it. Raises UserError when its weights cannot be loaded."""
+    """The model as Hugging Face makes it. Raises UserError when its weights cannot be loaded, or do not fit."""
+    import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -47,7 +48,13 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise cannot_load(source, "weights", error) from error
     model.eval().requires_grad_(False)
-    return model if place else model.to(device)
+    try:
+        return model if place else model.to(device)
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--model {source.name}: does not fit into the memory of {device}. Use --dtype bfloat16, or --device map "
+            "to spread it over several GPUs"
+        ) from error
 
 
 def first_device(model: Any) -> "torch.device":

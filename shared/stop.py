@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM as a question that a loop asks between steps, so that it can stop in a good state."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         asked.set()
+        if os.environ.get("RANK", "0") == "0":
+            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
         signal.signal(number, before[signal.Signals(number)])
 
     for number in before:

@@ -177,10 +177,13 @@ class Store:
 
     def counted(self, hook: str) -> int:
         """Rows that the moments are over."""
-        n = sum(commit.kept - commit.nonfinite.get(hook, 0) for commit in self.commits.values())
+        n = self.kept(hook)
         if n < 2:
-            raise UserError(f"{self.name}: {n} rows are committed; at least 2 are needed. Harvest more tokens")
+            raise UserError(f"{self.name}: only {n} rows of {hook} count; at least 2 are needed. Harvest more tokens")
         return n
+
+    def kept(self, hook: str) -> int:
+        return sum(commit.kept - commit.nonfinite.get(hook, 0) for commit in self.commits.values())
 
     def total(self, path: str) -> NDArray[np.float64]:
         """The sum of one per-shard statistic over the committed shards, [d_in]."""

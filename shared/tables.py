@@ -21,7 +21,7 @@ def trial_text(trial: Any) -> str:
         for path, h in trial.hookpoints.items()
     ]
     lines += [
-        f"  {trial.bytes_to_write / 1e9:.3g} GB to write{free}{'' if trial.fits else ': too little'}",
+        f"  {trial.bytes_to_write / 1e9:.3g} GB to write{free}{': too little' if trial.fits is False else ''}",
         f"  the model gives {trial.model_tokens_per_second:,.0f} tokens/s, the codec takes "
         f"{trial.codec_tokens_per_second:,.0f}",
     ]
