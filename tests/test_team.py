@@ -20,12 +20,15 @@ from conftest import ROOT, Sagsae, contents, save_corpus, sentences
 
 import harvest.capture
 import harvest.fill
+import harvest.plan
+import harvest.room
+import harvest.run
 from harvest.capture import Capture
 from harvest.ring import Ring
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.files import LocalFiles
+from shared.files import LocalFiles, folder_lock
 from shared.model import LanguageModel
 from shared.reader import open_reader, read_shard
 from shared.store import Store, is_store
@@ -185,10 +188,10 @@ def test_out_of_memory_halves_the_batch(
     expected = Store.open(run_harvest(harvest_config(tmp_path, name="whole", batch_tokens=32, **exact)).store)
     capturing = LanguageModel.capturing
 
-    def small(self: LanguageModel, sinks: Any) -> Any:
+    def small(self: LanguageModel, sinks: Any, widths: Any) -> Any:
         @contextlib.contextmanager
         def limited() -> Any:
-            with capturing(self, sinks) as run:
+            with capturing(self, sinks, widths) as run:
 
                 def refuse(tokens: torch.Tensor) -> None:
                     if len(tokens) > 3:
@@ -298,3 +301,79 @@ def test_an_unfinished_corpus_is_given_up_on_a_signal(sagsae: Sagsae, tmp_path: 
     assert stopped.returncode == 130, stopped.stderr
     assert "To continue, run the same command again" in stopped.stderr
     assert not root.exists(), "nothing half-written is left"
+
+
+def test_the_rest_of_a_killed_harvest_is_found(harvest_config: Config, tmp_path: Path) -> None:
+    """Its first process is dead, another one is still writing: nobody else may."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(harvest.run, "finish_store", lambda *_: (_ for _ in ()).throw(UserError("killed")))
+        with pytest.raises(UserError, match="killed"):
+            run_harvest(harvest_config(tmp_path))
+    with folder_lock(tmp_path / "s", ".lock.3"), pytest.raises(UserError, match=r"process \d+ on .* is writing here"):
+        run_harvest(harvest_config(tmp_path))
+    assert run_harvest(harvest_config(tmp_path)).tokens == 5000
+
+
+def test_advice_after_overwrite_does_not_lose_the_work(harvest_config: Config, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LocalFiles, "append", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="run the same command again without --overwrite"):
+            run_harvest(harvest_config(tmp_path, overwrite=True, seed=1))
+    assert run_harvest(harvest_config(tmp_path, seed=1)).tokens == 5000
+
+
+def test_a_part_is_not_the_whole(harvest_config: Config, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
+    with pytest.raises(UserError, match="n_tokens: the store has 5000, this asks for all that the corpus gives"):
+        run_harvest(harvest_config(tmp_path, hooks=("mlp_out",), tokens=None))
+
+
+@pytest.mark.parametrize("what", ["damage", "shape", "wide"])
+def test_a_store_beside_it_is_no_hindrance(
+    harvest_config: Config,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    what: str,
+) -> None:
+    """Neither when its tokens are damaged, nor when its shards do not suit."""
+    own = {"chunk_rows": None, "shard_rows": None, "hooks": ("attn_out",)}
+    run_harvest(harvest_config(tmp_path, name="beside"))
+    changes: dict[str, Any] = {"name": "s", **own}
+    if what == "damage":
+        path = tmp_path / "beside" / "tokens" / "c" / "0" / "0"
+        path.write_bytes(path.read_bytes()[:-1] + b"?")
+    elif what == "shape":
+        changes["chunk_rows"] = 48
+    else:
+        monkeypatch.setattr(harvest.plan, "SHARD_BYTES", 8192)
+    store = Store.open(run_harvest(harvest_config(tmp_path, **changes)).store)
+    said = capsys.readouterr().err
+    assert ("cannot be read" if what == "damage" else "rows another order") in said
+    alone = Store.open(run_harvest(harvest_config(tmp_path / "alone", **changes)).store)
+    assert store.spec == alone.spec
+    assert contents(store.root) == contents(alone.root)
+
+
+def test_room_is_counted_without_what_is_there(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that is full when the store is complete, and not a byte before."""
+    size = sum(path.stat().st_size for path in Path(run_harvest(harvest_config(tmp_path)).store).rglob("*"))
+    shutil.rmtree(tmp_path / "s")
+    there = shutil.disk_usage(tmp_path)
+
+    def usage(_path: Any) -> Any:
+        used = sum(path.stat().st_size for path in (tmp_path / "s").rglob("*") if path.is_file())
+        return there._replace(free=int(1.1 * size) - used)
+
+    monkeypatch.setattr(harvest.room.shutil, "disk_usage", usage)
+    assert run_harvest(harvest_config(tmp_path)).tokens == 5000
+
+
+def test_processes_and_their_launcher_agree(sagsae: Sagsae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    done = sagsae(*COMMAND, tmp_path, "--processes", 2)
+    assert (done.returncode, "was started as one of 3" in done.stderr) == (2, True)

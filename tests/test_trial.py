@@ -36,6 +36,15 @@ def test_a_dry_run_of_a_whole_corpus_and_of_too_little(harvest_config: Config, t
         trial(harvest_config(tmp_path, corpus=little))
 
 
+def test_a_dry_run_of_what_is_there(harvest_config: Config, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
+    assert trial(harvest_config(tmp_path, hooks=("mlp_out",))).seconds == 0
+    with pytest.raises(UserError, match="was harvested differently"):
+        trial(harvest_config(tmp_path, hooks=("attn_out",)))
+    with pytest.raises(UserError, match="leaves nothing of a context of 16 tokens"):
+        trial(harvest_config(tmp_path, skip_positions=16))
+
+
 def test_commands(sagsae: Sagsae, tmp_path: Path) -> None:
     tiny = ("--model", "tiny", "--tokens", "3000", "--context", "32", "--hook", "mlp_out")
     said = sagsae("harvest", *tiny, "--out", tmp_path / "out", "--dry-run")
