@@ -388,7 +388,7 @@ def bench_store(
 def bench_harvest(
     model: Annotated[str, typer.Option(help="Alias, Hugging Face id or folder.")] = "tiny",
     corpus: Annotated[str | None, typer.Option(help="Default: the corpus beside a local model.")] = None,
-    tokens: Annotated[int, typer.Option(min=1)] = 65_536,
+    tokens: Annotated[int, typer.Option(min=1)] = 262_144,
     context: Annotated[int | None, typer.Option(help="Default: the model's longest, at most 1024.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: mid.")] = None,
     hook: Annotated[list[str] | None, typer.Option(help="Repeatable. Default: resid_post, attn_out, mlp_out.")] = None,

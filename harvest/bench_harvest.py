@@ -55,8 +55,8 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     bare = cut_off(source, model.device, store.spec.model["dtype"], last)
     tokens, spec = store.tokens(), store.spec
     contexts = max(1, (config.batch_tokens or default_batch_tokens(model.device, model.d_model)) // spec.context)
-    capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts)
-    slot = make_slot(spec, model.device)
+    capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts, Team().threads)
+    slots = [make_slot(spec, model.device) for _ in range(2)]
     chunks = encodable(store)
 
     def forward() -> None:
@@ -69,9 +69,14 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
                     bare(ids.to(model.device), use_cache=False)
         synchronize(model.device)
 
-    def captured() -> None:
-        for shard in store.commits:
-            capture.shard(shard, slot, lambda _: None)()
+    def captured() -> None:  # as in a harvest: what is left to do with a shard is done while the next one is computed
+        with ThreadPoolExecutor(1) as behind:
+            waiting = [
+                behind.submit(capture.shard(shard, slots[turn % 2], lambda _: None))
+                for turn, shard in enumerate(store.commits)
+            ]
+        for done in waiting:
+            done.result()
 
     def encoded() -> None:
         with ThreadPoolExecutor() as pool:

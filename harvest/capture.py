@@ -1,15 +1,16 @@
 """One shard's worth of activations: token rows through the model, every hookpoint in one forward.
 
 What a batch holds depends on the shard alone, never on where an interrupted harvest took up again, so the numbers
-of a shard are the same in both cases (matrix products of other shapes may round differently). The moments are taken
-where the activations are, on the model's device, in float64, of the values as they will be stored.
+of a shard are the same in both cases (matrix products of other shapes may round differently). The moments are of the
+values as they will be stored (harvest/moments.py).
 
 On CUDA all that is done with activations happens on a stream of its own: the model computes the next batch meanwhile.
+On a CPU the moments are taken when the shard is complete, in the background, while the model computes the next one.
 """
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -18,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harvest.moments import Part, on_the_device, on_the_host
 from harvest.writer import Ready, ShardRows
 from shared.device import torch_dtype
 from shared.errors import UserError
@@ -26,8 +28,6 @@ from shared.spec import StoreSpec
 
 BITS: Final = {torch.bfloat16: torch.uint16}
 """Stored data type where numpy has none: the bit pattern."""
-BLOCK_BYTES: Final = {"cpu": 1 << 19, "cuda": 1 << 28}
-"""Float64 at a time in the moments: what fits into a core's cache, or keeps a GPU busy."""
 BATCHES_AHEAD: Final = 2
 """That a GPU may be behind what was asked of it: each holds its activations until they are on the host."""
 
@@ -43,10 +43,13 @@ class Memory:
     moments: Tensor
     """[2, d_in] float64: sum and sum of squares."""
 
+    def stored(self, n: int) -> NDArray[Any]:
+        """The first n rows in numpy's terms."""
+        return self.rows[:n].view(BITS.get(self.rows.dtype, self.rows.dtype)).numpy()
+
     def result(self, n: int) -> ShardRows:
-        rows = self.rows[:n].view(BITS.get(self.rows.dtype, self.rows.dtype)).numpy()
         total, squares = self.moments.numpy().copy()
-        return ShardRows(rows, self.norms[:n].numpy(), total, squares)
+        return ShardRows(self.stored(n), self.norms[:n].numpy(), total, squares)
 
 
 Slot = dict[str, Memory]
@@ -88,66 +91,64 @@ class HookSink:
     calls: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
-        device = self.keep.device
-        with on(self.side):
-            self.norms = torch.empty(self.n, dtype=torch.float32, device=device)
-            self.moments = torch.zeros(2, self.memory.rows.shape[1], dtype=torch.float64, device=device)
+        if self.side is not None:
+            with torch.cuda.stream(self.side):
+                self.norms = torch.empty(self.n, dtype=torch.float32, device=self.keep.device)
+                self.moments = torch.zeros_like(self.memory.moments, device=self.keep.device)
 
     def push(self, activations: Tensor) -> None:
         first, last = max(0, -self.begin), min(len(activations), self.n - self.begin)
         target = slice(self.begin + first, self.begin + last)
-        # A copy of its own for the side stream: the model may go on to change what it computed in place.
-        stored = activations[first:last].to(self.memory.rows.dtype, copy=self.side is not None)
-        if self.side is not None:
-            self.side.wait_stream(torch.cuda.current_stream(stored.device))
-            stored.record_stream(self.side)
-        with on(self.side):
-            self.memory.rows[target].copy_(stored, non_blocking=True)
-            self.add_moments(stored, self.keep[target], self.norms[target])
         self.calls += 1
-
-    def add_moments(self, stored: Tensor, keep: Tensor, norms: Tensor) -> None:
-        """Sums over the rows that count. A row with a NaN or an infinity does not."""
-        rows = max(1, BLOCK_BYTES[stored.device.type] // (8 * stored.shape[1]))
-        parts = zip(*(torch.split(tensor, rows) for tensor in (stored, keep, norms)), strict=True)
-        for x, counts, out in parts:
-            x = x.double()
-            squares = x.square()
-            out.copy_(squares.sum(1).sqrt_())
-            counted = (counts & out.isfinite())[:, None]
-            self.moments[0] += torch.where(counted, x, 0).sum(0)
-            self.moments[1] += torch.where(counted, squares, 0).sum(0)
+        if self.side is None:
+            self.memory.rows[target].copy_(activations[first:last])
+            return
+        # A copy of its own for the side stream: the model may go on to change what it computed in place.
+        stored = activations[first:last].to(self.memory.rows.dtype, copy=True)
+        self.side.wait_stream(torch.cuda.current_stream(stored.device))
+        stored.record_stream(self.side)
+        with torch.cuda.stream(self.side):
+            self.memory.rows[target].copy_(stored, non_blocking=True)
+            on_the_device(stored, self.keep[target], self.norms[target], self.moments)
 
     def finish(self) -> None:
-        """The last batch was pushed: what was counted goes to the host too."""
-        with on(self.side):
-            self.memory.norms[: self.n].copy_(self.norms, non_blocking=True)
-            self.memory.moments.copy_(self.moments, non_blocking=True)
-
-
-def on(stream: Any) -> AbstractContextManager[Any]:
-    return nullcontext() if stream is None else torch.cuda.stream(stream)
+        """The last batch was pushed: on CUDA, what was counted goes to the host too."""
+        if self.side is not None:
+            with torch.cuda.stream(self.side):
+                self.memory.norms[: self.n].copy_(self.norms, non_blocking=True)
+                self.memory.moments.copy_(self.moments, non_blocking=True)
 
 
 class Capture:
     """Runs a model over the shards of one store."""
 
     def __init__(
-        self, model: LanguageModel, spec: StoreSpec, tokens: NDArray[Any], keep: NDArray[np.bool_], batch_contexts: int
+        self,
+        model: LanguageModel,
+        spec: StoreSpec,
+        tokens: NDArray[Any],
+        keep: NDArray[np.bool_],
+        batch_contexts: int,
+        threads: int,
     ) -> None:
         """`tokens` and `keep` (which rows count in the moments) are [contexts, context]."""
         self.model, self.spec, self.tokens, self.batch = model, spec, tokens, batch_contexts
         self.keep = keep.reshape(-1)
+        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="moments")
         cuda = model.device.type == "cuda"
         self.side = torch.cuda.Stream(model.device) if cuda else None  # type: ignore[no-untyped-call]
+
+    def close(self) -> None:
+        self.pool.shutdown()
 
     def shard(self, shard: int, slot: Slot, after_batch: Callable[[int], None]) -> Ready:
         """Captures a shard into a slot. Gives a function that waits until all of it is there and gives the rows, in
         token order. `after_batch(n)` is told of every n rows and may raise to stop. Raises RuntimeError when a hook did
         not fire exactly once a batch."""
         start, stop = self.spec.shard_range(shard)
+        n = stop - start
         keep = torch.from_numpy(self.keep[start:stop]).to(self.model.device)
-        sinks = {path: HookSink(slot[path], stop - start, keep, self.side) for path in self.spec.hookpoints}
+        sinks = {path: HookSink(slot[path], n, keep, self.side) for path in self.spec.hookpoints}
         names = {self.spec.hookpoints[path].name: sink.push for path, sink in sinks.items()}
         context, last, batches = self.spec.context, -(-stop // self.spec.context), 0
         asked: deque[Any] = deque()
@@ -172,7 +173,12 @@ class Capture:
 
         def result() -> dict[str, ShardRows]:
             complete()
-            return {path: slot[path].result(stop - start) for path in sinks}
+            if self.side is None:
+                kept = self.keep[start:stop]
+                parts = [Part(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
+                for memory, total in zip(slot.values(), on_the_host(self.pool, parts), strict=True):
+                    memory.moments.copy_(torch.from_numpy(total))
+            return {path: slot[path].result(n) for path in sinks}
 
         return result
 

@@ -47,10 +47,10 @@ def fill(
     tokens = store.tokens()
     keep = rows_that_count(tokens, spec)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
-    capture = Capture(model, spec, tokens, keep, max(1, batch // spec.context))
     ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS)
     nonfinite = config.allow_nonfinite
     with (
+        closing(Capture(model, spec, tokens, keep, max(1, batch // spec.context), team.threads)) as capture,
         closing(
             ShardWriter(store.files, spec, keep, writer=team.rank, threads=team.threads, allow_nonfinite=nonfinite)
         ) as writer,
