@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from numpy.typing import NDArray
 
+from harvest.behind import pool
 from harvest.capture import Capture, make_slot
 from harvest.fill import default_batch_tokens
 from harvest.run import harvest
@@ -70,7 +71,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
         synchronize(model.device)
 
     def captured() -> None:  # as in a harvest: what is left to do with a shard is done while the next one is computed
-        with ThreadPoolExecutor(1) as behind:
+        with pool(1, "capture") as behind:
             waiting = [
                 behind.submit(capture.shard(shard, slots[turn % 2], lambda _: None))
                 for turn, shard in enumerate(store.commits)

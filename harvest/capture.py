@@ -10,7 +10,6 @@ On a CPU the moments are taken when the shard is complete, in the background, wh
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from harvest import behind
 from harvest.moments import Part, on_the_device, on_the_host
 from harvest.writer import Ready, ShardRows
 from shared.device import torch_dtype
@@ -134,7 +134,7 @@ class Capture:
         """`tokens` and `keep` (which rows count in the moments) are [contexts, context]."""
         self.model, self.spec, self.tokens, self.batch = model, spec, tokens, batch_contexts
         self.keep = keep.reshape(-1)
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="moments")
+        self.pool = behind.pool(threads, "moments")
         cuda = model.device.type == "cuda"
         self.side = torch.cuda.Stream(model.device) if cuda else None  # type: ignore[no-untyped-call]
 

@@ -7,12 +7,13 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harvest import behind
 from shared.files import Buffer, Files
 from shared.manifest import Sizes
 from shared.quantise import dequantise, dim_scale, quantise
@@ -31,7 +32,7 @@ class ShardFiles:
     def __init__(self, files: Files, spec: StoreSpec, threads: int | None = None) -> None:
         self.files, self.spec, self.layouts = files, spec, spec.layouts()
         self.threads = threads or len(os.sched_getaffinity(0))
-        self.pool = ThreadPoolExecutor(self.threads, thread_name_prefix="encode")
+        self.pool = behind.pool(self.threads, "encode")
         self.local = threading.local()
 
     def close(self) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 SEGMENT_ROWS: Final = 2048
 """Summed by one thread; segments are added in order."""
-CPU_BLOCK: Final = 1 << 19
+CPU_BLOCK: Final = 1 << 20
 GPU_BLOCK: Final = 1 << 28
 """Bytes of float64 at a time: what stays in a core's cache, or keeps a GPU busy."""
 

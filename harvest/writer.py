@@ -7,13 +7,14 @@ number of processes may write one store, each the shards that it is given and ea
 
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from harvest import behind
 from harvest.encode import ShardFiles
 from shared.errors import UserError
 from shared.files import Files
@@ -60,8 +61,8 @@ class ShardWriter:
         """`keep` [contexts, context] marks the rows that the moments are over; `writer` is this process's number."""
         self.files, self.spec, self.writer, self.allow_nonfinite = files, spec, writer, allow_nonfinite
         self.keep = keep.reshape(-1)
-        self.committer = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self.hooks = ThreadPoolExecutor(len(spec.hookpoints), thread_name_prefix="hook")
+        self.committer = behind.pool(1, "commit")
+        self.hooks = behind.pool(len(spec.hookpoints), "hook")
         self.shards = ShardFiles(files, spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.commits: list[Commit] = []
