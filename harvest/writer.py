@@ -65,14 +65,22 @@ class ShardWriter:
         self.hooks = behind.pool(len(spec.hookpoints), "hook")
         self.shards = ShardFiles(files, spec, threads)
         self.pending: deque[Future[None]] = deque()
+        self.failed = False
         self.commits: list[Commit] = []
         """What this writer has committed."""
 
     def submit(self, shard: int, rows: Ready, done: Callable[[], None] = lambda: None) -> None:
-        """Commits a shard in the background: waits there for its rows, and calls `done` when they are written."""
+        """Commits a shard in the background: waits there for its rows, and calls `done` when they are written.
+        After one that failed none is begun."""
 
         def run() -> None:
-            self.commit(shard, rows())
+            if self.failed:
+                return
+            try:
+                self.commit(shard, rows())
+            except BaseException:
+                self.failed = True
+                raise
             done()
 
         self.pending.append(self.committer.submit(run))
