@@ -6,7 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
-NICENESS: Final = 10
+NICENESS: Final = 5
 
 
 def pool(threads: int, name: str) -> ThreadPoolExecutor:
