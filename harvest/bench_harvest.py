@@ -17,10 +17,12 @@ import torch
 from numpy.typing import NDArray
 
 from harvest.behind import pool
-from harvest.capture import Capture, make_slot
-from harvest.fill import default_batch_tokens
+from harvest.capture import Capture, Slot, make_slot
+from harvest.fill import SLOTS, default_batch_tokens
+from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
+from harvest.writer import Ready
 from shared.bench import machine
 from shared.config import HarvestConfig
 from shared.device import torch_dtype
@@ -57,7 +59,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     tokens, spec = store.tokens(), store.spec
     contexts = max(1, (config.batch_tokens or default_batch_tokens(model.device, model.d_model)) // spec.context)
     capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts, Team().threads)
-    slots = [make_slot(spec, model.device) for _ in range(2)]
+    ring: Ring[Slot] = Ring(lambda: make_slot(spec, model.device), SLOTS)
     chunks = encodable(store)
 
     def forward() -> None:
@@ -71,17 +73,21 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
         synchronize(model.device)
 
     def captured() -> None:  # as in a harvest: what is left to do with a shard is done while the next one is computed
+        def finish(ready: Ready, slot: Slot) -> None:
+            ready()
+            ring.give_back(slot)
+
         with pool(1, "capture") as behind:
-            waiting = [
-                behind.submit(capture.shard(shard, slots[turn % 2], lambda _: None))
-                for turn, shard in enumerate(store.commits)
-            ]
+            waiting = []
+            for shard in store.commits:
+                slot = ring.take(lambda: None)
+                waiting.append(behind.submit(finish, capture.shard(shard, slot, lambda _: None), slot))
         for done in waiting:
             done.result()
 
     def encoded() -> None:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
+        with ThreadPoolExecutor(Team().threads) as cores:
+            list(cores.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
     found: dict[str, list[float]] = {"forward": [], "capture": [], "encode": [], "harvest": []}
     waiting = []
