@@ -100,14 +100,28 @@ def train(
     store: Annotated[str | None, typer.Option(help="A store, or one hookpoint in it: a folder or a URL.")] = None,
     hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
     arch: Annotated[
-        list[str] | None, typer.Option(help="sa-gsae or gated, or with its width gated:8192. Repeatable.")
+        list[str] | None,
+        typer.Option(
+            help="sa-gsae, gated, relu, jumprelu, batch-topk, abs-topk; or with a width: gated:8192. Repeatable."
+        ),
     ] = None,
     d_sae: Annotated[list[int] | None, typer.Option(help="Latents. Repeatable.")] = None,
-    sparsity: Annotated[list[float] | None, typer.Option(help="λ of the L1 term. Repeatable.")] = None,
+    sparsity: Annotated[list[float] | None, typer.Option(help="λ, the weight of the penalty. Repeatable.")] = None,
+    l0_target: Annotated[
+        list[float] | None, typer.Option(help="Active latents that λ is steered to. Repeatable.")
+    ] = None,
+    k: Annotated[list[int] | None, typer.Option(help="Active latents of batch-topk and abs-topk. Repeatable.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the initial weights. Repeatable.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens. Default: one epoch.")] = None,
     batch: Annotated[int | None, typer.Option(help="Tokens in a step, over all processes.")] = None,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    theta0: Annotated[float | None, typer.Option(help="Initial threshold, in units of 1/sqrt(d_in).")] = None,
+    tie: Annotated[str | None, typer.Option(help="What the poles share: symmetric, magnitude (r alone), none.")] = None,
+    one_sided: Annotated[bool, typer.Option("--one-sided", help="Ablation: no negative poles.")] = False,
+    no_aux: Annotated[bool, typer.Option("--no-aux", help="Ablation: no auxiliary reconstruction.")] = False,
+    reset_every: Annotated[
+        int | None, typer.Option(help="Steps after which silent latents get a new threshold. 0: never.")
+    ] = None,
     device: Device = None,
     follow: Annotated[bool, typer.Option("--follow", help="Train while the store is being harvested.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
@@ -118,9 +132,15 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train autoencoders on a store: every architecture, width, sparsity and seed in one pass."""
-    from shared.config import TrainConfig, sae_grid
+    from shared.config import TrainConfig
+    from shared.saes import sae_grid
 
-    saes = sae_grid(arch or [], d_sae or [], sparsity or [], seed or []) if arch or d_sae or sparsity or seed else None
+    axes = {"d_sae": d_sae, "sparsity": sparsity, "l0_target": l0_target, "k": k, "seed": seed}
+    options = {
+        "theta0": theta0, "tie": tie, "one_sided": one_sided or None, "aux": False if no_aux else None,
+        "reset_every": reset_every,
+    }  # fmt: skip
+    saes = sae_grid(arch or [], given(axes), given(options)) if arch or any(axes.values()) else None
     flags = {
         "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "lr": lr, "device": device,
         "out": out, "overwrite": overwrite or None, "follow": follow or None,
@@ -431,10 +451,13 @@ def layer_number(text: str) -> int | str:
 
 def resolve(schema: Any, flags: dict[str, Any], file: Path | None, settings: list[str] | None) -> Any:
     """The configuration: the file, over it the options, over them --set."""
-    from shared.config import build, parse_set, read_toml
+    from shared.schema import build, parse_set, read_toml
 
-    given = {key: value for key, value in flags.items() if value is not None}
-    return build(schema, {**(read_toml(file) if file else {}), **given, **parse_set(settings or [])})
+    return build(schema, {**(read_toml(file) if file else {}), **given(flags), **parse_set(settings or [])})
+
+
+def given(options: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in options.items() if value is not None}
 
 
 def launched(processes: int) -> bool:

@@ -4,28 +4,19 @@ Unknown keys are refused with the nearest valid name. Nothing here is changed af
 from it (a default context length, the number of steps) goes into the run's record.
 """
 
-import difflib
-import json
-import re
-import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from shared.errors import UserError
+from shared.saes import AnySAE, sae_config
+from shared.schema import Frozen
 
-Section = TypeVar("Section", bound="Frozen")
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
 
-DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
 DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
-
-
-class Frozen(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
 
 
 class HarvestConfig(Frozen):
@@ -99,24 +90,6 @@ class HarvestConfig(Frozen):
         return self
 
 
-class SAEConfig(Frozen):
-    """One autoencoder. The mathematics is in docs/method.md."""
-
-    arch: Literal["sa-gsae", "gated"]
-    d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
-    """Number of latents."""
-    sparsity: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    """λ, the weight of the L1 term, for activations of unit variance."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the initial weights."""
-    theta0: Annotated[float, Field(ge=0)] = 0.4
-    """Initial threshold, in units of 1/sqrt(d_in)."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.arch}-{self.d_sae}-lambda{self.sparsity:g}-seed{self.seed}"
-
-
 class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
@@ -125,7 +98,7 @@ class TrainConfig(Frozen):
     hookpoint's array inside a store."""
     hook: str | None = None
     """Which hookpoint of the store, such as `layer_08/mlp_out`."""
-    saes: tuple[SAEConfig, ...]
+    saes: tuple[AnySAE, ...]
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Training tokens. Default: one epoch. More than the store holds means several epochs."""
     batch: Annotated[int, Field(ge=1)] = 4096
@@ -205,67 +178,6 @@ class EvalConfig(Frozen):
     """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
 
 
-def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises UserError when it is missing or malformed."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: is not valid TOML ({error})") from error
-
-
-def parse_set(assignments: list[str]) -> dict[str, Any]:
-    """`["lr=0.01", "hook=attn_out"]` -> `{"lr": 0.01, "hook": "attn_out"}`: values are JSON, or else text."""
-    values: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals or not key:
-            raise UserError(f"--set {assignment}: expected key=value")
-        try:
-            values[key] = json.loads(text)
-        except json.JSONDecodeError:
-            values[key] = text
-    return values
-
-
-def build(schema: type[Section], values: dict[str, Any]) -> Section:
-    """The validated configuration. Raises UserError naming the first offending key."""
-    try:
-        return schema.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "missing":
-            option = {"saes": "--arch ARCH:WIDTH"}.get(key, f"--{key}")
-            raise UserError(f"{key}: is needed; give {option}, or {key} in the --config file") from error
-        if first["type"] == "extra_forbidden":
-            known = list(schema.model_fields)
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}"
-            raise UserError(f"unknown setting {key!r}: {hint}") from error
-        message = first["msg"].removeprefix("Value error, ")
-        if not key:
-            raise UserError(message) from error
-        raise UserError(f"{key}: {message} (got {first['input']!r})") from error
-
-
-def sae_grid(archs: list[str], widths: list[int], sparsities: list[float], seeds: list[int]) -> list[dict[str, Any]]:
-    """Every combination. `gated:8192` gives an architecture a width of its own. Raises UserError when one has none."""
-    grid = []
-    for named in archs or ["sa-gsae"]:
-        arch, colon, own = named.partition(":")
-        if colon and not re.fullmatch("[0-9]+", own):
-            raise UserError(f"--arch {named}: expected ARCH or ARCH:WIDTH, such as gated:8192")
-        own_widths = [int(own)] if colon else widths
-        if not own_widths:
-            raise UserError(f"--arch {named}: how wide? Give --d-sae, or {arch}:WIDTH")
-        for d_sae in own_widths:
-            for sparsity in sparsities or DEFAULT_SPARSITIES:
-                grid += [{"arch": arch, "d_sae": d_sae, "sparsity": sparsity, "seed": s} for s in seeds or [0]]
-    return grid
-
-
 def demo_harvest(out: Path) -> HarvestConfig:
     """The shipped model over the text that comes with it."""
     return HarvestConfig(model="tiny", hooks=DEMO_HOOKS, tokens=600_000, out=str(out / "stores"))
@@ -274,7 +186,7 @@ def demo_harvest(out: Path) -> HarvestConfig:
 def demo_train(out: Path, store: str) -> TrainConfig:
     """SA-GSAE at one width against Gated at twice that width, both with the recipe for a short run."""
     saes = tuple(
-        SAEConfig(arch=arch, d_sae=d_sae, sparsity=sparsity, theta0=1.0)
+        sae_config(arch=arch, d_sae=d_sae, sparsity=sparsity, theta0=1.0)
         for arch, d_sae in (("sa-gsae", 512), ("gated", 1024))
         for sparsity in DEMO_SPARSITIES
     )

@@ -10,7 +10,7 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.config import Frozen
+from shared.schema import Frozen
 from shared.shard import CODECS, Layout, crc32c
 
 FORMAT_VERSION: Final = 2

@@ -26,7 +26,8 @@ from transformers import (
 )
 
 from harvest.run import harvest
-from shared.config import HarvestConfig, SAEConfig, TrainConfig
+from shared.config import HarvestConfig, TrainConfig
+from shared.saes import sae_config
 from shared.store import Store
 
 WORDS = "the a cat dog king sat saw said on in of and mat house 12 café naïve if then else return while".split()
@@ -148,7 +149,7 @@ def train_config(store: Store, tmp_path: Path) -> Callable[..., TrainConfig]:
     """20 steps of two small autoencoders on the session's store."""
 
     def config(**changes: Any) -> TrainConfig:
-        saes = tuple(SAEConfig(arch=arch, d_sae=48, sparsity=0.2) for arch in ("sa-gsae", "gated"))
+        saes = tuple(sae_config(arch=arch, d_sae=48, sparsity=0.2) for arch in ("sa-gsae", "gated"))
         values: dict[str, Any] = {
             "store": str(store.root), "hook": "mlp_out", "saes": saes, "tokens": 20 * 64, "batch": 64, "lr": 5e-3,
             "streams": 4, "window_rows": 1024, "log_every": 5, "checkpoint_every": 8, "device": "cpu",

@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from shared.config import HarvestConfig, TrainConfig, build, demo_train, parse_set, read_toml, sae_grid
+from shared.config import HarvestConfig, TrainConfig, demo_train
 from shared.errors import UserError
+from shared.saes import sae_config, sae_grid
+from shared.schema import build, parse_set, read_toml
 
 SAE: dict[str, Any] = {"arch": "gated", "d_sae": 8, "sparsity": 0.1}
 
@@ -16,7 +18,7 @@ def test_unknown_keys_name_the_nearest() -> None:
         build(HarvestConfig, {"model": "tiny", "contxt": 3})
     with pytest.raises(UserError, match=r"unknown setting 'zzz': valid keys: model, revision"):
         build(HarvestConfig, {"model": "tiny", "zzz": 3})
-    with pytest.raises(UserError, match=r"unknown setting 'saes.0.width'"):
+    with pytest.raises(UserError, match=r"unknown setting 'width': valid keys: arch, d_sae"):
         build(TrainConfig, {"store": "s", "saes": [{**SAE, "width": 3}]})
 
 
@@ -41,8 +43,12 @@ def test_harvest_values(changes: dict[str, Any], message: str) -> None:
         ({"saes": []}, "name at least one autoencoder"),
         ({"saes": [SAE, SAE]}, r"gated-8-lambda0.1-seed0 is listed twice"),
         ({"batch": 100, "streams": 8}, "batch: 100 is not a multiple of streams = 8"),
-        ({"saes": [{**SAE, "arch": "topk"}]}, r"saes.0.arch: .*'sa-gsae' or 'gated' \(got 'topk'\)"),
-        ({"saes": [{**SAE, "sparsity": 0}]}, r"saes.0.sparsity: .*greater than 0"),
+        ({"saes": [{**SAE, "arch": "topk"}]}, r"arch: 'topk' is none of sa-gsae, gated, relu"),
+        ({"saes": [{**SAE, "sparsity": -1}]}, r"sparsity: .*greater than or equal to 0"),
+        ({"saes": [{**SAE, "d_sae": 0}]}, r"d_sae: .*greater than or equal to 1"),
+        ({"saes": [{**SAE, "l0_target": 8}]}, r"l0_target: 8 of 8 latents cannot be active"),
+        ({"saes": [{"arch": "batch-topk", "d_sae": 8, "k": 9}]}, r"k: 9 of 8 latents cannot be active"),
+        ({"saes": [{**SAE, "k": 3}]}, r"unknown setting 'k'"),
         ({"lr": -1}, r"lr: .*greater than 0"),
     ],
 )
@@ -69,18 +75,37 @@ def test_toml_and_set(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_autoencoders() -> None:
-    grid = sae_grid(["sa-gsae", "gated:16"], [8], [0.1, 0.2], [0, 1])
+    axes = {"d_sae": [8], "sparsity": [0.1, 0.2], "seed": [0, 1]}
+    grid = sae_grid(["sa-gsae", "gated:16"], axes, {})
     assert len(grid) == 8
     assert {(sae["arch"], sae["d_sae"]) for sae in grid} == {("sa-gsae", 8), ("gated", 16)}
-    assert len(sae_grid([], [8], [], [])) == 5, "the default sparsities"
-    with pytest.raises(UserError, match="how wide"):
-        sae_grid(["gated"], [], [], [])
-    with pytest.raises(UserError, match="expected ARCH or ARCH:WIDTH"):
-        sae_grid(["gated:wide"], [], [], [])
+    assert len(sae_grid([], {"d_sae": [8]}, {})) == 5, "the default sparsities"
+    mixed = sae_grid(["gated", "abs-topk"], {"d_sae": [8], "l0_target": [2], "k": [1, 2]}, {"theta0": 1.0})
+    assert [{**sae} for sae in mixed] == [
+        {"arch": "gated", "d_sae": 8, "l0_target": 2, "theta0": 1.0},
+        {"arch": "abs-topk", "d_sae": 8, "k": 1},
+        {"arch": "abs-topk", "d_sae": 8, "k": 2},
+    ]
+    for archs, axes, options, message in (
+        (["gated"], {}, {}, "how wide"),
+        (["gated:x"], {"d_sae": [8]}, {}, "expected ARCH or ARCH:WIDTH"),
+        (["gate"], {"d_sae": [8]}, {}, "is none of sa-gsae"),
+        (["relu"], {"d_sae": [8]}, {"theta0": 1.0}, "--theta0: none of the architectures"),
+        (["abs-topk"], {"d_sae": [8], "sparsity": [0.1]}, {}, "--sparsity: none of the architectures"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sae_grid(archs, axes, options)
 
 
-def test_configurations_are_frozen_and_survive_json() -> None:
-    config = demo_train(Path("demo"), "store")
+def test_names_say_what_is_unusual() -> None:
+    assert sae_config(**SAE).name == "gated-8-lambda0.1-seed0"
+    assert sae_config(**SAE, theta0=1.6, aux=False).name == "gated-8-lambda0.1-seed0-aux-false-theta0-1.6"
+    assert sae_config(arch="abs-topk", d_sae=8, k=2).name == "abs-topk-8-k2-seed0"
+    assert sae_config(arch="sa-gsae", d_sae=8, l0_target=2, tie="none").name == "sa-gsae-8-l0-2-seed0-tie-none"
+    config = demo_train(Path("x"), "s")
+    assert build(TrainConfig, config.model_dump(mode="json")) == config
+
+
+def test_configurations_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
-        config.lr = 1.0  # type: ignore[misc]
-    assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
+        demo_train(Path("demo"), "store").lr = 1.0  # type: ignore[misc]

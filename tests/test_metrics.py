@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from harvest.run import harvest as run_harvest
-from shared.config import HarvestConfig, SAEConfig
+from shared.config import HarvestConfig
 from shared.model import LanguageModel
 from shared.models import resolve_model
+from shared.saes import sae_config
 from shared.store import Store
 from train.autoencoder import Autoencoder
 from train.metrics import language_losses, measure, read_heldout, recovered
@@ -25,7 +26,7 @@ D_IN, D_SAE = 32, 40
 def autoencoder(arch: str = "sa-gsae", scale: float = 3.0, theta0: float = 2.0) -> Autoencoder:
     mean = torch.linspace(-1, 1, D_IN)
     weights = initial_weights(D_IN, D_SAE, theta0, mean, torch.Generator().manual_seed(0))
-    return Autoencoder(SAEConfig(arch=arch, d_sae=D_SAE, sparsity=0.2), weights, scale)  # type: ignore[arg-type]
+    return Autoencoder(sae_config(arch=arch, d_sae=D_SAE, sparsity=0.2), weights, scale)  # type: ignore[arg-type]
 
 
 def activations(n: int = 9000) -> Tensor:

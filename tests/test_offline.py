@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from harvest.run import harvest as run_harvest
-from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
+from shared.config import EvalConfig, HarvestConfig, TrainConfig
+from shared.saes import sae_config
 from train.evaluate import evaluate
 from train.report import write_report
 from train.run import train as run_train
@@ -22,7 +23,7 @@ def test_no_socket_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     harvested = run_harvest(HarvestConfig(model="tiny", tokens=4000, context=64, hooks=("mlp_out",), out=tmp_path))
-    sae = SAEConfig(arch="sa-gsae", d_sae=16, sparsity=0.2)
+    sae = sae_config(arch="sa-gsae", d_sae=16, sparsity=0.2)
     trained = run_train(TrainConfig(store=harvested.store, saes=(sae,), batch=64, out=tmp_path / "run"))
     assert evaluate(EvalConfig(run=trained.run)).results["ce_tokens"]
     assert write_report([trained.run], tmp_path / "report.html").exists()

@@ -18,10 +18,11 @@ from test_store import unfinished
 
 import train.run
 from harvest.run import harvest as run_harvest
-from shared.config import EvalConfig, HarvestConfig, SAEConfig, TrainConfig
+from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import folder_lock
 from shared.models import ModelSource
+from shared.saes import sae_config
 from shared.spec import shard_file
 from shared.store import Store
 from train.autoencoder import Autoencoder, matmul_dtype
@@ -128,7 +129,7 @@ def test_stopped_anywhere_it_ends_with_the_same_bits(
 
 def test_every_autoencoder_trains_as_if_alone(train_config: Config, tmp_path: Path) -> None:
     """One pass trains many: no other member, seed or sparsity changes what one learns."""
-    saes = tuple(SAEConfig(arch="sa-gsae", d_sae=48, sparsity=s, seed=i) for i, s in enumerate((0.2, 0.4, 0.2)))
+    saes = tuple(sae_config(arch="sa-gsae", d_sae=48, sparsity=s, seed=i) for i, s in enumerate((0.2, 0.4, 0.2)))
     together = run_train(train_config(saes=saes, out=tmp_path / "many")).run
     for sae in saes:
         alone = run_train(train_config(saes=(sae,), out=tmp_path / sae.name)).run

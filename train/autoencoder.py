@@ -11,11 +11,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from shared.config import SAEConfig, build
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
 from shared.files import write_file
 from shared.record import write_json
+from shared.saes import ARCHITECTURES, SAEConfig, sae_config
 from train.sae import gated
 
 
@@ -53,7 +53,7 @@ class Autoencoder:
         try:
             about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
             tensors = load_file(folder / "sae.safetensors", device=device)
-            config = build(SAEConfig, {key: about[key] for key in SAEConfig.model_fields})
+            config = sae_config(**{key: about[key] for key in ARCHITECTURES[about["arch"]].model_fields})
             return cls(config, gated.Weights(**tensors), float(about["scale"]))
         except SafetensorError as error:
             raise DamagedError(f"{folder / 'sae.safetensors'}: cannot be read ({error})") from error

@@ -9,9 +9,10 @@ import numpy as np
 import torch
 
 from shared.bench import Run
-from shared.config import TrainConfig, build
+from shared.config import TrainConfig
 from shared.permute import permutation
 from shared.reader import ArrayReader
+from shared.schema import build
 from shared.shard import decode_chunk
 from shared.store import Store
 from train.job import make_passes

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from shared.config import TrainConfig, build
+from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.files import LOCK_FILE, write_file
 from shared.record import write_json
+from shared.schema import build
 
 FREE: Final = {"out", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every"}
 """Settings that may differ when a run goes on: they do not change what is trained."""

@@ -19,12 +19,13 @@ from accelerate import Accelerator
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.config import SAEConfig, TrainConfig
+from shared.config import TrainConfig
 from shared.device import pick_device
 from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
 from shared.progress import progress, say
 from shared.record import provenance, write_json
+from shared.saes import SAEConfig
 from shared.stop import stop_requests
 from shared.store import Statistics
 from train.autoencoder import Autoencoder
