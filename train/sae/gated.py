@@ -5,151 +5,194 @@
     code   f = s·m·ReLU(eʳ a + b)                   x̂ = f W_dec + b_dec
     loss   |x - x̂|² + λ Σ|g| + |x - (g W̄_dec + b̄_dec)|²       summed over d_in, mean over the batch; bars: no gradient
 
-Gated: arXiv 2404.16014. SA-GSAE (arXiv 2605.28149) in its tied form, as derived in docs/method.md: the ReLU acts on the
-magnitude of each side, so an open latent can never change its sign. Decoder rows have unit norm; x has unit variance.
-θ is trained by the L1 and auxiliary terms alone, r and b by the reconstruction alone. Axis names: batch, d_in, d_sae.
+Gated: arXiv 2404.16014. SA-GSAE (arXiv 2605.28149) as derived in docs/method.md: the ReLU acts on the magnitude of each
+side, so an open latent can never change its sign. θ, r, b have a row for each pole, or one for both (`tie`); an entry
+uses the row of the sign of u, which is all of it because θ >= 0 lets at most one pole be open. Decoder rows have unit
+norm; x has unit variance. θ is trained by the L1 and auxiliary terms alone, r and b by the reconstruction alone.
+
+The free decoder (`Gated.decoder`) has no bars and no unit norm; its penalty is λ Σ|g_i||d_i|.
 """
 
-from dataclasses import dataclass, fields
-from typing import Final
+from dataclasses import dataclass
+from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from shared.saes import Gated, SaGsae
+from train.sae.activation import Folded
+from train.sae.base import Family, Now, Step, Weights, decode, first_weights
+
 R_LIMIT: Final = 5.0
 """|r| is held below this, so that eʳ stays finite."""
-SMALLEST_NORM: Final = 1e-6
-"""A decoder row shorter than this has no direction left and is drawn anew."""
 
 
 @dataclass
-class Weights:
-    """The parameters, float32, in units where the activations have unit variance."""
+class GatedWeights(Weights):
+    theta: Float[Tensor, "poles d_sae"]
+    r: Float[Tensor, "poles d_sae"]
+    b: Float[Tensor, "poles d_sae"]
 
-    W_enc: Float[Tensor, "d_sae d_in"]
-    W_dec: Float[Tensor, "d_sae d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    theta: Float[Tensor, " d_sae"]
-    r: Float[Tensor, " d_sae"]
-    b: Float[Tensor, " d_sae"]
-
-    def named(self) -> dict[str, Tensor]:
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+    LENGTHS: ClassVar[frozenset[str]] = frozenset({"b_dec", "theta", "b"})
 
 
-@dataclass(frozen=True)
-class Step:
-    """What a step measured, as device tensors (reading one waits for the device)."""
+class GatedFamily(Family[GatedWeights]):
+    weights = GatedWeights
 
-    reconstruction: Float[Tensor, ""]
-    """|x - x̂|², mean over the batch: with unit variance, the fraction of variance unexplained."""
-    sparsity: Float[Tensor, ""]
-    """Σ|g|, mean over the batch, without λ."""
-    auxiliary: Float[Tensor, ""]
-    l0: Float[Tensor, ""]
-    fired: Bool[Tensor, " d_sae"]
-    """Which latents were non-zero somewhere in the batch."""
+    def __init__(self, config: Gated | SaGsae) -> None:
+        self.config = config
+        self.signed = isinstance(config, SaGsae) and not config.one_sided
+        self.unit_decoder = not (isinstance(config, Gated) and config.decoder == "free")
+        tie = config.tie if isinstance(config, SaGsae) and self.signed else "symmetric"
+        self.theta_poles, self.r_poles = (1 if tie == "symmetric" else 2), (2 if tie == "none" else 1)
 
+    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> GatedWeights:
+        """θ = theta0 / sqrt(d_in), r = b = 0."""
+        d_sae = self.config.d_sae
+        return GatedWeights(
+            **first_weights(d_in, d_sae, mean, generator),
+            theta=torch.full((self.theta_poles, d_sae), self.config.theta0 / d_in**0.5),
+            r=torch.zeros(self.r_poles, d_sae),
+            b=torch.zeros(self.theta_poles, d_sae),
+        )
 
-def initial_weights(
-    d_in: int, d_sae: int, theta0: float, mean: Float[Tensor, " d_in"], generator: torch.Generator
-) -> Weights:
-    """Random unit decoder rows, the encoder a copy of them, b_dec the data's mean, θ = theta0 / sqrt(d_in)."""
-    W_dec = torch.randn(d_sae, d_in, generator=generator)
-    W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
-    theta = torch.full((d_sae,), theta0 / d_in**0.5)
-    return Weights(W_dec.clone(), W_dec, mean.float().clone(), theta, torch.zeros(d_sae), torch.zeros(d_sae))
+    def size(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
+        """a and s; None stands for ones."""
+        return (u.abs(), u.sign()) if self.signed else (u, None)
+
+    def encode(self, w: GatedWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        u = pre_activations(w, x)
+        a, s = self.size(u)
+        magnitude = torch.relu(torch.exp(pole(w.r, u)) * a + pole(w.b, u))
+        return times(torch.where(a > pole(w.theta, u), magnitude, 0.0), s)
+
+    def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+        u = pre_activations(w, x)
+        a, s = self.size(u)
+        g = torch.relu(a - pole(w.theta, u))
+        main = (x - decode(w, self.encode(w, x))).square().sum(1)
+        penalty = (g if self.unit_decoder else g * w.W_dec.norm(dim=1)).sum(1)
+        if not self.config.aux:
+            return (main + now.sparsity * penalty).mean()
+        W_dec, b_dec = (w.W_dec.detach(), w.b_dec.detach()) if self.unit_decoder else (w.W_dec, w.b_dec)
+        aux = (x - (times(g, s) @ W_dec + b_dec)).square().sum(1)
+        return (main + now.sparsity * penalty + aux).mean()
+
+    def gradients(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[GatedWeights, Step]:
+        """Seven matrix products (docs/method.md, gradients); thresholds and sums stay float32. b_dec is subtracted
+        before rounding to `now.matmul`: activations have a mean much longer than their spread."""
+        batch = len(x)
+        W_enc, W_dec = w.W_enc.to(now.matmul), w.W_dec.to(now.matmul)
+        centred = x - w.b_dec
+        low = centred.to(now.matmul)
+        u = (low @ W_enc.T).float()
+        a, s = self.size(u)
+        # 0/1 masks are the signs of non-negative floats: on a CPU far cheaper than comparisons and torch.where.
+        g_size = torch.relu_(a - pole(w.theta, u))
+        open_gate = g_size.sign()
+        scale = torch.exp(pole(w.r, u))
+        f_size = torch.relu_(torch.addcmul(pole(w.b, u), scale, a)).mul_(open_gate)
+        active = f_size.sign()
+        f, g = times(f_size, s).to(now.matmul), times(g_size, s).to(now.matmul)
+
+        error = (f @ W_dec).float() - centred
+        error_low = error.to(now.matmul)
+        norm = None if self.unit_decoder else w.W_dec.norm(dim=1)
+        price = now.sparsity / batch if norm is None else now.sparsity / batch * norm
+        to_magnitude = times((error_low @ W_dec.T).float(), s).mul_(2 / batch).mul_(active)
+        to_W_dec = (f.T @ error_low).float().mul_(2 / batch)
+        to_b_dec = error.sum(0).mul_(2 / batch)
+        if self.config.aux:
+            aux_error = (g @ W_dec).float() - centred
+            aux_low = aux_error.to(now.matmul)
+            to_gate = times((aux_low @ W_dec.T).float(), s).mul_(2 / batch).add_(price).mul_(open_gate)
+            auxiliary = aux_error.square().sum() / batch
+            if norm is not None:
+                to_W_dec.add_((g.T @ aux_low).float(), alpha=2 / batch)
+                to_b_dec.add_(aux_error.sum(0), alpha=2 / batch)
+        else:
+            to_gate, auxiliary = open_gate * price, torch.zeros_like(to_b_dec.sum())
+        if norm is not None:
+            pull = g_size.sum(0) * (now.sparsity / batch) / norm.clamp_min(1e-8)
+            to_W_dec.addcmul_(pull[:, None], w.W_dec)
+        to_u = times(torch.addcmul(to_gate, scale, to_magnitude), s)
+
+        grads = GatedWeights(
+            W_enc=(to_u.to(now.matmul).T @ low).float(),
+            W_dec=to_W_dec,
+            b_dec=to_b_dec - to_u.sum(0) @ w.W_enc,
+            theta=-by_pole(to_gate, u, len(w.theta)),
+            r=torch.exp(w.r) * by_pole(to_magnitude * a, u, len(w.r)),
+            b=by_pole(to_magnitude, u, len(w.b)),
+        )
+        penalty = (g_size if norm is None else g_size * norm).sum() / batch
+        step = Step(error.square().sum() / batch, penalty, auxiliary, active.sum() / batch, active.amax(0) > 0)
+        return grads, step
+
+    def constrain_(self, w: GatedWeights) -> None:
+        """|r| bounded, and θ >= 0 where latents have two poles (with a sum below 0 both would be open at once)."""
+        w.r.clamp_(-R_LIMIT, R_LIMIT)
+        if self.signed:
+            w.theta.clamp_(min=0.0)
+
+    def fold(self, w: GatedWeights) -> Folded:
+        """z = e^(r⁺)·u, T = max(eʳθ, -b) for each pole, ρ = e^(r⁻ - r⁺) (docs/method.md, inference)."""
+        W_enc = torch.exp(w.r[0])[:, None] * w.W_enc
+        threshold = torch.maximum(torch.exp(w.r) * w.theta, -w.b).expand(2, -1).clone()
+        if not self.signed:
+            threshold[1] = torch.inf
+        slope = torch.exp(w.r[-1] - w.r[0])
+        return Folded(W_enc, -(W_enc @ w.b_dec), w.W_dec, w.b_dec, threshold, w.b.expand(2, -1).clone(), slope)
+
+    def reset_(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
+        """Gives the latents in `which` the threshold above which a share `reset_share` of this batch lies, and
+        r = b = 0. Each then fires on that share, whatever the length of its encoder row."""
+        a, _ = self.size(pre_activations(w, x)[:, which])
+        if a.shape[1]:
+            rank = min(len(a), max(1, round(len(a) * (1 - self.config.reset_share))))
+            theta = torch.kthvalue(a, rank, dim=0).values
+            w.theta[:, which] = theta.clamp_min(0.0) if self.signed else theta
+            w.r[:, which] = 0.0
+            w.b[:, which] = 0.0
 
 
 def pre_activations(w: Weights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
     return (x - w.b_dec) @ w.W_enc.T
 
 
-def encode(w: Weights, x: Float[Tensor, "batch d_in"], signed: bool) -> Float[Tensor, "batch d_sae"]:
-    """The code f, in the precision of its inputs."""
-    u = pre_activations(w, x)
-    a = u.abs() if signed else u
-    magnitude = torch.where(a > w.theta, torch.relu(torch.exp(w.r) * a + w.b), 0.0)
-    return u.sign() * magnitude if signed else magnitude
+def pole(scalars: Float[Tensor, "poles d_sae"], u: Float[Tensor, "batch d_sae"]) -> Tensor:
+    """The row that an entry of u uses: the second where u is negative, if there is one."""
+    return scalars[0] if len(scalars) == 1 else torch.where(u < 0, scalars[1], scalars[0])
 
 
-def decode(w: Weights, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-    return f @ w.W_dec + w.b_dec
-
-
-def loss(w: Weights, x: Float[Tensor, "batch d_in"], sparsity: float, signed: bool) -> Float[Tensor, ""]:
-    """The training loss, written to be read and differentiated by autograd. `gradients` is what training uses."""
-    u = pre_activations(w, x)
-    a = u.abs() if signed else u
-    g = torch.relu(a - w.theta)
-    soft_code = u.sign() * g if signed else g
-    main = (x - decode(w, encode(w, x, signed))).square().sum(1)
-    aux = (x - (soft_code @ w.W_dec.detach() + w.b_dec.detach())).square().sum(1)
-    return (main + sparsity * g.sum(1) + aux).mean()
-
-
-def gradients(
-    w: Weights, x: Float[Tensor, "batch d_in"], sparsity: float, signed: bool, matmul: torch.dtype
-) -> tuple[Weights, Step]:
-    """∂loss/∂weights in closed form (docs/method.md, gradients), and what the step measured.
-
-    Seven matrix products, whose inputs are rounded to `matmul`; thresholds and sums stay float32. b_dec is
-    subtracted before rounding: activations have a mean much longer than their spread.
-    """
-    batch = len(x)
-    W_enc, W_dec = w.W_enc.to(matmul), w.W_dec.to(matmul)
-    centred = x - w.b_dec
-    low = centred.to(matmul)
-    u = (low @ W_enc.T).float()
-    a, s = (u.abs(), u.sign()) if signed else (u, None)
-    # 0/1 masks are the signs of non-negative floats: on a CPU far cheaper than comparisons and torch.where.
-    g_size = torch.relu_(a - w.theta)
-    open_gate = g_size.sign()
-    scale = torch.exp(w.r)
-    f_size = torch.relu_(torch.addcmul(w.b, scale, a)).mul_(open_gate)
-    active = f_size.sign()
-    f, g = times(f_size, s).to(matmul), times(g_size, s).to(matmul)
-
-    error = (f @ W_dec).float() - centred
-    aux_error = (g @ W_dec).float() - centred
-    error_low, aux_low = error.to(matmul), aux_error.to(matmul)
-    to_magnitude = times((error_low @ W_dec.T).float(), s).mul_(2 / batch).mul_(active)
-    to_gate = times((aux_low @ W_dec.T).float(), s).mul_(2 / batch).add_(sparsity / batch).mul_(open_gate)
-    to_u = times(torch.addcmul(to_gate, scale, to_magnitude), s)
-
-    grads = Weights(
-        W_enc=(to_u.to(matmul).T @ low).float(),
-        W_dec=(f.T @ error_low).float().mul_(2 / batch),
-        b_dec=error.sum(0).mul_(2 / batch) - to_u.sum(0) @ w.W_enc,
-        theta=-to_gate.sum(0),
-        r=scale * (to_magnitude * a).sum(0),
-        b=to_magnitude.sum(0),
-    )
-    step = Step(
-        reconstruction=error.square().sum() / batch,
-        sparsity=g_size.sum() / batch,
-        auxiliary=aux_error.square().sum() / batch,
-        l0=active.sum() / batch,
-        fired=active.amax(0) > 0,
-    )
-    return grads, step
+def by_pole(gradient: Float[Tensor, "batch d_sae"], u: Float[Tensor, "batch d_sae"], poles: int) -> Tensor:
+    """Sums over the batch, for each row of `pole`."""
+    if poles == 1:
+        return gradient.sum(0, keepdim=True)
+    negative = u < 0
+    return torch.stack([gradient.masked_fill(negative, 0.0).sum(0), gradient.masked_fill(~negative, 0.0).sum(0)])
 
 
 def times(size: Tensor, sign: Tensor | None) -> Tensor:
     return size if sign is None else size * sign
 
 
-def project_gradient_(w: Weights, grads: Weights) -> None:
-    """Takes the part along each decoder row out of its gradient: only the direction is trained."""
-    along = (grads.W_dec * w.W_dec).sum(1, keepdim=True)
-    grads.W_dec.addcmul_(along, w.W_dec, value=-1)
+def split(w: GatedWeights) -> GatedWeights:
+    """SA-GSAE(d_sae) as the Gated SAE (2·d_sae) with the same loss: both poles of each latent become latents."""
+    both = {name: getattr(w, name).expand(2, -1).reshape(1, -1) for name in ("theta", "r", "b")}
+    return GatedWeights(torch.cat([w.W_enc, -w.W_enc]), torch.cat([w.W_dec, -w.W_dec]), w.b_dec, **both)
 
 
-def constrain_(w: Weights, signed: bool) -> None:
-    """After the optimiser's step: unit decoder rows, |r| bounded, and θ >= 0 where both sides share it (with θ < 0
-    both gates of a latent would be open at once)."""
-    w.W_dec /= w.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
-    w.r.clamp_(-R_LIMIT, R_LIMIT)
-    if signed:
-        w.theta.clamp_(min=0.0)
+def join(w: GatedWeights) -> GatedWeights:
+    """The SA-GSAE that `split` made this Gated SAE of. Raises ValueError when it is not two mirrored halves."""
+    half = len(w.W_enc) // 2
+    mirrored = all(torch.equal(part[:half], -part[half:]) for part in (w.W_enc, w.W_dec))
+    if len(w.W_enc) % 2 or not mirrored:
+        raise ValueError("the second half of its latents does not mirror the first")
+    if (w.theta < 0).any():
+        raise ValueError("a threshold is negative: both poles of a latent could be open at once")
+    poles = {name: getattr(w, name).reshape(2, half) for name in ("theta", "r", "b")}
+    if all(torch.equal(rows[0], rows[1]) for rows in poles.values()):
+        poles = {name: rows[:1] for name, rows in poles.items()}
+    return GatedWeights(w.W_enc[:half].clone(), w.W_dec[:half].clone(), w.b_dec, **poles)

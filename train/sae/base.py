@@ -1,0 +1,128 @@
+"""What every architecture shares: its weights' names, what a step is told and what it measured, the first weights.
+
+All of it is in units in which the activations have unit variance (E|x - mean|² = 1). Axis names: batch, d_in, d_sae,
+poles.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Final, Generic, TypeVar
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from train.sae.activation import Folded
+
+SMALLEST_NORM: Final = 1e-6
+"""A decoder row shorter than this has no direction left and is drawn anew."""
+
+
+@dataclass
+class Weights:
+    """The parameters, float32."""
+
+    W_enc: Float[Tensor, "d_sae d_in"]
+    W_dec: Float[Tensor, "d_sae d_in"]
+    b_dec: Float[Tensor, " d_in"]
+
+    LENGTHS: ClassVar[frozenset[str]] = frozenset({"b_dec"})
+    """What grows with the activations when these are measured in other units."""
+    KEPT: ClassVar[frozenset[str]] = frozenset()
+    """What is measured, not trained."""
+
+    def named(self) -> dict[str, Tensor]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def trained(self) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in self.named().items() if name not in self.KEPT}
+
+    def times(self, unit: float) -> "Weights":
+        """For activations that are `unit` times as long; the code then is, too. Decoder rows keep their norm."""
+        return replace(self, **{name: getattr(self, name) * unit for name in self.LENGTHS})
+
+
+W = TypeVar("W", bound=Weights)
+
+
+@dataclass(frozen=True)
+class Now:
+    """What a step is told beside the weights and the batch."""
+
+    sparsity: float | Float[Tensor, ""]
+    """λ."""
+    matmul: torch.dtype = torch.float32
+    """What matrix products take in; all else stays float32."""
+    silent: Int[Tensor, " d_sae"] | None = None
+    """Training tokens since each latent last fired."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step measured, as device tensors (reading one waits for the device)."""
+
+    reconstruction: Float[Tensor, ""]
+    """|x - x̂|², mean over the batch: with unit variance, the fraction of variance unexplained."""
+    sparsity: Float[Tensor, ""]
+    """The penalty, mean over the batch, without λ."""
+    auxiliary: Float[Tensor, ""]
+    """The rest of the loss."""
+    l0: Float[Tensor, ""]
+    fired: Bool[Tensor, " d_sae"]
+    """Which latents were non-zero somewhere in the batch."""
+    threshold: Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(()))
+    """The smallest active size, where a batch decides it (TopK)."""
+
+
+class Family(ABC, Generic[W]):
+    """An architecture: pure functions of weights and activations, for one configuration."""
+
+    signed: bool = False
+    """Whether latents carry a sign."""
+    unit_decoder: bool = True
+    """Whether decoder rows are held at norm one."""
+    weights: ClassVar[type[Any]]
+
+    @abstractmethod
+    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> W:
+        """The weights that training begins with."""
+
+    @abstractmethod
+    def encode(self, w: W, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        """The code f, as it is used after training."""
+
+    @abstractmethod
+    def loss(self, w: W, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+        """The training loss, written to be read and differentiated by autograd. `gradients` is what training uses."""
+
+    @abstractmethod
+    def gradients(self, w: W, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[W, Step]:
+        """∂loss/∂weights in closed form, and what the step measured."""
+
+    @abstractmethod
+    def constrain_(self, w: W) -> None:
+        """After the optimiser's step: back to what the weights may be. Decoder rows aside."""
+
+    @abstractmethod
+    def fold(self, w: W) -> Folded:
+        """The same function as one matrix product, one comparison and one more product."""
+
+    def absorb_(self, w: W, step: Step) -> None:
+        """Takes what the step measured into the weights that are not trained."""
+
+
+def decode(w: Weights, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
+    return f @ w.W_dec + w.b_dec
+
+
+def first_weights(d_in: int, d_sae: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> dict[str, Tensor]:
+    """Random unit decoder rows, the encoder a copy of them, b_dec the data's mean."""
+    W_dec = torch.randn(d_sae, d_in, generator=generator)
+    W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
+    return {"W_enc": W_dec.clone(), "W_dec": W_dec, "b_dec": mean.float().clone()}
+
+
+def expected_shapes(weights: type[Weights], d_in: int, d_sae: int) -> dict[str, tuple[int | None, ...]]:
+    """The shape that each tensor must have; None where several are possible (poles)."""
+    sizes = {"d_in": d_in, "d_sae": d_sae, "poles": None}
+    return {f.name: tuple(sizes[axis] for axis in str(f.type).split('"')[1].split()) for f in fields(weights)}
