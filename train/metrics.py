@@ -112,8 +112,10 @@ def read_heldout(rows: Rows, keep: NDArray[np.bool_]) -> Float[Tensor, "rows d_i
     return to_tensor(np.concatenate([np.empty((0, d_in), dtype), *found]), spec.dtype)
 
 
-def measure(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> Fit:
-    """Fit of one autoencoder on raw activations, computed in float32."""
+def measure(
+    sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str, silent: dict[str, Any] | None = None
+) -> Fit:
+    """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead)."""
     errors = Errors(mean_row(rows).to(device))
     firings = Firings.none(sae.config.d_sae, device)
     for x, f, x_hat in reconstructions(sae, rows, device):
@@ -128,7 +130,7 @@ def measure(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> 
         l0_pos=firings.positive.sum().item() / len(rows),
         l0_neg=firings.negative.sum().item() / len(rows),
         dead_fraction=1 - firings.live.double().mean().item(),
-        dead=dead(firings),
+        dead=dead(firings, silent),
         bipolar_fraction=counted["bipolar"] if counted else None,
         bipolar_mass=counted["bipolar_mass"] if counted else None,
         census=counted,
@@ -208,11 +210,19 @@ def recovered(ablated: float, spliced: float, clean: float) -> float | None:
 
 
 def entry(sae: Autoencoder, fit: Fit, losses: Losses | None, index: int) -> dict[str, Any]:
-    """One autoencoder's part of evaluation.json; it is number `index` in `losses`."""
+    """One autoencoder's part of evaluation.json; it is number `index` in `losses`. Of `sparsity`, `l0_target` and `k`
+    the one that set its number of active latents is given, the others are null."""
+    config = sae.config
+    knobs = {key: getattr(config, key, None) for key in ("sparsity", "l0_target", "k")}
+    if knobs["l0_target"] is not None:
+        knobs["sparsity"] = None  # where λ began says nothing of the result
     spliced = losses.spliced[index] if losses else None
     return {
-        **sae.config.model_dump(include={"arch", "d_sae", "sparsity", "seed"}),
-        "name": sae.config.name,
+        "name": config.name,
+        "arch": config.arch,
+        "d_sae": config.d_sae,
+        **knobs,
+        "seed": config.seed,
         **asdict(fit),
         "ce_spliced": spliced,
         "ce_recovered": recovered(losses.zero, losses.spliced[index], losses.clean) if losses else None,
