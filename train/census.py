@@ -32,7 +32,8 @@ class Firings:
 
     @classmethod
     def none(cls, d_sae: int, device: str = "cpu") -> "Firings":
-        return cls(*(torch.zeros(d_sae, dtype=torch.float64, device=device) for _ in range(3)))
+        zeros = torch.zeros(3, d_sae, dtype=torch.float64, device=device)
+        return cls(zeros[0], zeros[1], zeros[2])
 
     def add_(self, f: Float[Tensor, "batch d_sae"]) -> None:
         self.positive += (f > 0).sum(0)
