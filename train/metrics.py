@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared.model import LanguageModel
 from train.autoencoder import Autoencoder
-from train.census import Firings, census, dead, densities
+from train.census import Firings, census, dead, densities, share
 from train.directions import directions
 from train.rows import Kept, Rows, to_tensor
 
@@ -129,7 +129,7 @@ def measure(
         l0=firings.total.sum().item() / len(rows),
         l0_pos=firings.positive.sum().item() / len(rows),
         l0_neg=firings.negative.sum().item() / len(rows),
-        dead_fraction=1 - firings.live.double().mean().item(),
+        dead_fraction=share(~firings.live),
         dead=dead(firings, silent),
         bipolar_fraction=counted["bipolar"] if counted else None,
         bipolar_mass=counted["bipolar_mass"] if counted else None,
