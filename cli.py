@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shared.tables import harvest_text, print_saes, print_table, trial_text
+from shared.tables import harvest_text, print_peers, print_saes, print_table, trial_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 store_app = typer.Typer(no_args_is_help=True, help="Look into activation stores.")
@@ -160,20 +160,35 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A training run's folder.")],
     store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
-    ce: Annotated[bool, typer.Option(help="Measure the language model's loss with reconstructions spliced in.")] = True,
+    ce: Annotated[
+        bool,
+        typer.Option(help="Measure the language model's loss with reconstructions spliced in. --no-ce: keep the last."),
+    ] = True,
     ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
+    peer_conventions: Annotated[
+        bool, typer.Option("--peer-conventions", help="R², L0 and dead as other tools define them, too.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure a run's autoencoders on its held-out tokens."""
     from shared.config import EvalConfig
 
-    flags = {"run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device}
+    flags = {
+        "run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device,
+        "peer_conventions": peer_conventions,
+    }  # fmt: skip
     resolved = resolve(EvalConfig, flags, None, None)
     from train.evaluate import evaluate as measure
 
     done = measure(resolved)
-    show({"run": str(run), **done.results}, as_json, lambda: print_saes(f"{done.file}", done.results["saes"]))
+
+    def text() -> None:
+        print_saes(f"{done.file}", done.results["saes"])
+        if peer_conventions:
+            print_peers("\nThe same by other tools' definitions", done.results["saes"])
+
+    show({"run": str(run), **done.results}, as_json, text)
 
 
 @app.command()

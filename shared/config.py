@@ -176,6 +176,8 @@ class EvalConfig(Frozen):
     device: str = "auto"
     ce_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
+    peer_conventions: bool = False
+    """R², L0 and dead as SAELens, dictionary_learning and SAEBench define them, beside ours."""
 
 
 def demo_harvest(out: Path) -> HarvestConfig:

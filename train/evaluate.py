@@ -1,6 +1,7 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from train.folder import RunFolder
 from train.job import following
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
+from train.peers import by_peers
 from train.rows import Rows
 
 
@@ -61,7 +63,10 @@ def evaluate(config: EvalConfig) -> Evaluation:
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
-    results = measure_all(store, hook, parts, saes, losses, device)
+    silent = last_silent(folder, trained.dead_after_tokens)
+    results = measure_all(store, hook, parts, saes, losses, device, silent, config.peer_conventions)
+    if not config.ce:
+        results = with_losses_of(earlier(folder), results)
     with explained(config.run):
         write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
@@ -81,16 +86,25 @@ def find_model(store: Store, name: str | None) -> ModelSource:
 
 
 def measure_all(
-    store: Store, hook: str, parts: Split, saes: Sequence[Autoencoder], losses: Losses | None, device: str
+    store: Store,
+    hook: str,
+    parts: Split,
+    saes: Sequence[Autoencoder],
+    losses: Losses | None,
+    device: str,
+    silent: Mapping[str, dict[str, Any]] | None = None,
+    peer_conventions: bool = False,
 ) -> dict[str, Any]:
-    """The content of evaluation.json."""
+    """The content of evaluation.json. `silent`: what training logged of dead latents, by name (`last_silent`)."""
     heldout = read_heldout(Rows.of(store, hook), parts.heldout)
     if not len(heldout):
         raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
     with progress("evaluate", len(saes), "autoencoders") as advance:
         for index, sae in enumerate(saes):
-            entries.append(entry(sae, measure(sae, heldout, device), losses, index))
+            fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
+            peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
+            entries.append({**entry(sae, fit, losses, index), **peers})
             advance(1, sae.config.name)
     return {
         "tokens": len(heldout),
@@ -100,6 +114,38 @@ def measure_all(
         "ce_mean": losses.mean if losses else None,
         "saes": entries,
     }
+
+
+def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
+    """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
+    fewer) when training last logged it."""
+    try:
+        last = json.loads(folder.metrics.read_bytes().splitlines()[-1])
+        tokens = min(last["tokens"], window)
+        return {name: {"fraction": sae["dead_fraction"], "tokens": tokens} for name, sae in last["saes"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # no log, or its last line was torn: not known
+
+
+def earlier(folder: RunFolder) -> dict[str, Any]:
+    """evaluation.json as it stands; empty when it cannot be read."""
+    try:
+        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("saes"), list) else {}
+
+
+def with_losses_of(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """`results`, measured without the language model, with the losses that an earlier evaluation of the same run had
+    measured. An autoencoder that was not in it has none."""
+    known = {sae.get("name"): sae for sae in before.get("saes", ()) if isinstance(sae, dict)}
+    saes = [{**sae, **only(known.get(sae["name"], {}), "ce_")} for sae in results["saes"]]
+    return {**results, **only(before, "ce_"), "saes": saes}
+
+
+def only(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.startswith(prefix)}
 
 
 def heldout_losses(
