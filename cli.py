@@ -192,7 +192,10 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A training run's folder.")],
     store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
-    ce: Annotated[bool, typer.Option(help="Measure the language model's loss with reconstructions spliced in.")] = True,
+    ce: Annotated[
+        bool | None,
+        typer.Option("--ce/--no-ce", help="Measure the language model's loss with reconstructions spliced in."),
+    ] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
     device: Device = None,
     as_json: Json = False,

@@ -196,8 +196,9 @@ class EvalConfig(Frozen):
     """The run's folder."""
     store: Location | None = None
     """Where the run's store is now, if it moved."""
-    ce: bool = True
-    """Splice reconstructions into the language model and measure its next-token loss."""
+    ce: bool | None = None
+    """Splice reconstructions into the language model and measure its next-token loss. Default: where there is one; a
+    synthetic store has none."""
     model: str | None = None
     """The language model, if it moved. Default: the one the store was harvested from."""
     device: str = "auto"

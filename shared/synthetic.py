@@ -72,7 +72,8 @@ class Synthetic(Frozen):
 def shares(features: int, zipf: float) -> NDArray[np.float64]:
     """Of all activity, each feature's part, [features]."""
     weights = np.arange(1, features + 1, dtype=np.float64) ** -zipf
-    return weights / weights.sum()
+    found: NDArray[np.float64] = weights / weights.sum()
+    return found
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,10 @@ class Truth:
     @cached_property
     def directions(self) -> NDArray[np.float64]:
         """[features, d_in] unit vectors."""
-        found = normals(self.words(self.parameters.features, (self.parameters.d_in + 1) // 2, DIRECTIONS))
-        found = found[:, : self.parameters.d_in]
-        return found / np.sqrt(np.square(found).sum(axis=1, keepdims=True))
+        d_in = self.parameters.d_in
+        found = normals(self.words(self.parameters.features, (d_in + 1) // 2, DIRECTIONS))[:, :d_in]
+        unit: NDArray[np.float64] = found / np.sqrt(np.square(found).sum(axis=1, keepdims=True))
+        return unit
 
     @cached_property
     def signal_variance(self) -> float:
@@ -178,13 +180,15 @@ class Truth:
         values = np.concatenate([part.values for part in parts])
         return Codes(rows[order], features[order], values[order])
 
-    def signed_directions(self) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64]]:
-        """The directed features, +a_i of every feature and -a_i of a bipolar one: which feature and which sign each
-        is, [directed], and the unit vectors [directed, d_in]."""
-        both = np.flatnonzero(self.bipolar)
-        features = np.concatenate([np.arange(len(self.bipolar)), both])
-        signs = np.concatenate([np.ones(len(self.bipolar), np.int64), -np.ones(len(both), np.int64)])
-        return features, signs, signs[:, None] * self.directions[features]
+    @cached_property
+    def directed(self) -> NDArray[np.float64]:
+        """[directed, d_in] unit vectors: +a_i of every feature, then -a_i of every bipolar one."""
+        return np.concatenate([self.directions, -self.directions[self.bipolar]])
+
+    def directed_numbers(self, codes: Codes) -> NDArray[np.int64]:
+        """[active] which directed feature each active one is."""
+        negative = len(self.bipolar) + np.cumsum(self.bipolar) - 1
+        return np.where(codes.values < 0, negative[codes.features], codes.features)
 
 
 def normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:

@@ -1,7 +1,7 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
+from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
+from train.recovery import Known
 from train.rows import Rows
 
 
@@ -49,7 +51,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
             "Say where the right one is: --store"
         )
     device = pick_device(config.device)
-    source = find_model(store, config.model) if config.ce else None
+    source = find_model(store, config.model) if wants_ce(config, store) else None
     saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes]
     tokens = store.tokens()
     parts = split(store.spec, tokens, trained)
@@ -61,6 +63,14 @@ def evaluate(config: EvalConfig) -> Evaluation:
     with explained(config.run):
         write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
+
+
+def wants_ce(config: EvalConfig, store: Store) -> bool:
+    """Raises UserError where the loss of a language model is asked for and there is none."""
+    synthetic = truth_of(store.spec.model) is not None
+    if synthetic and config.ce:
+        raise UserError(f"--ce: {store.name} is synthetic; no language model stands behind it. Leave --ce out")
+    return not synthetic if config.ce is None else config.ce
 
 
 def find_model(store: Store, name: str | None) -> ModelSource:
@@ -80,13 +90,15 @@ def measure_all(
     store: Store, hook: str, parts: Split, saes: Sequence[Autoencoder], losses: Losses | None, device: str
 ) -> dict[str, Any]:
     """The content of evaluation.json."""
-    heldout = read_heldout(Rows.of(store, hook), parts.heldout)
+    rows = Rows.of(store, hook)
+    heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
     if not len(heldout):
         raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
     with progress("evaluate", len(saes), "autoencoders") as advance:
         for index, sae in enumerate(saes):
-            entries.append(entry(sae, measure(sae, heldout, device), losses, index))
+            found = asdict(known.recovery(sae, heldout, device)) if known else {}
+            entries.append({**entry(sae, measure(sae, heldout, device), losses, index), **found})
             advance(1, sae.config.name)
     return {
         "tokens": len(heldout),
