@@ -61,7 +61,7 @@ class Synthetic(Frozen):
         if self.l0 > most:
             raise ValueError(
                 f"l0: {self.l0:g} would have the first feature active more than once a row; with {self.features} "
-                f"features and zipf {self.zipf:g} it can be at most {most:.6g}"
+                f"features and zipf {self.zipf:g} it can be at most {int(most * 100) / 100:g}"
             )
         truth = Truth(self)
         if not truth.signal_variance + self.noise > 0:

@@ -191,13 +191,13 @@ def test_the_same_bytes_again_and_after_a_stop(
 
 def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
     """Killed in the middle of writing, stopped, then finished: the same bytes as in one go."""
-    command = ["synth", "--tokens", "300000", "--features", "64", "--set", "shard_rows=4096", "--set",
+    command = ["synth", "--tokens", "120000", "--features", "64", "--set", "shard_rows=2048", "--set",
                "chunk_rows=1024", "--json", "--out"]  # fmt: skip
     root = tmp_path / "killed" / "synthetic"
     killed = sagsae(*command, tmp_path / "killed", stop=(signal.SIGKILL, lambda: manifest_lines(root) >= 3))
     assert killed.returncode == -signal.SIGKILL
     half = Store.open(root)
-    assert 3 <= len(half.commits) < 74
+    assert 3 <= len(half.commits) < 59
     assert verify(half, full=True).lines == [], "what is committed is whole"
     asked = sagsae(*command, tmp_path / "killed", stop=(signal.SIGTERM, lambda: manifest_lines(root) >= 10))
     assert asked.returncode == 130
@@ -206,7 +206,7 @@ def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
         done = sagsae(*command, tmp_path / folder)
         assert done.returncode == 0, done.stderr
         document = json.loads(done.stdout)
-        assert (document["tokens"], document["hookpoints"][HOOK]["d_in"]) == (300_000, 64)
+        assert (document["tokens"], document["hookpoints"][HOOK]["d_in"]) == (120_000, 64)
     assert contents(root) == contents(tmp_path / "whole" / "synthetic")
 
 
@@ -222,7 +222,7 @@ def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
         ({"d_in": 0}, "d_in: Input should be greater than or equal to 1"),
         ({"tokens": 0}, "tokens: Input should be greater than or equal to 1"),
         ({"l0": 0}, "l0: Input should be greater than 0"),
-        ({"l0": 20}, "more than once a row; with 24 features and zipf 0.5 it can be at most 8.5"),
+        ({"l0": 20}, "more than once a row; with 24 features and zipf 0.5 it can be at most 8.43$"),
         ({"l0": float("nan")}, "l0: Input should be a finite number"),
         ({"noise": -1}, "noise: Input should be greater than or equal to 0"),
         ({"coefficients": [2, 1]}, r"coefficients: expected two sizes 0 <= low <= high"),
@@ -366,16 +366,17 @@ def test_only_poles_that_fire_can_match() -> None:
 
 def test_train_and_evaluate(synth_config: Callable[..., SynthConfig], tmp_path: Path) -> None:
     """The same path as for a harvested store; a short run already tells signed from unsigned."""
-    made = synth(synth_config(d_in=16, features=20, l0=1.5, tokens=60_000, shard_rows=8192, chunk_rows=512))
-    saes = tuple(sae_config(arch=arch, d_sae=20, sparsity=0.4, theta0=0.1) for arch in ("sa-gsae", "gated"))
+    made = synth(synth_config(d_in=32, features=32, tokens=60_000, shard_rows=8192, chunk_rows=512))
+    saes = tuple(sae_config(arch=arch, d_sae=32, sparsity=0.4, theta0=0.16) for arch in ("sa-gsae", "gated"))
     run = TrainConfig(
-        store=made.store, saes=saes, tokens=300 * 256, batch=256, lr=1e-2, warmup_steps=10, precision="float32",
+        store=made.store, saes=saes, tokens=1000 * 256, batch=256, lr=1.5e-2, warmup_steps=10, precision="float32",
         device="cpu", out=tmp_path / "run",
     )  # fmt: skip
     signed, unsigned = train(run).saes
-    assert signed["rec"] > 0.7 > 0.55 > unsigned["rec"] > 0.1
-    assert signed["mcs"] > unsigned["mcs"]
-    assert 0.6 < signed["slope"] < 1.1
+    assert signed["rec"] > 0.8
+    assert 0 < unsigned["rec"] <= 0.5, "one latent has one direction"
+    assert signed["mcs"] > 0.9 > unsigned["mcs"]
+    assert 0.85 < signed["slope"] < 1.05
     entries = evaluate(EvalConfig(run=tmp_path / "run", device="cpu")).results["saes"]
     assert [entry["rec"] for entry in entries] == [signed["rec"], unsigned["rec"]]
     assert [entry["ce_recovered"] for entry in entries] == [None, None]
