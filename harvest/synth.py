@@ -47,6 +47,7 @@ from shared.store import STATE_FILE, Store, is_store
 from shared.synthetic import BLOCK, NAME, Synthetic, Truth
 
 HOOK: Final = f"layer_00/{NAME}"
+AGAIN: Final = "run the same command again"
 ROWS_AT_A_TIME: Final = 1 << 20
 """Token ids written at a time."""
 
@@ -64,6 +65,16 @@ class Summary:
 
 def synth(config: SynthConfig) -> Summary:
     """Writes until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
+    try:
+        return write(config)
+    except (UserError, Interrupted) as error:
+        if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+            raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
+        raise
+
+
+def write(config: SynthConfig) -> Summary:
+    """All of the store, or all that is missing of it."""
     files, spec = open_files(join(config.out, config.name)), spec_of(config)
     if not config.overwrite and is_store(files):
         store = Store.open(files)
@@ -192,34 +203,40 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
         closing(ShardWriter(store.files, spec, keep)) as writer,
         progress(f"synth {store.name}", rows, "tokens") as advance,
     ):
+
+        def look(made: int) -> None:
+            advance(made, "")
+            writer.check()
+            if stop_asked():
+                raise Interrupted(f"{store.name}: stopped. To continue, {AGAIN}")
+
         for shard in todo:
-            made = shard_rows(spec, truth, keep.reshape(-1), pool, shard)
+            made = shard_rows(spec, truth, keep.reshape(-1), shard, pool, look)
             writer.wait()
             writer.submit(shard, partial(dict, {HOOK: made}))
-            advance(len(made.rows), f"shard {shard}")
-            if stop_asked():
-                writer.wait()
-                raise Interrupted(f"{store.name}: stopped. To continue, run the same command again")
         writer.wait()
     return rows
 
 
-def shard_rows(spec: StoreSpec, truth: Truth, keep: NDArray[np.bool_], pool: Executor, shard: int) -> ShardRows:
-    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments."""
+def shard_rows(
+    spec: StoreSpec, truth: Truth, keep: NDArray[np.bool_], shard: int, pool: Executor, look: Callable[[int], None]
+) -> ShardRows:
+    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
+    told of every n rows and may raise to stop."""
     start, stop = spec.shard_range(shard)
     found = torch.empty(stop - start, truth.parameters.d_in, dtype=torch_dtype(spec.dtype))
 
-    def make(block: int) -> None:
+    def make(block: int) -> int:
         first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
         x = truth.block_rows(block)[first - block * BLOCK : last - block * BLOCK]
         found[first - start : last - start] = torch.from_numpy(x)
+        return last - first
 
-    for _ in pool.map(make, range(start // BLOCK, -(-stop // BLOCK))):
-        pass
+    for made in pool.map(make, range(start // BLOCK, -(-stop // BLOCK))):
+        look(made)
     rows = (found.view(torch.uint16) if spec.dtype == "bfloat16" else found).numpy()
     norms = np.empty(len(rows), np.float32)
-    (moments,) = on_the_host(pool, [Part(rows, keep[start:stop], norms)])
-    total, squares = moments
+    ((total, squares),) = on_the_host(pool, [Part(rows, keep[start:stop], norms)])
     return ShardRows(rows, norms, total, squares)
 
 
