@@ -46,7 +46,7 @@ def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
         {
             "arch": sae["arch"],
             "width": sae["d_sae"],
-            "λ": f"{sae['sparsity']:g}",
+            "λ": f"{sae['sparsity']:g}" if sae["sparsity"] is not None else f"k {sae['k']}",
             "seed": sae["seed"],
             "R²": f"{sae['r2']:.4f}",
             "L0": f"{sae['l0']:.1f}",

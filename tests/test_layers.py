@@ -15,7 +15,7 @@ DOORS = {
     "zarr": {"harvest/arrays.py", "shared/foreign.py", "train/bench.py"},
     "obstore": {"shared/client.py", "shared/connect.py", "shared/object_lock.py"},
     "transformer_lens": {"shared/bridge.py"},
-    "accelerate": {"train/run.py"},
+    "accelerate": {"train/ranks.py"},
     "typer": {"cli.py"},
 }
 

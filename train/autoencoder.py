@@ -1,64 +1,122 @@
-"""A trained autoencoder as a user meets it: a folder with `sae.safetensors` and `config.json`, on raw activations."""
+"""A trained autoencoder as a user meets it: a folder with `sae_weights.safetensors` and `cfg.json`."""
 
+import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 from torch import Tensor
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
 from shared.files import write_file
 from shared.record import write_json
-from shared.saes import ARCHITECTURES, SAEConfig, sae_config
-from train.sae import gated
+from shared.saes import ARCHITECTURES, Gated, SAEConfig, SaGsae, sae_config
+from train.sae import family
+from train.sae.activation import Folded
+from train.sae.base import Weights, decode
+from train.sae.gated import GatedWeights, join, split
+
+WEIGHTS: Final = "sae_weights.safetensors"
+SETTINGS: Final = "cfg.json"
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Weights in units of unit variance, and the one number that takes raw activations there."""
+    """Takes activations as the language model has them, and gives them back; latents are in the same units."""
 
     config: SAEConfig
-    weights: gated.Weights
+    weights: Weights
+    """With the normalisation folded in; decoder rows have norm one (the free decoder's apart)."""
     scale: float
-    """sqrt(E|x - mean|²) of the activations it was trained on."""
+    """sqrt(E|x - mean|²) of the activations it was trained on, which had unit variance there. λ, θ0 and the loss in a
+    run's metrics are in those units."""
+
+    @classmethod
+    def of(cls, config: SAEConfig, weights: Weights, scale: float) -> "Autoencoder":
+        """From weights for activations of unit variance."""
+        return cls(config, weights.times(scale), scale)
 
     @property
     def signed(self) -> bool:
-        return self.config.arch == "sa-gsae"
+        return family(self.config).signed
+
+    @property
+    def d_in(self) -> int:
+        return self.weights.W_dec.shape[1]
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Raw activations to latents, float32, in units of `scale`. SA-GSAE latents carry a sign."""
-        return gated.encode(self.weights, x.float() / self.scale, self.signed)
+        """Raw activations to latents, float32. Signed architectures' latents carry a sign."""
+        return family(self.config).encode(self.weights, x.float())
 
     def decode(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Latents back to raw activations, float32."""
-        return gated.decode(self.weights, f) * self.scale
+        return decode(self.weights, f)
+
+    def fold(self) -> Folded:
+        """The same function in its inference form: one activation, Bi-JumpReLU, between two matrix products."""
+        return family(self.config).fold(self.weights)
+
+    def split(self) -> "Autoencoder":
+        """An SA-GSAE as the Gated SAE of twice the width that does the same: latent i becomes i and i + d_sae, its
+        negative pole. Raises UserError for another architecture."""
+        if not isinstance(self.config, SaGsae) or self.config.one_sided or not isinstance(self.weights, GatedWeights):
+            raise UserError(f"{self.config.name}: has no two poles with gates to be split; an sa-gsae has")
+        mine = {key: value for key, value in self.config if key in Gated.model_fields and key != "arch"}
+        config = sae_config(**{**mine, "arch": "gated", "d_sae": 2 * self.config.d_sae})
+        return replace(self, config=config, weights=split(self.weights))
+
+    def join(self) -> "Autoencoder":
+        """What `split` was made of: a Gated SAE whose second half of latents mirrors the first. Raises UserError when
+        it does not."""
+        if not isinstance(self.config, Gated) or not isinstance(self.weights, GatedWeights):
+            raise UserError(f"{self.config.name}: is not a gated autoencoder, whose halves could be joined")
+        try:
+            weights = join(self.weights)
+        except ValueError as error:
+            raise UserError(f"{self.config.name}: cannot be joined to an sa-gsae: {error}") from error
+        tie = "symmetric" if len(weights.theta) == 1 else "magnitude" if len(weights.r) == 1 else "none"
+        mine = {key: value for key, value in self.config if key in SaGsae.model_fields and key != "arch"}
+        config = sae_config(**{**mine, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie})
+        return replace(self, config=config, weights=weights)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Writes the folder. `about` says where the activations came from."""
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.named().items()}
-        write_file(folder / "sae.safetensors", save(tensors))
-        d_in = self.weights.W_dec.shape[1]
-        write_json(folder / "config.json", {**self.config.model_dump(), "d_in": d_in, "scale": self.scale, **about})
+        data = save(tensors)
+        write_file(folder / WEIGHTS, data)
+        own = {"d_in": self.d_in, "scale": self.scale, "sha256": hashlib.sha256(data).hexdigest()}
+        write_json(folder / SETTINGS, {**self.config.model_dump(), **own, **about})
 
     @classmethod
-    def load(cls, folder: Path, device: str = "cpu") -> "Autoencoder":
-        """Raises UserError when the folder does not hold an autoencoder."""
+    def load(cls, folder: Path | str, device: str = "cpu") -> "Autoencoder":
+        """Raises UserError when the folder does not hold an autoencoder, DamagedError when its weights are not those
+        that were saved."""
+        folder = Path(folder)
         try:
-            about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-            tensors = load_file(folder / "sae.safetensors", device=device)
+            about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            data = (folder / WEIGHTS).read_bytes()
             config = sae_config(**{key: about[key] for key in ARCHITECTURES[about["arch"]].model_fields})
-            return cls(config, gated.Weights(**tensors), float(about["scale"]))
-        except SafetensorError as error:
-            raise DamagedError(f"{folder / 'sae.safetensors'}: cannot be read ({error})") from error
+            d_in, scale, digest = int(about["d_in"]), float(about["scale"]), about["sha256"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{folder}: does not hold a trained autoencoder ({error!r})") from error
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise DamagedError(f"{folder / WEIGHTS}: is not what {SETTINGS} was written with (another SHA-256)")
+        try:
+            tensors = load(data)
+        except SafetensorError as error:
+            raise DamagedError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
+        wanted = family(config).shapes(d_in)
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != wanted:
+            raise UserError(f"{folder / WEIGHTS}: holds {found}; {config.name} of d_in {d_in} has {wanted}")
+        placed = {name: tensor.to(device) for name, tensor in tensors.items()}
+        return cls(config, family(config).weights(**placed), scale)
 
 
 def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:

@@ -51,6 +51,10 @@ def evaluate(config: EvalConfig) -> Evaluation:
     device = pick_device(config.device)
     source = find_model(store, config.model) if config.ce else None
     saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes]
+    d_in = store.spec.hookpoints[hook].d_in
+    for sae in saes:
+        if sae.d_in != d_in:
+            raise UserError(f"{sae.config.name}: is for activations of d_in {sae.d_in}; {store.name}/{hook} has {d_in}")
     tokens = store.tokens()
     parts = split(store.spec, tokens, trained)
     losses = None

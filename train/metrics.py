@@ -152,7 +152,7 @@ def entry(sae: Autoencoder, fit: Fit, losses: Losses | None, index: int) -> dict
     """One autoencoder's part of evaluation.json; it is number `index` in `losses`."""
     spliced = losses.spliced[index] if losses else None
     return {
-        **sae.config.model_dump(include={"arch", "d_sae", "sparsity", "seed"}),
+        **{key: getattr(sae.config, key, None) for key in ("arch", "d_sae", "sparsity", "k", "l0_target", "seed")},
         "name": sae.config.name,
         **asdict(fit),
         "ce_spliced": spliced,

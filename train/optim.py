@@ -1,9 +1,12 @@
 """Adam with the recipe's schedule, on hand-written gradients."""
 
+from collections.abc import Sequence
+
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
-from train.sae.gated import SMALLEST_NORM, Weights, constrain_, project_gradient_
+from train.sae.base import SMALLEST_NORM, Weights
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
@@ -16,20 +19,28 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_f
 
 
 class Optimizer:
-    """Adam(0.9, 0.999) over the weights of one autoencoder."""
+    """Adam(0.9, 0.999) over the trained weights of one autoencoder.
 
-    def __init__(self, weights: Weights, signed: bool) -> None:
-        self.weights, self.signed = weights, signed
-        self.adam = torch.optim.Adam(list(weights.named().values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+    With `unit_decoder`, decoder rows stay on the unit sphere: their gradient loses its radial part before the moments
+    see it, and rows are normalised after each update.
+    """
 
-    def step_(self, grads: Weights, lr: float) -> None:
-        """One update of the weights in place; `grads` is used up."""
-        project_gradient_(self.weights, grads)
-        for parameter, grad in zip(self.weights.named().values(), grads.named().values(), strict=True):
-            parameter.grad = grad
+    def __init__(self, weights: Weights, unit_decoder: bool) -> None:
+        self.weights, self.unit_decoder = weights, unit_decoder
+        self.adam = torch.optim.Adam(list(weights.trained().values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+
+    def step_(self, grads: dict[str, Tensor], lr: float) -> None:
+        """One update of the weights in place; `grads`, by the weights' names, are used up."""
+        W_dec = self.weights.W_dec
+        if self.unit_decoder:
+            to_W_dec = grads["W_dec"]
+            to_W_dec.addcmul_((to_W_dec * W_dec).sum(1, keepdim=True), W_dec, value=-1)
+        for name, parameter in self.weights.trained().items():
+            parameter.grad = grads[name]
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
-        constrain_(self.weights, self.signed)
+        if self.unit_decoder:
+            W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
 
     def revive_(self, generator: torch.Generator) -> int:
         """Draws latents anew whose decoder row has lost its direction (not finite, or nearly zero); says how many.
@@ -45,13 +56,24 @@ class Optimizer:
                     self.adam.state[parameter][moment][lost] = 0.0
         return len(lost)
 
+    def refresh_(self, names: Sequence[str], which: Bool[Tensor, " d_sae"]) -> None:
+        """After scalars `names` [poles, d_sae] of the latents in `which` were set: no momentum, and the mean second
+        moment of the other latents. With a second moment of zero the next updates would be several times as large as
+        any other, and kill the latent again (docs/method.md, resets)."""
+        others = (~which).float()
+        for name in names:
+            moments = self.adam.state[self.weights.trained()[name]]
+            moments["exp_avg"].masked_fill_(which, 0.0)
+            mean = (moments["exp_avg_sq"] * others).sum(-1, keepdim=True) / others.sum().clamp_min(1.0)
+            moments["exp_avg_sq"].copy_(torch.where(which, mean, moments["exp_avg_sq"]))
+
     def state(self) -> dict[str, Tensor]:
         """Moments and step counts by parameter, empty before the first step."""
-        named = self.weights.named()
+        named = self.weights.trained()
         return {f"{name}.{key}": value for name, p in named.items() for key, value in self.adam.state[p].items()}
 
     def load_(self, state: dict[str, Tensor]) -> None:
-        for name, parameter in self.weights.named().items():
+        for name, parameter in self.weights.trained().items():
             held = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
             self.adam.state[parameter] = {
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()

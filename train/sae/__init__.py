@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from shared.saes import Gated, JumpRelu, Relu, SaGsae, SAEConfig, TopK
+from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
 from train.sae.base import Family
 from train.sae.gated import GatedFamily
 from train.sae.relu import JumpReluFamily, ReluFamily

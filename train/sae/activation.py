@@ -4,7 +4,8 @@
         ρz - b⁻         where -ρz > T⁻
         0               elsewhere
 
-T, b of each pole are per latent; ρ > 0 is the slope of the negative pole. Symmetric poles: f = sgn(z)(|z| + b)·1[|z| > T].
+T, b of each pole are per latent; ρ > 0 is the slope of the negative pole. With equal poles:
+f = sgn(z)(|z| + b)·1[|z| > T].
 """
 
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ def bi_jump_relu(
     offset: Float[Tensor, "#poles d_sae"] | None = None,
     slope: Float[Tensor, " d_sae"] | None = None,
 ) -> Float[Tensor, "*batch d_sae"]:
-    """`threshold` and `offset` have a row for the positive and one for the negative pole, or one for both. A threshold of
-    infinity closes a pole; thresholds of a latent must not sum to less than zero, or both poles would be open at once.
-    Without an offset: 0. Without a slope: 1."""
+    """`threshold` and `offset` have a row for the positive and one for the negative pole, or one for both. A threshold
+    of infinity closes a pole; thresholds of a latent must not sum to less than zero, or both poles would be open at
+    once. Without an offset: 0. Without a slope: 1."""
     above, below = threshold[0], threshold[-1]
     plus, minus = (offset[0], offset[-1]) if offset is not None else (0.0, 0.0)
     down = -z if slope is None else -z * slope

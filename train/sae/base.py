@@ -5,6 +5,7 @@ poles.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from shared.saes import SAEConfig
 from train.sae.activation import Folded
 
 SMALLEST_NORM: Final = 1e-6
@@ -82,6 +84,9 @@ class Family(ABC, Generic[W]):
     unit_decoder: bool = True
     """Whether decoder rows are held at norm one."""
     weights: ClassVar[type[Any]]
+    poles: Mapping[str, int] = {}
+    """How many rows a tensor has whose first axis is `poles`."""
+    config: SAEConfig
 
     @abstractmethod
     def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> W:
@@ -107,6 +112,13 @@ class Family(ABC, Generic[W]):
     def fold(self, w: W) -> Folded:
         """The same function as one matrix product, one comparison and one more product."""
 
+    def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
+        """What shape each tensor of the weights has."""
+        sizes = {"d_in": d_in, "d_sae": self.config.d_sae}
+        axes = {f.name: str(f.type.dim_str).split() for f in fields(self.weights)}  # type: ignore[union-attr]
+        return {name: tuple(self.poles[name] if axis == "poles" else sizes[axis] for axis in names)
+                for name, names in axes.items()}  # fmt: skip
+
     def absorb_(self, w: W, step: Step) -> None:
         """Takes what the step measured into the weights that are not trained."""
 
@@ -120,9 +132,3 @@ def first_weights(d_in: int, d_sae: int, mean: Float[Tensor, " d_in"], generator
     W_dec = torch.randn(d_sae, d_in, generator=generator)
     W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     return {"W_enc": W_dec.clone(), "W_dec": W_dec, "b_dec": mean.float().clone()}
-
-
-def expected_shapes(weights: type[Weights], d_in: int, d_sae: int) -> dict[str, tuple[int | None, ...]]:
-    """The shape that each tensor must have; None where several are possible (poles)."""
-    sizes = {"d_in": d_in, "d_sae": d_sae, "poles": None}
-    return {f.name: tuple(sizes[axis] for axis in str(f.type).split('"')[1].split()) for f in fields(weights)}

@@ -39,22 +39,25 @@ class GatedWeights(Weights):
 
 class GatedFamily(Family[GatedWeights]):
     weights = GatedWeights
+    config: Gated | SaGsae
+    SCALARS: ClassVar = ("theta", "r", "b")
 
     def __init__(self, config: Gated | SaGsae) -> None:
         self.config = config
         self.signed = isinstance(config, SaGsae) and not config.one_sided
         self.unit_decoder = not (isinstance(config, Gated) and config.decoder == "free")
         tie = config.tie if isinstance(config, SaGsae) and self.signed else "symmetric"
-        self.theta_poles, self.r_poles = (1 if tie == "symmetric" else 2), (2 if tie == "none" else 1)
+        both = 1 if tie == "symmetric" else 2
+        self.poles = {"theta": both, "r": 2 if tie == "none" else 1, "b": both}
 
     def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> GatedWeights:
         """θ = theta0 / sqrt(d_in), r = b = 0."""
         d_sae = self.config.d_sae
         return GatedWeights(
             **first_weights(d_in, d_sae, mean, generator),
-            theta=torch.full((self.theta_poles, d_sae), self.config.theta0 / d_in**0.5),
-            r=torch.zeros(self.r_poles, d_sae),
-            b=torch.zeros(self.theta_poles, d_sae),
+            theta=torch.full((self.poles["theta"], d_sae), self.config.theta0 / d_in**0.5),
+            r=torch.zeros(self.poles["r"], d_sae),
+            b=torch.zeros(self.poles["b"], d_sae),
         )
 
     def size(self, u: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -4,10 +4,11 @@
     relu       f = ReLU(u)                             loss  |x - x̂|² + λ Σ f
     jumprelu   f = u·H(u - θ)                          loss  |x - x̂|² + λ Σ H(u - θ)
 
-H has no derivative that trains anything. JumpReLU takes, for θ alone, that of a step smoothed by a rectangle of width ε:
-∂H/∂θ := -K((u - θ)/ε)/ε and ∂f/∂θ := -θ·K((u - θ)/ε)/ε, with K = 1 on [-½, ½]. θ is raw and held at 0 or above.
+H has no derivative that trains anything. JumpReLU takes, for θ alone, that of a step smoothed by a rectangle of width
+ε: ∂H/∂θ := -K((u - θ)/ε)/ε and ∂f/∂θ := -θ·K((u - θ)/ε)/ε, with K = 1 on [-½, ½]. θ is raw and held at 0 or above.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,6 +41,7 @@ def pre_activations(w: ReluWeights, x: Float[Tensor, "batch d_in"]) -> Float[Ten
 
 class ReluFamily(Family[ReluWeights]):
     weights = ReluWeights
+    config: Relu
 
     def __init__(self, config: Relu) -> None:
         self.config = config
@@ -74,6 +76,7 @@ class ReluFamily(Family[ReluWeights]):
 
 class JumpReluFamily(Family[JumpReluWeights]):
     weights = JumpReluWeights
+    config: JumpRelu
 
     def __init__(self, config: JumpRelu) -> None:
         self.config = config
@@ -90,7 +93,7 @@ class JumpReluFamily(Family[JumpReluWeights]):
 
     def width(self, w: JumpReluWeights) -> float:
         """ε."""
-        return self.config.bandwidth / w.W_dec.shape[1] ** 0.5
+        return self.config.bandwidth / math.sqrt(w.W_dec.shape[1])
 
     def loss(self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
         """Its value is exact; what autograd makes of it are the straight-through gradients."""
@@ -110,9 +113,7 @@ class JumpReluFamily(Family[JumpReluWeights]):
         error, to_f, to_W_dec = reconstruct(w, f, centred, now)
         to_theta = -(torch.add(w.theta * to_f, now.sparsity / batch) * near).sum(0) / width
         to_u = to_f.mul_(active)
-        grads = JumpReluWeights(
-            **backward(w, to_u, low, error, now), W_dec=to_W_dec, b_enc=to_u.sum(0), theta=to_theta
-        )
+        grads = JumpReluWeights(**backward(w, to_u, low, error, now), W_dec=to_W_dec, b_enc=to_u.sum(0), theta=to_theta)
         return grads, measured(error, active.sum() / batch, active)
 
     def constrain_(self, w: JumpReluWeights) -> None:

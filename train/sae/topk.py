@@ -39,6 +39,7 @@ class TopKWeights(Weights):
 
 class TopKFamily(Family[TopKWeights]):
     weights = TopKWeights
+    config: TopK
 
     def __init__(self, config: TopK) -> None:
         self.config = config
@@ -72,7 +73,7 @@ class TopKFamily(Family[TopKWeights]):
         return times(a * mask, s), mask
 
     def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
-        a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
+        a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
         active = (a >= self.smallest(a.detach())) & (a > 0)
         rest = x - decode(w, times(torch.where(active, a, 0.0), s))
         main = rest.square().sum(1)

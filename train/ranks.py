@@ -1,0 +1,50 @@
+"""The processes of one training, and what they tell one another. The one door to accelerate."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+
+class Ranks:
+    """Alone, every exchange gives back what it was given."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # accelerate takes the current one
+        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
+        self.device: torch.device = self.accelerator.device
+        self.leads: bool = self.accelerator.is_main_process
+
+    def wait(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The mean of each over the ranks, in one collective: every rank then makes the same update."""
+        if self.count == 1:
+            return list(parts)
+        flat = self.accelerator.reduce(torch.cat([part.reshape(-1) for part in parts]), "mean")
+        pieces = flat.split([part.numel() for part in parts])
+        return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+
+    def any(self, asked: bool) -> bool:
+        """Whether any rank asks. Waits for the devices."""
+        if self.count == 1:
+            return asked
+        return bool(self.accelerator.reduce(torch.tensor([float(asked)], device=self.device), "sum").item())
+
+    def gather(self, value: dict[int, list[int]]) -> list[dict[int, list[int]]]:
+        """Every rank's value."""
+        if self.count == 1:
+            return [value]
+        gathered: list[Any] = [None] * self.count
+        torch.distributed.all_gather_object(gathered, value)
+        return gathered
+
+    def first_(self, tensor: Tensor) -> None:
+        """Gives every rank what rank 0 has, in place."""
+        if self.count > 1:
+            torch.distributed.broadcast(tensor, src=0)

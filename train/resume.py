@@ -1,0 +1,47 @@
+"""A run's checkpoints: everything that a later process needs to go on as if nothing had happened."""
+
+from collections.abc import Sequence
+
+from shared.errors import UserError
+from shared.progress import say
+from train.checkpoint import load_checkpoint, save_checkpoint
+from train.job import Job
+from train.member import Member
+from train.order import Position
+from train.ranks import Ranks
+from train.stream import BatchStream
+
+VERSION = 2
+
+
+def checkpoint(
+    job: Job, members: Sequence[Member], stream: BatchStream, done: int, seconds: float, ranks: Ranks
+) -> None:
+    """After `done` steps, and `seconds` of training."""
+    mine = {v: [at.epoch, at.window, at.offset] for v, at in stream.positions().items()}
+    positions = {v: at for part in ranks.gather(mine) for v, at in part.items()}
+    if ranks.leads:
+        tensors = {key: value for member in members for key, value in member.state().items()}
+        places = [positions[v] for v in sorted(positions)]
+        state = {"version": VERSION, "step": done, "seconds": seconds, "positions": places}
+        save_checkpoint(job.folder.checkpoints, done, tensors, state)
+    ranks.wait()
+
+
+def restore(job: Job, members: Sequence[Member]) -> tuple[int, float, list[Position]]:
+    """(step, seconds, positions) of the newest checkpoint, loaded into the members; the beginning without one."""
+    found = load_checkpoint(job.folder.checkpoints)
+    if found is None:
+        job.folder.cut_metrics(0)
+        return 0, 0.0, [Position()] * job.streams
+    tensors, state = found
+    if state["version"] != VERSION:
+        raise UserError(
+            f"{job.folder.path}: its checkpoint is of version {state['version']}; this sagsae reads {VERSION}. "
+            "Finish the run with the sagsae that began it, or start afresh with --overwrite"
+        )
+    for member in members:
+        member.load_(tensors)
+    job.folder.cut_metrics(state["step"])
+    say(f"{job.folder.path}: going on after step {state['step']}")
+    return state["step"], state["seconds"], [Position(*at) for at in state["positions"]]
