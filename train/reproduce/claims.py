@@ -2,8 +2,8 @@
 
 A claim names a number of a cell, the bound that it has to pass, and the cells it is about. **Reproduced**: in at least
 `most` of those cells the whole 95 % interval over seeds passes the bound. **Partly**: in at least `some` of them the
-mean passes the weaker bound (`weak`, or the same one). Else **not**. Without a number in any of the cells: not measured.
-So one seed, which has no interval, can show no more than partly.
+mean passes the weaker bound (`weak`, or the same one). Else **not**. Without a number in any of the cells: **not
+measured**. So one seed, which has no interval, can show no more than partly.
 """
 
 from collections.abc import Callable, Sequence
@@ -102,7 +102,8 @@ CLAIMS: Final = (
     Claim("Fewer dead latents over the sweep: attention", "2 to 4 times fewer", RATIO, dead_ratio, 2.0, weak=1.0,
           where=at("attn_out")),
     Claim("Fewer dead latents over the sweep: residual stream",
-          "100 to 500 times fewer (Pythia-1B), 2 to 4 (SmolLM3-3B)", RATIO, dead_ratio, 2.0, weak=1.0, where=at("resid")),
+          "100 to 500 times fewer (Pythia-1B), 2 to 4 (SmolLM3-3B)", RATIO, dead_ratio, 2.0, weak=1.0,
+          where=at("resid")),
     Claim("Without the auxiliary loss reconstruction collapses", "no R² in the abstract", "R² without it",
           changed(NO_AUX, "r2"), 0.3, above=False, weak=0.5),
     Claim("Without it the loss recovered collapses", "0.27", "loss recovered against zero ablation",
