@@ -120,25 +120,26 @@ def page(results: Results, figures: Mapping[str, str]) -> str:
     parts.append("".join(f"<figure>{svg}</figure>" for svg in figures.values()))
     for table in results.tables():
         head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+        rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
         parts.append(
             f"<h2>{escape(table.title)}</h2><p>{escape(table.note)}</p>"
-            f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+            f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
         )
     policy = "default-src 'none'; style-src 'unsafe-inline'"
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
         f'<meta name="viewport" content="width=device-width"><title>{escape(title(results))}</title>'
     )
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>{"".join(parts)}</body></html>\n'
+    body = "\n".join(parts)
+    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head><body>{body}</body></html>\n'
 
 
 def summary(results: Results) -> str:
     marks = [finding.mark for finding in results.findings]
     counts = ", ".join(f"{marks.count(mark)} {mark}" for mark in dict.fromkeys(marks))
-    protocol = results.protocol
+    asked = results.protocol
     return (
-        f"SA-GSAE at H = {protocol['width']} against Gated at {2 * protocol['width']}, {len(protocol['sparsities'])} λ, "
-        f"{protocol['seeds']} seeds, {protocol['tokens']:,} training tokens each, {len(results.cells)} cells. "
+        f"SA-GSAE at H = {asked['width']} against Gated at {2 * asked['width']}, {len(asked['sparsities'])} λ, "
+        f"{asked['seeds']} seeds, {asked['tokens']:,} training tokens each, {len(results.cells)} cells. "
         f"Claims: {counts}."
     )
