@@ -1,4 +1,4 @@
-"""`sagsae reproduce`: the arithmetic on constructed curves, marks that flip with the numbers, and one small whole run."""
+"""`sagsae reproduce`: the arithmetic on constructed curves, marks that flip with the numbers, a small whole run."""
 
 import json
 import math

@@ -163,7 +163,7 @@ def ablation_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
         values = {"theta0": sa.theta0, "lr": sa.lr, "sparsity": preset.ablation_sparsity, **options}
         return tuple(sae_config(arch="sa-gsae", d_sae=width, seed=seed, **values) for seed in range(request.seeds))
 
-    def baseline(arch: str, d_sae: int, lr: float, knob: str, values: Iterable[float]) -> tuple[SAEConfig, ...]:
+    def baseline(arch: str, d_sae: int, lr: float, knob: str, values: Iterable[Any]) -> tuple[SAEConfig, ...]:
         return tuple(sae_config(arch=arch, d_sae=d_sae, lr=lr, **{knob: value}) for value in values)
 
     ks = sorted({min(k, width) for k in preset.ks})
