@@ -18,15 +18,15 @@ from shared.store import Store
 from train.autoencoder import Autoencoder
 from train.metrics import language_losses, measure, read_heldout, recovered
 from train.rows import Rows
-from train.sae.gated import initial_weights
+from train.sae import family
 
 D_IN, D_SAE = 32, 40
 
 
 def autoencoder(arch: str = "sa-gsae", scale: float = 3.0, theta0: float = 2.0) -> Autoencoder:
     mean = torch.linspace(-1, 1, D_IN)
-    weights = initial_weights(D_IN, D_SAE, theta0, mean, torch.Generator().manual_seed(0))
-    return Autoencoder(sae_config(arch=arch, d_sae=D_SAE, sparsity=0.2), weights, scale)  # type: ignore[arg-type]
+    config = sae_config(arch=arch, d_sae=D_SAE, sparsity=0.2, theta0=theta0)
+    return Autoencoder.of(config, family(config).initial(D_IN, mean, torch.Generator().manual_seed(0)), scale)
 
 
 def activations(n: int = 9000) -> Tensor:
@@ -39,10 +39,10 @@ def test_fit_equals_its_definition(arch: str) -> None:
     sae, x = autoencoder(arch), activations()
     w = {name: tensor.double().numpy() for name, tensor in sae.weights.named().items()}
     data = x.double().numpy()
-    u = (data / sae.scale - w["b_dec"]) @ w["W_enc"].T
+    u = (data - w["b_dec"]) @ w["W_enc"].T
     a, s = (np.abs(u), np.sign(u)) if arch == "sa-gsae" else (u, np.ones_like(u))
     f = s * np.where(a > w["theta"], np.maximum(np.exp(w["r"]) * a + w["b"], 0), 0)
-    recon = sae.scale * (f @ w["W_dec"] + w["b_dec"])
+    recon = f @ w["W_dec"] + w["b_dec"]
     r2 = 1 - np.square(data - recon).sum() / np.square(data - data.mean(0)).sum()
     positive, negative = (f > 0).sum(0), (f < 0).sum(0)
     live = positive + negative > 0
@@ -66,9 +66,9 @@ def test_r2_sees_a_constant_bias_and_ignores_the_mean_of_the_data() -> None:
     """Definitions that other tools got wrong: a biased reconstruction is worse, a shifted data set is not better."""
     sae, x = autoencoder(), activations()
     exact = measure(sae, x, "cpu").r2
-    shifted = replace(sae, weights=replace(sae.weights, b_dec=sae.weights.b_dec + 100 / sae.scale))
+    shifted = replace(sae, weights=replace(sae.weights, b_dec=sae.weights.b_dec + 100))
     assert measure(shifted, x + 100, "cpu").r2 == pytest.approx(exact, abs=1e-3)
-    closed = replace(sae, weights=replace(sae.weights, theta=torch.full((D_SAE,), 1e6), b_dec=x.mean(0) / sae.scale))
+    closed = replace(sae, weights=replace(sae.weights, theta=torch.full((1, D_SAE), 1e6), b_dec=x.mean(0)))
     nothing = measure(closed, x, "cpu")
     assert nothing.r2 == pytest.approx(0, abs=1e-5), "predicting the mean explains nothing"
     assert (nothing.l0, nothing.dead_fraction, nothing.bipolar_fraction) == (0, 1, None)

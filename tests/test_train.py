@@ -134,7 +134,7 @@ def test_every_autoencoder_trains_as_if_alone(train_config: Config, tmp_path: Pa
     for sae in saes:
         alone = run_train(train_config(saes=(sae,), out=tmp_path / sae.name)).run
         assert weights_of(alone).items() <= weights_of(together).items()
-    first, third = (load_file(together / "saes" / saes[i].name / "sae.safetensors")["W_enc"] for i in (0, 2))
+    first, third = (load_file(together / "saes" / saes[i].name / "sae_weights.safetensors")["W_enc"] for i in (0, 2))
     assert not torch.equal(first, third), "seeds differ"
 
 
@@ -317,6 +317,6 @@ def test_two_processes_train_what_one_does(sagsae: Sagsae, store: Store, tmp_pat
         assert len(json.loads(done.stdout)["saes"]) == 2
     assert json.loads((tmp_path / "2" / "record.json").read_text())["processes"] == 2
     for name in ("sa-gsae-48-lambda0.2-seed0", "gated-48-lambda0.2-seed0"):
-        one, two = (load_file(tmp_path / n / "saes" / name / "sae.safetensors") for n in ("1", "2"))
+        one, two = (load_file(tmp_path / n / "saes" / name / "sae_weights.safetensors") for n in ("1", "2"))
         for key, tensor in one.items():
             torch.testing.assert_close(two[key], tensor, rtol=1e-3, atol=1e-4)

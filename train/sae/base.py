@@ -85,7 +85,7 @@ class Family(ABC, Generic[W]):
     """Whether decoder rows are held at norm one."""
     weights: ClassVar[type[Any]]
     poles: Mapping[str, int] = {}
-    """How many rows a tensor has whose first axis is `poles`."""
+    """How many rows each of the tensors has whose first axis is the poles."""
     config: SAEConfig
 
     @abstractmethod
@@ -116,7 +116,7 @@ class Family(ABC, Generic[W]):
         """What shape each tensor of the weights has."""
         sizes = {"d_in": d_in, "d_sae": self.config.d_sae}
         axes = {f.name: str(f.type.dim_str).split() for f in fields(self.weights)}  # type: ignore[union-attr]
-        return {name: tuple(self.poles[name] if axis == "poles" else sizes[axis] for axis in names)
+        return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names)
                 for name, names in axes.items()}  # fmt: skip
 
     def absorb_(self, w: W, step: Step) -> None:

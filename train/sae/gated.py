@@ -31,7 +31,7 @@ R_LIMIT: Final = 5.0
 @dataclass
 class GatedWeights(Weights):
     theta: Float[Tensor, "poles d_sae"]
-    r: Float[Tensor, "poles d_sae"]
+    r: Float[Tensor, "r_poles d_sae"]
     b: Float[Tensor, "poles d_sae"]
 
     LENGTHS: ClassVar[frozenset[str]] = frozenset({"b_dec", "theta", "b"})
@@ -196,6 +196,7 @@ def join(w: GatedWeights) -> GatedWeights:
     if (w.theta < 0).any():
         raise ValueError("a threshold is negative: both poles of a latent could be open at once")
     poles = {name: getattr(w, name).reshape(2, half) for name in ("theta", "r", "b")}
-    if all(torch.equal(rows[0], rows[1]) for rows in poles.values()):
-        poles = {name: rows[:1] for name, rows in poles.items()}
+    equal = {name: torch.equal(rows[0], rows[1]) for name, rows in poles.items()}
+    tied = poles if all(equal.values()) else {"r"} if equal["r"] else {}
+    poles = {name: rows[:1] if name in tied else rows for name, rows in poles.items()}
     return GatedWeights(w.W_enc[:half].clone(), w.W_dec[:half].clone(), w.b_dec, **poles)

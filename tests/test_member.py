@@ -1,0 +1,161 @@
+"""Autoencoders in training: each on its own, λ under control, resets, and what can never learn."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import Sagsae
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from test_train import weights_of
+from variants import VARIANTS, variant
+
+from shared.config import TrainConfig
+from shared.errors import UserError
+from shared.saes import sae_config
+from shared.store import Store
+from train.autoencoder import WEIGHTS, Autoencoder
+from train.control import EVERY, SPAN, Sparsity
+from train.run import train as run_train
+
+Config = Callable[..., TrainConfig]
+CPU = torch.device("cpu")
+
+
+def control(steps: int = 1000, **changes: Any) -> Sparsity:
+    return Sparsity(sae_config(arch="sa-gsae", d_sae=512, **changes), steps, CPU)
+
+
+def test_every_architecture_trains_alone_as_in_company(train_config: Config, tmp_path: Path) -> None:
+    """Bit for bit: a run's other members change nothing."""
+    saes = [variant(name, 48) for name in VARIANTS]
+    together = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "all")).run
+    for index in (0, 6, 10, 13):
+        alone = run_train(train_config(saes=[saes[index]], tokens=64 * 40, out=tmp_path / str(index))).run
+        for key, data in weights_of(alone).items():
+            assert (together / key).read_bytes() == data, key
+    entries = {entry["name"]: entry for entry in json.loads((together / "evaluation.json").read_text())["saes"]}
+    assert set(entries) == {sae.name for sae in saes}
+    for sae in saes:
+        if getattr(sae, "aux", True):
+            assert entries[sae.name]["r2"] > 0.2, sae.name
+
+
+def test_every_architecture_resumes_to_the_bit(train_config: Config, tmp_path: Path) -> None:
+    """Controllers, resets and running thresholds are part of a checkpoint."""
+    saes = [variant(name, 48) for name in ("untied", "gated", "jumprelu", "abs-topk", "batch-topk")]
+    saes += [sae_config(arch="sa-gsae", d_sae=48, l0_target=9.0, reset_every=4)]
+    whole = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "whole")).run
+    again = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again")).run
+    record = json.loads((again / "record.json").read_text())
+    del record["finished"]
+    (again / "record.json").write_text(json.dumps(record))
+    checkpoints = sorted((again / "checkpoints").iterdir())
+    assert [path.name for path in checkpoints] == ["step-00000032", "step-00000040"]
+    for path in checkpoints[1].iterdir():
+        path.unlink()
+    checkpoints[1].rmdir()
+    assert run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again")).steps == 8
+    assert weights_of(again) == weights_of(whole)
+    assert (again / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
+
+
+def test_a_learning_rate_of_its_own(train_config: Config, tmp_path: Path) -> None:
+    own = sae_config(arch="gated", d_sae=48, lr=2e-3)
+    first = run_train(train_config(saes=[own], lr=5e-3, out=tmp_path / "own")).run
+    second = run_train(train_config(saes=[own.model_copy(update={"lr": None})], lr=2e-3, out=tmp_path / "run")).run
+    one, other = (Autoencoder.load(next((run / "saes").iterdir())).weights.named() for run in (first, second))
+    for key, tensor in one.items():
+        assert torch.equal(tensor, other[key]), key
+
+
+def test_the_sparsity_warms_up() -> None:
+    ramp = control(sparsity=0.5, sparsity_warmup=0.1)
+    assert [ramp.now(step) for step in (0, 49, 99, 100, 999)] == pytest.approx([0.005, 0.25, 0.5, 0.5, 0.5])
+    assert control(sparsity=0.5).now(0) == 0.5
+    assert Sparsity(variant("abs-topk"), 1000, CPU).now(3) == 0
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    target=st.floats(2, 200), start=st.floats(0.02, 2), power=st.floats(0.7, 3.0), lag=st.integers(1, 30),
+)  # fmt: skip
+def test_the_controller_finds_its_target(target: float, start: float, power: float, lag: int) -> None:
+    """On a plant like training: L0 falls as a power of λ and follows it slowly."""
+    steered = control(2000, sparsity=start, l0_target=target)
+    l0 = 256.0
+    for step in range(2000):
+        settled = min(512.0, 30 * (float(steered.now(step)) / 0.2) ** -power)
+        l0 += (settled - l0) / lag
+        steered.observe_(step, torch.tensor(l0))
+    assert l0 == pytest.approx(target, rel=0.2)
+    assert steered.missed() is None
+
+
+def test_a_target_out_of_reach_is_said_and_bounded() -> None:
+    steered = control(sparsity=0.2, l0_target=100.0)
+    for step in range(1000):
+        steered.observe_(step, torch.tensor(3.0))
+    assert float(steered.now(999)) >= 0.2 / SPAN
+    assert str(steered.missed()).startswith("l0_target 100 was missed: L0 ended at 3 with λ at")
+    steered = control(sparsity=0.2, l0_target=100.0)
+    for step in range(1000):
+        before = float(steered.now(step))
+        steered.observe_(step, torch.tensor(0.0))
+        assert step % EVERY == EVERY - 1 or float(steered.now(step)) == before
+    assert float(steered.now(999)) > 0, "no L0 at all is no NaN"
+
+
+def test_runs_with_a_target(train_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def one(target: float, steps: int = 700) -> dict[str, Any]:
+        sae = sae_config(arch="sa-gsae", d_sae=48, l0_target=target)
+        done = run_train(train_config(saes=[sae], tokens=64 * steps, out=tmp_path / f"{target}-{steps}"))
+        return {**done.saes[0], "lambda": json.loads((done.run / "saes" / sae.name / "cfg.json").read_text())["lambda"]}
+
+    few, many = one(5.0), one(15.0)
+    assert few["l0"] == pytest.approx(5, rel=0.3)
+    assert many["l0"] == pytest.approx(15, rel=0.3)
+    assert few["lambda"] > many["lambda"]
+    assert (few["sparsity"], few["l0_target"], few["k"]) == (0.2, 5.0, None)
+    one(47.5, 30)
+    assert "l0_target 47.5 was missed: L0 ended at" in capsys.readouterr().err
+
+
+def test_resets_bring_latents_back(train_config: Config, tmp_path: Path) -> None:
+    """A θ0 at which most of the dictionary never opens: with resets more of it is alive at the end."""
+    common = {"arch": "sa-gsae", "d_sae": 96, "theta0": 6.0, "sparsity": 0.05}
+    runs = {}
+    for every in (0, 25):
+        sae = sae_config(**common, reset_every=every)
+        runs[every] = run_train(train_config(saes=[sae], tokens=64 * 400, out=tmp_path / str(every))).saes[0]
+    assert runs[0]["dead_fraction"] > runs[25]["dead_fraction"] + 0.1
+    assert runs[25]["r2"] > runs[0]["r2"]
+
+
+@pytest.mark.parametrize("arch", ["sa-gsae", "gated", "jumprelu"])
+def test_a_threshold_above_everything_is_refused_with_the_number(train_config: Config, arch: str) -> None:
+    config = train_config(saes=[sae_config(arch=arch, d_sae=48, theta0=90.0)])
+    with pytest.raises(UserError, match=r"theta0 = 90 closes every latent on the first batch.* there is [\d.]+ in the"):
+        run_train(config)
+    assert not config.out or not (config.out / "checkpoints").exists()
+
+
+def test_two_processes_train_every_architecture(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    """Gradients, thresholds, controllers and resets agree over the ranks: the weights of one process, up to the order
+    of sums. Not TopK, whose threshold is of each rank's part of the batch."""
+    command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "gated:48",
+               "--arch", "relu:48", "--arch", "jumprelu:48", "--tie", "none", "--l0-target", "8", "--batch", "64",
+               "--tokens", 64 * 40, "--device", "cpu", "--set", "precision=float32", "--json", "--out"]  # fmt: skip
+    for processes in (1, 2):
+        done = sagsae(*command, tmp_path / str(processes), "--processes", processes)
+        assert done.returncode == 0, done.stderr
+    folders = sorted((tmp_path / "1" / "saes").iterdir())
+    assert len(folders) == 4
+    for folder in folders:
+        other = load_file(tmp_path / "2" / "saes" / folder.name / WEIGHTS)
+        for key, tensor in load_file(folder / WEIGHTS).items():
+            torch.testing.assert_close(other[key], tensor, rtol=2e-3, atol=2e-3 * float(tensor.abs().max()))
