@@ -129,14 +129,14 @@ def verdict(r2: Matched | None, tolerance: float = TOLERANCE) -> str:
 
 def certain(r2: Matched | None, tolerance: float = TOLERANCE) -> bool:
     """Whether the verdict would be the same at either end of the intervals. Never with one seed."""
-    if r2 is None or r2.lowest.low is None or r2.lowest.high is None:
+    if r2 is None or r2.floor is None or r2.lowest.high is None:
         return False
     found = verdict(r2, tolerance)
     if found == "dominates":
-        return r2.lowest.low > 0
+        return r2.floor > 0
     if found == "worse":
         return r2.lowest.high < -tolerance
-    return r2.lowest.low >= -tolerance and r2.lowest.high <= 0
+    return r2.floor >= -tolerance and r2.lowest.high <= 0
 
 
 def dead_at(sa: Sequence[Measured], gated: Sequence[Measured], target: float = MATCHED_L0) -> Dead | None:

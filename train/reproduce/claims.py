@@ -7,7 +7,7 @@ measured**. So one seed, which has no interval, can show no more than partly.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from train.reproduce.analysis import TOLERANCE, CellResult
@@ -72,7 +72,8 @@ def changed(arm: str, field: str) -> Value:
 
 
 def lowest(cell: CellResult) -> Interval | None:
-    return cell.r2.lowest if cell.r2 else None
+    """Its lower end is the lowest over the whole overlap: that every interval passes is what a claim on it means."""
+    return replace(cell.r2.lowest, low=cell.r2.floor) if cell.r2 else None
 
 
 def dead_ratio(cell: CellResult) -> Interval | None:

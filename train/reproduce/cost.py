@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Final
+from typing import Any, Final
 
 from shared.device import pick_device
 from shared.errors import UserError
@@ -47,18 +47,22 @@ class Cost:
     @property
     def text(self) -> str:
         return (
-            f"{self.cells} cells, {self.autoencoders} autoencoders; {self.harvested_tokens:,} tokens harvested of each "
-            f"model, {self.trained_tokens:,} trained on; {self.flops:.2g} FLOP: about {spell(self.hours)} on this "
+            f"{self.autoencoders} autoencoders in {many(self.cells, 'cell')}; {self.harvested_tokens:,} tokens harvested "
+            f"of each model, {self.trained_tokens:,} trained on; {self.flops:.2g} FLOP: about {spell(self.hours)} on this "
             f"device ({self.gpu_hours:.2g} GPU-hours on a data-centre GPU), {self.store_bytes / 1e9:.2g} GB of disk, "
             f"{self.memory_bytes / 1e9:.2g} GB of memory for weights"
         )
 
-    def as_dict(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def spell(hours: float) -> str:
-    return f"{max(1, round(60 * hours))} minutes" if hours < 1.5 else f"{hours:,.3g} hours"
+    return many(max(1, round(60 * hours)), "minute") if hours < 1.5 else f"{hours:,.3g} hours"
+
+
+def many(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def estimate(request: Request, cells: Sequence[Cell]) -> Cost:

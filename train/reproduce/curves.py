@@ -60,8 +60,10 @@ class Matched:
     mean: Interval
     """Of the mean over log L0."""
     lowest: Interval
-    """Where the seeds' mean is lowest; `low` is the lowest end of all intervals."""
+    """Where the seeds' mean is lowest."""
     lowest_l0: float
+    floor: float | None
+    """The lowest end of the intervals at every L0: above zero, a is ahead throughout."""
     highest: Interval
     highest_l0: float
     ahead: float
@@ -158,18 +160,16 @@ def compare(a: Frontiers, b: Frontiers) -> Matched | None:
     there = [found for found in each if found is not None]
     means = np.array([found.mean for found in there])
     worst, best = int(means.argmin()), int(means.argmax())
-    lows = [found.low for found in there if found.low is not None]
-    highs = [found.high for found in there if found.high is not None]
     overall = interval([average(row, at) for row in differences])
     assert overall is not None  # there is a seed
-    n = len(differences)
     return Matched(
         l0_low=math.exp(span[0]),
         l0_high=math.exp(span[1]),
         mean=overall,
-        lowest=Interval(float(means[worst]), min(lows, default=None), there[worst].high, n),
+        lowest=there[worst],
         lowest_l0=math.exp(at[worst]),
-        highest=Interval(float(means[best]), there[best].low, max(highs, default=None), n),
+        floor=min((found.low for found in there if found.low is not None), default=None),
+        highest=there[best],
         highest_l0=math.exp(at[best]),
         ahead=share_above(means, at),
     )

@@ -8,12 +8,12 @@ from typing import Final
 from train.reproduce.analysis import Arms
 from train.reproduce.curves import Measured
 
-WIDTH: Final = 640
-HEIGHT: Final = 420
-LEFT, RIGHT, TOP, BOTTOM = 60, 16, 34, 46
+WIDTH: Final = 640.0
+HEIGHT: Final = 420.0
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 16.0, 34.0, 46.0
 COLOURS: Final = ("#0072b2", "#d55e00", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8a6d00", "#555555")
 DASHES: Final = ("", "", "6 4", "6 4")
-TICKS: Final = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000)
+TICKS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
 
 def frontier_svg(title: str, arms: Arms) -> str:
@@ -32,20 +32,20 @@ def frontier_svg(title: str, arms: Arms) -> str:
         return HEIGHT - BOTTOM - (r2 - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" '
         f'font-family="system-ui, sans-serif" font-size="12"><title>{escape(title)}</title>',
-        f'<rect width="{WIDTH}" height="{HEIGHT}" fill="#ffffff"/>',
-        f'<text x="{LEFT}" y="20" font-size="14">{escape(title)}</text>',
+        f'<rect width="{WIDTH:g}" height="{HEIGHT:g}" fill="#ffffff"/>',
+        f'<text x="{LEFT:g}" y="20" font-size="14">{escape(title)}</text>',
     ]
     for tick in TICKS:
         if x_low <= math.log(tick) <= x_high:
             parts.append(line(x(tick), TOP, x(tick), HEIGHT - BOTTOM))
-            parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{tick}</text>')
+            parts.append(f'<text x="{x(tick):.1f}" y="{HEIGHT - BOTTOM + 16:g}" text-anchor="middle">{tick:g}</text>')
     for value in round_values(y_low, y_high):
         parts.append(line(LEFT, y(value), WIDTH - RIGHT, y(value)))
-        parts.append(f'<text x="{LEFT - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">L0, active latents a token</text>')
-    parts.append(f'<text x="14" y="{HEIGHT / 2}" transform="rotate(-90 14 {HEIGHT / 2})">R²</text>')
+        parts.append(f'<text x="{LEFT - 6:g}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
+    parts.append(f'<text x="{WIDTH / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">L0, active latents a token</text>')
+    parts.append(f'<text x="14" y="{HEIGHT / 2:g}" transform="rotate(-90 14 {HEIGHT / 2:g})">R²</text>')
     for index, (arm, points) in enumerate(shown.items()):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index] if index < len(DASHES) else "2 3"
         path = " ".join(f"{x(l0):.1f},{y(r2):.1f}" for l0, r2 in means(points))
@@ -55,8 +55,8 @@ def frontier_svg(title: str, arms: Arms) -> str:
         parts += [f'<circle cx="{x(l0):.1f}" cy="{y(r2):.1f}" r="3" fill="{colour}"/>' for _, l0, r2 in points]
         at = HEIGHT - BOTTOM - 10 - 16 * (len(shown) - 1 - index)
         parts.append(
-            f'<circle cx="{WIDTH - 170}" cy="{at - 4}" r="4" fill="{colour}"/>'
-            f'<text x="{WIDTH - 160}" y="{at}">{escape(arm)}</text>'
+            f'<circle cx="{WIDTH - 170:g}" cy="{at - 4:g}" r="4" fill="{colour}"/>'
+            f'<text x="{WIDTH - 160:g}" y="{at:g}">{escape(arm)}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

@@ -47,7 +47,7 @@ class Cell:
 
     @property
     def name(self) -> str:
-        return f"{self.model} {self.path}"
+        return f"{store_name(self.model)} {self.path}"
 
     @property
     def folder(self) -> str:
@@ -65,7 +65,9 @@ def store_name(model: str) -> str:
 
 def make_cells(request: Request) -> list[Cell]:
     """Raises UserError for a model that does not have the layer or one of the hookpoints."""
-    cells = []
+    cells: list[Cell] = []
+    if len({store_name(model) for model in request.models}) < len(request.models):
+        raise UserError(f"--model {' --model '.join(request.models)}: two of them have the same name")
     for model in request.models:
         table = hook_table(model, None, (request.layer,), "sdpa")
         here = {hook.short: hook for hook in table if hook.short}

@@ -35,7 +35,7 @@ class Results:
     """All that was found."""
 
     protocol: dict[str, Any]
-    cost: dict[str, float]
+    cost: dict[str, Any]
     pilots: Mapping[str, Pilot]
     points: Mapping[str, Arms]
     """Cell -> arm -> its autoencoders, the ablations' too."""
