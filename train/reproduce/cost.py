@@ -47,10 +47,10 @@ class Cost:
     @property
     def text(self) -> str:
         return (
-            f"{self.autoencoders} autoencoders in {many(self.cells, 'cell')}; {self.harvested_tokens:,} tokens harvested "
-            f"of each model, {self.trained_tokens:,} trained on; {self.flops:.2g} FLOP: about {spell(self.hours)} on this "
-            f"device ({self.gpu_hours:.2g} GPU-hours on a data-centre GPU), {self.store_bytes / 1e9:.2g} GB of disk, "
-            f"{self.memory_bytes / 1e9:.2g} GB of memory for weights"
+            f"{self.autoencoders} autoencoders in {many(self.cells, 'cell')}, {self.trained_tokens:,} training tokens "
+            f"each; {self.harvested_tokens:,} tokens harvested of each model; {self.flops:.2g} FLOP: about "
+            f"{spell(self.hours)} on this device ({self.gpu_hours:.2g} GPU-hours on a data-centre GPU), "
+            f"{self.store_bytes / 1e9:.2g} GB of disk, {self.memory_bytes / 1e9:.2g} GB of memory for weights"
         )
 
     def as_dict(self) -> dict[str, Any]:
