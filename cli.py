@@ -250,7 +250,7 @@ def reproduce(
     found = run_all(request, lambda config: run_harvest(config).store, yes)
 
     def text() -> None:
-        rows = [{"claim": finding.claim, "paper": finding.paper, "mark": finding.mark} for finding in found.findings]
+        rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in found.findings]
         print_table(f"{out / 'reproduction.md'}, {out / 'report.html'}", rows)
 
     show({"out": str(out), **found.key_results()}, as_json, text)
