@@ -1,4 +1,4 @@
-"""A frontier as one SVG file: R² over L0, a line through the means over seeds, a mark for every autoencoder."""
+"""A cell's frontiers as one SVG file: R² over L0, a line through the means over seeds, a mark for an autoencoder."""
 
 import math
 from collections.abc import Sequence
@@ -8,11 +8,12 @@ from typing import Final
 from train.reproduce.analysis import Arms
 from train.reproduce.curves import Measured
 
-WIDTH: Final = 640.0
+WIDTH: Final = 720.0
 HEIGHT: Final = 420.0
-LEFT, RIGHT, TOP, BOTTOM = 60.0, 16.0, 34.0, 46.0
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 130.0, 34.0, 46.0
 COLOURS: Final = ("#0072b2", "#d55e00", "#56b4e9", "#e69f00", "#009e73", "#cc79a7", "#8a6d00", "#555555")
-DASHES: Final = ("", "", "6 4", "6 4")
+DASHES: Final = ("none", "none", "6 4", "6 4")
+"""Those compared, those of the other width; baselines are dotted."""
 TICKS: Final = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0)
 
 
@@ -44,7 +45,8 @@ def frontier_svg(title: str, arms: Arms) -> str:
     for value in round_values(y_low, y_high):
         parts.append(line(LEFT, y(value), WIDTH - RIGHT, y(value)))
         parts.append(f'<text x="{LEFT - 6:g}" y="{y(value) + 4:.1f}" text-anchor="end">{value:.3g}</text>')
-    parts.append(f'<text x="{WIDTH / 2:g}" y="{HEIGHT - 8:g}" text-anchor="middle">L0, active latents a token</text>')
+    middle = (LEFT + WIDTH - RIGHT) / 2
+    parts.append(f'<text x="{middle:g}" y="{HEIGHT - 8:g}" text-anchor="middle">L0, active latents a token</text>')
     parts.append(f'<text x="14" y="{HEIGHT / 2:g}" transform="rotate(-90 14 {HEIGHT / 2:g})">R²</text>')
     for index, (arm, points) in enumerate(shown.items()):
         colour, dash = COLOURS[index % len(COLOURS)], DASHES[index] if index < len(DASHES) else "2 3"
@@ -53,10 +55,10 @@ def frontier_svg(title: str, arms: Arms) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
         )
         parts += [f'<circle cx="{x(l0):.1f}" cy="{y(r2):.1f}" r="3" fill="{colour}"/>' for _, l0, r2 in points]
-        at = HEIGHT - BOTTOM - 10 - 16 * (len(shown) - 1 - index)
+        at = TOP + 12 + 18 * index
         parts.append(
-            f'<circle cx="{WIDTH - 170:g}" cy="{at - 4:g}" r="4" fill="{colour}"/>'
-            f'<text x="{WIDTH - 160:g}" y="{at:g}">{escape(arm)}</text>'
+            f'<circle cx="{WIDTH - RIGHT + 14:g}" cy="{at - 4:g}" r="4" fill="{colour}"/>'
+            f'<text x="{WIDTH - RIGHT + 24:g}" y="{at:g}">{escape(arm)}</text>'
         )
     return "\n".join([*parts, "</svg>"]) + "\n"
 

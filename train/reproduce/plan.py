@@ -28,6 +28,10 @@ UNTIED: Final = "untied"
 LARGE: Final = "large initial threshold"
 LARGE_RESET: Final = "large initial threshold, resets"
 
+BASELINES: Final = ("AbsTopK, H", "BatchTopK, 2H", "JumpReLU, 2H", "ReLU, 2H")
+FRONTIERS: Final = (SA_HALF, GATED_FULL, SA_FULL, GATED_HALF, *BASELINES)
+"""The arms with more than one λ or k."""
+
 METHODS: Final = {SA_HALF: "sa-gsae", GATED_FULL: "gated"}
 """The arms that are compared, each tuned by the pilot."""
 
@@ -170,6 +174,12 @@ def ablation_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
 
     ks = sorted({min(k, width) for k in preset.ks})
     reset = max(1, steps // preset.resets)
+    baselines = (
+        baseline("abs-topk", width, sa.lr, "k", ks),
+        baseline("batch-topk", 2 * width, gated.lr, "k", ks),
+        baseline("jumprelu", 2 * width, gated.lr, "sparsity", preset.jumprelu_sparsities),
+        baseline("relu", 2 * width, gated.lr, "sparsity", preset.relu_sparsities),
+    )
     return {
         NO_AUX: changed(aux=False),
         ONE_SIDED: changed(one_sided=True),
@@ -177,10 +187,7 @@ def ablation_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
         UNTIED: changed(tie="none"),
         LARGE: changed(theta0=preset.large_theta0),
         LARGE_RESET: changed(theta0=preset.large_theta0, reset_every=reset),
-        "AbsTopK, H": baseline("abs-topk", width, sa.lr, "k", ks),
-        "BatchTopK, 2H": baseline("batch-topk", 2 * width, gated.lr, "k", ks),
-        "JumpReLU, 2H": baseline("jumprelu", 2 * width, gated.lr, "sparsity", preset.jumprelu_sparsities),
-        "ReLU, 2H": baseline("relu", 2 * width, gated.lr, "sparsity", preset.relu_sparsities),
+        **dict(zip(BASELINES, baselines, strict=True)),
     }
 
 

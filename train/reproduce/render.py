@@ -12,7 +12,7 @@ from train.reproduce.analysis import Arms, CellResult
 from train.reproduce.claims import Finding
 from train.reproduce.figure import frontier_svg
 from train.reproduce.pilot import Pilot
-from train.reproduce.plan import slug
+from train.reproduce.plan import FRONTIERS, slug
 from train.reproduce.tables import (
     Table,
     cells_table,
@@ -88,7 +88,10 @@ class Results:
 
 def write_results(results: Results, out: Path) -> None:
     """Every file whole or not at all; the JSON last."""
-    figures = {cell: frontier_svg(cell, arms) for cell, arms in results.points.items()}
+    figures = {
+        cell: frontier_svg(cell, {arm: arms[arm] for arm in FRONTIERS if arm in arms})
+        for cell, arms in results.points.items()
+    }
     for cell, svg in figures.items():
         write_file(out / figure_name(cell), svg.encode())
     write_file(out / "reproduction.md", markdown(results, list(figures)).encode())
