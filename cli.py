@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-from shared.tables import harvest_text, print_saes, print_table, trial_text
+from shared.tables import harvest_text, print_peers, print_saes, print_table, trial_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 store_app = typer.Typer(no_args_is_help=True, help="Look into activation stores.")
@@ -96,6 +96,38 @@ def harvest(
 
 
 @app.command()
+def synth(
+    d_in: Annotated[int | None, typer.Option(help="Width of a row.")] = None,
+    features: Annotated[int | None, typer.Option(help="True features.")] = None,
+    p_bipolar: Annotated[float | None, typer.Option(help="Share of them that are active with either sign.")] = None,
+    l0: Annotated[float | None, typer.Option(help="Active features a row, on average.")] = None,
+    zipf: Annotated[float | None, typer.Option(help="Exponent of their frequencies.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Standard deviation in each dimension.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of features and rows.")] = None,
+    codec: Annotated[str | None, typer.Option(help="zstd, lz4, none, or int8 (lossy).")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder (or s3:// prefix) that holds stores.")] = None,
+    name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: synthetic.")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Write a store of synthetic activations, whose true features are known: eval then says how many were found."""
+    from shared.config import SynthConfig
+
+    flags = {
+        "d_in": d_in, "features": features, "p_bipolar": p_bipolar, "l0": l0, "zipf": zipf, "noise": noise,
+        "tokens": tokens, "seed": seed, "codec": codec, "out": out, "name": name, "overwrite": overwrite or None,
+    }  # fmt: skip
+    resolved = resolve(SynthConfig, flags, config, settings)
+    from harvest.synth import synth as run
+
+    summary = run(resolved)
+    show(dataclasses.asdict(summary), as_json, lambda: typer.echo(harvest_text(summary)))
+
+
+@app.command()
 def train(
     store: Annotated[str | None, typer.Option(help="A store, or one hookpoint in it: a folder or a URL.")] = None,
     hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
@@ -160,20 +192,37 @@ def evaluate(
     run: Annotated[Path, typer.Argument(help="A training run's folder.")],
     store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
-    ce: Annotated[bool, typer.Option(help="Measure the language model's loss with reconstructions spliced in.")] = True,
+    ce: Annotated[
+        bool | None,
+        typer.Option(
+            "--ce/--no-ce", help="Measure the language model's loss with reconstructions spliced in. Or keep the last."
+        ),
+    ] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
+    peer_conventions: Annotated[
+        bool, typer.Option("--peer-conventions", help="R², L0 and dead as other tools define them, too.")
+    ] = False,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
     """Measure a run's autoencoders on its held-out tokens."""
     from shared.config import EvalConfig
 
-    flags = {"run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device}
+    flags = {
+        "run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device,
+        "peer_conventions": peer_conventions,
+    }  # fmt: skip
     resolved = resolve(EvalConfig, flags, None, None)
     from train.evaluate import evaluate as measure
 
     done = measure(resolved)
-    show({"run": str(run), **done.results}, as_json, lambda: print_saes(f"{done.file}", done.results["saes"]))
+
+    def text() -> None:
+        print_saes(f"{done.file}", done.results["saes"])
+        if peer_conventions:
+            print_peers("\nThe same by other tools' definitions", done.results["saes"])
+
+    show({"run": str(run), **done.results}, as_json, text)
 
 
 @app.command()

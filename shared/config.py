@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
+from shared.synthetic import Synthetic
 
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
@@ -87,6 +88,32 @@ class HarvestConfig(Frozen):
             raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
         if self.allow_nonfinite and self.codec == "int8":
             raise ValueError("allow_nonfinite: int8 has no NaN and no infinity. Choose another codec")
+        return self
+
+
+class SynthConfig(Synthetic):
+    """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
+
+    tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """Rows."""
+    context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
+    """Rows that are held out together. Otherwise they have nothing to do with each other."""
+    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
+    shard_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    out: Location = "stores"
+    """The folder that holds stores, or an s3:// prefix."""
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] = "synthetic"
+    """The store's folder in `out`."""
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def check_shape(self) -> "SynthConfig":
+        if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
         return self
 
 
@@ -169,13 +196,16 @@ class EvalConfig(Frozen):
     """The run's folder."""
     store: Location | None = None
     """Where the run's store is now, if it moved."""
-    ce: bool = True
-    """Splice reconstructions into the language model and measure its next-token loss."""
+    ce: bool | None = None
+    """Splice reconstructions into the language model and measure its next-token loss. Default: where there is one; a
+    synthetic store has none."""
     model: str | None = None
     """The language model, if it moved. Default: the one the store was harvested from."""
     device: str = "auto"
     ce_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
+    peer_conventions: bool = False
+    """R², L0 and dead as SAELens, dictionary_learning and SAEBench define them, beside ours."""
 
 
 def demo_harvest(out: Path) -> HarvestConfig:

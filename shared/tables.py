@@ -1,5 +1,6 @@
 """What commands print for people: short texts, and tables that are as wide as what they hold."""
 
+import re
 from typing import Any
 
 
@@ -36,17 +37,33 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
+def knob(sae: dict[str, Any]) -> str:
+    """What set its number of active latents: λ by itself, k or an L0 target with their name."""
+    if sae.get("k") is not None:
+        return f"k {sae['k']}"
+    if sae.get("l0_target") is not None:
+        return f"L0 {sae['l0_target']:g}"
+    return "–" if sae.get("sparsity") is None else f"{sae['sparsity']:g}"
+
+
+def share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f}%"
+
+
+def variant(sae: dict[str, Any]) -> str:
+    """What its name says beyond architecture, width, λ and seed: settings that are not as they are by default."""
+    found = re.search(rf"-seed{sae['seed']}-(.+)$", str(sae.get("name", "")))
+    return found[1] if found else ""
+
+
 def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
     """The numbers of every autoencoder, narrow enough for 80 columns; --json has all of them unrounded."""
-
-    def share(value: float | None) -> str:
-        return "–" if value is None else f"{100 * value:.1f}%"
-
+    special = any(variant(sae) for sae in saes)
     rows = [
         {
             "arch": sae["arch"],
             "width": sae["d_sae"],
-            "λ": f"{sae['sparsity']:g}" if sae["sparsity"] is not None else f"k {sae['k']}",
+            "λ": knob(sae),
             "seed": sae["seed"],
             "R²": f"{sae['r2']:.4f}",
             "L0": f"{sae['l0']:.1f}",
@@ -54,21 +71,44 @@ def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
             "L0-": f"{sae['l0_neg']:.1f}",
             "dead": share(sae["dead_fraction"]),
             "CE rec.": share(sae["ce_recovered"]),
+            **({"rec": share(sae["rec"]), "mcs": f"{sae['mcs']:.3f}"} if "rec" in sae else {}),
             "tokens": sae["tokens"],
+            **({"settings": variant(sae)} if special else {}),
         }
         for sae in saes
     ]
     print_table(title, rows)
 
 
+def print_peers(title: str, saes: list[dict[str, Any]]) -> None:
+    """R², L0 and dead by other tools' definitions, ours first (`sagsae eval --peer-conventions`)."""
+    rows = []
+    for sae in saes:
+        ours = {"r2": sae["r2"], "l0": sae["l0"], "dead": sae["dead_fraction"]}
+        for tool, numbers in {"sagsae": ours, **sae["peers"]}.items():
+            legacy = numbers.get("r2_legacy")
+            rows.append(
+                {
+                    "autoencoder": sae["name"],
+                    "by": tool,
+                    "R²": "–" if numbers["r2"] is None else f"{numbers['r2']:.4f}",
+                    "R² legacy": "–" if legacy is None else f"{legacy:.4f}",
+                    "L0": f"{numbers['l0']:.1f}",
+                    "dead": share(numbers["dead"]),
+                }
+            )
+    print_table(title, rows)
+
+
 def print_table(title: str, rows: list[dict[str, Any]]) -> None:
-    """Columns as wide as what they hold; the first is text, the others are set to the right where they are numbers."""
+    """Columns as wide as what they hold, those of numbers set to the right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
-    for column, first in (rows[0] if rows else {}).items():
+    for column in rows[0] if rows else ():
+        first = next((row[column] for row in rows if row[column] not in (None, "–")), "")
         numeric = isinstance(first, int | float) or str(first)[:1].isdigit()
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:

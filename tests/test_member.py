@@ -59,7 +59,7 @@ def test_every_architecture_resumes_to_the_bit(train_config: Config, tmp_path: P
     for path in checkpoints[1].iterdir():
         path.unlink()
     checkpoints[1].rmdir()
-    assert run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again")).steps == 8
+    run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again"))
     assert weights_of(again) == weights_of(whole)
     assert (again / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
 
@@ -100,7 +100,7 @@ def test_a_target_out_of_reach_is_said_and_bounded() -> None:
     steered = control(sparsity=0.2, l0_target=100.0)
     for step in range(1000):
         steered.observe_(step, torch.tensor(3.0))
-    assert float(steered.now(999)) >= 0.2 / SPAN
+    assert float(steered.now(999)) == pytest.approx(0.2 / SPAN)
     assert str(steered.missed()).startswith("l0_target 100 was missed: L0 ended at 3 with λ at")
     steered = control(sparsity=0.2, l0_target=100.0)
     for step in range(1000):
@@ -127,7 +127,7 @@ def test_runs_with_a_target(train_config: Config, tmp_path: Path, capsys: pytest
 
 def test_resets_bring_latents_back(train_config: Config, tmp_path: Path) -> None:
     """A θ0 at which most of the dictionary never opens: with resets more of it is alive at the end."""
-    common = {"arch": "sa-gsae", "d_sae": 96, "theta0": 6.0, "sparsity": 0.05}
+    common = {"arch": "sa-gsae", "d_sae": 96, "theta0": 3.0, "sparsity": 0.05}
     runs = {}
     for every in (0, 25):
         sae = sae_config(**common, reset_every=every)

@@ -1,5 +1,6 @@
 """What a right implementation reaches on activations whose features are known; bounds of docs/method.md."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -13,6 +14,15 @@ from shared.saes import SAEConfig
 from train.sae import family
 
 data = cache(known_features)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from a second one, and lose much when the machine is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def result(name: str, p: float, steps: int, d_sae: int = 96, seed: int = 0) -> tuple[float, float, float]:

@@ -14,8 +14,9 @@ import pytest
 from shared.errors import UserError
 from train.report import write_report
 from train.report.answer import answer
-from train.report.data import Sae, read_run
+from train.report.data import read_run
 from train.report.frontier import Point, compare, mean_of_seeds, parameters, seed_spread
+from train.report.sae import Key, Sae
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -27,6 +28,9 @@ FLAGS = [
     "--no-first-run",
 ]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
+
+
+RISING = [0.05 + tenth / 11 for tenth in range(10)]
 
 
 def measured(arch: str, d_sae: int, sparsity: float, seed: int = 0, **values: Any) -> dict[str, Any]:
@@ -45,6 +49,10 @@ def measured(arch: str, d_sae: int, sparsity: float, seed: int = 0, **values: An
         "l0_neg": 0.4 * l0 if signed else 0.0,
         "dead_fraction": 0.2 * sparsity,
         "bipolar_fraction": 0.9 - sparsity if signed else None,
+        "bipolar_mass": 0.95 - sparsity if signed else None,
+        "rescaling": 1.01,
+        "census": {"deciles": {"bipolar": RISING, "bipolar_mass": [*RISING[:-1], None]}} if signed else None,
+        "directions": {"latents": d_sae, "antipodal_pairs": 0 if signed else seed + 3},
         "ce_spliced": 4.0 + sparsity,
         "ce_recovered": 0.99 - 0.1 * sparsity,
         "ce_recovered_mean": 0.97 - 0.1 * sparsity,
@@ -159,13 +167,16 @@ def test_parameters_of_a_small_autoencoder() -> None:
     assert parameters(2, 3) == 6 + 6 + 6 + 3
 
 
-def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[tuple[str, int], list[Sae]]:
+def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[Key, list[Sae]]:
     def one(arch: str, width: int, lam: float) -> Sae:
         own = arch == "sa-gsae"
         l0 = 4 / lam * (l0_factor if own else 1)
         return Sae(**measured(arch, width, lam, l0=l0, r2=0.8 - lam / 2 + (r2_gain if own else 0)))
 
-    return {key: [one(*key, lam) for lam in (0.1, 0.2, 0.4)] for key in (("sa-gsae", 96), ("gated", 192))}
+    return {
+        key: [one(key.arch, key.d_sae, lam) for lam in (0.1, 0.2, 0.4)]
+        for key in (Key("sa-gsae", 96), Key("gated", 192))
+    }
 
 
 @pytest.mark.parametrize(
@@ -185,13 +196,55 @@ def test_the_answer_in_words(gain: float, factor: float, words: str) -> None:
 def test_the_answer_names_the_crossing_and_the_missing_pair() -> None:
     series = series_of(0.0)
     tilted = [
-        sae.model_copy(update={"r2": sae.r2 + 0.1 * (0.2 - sae.sparsity)}) for sae in series["sa-gsae", 96] if sae.r2
+        sae.model_copy(update={"r2": sae.r2 + 0.1 * (0.2 - (sae.sparsity or 0))})
+        for sae in series[Key("sa-gsae", 96)]
+        if sae.r2
     ]
-    (verdict,) = answer(series | {("sa-gsae", 96): tilted}, d_in=None).verdicts
+    (verdict,) = answer(series | {Key("sa-gsae", 96): tilted}, d_in=None).verdicts
     assert re.search(r"higher by up to 0\.0100.*lower by up to 0\.0200.*cross at L0\s≈\s20\.0\.", verdict.text)
-    alone = answer({("sa-gsae", 96): tilted}, d_in=64)
+    alone = answer({Key("sa-gsae", 96): tilted}, d_in=64)
     assert not alone.verdicts
     assert "no pair" in alone.remarks[0]
+
+
+def test_a_series_is_what_differs_in_its_knob_and_seed_only() -> None:
+    plain, tied = measured("sa-gsae", 96, 0.1), "sa-gsae-96-lambda0.1-seed0-tie-none-theta0-1.6"
+    assert Sae(**plain).key == Key("sa-gsae", 96, "")
+    assert Sae(**plain | {"name": tied}).key == Key("sa-gsae", 96, "tie-none-theta0-1.6")
+    top = Sae(**plain | {"arch": "abs-topk", "sparsity": None, "k": 32})
+    assert (top.knob, top.signed) == (("k", 32), True)
+    steered = Sae(**plain | {"sparsity": 0.2, "l0_target": 20.0})
+    assert steered.knob == ("l0", 20), "where λ began does not tell one from another"
+    apart = [top, top.model_copy(update={"r2": 0.3, "seed": 1}), top.model_copy(update={"r2": 0.9, "k": 64})]
+    assert seed_spread(apart) == pytest.approx((top.r2 or 0) - 0.3)
+    assert len(mean_of_seeds(apart, "r2")) == 2
+
+
+@pytest.mark.parametrize(
+    ("mine", "others", "against"),
+    [
+        ("", ["", "theta0-1"], ""),
+        ("theta0-1", ["", "theta0-1"], "theta0-1"),
+        ("tie-none-theta0-1", ["", "theta0-1"], "theta0-1"),
+        ("one-sided-true", ["", "theta0-1"], ""),
+        ("theta0-2", [""], ""),
+    ],
+)
+def test_a_variant_is_set_against_its_like(mine: str, others: list[str], against: str) -> None:
+    def series(key: Key) -> list[Sae]:
+        names = [f"{key.arch}-{key.d_sae}-lambda{lam}-seed0-{key.variant}".rstrip("-") for lam in (0.1, 0.4)]
+        return [Sae(**measured(*key[:2], lam, name=name)) for lam, name in zip((0.1, 0.4), names, strict=True)]
+
+    keys = [Key("sa-gsae", 96, mine), *(Key("gated", 192, variant) for variant in others)]
+    (verdict,) = answer({key: series(key) for key in keys}, d_in=64).verdicts
+    label = "Gated 192" + (f" ({against})" if against else "")
+    assert verdict.title.endswith(f"against {label}, half the width")
+
+
+def test_the_answer_counts_antipodal_pairs_and_mass() -> None:
+    remarks = " ".join(answer(series_of(0.0), d_in=64).remarks)
+    assert "Gated 192 has 3 antipodal pairs of live latents" in remarks
+    assert re.search(r"SA-GSAE 96 use both poles.*They carry between 55\s% and 85\s% of the activation mass", remarks)
 
 
 # ------------------------------------------------------------------------------------------------------ the page
@@ -239,6 +292,33 @@ def test_what_was_not_measured_is_not_fatal(tmp_path: Path) -> None:
     assert "no metrics.jsonl" in html
     assert html.count('data-value="4321"') == 2, "an autoencoder without its own count was measured on its run's"
     assert "NaN" not in html[html.index('id="plots"') : html.index("</script>", html.index('id="plots"'))]
+
+
+def test_every_architecture_and_variant_has_its_place(tmp_path: Path) -> None:
+    """Null λ with k or an L0 target, another variant of one width, an entry without any of the newer numbers."""
+    saes = [
+        measured("sa-gsae", 96, 0.1),
+        measured("sa-gsae", 96, 0.1, name="sa-gsae-96-lambda0.1-seed0-tie-none"),
+        measured("gated", 192, 0.1) | {"sparsity": None, "l0_target": 20.0},
+        measured("relu", 192, 0.1, directions=None, rescaling=None),
+        measured("jumprelu", 192, 0.1),
+        measured("batch-topk", 192, 0.1) | {"sparsity": None, "k": 32},
+        measured("abs-topk", 96, 0.1) | {"sparsity": None, "k": 32, "census": measured("sa-gsae", 96, 0.1)["census"]},
+    ]
+    html = write_report([write_run(tmp_path / "run", saes)], tmp_path / "r.html").read_text(encoding="utf-8")
+    table = html[html.index("<tbody>") : html.index("</tbody>")]
+    assert table.count("<tr>") == len(saes)
+    for text in ("SA-GSAE", "Gated", "ReLU", "JumpReLU", "BatchTopK", "AbsTopK", "k 32", "target 20", "λ 0.1"):
+        assert f">{text}<" in table, text
+    plots = json.loads(html[html.index('id="plots">') + 11 : html.index("</script>", html.index('id="plots"'))])
+    groups = {trace["meta"]["group"] for trace in plots["setting-1-r2-plot"]["data"]}
+    assert groups == {
+        "SA-GSAE 96", "SA-GSAE 96 (tie-none)", "Gated 192", "ReLU 192", "JumpReLU 192", "BatchTopK 192", "AbsTopK 96",
+    }  # fmt: skip
+    census = plots["setting-1-census-share"]["data"]
+    assert {trace["meta"]["group"] for trace in census} == {"SA-GSAE 96", "SA-GSAE 96 (tie-none)", "AbsTopK 96"}
+    assert census[0]["y"] == RISING
+    assert plots["setting-1-census-mass"]["data"][0]["y"] == [*RISING[:-1], None]
 
 
 def test_an_unfinished_last_line_of_the_log_is_left_out(tmp_path: Path) -> None:
@@ -364,7 +444,7 @@ DRAWN = """plot => {
 def test_the_page_draws_alone_and_fits(visit: Visit, report: Path) -> None:
     visit.open(report)
     plots = visit.page.query_selector_all(".plot")
-    assert len(plots) == 6 + 5
+    assert len(plots) == 8 + 7
     for plot in plots:
         width, height, traces, spread, rise = plot.evaluate(DRAWN)
         assert width > 200

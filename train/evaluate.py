@@ -1,7 +1,8 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,14 @@ from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
+from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
+from train.peers import by_peers
+from train.recovery import Known
 from train.rows import Rows
 
 
@@ -49,7 +53,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
             "Say where the right one is: --store"
         )
     device = pick_device(config.device)
-    source = find_model(store, config.model) if config.ce else None
+    source = find_model(store, config.model) if wants_ce(config, store) else None
     saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes]
     d_in = store.spec.hookpoints[hook].d_in
     for sae in saes:
@@ -61,10 +65,21 @@ def evaluate(config: EvalConfig) -> Evaluation:
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
-    results = measure_all(store, hook, parts, saes, losses, device)
+    silent = last_silent(folder, trained.dead_after_tokens)
+    results = measure_all(store, hook, parts, saes, losses, device, silent, config.peer_conventions)
+    if losses is None:
+        results = with_losses_of(earlier(folder), results)
     with explained(config.run):
         write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
+
+
+def wants_ce(config: EvalConfig, store: Store) -> bool:
+    """Raises UserError where the loss of a language model is asked for and there is none."""
+    synthetic = truth_of(store.spec.model) is not None
+    if synthetic and config.ce:
+        raise UserError(f"--ce: {store.name} is synthetic; no language model stands behind it. Leave --ce out")
+    return not synthetic if config.ce is None else config.ce
 
 
 def find_model(store: Store, name: str | None) -> ModelSource:
@@ -81,16 +96,27 @@ def find_model(store: Store, name: str | None) -> ModelSource:
 
 
 def measure_all(
-    store: Store, hook: str, parts: Split, saes: Sequence[Autoencoder], losses: Losses | None, device: str
+    store: Store,
+    hook: str,
+    parts: Split,
+    saes: Sequence[Autoencoder],
+    losses: Losses | None,
+    device: str,
+    silent: Mapping[str, dict[str, Any]] | None = None,
+    peer_conventions: bool = False,
 ) -> dict[str, Any]:
-    """The content of evaluation.json."""
-    heldout = read_heldout(Rows.of(store, hook), parts.heldout)
+    """The content of evaluation.json. `silent`: what training logged of dead latents, by name (`last_silent`)."""
+    rows = Rows.of(store, hook)
+    heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
     if not len(heldout):
         raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
     with progress("evaluate", len(saes), "autoencoders") as advance:
         for index, sae in enumerate(saes):
-            entries.append(entry(sae, measure(sae, heldout, device), losses, index))
+            fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
+            peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
+            found = asdict(known.recovery(sae, heldout, device)) if known else {}
+            entries.append({**entry(sae, fit, losses, index), **peers, **found})
             advance(1, sae.config.name)
     return {
         "tokens": len(heldout),
@@ -100,6 +126,38 @@ def measure_all(
         "ce_mean": losses.mean if losses else None,
         "saes": entries,
     }
+
+
+def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
+    """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
+    fewer) when training last logged it."""
+    try:
+        last = json.loads(folder.metrics.read_bytes().splitlines()[-1])
+        tokens = min(last["tokens"], window)
+        return {name: {"fraction": sae["dead_fraction"], "tokens": tokens} for name, sae in last["saes"].items()}
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return {}  # no log, or its last line was torn: not known
+
+
+def earlier(folder: RunFolder) -> dict[str, Any]:
+    """evaluation.json as it stands; empty when it cannot be read."""
+    try:
+        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("saes"), list) else {}
+
+
+def with_losses_of(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """`results`, measured without the language model, with the losses that an earlier evaluation of the same run had
+    measured. An autoencoder that was not in it has none."""
+    known = {sae.get("name"): sae for sae in before.get("saes", ()) if isinstance(sae, dict)}
+    saes = [{**sae, **only(known.get(sae["name"], {}), "ce_")} for sae in results["saes"]]
+    return {**results, **only(before, "ce_"), "saes": saes}
+
+
+def only(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.startswith(prefix)}
 
 
 def heldout_losses(

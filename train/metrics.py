@@ -1,11 +1,12 @@
-"""What an autoencoder is worth, on held-out tokens: one definition of every metric, sums in float64.
+"""What an autoencoder is worth, measured on held-out tokens: one definition of every metric, sums in float64.
 
 R² = 1 - SSE/SST over the whole split, with the split's own mean per dimension. L0 = non-zero latents a token, of
-either sign. Dead = fired on none of the held-out tokens. CE recovered = (ablated - spliced) / (ablated - clean), with
-the hookpoint set to zero or to its mean; excluded positions stay clean and their predictions are not counted.
+either sign. What is read off counts of firings is in census.py, off the decoder in directions.py. CE recovered =
+(ablated - spliced) / (ablated - clean), with the hookpoint set to zero or to its mean; excluded positions stay clean
+and their predictions are not counted.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -17,12 +18,14 @@ from torch import Tensor
 
 from shared.model import LanguageModel
 from train.autoencoder import Autoencoder
+from train.census import Firings, census, dead, densities, share
+from train.directions import directions
 from train.rows import Kept, Rows, to_tensor
 
 ROWS_AT_A_TIME: Final = 4096
 LOGITS_AT_A_TIME: Final = 1 << 26
-BIPOLAR_MINORITY: Final = 0.1
-"""A live latent is bipolar when its rarer sign makes up more than this share of its firings."""
+CODES_AT_A_TIME: Final = 1 << 28
+"""Entries of the code, so that a wide dictionary is measured on fewer rows at a time."""
 SMALLEST_GAP: Final = 1e-3
 """Nats. Where ablation changes the loss by less, the share recovered means nothing and is not given."""
 
@@ -32,13 +35,57 @@ class Fit:
     """How well activations are reconstructed, and with how many latents."""
 
     r2: float
+    rescaling: float | None
+    """The factor on x̂ - mean that gives the best R²: above 1, reconstructions are too short (shrinkage)."""
+    r2_rescaled: float | None
+    """R² with that factor."""
     l0: float
     l0_pos: float
     l0_neg: float
     dead_fraction: float
+    dead: dict[str, Any]
     bipolar_fraction: float | None
     """Of the live latents; None for an architecture without signs or with no live latent."""
+    bipolar_mass: float | None
+    """Of Σ|f|."""
+    census: dict[str, Any] | None
+    densities: dict[str, Any]
+    directions: dict[str, Any]
     tokens: int
+
+
+@dataclass
+class Errors:
+    """Sums over rows, float64: SSE, SST about `mean`, and the products that the best rescaling needs."""
+
+    mean: Float[Tensor, " d_in"]
+    sse: float = 0.0
+    sst: float = 0.0
+    along: float = 0.0
+    """⟨x - mean, x̂ - mean⟩"""
+    length: float = 0.0
+    """|x̂ - mean|²"""
+
+    def add_(self, x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> None:
+        target, found = x.double() - self.mean, x_hat.double() - self.mean
+        self.sse += (target - found).square().sum().item()
+        self.sst += target.square().sum().item()
+        self.along += (target * found).sum().item()
+        self.length += found.square().sum().item()
+
+    @property
+    def r2(self) -> float:
+        return 1 - self.sse / self.sst if self.sst > 0 else float("nan")
+
+    @property
+    def rescaling(self) -> float | None:
+        """None where every reconstruction is the mean."""
+        return self.along / self.length if self.length > 1e-9 * self.sst else None
+
+    @property
+    def r2_rescaled(self) -> float | None:
+        factor = self.rescaling
+        return None if factor is None or self.sst <= 0 else factor * self.along / self.sst
 
 
 @dataclass(frozen=True)
@@ -65,33 +112,47 @@ def read_heldout(rows: Rows, keep: NDArray[np.bool_]) -> Float[Tensor, "rows d_i
     return to_tensor(np.concatenate([np.empty((0, d_in), dtype), *found]), spec.dtype)
 
 
-def measure(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> Fit:
-    """Fit of one autoencoder on raw activations, computed in float32."""
-    n = len(rows)
-    mean = torch.stack([part.double().sum(0) for part in torch.split(rows, ROWS_AT_A_TIME)]).sum(0) / n
-    sse = sst = 0.0
-    d_sae = sae.config.d_sae
-    fired = {sign: torch.zeros(d_sae, dtype=torch.float64, device=device) for sign in (1, -1)}
-    for part in torch.split(rows, ROWS_AT_A_TIME):
+def measure(
+    sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str, silent: dict[str, Any] | None = None
+) -> Fit:
+    """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead)."""
+    errors = Errors(mean_row(rows).to(device))
+    firings = Firings.none(sae.config.d_sae, device)
+    for x, f, x_hat in reconstructions(sae, rows, device):
+        errors.add_(x, x_hat)
+        firings.add_(f)
+    counted = census(firings) if sae.signed else None
+    return Fit(
+        r2=errors.r2,
+        rescaling=errors.rescaling,
+        r2_rescaled=errors.r2_rescaled,
+        l0=firings.total.sum().item() / len(rows),
+        l0_pos=firings.positive.sum().item() / len(rows),
+        l0_neg=firings.negative.sum().item() / len(rows),
+        dead_fraction=share(~firings.live),
+        dead=dead(firings, silent),
+        bipolar_fraction=counted["bipolar"] if counted else None,
+        bipolar_mass=counted["bipolar_mass"] if counted else None,
+        census=counted,
+        densities=densities(firings),
+        directions=directions(sae.weights.W_dec[firings.live]),
+        tokens=len(rows),
+    )
+
+
+def mean_row(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
+    """In float64."""
+    return torch.stack([part.double().sum(0) for part in torch.split(rows, ROWS_AT_A_TIME)]).sum(0) / len(rows)
+
+
+def reconstructions(
+    sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str
+) -> Iterator[tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_in"]]]:
+    """x, f and x̂, some rows at a time, float32."""
+    for part in torch.split(rows, max(1, min(ROWS_AT_A_TIME, CODES_AT_A_TIME // sae.config.d_sae))):
         x = part.to(device).float()
         f = sae.encode(x)
-        sse += (x - sae.decode(f)).double().square().sum().item()
-        sst += (x.double() - mean.to(device)).square().sum().item()
-        fired[1] += (f > 0).sum(0)
-        fired[-1] += (f < 0).sum(0)
-    total = fired[1] + fired[-1]
-    live = total > 0
-    minority = torch.minimum(fired[1], fired[-1])[live] / total[live]
-    bipolar = (minority > BIPOLAR_MINORITY).double().mean().item() if sae.signed and live.any() else None
-    return Fit(
-        r2=1 - sse / sst if sst > 0 else float("nan"),
-        l0=total.sum().item() / n,
-        l0_pos=fired[1].sum().item() / n,
-        l0_neg=fired[-1].sum().item() / n,
-        dead_fraction=1 - live.double().mean().item(),
-        bipolar_fraction=bipolar,
-        tokens=n,
-    )
+        yield x, f, sae.decode(f)
 
 
 def language_losses(
@@ -149,11 +210,19 @@ def recovered(ablated: float, spliced: float, clean: float) -> float | None:
 
 
 def entry(sae: Autoencoder, fit: Fit, losses: Losses | None, index: int) -> dict[str, Any]:
-    """One autoencoder's part of evaluation.json; it is number `index` in `losses`."""
+    """One autoencoder's part of evaluation.json; it is number `index` in `losses`. Of `sparsity`, `l0_target` and `k`
+    the one that set its number of active latents is given, the others are null."""
+    config = sae.config
+    knobs = {key: getattr(config, key, None) for key in ("sparsity", "l0_target", "k")}
+    if knobs["l0_target"] is not None:
+        knobs["sparsity"] = None  # where λ began says nothing of the result
     spliced = losses.spliced[index] if losses else None
     return {
-        **{key: getattr(sae.config, key, None) for key in ("arch", "d_sae", "sparsity", "k", "l0_target", "seed")},
-        "name": sae.config.name,
+        "name": config.name,
+        "arch": config.arch,
+        "d_sae": config.d_sae,
+        **knobs,
+        "seed": config.seed,
         **asdict(fit),
         "ce_spliced": spliced,
         "ce_recovered": recovered(losses.zero, losses.spliced[index], losses.clean) if losses else None,

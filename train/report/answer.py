@@ -3,15 +3,16 @@
 SA-GSAE of width H is set against Gated of width 2H, and against Gated of width H where one was trained, at matched L0.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.report import wording
-from train.report.data import Sae
 from train.report.frontier import Matched, Point, compare, mean_of_seeds, parameters, seed_spread
+from train.report.sae import Key, Sae
 
-Series = dict[tuple[str, int], list[Sae]]
-"""(architecture, width) -> its autoencoders, all λ and seeds."""
+Series = dict[Key, list[Sae]]
+"""(architecture, width, variant) -> its autoencoders, all λ (or k, or L0 targets) and seeds."""
 
 NEGLIGIBLE = 0.0005
 """Differences in R² that round to 0.000 are called equal."""
@@ -47,18 +48,30 @@ class Answer:
 
 
 def answer(series: Series, d_in: int | None) -> Answer:
-    widths = sorted(width for arch, width in series if arch == "sa-gsae")
-    pairs = [(h, other) for h in widths for other in (2 * h, h) if ("gated", other) in series]
-    verdicts = tuple(_verdict(series, h, other, d_in) for h, other in pairs)
+    verdicts = tuple(_verdict(series, a, b, d_in) for a, b in _pairs(series))
     remarks = [] if verdicts else [_no_pair(series)]
-    remarks += [_bipolar(series[key]) for key in series if key[0] == "sa-gsae" and _fractions(series[key])]
+    remarks += [_bipolar(saes) for saes in series.values() if saes[0].signed and _known(saes, "bipolar_fraction")]
+    remarks += [_antipodal(saes) for saes in series.values() if not saes[0].signed and _pairs_found(saes)]
     remarks.append(_spread([sae for saes in series.values() for sae in saes]))
     return Answer(verdicts, (*remarks, CAVEAT) if verdicts else tuple(remarks))
 
 
-def _verdict(series: Series, h: int, other: int, d_in: int | None) -> Verdict:
-    a, b = series["sa-gsae", h], series["gated", other]
-    names = wording.label("sa-gsae", h), wording.label("gated", other)
+def _pairs(series: Series) -> list[tuple[Key, Key]]:
+    """Each SA-GSAE with the Gated of twice its width, and of its own, that has the same other settings; with the
+    default Gated where none has."""
+    pairs = []
+    for key in sorted(key for key in series if key.arch == "sa-gsae"):
+        shared = re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
+        for width in (2 * key.d_sae, key.d_sae):
+            found = [other for v in (shared, "") if (other := Key("gated", width, v)) in series]
+            pairs += [(key, other) for other in found[:1]]
+    return pairs
+
+
+def _verdict(series: Series, of: Key, against: Key, d_in: int | None) -> Verdict:
+    a, b = series[of], series[against]
+    h, other = of.d_sae, against.d_sae
+    names = wording.label(of), wording.label(against)
     points_a, points_b = mean_of_seeds(a, "r2"), mean_of_seeds(b, "r2")
     matched = compare(points_a, points_b)
     text = _sentence(names, matched) if matched else _apart(names, points_a, points_b)
@@ -130,25 +143,42 @@ def _parameter_tile(h: int, other: int, d_in: int) -> Tile:
 
 
 def _no_pair(series: Series) -> str:
-    trained = ", ".join(wording.label(*key) for key in series)
+    trained = ", ".join(wording.label(key) for key in series)
     return (
         f"Trained here: {trained}. There is no pair of SA-GSAE at width H and Gated at 2H (or H), so no comparison at "
         "matched L0 is stated."
     )
 
 
-def _fractions(saes: Sequence[Sae]) -> list[float]:
-    return sorted(sae.bipolar_fraction for sae in saes if sae.bipolar_fraction is not None)
+def _known(saes: Sequence[Sae], field: str) -> list[float]:
+    return sorted(value for sae in saes if (value := getattr(sae, field)) is not None)
+
+
+def _shares(values: Sequence[float], start: str) -> str:
+    low, high = wording.percent(values[0], 0), wording.percent(values[-1], 0)
+    return low if low == high else f"{start} {low} and {high}"
 
 
 def _bipolar(saes: Sequence[Sae]) -> str:
-    shares = _fractions(saes)
-    low, high = wording.percent(shares[0], 0), wording.percent(shares[-1], 0)
-    ten = wording.percent(0.1, 0)
-    share = low if low == high else f"Between {low} and {high}"
+    mass = _known(saes, "bipolar_mass")
+    carried = f" They carry {_shares(mass, 'between')} of the activation mass." if mass else ""
     return (
-        f"{share} of the live latents of {wording.label(saes[0].arch, saes[0].d_sae)} use both poles "
-        f"(the rarer sign makes up more than {ten} of a latent’s firings)."
+        f"{_shares(_known(saes, 'bipolar_fraction'), 'Between')} of the live latents of {wording.label(saes[0].key)} "
+        f"use both poles (the rarer sign makes up more than {wording.percent(0.1, 0)} of a latent’s firings).{carried}"
+    )
+
+
+def _pairs_found(saes: Sequence[Sae]) -> list[int]:
+    return sorted(sae.directions.antipodal_pairs for sae in saes if sae.directions)
+
+
+def _antipodal(saes: Sequence[Sae]) -> str:
+    found = _pairs_found(saes)
+    low, high = found[0], found[-1]
+    pairs = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    return (
+        f"{wording.label(saes[0].key)} has {pairs} antipodal pairs of live latents (cosine below −0.9): "
+        "so many latents would a dictionary with signs save."
     )
 
 

@@ -8,37 +8,15 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import UserError
+from train.report.sae import Sae
 
 CURVE_POINTS = 400
 """A training curve is thinned to at most about this many of its logged steps."""
-
-
-class Sae(BaseModel):
-    """One autoencoder as `sagsae eval` measured it."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    name: str
-    arch: Literal["sa-gsae", "gated"]
-    d_sae: int
-    sparsity: float
-    seed: int
-    r2: float | None
-    l0: float | None
-    l0_pos: float | None = None
-    l0_neg: float | None = None
-    dead_fraction: float | None
-    bipolar_fraction: float | None = None
-    ce_spliced: float | None = None
-    ce_recovered: float | None = None
-    ce_recovered_mean: float | None = None
-    tokens: int | None = None
-    ce_tokens: int | None = None
 
 
 class Evaluation(BaseModel):

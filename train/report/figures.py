@@ -16,15 +16,18 @@ import plotly.graph_objects as go
 
 from train.report import wording
 from train.report.answer import Series
-from train.report.data import Curve, Sae
+from train.report.data import Curve
 from train.report.frontier import mean_of_seeds
+from train.report.sae import Key, Sae
 
 MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 Curves = Sequence[tuple[Sae, Curve]]
+Looks = dict[Key, int]
+"""Which marker and dash a series has: alike for equal widths (and other settings) of all architectures."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 FAINTEST = 0.4
-"""Opacity of a training curve with the smallest λ; the largest λ has 1."""
+"""Opacity of a curve with the smallest λ (or k, or L0 target); the largest has 1."""
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,15 @@ class Figure:
 
 
 def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
-    """Every figure there is data for. A width has the same marker and dash in all of them."""
-    widths = sorted({width for _, width in series})
+    """Every figure there is data for. A series has the same marker and dash in all of them."""
+    kinds = sorted({key[1:] for key in series})
+    looks = {key: kinds.index(key[1:]) for key in series}
     saes = [sae for group in series.values() for sae in group]
-    signed = {key: group for key, group in series.items() if key[0] == "sa-gsae"}
+    signed = {key: group for key, group in series.items() if group[0].signed}
     captions = _captions(saes)
 
     def against_l0(name: str, of: Series, field: str, axis: str, title: str) -> Figure:
-        plot = _frontier(of, field, axis, widths, f"{prefix}-{name}-plot")
+        plot = _frontier(of, field, axis, looks, f"{prefix}-{name}-plot")
         return Figure(f"{prefix}-{name}", f"{title} against L0", (plot,), captions[name])
 
     found = (
@@ -62,7 +66,8 @@ def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
         against_l0("ce", series, "ce_recovered", "CE loss recovered", "CE loss recovered"),
         against_l0("dead", series, "dead_fraction", "Share of latents dead", "Dead latents"),
         against_l0("poles", signed, "bipolar_fraction", "Share of live latents", "Latents that use both poles"),
-        _training(curves, widths, f"{prefix}-training"),
+        _census(signed, looks, f"{prefix}-census", captions["census"]),
+        _training(curves, looks, f"{prefix}-training"),
     )
     return [figure for figure in found if all(plot.json["data"] for plot in figure.plots)]
 
@@ -78,33 +83,72 @@ def _captions(saes: Sequence[Sae]) -> dict[str, str]:
         "ce": f"The reconstruction is spliced into the model: {whole} is the clean model, {none} the hookpoint set to "
         f"zero. Measured on the predictions of {ce_rows}.",
         "dead": f"Dead: did not fire, with either sign, on any of the {rows}. Fewer tokens make more look dead.",
-        "poles": f"Of the live latents of SA-GSAE, those whose rarer sign makes up more than {ten} of their firings. "
+        "poles": f"Of the live latents, those whose rarer sign makes up more than {ten} of their firings. "
         f"Measured on {rows}.",
+        "census": "Live latents in ten equal groups, from those that fire most to those that fire least: which share "
+        "of a group uses both poles, and which share of its activation mass Σ|f| those carry. Means over seeds; a "
+        f"stronger line is a larger λ (or k). Latents that fire rarely seem one-sided sooner. Measured on {rows}.",
     }
 
 
-def _training(curves: Curves, widths: Sequence[int], name: str) -> Figure:
+def _census(series: Series, looks: Looks, name: str, caption: str) -> Figure:
+    share = _deciles(series, "bipolar", "Share that uses both poles", looks, f"{name}-share")
+    mass = _deciles(series, "bipolar_mass", "Share of mass in these", looks, f"{name}-mass")
+    return Figure(name, "Both poles, by how often a latent fires", (share, mass), caption)
+
+
+def _deciles(series: Series, field: str, title: str, looks: Looks, name: str) -> Plot:
+    """One line for each λ of each series, the mean over its seeds."""
+    traces = []
+    for key, saes in series.items():
+        knobs = sorted({sae.knob for sae in saes})
+        for rank, knob in enumerate(knobs, 1):
+            counted = [getattr(sae.census.deciles, field) for sae in saes if sae.knob == knob and sae.census]
+            means = [_mean(shares) for shares in zip(*counted, strict=True)]
+            if any(mean is not None for mean in means):
+                entry = wording.knob(knob)
+                trace = _line(list(range(1, len(means) + 1)), means, _meta(key, entry), looks[key])
+                trace.opacity, trace.line.width = _strength(rank, len(knobs)), 1.5
+                head = f"<b>{escape(wording.label(key))}</b>, {entry}"
+                trace.hoverinfo, trace.hovertemplate = None, f"{head}<br>group %{{x}}: %{{y:.1%}}<extra></extra>"
+                traces.append(trace)
+    layout = _layout("tenth of the live latents, busiest first", title)
+    layout.yaxis.update(tickformat=",.0%", range=[-0.03, 1.03])
+    layout.xaxis.dtick = 1
+    return Plot(name, f"{title}, by tenths of the live latents", go.Figure(traces, layout).to_plotly_json())
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _strength(rank: int, of: int) -> float:
+    return FAINTEST + (1 - FAINTEST) * rank / of
+
+
+def _training(curves: Curves, looks: Looks, name: str) -> Figure:
     most = max((curve.tokens[-1] for _, curve in curves if curve.tokens), default=0)
-    fvu = _curves(curves, "fvu", "FVU", widths, f"{name}-fvu")
-    l0 = _curves(curves, "l0", "L0", widths, f"{name}-l0")
+    fvu = _curves(curves, "fvu", "FVU", looks, f"{name}-fvu")
+    l0 = _curves(curves, "l0", "L0", looks, f"{name}-l0")
     return Figure(
         name,
         "Training curves",
         (fvu, l0),
         f"FVU is 1 − R². Logged on the training batches themselves, over {most:,} tokens, so these are not held-out "
-        "values. A stronger line is a larger λ; its seeds look alike. Choose an entry to hide or show it, with Shift "
-        "to see it alone.",
+        "values. A stronger line is a larger λ (or k); seeds look alike. Choose an entry to hide or show it, with "
+        "Shift to see it alone.",
     )
 
 
-def _frontier(series: Series, field: str, title: str, widths: Sequence[int], name: str) -> Plot:
-    """One line and its markers for each architecture and width."""
+def _frontier(series: Series, field: str, title: str, looks: Looks, name: str) -> Plot:
+    """One line and its markers for each series."""
     traces = []
-    for (arch, width), saes in series.items():
+    for key, saes in series.items():
         shown = [sae for sae in saes if sae.l0 and getattr(sae, field) is not None]
         if shown:
             means = mean_of_seeds(shown, field)
-            look, meta = widths.index(width), _meta(arch, width, "")
+            look, meta = looks[key], _meta(key, "")
             traces.append(_line([p.l0 for p in means], [p.value for p in means], meta, look))
             traces.append(_points(shown, field, meta, look))
     layout = _layout("L0, mean non-zero latents per token", title)
@@ -115,17 +159,16 @@ def _frontier(series: Series, field: str, title: str, widths: Sequence[int], nam
     return Plot(name, f"{title} against L0", go.Figure(traces, layout).to_plotly_json())
 
 
-def _curves(curves: Curves, field: str, title: str, widths: Sequence[int], name: str) -> Plot:
+def _curves(curves: Curves, field: str, title: str, looks: Looks, name: str) -> Plot:
     """One line for each autoencoder, fainter for a smaller λ."""
     traces = []
-    for (arch, width), group in groupby(curves, key=lambda pair: (pair[0].arch, pair[0].d_sae)):
+    for key, group in groupby(curves, key=lambda pair: pair[0].key):
         pairs = list(group)
-        order = sorted({sae.sparsity for sae, _ in pairs})
+        order = sorted({sae.knob for sae, _ in pairs})
         for sae, curve in pairs:
-            meta = _meta(arch, width, wording.sparsity(sae.sparsity))
-            trace = _line(curve.tokens, getattr(curve, field), meta, widths.index(width))
-            trace.opacity = FAINTEST + (1 - FAINTEST) * (order.index(sae.sparsity) + 1) / len(order)
-            trace.line.width = 1.5
+            meta = _meta(key, wording.knob(sae.knob))
+            trace = _line(curve.tokens, getattr(curve, field), meta, looks[key])
+            trace.opacity, trace.line.width = _strength(order.index(sae.knob) + 1, len(order)), 1.5
             trace.hoverinfo, trace.hovertemplate = None, _curve_hover(sae, title)
             traces.append(trace)
     layout = _layout("training tokens", title)
@@ -135,8 +178,8 @@ def _curves(curves: Curves, field: str, title: str, widths: Sequence[int], name:
     return Plot(name, f"{title} against training tokens", go.Figure(traces, layout).to_plotly_json())
 
 
-def _meta(arch: str, width: int, entry: str) -> dict[str, str]:
-    return {"arch": arch, "group": wording.label(arch, width), "entry": entry}
+def _meta(key: Key, entry: str) -> dict[str, str]:
+    return {"arch": key.arch, "group": wording.label(key), "entry": entry}
 
 
 def _line(x: Sequence[float] | Sequence[int], y: Sequence[float | None], meta: dict[str, str], look: int) -> go.Scatter:
@@ -164,7 +207,8 @@ def _hover(sae: Sae) -> str:
         _head(sae),
         f"R² {wording.fixed(sae.r2, 4)}",
         f"L0 {wording.l0(sae.l0)} (L0+ {wording.l0(sae.l0_pos)}, L0− {wording.l0(sae.l0_neg)})",
-        f"dead {wording.percent(sae.dead_fraction)}, both poles {wording.percent(sae.bipolar_fraction)}",
+        f"dead {wording.percent(sae.dead_fraction)}, both poles {wording.percent(sae.bipolar_fraction)}, "
+        f"rescaling {wording.fixed(sae.rescaling, 3)}",
         f"CE spliced {wording.fixed(sae.ce_spliced, 4)}",
         f"CE recovered {zero} (zero), {mean} (mean)",
         f"{wording.count(sae.tokens)} tokens, CE on {wording.count(sae.ce_tokens)}",
@@ -174,7 +218,7 @@ def _hover(sae: Sae) -> str:
 
 
 def _head(sae: Sae) -> str:
-    return f"<b>{wording.label(sae.arch, sae.d_sae)}</b>, {wording.sparsity(sae.sparsity)}, seed {sae.seed}"
+    return f"<b>{escape(wording.label(sae.key))}</b>, {wording.knob(sae.knob)}, seed {sae.seed}"
 
 
 def _curve_hover(sae: Sae, title: str) -> str:

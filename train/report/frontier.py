@@ -1,8 +1,8 @@
 """The arithmetic of comparing two frontiers: what is reached at the *same* L0, which the same λ does not give.
 
-A frontier is one architecture at one width over its λ values: the seeds of one λ are averaged (the value plainly, L0
-geometrically, for its axis is logarithmic) and joined by straight lines in log L0. Two frontiers are compared only
-where both exist; nothing is extrapolated.
+A frontier is one architecture at one width over its λ values (or k, or L0 targets): the seeds of one are averaged (the
+value plainly, L0 geometrically, for its axis is logarithmic) and joined by straight lines in log L0. Two frontiers are
+compared only where both exist; nothing is extrapolated.
 """
 
 import math
@@ -13,12 +13,12 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from train.report.data import Sae
+from train.report.sae import Key, Knob, Sae
 
 
 @dataclass(frozen=True)
 class Point:
-    """The mean over the seeds of one λ."""
+    """The mean over the seeds of one λ, k or L0 target."""
 
     l0: float
     value: float
@@ -39,10 +39,10 @@ class Matched:
 
 
 def mean_of_seeds(saes: Sequence[Sae], field: str) -> list[Point]:
-    """The frontier of autoencoders that differ in λ and seed only, by rising L0. L0 = 0 has no place on a log axis."""
+    """The frontier of autoencoders that differ in knob and seed only, by rising L0; on a log axis 0 has no place."""
     known = [sae for sae in saes if sae.l0 and sae.l0 > 0 and getattr(sae, field) is not None]
     points = []
-    for _, group in groupby(sorted(known, key=lambda sae: sae.sparsity), key=lambda sae: sae.sparsity):
+    for _, group in groupby(sorted(known, key=lambda sae: sae.knob), key=lambda sae: sae.knob):
         seeds = list(group)
         log_l0 = sum(math.log(sae.l0) for sae in seeds if sae.l0) / len(seeds)
         points.append(Point(math.exp(log_l0), sum(getattr(sae, field) for sae in seeds) / len(seeds)))
@@ -73,11 +73,11 @@ def compare(a: Sequence[Point], b: Sequence[Point]) -> Matched | None:
 
 
 def seed_spread(saes: Sequence[Sae]) -> float | None:
-    """The largest difference in R² between two seeds of the same architecture, width and λ; None with one seed each."""
-    groups: dict[tuple[str, int, float], list[float]] = {}
+    """The largest difference in R² between two autoencoders that differ in their seed only; None with one seed each."""
+    groups: dict[tuple[Key, Knob], list[float]] = {}
     for sae in saes:
         if sae.r2 is not None:
-            groups.setdefault((sae.arch, sae.d_sae, sae.sparsity), []).append(sae.r2)
+            groups.setdefault((sae.key, sae.knob), []).append(sae.r2)
     return max((max(r2) - min(r2) for r2 in groups.values() if len(r2) > 1), default=None)
 
 

@@ -15,7 +15,8 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from train.report import wording
-from train.report.data import Run, Sae
+from train.report.data import Run
+from train.report.sae import Sae
 from train.report.settings import measured, sections
 
 HERE = Path(__file__).parent
@@ -55,7 +56,8 @@ class Provenance:
 
 COLUMNS = (
     Column("Architecture", number=False),
-    *(Column(title) for title in ("Width", "λ", "Seed", "R²", "L0", "L0+", "L0−", "Dead", "Both poles")),
+    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "L0", "L0+", "L0−", "Dead")),
+    *(Column(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
     *(Column(title) for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")),
     Column("Run / autoencoder", number=False),
 )
@@ -92,16 +94,19 @@ def _site(run: Run) -> str:
 def _row(run: Run, sae: Sae, several: bool) -> Row:
     """In the order of COLUMNS, then SITE where the page has several."""
     where = f"{run.folder.name}/{sae.name}"
+    pairs = sae.directions.antipodal_pairs if sae.directions else None
     return Row(
         sae.arch,
         (
             _cell(wording.ARCH_LABELS[sae.arch], sae.arch),
             _cell(str(sae.d_sae), sae.d_sae),
-            _cell(f"{sae.sparsity:g}", sae.sparsity),
+            _cell(wording.knob(sae.knob), sae.knob.value),
             _cell(str(sae.seed), sae.seed),
             _cell(wording.fixed(sae.r2, 4), sae.r2),
             *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
-            *(_cell(wording.percent(value), value) for value in (sae.dead_fraction, sae.bipolar_fraction)),
+            *(_cell(wording.percent(v), v) for v in (sae.dead_fraction, sae.bipolar_fraction, sae.bipolar_mass)),
+            _cell(wording.fixed(sae.rescaling, 3), sae.rescaling),
+            _cell(wording.count(pairs), pairs),
             _cell(wording.fixed(sae.ce_spliced, 4), sae.ce_spliced),
             *(_cell(wording.percent(value, 2), value) for value in (sae.ce_recovered, sae.ce_recovered_mean)),
             *(_cell(wording.count(value), value) for value in (sae.tokens, sae.ce_tokens)),

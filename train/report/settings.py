@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.answer import Answer, Series, answer
-from train.report.data import Run, Sae
+from train.report.data import Run
 from train.report.figures import Figure, figures
+from train.report.sae import Sae
 
-ARCH_ORDER = ("sa-gsae", "gated")
+ARCH_ORDER = tuple(ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,8 @@ def sections(runs: Sequence[Run]) -> list[Section]:
 
 
 def in_order(saes: Iterable[Sae]) -> list[Sae]:
-    """SA-GSAE first, then by width, λ and seed."""
-    return sorted(saes, key=lambda sae: (ARCH_ORDER.index(sae.arch), sae.d_sae, sae.sparsity, sae.seed))
+    """SA-GSAE first, then by width, variant, λ and seed."""
+    return sorted(saes, key=lambda sae: (ARCH_ORDER.index(sae.arch), *sae.key[1:], sae.knob, sae.seed))
 
 
 def measured(run: Run) -> list[Sae]:
@@ -70,7 +72,7 @@ def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
     saes = in_order(sae for sae, _ in pairs)
     series: Series = {}
     for sae in saes:
-        series.setdefault((sae.arch, sae.d_sae), []).append(sae)
+        series.setdefault(sae.key, []).append(sae)
     curves = [(sae, run.curves[sae.name]) for sae, run in pairs if sae.name in run.curves]
     curves.sort(key=lambda pair: saes.index(pair[0]))
     return Section(

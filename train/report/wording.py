@@ -2,12 +2,17 @@
 
 from collections.abc import Iterable
 
-ARCH_LABELS = {"sa-gsae": "SA-GSAE", "gated": "Gated"}
+from train.report.sae import Key, Knob
+
+ARCH_LABELS = {
+    "sa-gsae": "SA-GSAE", "gated": "Gated", "relu": "ReLU", "jumprelu": "JumpReLU", "batch-topk": "BatchTopK",
+    "abs-topk": "AbsTopK",
+}  # fmt: skip
 ABSENT = "–"
 
 
-def label(arch: str, d_sae: int) -> str:
-    return f"{ARCH_LABELS[arch]} {d_sae}"
+def label(key: Key) -> str:
+    return f"{ARCH_LABELS[key.arch]} {key.d_sae}" + (f" ({key.variant})" if key.variant else "")
 
 
 def fixed(value: float | None, digits: int) -> str:
@@ -25,8 +30,9 @@ def percent(value: float | None, digits: int = 1) -> str:
     return ABSENT if value is None else fixed(100 * value, digits) + "\N{NO-BREAK SPACE}%"
 
 
-def sparsity(value: float) -> str:
-    return f"λ {value:g}"
+def knob(setting: Knob) -> str:
+    """`λ 0.2`, `k 32`, or `target 20` where λ was steered to an L0."""
+    return f"{ {'lambda': 'λ', 'l0': 'target'}.get(setting.name, setting.name) } {setting.value:g}"
 
 
 def l0(value: float | None) -> str:

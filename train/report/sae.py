@@ -1,0 +1,98 @@
+"""One autoencoder as `sagsae eval` measured it, and what it may be compared with."""
+
+from typing import NamedTuple
+
+from pydantic import BaseModel, ConfigDict, field_validator
+
+from shared.saes import ARCHITECTURES, SIGNED
+from shared.tables import variant
+
+
+class Deciles(BaseModel):
+    """Of ten equal parts of the live latents, from the one that fires most to the one that fires least."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    bipolar: tuple[float | None, ...]
+    bipolar_mass: tuple[float | None, ...]
+
+
+class Census(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    deciles: Deciles
+
+
+class Directions(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    latents: int
+    antipodal_pairs: int
+
+
+class Key(NamedTuple):
+    """What autoencoders of one frontier have in common: they differ in λ (or k, or L0 target) and seed only."""
+
+    arch: str
+    d_sae: int
+    variant: str = ""
+    """The other settings that are not as they are by default, as its name tells them."""
+
+
+class Knob(NamedTuple):
+    """What set the number of active latents: `lambda`, `k` or `l0`, and its value."""
+
+    name: str
+    value: float
+
+
+class Sae(BaseModel):
+    """One autoencoder as `sagsae eval` measured it."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    arch: str
+    d_sae: int
+    sparsity: float | None
+    k: int | None = None
+    l0_target: float | None = None
+    seed: int
+    r2: float | None
+    l0: float | None
+    l0_pos: float | None = None
+    l0_neg: float | None = None
+    dead_fraction: float | None
+    bipolar_fraction: float | None = None
+    bipolar_mass: float | None = None
+    rescaling: float | None = None
+    census: Census | None = None
+    directions: Directions | None = None
+    ce_spliced: float | None = None
+    ce_recovered: float | None = None
+    ce_recovered_mean: float | None = None
+    tokens: int | None = None
+    ce_tokens: int | None = None
+
+    @field_validator("arch")
+    @classmethod
+    def known(cls, arch: str) -> str:
+        if arch not in ARCHITECTURES:
+            raise ValueError(f"{arch} is none of {', '.join(ARCHITECTURES)}")
+        return arch
+
+    @property
+    def key(self) -> Key:
+        return Key(self.arch, self.d_sae, variant(self.model_dump(include={"name", "seed"})))
+
+    @property
+    def knob(self) -> Knob:
+        if self.k is not None:
+            return Knob("k", self.k)
+        if self.l0_target is not None:
+            return Knob("l0", self.l0_target)
+        return Knob("lambda", self.sparsity or 0.0)
+
+    @property
+    def signed(self) -> bool:
+        return self.arch in SIGNED
