@@ -67,7 +67,7 @@ def points(
     return [
         Measured(
             arm, seed, f"{arm}-{seed}-{l0}", width, setting, l0, r2(math.log2(l0)) + spread * (seed - 1),
-            dead(math.log2(l0)), bipolar, loss,
+            dead(math.log2(l0)), bipolar, None if bipolar is None else 0.8 - bipolar, loss,
         )
         for seed in range(seeds)
         for setting, l0 in zip(LAMBDAS, at, strict=False)
@@ -241,6 +241,7 @@ CLAIM = {claim.name.split(":")[0] + claim.name.partition(":")[2]: claim for clai
         ("The two-sided gate", {}, {"one_sided": 0.01}, (REPRODUCED, NOT)),
         ("Tying r of both", {}, {"tie": 0.01}, (REPRODUCED, NOT)),
         ("MLP output", {}, {"bipolar": 0.2}, (REPRODUCED, NOT)),
+        ("Attention", {"hook": "attn_out", "bipolar": 0.4}, {"hook": "attn_out", "bipolar": 0.9}, (REPRODUCED, NOT)),
         ("A large initial threshold", {}, {"large": 0.1}, (REPRODUCED, PARTLY)),
         ("Threshold resets", {"reset": 0.02}, {"reset": 0.4}, (REPRODUCED, NOT)),
     ],

@@ -81,6 +81,8 @@ class CellResult:
     dead_ratio: Ratio | None
     bipolar: Interval | None
     """Share of the live latents of SA-GSAE at H that use both poles, at `dead.l0`."""
+    concentration: Interval | None
+    """The same share of the tenth that fires most, minus `bipolar`."""
     equal_width: Matched | None
     """SA-GSAE at H minus Gated at H."""
     full_width: Matched | None
@@ -109,6 +111,7 @@ def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
         dead=dead,
         dead_ratio=dead_ratio(sa, gated),
         bipolar=value_at(frontiers(sa, "bipolar"), math.log(dead.l0)) if dead else None,
+        concentration=value_at(frontiers(sa, "concentration"), math.log(dead.l0)) if dead else None,
         equal_width=compare(half, r2_of.get(GATED_HALF, {})),
         full_width=compare(r2_of.get(SA_FULL, {}), half),
         tied_r=difference(ablations.get(TIE_R, ()), ablations.get(UNTIED, ()), sa),

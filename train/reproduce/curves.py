@@ -38,6 +38,8 @@ class Measured:
     r2: float | None
     dead: float | None
     bipolar: float | None = None
+    concentration: float | None = None
+    """Of the tenth of the live latents that fires most, the share that is bipolar, minus that of all."""
     loss_recovered: float | None = None
 
 

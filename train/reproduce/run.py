@@ -109,6 +109,8 @@ def read_entries(run: Path) -> dict[str, dict[str, Any]]:
 
 def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> Measured:
     entry = entries[sae.name]
+    every = entry.get("bipolar_fraction")
+    top = entry["census"]["deciles"]["bipolar"][0] if entry.get("census") else None
     return Measured(
         arm=arm,
         seed=sae.seed,
@@ -118,7 +120,8 @@ def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> Measu
         l0=entry["l0"],
         r2=entry["r2"],
         dead=entry["dead_fraction"],
-        bipolar=entry.get("bipolar_fraction"),
+        bipolar=every,
+        concentration=None if top is None or every is None else top - every,
         loss_recovered=entry.get("ce_recovered"),
     )
 
