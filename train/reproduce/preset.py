@@ -71,8 +71,8 @@ TINY: Final = Preset(
     name="tiny", models=("tiny",), width=1024, sparsities=(0.05, 0.085, 0.14, 0.24, 0.4),
     thin_sparsities=(0.05, 0.14, 0.4), ablation_sparsity=0.14, tokens=360_000, batch=512, seeds=3, heldout=40_000,
     ce_tokens=4_000, pilot_tokens=160_000, pilot_sparsities=(0.08, 0.25), pilot_lrs=(3e-3, 8e-3),
-    pilot_theta0s=(0.4, 1.0, 1.6), large_theta0=4.0, resets=6, ks=(8, 24, 64), relu_sparsities=(0.03, 0.1),
-    jumprelu_sparsities=(0.0005, 0.002),
+    pilot_theta0s=(0.4, 1.0, 1.6), large_theta0=4.0, resets=6, ks=(8, 24, 64), relu_sparsities=(0.05, 0.15),
+    jumprelu_sparsities=(0.001, 0.004),
 )  # fmt: skip
 """The shipped model on two cores, three quarters of an hour."""
 
