@@ -527,6 +527,48 @@ def bench_harvest(
     show({**report.ratios, **report.raw}, as_json, text)
 
 
+@bench_app.command("train")
+def bench_train(
+    store: Annotated[
+        str | None, typer.Option(help="A store with rows to train on. Default: one of the shipped model's mlp_out.")
+    ] = None,
+    hook: Annotated[str, typer.Option(help="Which hookpoint of it.")] = "mlp_out",
+    width: Annotated[list[int] | None, typer.Option(help="d_sae. Repeatable. Default: 4096 and 16384.")] = None,
+    batch: Annotated[int, typer.Option(min=8)] = 2048,
+    l0: Annotated[int, typer.Option(min=1, help="Active latents a token.")] = 32,
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many steps.")] = 5,
+    as_json: Json = False,
+) -> None:
+    """A training step in three forms, one pass against separate runs, waiting for data; on this machine's CPU."""
+    import tempfile
+
+    from harvest.run import harvest as run_harvest
+    from shared.config import HarvestConfig
+    from shared.errors import UserError
+    from shared.progress import hush, progress
+    from train.bench_train import Plan
+    from train.bench_train import bench_train as measure
+
+    if precision not in ("float32", "bfloat16"):
+        raise UserError(f"--precision {precision}: expected float32 or bfloat16")
+    plan = Plan(width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000)
+    with tempfile.TemporaryDirectory() as folder, progress("bench", plan.runs, "runs") as advance:
+        if store is None:
+            with hush():
+                asked = HarvestConfig(model="tiny", hooks=("mlp_out",), tokens=262_144, out=folder)
+                store = str(run_harvest(asked).store)
+        command = [sys.executable, str(Path(__file__).resolve())]
+        report = measure(store, hook, Path(folder) / "runs", plan, command, advance)
+
+    def text() -> None:
+        print_table(f"Median over {rounds} rounds", report.table)
+        for name, value in report.ratios.items():
+            typer.echo(f"{name:28} {value}")
+
+    show({**report.ratios, **report.raw}, as_json, text)
+
+
 def layer_number(text: str) -> int | str:
     if text != "mid" and not re.fullmatch("-?[0-9]+", text):
         raise typer.BadParameter(f"{text}: expected a layer number from 0, or mid", param_hint="--layer")

@@ -14,12 +14,13 @@ from safetensors.torch import load_file
 from test_train import weights_of
 from variants import VARIANTS, variant
 
-from shared.config import TrainConfig
+from shared.config import EvalConfig, TrainConfig
 from shared.errors import UserError
 from shared.saes import sae_config
 from shared.store import Store
 from train.autoencoder import WEIGHTS, Autoencoder
 from train.control import EVERY, SPAN, Sparsity
+from train.evaluate import evaluate
 from train.run import train as run_train
 
 Config = Callable[..., TrainConfig]
@@ -71,6 +72,21 @@ def test_a_learning_rate_of_its_own(train_config: Config, tmp_path: Path) -> Non
     one, other = (Autoencoder.load(next((run / "saes").iterdir())).weights.named() for run in (first, second))
     for key, tensor in one.items():
         assert torch.equal(tensor, other[key]), key
+
+
+def test_one_that_diverges_touches_no_other(
+    train_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good, bad = sae_config(arch="gated", d_sae=48), sae_config(arch="gated", d_sae=48, lr=1e30)
+    done = run_train(train_config(saes=[bad, good], out=tmp_path / "both"))
+    assert [entry["name"] for entry in done.saes] == [good.name]
+    assert "Lower its learning rate, or use float32. It is trained no further" in capsys.readouterr().err
+    assert json.loads((done.run / "record.json").read_text())["diverged"] == {bad.name: 5}
+    alone = run_train(train_config(saes=[good], out=tmp_path / "alone")).run
+    for key, data in weights_of(alone).items():
+        assert (done.run / key).read_bytes() == data, key
+    again = evaluate(EvalConfig(run=done.run, ce=False, device="cpu")).results
+    assert [entry["name"] for entry in again["saes"]] == [good.name]
 
 
 def test_the_sparsity_warms_up() -> None:

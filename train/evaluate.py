@@ -54,7 +54,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         )
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
-    saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes]
+    diverged = folder.read("record.json").get("diverged", {})
+    saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes if sae.name not in diverged]
     d_in = store.spec.hookpoints[hook].d_in
     for sae in saes:
         if sae.d_in != d_in:

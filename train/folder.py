@@ -1,7 +1,8 @@
 """A run's folder: what is in it and whether it belongs to the run that is asked for.
 
 config.json      what decides the result: the configuration, the snapshot of the store, the precision
-record.json      what produced it: command, versions, device, times; "finished" appears when it is
+record.json      what produced it: command, versions, device, times; "finished" appears when it is, and "diverged": at
+                 which step the loss of an autoencoder was seen to be no number any more, if one's was
 metrics.jsonl    a line every `log_every` steps
 segments.jsonl   with --follow: which shards were read in which pass
 checkpoints/     the newest two states, from which an interrupted run goes on

@@ -1,5 +1,6 @@
 """One autoencoder in training: its weights, optimiser, λ, and which of its latents are silent."""
 
+import math
 from dataclasses import replace
 from typing import Any, Final
 
@@ -47,6 +48,8 @@ class Member:
         self.chooses = has_sparse and run.step == "auto" and ranks.device.type == "cpu"
         self.sparse = has_sparse and run.step == "sparse"
         """Whether steps are computed from open gates alone."""
+        self.diverged: int | None = None
+        """The step after which its loss was seen not to be finite. It is left alone from there on."""
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=ranks.device)
         """Training tokens since each latent last fired."""
 
@@ -123,11 +126,14 @@ class Member:
         loss = step.reconstruction + value * step.sparsity + step.auxiliary
         values = torch.stack([loss, step.reconstruction, step.auxiliary, step.l0, dead, value]).tolist()
         names = ("loss", "fvu", "aux_fvu", "l0", "dead_fraction", "lambda")
+        if not all(map(math.isfinite, values)):
+            self.diverged = tokens // self.run.batch
         return {**dict(zip(names, values, strict=True)), "sparse": self.sparse}
 
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
         inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.sparse)}
+        inside["diverged"] = torch.tensor(self.diverged or -1)
         return {f"{self.config.name}/{key}": value for key, value in inside.items()}
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
@@ -137,6 +143,7 @@ class Member:
             tensor.copy_(state[name])
         self.silent.copy_(state["silent"])
         self.sparse = bool(state["sparse"])
+        self.diverged = int(state["diverged"]) if state["diverged"] > 0 else None
         self.sparsity.load_(state)
         self.generator.set_state(state["generator"])
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})

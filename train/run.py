@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
-import numpy as np
 import torch
 
 from shared.config import TrainConfig
@@ -50,6 +49,8 @@ class Summary:
     epochs: float
     seconds: float
     tokens_per_second: float
+    waiting_for_data: float
+    """Share of the time now spent in steps that was spent waiting for activations."""
     saes: list[dict[str, Any]]
 
 
@@ -67,7 +68,7 @@ def train(config: TrainConfig) -> Summary:
         folder.check_same(job.identity)
         if folder.finished():
             say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
-            return summarise(job, 0.0, 0)
+            return summarise(job, 0.0, 0, 0.0)
     if ranks.leads:
         folder.make()
     with folder_lock(folder.path) if ranks.leads else nullcontext(), explained(folder.path):
@@ -75,11 +76,11 @@ def train(config: TrainConfig) -> Summary:
             open_folder(job, ranks)
         ranks.wait()
         members = [Member(sae, config, job.steps, job.matmul, job.statistics, ranks) for sae in config.saes]
-        started, (steps, seconds) = time.monotonic(), run_steps(job, members, ranks)
+        started, (steps, seconds, waiting) = time.monotonic(), run_steps(job, members, ranks)
         if ranks.leads:
             finish(job, members, seconds)
         ranks.wait()
-        return summarise(job, time.monotonic() - started, steps)
+        return summarise(job, time.monotonic() - started, steps, waiting)
 
 
 def open_folder(job: Job, ranks: Ranks) -> None:
@@ -121,9 +122,9 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float]:
-    """The training loop, from the newest checkpoint or from the start. Gives the steps made now and the seconds trained
-    over all sessions."""
+def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float, float]:
+    """The training loop, from the newest checkpoint or from the start. Gives the steps made now, the seconds trained
+    over all sessions, and the share of those of now that were spent waiting for data."""
     config, device = job.config, ranks.device
     start, before, positions = restore(job, members)
     shares = share(config.batch, job.streams, ranks.index, ranks.count)
@@ -133,7 +134,7 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float
         f"{job.folder.path}: {len(members)} autoencoder{plural}, {job.steps * config.batch:,} tokens "
         f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
-    started = time.monotonic()
+    started, waiting = time.monotonic(), 0.0
 
     def elapsed() -> float:
         return before + time.monotonic() - started
@@ -155,11 +156,11 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float
             if step == 0:
                 for member in members:
                     member.begin(x)
-            measured = [member.step_(x, step) for member in members]
+            measured = {member: member.step_(x, step) for member in members if member.diverged is None}
             done = step + 1
             due = done % config.log_every == 0 or done == job.steps
             if due and ranks.leads:
-                job.folder.log(log_line(job, members, measured, done, elapsed()))
+                job.folder.log(log_line(job, measured, done, elapsed()))
             stop = agree(stop_asked(), done, ranks)
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
                 checkpoint(job, members, stream, done, elapsed(), ranks)
@@ -168,7 +169,7 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float
             seconds = time.monotonic() - started
             rate, waiting = config.batch * (done - start) / seconds, stream.waited / seconds
             advance(1, f"{rate:,.0f} tokens/s, waiting for data {waiting:.0%}")
-    return job.steps - start, elapsed()
+    return job.steps - start, elapsed(), waiting
 
 
 def interrupted(job: Job, done: int) -> Interrupted:
@@ -180,12 +181,17 @@ def agree(stop: bool, done: int, ranks: Ranks) -> bool:
     return stop if ranks.count == 1 else done % AGREE_EVERY == 0 and ranks.any(stop)
 
 
-def log_line(job: Job, members: list[Member], measured: list[Step], done: int, seconds: float) -> dict[str, Any]:
+def log_line(job: Job, measured: dict[Member, Step], done: int, seconds: float) -> dict[str, Any]:
+    """Raises UserError when no autoencoder has a finite loss any more."""
     config, tokens = job.config, done * job.config.batch
-    saes = {member.config.name: member.progress(step, tokens) for member, step in zip(members, measured, strict=True)}
-    for name, values in saes.items():
-        if not np.isfinite(values["loss"]):
-            raise UserError(f"{name}: the loss is {values['loss']} at step {done}. Lower --lr, or use float32")
+    saes = {member.config.name: member.progress(step, tokens) for member, step in measured.items()}
+    diverged = [member.config.name for member in measured if member.diverged]
+    if diverged:
+        loss = saes[diverged[0]]["loss"]
+        message = f"{', '.join(diverged)}: the loss is {loss} at step {done}. Lower its learning rate, or use float32"
+        if len(diverged) == len(measured):
+            raise UserError(message)
+        say(f"{message}. It is trained no further; the others are not affected")
     return {
         "step": done,
         "tokens": tokens,
@@ -205,8 +211,9 @@ def finish(job: Job, members: list[Member], seconds: float) -> None:
         "context": spec.context,
         "bos_id": spec.bos_id,
     }
-    saes = [Autoencoder.of(member.config, member.weights, job.statistics.scale) for member in members]
-    for sae, member in zip(saes, members, strict=True):
+    whole = [member for member in members if member.diverged is None]
+    saes = [Autoencoder.of(member.config, member.weights, job.statistics.scale) for member in whole]
+    for sae, member in zip(saes, whole, strict=True):
         sae.save(job.folder.sae(sae.config.name), {**hook, "lambda": float(member.sparsity.now(job.steps))})
         missed = member.sparsity.missed()
         if missed:
@@ -217,14 +224,16 @@ def finish(job: Job, members: list[Member], seconds: float) -> None:
     write_json(job.folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device))
     record = job.folder.read("record.json")
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    write_json(job.folder.path / "record.json", {**record, "seconds": round(seconds, 2), "finished": finished})
+    diverged = {member.config.name: member.diverged for member in members if member.diverged is not None}
+    ended = {"diverged": diverged, "seconds": round(seconds, 2), "finished": finished}
+    write_json(job.folder.path / "record.json", {**record, **ended})
 
 
-def summarise(job: Job, seconds: float, steps: int) -> Summary:
+def summarise(job: Job, seconds: float, steps: int, waiting: float) -> Summary:
     tokens = job.steps * job.config.batch
     saes = json.loads(job.folder.evaluation.read_text(encoding="utf-8"))["saes"]
     rate = steps * job.config.batch / seconds if seconds else 0.0
     return Summary(
         job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
-        round(seconds, 2), round(rate, 1), saes,
+        round(seconds, 2), round(rate, 1), round(waiting, 4), saes,
     )  # fmt: skip
