@@ -1,8 +1,8 @@
-"""`sagsae bench train`: a step from the open gates alone, a step with every latent and one by autograd; many autoencoders
-in one pass over a store against as many runs; how long training waits for data.
+"""`sagsae bench train`: a step from the open gates alone, a step with every latent and one by autograd; many
+autoencoders in one pass over a store against as many runs; how long training waits for data.
 
-Steps are whole ones, optimiser included, on rows of a real store. Thresholds are set so that the asked number of latents
-is active, and the learning rate is next to nothing, so that it stays so.
+Steps are whole ones, optimiser included, on rows of a real store. Thresholds are set so that the asked number of
+latents is active, and the learning rate is next to nothing, so that it stays so.
 """
 
 import gc
@@ -121,7 +121,7 @@ def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: Plan) 
     config = TrainConfig(
         store=store.location, hook=hook, saes=(sae,), batch=plan.batch, streams=1, step=step, lr=1e-12,
         precision=plan.precision, device="cpu",
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
     matmul = torch.bfloat16 if plan.precision == "bfloat16" else torch.float32
     return Member(sae, config, 1000, matmul, store.statistics(hook), Ranks(torch.device("cpu")))
 
@@ -133,7 +133,7 @@ def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
         loss = member.family.loss(type(member.weights)(**weights), x, Now(0.1, member.matmul))
     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     found = dict(zip(weights, grads, strict=True))
-    member.optimizer.step_({name: found[name] for name in member.weights.trained()}, 1e-12)  # type: ignore[misc]
+    member.optimizer.step_({name: found[name] for name in member.weights.trained()}, 1e-12)
     member.family.constrain_(member.weights)
 
 
