@@ -96,6 +96,38 @@ def harvest(
 
 
 @app.command()
+def synth(
+    d_in: Annotated[int | None, typer.Option(help="Width of a row.")] = None,
+    features: Annotated[int | None, typer.Option(help="True features.")] = None,
+    p_bipolar: Annotated[float | None, typer.Option(help="Share of them that are active with either sign.")] = None,
+    l0: Annotated[float | None, typer.Option(help="Active features a row, on average.")] = None,
+    zipf: Annotated[float | None, typer.Option(help="Exponent of their frequencies.")] = None,
+    noise: Annotated[float | None, typer.Option(help="Standard deviation in each dimension.")] = None,
+    tokens: Annotated[int | None, typer.Option(help="Rows.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of features and rows.")] = None,
+    codec: Annotated[str | None, typer.Option(help="zstd, lz4, none, or int8 (lossy).")] = None,
+    out: Annotated[str | None, typer.Option(help="The folder (or s3:// prefix) that holds stores.")] = None,
+    name: Annotated[str | None, typer.Option(help="The store's folder in --out. Default: synthetic.")] = None,
+    overwrite: Overwrite = False,
+    config: ConfigFile = None,
+    settings: Settings = None,
+    as_json: Json = False,
+) -> None:
+    """Write a store of synthetic activations, whose true features are known: eval then says how many were found."""
+    from shared.config import SynthConfig
+
+    flags = {
+        "d_in": d_in, "features": features, "p_bipolar": p_bipolar, "l0": l0, "zipf": zipf, "noise": noise,
+        "tokens": tokens, "seed": seed, "codec": codec, "out": out, "name": name, "overwrite": overwrite or None,
+    }  # fmt: skip
+    resolved = resolve(SynthConfig, flags, config, settings)
+    from harvest.synth import synth as run
+
+    summary = run(resolved)
+    show(dataclasses.asdict(summary), as_json, lambda: typer.echo(harvest_text(summary)))
+
+
+@app.command()
 def train(
     store: Annotated[str | None, typer.Option(help="A store, or one hookpoint in it: a folder or a URL.")] = None,
     hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
@@ -161,9 +193,11 @@ def evaluate(
     store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
     ce: Annotated[
-        bool,
-        typer.Option(help="Measure the language model's loss with reconstructions spliced in. --no-ce: keep the last."),
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--ce/--no-ce", help="Measure the language model's loss with reconstructions spliced in. Or keep the last."
+        ),
+    ] = None,
     ce_tokens: Annotated[int | None, typer.Option(help="Predictions to average over, at most.")] = None,
     peer_conventions: Annotated[
         bool, typer.Option("--peer-conventions", help="R², L0 and dead as other tools define them, too.")
@@ -234,6 +268,41 @@ def demo(
         typer.echo(f"\n{seconds:.0f} seconds. The report: {page}")
 
     show(document, as_json, text)
+
+
+@app.command()
+def reproduce(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Alias, Hugging Face id or folder. Repeatable. Default: the preset's.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="smoke (minutes), tiny (under an hour) or paper (GPU-days).")] = "tiny",
+    cells: Annotated[
+        str | None, typer.Option(help="Hookpoints, with commas. Default: resid_post,attn_out,mlp_out.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds of the two arms that are compared.")] = None,
+    layer: Annotated[str, typer.Option(help="Layer number from 0, or mid.")] = "mid",
+    tokens: Annotated[int | None, typer.Option(help="Training tokens of every autoencoder.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="One folder for everything.")] = Path("reproduction"),
+    yes: Annotated[bool, typer.Option("--yes", help="Start a job that takes hours or tens of GB.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which of the SA-GSAE paper's claims hold on a model: SA-GSAE at H and 2H against Gated, every λ and seed."""
+    from train.reproduce.preset import make_request
+
+    place = layer_number(layer)
+    request = make_request(preset, tuple(model or ()), cells, place, seeds, tokens, corpus, device or "auto", out)
+    from harvest.run import harvest as run_harvest
+    from train.reproduce.run import reproduce as run_all
+
+    found = run_all(request, lambda config: run_harvest(config).store, yes)
+
+    def text() -> None:
+        rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in found.findings]
+        print_table(f"{out / 'reproduction.md'}, {out / 'report.html'}", rows)
+
+    show({"out": str(out), **found.key_results()}, as_json, text)
 
 
 @store_app.command("ls")

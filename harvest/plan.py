@@ -173,13 +173,18 @@ def spec_of(
 
 
 def shape(plan: Plan, n_tokens: int) -> tuple[int, int]:
-    """Rows of a chunk and of a shard: what was asked for, else chunks of 2 MiB, 128 of them or fewer: in a small store,
-    and where all hookpoints together would make a shard too large for memory."""
+    """Rows of a chunk and of a shard: what was asked for, else chunks of 2 MiB, 128 of them or fewer."""
     widths = [hook.d_in * DTYPES[plan.config.store_dtype][0].itemsize for hook in plan.hooks.values()]
-    chunk_rows = plan.config.chunk_rows or default_chunk_rows(max(widths))
+    return shape_of(widths, n_tokens, plan.config.chunk_rows, plan.config.shard_rows)
+
+
+def shape_of(widths: list[int], n_tokens: int, chunk_rows: int | None, shard_rows: int | None) -> tuple[int, int]:
+    """`widths`: bytes of a row of each hookpoint. A shard has fewer chunks in a small store, and where all hookpoints
+    together would make one too large for memory."""
+    chunk_rows = chunk_rows or default_chunk_rows(max(widths))
     most = max(1, SHARD_BYTES // (chunk_rows * sum(widths)))
     chunks = min(CHUNKS_PER_SHARD, most, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
-    shard_rows = plan.config.shard_rows or chunk_rows * chunks
+    shard_rows = shard_rows or chunk_rows * chunks
     if shard_rows % chunk_rows:
         raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
     return chunk_rows, shard_rows

@@ -49,9 +49,7 @@ def raw_bytes(config: HarvestConfig, d_in: int) -> int:
 
 def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) -> Need:
     """By the codec's usual ratio, or by ratios that were measured (raw bytes over stored ones)."""
-    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
-    usual = EXPECTED_RATIO[plan.config.codec] if plan.config.store_dtype == "bfloat16" else 1.0
-    usual = 0.99 * itemsize if plan.config.codec == "int8" else usual
+    usual = usual_ratio(plan.config.codec, plan.config.store_dtype)
     found = ratios or dict.fromkeys(plan.hooks, usual)
     each = {
         path: int(tokens * (raw_bytes(plan.config, hook.d_in) / found[path] + 4)) for path, hook in plan.hooks.items()
@@ -60,6 +58,13 @@ def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) ->
     if plan.config.overwrite and free is not None:  # what is there goes first
         free, stored = free + stored, 0
     return Need(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
+
+
+def usual_ratio(codec: str, dtype: str) -> float:
+    """Of raw bytes to stored ones."""
+    if codec == "int8":
+        return 0.99 * DTYPES[dtype][0].itemsize
+    return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
 
 
 def check_room(plan: Plan, tokens: int | None) -> None:

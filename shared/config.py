@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
+from shared.synthetic import Synthetic
 
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
@@ -90,6 +91,32 @@ class HarvestConfig(Frozen):
         return self
 
 
+class SynthConfig(Synthetic):
+    """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
+
+    tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """Rows."""
+    context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
+    """Rows that are held out together. Otherwise they have nothing to do with each other."""
+    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
+    shard_rows: Annotated[int, Field(ge=1)] | None = None
+    """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    out: Location = "stores"
+    """The folder that holds stores, or an s3:// prefix."""
+    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] = "synthetic"
+    """The store's folder in `out`."""
+    overwrite: bool = False
+
+    @model_validator(mode="after")
+    def check_shape(self) -> "SynthConfig":
+        if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
+        return self
+
+
 class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
@@ -111,6 +138,9 @@ class TrainConfig(Frozen):
     """The last part of the run, over which the learning rate falls linearly to zero."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    step: Literal["auto", "dense", "sparse"] = "auto"
+    """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
+    the share of the dictionary that is active; on CUDA, where the sparse one has not been measured, the dense one."""
     device: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Orders the activations and chooses the held-out contexts."""
@@ -169,8 +199,9 @@ class EvalConfig(Frozen):
     """The run's folder."""
     store: Location | None = None
     """Where the run's store is now, if it moved."""
-    ce: bool = True
-    """Splice reconstructions into the language model and measure its next-token loss."""
+    ce: bool | None = None
+    """Splice reconstructions into the language model and measure its next-token loss. Default: where there is one; a
+    synthetic store has none."""
     model: str | None = None
     """The language model, if it moved. Default: the one the store was harvested from."""
     device: str = "auto"

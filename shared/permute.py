@@ -13,6 +13,7 @@ EPOCH_CHUNKS: Final = 2
 WINDOW_ROWS: Final = 3
 HELDOUT: Final = 4
 DOCUMENTS: Final = 5
+SYNTHETIC: Final = 6
 
 
 def philox(seed: int, *purpose: int) -> np.random.Philox:

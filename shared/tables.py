@@ -71,6 +71,7 @@ def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
             "L0-": f"{sae['l0_neg']:.1f}",
             "dead": share(sae["dead_fraction"]),
             "CE rec.": share(sae["ce_recovered"]),
+            **({"rec": share(sae["rec"]), "mcs": f"{sae['mcs']:.3f}"} if "rec" in sae else {}),
             "tokens": sae["tokens"],
             **({"settings": variant(sae)} if special else {}),
         }

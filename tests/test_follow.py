@@ -19,7 +19,7 @@ from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.create import finish_store
 from shared.errors import UserError
-from shared.files import LocalFiles
+from shared.files import LOCK_FILE, LocalFiles
 from shared.store import Store
 from train.evaluate import evaluate
 from train.follow import SEGMENTS
@@ -132,7 +132,13 @@ def test_a_followed_run_that_was_killed_ends_with_the_same_bits(
 
     done = sagsae(*command("killed"), stop=(signal.SIGKILL, waits))
     assert done.returncode == -signal.SIGKILL
-    stopped = sagsae(*command("killed"), stop=(signal.SIGTERM, lambda: time.sleep(8) is None))
+    lock = tmp_path / "killed" / LOCK_FILE
+    before = lock.read_bytes()
+
+    def started() -> bool:
+        return lock.read_bytes() != before and time.sleep(8) is None
+
+    stopped = sagsae(*command("killed"), stop=(signal.SIGTERM, started))
     assert stopped.returncode == 130, stopped.stderr
     assert "To continue, run the same command again" in stopped.stderr
     commit(growing, whole, list(range(3, 10)))

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
+from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
 from train.peers import by_peers
+from train.recovery import Known
 from train.rows import Rows
 
 
@@ -51,7 +53,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
             "Say where the right one is: --store"
         )
     device = pick_device(config.device)
-    source = find_model(store, config.model) if config.ce else None
+    source = find_model(store, config.model) if wants_ce(config, store) else None
     saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes]
     d_in = store.spec.hookpoints[hook].d_in
     for sae in saes:
@@ -65,11 +67,19 @@ def evaluate(config: EvalConfig) -> Evaluation:
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
     silent = last_silent(folder, trained.dead_after_tokens)
     results = measure_all(store, hook, parts, saes, losses, device, silent, config.peer_conventions)
-    if not config.ce:
+    if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
         write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
+
+
+def wants_ce(config: EvalConfig, store: Store) -> bool:
+    """Raises UserError where the loss of a language model is asked for and there is none."""
+    synthetic = truth_of(store.spec.model) is not None
+    if synthetic and config.ce:
+        raise UserError(f"--ce: {store.name} is synthetic; no language model stands behind it. Leave --ce out")
+    return not synthetic if config.ce is None else config.ce
 
 
 def find_model(store: Store, name: str | None) -> ModelSource:
@@ -96,7 +106,8 @@ def measure_all(
     peer_conventions: bool = False,
 ) -> dict[str, Any]:
     """The content of evaluation.json. `silent`: what training logged of dead latents, by name (`last_silent`)."""
-    heldout = read_heldout(Rows.of(store, hook), parts.heldout)
+    rows = Rows.of(store, hook)
+    heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
     if not len(heldout):
         raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
@@ -104,7 +115,8 @@ def measure_all(
         for index, sae in enumerate(saes):
             fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
             peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
-            entries.append({**entry(sae, fit, losses, index), **peers})
+            found = asdict(known.recovery(sae, heldout, device)) if known else {}
+            entries.append({**entry(sae, fit, losses, index), **peers, **found})
             advance(1, sae.config.name)
     return {
         "tokens": len(heldout),

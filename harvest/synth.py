@@ -1,0 +1,250 @@
+"""synth(config): a store of synthetic activations, whose true features are known (shared/synthetic.py).
+
+The same writer, moments and commits as a harvest's; only the rows come from a generator instead of a language model.
+Resumes by itself: every row can be made without the others, so that the same call writes the shards that are missing.
+"""
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from harvest import behind
+from harvest.begin import leave_nothing, make_folder
+from harvest.moments import Part, on_the_host
+from harvest.plan import shape_of
+from harvest.room import INDEX_BYTES, Need, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
+from harvest.writer import ShardRows, ShardWriter
+from shared.config import SynthConfig
+from shared.create import (
+    building,
+    clean_up,
+    clear_store,
+    create_store,
+    finish_store,
+    place_tokens,
+    reopen,
+    write_tokens,
+)
+from shared.device import torch_dtype
+from shared.errors import Interrupted, UserError
+from shared.files import LOCK_FILE, Files, LocalFiles, check_alone, join, open_files
+from shared.progress import progress, say
+from shared.record import provenance
+from shared.spec import DTYPES, HookSpec, StoreSpec, rows_that_count
+from shared.stop import stop_requests
+from shared.store import STATE_FILE, Store, is_store
+from shared.synthetic import BLOCK, NAME, Synthetic, Truth
+
+HOOK: Final = f"layer_00/{NAME}"
+AGAIN: Final = "run the same command again"
+ROWS_AT_A_TIME: Final = 1 << 20
+"""Token ids written at a time."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What was written."""
+
+    store: str
+    tokens: int
+    hookpoints: dict[str, dict[str, Any]]
+    seconds: float
+    tokens_per_second: float
+
+
+def synth(config: SynthConfig) -> Summary:
+    """Writes until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
+    try:
+        return write(config)
+    except (UserError, Interrupted) as error:
+        if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+            raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
+        raise
+
+
+def write(config: SynthConfig) -> Summary:
+    """All of the store, or all that is missing of it."""
+    files, spec = open_files(join(config.out, config.name)), spec_of(config)
+    if not config.overwrite and is_store(files):
+        store = Store.open(files)
+        check_same(store, spec)
+        if store.state == "final" and not store.missing:
+            say(f"{files.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            return summarise(store, 0.0, 0)
+    check_room(config, files)
+    make_folder(files, config.overwrite)
+    started = time.monotonic()
+    with files.explained(), files.lock(), stop_requests() as stop_asked:
+        if isinstance(files, LocalFiles):
+            check_alone(files.root)
+        if config.overwrite or not is_store(files):
+            begin(files, spec, config)
+        clean_up(files)
+        store = Store.open(files)
+        check_same(store, spec)  # again: another process may have been here meanwhile
+        reopen(store)
+        written = fill(store, Truth(parameters_of(config)), stop_asked)
+        finish_store(files, spec)
+    return summarise(Store.open(files), time.monotonic() - started, written)
+
+
+def parameters_of(config: SynthConfig) -> Synthetic:
+    return Synthetic.model_validate(config.model_dump(include=set(Synthetic.model_fields)))
+
+
+def spec_of(config: SynthConfig) -> StoreSpec:
+    """All of it follows from the configuration: the token ids are zeros."""
+    parameters = parameters_of(config).model_dump(mode="json")
+    digest = hashlib.blake2b(json.dumps(parameters, sort_keys=True).encode(), digest_size=16).hexdigest()
+    ids = hashlib.blake2b(digest_size=16)
+    for block in token_blocks(config):
+        ids.update(block.tobytes())
+    itemsize = DTYPES[config.store_dtype][0].itemsize
+    chunk_rows, shard_rows = shape_of([config.d_in * itemsize], config.tokens, config.chunk_rows, config.shard_rows)
+    return StoreSpec(
+        model={
+            "name": NAME, "commit": digest, "local": True, "dtype": "float64", "attention": "none",
+            "weight_processing": "none", NAME: parameters,
+        },
+        tokenizer={"blake2b": None, "eos_id": None},
+        corpus={"source": NAME, "whole": True, "vocab_size": 1, "documents": 0, "ids_blake2b": ids.hexdigest()},
+        context=config.context,
+        bos_id=None,
+        special_ids=(),
+        skip_positions=0,
+        n_tokens=config.tokens,
+        token_dtype="uint16",
+        hookpoints={HOOK: HookSpec(name=NAME, d_in=config.d_in)},
+        dtype=config.store_dtype,
+        codec=config.codec,
+        chunk_rows=chunk_rows,
+        shard_rows=shard_rows,
+        seed=config.seed,
+    )  # fmt: skip
+
+
+def token_blocks(config: SynthConfig) -> Iterator[NDArray[np.uint16]]:
+    """Rows of token ids, [n, context]."""
+    left = -(-config.tokens // config.context)
+    while left:
+        n = min(left, max(1, ROWS_AT_A_TIME // config.context))
+        yield np.zeros((n, config.context), "<u2")
+        left -= n
+
+
+def check_same(store: Store, spec: StoreSpec) -> None:
+    """Raises UserError, naming every field that differs, when the store is another."""
+    here, asked = (flat(s.model_dump(mode="json")) for s in (store.spec, spec))
+    keys = [key for key in {**here, **asked} if here.get(key) != asked.get(key)]
+    if keys:
+        differ = "; ".join(f"{key}: the store has {here.get(key)}, this asks for {asked.get(key)}" for key in keys)
+        raise UserError(
+            f"{store.name}: holds another store. {differ}. Choose another --name or --out, or start afresh with "
+            "--overwrite"
+        )
+
+
+def flat(spec: dict[str, Any]) -> dict[str, Any]:
+    """What a person can have asked for, by name: the parameters, not the digests that follow from them."""
+    model = spec["model"]
+    parameters = model.get(NAME, {})
+    rest = {key: value for key, value in spec.items() if key not in ("model", "tokenizer", "corpus", "hookpoints")}
+    source = {} if parameters else {"hookpoints": list(spec["hookpoints"])}
+    return {"model": model.get("name"), **parameters, **source, **rest}
+
+
+def check_room(config: SynthConfig, files: Files) -> None:
+    """Says what will be written, and raises UserError when the disk cannot take it."""
+    raw = config.d_in * DTYPES[config.store_dtype][0].itemsize
+    size = int(config.tokens * (raw / usual_ratio(config.codec, config.store_dtype) + 4))
+    stored, free = stored_size(files), free_bytes(files)
+    if config.overwrite and free is not None:  # what is there goes first
+        free, stored = free + stored, 0
+    need = Need({HOOK: size}, config.tokens * INDEX_BYTES, stored, free)
+    say(f"{files.name}: {config.tokens:,} tokens of width {config.d_in}, about {gigabytes(need.to_write)}{room(need)}")
+    refuse(config.out, need)
+
+
+def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
+    """The token rows, then the empty store. What was there before goes only when the tokens are written."""
+    with building(files) as folder:
+        try:
+            tokens = write_tokens(folder, token_blocks(config), config.context, 1)
+        except BaseException:
+            leave_nothing(files)
+            raise
+        files.remove(STATE_FILE)
+        clear_store(files, keep=(LOCK_FILE, folder.name))
+        place_tokens(files, tokens)
+    create_store(files, spec, tokens.files, {**provenance(), "config": config.model_dump(mode="json")})
+
+
+def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
+    """Makes and commits the shards that are missing; a shard is made while the one before is written. Gives the number
+    of rows."""
+    spec, todo = store.spec, store.missing
+    keep = rows_that_count(store.tokens(), spec)
+    rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
+    threads = len(os.sched_getaffinity(0))
+    _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
+    with (
+        behind.pool(threads, "synth") as pool,
+        closing(ShardWriter(store.files, spec, keep)) as writer,
+        progress(f"synth {store.name}", rows, "tokens") as advance,
+    ):
+
+        def look(made: int) -> None:
+            advance(made, "")
+            writer.check()
+            if stop_asked():
+                raise Interrupted(f"{store.name}: stopped. To continue, {AGAIN}")
+
+        for shard in todo:
+            made = shard_rows(spec, truth, keep.reshape(-1), shard, pool, look)
+            writer.wait()
+            writer.submit(shard, partial(dict, {HOOK: made}))
+        writer.wait()
+    return rows
+
+
+def shard_rows(
+    spec: StoreSpec, truth: Truth, keep: NDArray[np.bool_], shard: int, pool: Executor, look: Callable[[int], None]
+) -> ShardRows:
+    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
+    told of every n rows and may raise to stop."""
+    start, stop = spec.shard_range(shard)
+    found = torch.empty(stop - start, truth.parameters.d_in, dtype=torch_dtype(spec.dtype))
+
+    def make(block: int) -> int:
+        first, last = max(start, block * BLOCK), min(stop, (block + 1) * BLOCK)
+        x = truth.block_rows(block)[first - block * BLOCK : last - block * BLOCK]
+        found[first - start : last - start] = torch.from_numpy(x)
+        return last - first
+
+    for made in pool.map(make, range(start // BLOCK, -(-stop // BLOCK))):
+        look(made)
+    rows = (found.view(torch.uint16) if spec.dtype == "bfloat16" else found).numpy()
+    norms = np.empty(len(rows), np.float32)
+    ((total, squares),) = on_the_host(pool, [Part(rows, keep[start:stop], norms)])
+    return ShardRows(rows, norms, total, squares)
+
+
+def summarise(store: Store, seconds: float, rows: int) -> Summary:
+    stored = store.stored_bytes(HOOK)
+    raw = store.n_rows * store.spec.hookpoints[HOOK].d_in * DTYPES[store.spec.dtype][0].itemsize
+    about = {
+        "d_in": store.spec.hookpoints[HOOK].d_in, "bytes": stored, "ratio": round(raw / max(1, stored), 3),
+    }  # fmt: skip
+    rate = rows / seconds if seconds else 0.0
+    return Summary(store.name, store.n_rows, {HOOK: about}, round(seconds, 2), round(rate, 1))
