@@ -142,9 +142,9 @@ def test_what_is_not_nearly_opposite_is_no_pair(cosine: float, pairs: int) -> No
 
 
 def test_a_latent_is_in_one_pair_only() -> None:
-    """Three rows on one line, two of them alike: one signed latent still saves one."""
-    axis, tilt = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([-1.0, 0.2, 0.0])
-    assert directions(torch.stack([axis, -axis, tilt]))["antipodal_pairs"] == 1
+    """Four rows on nearly one line, one against three: a signed latent takes the place of one of them, not of more."""
+    rows = [[1.0, 0.0, 0.0], [-1.0, 0.0, 0.0], [-1.0, 0.2, 0.0], [-1.0, 0.0, 0.2]]
+    assert directions(torch.tensor(rows))["antipodal_pairs"] == 1
 
 
 @pytest.mark.parametrize("n", [0, 1])

@@ -308,7 +308,18 @@ def test_every_architecture_and_variant_has_its_place(tmp_path: Path) -> None:
     html = write_report([write_run(tmp_path / "run", saes)], tmp_path / "r.html").read_text(encoding="utf-8")
     table = html[html.index("<tbody>") : html.index("</tbody>")]
     assert table.count("<tr>") == len(saes)
-    for text in ("SA-GSAE", "Gated", "ReLU", "JumpReLU", "BatchTopK", "AbsTopK", "k 32", "target 20", "λ 0.1"):
+    for text in (
+        "SA-GSAE",
+        "Gated",
+        "ReLU",
+        "JumpReLU",
+        "BatchTopK",
+        "AbsTopK",
+        "SA-GSAE (tie-none)",
+        "k 32",
+        "target 20",
+        "λ 0.1",
+    ):
         assert f">{text}<" in table, text
     plots = json.loads(html[html.index('id="plots">') + 11 : html.index("</script>", html.index('id="plots"'))])
     groups = {trace["meta"]["group"] for trace in plots["setting-1-r2-plot"]["data"]}

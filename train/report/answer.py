@@ -173,12 +173,14 @@ def _pairs_found(saes: Sequence[Sae]) -> list[int]:
 
 
 def _antipodal(saes: Sequence[Sae]) -> str:
-    found = _pairs_found(saes)
+    found, name = _pairs_found(saes), wording.label(saes[0].key)
     low, high = found[0], found[-1]
+    if not high:
+        return f"No two live latents of {name} are antipodal (cosine below −0.9)."
     pairs = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return (
-        f"{wording.label(saes[0].key)} has {pairs} antipodal pairs of live latents (cosine below −0.9): "
-        "so many latents would a dictionary with signs save."
+        f"{name} has {pairs} antipodal pairs of live latents (cosine below −0.9): so many latents would a dictionary "
+        "with signs save."
     )
 
 

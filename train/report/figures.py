@@ -87,7 +87,7 @@ def _captions(saes: Sequence[Sae]) -> dict[str, str]:
         f"Measured on {rows}.",
         "census": "Live latents in ten equal groups, from those that fire most to those that fire least: which share "
         "of a group uses both poles, and which share of its activation mass Σ|f| those carry. Means over seeds; a "
-        f"stronger line is a larger λ (or k). Latents that fire rarely seem one-sided sooner. Measured on {rows}.",
+        f"stronger line is a larger λ (or k). A latent seen a few times only looks one-sided. Measured on {rows}.",
     }
 
 

@@ -98,7 +98,7 @@ def _row(run: Run, sae: Sae, several: bool) -> Row:
     return Row(
         sae.arch,
         (
-            _cell(wording.ARCH_LABELS[sae.arch], sae.arch),
+            _cell(wording.architecture(sae.key), sae.arch),
             _cell(str(sae.d_sae), sae.d_sae),
             _cell(wording.knob(sae.knob), sae.knob.value),
             _cell(str(sae.seed), sae.seed),

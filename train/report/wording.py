@@ -12,7 +12,16 @@ ABSENT = "–"
 
 
 def label(key: Key) -> str:
-    return f"{ARCH_LABELS[key.arch]} {key.d_sae}" + (f" ({key.variant})" if key.variant else "")
+    """`Gated 512`, or `SA-GSAE 256 (tie-none)`."""
+    return f"{ARCH_LABELS[key.arch]} {key.d_sae}{special(key)}"
+
+
+def architecture(key: Key) -> str:
+    return f"{ARCH_LABELS[key.arch]}{special(key)}"
+
+
+def special(key: Key) -> str:
+    return f" ({key.variant})" if key.variant else ""
 
 
 def fixed(value: float | None, digits: int) -> str:
