@@ -270,6 +270,41 @@ def demo(
     show(document, as_json, text)
 
 
+@app.command()
+def reproduce(
+    model: Annotated[
+        list[str] | None, typer.Option(help="Alias, Hugging Face id or folder. Repeatable. Default: the preset's.")
+    ] = None,
+    preset: Annotated[str, typer.Option(help="smoke (minutes), tiny (under an hour) or paper (GPU-days).")] = "tiny",
+    cells: Annotated[
+        str | None, typer.Option(help="Hookpoints, with commas. Default: resid_post,attn_out,mlp_out.")
+    ] = None,
+    seeds: Annotated[int | None, typer.Option(help="Seeds of the two arms that are compared.")] = None,
+    layer: Annotated[str, typer.Option(help="Layer number from 0, or mid.")] = "mid",
+    tokens: Annotated[int | None, typer.Option(help="Training tokens of every autoencoder.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
+    device: Device = None,
+    out: Annotated[Path, typer.Option(help="One folder for everything.")] = Path("reproduction"),
+    yes: Annotated[bool, typer.Option("--yes", help="Start a job that takes hours or tens of GB.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Which of the SA-GSAE paper's claims hold on a model: SA-GSAE at H and 2H against Gated, every λ and seed."""
+    from train.reproduce.preset import make_request
+
+    place = layer_number(layer)
+    request = make_request(preset, tuple(model or ()), cells, place, seeds, tokens, corpus, device or "auto", out)
+    from harvest.run import harvest as run_harvest
+    from train.reproduce.run import reproduce as run_all
+
+    found = run_all(request, lambda config: run_harvest(config).store, yes)
+
+    def text() -> None:
+        rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in found.findings]
+        print_table(f"{out / 'reproduction.md'}, {out / 'report.html'}", rows)
+
+    show({"out": str(out), **found.key_results()}, as_json, text)
+
+
 @store_app.command("ls")
 def store_ls(
     root: Annotated[str, typer.Argument(help="A folder (or URL) that holds stores.")] = "stores", as_json: Json = False

@@ -138,6 +138,9 @@ class TrainConfig(Frozen):
     """The last part of the run, over which the learning rate falls linearly to zero."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    step: Literal["auto", "dense", "sparse"] = "auto"
+    """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
+    the share of the dictionary that is active; on CUDA, where the sparse one has not been measured, the dense one."""
     device: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Orders the activations and chooses the held-out contexts."""

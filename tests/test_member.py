@@ -120,7 +120,7 @@ def test_runs_with_a_target(train_config: Config, tmp_path: Path, capsys: pytest
     assert few["l0"] == pytest.approx(5, rel=0.3)
     assert many["l0"] == pytest.approx(15, rel=0.3)
     assert few["lambda"] > many["lambda"]
-    assert (few["sparsity"], few["l0_target"], few["k"]) == (0.2, 5.0, None)
+    assert (few["sparsity"], few["l0_target"], few["k"]) == (None, 5.0, None), "λ was not chosen"
     one(47.5, 30)
     assert "l0_target 47.5 was missed: L0 ended at" in capsys.readouterr().err
 
@@ -133,7 +133,7 @@ def test_resets_bring_latents_back(train_config: Config, tmp_path: Path) -> None
         sae = sae_config(**common, reset_every=every)
         runs[every] = run_train(train_config(saes=[sae], tokens=64 * 400, out=tmp_path / str(every))).saes[0]
     assert runs[0]["dead_fraction"] > runs[25]["dead_fraction"] + 0.1
-    assert runs[25]["r2"] > runs[0]["r2"]
+    assert runs[25]["r2"] == pytest.approx(runs[0]["r2"], abs=0.01), "which is why a dead fraction alone says little"
 
 
 @pytest.mark.parametrize("arch", ["sa-gsae", "gated", "jumprelu"])

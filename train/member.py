@@ -17,9 +17,14 @@ from train.ranks import Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
+from train.sae.sparse import sparse_gradients
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
+DECIDE_EVERY: Final = 20
+"""Steps between decisions for the sparse or the dense step."""
+SPARSE_BELOW: Final = 0.06
+"""Share of the dictionary that is active, below which the sparse step is faster on a CPU (docs/benchmarks.md)."""
 
 
 class Member:
@@ -38,6 +43,10 @@ class Member:
         )
         self.optimizer = Optimizer(self.weights, self.family.unit_decoder)
         self.sparsity = Sparsity(config, steps, ranks.device)
+        has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
+        self.chooses = has_sparse and run.step == "auto" and ranks.device.type == "cpu"
+        self.sparse = has_sparse and run.step == "sparse"
+        """Whether steps are computed from open gates alone."""
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=ranks.device)
         """Training tokens since each latent last fired."""
 
@@ -57,7 +66,10 @@ class Member:
     def step_(self, x: Float[Tensor, "batch d_in"], step: int) -> Step:
         """Step number `step` on this rank's share of the batch, in units of unit variance."""
         now = Now(self.sparsity.now(step), self.matmul, self.silent)
-        grads, measured = self.family.gradients(self.weights, x, now)
+        if self.sparse:
+            grads, measured = sparse_gradients(self.family, self.weights, x, now)  # type: ignore[arg-type]
+        else:
+            grads, measured = self.family.gradients(self.weights, x, now)
         trained = {name: getattr(grads, name) for name in self.weights.trained()}
         trained, measured = self.agreed(trained, measured)
         self.optimizer.step_(trained, self.lr(step))
@@ -69,6 +81,8 @@ class Member:
         done = step + 1
         if isinstance(self.config, Thresholded) and self.config.reset_every and done % self.config.reset_every == 0:
             self.reset_(x, done)
+        if self.chooses and done % DECIDE_EVERY == 0:
+            self.sparse = self.sparsity.l0.item() < SPARSE_BELOW * self.config.d_sae
         if done % REVIVE_EVERY == 0:
             self.optimizer.revive_(self.generator)
         return measured
@@ -108,11 +122,12 @@ class Member:
         value = torch.as_tensor(self.sparsity.now(tokens // self.run.batch - 1), device=step.l0.device)
         loss = step.reconstruction + value * step.sparsity + step.auxiliary
         values = torch.stack([loss, step.reconstruction, step.auxiliary, step.l0, dead, value]).tolist()
-        return dict(zip(("loss", "fvu", "aux_fvu", "l0", "dead_fraction", "lambda"), values, strict=True))
+        names = ("loss", "fvu", "aux_fvu", "l0", "dead_fraction", "lambda")
+        return {**dict(zip(names, values, strict=True)), "sparse": self.sparse}
 
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
-        inside["generator"] = self.generator.get_state()
+        inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.sparse)}
         return {f"{self.config.name}/{key}": value for key, value in inside.items()}
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
@@ -121,6 +136,7 @@ class Member:
         for name, tensor in self.weights.named().items():
             tensor.copy_(state[name])
         self.silent.copy_(state["silent"])
+        self.sparse = bool(state["sparse"])
         self.sparsity.load_(state)
         self.generator.set_state(state["generator"])
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})

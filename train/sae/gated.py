@@ -164,7 +164,7 @@ def pre_activations(w: Weights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor,
     return (x - w.b_dec) @ w.W_enc.T
 
 
-def pole(scalars: Float[Tensor, "poles d_sae"], u: Float[Tensor, "batch d_sae"]) -> Tensor:
+def pole(scalars: Float[Tensor, "poles d_sae"], u: Float[Tensor, "*batch d_sae"]) -> Tensor:
     """The row that an entry of u uses: the second where u is negative, if there is one."""
     return scalars[0] if len(scalars) == 1 else torch.where(u < 0, scalars[1], scalars[0])
 

@@ -1,0 +1,207 @@
+"""What was measured of one cell, put into the numbers that the claims are about. Pure: points in, numbers out."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from train.reproduce.curves import (
+    Interval,
+    Matched,
+    Measured,
+    against,
+    compare,
+    frontiers,
+    geometric_ratio,
+    interval,
+    nearest,
+    overlap,
+    value_at,
+)
+from train.reproduce.plan import GATED_FULL, GATED_HALF, SA_FULL, SA_HALF, TIE_R, UNTIED
+
+Arms = Mapping[str, Sequence[Measured]]
+
+MATCHED_L0: Final = 64.0
+"""Where dead latents are compared, or at the nearest L0 that both arms have."""
+TOLERANCE: Final = 0.025
+"""In R². The paper's "matches"."""
+NO_OVERLAP: Final = "no overlap"
+
+
+@dataclass(frozen=True)
+class Dead:
+    """Dead latents of both arms at one L0."""
+
+    l0: float
+    sa: Interval
+    gated: Interval
+    difference: Interval
+    """SA-GSAE minus Gated, seed by seed."""
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Dead latents of Gated over those of SA-GSAE, geometric mean over the overlap."""
+
+    ratio: Interval
+    lower_bound: bool
+    """Somewhere SA-GSAE has fewer than half a dead latent, which then counts as half a latent."""
+
+
+@dataclass(frozen=True)
+class Changed:
+    """An ablation or a baseline."""
+
+    width: int
+    l0: Interval | None
+    r2: Interval | None
+    dead: Interval | None
+    loss_recovered: Interval | None
+    difference: Interval | None
+    """In R², to SA-GSAE at H at matched L0; None where its L0 is outside that frontier."""
+    more_dead: Interval | None
+    """Than SA-GSAE at H of the same λ."""
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """One cell's numbers."""
+
+    cell: str
+    hook: str
+    r2: Matched | None
+    """SA-GSAE at H minus Gated at 2H."""
+    verdict: str
+    certain: bool
+    """The verdict holds for the whole interval at every L0, not for the mean alone."""
+    dead: Dead | None
+    dead_ratio: Ratio | None
+    bipolar: Interval | None
+    """Share of the live latents of SA-GSAE at H that use both poles, at `dead.l0`."""
+    concentration: Interval | None
+    """The same share of the tenth that fires most, minus `bipolar`."""
+    equal_width: Matched | None
+    """SA-GSAE at H minus Gated at H."""
+    full_width: Matched | None
+    """SA-GSAE at 2H minus SA-GSAE at H."""
+    tied_r: Interval | None
+    """R² with r tied minus untied, each against SA-GSAE at H at matched L0."""
+    tied: Interval | None
+    """R² of SA-GSAE, all tied, minus untied."""
+    changed: dict[str, Changed]
+
+
+def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
+    """Every number of a cell."""
+    sa, gated = main.get(SA_HALF, ()), main.get(GATED_FULL, ())
+    r2_of = {arm: frontiers(points, "r2") for arm, points in main.items()}
+    half = r2_of.get(SA_HALF, {})
+    r2 = compare(half, r2_of.get(GATED_FULL, {}))
+    dead = dead_at(sa, gated)
+    untied = against(ablations.get(UNTIED, ()), half, "r2")
+    return CellResult(
+        cell=cell,
+        hook=hook,
+        r2=r2,
+        verdict=verdict(r2),
+        certain=certain(r2),
+        dead=dead,
+        dead_ratio=dead_ratio(sa, gated),
+        bipolar=value_at(frontiers(sa, "bipolar"), math.log(dead.l0)) if dead else None,
+        concentration=value_at(frontiers(sa, "concentration"), math.log(dead.l0)) if dead else None,
+        equal_width=compare(half, r2_of.get(GATED_HALF, {})),
+        full_width=compare(r2_of.get(SA_FULL, {}), half),
+        tied_r=difference(ablations.get(TIE_R, ()), ablations.get(UNTIED, ()), sa),
+        tied=None if untied is None else negative(untied),
+        changed={arm: changed(points, sa) for arm, points in ablations.items()},
+    )
+
+
+def verdict(r2: Matched | None, tolerance: float = TOLERANCE) -> str:
+    """By the seeds' mean at its worst L0 of the overlap: above zero, it dominates; not below minus the tolerance, it is
+    within it; else it is worse."""
+    if r2 is None:
+        return NO_OVERLAP
+    if r2.lowest.mean > 0:
+        return "dominates"
+    return f"within {tolerance:g}" if r2.lowest.mean >= -tolerance else "worse"
+
+
+def certain(r2: Matched | None, tolerance: float = TOLERANCE) -> bool:
+    """Whether the verdict would be the same at either end of the intervals. Never with one seed."""
+    if r2 is None or r2.floor is None or r2.lowest.high is None:
+        return False
+    found = verdict(r2, tolerance)
+    if found == "dominates":
+        return r2.floor > 0
+    if found == "worse":
+        return r2.lowest.high < -tolerance
+    return r2.floor >= -tolerance and r2.lowest.high <= 0
+
+
+def dead_at(sa: Sequence[Measured], gated: Sequence[Measured], target: float = MATCHED_L0) -> Dead | None:
+    """At the target L0, or at the nearest that every seed of both has."""
+    a, b = frontiers(sa, "dead"), frontiers(gated, "dead")
+    span = overlap(a, b)
+    if span is None:
+        return None
+    at = nearest(target, span)
+    found, other = value_at(a, at), value_at(b, at)
+    gap = interval([float(a[seed].at(np.array(at)) - b[seed].at(np.array(at))) for seed in a if seed in b])
+    return Dead(math.exp(at), found, other, gap) if found and other and gap else None
+
+
+def dead_ratio(sa: Sequence[Measured], gated: Sequence[Measured]) -> Ratio | None:
+    """Half a latent of the narrower dictionary is the least that counts, for both."""
+    widths = [point.d_sae for point in (*sa, *gated)]
+    if not widths:
+        return None
+    found = geometric_ratio(frontiers(gated, "dead"), frontiers(sa, "dead"), 0.5 / min(widths))
+    return Ratio(*found) if found else None
+
+
+def changed(points: Sequence[Measured], sa: Sequence[Measured]) -> Changed:
+    """The means of a seed, then over seeds."""
+    same = {(point.seed, point.setting): point.dead for point in sa}
+    more = [
+        point.dead - before
+        for point in points
+        if point.dead is not None and (before := same.get((point.seed, point.setting))) is not None
+    ]
+    return Changed(
+        width=max((point.d_sae for point in points), default=0),
+        l0=over_seeds(points, "l0"),
+        r2=over_seeds(points, "r2"),
+        dead=over_seeds(points, "dead"),
+        loss_recovered=over_seeds(points, "loss_recovered"),
+        difference=against(points, frontiers(sa, "r2"), "r2"),
+        more_dead=interval(more),
+    )
+
+
+def over_seeds(points: Sequence[Measured], field: str) -> Interval | None:
+    by_seed: dict[int, list[float]] = {}
+    for point in points:
+        value = getattr(point, field)
+        if value is not None and math.isfinite(value):
+            by_seed.setdefault(point.seed, []).append(value)
+    return interval([math.fsum(values) / len(values) for values in by_seed.values()])
+
+
+def difference(a: Sequence[Measured], b: Sequence[Measured], sa: Sequence[Measured]) -> Interval | None:
+    """R² of a minus b, each against the frontier of SA-GSAE at H, seed by seed."""
+    reference = frontiers(sa, "r2")
+    gaps = []
+    for seed in reference:
+        x, y = (against([p for p in arm if p.seed == seed], reference, "r2") for arm in (a, b))
+        if x and y:
+            gaps.append(x.mean - y.mean)
+    return interval(gaps)
+
+
+def negative(found: Interval) -> Interval:
+    low, high = (None if end is None else -end for end in (found.high, found.low))
+    return Interval(-found.mean, low, high, found.n)

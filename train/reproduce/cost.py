@@ -1,0 +1,101 @@
+"""What a reproduction takes, estimated before it starts."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from shared.device import pick_device
+from shared.errors import UserError
+from shared.saes import SAEConfig
+from train.reproduce.pilot import Choice
+from train.reproduce.plan import Cell, ablation_arms, every_sae, harvest_config, main_arms, pilot_arms
+from train.reproduce.preset import Request
+
+GPU_RATE: Final = 1.5e14
+"""FLOP a second that training is assumed to reach on one data-centre GPU, in bfloat16."""
+CORE_RATE: Final = 1.25e11
+"""The same for one CPU core that multiplies bfloat16 natively."""
+OVERHEAD: Final = 1.25
+"""Harvest, evaluation and reading, as a factor."""
+FLOPS: Final = 14
+"""For each weight of the encoder, a token and a step: seven matrix products (docs/method.md)."""
+WEIGHT_BYTES: Final = 32
+"""For each weight of the encoder: encoder and decoder, their gradients and two moments, float32."""
+STORE_RATIO: Final = 1.4
+"""Compression of bfloat16 activations."""
+ASK_HOURS: Final = 2.0
+ASK_BYTES: Final = 50e9
+
+
+@dataclass(frozen=True)
+class Cost:
+    cells: int
+    autoencoders: int
+    harvested_tokens: int
+    """Of every model."""
+    trained_tokens: int
+    """Of every autoencoder, the pilot's apart."""
+    flops: float
+    hours: float
+    """On this device."""
+    gpu_hours: float
+    store_bytes: int
+    memory_bytes: int
+    """Of the largest pass, weights and moments alone."""
+
+    @property
+    def text(self) -> str:
+        return (
+            f"{self.autoencoders} autoencoders in {many(self.cells, 'cell')}, {self.trained_tokens:,} training tokens "
+            f"each; {self.harvested_tokens:,} tokens harvested of each model; {self.flops:.2g} FLOP: about "
+            f"{spell(self.hours)} on this device ({self.gpu_hours:.2g} GPU-hours on a data-centre GPU), "
+            f"{self.store_bytes / 1e9:.2g} GB of disk, {self.memory_bytes / 1e9:.2g} GB of memory for weights"
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def spell(hours: float) -> str:
+    return many(max(1, round(60 * hours)), "minute") if hours < 1.5 else f"{hours:,.3g} hours"
+
+
+def many(count: int, thing: str) -> str:
+    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
+
+
+def estimate(request: Request, cells: Sequence[Cell]) -> Cost:
+    """From the plan's own configurations; which candidates the pilot will choose does not matter to it."""
+    any_choice = Choice(1e-3, 1.0)
+    pilot = [sae for arm in pilot_arms(request).values() for saes in arm.values() for sae in saes]
+    main = every_sae(main_arms(request, any_choice, any_choice))
+    ablations = every_sae(ablation_arms(request, any_choice, any_choice))
+    pilot_tokens = min(request.tokens, request.preset.pilot_tokens)
+    latent_tokens = latents(pilot) * pilot_tokens + (latents(main) + latents(ablations)) * request.tokens
+    flops = float(sum(FLOPS * cell.d_in * latent_tokens for cell in cells))
+    cpu = pick_device(request.device).startswith("cpu")
+    rate = CORE_RATE * len(os.sched_getaffinity(0)) if cpu else GPU_RATE
+    harvested = harvest_config(request, request.models[0]).tokens or 0
+    width = max(cell.d_in for cell in cells)
+    return Cost(
+        cells=len(cells),
+        autoencoders=len(cells) * (len(pilot) + len(main) + len(ablations)),
+        harvested_tokens=harvested,
+        trained_tokens=request.tokens,
+        flops=flops,
+        hours=OVERHEAD * flops / rate / 3600,
+        gpu_hours=OVERHEAD * flops / GPU_RATE / 3600,
+        store_bytes=int(sum(2 * cell.d_in * harvested / STORE_RATIO for cell in cells)),
+        memory_bytes=WEIGHT_BYTES * width * max(latents(pilot), latents(main), latents(ablations)),
+    )
+
+
+def latents(saes: Sequence[SAEConfig]) -> int:
+    return sum(sae.d_sae for sae in saes)
+
+
+def check_consent(cost: Cost, yes: bool) -> None:
+    """Raises UserError for what is long or large and was not agreed to."""
+    if not yes and (cost.hours > ASK_HOURS or cost.store_bytes > ASK_BYTES):
+        raise UserError(f"this is a large job: {cost.text}. To start it, run the same command again with --yes")

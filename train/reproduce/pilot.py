@@ -1,0 +1,72 @@
+"""The rule by which both methods are tuned: learning rate and initial threshold by R² at one L0, one seed, few tokens.
+
+The L0 is the geometric mean of all that the pilot's autoencoders of the cell have, of either method: one number for
+both. A candidate's R² there lies on the straight line in log L0 through its points. Candidates whose points do not
+enclose it rank after all that do. Equal ones: the smaller learning rate, then the smaller threshold.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from train.reproduce.curves import Measured, frontiers, nearest
+
+
+@dataclass(frozen=True)
+class Choice:
+    lr: float
+    theta0: float
+    """In units of 1/sqrt(d_in)."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A candidate, and why it was chosen or not."""
+
+    choice: Choice
+    r2: float | None
+    """At the pilot's L0; at the candidate's nearest when it does not reach it."""
+    reaches: bool
+    l0_low: float | None
+    l0_high: float | None
+
+
+@dataclass(frozen=True)
+class Pilot:
+    """What was chosen for each method."""
+
+    l0: float
+    trials: dict[str, list[Trial]]
+    """The best first."""
+
+    def choice(self, arm: str) -> Choice:
+        return self.trials[arm][0].choice
+
+
+Candidates = Mapping[str, Mapping[Choice, Sequence[Measured]]]
+"""Method -> candidate -> its points."""
+
+
+def choose(measured: Candidates) -> Pilot:
+    """The candidates of every method, ranked by the rule above."""
+    points = [point for arm in measured.values() for found in arm.values() for point in found]
+    logs = [math.log(point.l0) for point in points if point.l0 and point.l0 > 0 and point.r2 is not None]
+    target = math.exp(math.fsum(logs) / len(logs)) if logs else 1.0
+    trials = {arm: [trial(choice, found, target) for choice, found in each.items()] for arm, each in measured.items()}
+    return Pilot(target, {arm: sorted(found, key=rank) for arm, found in trials.items()})
+
+
+def trial(choice: Choice, points: Sequence[Measured], target: float) -> Trial:
+    found = frontiers(points, "r2")
+    if not found:
+        return Trial(choice, None, False, None, None)
+    (frontier,) = found.values()  # of the one seed
+    low, high = float(frontier.log_l0[0]), float(frontier.log_l0[-1])
+    at = nearest(target, (low, high))
+    r2 = float(frontier.at(frontier.log_l0[:1] * 0 + at)[0])
+    return Trial(choice, r2, low <= math.log(target) <= high, math.exp(low), math.exp(high))
+
+
+def rank(found: Trial) -> tuple[bool, float, float, float]:
+    worst = math.inf if found.r2 is None else -found.r2
+    return not found.reaches, worst, found.choice.lr, found.choice.theta0

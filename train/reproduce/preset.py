@@ -1,0 +1,125 @@
+"""How large a reproduction is: three presets, and what the command line may change of them."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Final
+
+from shared.errors import UserError
+from shared.hooks import SHORT_HOOKS
+
+CELLS: Final = ("resid_post", "attn_out", "mlp_out")
+
+
+@dataclass(frozen=True)
+class Preset:
+    """All sizes. Thresholds are in units of 1/sqrt(d_in)."""
+
+    name: str
+    models: tuple[str, ...]
+    width: int
+    """H of SA-GSAE; Gated is compared at 2H."""
+    sparsities: tuple[float, ...]
+    """λ of the two arms that are compared, for every seed."""
+    thin_sparsities: tuple[float, ...]
+    """λ of SA-GSAE at 2H and Gated at H, which have one seed."""
+    ablation_sparsity: float
+    tokens: int
+    """Training tokens of every autoencoder."""
+    batch: int
+    seeds: int
+    heldout: int
+    ce_tokens: int
+    pilot_tokens: int
+    pilot_sparsities: tuple[float, ...]
+    pilot_lrs: tuple[float, ...]
+    pilot_theta0s: tuple[float, ...]
+    large_theta0: float
+    resets: int
+    """How often the ablation with resets resets."""
+    ks: tuple[int, ...]
+    relu_sparsities: tuple[float, ...]
+    jumprelu_sparsities: tuple[float, ...]
+    corpus: str | None = None
+    corpus_config: str | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """A preset and where it is applied."""
+
+    preset: Preset
+    models: tuple[str, ...]
+    cells: tuple[str, ...]
+    layer: int | str
+    seeds: int
+    tokens: int
+    corpus: str | None
+    corpus_config: str | None
+    device: str
+    out: Path
+
+
+SMOKE: Final = Preset(
+    name="smoke", models=("tiny",), width=48, sparsities=(0.1, 0.2, 0.4), thin_sparsities=(0.1, 0.4),
+    ablation_sparsity=0.2, tokens=24_576, batch=256, seeds=2, heldout=4_000, ce_tokens=1_000, pilot_tokens=8_192,
+    pilot_sparsities=(0.1, 0.4), pilot_lrs=(8e-3,), pilot_theta0s=(0.4, 1.0), large_theta0=3.0, resets=4, ks=(8,),
+    relu_sparsities=(0.2,), jumprelu_sparsities=(0.01,),
+)  # fmt: skip
+"""A minute or two: shows that everything runs. Its numbers mean nothing."""
+
+TINY: Final = Preset(
+    name="tiny", models=("tiny",), width=1024, sparsities=(0.05, 0.085, 0.14, 0.24, 0.4),
+    thin_sparsities=(0.05, 0.14, 0.4), ablation_sparsity=0.14, tokens=360_000, batch=512, seeds=3, heldout=40_000,
+    ce_tokens=4_000, pilot_tokens=160_000, pilot_sparsities=(0.08, 0.25), pilot_lrs=(3e-3, 8e-3),
+    pilot_theta0s=(0.4, 1.0, 1.6), large_theta0=4.0, resets=6, ks=(8, 24, 64), relu_sparsities=(0.05, 0.15),
+    jumprelu_sparsities=(0.001, 0.004),
+)  # fmt: skip
+"""The shipped model on two cores, three quarters of an hour."""
+
+PAPER: Final = replace(
+    TINY, name="paper", models=("pythia-1b", "smollm3-3b"), width=8192, tokens=50_000_000, batch=4096,
+    heldout=1_000_000, ce_tokens=100_000, pilot_tokens=5_000_000, pilot_lrs=(3e-4, 1e-3, 3e-3), resets=20,
+    ks=(16, 32, 64), corpus="HuggingFaceFW/fineweb", corpus_config="sample-10BT",
+)  # fmt: skip
+"""The paper's protocol: two models, three hookpoints, three seeds. Width, tokens and corpus of the paper are not in its
+abstract; these are ours."""
+
+PRESETS: Final = {preset.name: preset for preset in (SMOKE, TINY, PAPER)}
+
+
+def make_request(
+    preset: str,
+    models: tuple[str, ...] = (),
+    cells: str | None = None,
+    layer: int | str = "mid",
+    seeds: int | None = None,
+    tokens: int | None = None,
+    corpus: str | None = None,
+    device: str = "auto",
+    out: Path | None = None,
+) -> Request:
+    """Raises UserError for an unknown preset or cell, and for sizes that make no run."""
+    if preset not in PRESETS:
+        raise UserError(f"--preset {preset}: is none of {', '.join(PRESETS)}")
+    chosen = PRESETS[preset]
+    names = tuple(dict.fromkeys(name.strip() for name in (cells or ",".join(CELLS)).split(",")))
+    for name in names:
+        if name not in SHORT_HOOKS:
+            raise UserError(f"--cells {name}: is not a hookpoint. Choose from {', '.join(SHORT_HOOKS)}, with commas")
+    if seeds is not None and seeds < 1:
+        raise UserError(f"--seeds {seeds}: at least one is needed, three for intervals")
+    least = 10 * chosen.batch
+    if tokens is not None and tokens < least:
+        raise UserError(f"--tokens {tokens}: fewer than {least:,} (ten batches) train nothing")
+    return Request(
+        preset=chosen,
+        models=tuple(dict.fromkeys(models)) or chosen.models,
+        cells=names,
+        layer=layer,
+        seeds=seeds or chosen.seeds,
+        tokens=tokens or chosen.tokens,
+        corpus=corpus or chosen.corpus,
+        corpus_config=None if corpus else chosen.corpus_config,
+        device=device,
+        out=out or Path("reproduction"),
+    )
