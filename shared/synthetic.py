@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from pydantic import Field, model_validator
 
 from shared.permute import SYNTHETIC, permutation, philox
-from shared.schema import Frozen
+from shared.schema import Frozen, build
 
 BLOCK: Final = 256
 """Rows that come from one stream of random words."""
@@ -206,4 +206,4 @@ def truth_with(parameters: Synthetic) -> Truth:
 def truth_of(model: dict[str, Any]) -> Truth | None:
     """Of the store whose spec has this `model`; None where a language model was harvested."""
     parameters = model.get(NAME)
-    return None if parameters is None else truth_with(Synthetic.model_validate(parameters))
+    return None if parameters is None else truth_with(build(Synthetic, parameters))

@@ -13,7 +13,8 @@ from test_remote import Server
 
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
-from shared.config import EvalConfig, HarvestConfig, TrainConfig
+from harvest.synth import synth
+from shared.config import EvalConfig, HarvestConfig, SynthConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files import open_files
 from shared.listing import list_stores
@@ -58,6 +59,15 @@ def uploaded(s3: RemoteFiles, store: Store) -> RemoteFiles:
 def objects(files: RemoteFiles, like: dict[str, bytes]) -> dict[str, bytes]:
     """What `contents` gives of a folder."""
     return {path: files.read(path) for path in like}
+
+
+def test_a_synthetic_store_is_written_to_a_bucket(s3: RemoteFiles, tmp_path: Path) -> None:
+    asked = {"d_in": 8, "features": 6, "l0": 1.0, "tokens": 600, "context": 16, "chunk_rows": 64, "shard_rows": 256}
+    here = Store.open(synth(SynthConfig(**asked, out=str(tmp_path))).store)
+    far = Store.open(synth(SynthConfig(**asked, out=s3.at("made").name)).store)
+    assert (far.state, far.commits) == ("final", here.commits)
+    same = contents(here.root)
+    assert objects(far.files, same) == same  # type: ignore[arg-type]
 
 
 def test_a_store_is_read_from_a_bucket_as_from_a_disk(uploaded: RemoteFiles, store: Store) -> None:
