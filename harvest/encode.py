@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -87,8 +87,10 @@ class ShardFiles:
             wrong = (x - dequantise(q, scales[at], dim))[kept[at]].astype("<f8")
             return encode_chunk(pad_chunk(q, layout), layout.codec), np.einsum("nd,nd->d", wrong, wrong)
 
+        found = self.each(encode, slices)
+
         def chunks() -> Iterator[bytes]:
-            for data, squared in self.each(encode, slices):
+            for data, squared in found:
                 np.add(error, squared, out=error)
                 yield data
 
@@ -100,18 +102,20 @@ class ShardFiles:
         }
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order, only a few of which wait to be taken."""
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(self.pool.submit(function, item))
-                if len(waiting) > 2 * self.threads:
+        """Results in order, only a few of which wait to be taken. The first are begun at once."""
+        left = iter(items)
+        waiting = deque(self.pool.submit(function, item) for item in islice(left, 2 * self.threads + 1))
+
+        def results() -> Iterator[Result]:
+            try:
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+                    waiting.extend(self.pool.submit(function, item) for item in islice(left, 1))
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        return results()
 
     def memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Memory for one chunk, the same for every chunk of a thread."""

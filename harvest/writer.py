@@ -129,10 +129,12 @@ class ShardWriter:
             if bad.any():
                 nonfinite[path] = int((bad & self.keep[start:stop]).sum())
         with self.files.explained():
+            # Begun before the small files, whose syncs take longer than their bytes: the model may be waiting for it.
+            hooks = self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows)
             parts = [
                 self.shards.vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
                 self.shards.vector("index/position", shard, (stream % self.spec.context).astype("<u2")),
-                *self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows),
+                *hooks,
             ]
             files = {path: entry for part in parts for path, entry in part.items()}
             commit = Commit(shard, stop - start, start, stop, int(kept.sum()), files, nonfinite)
