@@ -1,4 +1,4 @@
-"""The loop of a harvest: a shard is captured while the one before is written."""
+"""The loop of a harvest: a shard is captured while the one before is written; on a CPU while it is synced."""
 
 import time
 from collections.abc import Callable, Iterable

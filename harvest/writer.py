@@ -69,7 +69,7 @@ class ShardWriter:
         self.pending: deque[Future[None]] = deque()
         self.failed = False
         self.began = 0.0
-        self.encoded = threading.Semaphore(0)
+        self.encoded = threading.Semaphore(0)  # released once for each hookpoint of each shard
         self.commits: list[Commit] = []
         """What this writer has committed."""
 
