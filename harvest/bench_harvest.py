@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from harvest.behind import pool
 from harvest.capture import Capture, Slot, make_slot
-from harvest.fill import SLOTS, default_batch_tokens
+from harvest.fill import SLOTS, default_batch_tokens, take_turns
 from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
@@ -60,6 +60,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     contexts = max(1, (config.batch_tokens or default_batch_tokens(model.device, model.d_model)) // spec.context)
     capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts, Team().threads)
     ring: Ring[Slot] = Ring(lambda: make_slot(spec, model.device), SLOTS)
+    turns = take_turns(model.device, store.files)
     chunks = encodable(store)
 
     def forward() -> None:
@@ -72,7 +73,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
                     bare(ids.to(model.device), use_cache=False)
         synchronize(model.device)
 
-    def captured() -> None:  # as in a harvest: what is left to do with a shard is done while the next one is computed
+    def captured() -> None:  # as in a harvest: on a GPU the rest of a shard is done while the next one is computed
         def finish(ready: Ready, slot: Slot) -> None:
             ready()
             ring.give_back(slot)
@@ -82,6 +83,8 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             for shard in store.commits:
                 slot = ring.take(lambda: None)
                 waiting.append(behind.submit(finish, capture.shard(shard, slot, lambda _: None), slot))
+                if turns:
+                    waiting[-1].result()
         for done in waiting:
             done.result()
 

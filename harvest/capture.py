@@ -5,7 +5,7 @@ of a shard are the same in both cases (matrix products of other shapes may round
 values as they will be stored (harvest/moments.py).
 
 On CUDA all that is done with activations happens on a stream of its own: the model computes the next batch meanwhile.
-On a CPU the moments are taken when the shard is complete, in the background, while the model computes the next one.
+On a CPU the moments are taken when the shard is complete, by whoever asks for its rows.
 """
 
 from collections import deque

@@ -7,7 +7,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -39,14 +39,22 @@ class ShardFiles:
         self.pool.shutdown(cancel_futures=True)
 
     def activations(
-        self, hook: str, shard: int, n: int, fetch: Fetch, squares: NDArray[np.float64], kept: NDArray[np.bool_]
+        self,
+        hook: str,
+        shard: int,
+        n: int,
+        fetch: Fetch,
+        squares: NDArray[np.float64],
+        kept: NDArray[np.bool_],
+        encoded: Callable[[], object] = lambda: None,
     ) -> Sizes:
         """A hookpoint's n rows through the store's codec. `squares` [d_in] are summed over the rows `kept` [n] in
-        stored order; int8 takes its scales from them and measures its error over these rows."""
+        stored order; int8 takes its scales from them and measures its error over these rows. `encoded` is called when
+        all chunks are written and not yet synced."""
         layout = self.layouts[hook]
         slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
         if self.spec.quantised:
-            return self.int8(hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept)
+            return self.int8(hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept, encoded)
 
         def encode(at: slice) -> bytes:
             chunk = self.memory(layout.chunk_shape, layout.dtype)
@@ -54,7 +62,7 @@ class ShardFiles:
             chunk[at.stop - at.start :] = layout.fill
             return encode_chunk(chunk, layout.codec)
 
-        return self.write(hook, shard, shard_pieces(self.each(encode, slices), layout), True)
+        return self.write(hook, shard, shard_pieces(self.each(encode, slices), layout), True, encoded)
 
     def int8(
         self,
@@ -64,6 +72,7 @@ class ShardFiles:
         fetch: Fetch,
         dim: NDArray[np.float32],
         kept: NDArray[np.bool_],
+        encoded: Callable[[], object],
     ) -> Sizes:
         """Quantised rows, their scales, and the squared error in each dimension."""
         layout, dtype = self.layouts[hook], DTYPES[self.spec.dtype][0]
@@ -78,31 +87,35 @@ class ShardFiles:
             wrong = (x - dequantise(q, scales[at], dim))[kept[at]].astype("<f8")
             return encode_chunk(pad_chunk(q, layout), layout.codec), np.einsum("nd,nd->d", wrong, wrong)
 
+        found = self.each(encode, slices)
+
         def chunks() -> Iterator[bytes]:
-            for data, squared in self.each(encode, slices):
+            for data, squared in found:
                 np.add(error, squared, out=error)
                 yield data
 
         return {
-            **self.write(hook, shard, shard_pieces(chunks(), layout), True),
+            **self.write(hook, shard, shard_pieces(chunks(), layout), True, encoded),
             **self.vector(f"scale/{hook}/row", shard, scales),
             **self.row(f"scale/{hook}/dim", shard, dim),
             **self.row(f"stats/{hook}/sum_of_squared_error", shard, error),
         }
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order, only a few of which wait to be taken."""
-        waiting: deque[Future[Result]] = deque()
-        try:
-            for item in items:
-                waiting.append(self.pool.submit(function, item))
-                if len(waiting) > 2 * self.threads:
+        """Results in order, only a few of which wait to be taken. The first are begun at once."""
+        left = iter(items)
+        waiting = deque(self.pool.submit(function, item) for item in islice(left, 2 * self.threads + 1))
+
+        def results() -> Iterator[Result]:
+            try:
+                while waiting:
                     yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            for future in waiting:
-                future.cancel()
+                    waiting.extend(self.pool.submit(function, item) for item in islice(left, 1))
+            finally:
+                for future in waiting:
+                    future.cancel()
+
+        return results()
 
     def memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """Memory for one chunk, the same for every chunk of a thread."""
@@ -118,7 +131,14 @@ class ShardFiles:
         dtype = self.spec.rows_of_shards()[array][1]
         return self.write(array, shard, [with_crc(row.astype(dtype).tobytes())], True)
 
-    def write(self, array: str, shard: int, pieces: Iterable[Buffer], matrix: bool) -> Sizes:
+    def write(
+        self,
+        array: str,
+        shard: int,
+        pieces: Iterable[Buffer],
+        matrix: bool,
+        written: Callable[[], object] = lambda: None,
+    ) -> Sizes:
         size = crc = 0
 
         def counted() -> Iterator[Buffer]:
@@ -126,6 +146,7 @@ class ShardFiles:
             for piece in pieces:
                 size, crc = size + len(piece), crc32(piece, crc)
                 yield piece
+            written()
 
         self.files.write(shard_file(array, shard, matrix), counted())
         return {array: (size, crc)}

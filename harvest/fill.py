@@ -1,4 +1,4 @@
-"""The loop of a harvest: a shard is captured while the one before is written."""
+"""The loop of a harvest: a shard is captured while the one before is written; on a CPU while it is synced."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -15,6 +15,7 @@ from harvest.team import Team
 from harvest.writer import Ready, ShardWriter
 from shared.config import HarvestConfig
 from shared.errors import UserError
+from shared.files import Files, LocalFiles
 from shared.model import LanguageModel
 from shared.models import ModelSource
 from shared.progress import progress, say
@@ -49,6 +50,7 @@ def fill(
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
     ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS)
     nonfinite = config.allow_nonfinite
+    turns = take_turns(model.device, store.files)
     with (
         closing(Capture(model, spec, tokens, keep, max(1, batch // spec.context), team.threads)) as capture,
         closing(
@@ -61,8 +63,16 @@ def fill(
             slot = ring.take(watch.check)
             rows = capture_shard(capture, shard, slot, watch)
             writer.submit(shard, rows, partial(ring.give_back, slot))
+            if turns:
+                ring.waited += writer.take_turn(watch.check)
         writer.wait()
     return Filled(watch.started, ring.waited)
+
+
+def take_turns(device: torch.device, files: Files) -> bool:
+    """Whether the model stands still while the writer computes. On a CPU both need every core: side by side, each
+    matrix product waits for the thread whose core is taken. Not with object stores: an upload is no work for a core."""
+    return device.type == "cpu" and isinstance(files, LocalFiles)
 
 
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:

@@ -5,6 +5,8 @@ chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-f
 number of processes may write one store, each the shards that it is given and each with a log of its own.
 """
 
+import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -66,6 +68,8 @@ class ShardWriter:
         self.shards = ShardFiles(files, spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False
+        self.began = 0.0
+        self.encoded = threading.Semaphore(0)  # released once for each hookpoint of each shard
         self.commits: list[Commit] = []
         """What this writer has committed."""
 
@@ -76,6 +80,7 @@ class ShardWriter:
         def run() -> None:
             if self.failed:
                 return
+            self.began = time.monotonic()
             try:
                 self.commit(shard, rows())
             except BaseException:
@@ -84,6 +89,15 @@ class ShardWriter:
             done()
 
         self.pending.append(self.committer.submit(run))
+
+    def take_turn(self, look: Callable[[], None]) -> float:
+        """Waits until only the disk has work left with the shard that was submitted last, when called after each one.
+        `look` is called now and then and may raise. Gives the seconds until the shards before it were committed."""
+        asked = time.monotonic()
+        for _ in self.spec.hookpoints:
+            while not self.encoded.acquire(timeout=0.2):
+                look()
+        return max(0.0, self.began - asked)
 
     def check(self) -> None:
         """Raises the error of a commit that failed."""
@@ -115,10 +129,12 @@ class ShardWriter:
             if bad.any():
                 nonfinite[path] = int((bad & self.keep[start:stop]).sum())
         with self.files.explained():
+            # Begun before the small files, whose syncs take longer than their bytes: the model may be waiting for it.
+            hooks = self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows)
             parts = [
                 self.shards.vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
                 self.shards.vector("index/position", shard, (stream % self.spec.context).astype("<u2")),
-                *self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows),
+                *hooks,
             ]
             files = {path: entry for part in parts for path, entry in part.items()}
             commit = Commit(shard, stop - start, start, stop, int(kept.sum()), files, nonfinite)
@@ -134,7 +150,7 @@ class ShardWriter:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
         return {
-            **self.shards.activations(path, shard, len(order), fetch, part.squares, kept),
+            **self.shards.activations(path, shard, len(order), fetch, part.squares, kept, self.encoded.release),
             **self.shards.vector(f"stats/{path}/norm", shard, part.norms[order]),
             **self.shards.row(f"stats/{path}/sum", shard, part.total),
             **self.shards.row(f"stats/{path}/sum_of_squares", shard, part.squares),

@@ -4,10 +4,12 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,9 @@ import torch
 from conftest import ROOT, Sagsae, contents, save_corpus, sentences
 
 import harvest.capture
+import harvest.encode
 import harvest.fill
+import harvest.moments
 import harvest.plan
 import harvest.room
 import harvest.run
@@ -160,6 +164,70 @@ def test_a_writer_that_fails_stops_the_model_at_once(
         run_harvest(harvest_config(tmp_path))
     assert len(shards) <= 2 + harvest.fill.SLOTS
     assert 2 not in Store.open(tmp_path / "s").commits
+
+
+def test_on_a_cpu_the_model_and_the_writer_take_turns(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The model never runs while anything is computed for the store, and always runs on while the disk is slow."""
+    running, steps = threading.Event(), threading.Condition()
+    forwards = 0
+    seen = {"encode": 0, "moments": 0, "beside the model": 0, "synced": 0}
+
+    def alone(name: str, function: Any) -> Any:
+        def computed(*arguments: Any) -> Any:
+            before = running.is_set()
+            result = function(*arguments)
+            time.sleep(0.001)
+            seen[name] += 1
+            seen["beside the model"] += before or running.is_set()
+            return result
+
+        return computed
+
+    run_to, sync = LanguageModel.run_to, os.fsync
+
+    def run(*arguments: Any) -> None:
+        nonlocal forwards
+        running.set()
+        run_to(*arguments)
+        time.sleep(0.01)
+        running.clear()
+        with steps:
+            forwards += 1
+            steps.notify_all()
+
+    def slow_disk(handle: int) -> None:
+        shard = re.search(r"/mlp_out/c/([0-8])/0[^/]*tmp$", os.readlink(f"/proc/self/fd/{handle}"))
+        if shard:
+            with steps:
+                assert steps.wait_for(lambda: forwards > 4 * (int(shard[1]) + 1), 60), "the next shard is begun"
+            seen["synced"] += 1
+        sync(handle)
+
+    monkeypatch.setattr(LanguageModel, "run_to", run)
+    monkeypatch.setattr("harvest.encode.encode_chunk", alone("encode", harvest.encode.encode_chunk))
+    monkeypatch.setattr("harvest.moments.of_segment", alone("moments", harvest.moments.of_segment))
+    monkeypatch.setattr("shared.files.os.fsync", slow_disk)
+    run_harvest(harvest_config(tmp_path))
+    assert seen == {"encode": 3 * 79, "moments": 30, "beside the model": 0, "synced": 9}
+
+
+@pytest.mark.parametrize("where", ["harvest.encode.encode_chunk", "harvest.moments.of_segment"])
+def test_what_fails_in_the_writers_turn_stops_the_harvest(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("a bug")
+
+    shards: list[int] = []
+    run = Capture.shard
+    monkeypatch.setattr(Capture, "shard", lambda self, shard, *rest: shards.append(shard) or run(self, shard, *rest))
+    monkeypatch.setattr(where, fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run_harvest(harvest_config(tmp_path))
+    assert shards == [0], "no other shard is begun"
+    assert Store.open(tmp_path / "s").commits == {}
 
 
 def test_memory_that_goes_round() -> None:
