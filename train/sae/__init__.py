@@ -1,5 +1,6 @@
 """The autoencoders: mathematics only. One file an architecture family; none of them knows ranks or files."""
 
+from pathlib import Path
 from typing import Any
 
 from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
@@ -21,3 +22,10 @@ def family(config: SAEConfig) -> Family[Any]:
         case TopK():
             return TopKFamily(config)
     raise TypeError(f"{type(config).__name__}: no architecture is known by this configuration")
+
+
+def load(folder: str | Path, device: str = "cpu") -> Any:
+    """A trained autoencoder from its folder: an `Autoencoder` (train/autoencoder.py), for raw activations."""
+    from train.autoencoder import Autoencoder
+
+    return Autoencoder.load(folder, device)
