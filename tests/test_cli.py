@@ -148,6 +148,18 @@ def test_a_harvest_is_followed_from_outside(sagsae: Sagsae, store: Store, tmp_pa
 
 
 @pytest.mark.slow
+def test_bench_train_prints_its_ratios(sagsae: Sagsae) -> None:
+    done = sagsae("bench", "train", "--rounds", "1", "--width", "256", "--batch", "256", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    promised = "sparse_vs_dense_256 dense_vs_autograd_256 one_pass_vs_separate".split()
+    assert all(found[key] > 0 for key in promised)
+    assert 0 <= found["data_wait_share"] < 1
+    assert {"step, sparse, d_sae 256", "step, autograd, d_sae 256"} <= {row["what"] for row in found["figures"]}
+    assert sagsae("bench", "train", "--precision", "float8").returncode == 2
+
+
+@pytest.mark.slow
 def test_bench_store_prints_its_ratios(sagsae: Sagsae) -> None:
     """That every figure is there and the ratio of real activations is what it should be; never how fast it was."""
     done = sagsae("bench", "store", "--tokens", "32768", "--rounds", "1", "--json")
