@@ -138,6 +138,9 @@ def train(
         ),
     ] = None,
     d_sae: Annotated[list[int] | None, typer.Option(help="Latents. Repeatable.")] = None,
+    expansion: Annotated[
+        list[float] | None, typer.Option(help="Latents, as a multiple of d_in; needs --store. Repeatable.")
+    ] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="λ, the weight of the penalty. Repeatable.")] = None,
     l0_target: Annotated[
         list[float] | None, typer.Option(help="Active latents that λ is steered to. Repeatable.")
@@ -146,7 +149,7 @@ def train(
     seed: Annotated[list[int] | None, typer.Option(help="Of the initial weights. Repeatable.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens. Default: one epoch.")] = None,
     batch: Annotated[int | None, typer.Option(help="Tokens in a step, over all processes.")] = None,
-    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    lr: Annotated[list[float] | None, typer.Option(help="Peak learning rate. Repeatable.")] = None,
     theta0: Annotated[float | None, typer.Option(help="Initial threshold, in units of 1/sqrt(d_in).")] = None,
     tie: Annotated[str | None, typer.Option(help="What the poles share: symmetric, magnitude (r alone), none.")] = None,
     one_sided: Annotated[bool, typer.Option("--one-sided", help="Ablation: no negative poles.")] = False,
@@ -157,6 +160,9 @@ def train(
     device: Device = None,
     follow: Annotated[bool, typer.Option("--follow", help="Train while the store is being harvested.")] = False,
     processes: Annotated[int, typer.Option(min=1, help="Processes on this machine, one a GPU.")] = 1,
+    parallel: Annotated[
+        str | None, typer.Option(help="What processes share: data (each batch), sweep (the autoencoders), or auto.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
@@ -167,15 +173,18 @@ def train(
     from shared.config import TrainConfig
     from shared.saes import sae_grid
 
-    axes = {"d_sae": d_sae, "sparsity": sparsity, "l0_target": l0_target, "k": k, "seed": seed}
+    widths = [*(d_sae or []), *(multiples_of_d_in(store, hook, expansion) if expansion else [])]
+    rates = lr if lr and len(lr) > 1 else None
+    axes = {"d_sae": widths, "sparsity": sparsity, "l0_target": l0_target, "k": k, "seed": seed, "lr": rates}
     options = {
         "theta0": theta0, "tie": tie, "one_sided": one_sided or None, "aux": False if no_aux else None,
         "reset_every": reset_every,
     }  # fmt: skip
     saes = sae_grid(arch or [], given(axes), given(options)) if arch or any(axes.values()) else None
     flags = {
-        "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "lr": lr, "device": device,
-        "out": out, "overwrite": overwrite or None, "follow": follow or None,
+        "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "parallel": parallel,
+        "lr": lr[0] if lr and not rates else None, "device": device, "out": out, "overwrite": overwrite or None,
+        "follow": follow or None,
     }  # fmt: skip
     resolved = resolve(TrainConfig, flags, config, settings)
     if processes > 1 and not launched(processes):
@@ -185,6 +194,16 @@ def train(
     summary = run(resolved)
     if not is_helper():
         show(dataclasses.asdict(summary), as_json, lambda: print_saes(f"{summary.run}", summary.saes))
+
+
+def multiples_of_d_in(store: str | None, hook: str | None, expansion: list[float]) -> list[int]:
+    from shared.errors import UserError
+    from shared.store import find_hookpoint
+
+    if store is None:
+        raise UserError("--expansion: is a multiple of the activations' width; say which with --store")
+    found, path = find_hookpoint(store, hook)
+    return [round(times * found.spec.hookpoints[path].d_in) for times in expansion]
 
 
 @app.command("eval")

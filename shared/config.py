@@ -136,8 +136,13 @@ class TrainConfig(Frozen):
     """Steps of linear warm-up, at most 5 % of the run."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
     """The last part of the run, over which the learning rate falls linearly to zero."""
+    clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Longest gradient of an autoencoder, all its weights together; longer ones are scaled down. Default: no limit."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    parallel: Literal["auto", "data", "sweep"] = "auto"
+    """How several processes share the work. data: each computes a part of every batch. sweep: each trains some of the
+    autoencoders, on whole batches, and reads all of the store. auto: sweep where they can be shared out evenly."""
     step: Literal["auto", "dense", "sparse"] = "auto"
     """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
     the share of the dictionary that is active; on CUDA, where the sparse one has not been measured, the dense one."""

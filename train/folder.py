@@ -21,7 +21,7 @@ from shared.files import LOCK_FILE, write_file
 from shared.record import write_json
 from shared.schema import build
 
-FREE: Final = {"out", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every"}
+FREE: Final = {"out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every"}
 """Settings that may differ when a run goes on: they do not change what is trained."""
 OURS: Final = {
     LOCK_FILE,

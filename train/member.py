@@ -42,7 +42,7 @@ class Member:
         self.weights: Weights = replace(
             weights, **{name: value.to(ranks.device) for name, value in weights.named().items()}
         )
-        self.optimizer = Optimizer(self.weights, self.family.unit_decoder)
+        self.optimizer = Optimizer(self.weights, self.family.unit_decoder, run.clip_norm)
         self.sparsity = Sparsity(config, steps, ranks.device)
         has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
         self.chooses = has_sparse and run.step == "auto" and ranks.device.type == "cpu"

@@ -25,8 +25,8 @@ class Optimizer:
     see it, and rows are normalised after each update.
     """
 
-    def __init__(self, weights: Weights, unit_decoder: bool) -> None:
-        self.weights, self.unit_decoder = weights, unit_decoder
+    def __init__(self, weights: Weights, unit_decoder: bool, clip_norm: float | None = None) -> None:
+        self.weights, self.unit_decoder, self.clip_norm = weights, unit_decoder, clip_norm
         self.adam = torch.optim.Adam(list(weights.trained().values()), lr=0.0, betas=(0.9, 0.999), fused=True)
 
     def step_(self, grads: dict[str, Tensor], lr: float) -> None:
@@ -35,6 +35,10 @@ class Optimizer:
         if self.unit_decoder:
             to_W_dec = grads["W_dec"]
             to_W_dec.addcmul_((to_W_dec * W_dec).sum(1, keepdim=True), W_dec, value=-1)
+        if self.clip_norm is not None:
+            norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
+            for grad in grads.values():
+                grad.mul_((self.clip_norm / (norm + 1e-12)).clamp_max(1.0))
         for name, parameter in self.weights.trained().items():
             parameter.grad = grads[name]
         self.adam.param_groups[0]["lr"] = lr

@@ -1,11 +1,14 @@
 """The processes of one training, and what they tell one another. The one door to accelerate."""
 
+import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -36,8 +39,14 @@ class Ranks:
             return asked
         return bool(self.accelerator.reduce(torch.tensor([float(asked)], device=self.device), "sum").item())
 
-    def gather(self, value: dict[int, list[int]]) -> list[dict[int, list[int]]]:
-        """Every rank's value."""
+    def alone(self) -> "Ranks":
+        """This process without the others: what it exchanges it exchanges with nobody."""
+        solo = copy.copy(self)
+        solo.count, solo.index = 1, 0
+        return solo
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's value, on every rank."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count

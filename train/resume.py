@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from shared.errors import UserError
 from shared.progress import say
-from train.checkpoint import load_checkpoint, save_checkpoint
+from train.checkpoint import begin_checkpoint, end_checkpoint, load_checkpoint, save_part
 from train.job import Job
 from train.member import Member
 from train.order import Position
@@ -15,16 +15,21 @@ VERSION = 2
 
 
 def checkpoint(
-    job: Job, members: Sequence[Member], stream: BatchStream, done: int, seconds: float, ranks: Ranks
+    job: Job, members: Sequence[Member], stream: BatchStream, done: int, seconds: float, ranks: Ranks, sweep: bool
 ) -> None:
-    """After `done` steps, and `seconds` of training."""
+    """After `done` steps, and `seconds` of training. In a sweep each rank has autoencoders of its own."""
+    folder, parts = job.folder.checkpoints, ranks.count if sweep else 1
     mine = {v: [at.epoch, at.window, at.offset] for v, at in stream.positions().items()}
-    positions = {v: at for part in ranks.gather(mine) for v, at in part.items()}
     if ranks.leads:
-        tensors = {key: value for member in members for key, value in member.state().items()}
+        begin_checkpoint(folder)
+    positions = {v: at for part in ranks.gather(mine) for v, at in part.items()}
+    if ranks.index < parts:
+        save_part(folder, ranks.index, {key: value for member in members for key, value in member.state().items()})
+    ranks.wait()
+    if ranks.leads:
         places = [positions[v] for v in sorted(positions)]
-        state = {"version": VERSION, "step": done, "seconds": seconds, "positions": places}
-        save_checkpoint(job.folder.checkpoints, done, tensors, state)
+        state = {"version": VERSION, "step": done, "seconds": seconds, "positions": places, "parts": parts}
+        end_checkpoint(folder, done, state)
     ranks.wait()
 
 

@@ -5,6 +5,7 @@ killed goes on from its newest checkpoint when the same call is made again, and 
 """
 
 import json
+import math
 import time
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from train.ranks import Ranks
 from train.resume import checkpoint, restore
 from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
+from train.sweep import shared_out
 
 AGREE_EVERY: Final = 10
 """Steps between the moments at which several ranks agree to stop."""
@@ -57,11 +59,7 @@ class Summary:
 def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     ranks = Ranks(torch.device(pick_device(config.device)))
-    if config.batch % ranks.count:
-        raise UserError(
-            f"{ranks.count} processes cannot share a batch of {config.batch} evenly. Choose a --batch "
-            "that is a multiple of their number"
-        )
+    shares = shared_out(config, ranks.count)
     job = make_job(config, ranks.device, ranks.leads)
     folder = job.folder
     if folder.exists() and not config.overwrite:
@@ -75,10 +73,10 @@ def train(config: TrainConfig) -> Summary:
         if ranks.leads:
             open_folder(job, ranks)
         ranks.wait()
-        members = [Member(sae, config, job.steps, job.matmul, job.statistics, ranks) for sae in config.saes]
-        started, (steps, seconds, waiting) = time.monotonic(), run_steps(job, members, ranks)
-        if ranks.leads:
-            finish(job, members, seconds)
+        mine, own = (config.saes, ranks) if shares is None else (shares[ranks.index], ranks.alone())
+        members = [Member(sae, config, job.steps, job.matmul, job.statistics, own) for sae in mine]
+        started, (steps, seconds, waiting) = time.monotonic(), run_steps(job, members, ranks, shares is not None)
+        finish(job, members, seconds, ranks, shares is not None)
         ranks.wait()
         return summarise(job, time.monotonic() - started, steps, waiting)
 
@@ -122,16 +120,16 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float, float]:
+def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tuple[int, float, float]:
     """The training loop, from the newest checkpoint or from the start. Gives the steps made now, the seconds trained
     over all sessions, and the share of those of now that were spent waiting for data."""
     config, device = job.config, ranks.device
     start, before, positions = restore(job, members)
-    shares = share(config.batch, job.streams, ranks.index, ranks.count)
+    shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
     epochs = job.steps * config.batch / job.epoch_rows
-    plural = "" if len(members) == 1 else "s"
+    many = len(config.saes)
     say(
-        f"{job.folder.path}: {len(members)} autoencoder{plural}, {job.steps * config.batch:,} tokens "
+        f"{job.folder.path}: {many} autoencoder{'' if many == 1 else 's'}, {job.steps * config.batch:,} tokens "
         f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
     started, waiting = time.monotonic(), 0.0
@@ -151,7 +149,7 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float
                 x = stream.next_batch().float() / job.statistics.scale
             except StopWaiting:
                 if ranks.count == 1:  # others may be waiting for this one in a collective
-                    checkpoint(job, members, stream, step, elapsed(), ranks)
+                    checkpoint(job, members, stream, step, elapsed(), ranks, sweep)
                 raise interrupted(job, step) from None
             if step == 0:
                 for member in members:
@@ -159,11 +157,13 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks) -> tuple[int, float
             measured = {member: member.step_(x, step) for member in members if member.diverged is None}
             done = step + 1
             due = done % config.log_every == 0 or done == job.steps
-            if due and ranks.leads:
-                job.folder.log(log_line(job, measured, done, elapsed()))
+            if due:
+                line = log_line(job, measured, done, elapsed(), ranks, sweep)
+                if ranks.leads:
+                    job.folder.log(line)
             stop = agree(stop_asked(), done, ranks)
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
-                checkpoint(job, members, stream, done, elapsed(), ranks)
+                checkpoint(job, members, stream, done, elapsed(), ranks, sweep)
             if stop and done < job.steps:
                 raise interrupted(job, done)
             seconds = time.monotonic() - started
@@ -181,15 +181,22 @@ def agree(stop: bool, done: int, ranks: Ranks) -> bool:
     return stop if ranks.count == 1 else done % AGREE_EVERY == 0 and ranks.any(stop)
 
 
-def log_line(job: Job, measured: dict[Member, Step], done: int, seconds: float) -> dict[str, Any]:
-    """Raises UserError when no autoencoder has a finite loss any more."""
+def log_line(
+    job: Job, measured: dict[Member, Step], done: int, seconds: float, ranks: Ranks, sweep: bool
+) -> dict[str, Any]:
+    """A line of metrics.jsonl, the same on every rank. Raises UserError when no loss is finite any more."""
     config, tokens = job.config, done * job.config.batch
     saes = {member.config.name: member.progress(step, tokens) for member, step in measured.items()}
-    diverged = [member.config.name for member in measured if member.diverged]
+    if sweep:
+        found = {name: values for part in ranks.gather(saes) for name, values in part.items()}
+        saes = {sae.name: found[sae.name] for sae in config.saes if sae.name in found}
+    diverged = [name for name, values in saes.items() if not math.isfinite(values["loss"])]
     if diverged:
-        loss = saes[diverged[0]]["loss"]
-        message = f"{', '.join(diverged)}: the loss is {loss} at step {done}. Lower its learning rate, or use float32"
-        if len(diverged) == len(measured):
+        message = (
+            f"{', '.join(diverged)}: the loss is {saes[diverged[0]]['loss']} at step {done}. Lower the learning rate "
+            "(--lr), or use float32"
+        )
+        if len(diverged) == len(saes):
             raise UserError(message)
         say(f"{message}. It is trained no further; the others are not affected")
     return {
@@ -202,31 +209,34 @@ def log_line(job: Job, measured: dict[Member, Step], done: int, seconds: float) 
     }
 
 
-def finish(job: Job, members: list[Member], seconds: float) -> None:
+def finish(job: Job, members: list[Member], seconds: float, ranks: Ranks, sweep: bool) -> None:
     """Saves the autoencoders, measures them on the held-out tokens, marks the run finished."""
-    spec = job.store.spec
-    hook = {
+    spec, folder = job.store.spec, job.folder
+    about = {
         "model": spec.model,
         "hook_name": spec.hookpoints[job.hook].name,
         "context": spec.context,
         "bos_id": spec.bos_id,
     }
-    whole = [member for member in members if member.diverged is None]
-    saes = [Autoencoder.of(member.config, member.weights, job.statistics.scale) for member in whole]
-    for sae, member in zip(saes, whole, strict=True):
-        sae.save(job.folder.sae(sae.config.name), {**hook, "lambda": float(member.sparsity.now(job.steps))})
-        missed = member.sparsity.missed()
-        if missed:
-            say(f"{sae.config.name}: {missed}")
-    device = str(members[0].silent.device)
+    for member in members if sweep or ranks.leads else []:
+        if member.diverged is None:
+            sae = Autoencoder.of(member.config, member.weights, job.statistics.scale)
+            sae.save(folder.sae(sae.config.name), {**about, "lambda": float(member.sparsity.now(job.steps))})
+            missed = member.sparsity.missed()
+            if missed:
+                say(f"{sae.config.name}: {missed}")
+    mine = {member.config.name: member.diverged for member in members if member.diverged is not None}
+    diverged = {name: step for part in ranks.gather(mine) for name, step in part.items()}
+    if not ranks.leads:
+        return
+    device = str(ranks.device)
+    saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in job.config.saes if sae.name not in diverged]
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    write_json(job.folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device))
-    record = job.folder.read("record.json")
+    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device))
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    diverged = {member.config.name: member.diverged for member in members if member.diverged is not None}
     ended = {"diverged": diverged, "seconds": round(seconds, 2), "finished": finished}
-    write_json(job.folder.path / "record.json", {**record, **ended})
+    write_json(folder.path / "record.json", {**folder.read("record.json"), **ended})
 
 
 def summarise(job: Job, seconds: float, steps: int, waiting: float) -> Summary:

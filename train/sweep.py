@@ -1,0 +1,35 @@
+"""Which rank trains which autoencoders of a run, where each has some to itself."""
+
+from shared.config import TrainConfig
+from shared.errors import UserError
+from shared.saes import SAEConfig
+
+UNEVEN = 1.25
+"""How many times the mean a rank's share of the latents may be, for `auto` to share autoencoders out."""
+
+
+def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
+    """Each rank's autoencoders: the widest first, each to the rank with the fewest latents so far. None where every
+    rank trains all of them on its part of each batch. Raises UserError when a sweep has fewer autoencoders than ranks,
+    or when parts of a batch would not be equal."""
+    shares: list[list[SAEConfig]] = [[] for _ in range(ranks)]
+    for sae in sorted(config.saes, key=lambda sae: -sae.d_sae):
+        min(shares, key=latents).append(sae)
+    even = latents(max(shares, key=latents)) * ranks <= UNEVEN * sum(map(latents, shares))
+    if config.parallel == "sweep" and not all(shares):
+        raise UserError(
+            f"--parallel sweep: {ranks} processes have only {len(config.saes)} autoencoders to share out. Start fewer, "
+            "or share each batch: --parallel data"
+        )
+    if config.parallel == "sweep" or (config.parallel == "auto" and ranks > 1 and even):
+        return shares
+    if config.batch % ranks:
+        raise UserError(
+            f"{ranks} processes cannot share a batch of {config.batch} evenly. Choose a --batch that is a multiple of "
+            "their number"
+        )
+    return None
+
+
+def latents(saes: list[SAEConfig]) -> int:
+    return sum(sae.d_sae for sae in saes)
