@@ -23,7 +23,7 @@ from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.stop import stop_requests
 from train.autoencoder import Autoencoder
-from train.evaluate import measure_all
+from train.evaluate import last_silent, measure_all
 from train.job import Job, make_job
 from train.loader import Loader
 from train.member import Member
@@ -231,9 +231,10 @@ def finish(job: Job, members: list[Member], seconds: float, ranks: Ranks, sweep:
         return
     device = str(ranks.device)
     saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in job.config.saes if sae.name not in diverged]
+    silent = last_silent(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device))
+    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device, silent))
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     ended = {"diverged": diverged, "seconds": round(seconds, 2), "finished": finished}
     write_json(folder.path / "record.json", {**folder.read("record.json"), **ended})
