@@ -111,6 +111,18 @@ def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store:
     assert not copy.exists()
 
 
+def test_widths_by_expansion_and_several_learning_rates(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    options = ["--hook", "mlp_out", "--arch", "gated", "--expansion", "1.5", "--expansion", "2", "--sparsity", "0.2",
+               "--lr", "1e-3", "--lr", "5e-3", "--batch", "64", "--tokens", "640",
+               "--out", tmp_path / "run"]  # fmt: skip
+    done = sagsae("train", "--store", store.root, *options, "--json")
+    assert done.returncode == 0, done.stderr
+    names = [sae["name"] for sae in json.loads(done.stdout)["saes"]]
+    assert names == [f"gated-{d_sae}-lambda0.2-seed0-lr-{lr}" for d_sae in (48, 64) for lr in ("0.001", "0.005")]
+    done = sagsae("train", *options)
+    assert (done.returncode, "say which with --store" in done.stderr) == (2, True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 def test_the_demo_meets_its_promises(sagsae: Sagsae, tmp_path: Path) -> None:
