@@ -6,7 +6,7 @@ from outside, for the stages know nothing of each other.
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +15,7 @@ from shared.config import EvalConfig, HarvestConfig
 from shared.errors import UserError
 from shared.progress import say
 from shared.record import provenance, write_json
+from shared.saes import SAEConfig
 from train.evaluate import evaluate
 from train.folder import RunFolder
 from train.reproduce.analysis import Arms as Points
@@ -80,7 +81,7 @@ def run_pilot(request: Request, cell: Cell, store: str) -> Pilot:
     run = train(train_config(request, cell, store, "pilot", saes)).run
     entries = read_entries(run)
     measured: Candidates = {
-        arm: {choice: [point(arm, sae, entries) for sae in group] for choice, group in candidates.items()}
+        arm: {choice: measured_of(arm, group, entries) for choice, group in candidates.items()}
         for arm, candidates in arms.items()
     }
     found = choose(measured)
@@ -96,7 +97,7 @@ def run_arms(request: Request, cell: Cell, store: str, stage: str, arms: Arms) -
     if stage == "ablations" and read_evaluation(run).get("ce_tokens") is None:
         evaluate(EvalConfig(run=run, device=request.device, ce_tokens=request.preset.ce_tokens))
     entries = read_entries(run)
-    return {arm: [point(arm, sae, entries) for sae in saes] for arm, saes in arms.items()}
+    return {arm: measured_of(arm, saes, entries) for arm, saes in arms.items()}
 
 
 def read_evaluation(run: Path) -> dict[str, Any]:
@@ -105,6 +106,11 @@ def read_evaluation(run: Path) -> dict[str, Any]:
 
 def read_entries(run: Path) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in read_evaluation(run)["saes"]}
+
+
+def measured_of(arm: str, saes: Iterable[SAEConfig], entries: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
+    """What was measured; nothing of one that diverged."""
+    return [point(arm, sae, entries) for sae in saes if sae.name in entries]
 
 
 def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> Measured:
