@@ -252,7 +252,7 @@ def test_a_broken_checkpoint_is_named(train_config: Config) -> None:
     record = json.loads((run / "record.json").read_text())
     del record["finished"]
     (run / "record.json").write_text(json.dumps(record))
-    os.truncate(run / "checkpoints" / "step-00000020" / "tensors.safetensors", 100)
+    os.truncate(run / "checkpoints" / "step-00000020" / "tensors-0000.safetensors", 100)
     with pytest.raises(DamagedError, match=r"step-00000020: cannot be read .* Delete it"):
         run_train(train_config())
     shutil.rmtree(run / "checkpoints" / "step-00000020")
