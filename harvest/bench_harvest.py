@@ -1,6 +1,7 @@
 """`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
 
-The bare forward is Hugging Face's own model, cut off after the layer that is harvested, without TransformerLens and
+Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that, in the writer's turn, and
+are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off after the layer that is harvested, without TransformerLens and
 without hooks. Encoding is the codec alone, on every core, on the very rows that are harvested.
 """
 
@@ -73,6 +74,13 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
                     bare(ids.to(model.device), use_cache=False)
         synchronize(model.device)
 
+    counted: list[float] = []
+
+    def in_turn(ready: Ready) -> None:
+        began = time.perf_counter()
+        ready()
+        counted.append(time.perf_counter() - began)
+
     def captured() -> None:  # as in a harvest: on a GPU the rest of a shard is done while the next one is computed
         def finish(ready: Ready, slot: Slot) -> None:
             ready()
@@ -82,9 +90,12 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             waiting = []
             for shard in store.commits:
                 slot = ring.take(lambda: None)
-                waiting.append(behind.submit(finish, capture.shard(shard, slot, lambda _: None), slot))
+                ready = capture.shard(shard, slot, lambda _: None)
                 if turns:
-                    waiting[-1].result()
+                    in_turn(ready)
+                    ring.give_back(slot)
+                else:
+                    waiting.append(behind.submit(finish, ready, slot))
         for done in waiting:
             done.result()
 
@@ -92,7 +103,7 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
         with ThreadPoolExecutor(Team().threads) as cores:
             list(cores.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
-    found: dict[str, list[float]] = {"forward": [], "capture": [], "encode": [], "harvest": []}
+    found: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
     waiting = []
     for number in range(rounds + 1):
         seconds = {}
@@ -101,6 +112,9 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             run()
             seconds[name] = time.perf_counter() - started
             advance(1, name)
+        seconds["moments"] = sum(counted)
+        seconds["capture"] -= seconds["moments"]
+        counted.clear()
         shutil.rmtree(folder / "again", ignore_errors=True)
         with hush():
             done = harvest(config.model_copy(update={"out": str(folder), "name": "again"}))
@@ -119,14 +133,17 @@ def report(store: Store, device: torch.device, found: dict[str, list[float]], wa
     raw = sum(rows.nbytes for rows in encodable(store))
     ratios = {
         "capture_vs_forward": round(median(r["capture"] / r["forward"] for r in rounds), 3),
+        "capture_and_moments_vs_forward": round(
+            median((r["capture"] + r["moments"]) / r["forward"] for r in rounds), 3
+        ),
         "harvest_vs_limit": round(median(r["harvest"] / max(r["forward"], r["encode"]) for r in rounds), 3),
         "stalled": round(median(waiting), 4),
     }
     figures = [
         {
             "what": name,
-            "tokens/s": round(store.n_rows / median(seconds)),
-            "GB/s": round(raw / median(seconds) / 1e9, 3),
+            "tokens/s": round(store.n_rows / median(seconds)) if any(seconds) else None,
+            "GB/s": round(raw / median(seconds) / 1e9, 3) if any(seconds) else None,
             "seconds": round(median(seconds), 3),
             "lowest": round(min(seconds), 3),
             "highest": round(max(seconds), 3),
