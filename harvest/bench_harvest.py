@@ -1,8 +1,9 @@
 """`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
 
 Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that, in the writer's turn, and
-are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off after the layer that is harvested, without TransformerLens and
-without hooks. Encoding is the codec alone, on every core, on the very rows that are harvested.
+are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off
+after the layer that is harvested, without TransformerLens and without hooks. Encoding is the codec alone, on every
+core, on the very rows that are harvested.
 """
 
 import shutil
@@ -133,9 +134,7 @@ def report(store: Store, device: torch.device, found: dict[str, list[float]], wa
     raw = sum(rows.nbytes for rows in encodable(store))
     ratios = {
         "capture_vs_forward": round(median(r["capture"] / r["forward"] for r in rounds), 3),
-        "capture_and_moments_vs_forward": round(
-            median((r["capture"] + r["moments"]) / r["forward"] for r in rounds), 3
-        ),
+        "with_moments_vs_forward": round(median((r["capture"] + r["moments"]) / r["forward"] for r in rounds), 3),
         "harvest_vs_limit": round(median(r["harvest"] / max(r["forward"], r["encode"]) for r in rounds), 3),
         "stalled": round(median(waiting), 4),
     }
