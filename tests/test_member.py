@@ -157,7 +157,8 @@ def test_a_threshold_above_everything_is_refused_with_the_number(train_config: C
     config = train_config(saes=[sae_config(arch=arch, d_sae=48, theta0=90.0)])
     with pytest.raises(UserError, match=r"theta0 = 90 closes every latent on the first batch.* there is [\d.]+ in the"):
         run_train(config)
-    assert not config.out or not (config.out / "checkpoints").exists()
+    assert config.out is not None
+    assert not (config.out / "config.json").exists(), "the same --out takes the corrected command"
 
 
 def test_two_processes_train_every_architecture(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:

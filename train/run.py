@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.device import pick_device
@@ -152,8 +154,7 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
                     checkpoint(job, members, stream, step, elapsed(), ranks, sweep)
                 raise interrupted(job, step) from None
             if step == 0:
-                for member in members:
-                    member.begin(x)
+                begin(members, x, job, ranks)
             measured = {member: member.step_(x, step) for member in members if member.diverged is None}
             done = step + 1
             due = done % config.log_every == 0 or done == job.steps
@@ -170,6 +171,17 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
             rate, waiting = config.batch * (done - start) / seconds, stream.waited / seconds
             advance(1, f"{rate:,.0f} tokens/s, waiting for data {waiting:.0%}")
     return job.steps - start, elapsed(), waiting
+
+
+def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks: Ranks) -> None:
+    """Raises UserError where one of them could never learn; the run's folder is then as if nothing had been begun."""
+    try:
+        for member in members:
+            member.begin(x)
+    except UserError:
+        if ranks.leads:
+            job.folder.clear()
+        raise
 
 
 def interrupted(job: Job, done: int) -> Interrupted:
