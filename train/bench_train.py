@@ -138,9 +138,7 @@ def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
 
 
 def rows(store: Store, hook: str, count: int) -> Float[Tensor, "count d_in"]:
-    config = TrainConfig(
-        store=store.location, hook=hook, saes=(sae_config(arch="relu", d_sae=1),), heldout_tokens=count
-    )
+    config = TrainConfig(store=store.location, hook=hook, saes=(sae_config(arch="relu", d_sae=1),))
     found = read_heldout(Rows.of(store, hook), split(store.spec, store.tokens(), config).train)[:count]
     if len(found) < count:
         raise UserError(f"{store.name}: holds {len(found):,} rows that count, fewer than a batch of {count:,}")
