@@ -174,14 +174,19 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
 
 
 def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks: Ranks) -> None:
-    """Raises UserError where one of them could never learn; the run's folder is then as if nothing had been begun."""
+    """Raises UserError on every rank where an autoencoder of any could never learn; the run's folder is then as if
+    nothing had been begun."""
+    mine = None
     try:
         for member in members:
             member.begin(x)
-    except UserError:
+    except UserError as error:
+        mine = str(error)
+    problems = [problem for problem in ranks.gather(mine) if problem]
+    if problems:
         if ranks.leads:
             job.folder.clear()
-        raise
+        raise UserError(problems[0])
 
 
 def interrupted(job: Job, done: int) -> Interrupted:
