@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.config import TrainConfig
-from shared.device import pick_device
+from shared.device import pick_device, reuse_memory
 from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
 from shared.progress import progress, say
@@ -61,6 +61,7 @@ class Summary:
 def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     ranks = Ranks(torch.device(pick_device(config.device)))
+    reuse_memory(ranks.device)
     shares = shared_out(config, ranks.count)
     job = make_job(config, ranks.device, ranks.leads)
     folder = job.folder
