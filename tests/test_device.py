@@ -13,7 +13,7 @@ def faults():
     torch.zeros(1 << 24)
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 faults()
-print(min(faults() for _ in range(3)))
+print(sorted(faults() for _ in range(40))[20])
 """
 
 
@@ -22,6 +22,6 @@ def faults(how: str) -> int:
 
 
 def test_memory_that_was_freed_is_not_mapped_again() -> None:
-    """64 MiB are 16,384 pages."""
+    """64 MiB are 16,384 pages. A few rounds are needed first: glibc before 2.38 leaves holes between aligned pieces."""
     assert faults("keep") < 200
-    assert faults("give back") > 8000
+    assert faults("give back") > 16_000
