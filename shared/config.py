@@ -143,6 +143,10 @@ class TrainConfig(Frozen):
     parallel: Literal["auto", "data", "sweep"] = "auto"
     """How several processes share the work. data: each computes a part of every batch. sweep: each trains some of the
     autoencoders, on whole batches, and reads all of the store. auto: sweep where they can be shared out evenly."""
+    parts: Annotated[int, Field(ge=1)] | None = None
+    """Equal parts of each batch whose gradients are computed one after another and then averaged: less memory, and on
+    CPUs, for powers of two, the same bits with any number of processes that divides it. Default: one for each process
+    that shares the batch."""
     step: Literal["auto", "dense", "sparse"] = "auto"
     """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
     the share of the dictionary that is active; on CUDA, where the sparse one has not been measured, the dense one."""

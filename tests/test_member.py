@@ -10,18 +10,20 @@ import torch
 from conftest import Sagsae
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
-from test_train import weights_of
+from test_train import lines_of, weights_of
 from variants import VARIANTS, variant
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import UserError
 from shared.saes import sae_config
-from shared.store import Store
-from train.autoencoder import WEIGHTS, Autoencoder
+from shared.store import Store, find_hookpoint
+from train.autoencoder import Autoencoder
 from train.control import EVERY, SPAN, Sparsity
 from train.evaluate import evaluate
+from train.member import Member
+from train.ranks import Ranks
 from train.run import train as run_train
+from train.sweep import shared_out
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -161,18 +163,47 @@ def test_a_threshold_above_everything_is_refused_with_the_number(train_config: C
     assert not (config.out / "config.json").exists(), "the same --out takes the corrected command"
 
 
-def test_two_processes_train_every_architecture(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
-    """Gradients, thresholds, controllers and resets agree over the ranks: the weights of one process, up to the order
-    of sums. Not TopK, whose threshold is of each rank's part of the batch."""
+def test_one_two_and_four_processes_train_the_same_bits(
+    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients, thresholds, TopK's sizes, controllers and resets of the whole batch, whoever computes which part."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "gated:48",
-               "--arch", "relu:48", "--arch", "jumprelu:48", "--tie", "none", "--l0-target", "8", "--batch", "64",
-               "--tokens", 64 * 40, "--device", "cpu", "--set", "precision=float32", "--json", "--out"]  # fmt: skip
-    for processes in (1, 2):
+               "--arch", "relu:48", "--arch", "jumprelu:48", "--arch", "batch-topk:48", "--arch", "abs-topk:40",
+               "--tie", "none", "--l0-target", "8", "--k", "6", "--reset-every", "60", "--batch", "64",
+               "--tokens", 64 * 200, "--device", "cpu", "--set", "precision=float32", "--set", "parts=4",
+               "--set", "log_every=10", "--parallel", "data", "--json", "--out"]  # fmt: skip
+    for processes in (1, 2, 4):
         done = sagsae(*command, tmp_path / str(processes), "--processes", processes)
         assert done.returncode == 0, done.stderr
-    folders = sorted((tmp_path / "1" / "saes").iterdir())
-    assert len(folders) == 4
-    for folder in folders:
-        other = load_file(tmp_path / "2" / "saes" / folder.name / WEIGHTS)
-        for key, tensor in load_file(folder / WEIGHTS).items():
-            torch.testing.assert_close(other[key], tensor, rtol=2e-3, atol=2e-3 * float(tensor.abs().max()))
+        assert json.loads((tmp_path / str(processes) / "record.json").read_text())["processes"] == processes
+    one = weights_of(tmp_path / "1")
+    assert len(one) == 12, "weights and settings of six"
+    for processes in ("2", "4"):
+        assert weights_of(tmp_path / processes) == one
+        assert lines_of(tmp_path / processes) == lines_of(tmp_path / "1")
+
+
+def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store) -> None:
+    """Three parts, which no rounding helps: the means over them are those over the batch."""
+    saes = [sae_config(arch=arch, d_sae=48) for arch in ("sa-gsae", "relu", "jumprelu", "batch-topk", "abs-topk")]
+    statistics = store.statistics(find_hookpoint(str(store.root), "mlp_out")[1])
+    x = torch.randn(60, len(statistics.mean), generator=torch.Generator().manual_seed(0))
+    for sae in saes:
+        found = []
+        for parts in (None, 3):
+            member = Member(sae, train_config(batch=60, parts=parts), 100, torch.float32, statistics, Ranks(CPU))
+            found.append(member.gradients(x, 10))
+        (whole, measured), (cut, also) = found
+        for name, tensor in whole.items():
+            torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()) + 1e-9)
+        assert torch.equal(measured.fired, also.fired)
+        for name in ("reconstruction", "sparsity", "auxiliary", "l0", "threshold"):
+            torch.testing.assert_close(getattr(also, name), getattr(measured, name))
+
+
+def test_parts_that_cannot_be(train_config: Config) -> None:
+    with pytest.raises(UserError, match=r"parts = 7: a --batch of 64 does not divide into so many equal parts"):
+        run_train(train_config(batch=64, parts=7))
+    with pytest.raises(UserError, match=r"parts = 2: 4 processes cannot share out so many parts"):
+        shared_out(train_config(batch=64, parts=2, parallel="data"), 4)

@@ -271,6 +271,23 @@ def test_an_autoencoder_is_used_on_raw_activations(train_config: Config, store: 
         Autoencoder.load(run)
 
 
+def test_what_was_saved_measures_the_same_in_another_process(train_config: Config, sagsae: Sagsae) -> None:
+    """To the last digit, from cfg.json and the weights; nothing is taken from the evaluation that was there."""
+    saes = [
+        sae_config(arch=arch, d_sae=48) for arch in ("sa-gsae", "gated", "relu", "jumprelu", "batch-topk", "abs-topk")
+    ]
+    run = run_train(train_config(saes=saes, precision="float32")).run
+    recorded = json.loads((run / "evaluation.json").read_text())["saes"]
+    spoilt = [
+        {**entry, **{key: -1.0 for key, value in entry.items() if isinstance(value, float)}} for entry in recorded
+    ]
+    assert spoilt != recorded
+    (run / "evaluation.json").write_text(json.dumps({"saes": spoilt}))
+    done = sagsae("eval", run, "--no-ce", "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["saes"] == recorded
+
+
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert matmul_dtype("float32", cpu) == torch.float32

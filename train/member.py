@@ -1,6 +1,7 @@
 """One autoencoder in training: its weights, optimiser, λ, and which of its latents are silent."""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Final
 
@@ -14,11 +15,12 @@ from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics
 from train.control import Sparsity
 from train.optim import Optimizer, learning_rate
-from train.ranks import Ranks
+from train.ranks import Ranks, pairwise
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
 from train.sae.sparse import sparse_gradients
+from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
@@ -68,13 +70,7 @@ class Member:
 
     def step_(self, x: Float[Tensor, "batch d_in"], step: int) -> Step:
         """Step number `step` on this rank's share of the batch, in units of unit variance."""
-        now = Now(self.sparsity.now(step), self.matmul, self.silent)
-        if self.sparse:
-            grads, measured = sparse_gradients(self.family, self.weights, x, now)  # type: ignore[arg-type]
-        else:
-            grads, measured = self.family.gradients(self.weights, x, now)
-        trained = {name: getattr(grads, name) for name in self.weights.trained()}
-        trained, measured = self.agreed(trained, measured)
+        trained, measured = self.gradients(x, step)
         self.optimizer.step_(trained, self.lr(step))
         self.family.constrain_(self.weights)
         self.family.absorb_(self.weights, measured)
@@ -94,28 +90,52 @@ class Member:
         peak = self.config.lr or self.run.lr
         return learning_rate(step, self.steps, peak, self.run.warmup_steps, self.run.decay_fraction)
 
-    def agreed(self, grads: dict[str, Tensor], step: Step) -> tuple[dict[str, Tensor], Step]:
-        """Means over the ranks."""
-        if self.ranks.count == 1:
-            return grads, step
-        scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, step.threshold])
-        *means, scalars, fired = self.ranks.mean([*grads.values(), scalars, step.fired.float()])
-        reconstruction, sparsity, auxiliary, l0, threshold = scalars.unbind()
-        return dict(zip(grads, means, strict=True)), Step(
-            reconstruction, sparsity, auxiliary, l0, fired > 0, threshold
-        )  # fmt: skip
+    def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[dict[str, Tensor], Step]:
+        """Means over the batch's parts, here and on other ranks."""
+        count = self.run.parts or self.ranks.count
+        now = Now(self.sparsity.now(step), self.matmul, self.silent, count)
+        parts = x.chunk(count // self.ranks.count)
+        if count > 1 and isinstance(self.family, TopKFamily):
+            now = replace(now, threshold=self.threshold(self.family, parts, now))
+        found = [self.gradients_of(part, now) for part in parts]
+        if count == 1:
+            return found[0]
+        sums = [pairwise(tensors) for tensors in zip(*(tensors_of(*pair) for pair in found), strict=True)]
+        *means, scalars, fired = self.ranks.sum(sums)
+        means = [mean.div_(count) for mean in means]
+        reconstruction, sparsity, auxiliary, l0, threshold = scalars.div_(count).unbind()
+        grads = dict(zip(found[0][0], means, strict=True))
+        return grads, Step(reconstruction, sparsity, auxiliary, l0, fired > 0, threshold)
+
+    def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[dict[str, Tensor], Step]:
+        if self.sparse:
+            grads, measured = sparse_gradients(self.family, self.weights, part, now)  # type: ignore[arg-type]
+        else:
+            grads, measured = self.family.gradients(self.weights, part, now)
+        return {name: getattr(grads, name) for name in self.weights.trained()}, measured
+
+    def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: Now) -> Callable[[Tensor], Tensor]:
+        """See `Now.threshold`. Several parts on one rank are computed twice: the first time for this alone."""
+
+        def smallest(found: Tensor) -> Tensor:
+            everywhere = self.ranks.all(found)
+            many = min(len(everywhere), topk.config.k * self.run.batch)
+            return torch.topk(everywhere, many, sorted=False).values.min()
+
+        if len(parts) == 1:
+            return smallest
+        common = smallest(torch.cat([topk.largest(self.weights, part, now) for part in parts]))  # type: ignore[arg-type]
+        return lambda _: common
 
     def reset_(self, x: Float[Tensor, "batch d_in"], done: int) -> None:
-        """New thresholds for latents that were silent since the last look, from rank 0's share of the batch. Not while
-        the learning rate falls: a latent that cannot learn any more only adds noise."""
+        """New thresholds for latents that were silent since the last look, from the batch as a whole. Not while the
+        learning rate falls: a latent that cannot learn any more only adds noise."""
         assert isinstance(self.config, Thresholded)
         assert isinstance(self.family, GatedFamily)
         if done > (1 - self.run.decay_fraction) * self.steps:
             return
         which = self.silent >= self.config.reset_every * self.run.batch
-        self.family.reset_(self.weights, x, which)  # type: ignore[arg-type]
-        for name in self.family.SCALARS:
-            self.ranks.first_(getattr(self.weights, name))
+        self.family.reset_(self.weights, self.ranks.all(x), which)  # type: ignore[arg-type]
         self.optimizer.refresh_(self.family.SCALARS, which)
         self.silent.masked_fill_(which, 0)
 
@@ -147,3 +167,9 @@ class Member:
         self.sparsity.load_(state)
         self.generator.set_state(state["generator"])
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})
+
+
+def tensors_of(grads: dict[str, Tensor], step: Step) -> list[Tensor]:
+    """What is summed over the parts of a batch."""
+    scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, step.threshold])
+    return [*grads.values(), scalars, step.fired.float()]

@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
 T = TypeVar("T")
 
@@ -25,13 +26,33 @@ class Ranks:
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
-    def mean(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The mean of each over the ranks, in one collective: every rank then makes the same update."""
+    def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers
+        that are powers of two, in the order of `pairwise`."""
         if self.count == 1:
             return list(parts)
-        flat = self.accelerator.reduce(torch.cat([part.reshape(-1) for part in parts]), "mean")
+        flat = torch.cat([part.reshape(-1) for part in parts])
+        pairs = self.device.type == "cpu" and self.count & (self.count - 1) == 0
+        flat = self.sum_by_pairs(flat) if pairs else self.accelerator.reduce(flat, "sum")
         pieces = flat.split([part.numel() for part in parts])
         return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
+
+    def sum_by_pairs(self, flat: Tensor) -> Tensor:
+        """Neighbours exchange sums, then neighbouring pairs, and so on: a + b has the same bits on both sides."""
+        distance = 1
+        while distance < self.count:
+            theirs, other = torch.empty_like(flat), self.index ^ distance
+            exchange = [P2POp(isend, flat, other), P2POp(irecv, theirs, other)]
+            for work in batch_isend_irecv(exchange):
+                work.wait()
+            flat = flat + theirs
+            distance *= 2
+        return flat
+
+    def all(self, tensor: Tensor) -> Tensor:
+        """Every rank's, one after another along the first axis, on every rank."""
+        gathered: Tensor = self.accelerator.gather(tensor) if self.count > 1 else tensor
+        return gathered
 
     def any(self, asked: bool) -> bool:
         """Whether any rank asks. Waits for the devices."""
@@ -53,7 +74,10 @@ class Ranks:
         torch.distributed.all_gather_object(gathered, value)
         return gathered
 
-    def first_(self, tensor: Tensor) -> None:
-        """Gives every rank what rank 0 has, in place."""
-        if self.count > 1:
-            torch.distributed.broadcast(tensor, src=0)
+
+def pairwise(parts: Sequence[Tensor]) -> Tensor:
+    """Their sum: neighbours first, then neighbouring pairs, and so on, whoever holds which."""
+    while len(parts) > 1:
+        added = [one + other for one, other in zip(parts[::2], parts[1::2], strict=False)]
+        parts = [*added, *parts[2 * len(added) :]]
+    return parts[0]

@@ -21,8 +21,18 @@ def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
             f"--parallel sweep: {ranks} processes have only {len(config.saes)} autoencoders to share out. Start fewer, "
             "or share each batch: --parallel data"
         )
+    parts = config.parts or 1
+    if config.batch % parts:
+        raise UserError(
+            f"parts = {parts}: a --batch of {config.batch} does not divide into so many equal parts. Choose a divisor of it"
+        )
     if config.parallel == "sweep" or (config.parallel == "auto" and ranks > 1 and even):
         return shares
+    if config.parts and config.parts % ranks:
+        raise UserError(
+            f"parts = {config.parts}: {ranks} processes cannot share out so many parts of a batch evenly. Choose a "
+            "multiple of their number"
+        )
     if config.batch % ranks:
         raise UserError(
             f"{ranks} processes cannot share a batch of {config.batch} evenly. Choose a --batch that is a multiple of "

@@ -5,7 +5,7 @@ poles.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
@@ -57,6 +57,11 @@ class Now:
     """What matrix products take in; all else stays float32."""
     silent: Int[Tensor, " d_sae"] | None = None
     """Training tokens since each latent last fired."""
+    parts: int = 1
+    """How many equal parts the batch is computed in, of which this is one."""
+    threshold: Callable[[Float[Tensor, " n"]], Float[Tensor, ""]] | None = None
+    """With several parts, where the batch decides which sizes are active (TopK): from the largest sizes of this part
+    to the smallest active one of the whole batch."""
 
 
 @dataclass(frozen=True)

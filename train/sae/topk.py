@@ -57,9 +57,18 @@ class TopKFamily(Family[TopKWeights]):
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
         return times(torch.where(a > w.threshold, a, 0.0), s)
 
-    def smallest(self, a: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
+    def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, " n"]:
+        """The sizes in this part of a batch that may be among the active ones of the whole."""
+        return self.candidates(self.size(products(w, x, now)[2])[0], now)
+
+    def candidates(self, a: Float[Tensor, "batch d_sae"], now: Now) -> Float[Tensor, " n"]:
+        """The largest sizes in this part, k for each token of the whole batch."""
+        return torch.topk(a.reshape(-1), min(a.numel(), self.config.k * len(a) * now.parts), sorted=False).values
+
+    def smallest(self, a: Float[Tensor, "batch d_sae"], now: Now) -> Float[Tensor, ""]:
         """T: of the largest sizes in the batch, k a token."""
-        return torch.topk(a.reshape(-1), min(a.numel(), self.config.k * len(a)), sorted=False).values.min()
+        found = self.candidates(a, now)
+        return found.min() if now.threshold is None else now.threshold(found)
 
     def silent_code(self, a: Tensor, s: Tensor | None, d_in: int, now: Now) -> tuple[Tensor, Tensor] | None:
         """h and the 0/1 mask of its entries; None when no latent is silent."""
@@ -74,7 +83,7 @@ class TopKFamily(Family[TopKWeights]):
 
     def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
-        active = (a >= self.smallest(a.detach())) & (a > 0)
+        active = (a >= self.smallest(a.detach(), now)) & (a > 0)
         rest = x - decode(w, times(torch.where(active, a, 0.0), s))
         main = rest.square().sum(1)
         silent = self.silent_code(a, s, x.shape[1], now)
@@ -88,7 +97,7 @@ class TopKFamily(Family[TopKWeights]):
         batch = len(x)
         centred, low, u = products(w, x, now)
         a, s = self.size(u)
-        threshold = self.smallest(a)
+        threshold = self.smallest(a, now)
         active = ((a >= threshold) & (a > 0)).to(a.dtype)
         f = times(a * active, s)
         error, to_f, to_W_dec = reconstruct(w, f, centred, now)
