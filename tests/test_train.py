@@ -29,6 +29,7 @@ from train.autoencoder import Autoencoder, matmul_dtype
 from train.evaluate import evaluate, find_model
 from train.folder import RunFolder
 from train.run import train as run_train
+from train.sae import load
 
 Config = Callable[..., TrainConfig]
 
@@ -168,7 +169,7 @@ def test_a_run_killed_while_it_began_begins_again(train_config: Config) -> None:
     for name in ("evaluation.json", "metrics.jsonl"):
         (run / name).unlink()
     (run / "config.json.123.tmp").write_text("half")
-    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json.123.tmp", "record.json"]
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json.123.tmp", "record.json", "run.toml"]
     assert weights_of(run_train(train_config()).run) == whole
 
 
@@ -269,6 +270,28 @@ def test_an_autoencoder_is_used_on_raw_activations(train_config: Config, store: 
     assert (sae.decode(f) - x).norm() < mean.norm()
     with pytest.raises(UserError, match="does not hold a trained autoencoder"):
         Autoencoder.load(run)
+
+
+def test_its_settings_are_a_file_that_repeats_it(train_config: Config, sagsae: Sagsae, tmp_path: Path) -> None:
+    run = run_train(train_config(parts=2)).run
+    done = sagsae("train", "--config", run / "run.toml", "--out", tmp_path / "again", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "again" / "config.json").read_text()) == {
+        **json.loads((run / "config.json").read_text()), "out": str(tmp_path / "again")
+    }  # fmt: skip
+    assert weights_of(tmp_path / "again") == weights_of(run)
+
+
+def test_a_checkpoint_holds_autoencoders_as_they_were(train_config: Config) -> None:
+    """Each takes raw activations: the one of the last step is the run's."""
+    run = run_train(train_config()).run
+    for folder in sorted((run / "saes").iterdir()):
+        early, late = (run / "checkpoints" / f"step-{step:08d}" / "saes" / folder.name for step in (16, 20))
+        for name in ("cfg.json", "sae_weights.safetensors"):
+            assert (late / name).read_bytes() == (folder / name).read_bytes()
+        x = 30 * torch.randn(8, load(folder).d_in)
+        assert torch.equal(load(late).encode(x), load(folder).encode(x))
+        assert not torch.equal(load(early).encode(x), load(folder).encode(x))
 
 
 def test_what_was_saved_measures_the_same_in_another_process(train_config: Config, sagsae: Sagsae) -> None:

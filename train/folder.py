@@ -1,11 +1,12 @@
 """A run's folder: what is in it and whether it belongs to the run that is asked for.
 
+run.toml         the settings, for `sagsae train --config`
 config.json      what decides the result: the configuration, the snapshot of the store, the precision
 record.json      what produced it: command, versions, device, times; "finished" appears when it is, and "diverged": at
                  which step the loss of an autoencoder was seen to be no number any more, if one's was
 metrics.jsonl    a line every `log_every` steps
 segments.jsonl   with --follow: which shards were read in which pass
-checkpoints/     the newest two states, from which an interrupted run goes on
+checkpoints/     the newest two states, from which an interrupted run goes on; in each, saes/NAME as it was then
 saes/NAME/       each trained autoencoder; evaluation.json what they are worth
 """
 
@@ -14,6 +15,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+
+import tomli_w
 
 from shared.config import TrainConfig
 from shared.errors import UserError
@@ -25,6 +28,7 @@ FREE: Final = {"out", "parallel", "overwrite", "device", "store", "verify", "log
 """Settings that may differ when a run goes on: they do not change what is trained."""
 OURS: Final = {
     LOCK_FILE,
+    "run.toml",
     "config.json",
     "record.json",
     "metrics.jsonl",
@@ -98,8 +102,10 @@ class RunFolder:
         """Names in the folder that no run puts there."""
         return [path.name for path in self.path.iterdir() if path.name not in OURS and path.suffix != ".tmp"]
 
-    def begin(self, identity: dict[str, Any], record: dict[str, Any]) -> None:
+    def begin(self, config: TrainConfig, identity: dict[str, Any], record: dict[str, Any]) -> None:
         """The run exists when config.json does, which is written last."""
+        settings = config.model_dump(mode="json", exclude_none=True, exclude={"out", "overwrite"})
+        write_file(self.path / "run.toml", tomli_w.dumps(settings).encode())
         write_json(self.path / "record.json", record)
         write_json(self.path / "config.json", identity)
 

@@ -32,7 +32,7 @@ from train.member import Member
 from train.optim import learning_rate
 from train.order import share
 from train.ranks import Ranks
-from train.resume import checkpoint, restore
+from train.resume import checkpoint, restore, save_as_it_is
 from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
 from train.sweep import shared_out
@@ -112,7 +112,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
-    folder.begin(job.identity, {**provenance(), **about})
+    folder.begin(job.config, job.identity, {**provenance(), **about})
 
 
 def device_name(device: torch.device) -> str:
@@ -229,20 +229,13 @@ def log_line(
 
 def finish(job: Job, members: list[Member], seconds: float, ranks: Ranks, sweep: bool) -> None:
     """Saves the autoencoders, measures them on the held-out tokens, marks the run finished."""
-    spec, folder = job.store.spec, job.folder
-    about = {
-        "model": spec.model,
-        "hook_name": spec.hookpoints[job.hook].name,
-        "context": spec.context,
-        "bos_id": spec.bos_id,
-    }
+    folder = job.folder
     for member in members if sweep or ranks.leads else []:
         if member.diverged is None:
-            sae = Autoencoder.of(member.config, member.weights, job.statistics.scale)
-            sae.save(folder.sae(sae.config.name), {**about, "lambda": float(member.sparsity.now(job.steps))})
+            save_as_it_is(job, member, job.steps, folder.sae(member.config.name))
             missed = member.sparsity.missed()
             if missed:
-                say(f"{sae.config.name}: {missed}")
+                say(f"{member.config.name}: {missed}")
     mine = {member.config.name: member.diverged for member in members if member.diverged is not None}
     diverged = {name: step for part in ranks.gather(mine) for name, step in part.items()}
     if not ranks.leads:

@@ -24,7 +24,8 @@ def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
     parts = config.parts or 1
     if config.batch % parts:
         raise UserError(
-            f"parts = {parts}: a --batch of {config.batch} does not divide into so many equal parts. Choose a divisor of it"
+            f"parts = {parts}: a --batch of {config.batch} does not divide into so many equal parts. Choose a divisor "
+            "of it"
         )
     if config.parallel == "sweep" or (config.parallel == "auto" and ranks > 1 and even):
         return shares
