@@ -138,8 +138,9 @@ class TrainConfig(Frozen):
     """The last part of the run, over which the learning rate falls linearly to zero."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """Longest gradient of an autoencoder, all its weights together; longer ones are scaled down. Default: no limit."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
+    """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32. tf32: float32,
+    rounded to 10 bits of mantissa inside a CUDA device's products. Everything else, the weights too, is float32."""
     parallel: Literal["auto", "data", "sweep"] = "auto"
     """How several processes share the work. data: each computes a part of every batch. sweep: each trains some of the
     autoencoders, on whole batches, and reads all of the store. auto: sweep where they can be shared out evenly."""

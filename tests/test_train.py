@@ -314,6 +314,9 @@ def test_what_was_saved_measures_the_same_in_another_process(train_config: Confi
 def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert matmul_dtype("float32", cpu) == torch.float32
+    assert matmul_dtype("tf32", torch.device("cuda")) == torch.float32
+    with pytest.raises(UserError, match=r"tf32: is a format of CUDA devices, and this is cpu"):
+        matmul_dtype("tf32", cpu)
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
         for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, question, lambda supported=supported: supported, raising=False)

@@ -120,5 +120,10 @@ class Autoencoder:
 
 
 def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What matrix products take in. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    """What matrix products take in. auto: bfloat16 where the hardware multiplies it natively, else float32. Raises
+    UserError for tf32 on what is no CUDA device."""
+    if precision == "tf32":
+        if device.type != "cuda":
+            raise UserError(f"precision = tf32: is a format of CUDA devices, and this is {device}. Use float32")
+        return torch.float32
     return torch_dtype(native_dtype(device) if precision == "auto" else precision)

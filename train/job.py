@@ -92,7 +92,7 @@ def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> J
         "store": store.location,
         "hook": hook,
         "snapshot": following(store) if config.follow else store.snapshot_id,
-        "precision": str(matmul).removeprefix("torch."),
+        "precision": "tf32" if config.precision == "tf32" else str(matmul).removeprefix("torch."),
         "run_chunks": run_chunks,
     }
     folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))

@@ -64,6 +64,7 @@ def train(config: TrainConfig) -> Summary:
     reuse_memory(ranks.device)
     shares = shared_out(config, ranks.count)
     job = make_job(config, ranks.device, ranks.leads)
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     folder = job.folder
     if folder.exists() and not config.overwrite:
         folder.check_same(job.identity)
