@@ -144,6 +144,9 @@ class TrainConfig(Frozen):
     parallel: Literal["auto", "data", "sweep"] = "auto"
     """How several processes share the work. data: each computes a part of every batch. sweep: each trains some of the
     autoencoders, on whole batches, and reads all of the store. auto: sweep where they can be shared out evenly."""
+    compile: bool = False
+    """Compile the dense steps (torch.compile): faster by what docs/benchmarks.md says, after up to a minute an
+    autoencoder. Needs a C++ compiler on a CPU."""
     parts: Annotated[int, Field(ge=1)] | None = None
     """Equal parts of each batch whose gradients are computed one after another and then averaged: less memory, and on
     CPUs, for powers of two, the same bits with any number of processes that divides it. Default: one for each process

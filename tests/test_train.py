@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Sagsae, contents
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from test_store import unfinished
 
@@ -321,6 +322,28 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
         for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
             monkeypatch.setattr(torch.cpu, question, lambda supported=supported: supported, raising=False)
         assert matmul_dtype("auto", cpu) == expected
+
+
+@pytest.mark.slow
+def test_compiled_steps_are_the_same_steps(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
+    command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "jumprelu:48",
+               "--sparsity", "0.2", "--batch", "64", "--tokens", 64 * 10, "--device", "cpu", "--set", "step=dense",
+               "--set", "precision=float32", "--json", "--out"]  # fmt: skip
+    for name, value in (("eager", "false"), ("compiled", "true")):
+        done = sagsae(*command, tmp_path / name, "--set", f"compile={value}")
+        assert done.returncode == 0, done.stderr
+    eager, compiled = (weights_of(tmp_path / name) for name in ("eager", "compiled"))
+    assert eager != compiled, "rounded in another order"
+    for key in (key for key in eager if key.endswith(".safetensors")):
+        for name, tensor in load_bytes(eager[key]).items():
+            torch.testing.assert_close(load_bytes(compiled[key])[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_a_missing_compiler_is_said(train_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"compile = true: there is no C\+\+ compiler here"):
+        run_train(train_config(compile=True))
+    assert not (tmp_path / "run").exists(), "nothing was begun"
 
 
 def test_kill_9_and_again(sagsae: Sagsae, harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -84,6 +86,12 @@ def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> J
             "Harvest or ask for more tokens, or lower --batch"
         )
     matmul = matmul_dtype(config.precision, device)
+    if (
+        config.compile
+        and device.type == "cpu"
+        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
+    ):
+        raise UserError("compile = true: there is no C++ compiler here. Install g++, or leave compile off")
     run_chunks = config.run_chunks or (
         max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
     )

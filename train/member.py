@@ -38,6 +38,7 @@ class Member:
     ) -> None:
         self.config, self.run, self.steps, self.matmul, self.ranks = config, run, steps, matmul, ranks
         self.family = family(config)
+        self.dense = torch.compile(self.family.gradients, dynamic=False) if run.compile else self.family.gradients
         self.generator = torch.Generator().manual_seed(config.seed)
         mean = torch.from_numpy(statistics.mean / statistics.scale).float()
         weights = self.family.initial(len(mean), mean, self.generator)
@@ -111,7 +112,7 @@ class Member:
         if self.sparse:
             grads, measured = sparse_gradients(self.family, self.weights, part, now)  # type: ignore[arg-type]
         else:
-            grads, measured = self.family.gradients(self.weights, part, now)
+            grads, measured = self.dense(self.weights, part, now)
         return {name: getattr(grads, name) for name in self.weights.trained()}, measured
 
     def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: Now) -> Callable[[Tensor], Tensor]:
