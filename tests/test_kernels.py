@@ -1,4 +1,4 @@
-"""The Triton kernels of the sparse step, without a GPU: in Triton's interpreter, and compiled for an H100 but not run."""
+"""The sparse step's Triton kernels without a GPU: run in Triton's interpreter, compiled but not run for an H100."""
 
 import importlib.util
 import os
