@@ -12,6 +12,7 @@ from conftest import contents
 from test_order import batches
 from variants import GATED, VARIANTS, batch, by_autograd, silences, variant, weights
 
+import train.member
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
@@ -103,9 +104,12 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     assert len(open_entries(family(config), on_device, x.cuda() - on_device.b_dec).u) > 0 or height == 1e3
 
 
-def test_a_run_on_cuda_switches_to_the_sparse_step(train_config: Callable[..., TrainConfig], tmp_path: Path) -> None:
-    """By the share of the dictionary that is active, where the kernels are; it ends where the dense step does."""
-    sae = sae_config(arch="sa-gsae", d_sae=3000, sparsity=0.6)
+def test_a_run_on_cuda_switches_to_the_sparse_step(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernels are; it ends where the dense step does. At a share that a small run reaches."""
+    monkeypatch.setitem(train.member.SPARSE_BELOW, "cuda", 0.06)
+    sae = sae_config(arch="sa-gsae", d_sae=384, sparsity=0.6)
     ends = {}
     for step in ("auto", "dense"):
         out = tmp_path / step
