@@ -153,7 +153,7 @@ class TrainConfig(Frozen):
     that shares the batch."""
     step: Literal["auto", "dense", "sparse"] = "auto"
     """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
-    the share of the dictionary that is active; on CUDA, where the sparse one has not been measured, the dense one."""
+    the share of the dictionary that is active; on CUDA by an estimate of that share, and only where triton is."""
     device: str = "auto"
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Orders the activations and chooses the held-out contexts."""

@@ -1,5 +1,6 @@
 """On CUDA: the same store, the same mathematics, the same resume. Without a GPU these are skipped, with that reason."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,24 @@ import pytest
 import torch
 from conftest import contents
 from test_order import batches
-from variants import VARIANTS, batch, by_autograd, silences, variant, weights
+from variants import GATED, VARIANTS, batch, by_autograd, silences, variant, weights
 
+import train.member
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import Interrupted
 from shared.reader import open_reader, read_shard
+from shared.saes import SAEConfig, sae_config
 from shared.shard import as_float32
 from shared.store import Store
 from train.evaluate import evaluate
 from train.run import train as run_train
 from train.sae import family
 from train.sae.base import Now
+from train.sae.gated import pole, pre_activations
+from train.sae.sparse import has_kernels, open_entries, sparse_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -74,6 +79,64 @@ def test_gradients_on_cuda(name: str, matmul: torch.dtype, tolerance: float) -> 
         error = (getattr(found, key).cpu() - expected[key]).norm()
         loose = 3 if config.arch == "jumprelu" and key == "theta" else 1
         assert error <= loose * tolerance * expected[key].norm(), key
+
+
+@pytest.mark.parametrize("kernels", [True, False], ids=["kernels", "embedding_bag"])
+@pytest.mark.parametrize("height", [0.0, 1.0, 2.0, 1e3])
+@pytest.mark.parametrize("name", [name for name in GATED if "free" not in name])
+def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From every gate open to none: latents active on the whole of a batch that is longer than a chunk, odd sizes. With
+    numbers that rounding puts on no other side of a threshold: a gate that opens changes a gradient at once."""
+    if kernels and not has_kernels("cuda"):
+        pytest.skip("triton is not installed here")
+    monkeypatch.setattr("train.sae.sparse.has_kernels", lambda device: kernels and device == "cuda")
+    config = variant(name, 37)
+    for seed in range(100):
+        w, x = weights(config, seed, 133), batch(seed, 301, 133)
+        w.theta.mul_(height)
+        if margin(config, w, x) > 1e-5:
+            break
+    else:
+        pytest.fail("no numbers with a margin")
+    on_device = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
+    found, step = sparse_gradients(family(config), on_device, x.cuda(), Now(0.3))
+    again, _ = sparse_gradients(family(config), on_device, x.cuda(), Now(0.3))
+    expected, loss = by_autograd(config, w, x, Now(0.3))
+    size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
+    for key, grad in found.named().items():
+        error = (grad.cpu() - expected[key]).norm() / (expected[key].norm() + 1e-3 * size + 1e-9)
+        assert error < 1e-4, (key, error)
+    assert step.reconstruction.item() + 0.3 * step.sparsity.item() + step.auxiliary.item() == pytest.approx(
+        loss.item(), rel=1e-5
+    )
+    assert torch.equal(found.W_dec, again.W_dec), "no atomics"
+    assert len(open_entries(family(config), on_device, x.cuda() - on_device.b_dec).u) > 0 or height == 1e3
+
+
+def margin(config: SAEConfig, w: Any, x: torch.Tensor) -> float:
+    """How far the nearest entry is from where its gate, or its ReLU, turns."""
+    wide = type(w)(**{key: tensor.double() for key, tensor in w.named().items()})
+    u = pre_activations(wide, x.double())
+    a, _ = family(config).size(u)
+    gate = a - pole(wide.theta, u)
+    magnitude = torch.exp(pole(wide.r, u)) * a + pole(wide.b, u)
+    return float(torch.minimum(gate.abs(), magnitude.abs()).min())
+
+
+def test_a_run_on_cuda_switches_to_the_sparse_step(
+    train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernels are; it ends where the dense step does. At a share that a small run reaches."""
+    monkeypatch.setitem(train.member.SPARSE_BELOW, "cuda", 0.06)
+    sae = sae_config(arch="sa-gsae", d_sae=384, sparsity=0.6)
+    ends = {}
+    for step in ("auto", "dense"):
+        out = tmp_path / step
+        config = train_config(saes=[sae], step=step, precision="float32", tokens=64 * 300, device="cuda", out=out)
+        ends[step] = run_train(config).saes[0]
+        last = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["saes"][sae.name]
+        assert last["sparse"] == (step == "auto" and has_kernels("cuda"))
+    assert ends["auto"]["r2"] == pytest.approx(ends["dense"]["r2"], abs=0.01)
 
 
 def test_a_run_on_cuda(

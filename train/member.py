@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.errors import UserError
+from shared.progress import say
 from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics
 from train.control import Sparsity
@@ -19,15 +21,25 @@ from train.ranks import Ranks, pairwise
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
-from train.sae.sparse import sparse_gradients
+from train.sae.sparse import has_kernels, sparse_gradients
 from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
 DECIDE_EVERY: Final = 20
 """Steps between decisions for the sparse or the dense step."""
-SPARSE_BELOW: Final = 0.06
-"""Share of the dictionary that is active, below which the sparse step is faster on a CPU (docs/benchmarks.md)."""
+SPARSE_BELOW: Final = {"cpu": 0.06, "cuda": 0.005}
+"""Share of the dictionary that is active, below which the sparse step is faster: on a CPU as measured
+(docs/benchmarks.md); on CUDA an estimate from an H100's bandwidth and arithmetic, not measured on any GPU yet."""
+
+
+@cache
+def say_no_triton() -> None:
+    """Once in a process."""
+    say(
+        "no triton here: on CUDA `step = auto` stays with the dense step, and `sparse` uses torch's embedding_bag. "
+        "PyTorch's own CUDA wheels for Linux bring triton; pip install triton"
+    )
 
 
 class Member:
@@ -48,9 +60,12 @@ class Member:
         self.optimizer = Optimizer(self.weights, self.family.unit_decoder, run.clip_norm)
         self.sparsity = Sparsity(config, steps, ranks.device)
         has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
-        self.chooses = has_sparse and run.step == "auto" and ranks.device.type == "cpu"
+        where = ranks.device.type
+        self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or has_kernels(where))
         self.sparse = has_sparse and run.step == "sparse"
         """Whether steps are computed from open gates alone."""
+        if has_sparse and run.step != "dense" and where == "cuda" and not has_kernels(where) and ranks.leads:
+            say_no_triton()
         self.diverged: int | None = None
         """The step after which its loss was seen not to be finite. It is left alone from there on."""
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=ranks.device)
@@ -82,7 +97,7 @@ class Member:
         if isinstance(self.config, Thresholded) and self.config.reset_every and done % self.config.reset_every == 0:
             self.reset_(x, done)
         if self.chooses and done % DECIDE_EVERY == 0:
-            self.sparse = self.sparsity.l0.item() < SPARSE_BELOW * self.config.d_sae
+            self.sparse = self.sparsity.l0.item() < SPARSE_BELOW[x.device.type] * self.config.d_sae
         if done % REVIVE_EVERY == 0:
             self.optimizer.revive_(self.generator)
         return measured

@@ -3,10 +3,14 @@
 Once L0 is far below d_sae, of the seven products of `GatedFamily.gradients` only u = (x - b_dec) W_encᵀ needs every
 latent: where no gate is open every other term is zero, in the code as in the auxiliary path. The open entries are found
 once a step, in two orders, by latent and by token; each remaining product is a weighted sum of rows or one dot product
-an entry. Equal to the dense form up to the order of sums. Unit decoders only: the gradient of a free one is dense.
+an entry: Triton kernels on CUDA (`train/sae/kernels.py`), `embedding_bag` and its derivative elsewhere. Equal to the
+dense form up to the order of sums. Unit decoders only: the gradient of a free one is dense.
 """
 
+import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 import torch
@@ -34,21 +38,33 @@ class Open:
     token_starts: Int[Tensor, " batch"]
     latent_starts: Int[Tensor, " d_sae"]
 
-    def sum_by_token(self, weight: Float[Tensor, " n"], rows: Float[Tensor, "d_sae d_in"]) -> Tensor:
-        """Σ over a token's entries of weight · the latent's row: [batch, d_in]."""
-        which = self.latent[self.by_token]
-        return embedding_bag(which, rows, self.token_starts, mode="sum", per_sample_weights=weight[self.by_token])
+    def sum_by_token(
+        self, weights: Sequence[Float[Tensor, " n"]], rows: Float[Tensor, "d_sae d_in"]
+    ) -> list[Float[Tensor, "batch d_in"]]:
+        """For one or two weights: Σ over a token's entries of weight · the latent's row."""
+        ordered = [weight[self.by_token] for weight in weights]
+        return sum_rows(self.latent[self.by_token], self.token_starts, ordered, [rows] * len(weights))
 
-    def sum_by_latent(self, weight: Float[Tensor, " n"], rows: Float[Tensor, "batch d_in"]) -> Tensor:
-        """Σ over a latent's entries of weight · the token's row: [d_sae, d_in]."""
-        return embedding_bag(self.token, rows, self.latent_starts, mode="sum", per_sample_weights=weight)
+    def sum_by_latent(
+        self, weights: Sequence[Float[Tensor, " n"]], rows: Sequence[Float[Tensor, "batch d_in"]]
+    ) -> list[Float[Tensor, "d_sae d_in"]]:
+        """For one or two weights, each with rows of its own: Σ over a latent's entries of weight · the token's row."""
+        return sum_rows(self.token, self.latent_starts, weights, rows)
 
-    def dots(self, tokens: Float[Tensor, "batch d_in"], latents: Float[Tensor, "d_sae d_in"]) -> Float[Tensor, " n"]:
-        """The product of each entry's two rows; what the derivative of `embedding_bag` by its weights is."""
-        product: Tensor = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            latents, tokens, self.token, self.latent_starts, self.latent, 0
-        )
-        return product
+    def dots(
+        self, tokens: Sequence[Float[Tensor, "batch d_in"]], latents: Float[Tensor, "d_sae d_in"]
+    ) -> list[Float[Tensor, " n"]]:
+        """For one or two tables of tokens' rows: the product of each entry's row there and its latent's row."""
+        if has_kernels(self.u.device.type):
+            from train.sae.kernels import dot_rows
+
+            return dot_rows(self.by_token, self.token, self.latent, tokens, latents)
+        return [
+            torch.ops.aten._embedding_bag_per_sample_weights_backward(
+                latents, table, self.token, self.latent_starts, self.latent, 0
+            )  # what the derivative of `embedding_bag` by its weights is
+            for table in tokens
+        ]
 
     def total(self, value: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:
         """Sums over each latent's entries."""
@@ -63,6 +79,27 @@ class Open:
         )
 
 
+@cache
+def has_kernels(device: str) -> bool:
+    """Whether Triton computes the sums on this kind of device: on CUDA, where it is installed."""
+    return device == "cuda" and importlib.util.find_spec("triton") is not None
+
+
+def sum_rows(
+    index: Int[Tensor, " n"],
+    starts: Int[Tensor, " segments"],
+    weights: Sequence[Float[Tensor, " n"]],
+    rows: Sequence[Float[Tensor, "height d_in"]],
+) -> list[Float[Tensor, "segments d_in"]]:
+    """For each weight: Σ over each segment's entries of weight · the row that `index` names."""
+    if has_kernels(index.device.type):
+        from train.sae import kernels
+
+        return kernels.sum_rows(index, starts, weights, rows)
+    pairs = zip(weights, rows, strict=True)
+    return [embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight) for weight, table in pairs]
+
+
 def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch d_in"]) -> Open:
     """`low` is x - b_dec, in the type that products are taken in."""
     batch, d_sae = len(low), len(w.W_enc)
@@ -74,9 +111,8 @@ def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch
         latent, token = above(family, u, w.theta[:, rows]).nonzero(as_tuple=True)
         found.append((latent + first, token, u[latent, token]))
     latent, token, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return Open(
-        latent, token, values, torch.argsort(token, stable=True), starts(token, batch), starts(latent, d_sae)
-    )  # fmt: skip
+    by_token = torch.argsort(token, stable=True)
+    return Open(latent, token, values, by_token, starts(token[by_token], batch), starts(latent, d_sae))
 
 
 def above(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]) -> Tensor:
@@ -88,10 +124,9 @@ def above(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[T
     return (u > theta[0][:, None]) | (u < -theta[1][:, None])
 
 
-def starts(index: Int[Tensor, " n"], size: int) -> Int[Tensor, " size"]:
-    """Where each value's entries begin once ordered by value."""
-    ends = torch.bincount(index, minlength=size).cumsum(0)
-    return torch.cat([torch.zeros_like(ends[:1]), ends[:-1]])
+def starts(ordered: Int[Tensor, " n"], size: int) -> Int[Tensor, " size"]:
+    """Where each value's entries begin. Never waits for the device."""
+    return torch.searchsorted(ordered, torch.arange(size, device=ordered.device))
 
 
 def of_entries(scalars: Float[Tensor, "poles d_sae"], entries: Open) -> Float[Tensor, " n"]:
@@ -113,18 +148,20 @@ def sparse_gradients(
     f = torch.relu(scale * a + of_entries(w.b, at))
     active = f.sign()
 
-    error = at.sum_by_token(f * sign, w.W_dec) - centred
-    to_magnitude = at.dots(error, w.W_dec) * sign * active * (2 / batch)
-    to_gate = torch.full_like(a, float(now.sparsity) / batch)
+    codes = [f * sign, g * sign] if family.config.aux else [f * sign]
+    error, *aux_error = [decoded.sub_(centred) for decoded in at.sum_by_token(codes, w.W_dec)]
+    of_error, *of_aux_error = at.dots([error, *aux_error], w.W_dec)
+    to_magnitude = of_error * sign * active * (2 / batch)
+    to_gate = torch.zeros_like(a) + now.sparsity / batch
     auxiliary = torch.zeros((), device=x.device)
-    if family.config.aux:
-        aux_error = at.sum_by_token(g * sign, w.W_dec) - centred
-        to_gate += at.dots(aux_error, w.W_dec) * sign * (2 / batch)
-        auxiliary = aux_error.square().sum() / batch
+    if aux_error:
+        to_gate += of_aux_error[0] * sign * (2 / batch)
+        auxiliary = aux_error[0].square().sum() / batch
     to_u = (to_gate + scale * to_magnitude) * sign
+    to_W_enc, to_W_dec = at.sum_by_latent([to_u, codes[0] * (2 / batch)], [centred, error])
     grads = GatedWeights(
-        W_enc=at.sum_by_latent(to_u, centred),
-        W_dec=at.sum_by_latent(f * sign * (2 / batch), error),
+        W_enc=to_W_enc,
+        W_dec=to_W_dec,
         b_dec=error.sum(0) * (2 / batch) - at.total(to_u) @ w.W_enc,
         theta=-at.total_by_pole(to_gate, len(w.theta)),
         r=torch.exp(w.r) * at.total_by_pole(to_magnitude * a, len(w.r)),
