@@ -557,25 +557,36 @@ def bench_train(
     l0: Annotated[int, typer.Option(min=1, help="Active latents a token.")] = 32,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many steps.")] = 5,
+    device: Device = None,
+    peer_python: Annotated[
+        list[str] | None,
+        typer.Option(help="Python of an environment with sae-lens, dictionary-learning or both. Repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """A training step in three forms, one pass against separate runs, waiting for data; on this machine's CPU."""
+    """A training step in three forms and by other tools, one pass against separate runs, waiting for data."""
     import tempfile
 
     from harvest.run import harvest as run_harvest
     from shared.config import HarvestConfig
+    from shared.device import pick_device
     from shared.errors import UserError
     from shared.progress import hush, progress
-    from train.bench_train import Plan
+    from train.bench_peers import find_peers
+    from train.bench_steps import Plan
     from train.bench_train import bench_train as measure
 
     if precision not in ("float32", "bfloat16"):
         raise UserError(f"--precision {precision}: expected float32 or bfloat16")
-    plan = Plan(width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000)
+    on = pick_device(device or "auto")
+    peers = find_peers(peer_python or [], precision, on)
+    plan = Plan(
+        width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000, device=on, peers=peers
+    )
     with tempfile.TemporaryDirectory() as folder, progress("bench", plan.runs, "runs") as advance:
         if store is None:
             with hush():
-                asked = HarvestConfig(model="tiny", hooks=("mlp_out",), tokens=262_144, out=folder)
+                asked = HarvestConfig(model="tiny", hooks=("mlp_out",), tokens=262_144, device=on, out=folder)
                 store = str(run_harvest(asked).store)
         command = [sys.executable, str(Path(__file__).resolve())]
         report = measure(store, hook, Path(folder) / "runs", plan, command, advance)
@@ -583,7 +594,10 @@ def bench_train(
     def text() -> None:
         print_table(f"Median over {rounds} rounds", report.table)
         for name, value in report.ratios.items():
-            typer.echo(f"{name:28} {value}")
+            if value is not None:
+                typer.echo(f"{name:40} {value}")
+        for name, why in peers.left_out.items():
+            typer.echo(f"{name} was not measured: {why}")
 
     show({**report.ratios, **report.raw}, as_json, text)
 

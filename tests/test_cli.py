@@ -164,8 +164,10 @@ def test_bench_train_prints_its_ratios(sagsae: Sagsae) -> None:
     done = sagsae("bench", "train", "--rounds", "1", "--width", "256", "--batch", "256", "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    promised = "sparse_vs_dense_256 dense_vs_autograd_256 one_pass_vs_separate".split()
+    promised = "sparse_vs_dense_256 dense_vs_autograd_256 products_share_256 one_pass_vs_separate".split()
     assert all(found[key] > 0 for key in promised)
+    assert (found["saelens_vs_sparse_256"], found["dictionary_learning_vs_dense_256"]) == (None, None)
+    assert (list(found["peers_left_out"]), found["peers"]) == (["saelens", "dictionary_learning"], {})
     assert 0 <= found["data_wait_share"] < 1
     assert {"step, sparse, d_sae 256", "step, autograd, d_sae 256"} <= {row["what"] for row in found["figures"]}
     assert sagsae("bench", "train", "--precision", "float8").returncode == 2

@@ -1,6 +1,7 @@
 """Who may import what. An import that points the wrong way is the first step of a tangle."""
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,8 @@ DOORS = {
     "accelerate": {"train/ranks.py"},
     "triton": {"train/sae/kernels.py"},
     "typer": {"cli.py"},
+    "sae_lens": {"train/bench_runner.py"},
+    "dictionary_learning": {"train/bench_runner.py"},
 }
 
 
@@ -43,6 +46,11 @@ def test_imports_point_downwards(path: Path) -> None:
     assert not used & FORBIDDEN.get(name.split("/")[0], set())
     for library, allowed in DOORS.items():
         assert library not in used or name in allowed, f"{library} is imported outside {allowed}"
+
+
+def test_what_runs_in_another_environment_needs_nothing_of_this_one() -> None:
+    used = imports(ROOT / "train" / "bench_runner.py") - set(sys.stdlib_module_names)
+    assert used == {"torch", "safetensors", "sae_lens", "dictionary_learning"}
 
 
 def test_order_and_mathematics_know_no_ranks() -> None:

@@ -1,0 +1,148 @@
+"""A training step of another tool's Gated autoencoder, timed, as often as it is asked for.
+
+bench_peers.py starts this file by its path, with the interpreter of an environment that has the tool. It imports that
+tool, torch and safetensors, and nothing of sagsae.
+
+    python bench_runner.py versions              prints {package: version, or null where it is not installed}
+    python bench_runner.py saelens SETTINGS      JSON: rows (a safetensors file with x), l0, precision, device, threads
+
+Then every line of JSON on stdin is answered by one on stdout. {"d_sae": 4096} makes an autoencoder and gives the L0
+that its gates are set to; {"step": 0} does that step on all rows and gives its seconds. It ends when stdin does.
+"""
+
+import gc
+import json
+import os
+import sys
+import time
+from contextlib import nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("sae-lens", "dictionary-learning", "torch", "safetensors")
+L1, LR = 0.1, 1e-12
+"""The learning rate is next to nothing, so that as many latents stay active."""
+
+
+class SAELens:
+    """SAETrainer.step, which `fit` calls: forward and backward pass, gradients clipped, Adam, counts of firings."""
+
+    def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
+        from sae_lens import GatedTrainingSAE, GatedTrainingSAEConfig
+        from sae_lens.config import LoggingConfig, SAETrainerConfig
+        from sae_lens.training.sae_trainer import SAETrainer
+
+        batch, d_in = x.shape
+        config = GatedTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1, device=settings["device"])
+        sae = GatedTrainingSAE(config)
+        asked = SAETrainerConfig(
+            total_training_samples=10**6 * batch, train_batch_size_samples=batch, lr=LR, lr_end=LR,
+            device=settings["device"], autocast=settings["precision"] == "bfloat16",
+            logger=LoggingConfig(log_to_wandb=False),
+        )  # fmt: skip
+        self.trainer = SAETrainer(asked, sae, iter(()))
+        self.l0 = set_gates(sae.b_gate, x[:64] @ sae.W_enc, settings["l0"])
+
+    def step(self, number: int, x: Any) -> None:
+        self.trainer.n_training_steps = number
+        self.trainer.step(x)
+
+
+class DictionaryLearning:
+    """GatedSAETrainer.update, in the surroundings that `trainSAE` gives it."""
+
+    def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
+        import torch
+        from dictionary_learning.trainers.gdm import GatedSAETrainer
+
+        self.trainer = GatedSAETrainer(
+            steps=10**6, activation_dim=x.shape[1], dict_size=d_sae, layer=0, lm_name="", lr=LR, l1_penalty=L1,
+            warmup_steps=0, sparsity_warmup_steps=None, device=settings["device"],
+        )  # fmt: skip
+        self.low = torch.bfloat16 if settings["precision"] == "bfloat16" else None
+        ae = self.trainer.ae
+        self.l0 = set_gates(ae.gate_bias, (x[:64] - ae.decoder_bias) @ ae.encoder.weight.T, settings["l0"])
+
+    def step(self, number: int, x: Any) -> None:
+        import torch
+
+        kind = x.device.type
+        with nullcontext() if self.low is None else torch.autocast(device_type=kind, dtype=self.low):
+            self.trainer.update(number, x if self.low is None else x.to(self.low))
+
+
+TOOLS: dict[str, type[SAELens] | type[DictionaryLearning]] = {
+    "saelens": SAELens,
+    "dictionary_learning": DictionaryLearning,
+}
+
+
+def set_gates(bias: Any, pre: Any, l0: int) -> float:
+    """The one value of the gates' bias at which `l0` latents a row are open, given pre-activations without it [rows,
+    d_sae]; gives how many are."""
+    values = pre.detach().flatten()
+    threshold = values.kthvalue(max(1, len(values) - l0 * len(pre))).values
+    bias.data.fill_(-threshold)
+    return float((values > threshold).sum()) / len(pre)
+
+
+def versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def serve(name: str, settings: dict[str, Any], answers: Any) -> None:
+    import torch
+    from safetensors.torch import load_file
+
+    torch.set_num_threads(settings["threads"])
+    torch.manual_seed(0)
+    device = torch.device(settings["device"])
+    x = load_file(settings["rows"])["x"].to(device)
+    tool: SAELens | DictionaryLearning | None = None
+    for line in sys.stdin:
+        asked = json.loads(line)
+        if "d_sae" in asked:
+            tool = None  # frees the one before
+            tool = TOOLS[name](x, asked["d_sae"], settings)
+            answer = {"l0": tool.l0}
+        else:
+            assert tool is not None
+            gc.collect()
+            wait(device)
+            started = time.perf_counter()
+            tool.step(asked["step"], x)
+            wait(device)
+            answer = {"seconds": time.perf_counter() - started}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def wait(device: Any) -> None:
+    """Until the device has done all that it was given."""
+    import torch
+
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
+
+
+def main() -> None:
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [place for place in sys.path if place != here]  # sagsae's modules must not pass for the tool's
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what the tools print is no answer
+    if sys.argv[1] == "versions":
+        answers.write(json.dumps(versions()) + "\n")
+        answers.flush()
+    else:
+        serve(sys.argv[1], json.loads(sys.argv[2]), answers)
+
+
+if __name__ == "__main__":
+    main()
