@@ -558,6 +558,9 @@ def bench_train(
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many steps.")] = 5,
     device: Device = None,
+    compiled: Annotated[
+        bool | None, typer.Option("--compiled/--no-compiled", help="The compiled dense step, too. Default: on a GPU.")
+    ] = None,
     peer_python: Annotated[
         list[str] | None,
         typer.Option(help="Python of an environment with sae-lens, dictionary-learning or both. Repeatable."),
@@ -581,8 +584,9 @@ def bench_train(
     on = pick_device(device or "auto")
     peers = find_peers(peer_python or [], precision, on)
     plan = Plan(
-        width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000, device=on, peers=peers
-    )
+        width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000, device=on, peers=peers,
+        compiled=on != "cpu" if compiled is None else compiled,
+    )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, progress("bench", plan.runs, "runs") as advance:
         if store is None:
             with hush():

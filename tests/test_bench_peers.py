@@ -216,7 +216,7 @@ def test_no_process_is_left(tools: Path, settings: dict[str, Any]) -> None:  # n
 
 
 def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  # noqa: ARG001
-    plan = Plan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"))
+    plan = Plan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"), False)
     notes: list[str] = []
     found = step_seconds(store, "layer_01/mlp_out", tmp_path / "new", plan, lambda _, note: notes.append(note))
     kinds = ["sparse", "dense", "autograd", "products", "saelens", "dictionary_learning"]

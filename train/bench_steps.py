@@ -28,8 +28,9 @@ from train.sae.base import Now
 from train.sae.gated import pre_activations
 
 Advance = Callable[[int, str], None]
-KINDS = ("sparse", "dense", "autograd", "products")
-"""Steps of ours, and the matrix products of the dense one without the rest."""
+KINDS = ("sparse", "dense", "compiled", "autograd", "products")
+"""Steps of ours (compiled: the dense one through torch.compile), and the matrix products of the dense one without the
+rest."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +48,16 @@ class Plan:
     """Training tokens of each of them."""
     device: str
     peers: Peers
+    compiled: bool
+    """Whether the compiled step is measured, too."""
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in KINDS if kind != "compiled" or self.compiled]
 
     @property
     def runs(self) -> int:
-        steps = len(KINDS) + len(self.peers.found)
+        steps = len(self.kinds) + len(self.peers.found)
         return (self.rounds + 1) * len(self.widths) * steps + 2 * (self.rounds // 2 + 1)
 
     @property
@@ -105,18 +112,17 @@ def our_steps(
 ) -> dict[str, Callable[[int], float]]:
     """What does one step on x, in units of unit variance, and gives its seconds."""
     sae = sae_config(arch="sa-gsae", d_sae=width, sparsity=0.1)
-    members = {kind: make_member(store, hook, sae, kind, plan) for kind in ("sparse", "dense", "autograd")}
+    members = {kind: make_member(store, hook, sae, kind, plan) for kind in plan.kinds if kind != "products"}
     u = pre_activations(members["dense"].weights, x[:64]).abs().flatten()
     theta = u.kthvalue(max(1, 64 * (width - plan.l0))).values
     for member in members.values():
         member.weights.theta.fill_(theta)  # type: ignore[attr-defined]
     work: dict[str, Callable[[], object]] = {
-        "sparse": partial(members["sparse"].step_, x, 0),
-        "dense": partial(members["dense"].step_, x, 0),
+        **{kind: partial(member.step_, x, 0) for kind, member in members.items()},
         "autograd": partial(by_autograd, members["autograd"], x),
         "products": products(x, width, plan.matmul),
     }
-    return {kind: partial(clocked, work[kind], x.device) for kind in KINDS}
+    return {kind: partial(clocked, work[kind], x.device) for kind in plan.kinds}
 
 
 def clocked(work: Callable[[], object], device: torch.device, number: int) -> float:  # noqa: ARG001 (in_turns calls it)
@@ -154,7 +160,7 @@ def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: Plan) 
     step = "sparse" if kind == "sparse" else "dense"
     config = TrainConfig(
         store=store.location, hook=hook, saes=(sae,), batch=plan.batch, streams=1, step=step, lr=1e-12,
-        precision=plan.precision, device=plan.device,
+        precision=plan.precision, device=plan.device, compile=kind == "compiled",
     )  # fmt: skip
     return Member(sae, config, 1000, plan.matmul, store.statistics(hook), Ranks(torch.device(plan.device)))
 

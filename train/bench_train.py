@@ -43,6 +43,7 @@ def bench_train(place: str, hook: str, folder: Path, plan: Plan, command: Sequen
     ratios: dict[str, float | None] = {}
     for width, found in steps.items():
         ratios[f"sparse_vs_dense_{width}"] = against(found, "dense", "sparse")
+        ratios[f"sparse_vs_compiled_{width}"] = against(found, "compiled", "sparse")
         ratios[f"dense_vs_autograd_{width}"] = against(found, "autograd", "dense")
         for peer in PACKAGES:
             for ours in ("sparse", "dense"):
