@@ -17,6 +17,8 @@ DOORS = {
     "transformer_lens": {"shared/bridge.py"},
     "accelerate": {"train/ranks.py"},
     "typer": {"cli.py"},
+    "wandb": {"train/track.py"},
+    "tensorboard": set(),  # through accelerate
 }
 
 
