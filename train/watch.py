@@ -1,10 +1,10 @@
 """What a terminal shows of a run under the bar: its autoencoders, as of the newest line of metrics.jsonl."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
@@ -33,7 +33,7 @@ class LiveTable:
                 self.diverged.setdefault(name, f"diverged by step {line['step']:,}")
         self.line = line
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text | Table]:
         if self.line is None:
             return
         line, room = self.line, max(1, console.height - OTHER_LINES)
