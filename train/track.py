@@ -57,7 +57,7 @@ class Tracking:
         try:
             self.told = self.ranks.trackers(self.folder.path, settings)
         except wandb_errors(self.names) as error:
-            return f"--track wandb: {error}"
+            return f"--track wandb: {str(error).rstrip('.')}. Leave WANDB_MODE unset to keep it on this machine"
         for tracker in self.told.trackers:
             if tracker.name == "wandb":
                 tracker.store_init_configuration(self.identity)

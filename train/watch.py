@@ -48,7 +48,7 @@ class LiveTable:
             table.add_column(column, justify="right", no_wrap=True)
         table.add_column("")
         for name in self.names[:room]:
-            table.add_row(name, *self.cells(name, line["saes"]))
+            table.add_row(Text(name), *self.cells(name, line["saes"]))
         yield table
         if len(self.names) > room:
             yield Text(f"and {len(self.names) - room} more", style="dim")
