@@ -27,7 +27,9 @@ class Tracking:
     """Begun with the first line: a run that is refused at its first step leaves nothing behind. Without names it does
     nothing."""
 
-    def __init__(self, names: Sequence[str], folder: RunFolder, identity: dict[str, Any], start: int, ranks: Ranks):
+    def __init__(
+        self, names: Sequence[str], folder: RunFolder, identity: dict[str, Any], start: int, ranks: Ranks
+    ) -> None:
         """`identity`: the resolved configuration. `start`: the steps made so far; lines after it are made anew."""
         self.names, self.folder, self.identity, self.start, self.ranks = names, folder, identity, start, ranks
         self.begun = False
