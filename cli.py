@@ -163,6 +163,9 @@ def train(
     parallel: Annotated[
         str | None, typer.Option(help="What processes share: data (each batch), sweep (the autoencoders), or auto.")
     ] = None,
+    track: Annotated[
+        list[str] | None, typer.Option(help="tensorboard, wandb (offline unless WANDB_MODE is set). Repeatable.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
@@ -184,7 +187,7 @@ def train(
     flags = {
         "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "parallel": parallel,
         "lr": lr[0] if lr and not rates else None, "device": device, "out": out, "overwrite": overwrite or None,
-        "follow": follow or None,
+        "follow": follow or None, "track": track,
     }  # fmt: skip
     resolved = resolve(TrainConfig, flags, config, settings)
     if processes > 1 and not launched(processes):

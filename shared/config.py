@@ -181,6 +181,9 @@ class TrainConfig(Frozen):
     """Steps between checkpoints."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics.jsonl."""
+    track: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Experiment trackers that are told each line of metrics.jsonl, in the run's folder (docs/training.md). wandb stays
+    offline unless WANDB_MODE says otherwise."""
     out: Path | None = None
     """The run's folder. Default: runs/NAME, where NAME follows from the store and this configuration."""
     overwrite: bool = False

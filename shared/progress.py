@@ -2,11 +2,11 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Final
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 SECONDS_BETWEEN_LINES: Final = 30.0
@@ -33,13 +33,27 @@ def say(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
+class BarAbove(Progress):
+    """A bar with something of its own below it."""
+
+    below: RenderableType | None = None
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        if self.below is not None:
+            yield self.below
+
+
 @contextmanager
-def progress(title: str, total: int, unit: str, *, shown: bool = True) -> Iterator[Callable[[int, str], None]]:
-    """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes."""
+def progress(
+    title: str, total: int, unit: str, *, shown: bool = True, below: RenderableType | None = None
+) -> Iterator[Callable[[int, str], None]]:
+    """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes. `below`: what a
+    terminal shows under the bar, drawn anew as it changes."""
     if hushed or not shown:
         yield lambda n, note: None  # noqa: ARG005
     elif sys.stderr.isatty():
-        with Progress(
+        with BarAbove(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -49,6 +63,7 @@ def progress(title: str, total: int, unit: str, *, shown: bool = True) -> Iterat
             TimeRemainingColumn(),
             console=Console(stderr=True),
         ) as bar:
+            bar.below = below
             task = bar.add_task(title, total=total, note="")
             yield lambda n, note: bar.update(task, advance=n, note=note)
     else:

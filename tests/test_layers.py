@@ -21,6 +21,8 @@ DOORS = {
     "typer": {"cli.py"},
     "sae_lens": {"train/bench_runner.py"},
     "dictionary_learning": {"train/bench_runner.py"},
+    "wandb": {"train/track.py"},
+    "tensorboard": set(),  # through accelerate
 }
 
 

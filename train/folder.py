@@ -8,6 +8,7 @@ metrics.jsonl    a line every `log_every` steps
 segments.jsonl   with --follow: which shards were read in which pass
 checkpoints/     the newest two states, from which an interrupted run goes on; in each, saes/NAME as it was then
 saes/NAME/       each trained autoencoder; evaluation.json what they are worth
+tensorboard/ wandb/   with --track: what the trackers were told
 """
 
 import json
@@ -24,7 +25,7 @@ from shared.files import LOCK_FILE, write_file
 from shared.record import write_json
 from shared.schema import build
 
-FREE: Final = {"out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every"}
+FREE: Final = {"out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every", "track"}
 """Settings that may differ when a run goes on: they do not change what is trained."""
 OURS: Final = {
     LOCK_FILE,
@@ -36,6 +37,8 @@ OURS: Final = {
     "checkpoints",
     "saes",
     "segments.jsonl",
+    "tensorboard",
+    "wandb",
 }
 """All that a run puts into its folder, and all that is ever deleted there."""
 

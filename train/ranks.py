@@ -1,15 +1,18 @@
 """The processes of one training, and what they tell one another. The one door to accelerate."""
 
 import copy
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final, TypeVar
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
 T = TypeVar("T")
+TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
 
 
 class Ranks:
@@ -73,6 +76,15 @@ class Ranks:
         gathered: list[Any] = [None] * self.count
         torch.distributed.all_gather_object(gathered, value)
         return gathered
+
+    def trackers(self, folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> Accelerator:
+        """Begins the experiment trackers named, each with its settings; for rank 0. `log(values, step)` of what is
+        returned tells all of them. To end them, finish each of its `trackers`: its `end_training` would also end the
+        process group, which is still needed."""
+        made = [TRACKERS[name](**values) for name, values in settings.items()]
+        accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=made, project_dir=folder)
+        accelerator.init_trackers("sagsae")
+        return accelerator
 
 
 def pairwise(parts: Sequence[Tensor]) -> Tensor:

@@ -36,6 +36,8 @@ from train.resume import checkpoint, restore, save_as_it_is
 from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
 from train.sweep import shared_out
+from train.track import Tracking, check_installed
+from train.watch import LiveTable
 
 AGREE_EVERY: Final = 10
 """Steps between the moments at which several ranks agree to stop."""
@@ -60,6 +62,7 @@ class Summary:
 
 def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
+    check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
     reuse_memory(ranks.device)
     shares = shared_out(config, ranks.count)
@@ -136,16 +139,24 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
         f"{job.folder.path}: {many} autoencoder{'' if many == 1 else 's'}, {job.steps * config.batch:,} tokens "
         f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
-    started, waiting = time.monotonic(), 0.0
+    started = time.monotonic()
 
     def elapsed() -> float:
         return before + time.monotonic() - started
 
+    def rate(done: int) -> float:
+        return config.batch * (done - start) / (time.monotonic() - started)
+
+    def waiting() -> float:
+        return stream.waited / (time.monotonic() - started)
+
     loader = Loader(job.passes, job.streams, config.verify, device)
+    table = LiveTable([sae.name for sae in config.saes], job.steps)
     with (
+        closing(Tracking(config.track, job.folder, job.identity, start, ranks)) as tracking,
         stop_requests() as stop_asked,
         closing(BatchStream(loader, shares, config.batch // job.streams, positions, stop_asked)) as stream,
-        progress("train", job.steps - start, "steps") as advance,
+        progress("train", job.steps - start, "steps", shown=ranks.leads, below=table) as advance,
         torch.no_grad(),
     ):
         for step in range(start, job.steps):
@@ -164,15 +175,16 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
                 line = log_line(job, measured, done, elapsed(), ranks, sweep)
                 if ranks.leads:
                     job.folder.log(line)
+                seen = {**line, "tokens_per_second": rate(done), "waiting_for_data": waiting()}
+                table.update(seen)
+                tracking.log(seen)
             stop = agree(stop_asked(), done, ranks)
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
                 checkpoint(job, members, stream, done, elapsed(), ranks, sweep)
             if stop and done < job.steps:
                 raise interrupted(job, done)
-            seconds = time.monotonic() - started
-            rate, waiting = config.batch * (done - start) / seconds, stream.waited / seconds
-            advance(1, f"{rate:,.0f} tokens/s, waiting for data {waiting:.0%}")
-    return job.steps - start, elapsed(), waiting
+            advance(1, f"{rate(done):,.0f} tokens/s, waiting for data {waiting():.0%}")
+        return job.steps - start, elapsed(), waiting()
 
 
 def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks: Ranks) -> None:
