@@ -76,6 +76,7 @@ class Member:
         trained = {name: getattr(grads, name) for name in self.weights.trained()}
         trained, measured = self.agreed(trained, measured)
         self.optimizer.step_(trained, self.lr(step))
+        self.optimizer.adam.zero_grad()  # or the gradients of every autoencoder of the run would stay
         self.family.constrain_(self.weights)
         self.family.absorb_(self.weights, measured)
         self.sparsity.observe_(step, measured.l0)
