@@ -28,7 +28,7 @@ def parse_bytes(text: str) -> int:
 def in_words(size: int) -> str:
     """Three digits, in units of 1000."""
     power = min(4, (len(str(size)) - 1) // 3)
-    return f"{size / 1000**power:,.3g} {('', 'K', 'M', 'G', 'T')[power]}B"
+    return f"{float(f'{size / 1000**power:.3g}'):,g} {('', 'K', 'M', 'G', 'T')[power]}B"
 
 
 def free_memory(device: "torch.device") -> int | None:
