@@ -98,7 +98,9 @@ def test_waves_end_with_the_bits_of_one_stack(train_config: Config, tmp_path: Pa
     config = train_config(saes=SAES, out=tmp_path / "whole")
     whole = run_train(config)
     said = capsys.readouterr().err
-    assert re.search(r"whole: memory of the cpu: [\d.]+ KB; .* are there\n +weights .*, moments .*, activations", said)
+    assert re.search(
+        r"whole: takes [\d.]+ KB of cpu memory; [\d.]+ GB may be taken\n +weights .*, moments .*, activations", said
+    )
     assert "They do not fit" not in said
     assert waves_of(whole.run) == [NAMES]
     config = in_two(config.model_copy(update={"out": tmp_path / "waves"}))
@@ -122,7 +124,7 @@ def test_waves_end_with_the_bits_of_one_stack(train_config: Config, tmp_path: Pa
 
 
 def test_stopped_in_any_wave_it_ends_with_the_same_bits(
-    train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     config = in_two(train_config(saes=SAES))
     whole = run_train(config.model_copy(update={"out": tmp_path / "whole"})).run
@@ -143,10 +145,11 @@ def test_stopped_in_any_wave_it_ends_with_the_same_bits(
                 patch.setattr(train.run, "save_saes", die)
             with pytest.raises((Interrupted, KeyboardInterrupt)) as stopped:
                 run_train(here)
+        wave, step = (1, stop_after) if stop_after <= 20 else (2, stop_after - 20)
         if stop_after != 20:
-            wave, step = (1, stop_after) if stop_after < 20 else (2, stop_after - 20)
             assert f"wave {wave} of 2: stopped after step {step}. To continue" in str(stopped.value)
         run = run_train(here.model_copy(update={"memory": "auto"})).run
+        assert f"wave {wave} of 2: going on after step {step}" in capsys.readouterr().err
         assert waves_of(run) == waves_of(whole), "planned when the run began, whatever there is now"
         assert weights_of(run) == weights_of(whole), stop_after
         assert lines_of(run) == lines_of(whole), stop_after
@@ -161,7 +164,9 @@ def test_a_run_goes_on_in_its_waves_or_says_that_they_do_not_fit(
         with pytest.raises(Interrupted):
             run_train(config)
     before = contents(config.out or Path())
-    with pytest.raises(UserError, match=r"wave 1 of sa-gsae-48.*: training takes .* are allowed.*--set memory=BYTES"):
+    with pytest.raises(
+        UserError, match=r"wave 1 of sa-gsae-48.*: training takes .* may be taken \(memory\).*--set memory"
+    ):
         run_train(config.model_copy(update={"memory": 10_000}))
     assert contents(config.out or Path()) == before
 
@@ -172,7 +177,15 @@ def test_one_that_does_not_fit_even_alone(train_config: Config, tmp_path: Path) 
     with pytest.raises(UserError) as refused:
         run_train(config.model_copy(update={"memory": room}))
     assert str(refused.value).startswith(f"{NAMES[0]}: training takes ")
-    for part in ("weights ", "activations ", "reader ", "allowed", "d_sae", "--batch (64)", "window_rows (1024)"):
+    for part in (
+        "weights ",
+        "activations ",
+        "reader ",
+        "may be taken (memory)",
+        "d_sae",
+        "--batch (64)",
+        "window_rows (1024)",
+    ):
         assert part in str(refused.value)
     assert not (tmp_path / "run").exists(), "before anything is written"
 
@@ -279,7 +292,7 @@ def test_waves_of_two_processes(
     for done in (sagsae(*command(one, 64 * 120)), sagsae(*command(two, 64 * 120, *sweep))):
         assert done.returncode == 0, done.stderr
     assert [len(wave) for wave in waves_of(two)] == [2, 1]
-    assert "memory of the cpu a process" in done.stderr
+    assert "of cpu memory in a process" in done.stderr
     killed = sagsae(
         *command(both, 64 * 120, *sweep[-2:]),
         stop=(signal.SIGKILL, lambda: any(both.glob("checkpoints/step-00000170"))),

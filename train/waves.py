@@ -96,9 +96,9 @@ def packed(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes
 
 def in_short(job: Job, need: Need, room: int | None, ranks: Ranks) -> str:
     """What the whole run takes, part by part, against what there is."""
-    each = " a process" if ranks.count > 1 else ""
+    each = " in a process" if ranks.count > 1 else ""
     there = "how much is free is not known" if room is None else f"{in_words(room)} {source(job)}"
-    return f"{job.folder.path}: memory of the {ranks.device.type}{each}: {in_words(need.total)}; {there}\n  {need}"
+    return f"{job.folder.path}: takes {in_words(need.total)} of {ranks.device.type} memory{each}; {there}\n  {need}"
 
 
 def in_waves(waves: Sequence[Saes], begun: bool) -> str:
@@ -108,7 +108,7 @@ def in_waves(waves: Sequence[Saes], begun: bool) -> str:
 
 
 def source(job: Job) -> str:
-    return "are there" if job.config.memory == "auto" else "are allowed (memory)"
+    return "may be taken" + ("" if job.config.memory == "auto" else " (memory)")
 
 
 def too_large(job: Job, wave: Saes, need: Need, room: int, which: str) -> UserError:
