@@ -71,7 +71,7 @@ for name, d_in, d_sae, rows, *rest in json.loads(sys.argv[1]):
 print(json.dumps(found))
 """
 SHAPES = {
-    "float32": {"wide": (16, 8192, 512), "deep": (512, 4096, 32)},
+    "float32": {"wide": (16, 4096, 512), "deep": (512, 4096, 32)},
     "bfloat16": {"wide": (16, 4096, 256), "deep": (128, 4096, 16)},
 }
 """(d_in, d_sae, rows): where activations are most of it, and where matrices of weights are. On a CPU without bfloat16
