@@ -9,12 +9,23 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
 from shared.synthetic import Synthetic
 
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
+
+
+def memory_of(value: object) -> object:
+    """`auto`, or a number of bytes from its text."""
+    if isinstance(value, str) and value != "auto":
+        value = parse_bytes(value)
+    if isinstance(value, int) and value < 1:
+        raise ValueError("expected auto, or at least one byte")
+    return value
+
 
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
 DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
@@ -175,6 +186,9 @@ class TrainConfig(Frozen):
     Batches stay as well mixed with 1 for every 262,144 of `window_rows`."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
     """Rows in memory that are shuffled together, over all streams."""
+    memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of)] = "auto"
+    """What training may take on each device, such as 24GB. auto: nine tenths of what is free. Autoencoders that do not
+    fit into it together are trained in waves, each in a pass over the store."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
     """A latent counts as dead in metrics.jsonl when it has not fired for this many training tokens."""
     checkpoint_every: Annotated[int, Field(ge=1)] = 1000

@@ -5,18 +5,22 @@ Each rank that trains autoencoders of its own writes a part; the leading one mak
 
 import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.files import sync_folder, write_file
+from shared.files import Buffer, sync_folder, write_file
 
 KEPT: Final = 2
 BUILDING: Final = "building"
+TYPES: Final = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
+"""What a state is made of, by safetensors' names."""
 
 
 def begin_checkpoint(folder: Path) -> None:
@@ -26,14 +30,30 @@ def begin_checkpoint(folder: Path) -> None:
 
 
 def save_part(folder: Path, rank: int, tensors: dict[str, Tensor]) -> None:
-    data = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
-    write_file(folder / BUILDING / f"tensors-{rank:04d}.safetensors", data)
+    write_file(folder / BUILDING / f"tensors-{rank:04d}.safetensors", pieces(tensors))
 
 
-def end_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
-    """`folder/step-NNNNNNNN` is there; then all but the newest two are deleted."""
+def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
+    """A safetensors file, one tensor after another. The library's own `save` makes the whole file in memory, twice: as
+    much again as the states of all autoencoders, and more."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # each then begins where it may
+    header: dict[str, Any] = {}
+    at = 0
+    for name, tensor in ordered:
+        size = tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
+        at += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for _, tensor in ordered:
+        yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
+    """`folder/step-NNNNNNNN` is there; then all but the newest two are deleted. `number` grows from one to the next."""
     write_file(folder / BUILDING / "state.json", json.dumps(state).encode())
-    final = folder / f"step-{step:08d}"
+    final = folder / f"step-{number:08d}"
     shutil.rmtree(final, ignore_errors=True)
     (folder / BUILDING).rename(final)
     sync_folder(folder)
@@ -41,16 +61,26 @@ def end_checkpoint(folder: Path, step: int, state: dict[str, Any]) -> None:
         shutil.rmtree(old)
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-    """The newest checkpoint, or None when there is none. Raises DamagedError when it cannot be read."""
-    newest = max(folder.glob("step-*"), default=None)
-    if newest is None:
+def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The newest checkpoint and its state.json, or None when there is none. Raises DamagedError when it cannot be
+    read."""
+    found = max(folder.glob("step-*"), default=None)
+    if found is None:
         return None
     try:
-        state = json.loads((newest / "state.json").read_text())
-        parts = [load_file(newest / f"tensors-{rank:04d}.safetensors") for rank in range(state["parts"])]
-        return {name: tensor for part in parts for name, tensor in part.items()}, state
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(
-            f"{newest}: cannot be read ({error}). Delete it to go on from the checkpoint before"
-        ) from error
+        return found, json.loads((found / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise damaged(found, error) from error
+
+
+def load_tensors(checkpoint: Path, parts: int) -> dict[str, Tensor]:
+    """Of all parts. Raises DamagedError when one cannot be read."""
+    try:
+        loaded = [load_file(checkpoint / f"tensors-{rank:04d}.safetensors") for rank in range(parts)]
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(checkpoint, error) from error
+    return {name: tensor for part in loaded for name, tensor in part.items()}
+
+
+def damaged(checkpoint: Path, error: Exception) -> DamagedError:
+    return DamagedError(f"{checkpoint}: cannot be read ({error}). Delete it to go on from the checkpoint before")

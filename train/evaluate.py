@@ -1,7 +1,7 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes, losses, device, silent, config.peer_conventions)
+    results = measure_all(store, hook, parts, saes, len(saes), losses, device, silent, config.peer_conventions)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
@@ -100,19 +100,21 @@ def measure_all(
     store: Store,
     hook: str,
     parts: Split,
-    saes: Sequence[Autoencoder],
+    saes: Iterable[Autoencoder],
+    many: int,
     losses: Losses | None,
     device: str,
     silent: Mapping[str, dict[str, Any]] | None = None,
     peer_conventions: bool = False,
 ) -> dict[str, Any]:
-    """The content of evaluation.json. `silent`: what training logged of dead latents, by name (`last_silent`)."""
+    """The content of evaluation.json. `many`: how many autoencoders come, one after another. `silent`: what training
+    logged of dead latents, by name (`last_silent`)."""
     rows = Rows.of(store, hook)
     heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
     if not len(heldout):
         raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
     entries = []
-    with progress("evaluate", len(saes), "autoencoders") as advance:
+    with progress("evaluate", many, "autoencoders") as advance:
         for index, sae in enumerate(saes):
             fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
             peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
@@ -133,9 +135,13 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
     """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
     fewer) when training last logged it."""
     try:
-        last = json.loads(folder.metrics.read_bytes().splitlines()[-1])
-        tokens = min(last["tokens"], window)
-        return {name: {"fraction": sae["dead_fraction"], "tokens": tokens} for name, sae in last["saes"].items()}
+        lines = [json.loads(line) for line in folder.metrics.read_bytes().splitlines()]
+        last = {line.get("wave", 1): line for line in lines}.values()
+        return {
+            name: {"fraction": sae["dead_fraction"], "tokens": min(line["tokens"], window)}
+            for line in last
+            for name, sae in line["saes"].items()
+        }
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return {}  # no log, or its last line was torn: not known
 

@@ -4,7 +4,7 @@ run.toml         the settings, for `sagsae train --config`
 config.json      what decides the result: the configuration, the snapshot of the store, the precision
 record.json      what produced it: command, versions, device, times; "finished" appears when it is, and "diverged": at
                  which step the loss of an autoencoder was seen to be no number any more, if one's was
-metrics.jsonl    a line every `log_every` steps
+metrics.jsonl    a line every `log_every` steps, of the autoencoders of one wave; "wave" counts from 1
 segments.jsonl   with --follow: which shards were read in which pass
 checkpoints/     the newest two states, from which an interrupted run goes on; in each, saes/NAME as it was then
 saes/NAME/       each trained autoencoder; evaluation.json what they are worth
@@ -25,7 +25,9 @@ from shared.files import LOCK_FILE, write_file
 from shared.record import write_json
 from shared.schema import build
 
-FREE: Final = {"out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every", "track"}
+FREE: Final = {
+    "out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every", "memory", "track"
+}  # fmt: skip
 """Settings that may differ when a run goes on: they do not change what is trained."""
 OURS: Final = {
     LOCK_FILE,
@@ -137,14 +139,15 @@ class RunFolder:
                 "--overwrite"
             )
 
-    def cut_metrics(self, step: int) -> None:
-        """Forgets what was logged after `step`: those steps are about to be repeated."""
+    def cut_metrics(self, wave: int, step: int) -> None:
+        """Forgets what was logged after `step` of a wave: those steps are about to be repeated."""
         if not self.metrics.exists():
             return
         kept = []
         for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
-                if json.loads(line)["step"] > step or not line.endswith(b"\n"):
+                logged = json.loads(line)
+                if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):
                 break  # torn by a crash

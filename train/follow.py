@@ -42,6 +42,9 @@ class Segments:
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: threading.Event = field(default_factory=threading.Event)
 
+    def open(self) -> None:
+        self.closed.clear()
+
     def get(self, epoch: int) -> Pass:
         if epoch < len(self.frozen):
             return self.frozen[epoch]

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from shared.errors import DamagedError, UserError
 from shared.files import is_remote
 from shared.listing import folder_name
 from shared.progress import say
+from shared.saes import SAEConfig
 from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
@@ -47,6 +48,27 @@ class Job:
     matmul: torch.dtype
     folder: RunFolder
     identity: dict[str, Any]
+    on_cpu: bool
+    waves: tuple[tuple[SAEConfig, ...], ...]
+    """Which autoencoders are trained together, one wave after another (train/waves.py)."""
+    wave: int = 1
+    """Whose turn it is."""
+
+    @property
+    def saes(self) -> tuple[SAEConfig, ...]:
+        """Of this wave."""
+        return self.waves[self.wave - 1]
+
+    @property
+    def title(self) -> str:
+        """What this part of the run is called."""
+        return f"{self.folder.path}" + (f", wave {self.wave} of {len(self.waves)}" if len(self.waves) > 1 else "")
+
+    def in_waves(self, waves: tuple[tuple[SAEConfig, ...], ...]) -> "Job":
+        return replace(self, waves=waves)
+
+    def turn(self, wave: int) -> "Job":
+        return replace(self, wave=wave)
 
     @cached_property
     def statistics(self) -> Statistics:
@@ -106,7 +128,8 @@ def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> J
     folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     job = Job(
-        config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity
+        config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity,
+        device.type == "cpu", (config.saes,),
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn

@@ -38,6 +38,10 @@ class Pass:
 class Passes(Protocol):
     """What is read in each epoch."""
 
+    def open(self) -> None:
+        """From here on `get` may wait, after a `close` too."""
+        ...
+
     def get(self, epoch: int) -> Pass:
         """May wait for a harvest that goes on."""
         ...
@@ -52,6 +56,9 @@ class Same:
     """The same snapshot in every epoch."""
 
     whole: Pass
+
+    def open(self) -> None:
+        pass
 
     def get(self, _epoch: int) -> Pass:
         return self.whole
@@ -139,6 +146,7 @@ class Loader:
         self, passes: Passes, streams: int, verify: Verify, device: torch.device, threads: int | None = None
     ) -> None:
         self.passes, self.streams, self.verify, self.device = passes, streams, verify, device
+        passes.open()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window")
         self.one_at_a_time = threading.Lock()

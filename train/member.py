@@ -17,7 +17,7 @@ from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics
 from train.control import Sparsity
 from train.optim import Optimizer, learning_rate
-from train.ranks import Ranks, pairwise
+from train.ranks import Pairwise, Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
@@ -88,6 +88,7 @@ class Member:
         """Step number `step` on this rank's share of the batch, in units of unit variance."""
         trained, measured = self.gradients(x, step)
         self.optimizer.step_(trained, self.lr(step))
+        self.optimizer.adam.zero_grad()  # or the gradients of every autoencoder of the run would stay
         self.family.constrain_(self.weights)
         self.family.absorb_(self.weights, measured)
         self.sparsity.observe_(step, measured.l0)
@@ -113,15 +114,16 @@ class Member:
         parts = x.chunk(count // self.ranks.count)
         if count > 1 and isinstance(self.family, TopKFamily):
             now = replace(now, threshold=self.threshold(self.family, parts, now))
-        found = [self.gradients_of(part, now) for part in parts]
         if count == 1:
-            return found[0]
-        sums = [pairwise(tensors) for tensors in zip(*(tensors_of(*pair) for pair in found), strict=True)]
-        *means, scalars, fired = self.ranks.sum(sums)
+            return self.gradients_of(x, now)
+        sums = Pairwise()
+        for part in parts:
+            grads, measured = self.gradients_of(part, now)
+            sums.add(tensors_of(grads, measured))
+        *means, scalars, fired = self.ranks.sum(sums.total())
         means = [mean.div_(count) for mean in means]
         reconstruction, sparsity, auxiliary, l0, threshold = scalars.div_(count).unbind()
-        grads = dict(zip(found[0][0], means, strict=True))
-        return grads, Step(reconstruction, sparsity, auxiliary, l0, fired > 0, threshold)
+        return dict(zip(grads, means, strict=True)), Step(reconstruction, sparsity, auxiliary, l0, fired > 0, threshold)
 
     def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[dict[str, Tensor], Step]:
         if self.sparse:

@@ -31,7 +31,7 @@ class Ranks:
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers
-        that are powers of two, in the order of `pairwise`."""
+        that are powers of two, in the order of `Pairwise`."""
         if self.count == 1:
             return list(parts)
         flat = torch.cat([part.reshape(-1) for part in parts])
@@ -87,9 +87,27 @@ class Ranks:
         return accelerator
 
 
-def pairwise(parts: Sequence[Tensor]) -> Tensor:
-    """Their sum: neighbours first, then neighbouring pairs, and so on, whoever holds which."""
-    while len(parts) > 1:
-        added = [one + other for one, other in zip(parts[::2], parts[1::2], strict=False)]
-        parts = [*added, *parts[2 * len(added) :]]
-    return parts[0]
+class Pairwise:
+    """A sum of lists of tensors: neighbours first, then neighbouring pairs, and so on, whoever holds which. It keeps
+    no more than one list for every doubling."""
+
+    def __init__(self) -> None:
+        self.waiting: list[tuple[int, list[Tensor]]] = []
+
+    def add(self, tensors: list[Tensor]) -> None:
+        """The next one; it is used up."""
+        size = 1
+        while self.waiting and self.waiting[-1][0] == size:
+            tensors = added(self.waiting.pop()[1], tensors)
+            size *= 2
+        self.waiting.append((size, tensors))
+
+    def total(self) -> list[Tensor]:
+        while len(self.waiting) > 1:
+            (size, later), (_, earlier) = self.waiting.pop(), self.waiting.pop()
+            self.waiting.append((size, added(earlier, later)))
+        return self.waiting[0][1]
+
+
+def added(one: list[Tensor], other: list[Tensor]) -> list[Tensor]:
+    return [a.add_(b) for a, b in zip(one, other, strict=True)]

@@ -1,39 +1,59 @@
 """A run's checkpoints: everything that a later process needs to go on as if nothing had happened."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from shared.errors import UserError
 from shared.progress import say
 from train.autoencoder import Autoencoder
-from train.checkpoint import BUILDING, begin_checkpoint, end_checkpoint, load_checkpoint, save_part
+from train.checkpoint import BUILDING, begin_checkpoint, damaged, end_checkpoint, load_tensors, newest, save_part
 from train.job import Job
 from train.member import Member
 from train.order import Position
 from train.ranks import Ranks
 from train.stream import BatchStream
 
-VERSION = 2
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How far a run has come."""
+
+    wave: int = 1
+    step: int = 0
+    """Steps of this wave that are made."""
+    seconds: float = 0.0
+    """Of training, over all waves and sessions."""
+    positions: tuple[Position, ...] = ()
+    """Of each stream; none at the beginning of a wave."""
+    diverged: Mapping[str, int] = field(default_factory=dict)
+    """Autoencoders of earlier waves whose loss is no number any more, and since which step."""
+    folder: Path | None = None
+    """The checkpoint that holds this wave's autoencoders, and in how many parts."""
+    parts: int = 0
 
 
 def checkpoint(
-    job: Job, members: Sequence[Member], stream: BatchStream, done: int, seconds: float, ranks: Ranks, sweep: bool
+    job: Job, members: Sequence[Member], stream: BatchStream, at: Standing, ranks: Ranks, sweep: bool
 ) -> None:
-    """After `done` steps, and `seconds` of training. In a sweep each rank has autoencoders of its own."""
+    """Of how far the run has come, but for the streams' positions. In a sweep each rank has autoencoders of its own."""
     folder, parts = job.folder.checkpoints, ranks.count if sweep else 1
     mine = {v: [at.epoch, at.window, at.offset] for v, at in stream.positions().items()}
     if ranks.leads:
         begin_checkpoint(folder)
-    positions = {v: at for part in ranks.gather(mine) for v, at in part.items()}
+    positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
     if ranks.index < parts:
         save_part(folder, ranks.index, {key: value for member in members for key, value in member.state().items()})
         for member in (member for member in members if member.diverged is None):
-            save_as_it_is(job, member, done, folder / BUILDING / "saes" / member.config.name)
+            save_as_it_is(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
     ranks.wait()
     if ranks.leads:
         places = [positions[v] for v in sorted(positions)]
-        state = {"version": VERSION, "step": done, "seconds": seconds, "positions": places, "parts": parts}
-        end_checkpoint(folder, done, state)
+        state = {"version": VERSION, "wave": at.wave, "step": at.step, "seconds": at.seconds, "positions": places,
+                 "diverged": dict(at.diverged), "parts": parts}  # fmt: skip
+        end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
     ranks.wait()
 
 
@@ -50,20 +70,36 @@ def save_as_it_is(job: Job, member: Member, done: int, folder: Path) -> None:
     Autoencoder.of(member.config, member.weights, job.statistics.scale).save(folder, about)
 
 
-def restore(job: Job, members: Sequence[Member]) -> tuple[int, float, list[Position]]:
-    """(step, seconds, positions) of the newest checkpoint, loaded into the members; the beginning without one."""
-    found = load_checkpoint(job.folder.checkpoints)
+def stands(job: Job) -> Standing:
+    """The newest checkpoint's; the beginning without one. Forgets what was logged after it."""
+    found = newest(job.folder.checkpoints)
     if found is None:
-        job.folder.cut_metrics(0)
-        return 0, 0.0, [Position()] * job.streams
-    tensors, state = found
-    if state["version"] != VERSION:
+        job.folder.cut_metrics(1, 0)
+        return Standing()
+    folder, state = found
+    if state.get("version") != VERSION:
         raise UserError(
-            f"{job.folder.path}: its checkpoint is of version {state['version']}; this sagsae reads {VERSION}. "
+            f"{job.folder.path}: its checkpoint is of version {state.get('version')}; this sagsae reads {VERSION}. "
             "Finish the run with the sagsae that began it, or start afresh with --overwrite"
         )
-    for member in members:
-        member.load_(tensors)
-    job.folder.cut_metrics(state["step"])
-    say(f"{job.folder.path}: going on after step {state['step']}")
-    return state["step"], state["seconds"], [Position(*at) for at in state["positions"]]
+    try:
+        positions = tuple(Position(*at) for at in state["positions"])
+        at = Standing(state["wave"], state["step"], state["seconds"], positions, state["diverged"], folder,
+                      state["parts"])  # fmt: skip
+    except (KeyError, TypeError) as error:
+        raise damaged(folder, error) from error
+    job.folder.cut_metrics(at.wave, at.step)
+    say(f"{job.turn(at.wave).title}: going on after step {at.step}")
+    return at
+
+
+def restore(members: Sequence[Member], at: Standing) -> None:
+    """Loads this wave's autoencoders as they were. Raises DamagedError when they cannot be read."""
+    if at.folder is None:
+        return
+    tensors = load_tensors(at.folder, at.parts)
+    try:
+        for member in members:
+            member.load_(tensors)
+    except KeyError as error:
+        raise damaged(at.folder, error) from error

@@ -1,15 +1,17 @@
 """train(config): a store's activations to trained autoencoders.
 
-One pass over the store trains every autoencoder asked for: a batch is read and scaled once. A run that was stopped or
-killed goes on from its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
+One pass over the store trains every autoencoder asked for: a batch is read and scaled once. Where they do not fit into
+memory together, each wave of them has a pass of its own (train/waves.py). A run that was stopped or killed goes on from
+its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
 """
 
 import json
 import math
 import time
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -23,6 +25,7 @@ from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
 from shared.progress import progress, say
 from shared.record import provenance, write_json
+from shared.saes import SAEConfig
 from shared.stop import stop_requests
 from train.autoencoder import Autoencoder
 from train.evaluate import last_silent, measure_all
@@ -30,14 +33,15 @@ from train.job import Job, make_job
 from train.loader import Loader
 from train.member import Member
 from train.optim import learning_rate
-from train.order import share
+from train.order import Position, share
 from train.ranks import Ranks
-from train.resume import checkpoint, restore, save_as_it_is
+from train.resume import Standing, checkpoint, restore, save_as_it_is, stands
 from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
-from train.sweep import shared_out
+from train.sweep import dealt, shared_out
 from train.track import Tracking, check_installed
 from train.watch import LiveTable
+from train.waves import planned
 
 AGREE_EVERY: Final = 10
 """Steps between the moments at which several ranks agree to stop."""
@@ -65,7 +69,7 @@ def train(config: TrainConfig) -> Summary:
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
     reuse_memory(ranks.device)
-    shares = shared_out(config, ranks.count)
+    sweep = shared_out(config, ranks.count) is not None
     job = make_job(config, ranks.device, ranks.leads)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
     folder = job.folder
@@ -74,18 +78,50 @@ def train(config: TrainConfig) -> Summary:
         if folder.finished():
             say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
             return summarise(job, 0.0, 0, 0.0)
+    job = planned(job, ranks, sweep)
     if ranks.leads:
         folder.make()
     with folder_lock(folder.path) if ranks.leads else nullcontext(), explained(folder.path):
         if ranks.leads:
             open_folder(job, ranks)
         ranks.wait()
-        mine, own = (config.saes, ranks) if shares is None else (shares[ranks.index], ranks.alone())
-        members = [Member(sae, config, job.steps, job.matmul, job.statistics, own) for sae in mine]
-        started, (steps, seconds, waiting) = time.monotonic(), run_steps(job, members, ranks, shares is not None)
-        finish(job, members, seconds, ranks, shares is not None)
+        started, made, at = time.monotonic(), Made(), stands(job)
+        for wave in range(at.wave, len(job.waves) + 1):
+            at = run_wave(job.turn(wave), at, made, ranks, sweep)
+        finish(job, at, ranks)
         ranks.wait()
-        return summarise(job, time.monotonic() - started, steps, waiting)
+        return summarise(job, time.monotonic() - started, made.steps, made.waiting)
+
+
+@dataclass
+class Made:
+    """What this call has done."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+    """Seconds in which there was no batch."""
+
+    @property
+    def waiting(self) -> float:
+        return self.waited / self.seconds if self.seconds else 0.0
+
+
+def run_wave(job: Job, at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
+    """Trains the autoencoders of one wave to their end and saves them. Gives where the next wave begins."""
+    mine, own = (dealt(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
+    members = [make_member(sae, job, own) for sae in mine]
+    restore(members, at)
+    at = run_steps(job, members, at, made, ranks, sweep)
+    if sweep or ranks.leads:
+        save_saes(job, members)
+    lost = {member.config.name: member.diverged for member in members if member.diverged is not None}
+    diverged = {**at.diverged, **{name: step for part in ranks.gather(lost) for name, step in part.items()}}
+    return Standing(at.wave + 1, seconds=at.seconds, diverged=diverged)
+
+
+def make_member(sae: SAEConfig, job: Job, ranks: Ranks) -> Member:
+    return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks)
 
 
 def open_folder(job: Job, ranks: Ranks) -> None:
@@ -103,6 +139,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
         "precision": job.identity["precision"],
         "steps": job.steps,
         "tokens": job.steps * job.config.batch,
+        "waves": [[sae.name for sae in wave] for wave in job.waves],
         "epoch_tokens": job.epoch_rows,
         "store": {
             "path": job.store.name,
@@ -127,22 +164,21 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tuple[int, float, float]:
-    """The training loop, from the newest checkpoint or from the start. Gives the steps made now, the seconds trained
-    over all sessions, and the share of those of now that were spent waiting for data."""
-    config, device = job.config, ranks.device
-    start, before, positions = restore(job, members)
+def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
+    """The training loop of one wave, from where it stands to its end. Adds what it does to `made`."""
+    config, device, start = job.config, ranks.device, at.step
+    positions = list(at.positions) or [Position()] * job.streams
     shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
     epochs = job.steps * config.batch / job.epoch_rows
-    many = len(config.saes)
+    many = len(job.saes)
     say(
-        f"{job.folder.path}: {many} autoencoder{'' if many == 1 else 's'}, {job.steps * config.batch:,} tokens "
+        f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {job.steps * config.batch:,} tokens "
         f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
     started = time.monotonic()
 
-    def elapsed() -> float:
-        return before + time.monotonic() - started
+    def after(done: int) -> Standing:
+        return replace(at, step=done, seconds=at.seconds + time.monotonic() - started)
 
     def rate(done: int) -> float:
         return config.batch * (done - start) / (time.monotonic() - started)
@@ -151,9 +187,10 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
         return stream.waited / (time.monotonic() - started)
 
     loader = Loader(job.passes, job.streams, config.verify, device)
-    table = LiveTable([sae.name for sae in config.saes], job.steps)
+    table = LiveTable([sae.name for sae in job.saes], job.steps)
+    before = (job.wave - 1) * job.steps
     with (
-        closing(Tracking(config.track, job.folder, job.identity, start, ranks)) as tracking,
+        closing(Tracking(config.track, job.folder, job.identity, before + start, ranks)) as tracking,
         stop_requests() as stop_asked,
         closing(BatchStream(loader, shares, config.batch // job.streams, positions, stop_asked)) as stream,
         progress("train", job.steps - start, "steps", shown=ranks.leads, below=table) as advance,
@@ -164,35 +201,40 @@ def run_steps(job: Job, members: list[Member], ranks: Ranks, sweep: bool) -> tup
                 x = stream.next_batch().float() / job.statistics.scale
             except StopWaiting:
                 if ranks.count == 1:  # others may be waiting for this one in a collective
-                    checkpoint(job, members, stream, step, elapsed(), ranks, sweep)
+                    checkpoint(job, members, stream, after(step), ranks, sweep)
                 raise interrupted(job, step) from None
-            if step == 0:
+            if step == 0 and job.wave == 1:
                 begin(members, x, job, ranks)
             measured = {member: member.step_(x, step) for member in members if member.diverged is None}
             done = step + 1
             due = done % config.log_every == 0 or done == job.steps
             if due:
-                line = log_line(job, measured, done, elapsed(), ranks, sweep)
+                line = log_line(job, measured, done, after(done).seconds, ranks, sweep)
                 if ranks.leads:
                     job.folder.log(line)
                 seen = {**line, "tokens_per_second": rate(done), "waiting_for_data": waiting()}
                 table.update(seen)
-                tracking.log(seen)
+                tracking.log({**seen, "step": before + done})
             stop = agree(stop_asked(), done, ranks)
             if done % config.checkpoint_every == 0 or stop or done == job.steps:
-                checkpoint(job, members, stream, done, elapsed(), ranks, sweep)
+                checkpoint(job, members, stream, after(done), ranks, sweep)
             if stop and done < job.steps:
                 raise interrupted(job, done)
             advance(1, f"{rate(done):,.0f} tokens/s, waiting for data {waiting():.0%}")
-        return job.steps - start, elapsed(), waiting()
+    end = after(job.steps)
+    made.steps += job.steps - start
+    made.seconds += end.seconds - at.seconds
+    made.waited += stream.waited
+    return end
 
 
 def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks: Ranks) -> None:
-    """Raises UserError on every rank where an autoencoder of any could never learn; the run's folder is then as if
-    nothing had been begun."""
+    """Raises UserError on every rank where an autoencoder of any, or of a later wave, could never learn; the run's
+    folder is then as if nothing had been begun."""
     mine = None
+    later = (make_member(sae, job, ranks) for wave in job.waves[job.wave :] for sae in wave)
     try:
-        for member in members:
+        for member in chain(members, later):
             member.begin(x)
     except UserError as error:
         mine = str(error)
@@ -204,7 +246,7 @@ def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks
 
 
 def interrupted(job: Job, done: int) -> Interrupted:
-    return Interrupted(f"{job.folder.path}: stopped after step {done}. To continue, run the same command again")
+    return Interrupted(f"{job.title}: stopped after step {done}. To continue, run the same command again")
 
 
 def agree(stop: bool, done: int, ranks: Ranks) -> bool:
@@ -215,22 +257,24 @@ def agree(stop: bool, done: int, ranks: Ranks) -> bool:
 def log_line(
     job: Job, measured: dict[Member, Step], done: int, seconds: float, ranks: Ranks, sweep: bool
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl, the same on every rank. Raises UserError when no loss is finite any more."""
+    """A line of metrics.jsonl, the same on every rank. Raises UserError when no loss is finite any more in a run of
+    one wave."""
     config, tokens = job.config, done * job.config.batch
     saes = {member.config.name: member.progress(step, tokens) for member, step in measured.items()}
     if sweep:
         found = {name: values for part in ranks.gather(saes) for name, values in part.items()}
-        saes = {sae.name: found[sae.name] for sae in config.saes if sae.name in found}
+        saes = {sae.name: found[sae.name] for sae in job.saes if sae.name in found}
     diverged = [name for name, values in saes.items() if not math.isfinite(values["loss"])]
     if diverged:
         message = (
             f"{', '.join(diverged)}: the loss is {saes[diverged[0]]['loss']} at step {done}. Lower the learning rate "
             "(--lr), or use float32"
         )
-        if len(diverged) == len(saes):
+        if len(diverged) == len(saes) and len(job.waves) == 1:
             raise UserError(message)
         say(f"{message}. It is trained no further; the others are not affected")
     return {
+        "wave": job.wave,
         "step": done,
         "tokens": tokens,
         "epoch": round(tokens / job.epoch_rows, 4),
@@ -240,27 +284,33 @@ def log_line(
     }
 
 
-def finish(job: Job, members: list[Member], seconds: float, ranks: Ranks, sweep: bool) -> None:
-    """Saves the autoencoders, measures them on the held-out tokens, marks the run finished."""
-    folder = job.folder
-    for member in members if sweep or ranks.leads else []:
+def save_saes(job: Job, members: list[Member]) -> None:
+    for member in members:
         if member.diverged is None:
-            save_as_it_is(job, member, job.steps, folder.sae(member.config.name))
+            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name))
             missed = member.sparsity.missed()
             if missed:
                 say(f"{member.config.name}: {missed}")
-    mine = {member.config.name: member.diverged for member in members if member.diverged is not None}
-    diverged = {name: step for part in ranks.gather(mine) for name, step in part.items()}
+
+
+def finish(job: Job, at: Standing, ranks: Ranks) -> None:
+    """Measures the autoencoders on the held-out tokens, marks the run finished. Raises UserError when none is left."""
+    folder, names = job.folder, [sae.name for sae in job.config.saes]
+    good = [name for name in names if name not in at.diverged]
+    if not good:
+        raise UserError(
+            f"{', '.join(names)}: no loss is a number any more. Lower the learning rate (--lr), or use float32"
+        )
     if not ranks.leads:
         return
     device = str(ranks.device)
-    saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in job.config.saes if sae.name not in diverged]
+    saes = (Autoencoder.load(folder.sae(name), device) for name in good)  # they may not fit into memory together
     silent = last_silent(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, None, device, silent))
+    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent))
     finished = datetime.now(UTC).isoformat(timespec="seconds")
-    ended = {"diverged": diverged, "seconds": round(seconds, 2), "finished": finished}
+    ended = {"diverged": dict(at.diverged), "seconds": round(at.seconds, 2), "finished": finished}
     write_json(folder.path / "record.json", {**folder.read("record.json"), **ended})
 
 

@@ -1,5 +1,7 @@
 """Which rank trains which autoencoders of a run, where each has some to itself."""
 
+from collections.abc import Sequence
+
 from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.saes import SAEConfig
@@ -9,12 +11,9 @@ UNEVEN = 1.25
 
 
 def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
-    """Each rank's autoencoders: the widest first, each to the rank with the fewest latents so far. None where every
-    rank trains all of them on its part of each batch. Raises UserError when a sweep has fewer autoencoders than ranks,
-    or when parts of a batch would not be equal."""
-    shares: list[list[SAEConfig]] = [[] for _ in range(ranks)]
-    for sae in sorted(config.saes, key=lambda sae: -sae.d_sae):
-        min(shares, key=latents).append(sae)
+    """Each rank's autoencoders. None where every rank trains all of them on its part of each batch. Raises UserError
+    when a sweep has fewer autoencoders than ranks, or when parts of a batch would not be equal."""
+    shares = dealt(config.saes, ranks)
     even = latents(max(shares, key=latents)) * ranks <= UNEVEN * sum(map(latents, shares))
     if config.parallel == "sweep" and not all(shares):
         raise UserError(
@@ -40,6 +39,14 @@ def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
             "their number"
         )
     return None
+
+
+def dealt(saes: Sequence[SAEConfig], ranks: int) -> list[list[SAEConfig]]:
+    """The widest first, each to the rank with the fewest latents so far; none to some where there are too few."""
+    shares: list[list[SAEConfig]] = [[] for _ in range(ranks)]
+    for sae in sorted(saes, key=lambda sae: -sae.d_sae):
+        min(shares, key=latents).append(sae)
+    return shares
 
 
 def latents(saes: list[SAEConfig]) -> int:

@@ -162,16 +162,23 @@ def _metric(text: str, where: str) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
-    stride = max(1, len(lines) // CURVE_POINTS)
-    kept = [line for index, line in enumerate(lines) if index % stride == 0 or index == len(lines) - 1]
+    """Autoencoders that were trained in different waves are in lines of their own."""
+    waves: dict[object, list[dict[str, Any]]] = {}
+    for line in lines:
+        waves.setdefault(line.get("wave"), []).append(line)
     curves: dict[str, Curve] = {}
-    for line in kept:
+    for line in [line for wave in waves.values() for line in _thinned(wave)]:
         for name, values in line["saes"].items():
             curve = curves.setdefault(name, Curve([], [], []))
             curve.tokens.append(line["tokens"])
             curve.fvu.append(_rounded(values.get("fvu")))
             curve.l0.append(_rounded(values.get("l0")))
     return curves
+
+
+def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    stride = max(1, len(lines) // CURVE_POINTS)
+    return [line for index, line in enumerate(lines) if index % stride == 0 or index == len(lines) - 1]
 
 
 def _rounded(value: object) -> float | None:
