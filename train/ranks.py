@@ -48,7 +48,7 @@ class Ranks:
             exchange = [P2POp(isend, flat, other), P2POp(irecv, theirs, other)]
             for work in batch_isend_irecv(exchange):
                 work.wait()
-            flat = flat + theirs
+            flat += theirs
             distance *= 2
         return flat
 
