@@ -1,7 +1,7 @@
 """Adam's update of a matrix row by row, on a GPU: Triton, from PyTorch's CUDA wheels.
 
-Reads the weights, the gradient and both moments once and writes what changes once. With unit rows the gradient loses its
-radial part before and the row gets its norm back after the update, in the same pass.
+Reads the weights, the gradient and both moments once and writes what changes once. With unit rows, the gradient loses
+its radial part before the update and the row gets its norm back after it, in the same pass.
 """
 
 import math

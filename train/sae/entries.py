@@ -58,19 +58,20 @@ def find_open(
 def codes_of(
     u: Float[Tensor, " n"],
     latent: Int[Tensor, " n"],
-    theta: Float[Tensor, "poles d_sae"],
-    r: Float[Tensor, "r_poles d_sae"],
-    b: Float[Tensor, "poles d_sae"],
+    order: Int[Tensor, " n"],
+    scalars: tuple[Float[Tensor, "poles d_sae"], Float[Tensor, "r_poles d_sae"], Float[Tensor, "poles d_sae"]],
     signed: bool,
-) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
-    """The code f and the soft gate g of open entries, with their signs."""
-    f, g = torch.empty_like(u), torch.empty_like(u)
+) -> tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"], Int[Tensor, " n"]]:
+    """The code f and the soft gate g of open entries, with their signs; both once more, and the latents, in `order`.
+    `scalars` are θ, r and b."""
+    theta, r, b = (scalar.contiguous() for scalar in scalars)
+    codes, ordered, latents = u.new_empty(2, len(u)), u.new_empty(2, len(u)), torch.empty_like(latent)
     if len(u):
         code_entries[(triton.cdiv(len(u), 512),)](
-            u, latent, theta.contiguous(), r.contiguous(), b.contiguous(), f, g, len(u), theta.shape[1],
+            u, latent, order, theta, r, b, codes[0], codes[1], ordered[0], ordered[1], latents, len(u), theta.shape[1],
             SIGNED=signed, TWO=len(theta) == 2, TWO_R=len(r) == 2, BLOCK=512,
         )  # fmt: skip
-    return f, g
+    return codes, ordered, latents
 
 
 def finish_errors(
@@ -192,13 +193,16 @@ def size_and_sign(value, SIGNED: tl.constexpr):
 @triton.jit(do_not_specialize=["entries"])
 @no_type_check
 def code_entries(
-    u, latent, theta, r, b, f, g, entries, d_sae,
+    u, latent, order, theta, r, b, f, g, ordered_f, ordered_g, ordered_latent, entries, d_sae,
     SIGNED: tl.constexpr, TWO: tl.constexpr, TWO_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = entry < entries
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = at < entries
+    entry = tl.load(order + at, mask=live, other=0)
     value = tl.load(u + entry, mask=live, other=0.0)
-    column = tl.load(latent + entry, mask=live, other=0).to(tl.int64)
+    column = tl.load(latent + entry, mask=live, other=0)
+    tl.store(ordered_latent + at, column, mask=live)
+    column = column.to(tl.int64)
     size, sign = size_and_sign(value, SIGNED)
     other = column + tl.where(value < 0, d_sae, 0)
     of_gate, of_r = column, column
@@ -208,8 +212,12 @@ def code_entries(
         of_r = other
     scale = tl.exp(tl.load(r + of_r, mask=live, other=0.0))
     code = tl.maximum(scale * size + tl.load(b + of_gate, mask=live, other=0.0), 0.0)
-    tl.store(f + entry, code * sign, mask=live)
-    tl.store(g + entry, (size - tl.load(theta + of_gate, mask=live, other=0.0)) * sign, mask=live)
+    code *= sign
+    gate = (size - tl.load(theta + of_gate, mask=live, other=0.0)) * sign
+    tl.store(f + entry, code, mask=live)
+    tl.store(g + entry, gate, mask=live)
+    tl.store(ordered_f + at, code, mask=live)
+    tl.store(ordered_g + at, gate, mask=live)
 
 
 @triton.jit

@@ -74,10 +74,10 @@ def pieces(
     counts = torch.empty(2, segments, dtype=torch.int64, device=device)
     grid = (triton.cdiv(segments, PIECES),)
     count_pieces[grid](bounds, counts[0], counts[1], segments, CHUNK=chunk, BLOCK=PIECES)
-    ends = counts.cumsum(1)
+    ends, kept_ends = counts[0].cumsum(0), counts[1].cumsum(0)
     segment = torch.full((programs,), segments, device=device)
     first, slot = torch.empty_like(counts)
-    place_pieces[grid](counts[0], counts[1], ends[0], ends[1], segment, first, slot, segments, BLOCK=PIECES)
+    place_pieces[grid](counts[0], counts[1], ends, kept_ends, segment, first, slot, segments, BLOCK=PIECES)
     return segment, first, slot
 
 
@@ -128,7 +128,7 @@ def place_pieces(count, kept, ends, kept_ends, segment, first, slot, segments, B
 
 
 @triton.autotune(
-    blocks((8, 128, 1), (4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4), (8, 1024, 4), (4, 2048, 8)),
+    blocks((8, 128, 1), (4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4)),
     key=["d_in", "TWO", "OWN"],
 )  # so many columns a warp that a thread has its columns of all the entries: their sum needs no other thread
 @triton.jit
@@ -205,7 +205,7 @@ def sum_parts(
 
 
 @triton.autotune(
-    blocks((8, 128, 2), (16, 128, 4), (4, 256, 2), (8, 256, 4), (4, 512, 4), (1, 1024, 1), (2, 1024, 2), (4, 1024, 4)),
+    blocks((8, 128, 2), (16, 128, 4), (4, 256, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 4)),
     key=["d_in", "TWO"],
 )
 @triton.jit(do_not_specialize=["entries"])

@@ -207,8 +207,9 @@ def kernel_gradients(
     centred = x - w.b_dec
     low, W_dec = centred.to(now.matmul), w.W_dec.to(now.matmul)
     at = open_entries(family, w, low)
-    f, g = codes_of(at.u, at.latent, w.theta, w.r, w.b, family.signed)
-    errors = at.sum_by_token([f, g] if family.config.aux else [f], W_dec)
+    (f, g), ordered, latent = codes_of(at.u, at.latent, at.by_token, (w.theta, w.r, w.b), family.signed)
+    codes = list(ordered) if family.config.aux else [ordered[0]]
+    errors = sum_rows(latent, at.token_bounds, codes, [W_dec] * len(codes))
     low_errors, squares = finish_errors(errors, centred, now.matmul)
     of_errors = at.dots(low_errors, W_dec)
     price = on_device(now.sparsity, x.device)
