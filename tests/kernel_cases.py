@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from variants import batch, by_autograd, variant, weights
 
-from train.sae import family, kernels
+from train.sae import entries, family, kernels
+from train.sae.adam import adam_rows_
 from train.sae.base import Now
 from train.sae.sparse import open_entries, sparse_gradients
 
@@ -64,12 +65,12 @@ def test_sums_of_rows(
     segment = torch.randint(0, segments, (entries,), generator=generator).sort().values
     if one_segment:
         segment.fill_(segments - 1)
-    starts = torch.searchsorted(segment, torch.arange(segments))
+    bounds = torch.searchsorted(segment, torch.arange(segments + 1))
     rows = [normal(height, d_in).to(dtype)] * (1 if tables == "one" else 2)
     if tables == "two":
         rows[1] = normal(height, d_in).to(dtype)
     factors = [normal(entries) for _ in rows]
-    found = kernels.sum_rows(index, starts, factors, rows, chunk)
+    found = kernels.sum_rows(index, bounds, factors, rows, chunk)
     assert len(found) == len(rows)
     for out, factor, table in zip(found, factors, rows, strict=True):
         assert out.dtype == torch.float32
@@ -106,11 +107,11 @@ def test_any_block_gives_the_sums(small_blocks: Any, entries: int, columns: int)
     small_blocks(entries, columns)
     generator, normal = numbers(3)
     index, token = (torch.randint(0, 7, (40,), generator=generator).sort().values for _ in range(2))
-    starts = torch.searchsorted(token, torch.arange(7))
+    bounds = torch.searchsorted(token, torch.arange(8))
     rows, factor = normal(20, 7).T, normal(40, 2)[:, 0]
-    (once,) = kernels.sum_rows(index, starts, [factor], [rows], 4)
+    (once,) = kernels.sum_rows(index, bounds, [factor], [rows], 4)
     torch.testing.assert_close(once.double(), summed(token, index, 7, factor, rows), rtol=1e-5, atol=1e-5)
-    (again,) = kernels.sum_rows(index, starts, [factor], [rows], 4)
+    (again,) = kernels.sum_rows(index, bounds, [factor], [rows], 4)
     assert torch.equal(once, again)
     (dots,) = kernels.dot_rows(torch.arange(40), token, index, [rows], rows)
     torch.testing.assert_close(
@@ -199,3 +200,52 @@ def check_step(config: Any, w: Any, x: Tensor) -> None:
         assert error < 1e-5, (key, error)
     torch.testing.assert_close((step.reconstruction + 0.3 * step.sparsity + step.auxiliary).double(), loss, rtol=1e-5,
                                atol=1e-6)  # fmt: skip
+
+
+@pytest.mark.parametrize("unit", [True, False], ids=["unit rows", "free rows"])
+@pytest.mark.parametrize("d_in", [1, 17, 300, 1024])
+def test_adam_by_rows_equals_torchs(d_in: int, unit: bool) -> None:
+    """Several updates, with steps of any size."""
+    _, normal = numbers(d_in)
+    matrix = normal(5, d_in)
+    matrix /= matrix.norm(dim=1, keepdim=True)
+    expected = torch.nn.Parameter(matrix.double())
+    adam = torch.optim.Adam([expected], betas=(0.9, 0.999))
+    m, v = torch.zeros_like(matrix), torch.zeros_like(matrix)
+    for step, lr in enumerate([0.01, 0.1, 1e-3, 0.3, 0.0], 1):
+        grad = normal(5, d_in) * 10.0 ** (1 - step)
+        adam.param_groups[0]["lr"] = lr
+        with torch.no_grad():
+            expected.grad = grad.double()
+            if unit:
+                expected.grad -= (expected.grad * expected).sum(1, keepdim=True) * expected
+            adam.step()
+            if unit:
+                expected /= expected.norm(dim=1, keepdim=True)
+        adam_rows_(matrix, grad, m, v, lr, step, unit)
+        state = adam.state[expected]
+        for found, wanted in ((matrix, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
+            # one number of a unit row has no tangent: what is left of its gradient is rounding, and Adam enlarges it
+            if d_in > 1 or not unit:
+                torch.testing.assert_close(found.double(), wanted.detach(), rtol=2e-4, atol=1e-5)
+    assert not unit or (matrix.norm(dim=1) - 1).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("poles", [1, 2])
+@pytest.mark.parametrize("signed", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("height", [0.0, 0.7, 9.0])
+def test_open_entries_are_found_in_order(
+    poles: int, signed: bool, dtype: torch.dtype, height: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several blocks of tokens; theta as a view of some latents' columns."""
+    monkeypatch.setattr(entries, "BLOCK_TOKENS", 8)
+    _, normal = numbers(2)
+    u, theta = normal(9, 21).to(dtype), (normal(poles, 14).abs() * height)[:, 3:12]
+    lower = theta[-1][:, None]
+    wanted = (u.float() > theta[0][:, None]) | ((u.float() < -lower) & signed)
+    latent, token, value = entries.find_open(u, theta, signed)
+    found = torch.zeros_like(wanted).index_put_((latent.long(), token.long()), torch.tensor(True))
+    assert torch.equal(found, wanted)
+    assert torch.equal(value, u.float()[wanted])
+    assert latent.dtype == token.dtype == torch.int32

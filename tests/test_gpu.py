@@ -23,6 +23,7 @@ from shared.saes import SAEConfig, sae_config
 from shared.shard import as_float32
 from shared.store import Store
 from train.evaluate import evaluate
+from train.optim import Optimizer
 from train.run import train as run_train
 from train.sae import family
 from train.sae.base import Now
@@ -159,3 +160,29 @@ def test_a_run_on_cuda(
     learned = run_train(train_config(device="cuda", tokens=64 * 300, out=tmp_path / "bf16"))
     results = evaluate(EvalConfig(run=learned.run, device="cuda")).results
     assert all(sae["r2"] > 0.3 and sae["ce_tokens"] > 0 for sae in results["saes"])
+
+
+@pytest.mark.parametrize("clip", [None, 0.5], ids=["by rows", "clipped"])
+@pytest.mark.parametrize("d_in", [133, 20000], ids=["short rows", "rows too long for one program"])
+def test_adam_on_cuda_updates_as_on_a_cpu(d_in: int, clip: float | None) -> None:
+    """Through saved moments in between; the state has the same names and types."""
+    config = variant("untied", 7)
+    w = weights(config, 0, d_in)
+    w.W_dec /= w.W_dec.norm(dim=1, keepdim=True)
+    placed = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
+    here, there = Optimizer(w, unit_decoder=True, clip_norm=clip), Optimizer(placed, unit_decoder=True, clip_norm=clip)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(6):
+        grads = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in w.trained().items()}
+        there.step_({name: grad.cuda() for name, grad in grads.items()}, 0.01)
+        here.step_(grads, 0.01)
+        if step == 2:
+            again = Optimizer(placed, unit_decoder=True, clip_norm=clip)
+            again.load_({name: tensor.clone() for name, tensor in there.state().items()})
+            there = again
+    for name, tensor in w.named().items():
+        torch.testing.assert_close(placed.named()[name].cpu(), tensor, rtol=1e-4, atol=1e-5)
+    mine, theirs = here.state(), there.state()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(theirs[name].cpu(), tensor, rtol=1e-3, atol=1e-6)

@@ -1,5 +1,6 @@
 """The sparse step's Triton kernels without a GPU: run in Triton's interpreter, compiled but not run for an H100."""
 
+import importlib
 import importlib.util
 import os
 import re
@@ -82,6 +83,51 @@ def test_compiles_for_an_h100(
     assert re.search(SIXTEEN_BYTES, code)
     assert not re.search(r"\b(atom|red)\.", code), "the same blocks give the same bits"
     assert len(compiled.asm["cubin"]) > 1000
+
+
+TOKENS = {"SIGNED": True, "TWO": True, "BLOCK": 512}
+OTHERS: list[tuple[str, str, dict[str, Any]]] = [
+    ("adam", "adam_row", {"BETA1": 0.9, "BETA2": 0.999, "EPS": 1e-8, "UNIT": True, "BLOCK": 2048}),
+    ("entries", "count_open", TOKENS),
+    ("entries", "write_open", TOKENS),
+    ("entries", "read_open", {"BLOCK": 512}),
+    ("entries", "code_entries", {**TOKENS, "TWO_R": True}),
+    ("entries", "subtract_rows", {"TWO": True, "BLOCK": 1024}),
+    ("entries", "finish_latents", {**TOKENS, "AUX": True, "TWO_R": True, "BLOCK": 32}),
+    ("kernels", "count_pieces", {"CHUNK": 256, "BLOCK": 256}),
+    ("kernels", "place_pieces", {"BLOCK": 256}),
+]
+INT64 = ("bounds", "order", "count", "kept", "ends", "kept_ends", "segment", "first", "slot")
+INT32 = ("counts", "latent", "latents", "tokens", "ordered_latent")
+
+
+@pytest.mark.parametrize(("module", "name", "constants"), [pytest.param(*case, marks=needs_triton) for case in OTHERS])
+def test_the_other_kernels_compile_for_an_h100(
+    module: str, name: str, constants: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the interpreter accepts and the compiler does not: a variable that changes its type."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    from triton import compile as triton_compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    kernel = getattr(importlib.import_module(f"train.sae.{module}"), name)
+    types = {
+        **dict.fromkeys(INT64, "*i64"), **dict.fromkeys(INT32, "*i32"), **dict.fromkeys(("pace", "widen"), "fp32"),
+        **dict.fromkeys(("batch", "stride", "entries", "d_sae", "d_in", "segments"), "i32"),
+        **dict.fromkeys(("low", "second_low"), "*bf16"), **dict.fromkeys(constants, "constexpr"),
+    }  # fmt: skip
+    if "open" in name:
+        types["u"] = "*bf16"
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={argument: types.get(argument, "*fp32") for argument in names},
+        constexprs={(names.index(key),): value for key, value in constants.items()},
+    )
+    code = triton_compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    assert not re.search(r"\b(atom|red)\.", code), "the same numbers give the same bits"
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ DOORS = {
     "obstore": {"shared/client.py", "shared/connect.py", "shared/object_lock.py"},
     "transformer_lens": {"shared/bridge.py"},
     "accelerate": {"train/ranks.py"},
-    "triton": {"train/sae/kernels.py"},
+    "triton": {"train/sae/kernels.py", "train/sae/entries.py", "train/sae/adam.py"},
     "typer": {"cli.py"},
     "sae_lens": {"train/bench_runner.py"},
     "dictionary_learning": {"train/bench_runner.py"},

@@ -68,7 +68,7 @@ def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = open_entries(family(config), w, x - w.b_dec)
     monkeypatch.setattr("train.sae.sparse.BLOCK", 7 * len(x))
     parts = open_entries(family(config), w, x - w.b_dec)
-    for key in ("latent", "token", "by_token", "token_starts", "latent_starts"):
+    for key in ("latent", "token", "by_token", "token_bounds", "latent_bounds"):
         assert torch.equal(getattr(whole, key), getattr(parts, key)), key
     torch.testing.assert_close(parts.u, whole.u)
 

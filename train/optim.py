@@ -1,12 +1,17 @@
 """Adam with the recipe's schedule, on hand-written gradients."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from train.sae.base import SMALLEST_NORM, Weights
+from train.sae.sparse import has_kernels
+
+LONGEST_ROW: Final = 16384
+"""Of the rows that Triton updates: one program holds a row in registers."""
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
@@ -28,23 +33,50 @@ class Optimizer:
     def __init__(self, weights: Weights, unit_decoder: bool, clip_norm: float | None = None) -> None:
         self.weights, self.unit_decoder, self.clip_norm = weights, unit_decoder, clip_norm
         self.adam = torch.optim.Adam(list(weights.trained().values()), lr=0.0, betas=(0.9, 0.999), fused=True)
+        self.done = 0
+        """Updates so far, which `state` has as tensors."""
 
     def step_(self, grads: dict[str, Tensor], lr: float) -> None:
         """One update of the weights in place; `grads`, by the weights' names, are used up."""
         W_dec = self.weights.W_dec
-        if self.unit_decoder:
+        by_rows = self.rows() if self.clip_norm is None else {}
+        if self.unit_decoder and not by_rows:
             to_W_dec = grads["W_dec"]
             to_W_dec.addcmul_((to_W_dec * W_dec).sum(1, keepdim=True), W_dec, value=-1)
         if self.clip_norm is not None:
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
             for grad in grads.values():
                 grad.mul_((self.clip_norm / (norm + 1e-12)).clamp_max(1.0))
+        if by_rows:
+            self.step_rows_(by_rows, grads, lr)
         for name, parameter in self.weights.trained().items():
-            parameter.grad = grads[name]
+            parameter.grad = None if name in by_rows else grads[name]
         self.adam.param_groups[0]["lr"] = lr
         self.adam.step()
-        if self.unit_decoder:
+        self.done += 1
+        if self.unit_decoder and not by_rows:
             W_dec /= W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
+
+    def rows(self) -> dict[str, Tensor]:
+        """The matrices that Triton updates row by row, on CUDA where it is installed; else none."""
+        W_dec = self.weights.W_dec
+        if not has_kernels(W_dec.device.type) or W_dec.shape[1] > LONGEST_ROW:
+            return {}
+        return {"W_enc": self.weights.W_enc, "W_dec": W_dec}
+
+    def step_rows_(self, matrices: dict[str, Tensor], grads: dict[str, Tensor], lr: float) -> None:
+        """The update of `matrices`, whose moments and step counts are kept where torch's Adam keeps them."""
+        from train.sae.adam import adam_rows_
+
+        for name, matrix in matrices.items():
+            state = self.adam.state[matrix]
+            if not state:
+                state["step"] = torch.zeros((), device=matrix.device)
+                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(matrix), torch.zeros_like(matrix)
+            state["step"] += 1
+            unit = self.unit_decoder and name == "W_dec"
+            moments = state["exp_avg"], state["exp_avg_sq"]
+            adam_rows_(matrix, grads[name].contiguous(), *moments, lr, self.done + 1, unit)
 
     def revive_(self, generator: torch.Generator) -> int:
         """Draws latents anew whose decoder row has lost its direction (not finite, or nearly zero); says how many.
@@ -83,3 +115,4 @@ class Optimizer:
                 key: value.clone() if key == "step" else value.to(parameter.device).clone()
                 for key, value in held.items()
             }
+        self.done = int(self.adam.state[self.weights.W_dec]["step"].item()) if state else 0

@@ -19,7 +19,9 @@ from torch import Tensor
 
 CHUNK: Final = 256
 """Most entries that one program sums."""
-PARTS_N, PARTS_D = 8, 256
+PIECES: Final = 256
+"""Segments that one program cuts."""
+PARTS_N, PARTS_D = 4, 1024
 """The block of `sum_parts`, which has little to do."""
 
 
@@ -31,14 +33,15 @@ def blocks(*choices: tuple[int, int, int]) -> list[triton.Config]:
 
 def sum_rows(
     index: Int[Tensor, " n"],
-    starts: Int[Tensor, " segments"],
+    bounds: Int[Tensor, " bounds"],
     weights: Sequence[Float[Tensor, " n"]],
     rows: Sequence[Float[Tensor, "height d_in"]],
     chunk: int = CHUNK,
 ) -> list[Float[Tensor, "segments d_in"]]:
     """For one or two weights: Σ over each segment's entries of weight · the row that `index` names, in one launch.
+    `bounds` are where segments begin, last the number of entries.
     A table that both weights share (the same tensor twice) is read once. Never waits for the device."""
-    entries, segments, d_in = len(index), len(starts), rows[0].shape[1]
+    entries, segments, d_in = len(index), len(bounds) - 1, rows[0].shape[1]
     if not entries:
         return list(torch.zeros(len(weights), segments, d_in, device=index.device))
     out = torch.empty(len(weights), segments, d_in, device=index.device)
@@ -46,7 +49,6 @@ def sum_rows(
     shared = rows[0] is rows[-1]
     first_rows = rows[0].contiguous()
     second_rows = first_rows if shared else rows[-1].contiguous()
-    bounds = torch.cat([starts, starts.new_full((1,), entries)])
     programs, slots = segments + entries // chunk, max(1, 2 * entries // chunk)
     segment, first, slot = pieces(bounds, chunk, programs)
     parts = torch.empty(len(weights), slots, d_in, device=index.device)
@@ -68,11 +70,15 @@ def pieces(
 ) -> tuple[Int[Tensor, " programs"], Int[Tensor, " segments"], Int[Tensor, " segments"]]:
     """Which segment each program works on (the number of segments: on none), each segment's first program, and where
     its chunks' sums are kept if it has several. Computed on the device: how long segments are is never asked for."""
-    count = ((bounds.diff() + chunk - 1) // chunk).clamp_min(1)
-    ends = count.cumsum(0)
-    segment = torch.searchsorted(ends, torch.arange(programs, device=bounds.device), right=True)
-    kept = torch.where(count > 1, count, 0)
-    return segment, ends - count, kept.cumsum(0) - kept
+    segments, device = len(bounds) - 1, bounds.device
+    counts = torch.empty(2, segments, dtype=torch.int64, device=device)
+    grid = (triton.cdiv(segments, PIECES),)
+    count_pieces[grid](bounds, counts[0], counts[1], segments, CHUNK=chunk, BLOCK=PIECES)
+    ends, kept_ends = counts[0].cumsum(0), counts[1].cumsum(0)
+    segment = torch.full((programs,), segments, device=device)
+    first, slot = torch.empty_like(counts)
+    place_pieces[grid](counts[0], counts[1], ends, kept_ends, segment, first, slot, segments, BLOCK=PIECES)
+    return segment, first, slot
 
 
 def dot_rows(
@@ -95,10 +101,36 @@ def dot_rows(
     return list(out)
 
 
+@triton.jit
+@no_type_check
+def count_pieces(bounds, count, kept, segments, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
+    """How many programs work on each segment, and of how many the sums are kept apart."""
+    which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = which < segments
+    length = tl.load(bounds + which + 1, mask=inside, other=0) - tl.load(bounds + which, mask=inside, other=0)
+    number = tl.maximum((length + CHUNK - 1) // CHUNK, 1)
+    tl.store(count + which, number, mask=inside)
+    tl.store(kept + which, tl.where(number > 1, number, 0), mask=inside)
+
+
+@triton.jit
+@no_type_check
+def place_pieces(count, kept, ends, kept_ends, segment, first, slot, segments, BLOCK: tl.constexpr):
+    which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = which < segments
+    number = tl.load(count + which, mask=inside, other=0)
+    begin = tl.load(ends + which, mask=inside, other=0) - number
+    tl.store(first + which, begin, mask=inside)
+    at = tl.load(kept_ends + which, mask=inside, other=0) - tl.load(kept + which, mask=inside, other=0)
+    tl.store(slot + which, at, mask=inside)
+    for more in range(0, tl.max(number, 0)):
+        tl.store(segment + begin + more, which.to(tl.int64), mask=inside & (more < number))
+
+
 @triton.autotune(
-    blocks((8, 128, 2), (16, 128, 4), (4, 256, 2), (8, 256, 4), (16, 256, 8), (4, 512, 4), (8, 512, 8), (4, 1024, 8)),
+    blocks((8, 128, 1), (4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4)),
     key=["d_in", "TWO", "OWN"],
-)
+)  # so many columns a warp that a thread has its columns of all the entries: their sum needs no other thread
 @triton.jit
 @no_type_check
 def sum_pieces(
@@ -106,7 +138,7 @@ def sum_pieces(
     out, second_out, parts, second_parts, segments, d_in,
     CHUNK: tl.constexpr, TWO: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one segment, one stretch of columns. Indices are int64: offsets may pass 2^31."""
+    """One chunk of one segment, one stretch of columns. Offsets are int64: they may pass 2^31."""
     program = tl.program_id(0)
     which = tl.load(segment + program)
     if which >= segments:
@@ -118,29 +150,29 @@ def sum_pieces(
     end = tl.minimum(begin + CHUNK, stop)
     columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     inside = columns < d_in
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    second_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    second_total = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(begin, end, BLOCK_N):
         entry = at + tl.arange(0, BLOCK_N)
         live = entry < end
-        source = tl.load(index + entry, mask=live, other=0)[:, None] * d_in + columns[None, :]
+        source = tl.load(index + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + columns[None, :]
         mask = live[:, None] & inside[None, :]
         row = tl.load(rows + source, mask=mask, other=0.0).to(tl.float32)
-        total += tl.load(weight + entry, mask=live, other=0.0)[:, None] * row
+        total += tl.sum(tl.load(weight + entry, mask=live, other=0.0)[:, None] * row, 0)
         if TWO:
             if OWN:
                 row = tl.load(second_rows + source, mask=mask, other=0.0).to(tl.float32)
-            second_total += tl.load(second_weight + entry, mask=live, other=0.0)[:, None] * row
+            second_total += tl.sum(tl.load(second_weight + entry, mask=live, other=0.0)[:, None] * row, 0)
     if whole:
         place = which * d_in + columns
-        tl.store(out + place, tl.sum(total, 0), mask=inside)
+        tl.store(out + place, total, mask=inside)
         if TWO:
-            tl.store(second_out + place, tl.sum(second_total, 0), mask=inside)
+            tl.store(second_out + place, second_total, mask=inside)
     else:
         place = (tl.load(slot + which) + number) * d_in + columns
-        tl.store(parts + place, tl.sum(total, 0), mask=inside)
+        tl.store(parts + place, total, mask=inside)
         if TWO:
-            tl.store(second_parts + place, tl.sum(second_total, 0), mask=inside)
+            tl.store(second_parts + place, second_total, mask=inside)
 
 
 @triton.jit
@@ -173,7 +205,7 @@ def sum_parts(
 
 
 @triton.autotune(
-    blocks((8, 128, 2), (16, 128, 4), (32, 128, 8), (4, 256, 2), (8, 256, 4), (16, 256, 8), (4, 512, 4), (8, 512, 8)),
+    blocks((8, 128, 2), (16, 128, 4), (4, 256, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 4)),
     key=["d_in", "TWO"],
 )
 @triton.jit(do_not_specialize=["entries"])
@@ -186,8 +218,8 @@ def dot_entries(
     place = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     live = place < entries
     entry = tl.load(order + place, mask=live, other=0)
-    left = tl.load(token + entry, mask=live, other=0)[:, None] * d_in
-    right = tl.load(latent + entry, mask=live, other=0)[:, None] * d_in
+    left = tl.load(token + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in
+    right = tl.load(latent + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in
     total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     second_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
     for at in range(0, d_in, BLOCK_D):

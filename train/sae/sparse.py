@@ -35,21 +35,22 @@ class Open:
     u: Float[Tensor, " n"]
     by_token: Int[Tensor, " n"]
     """Which entries come one after another when ordered by token, then latent."""
-    token_starts: Int[Tensor, " batch"]
-    latent_starts: Int[Tensor, " d_sae"]
+    token_bounds: Int[Tensor, " batch_and_1"]
+    """Where each token's entries begin in that order; last, how many entries there are."""
+    latent_bounds: Int[Tensor, " d_sae_and_1"]
 
     def sum_by_token(
         self, weights: Sequence[Float[Tensor, " n"]], rows: Float[Tensor, "d_sae d_in"]
     ) -> list[Float[Tensor, "batch d_in"]]:
         """For one or two weights: Σ over a token's entries of weight · the latent's row."""
         ordered = [weight[self.by_token] for weight in weights]
-        return sum_rows(self.latent[self.by_token], self.token_starts, ordered, [rows] * len(weights))
+        return sum_rows(self.latent[self.by_token], self.token_bounds, ordered, [rows] * len(weights))
 
     def sum_by_latent(
         self, weights: Sequence[Float[Tensor, " n"]], rows: Sequence[Float[Tensor, "batch d_in"]]
     ) -> list[Float[Tensor, "d_sae d_in"]]:
         """For one or two weights, each with rows of its own: Σ over a latent's entries of weight · the token's row."""
-        return sum_rows(self.token, self.latent_starts, weights, rows)
+        return sum_rows(self.token, self.latent_bounds, weights, rows)
 
     def dots(
         self, tokens: Sequence[Float[Tensor, "batch d_in"]], latents: Float[Tensor, "d_sae d_in"]
@@ -61,14 +62,14 @@ class Open:
             return dot_rows(self.by_token, self.token, self.latent, tokens, latents)
         return [
             torch.ops.aten._embedding_bag_per_sample_weights_backward(
-                latents, table, self.token, self.latent_starts, self.latent, 0
+                latents, table, self.token, self.latent_bounds[:-1], self.latent, 0
             )  # what the derivative of `embedding_bag` by its weights is
             for table in tokens
         ]
 
     def total(self, value: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:
         """Sums over each latent's entries."""
-        return torch.zeros(len(self.latent_starts), device=value.device).index_add_(0, self.latent, value)
+        return torch.zeros(len(self.latent_bounds) - 1, device=value.device).index_add_(0, self.latent, value)
 
     def total_by_pole(self, value: Float[Tensor, " n"], poles: int) -> Float[Tensor, "poles d_sae"]:
         if poles == 1:
@@ -87,7 +88,7 @@ def has_kernels(device: str) -> bool:
 
 def sum_rows(
     index: Int[Tensor, " n"],
-    starts: Int[Tensor, " segments"],
+    bounds: Int[Tensor, " bounds"],
     weights: Sequence[Float[Tensor, " n"]],
     rows: Sequence[Float[Tensor, "height d_in"]],
 ) -> list[Float[Tensor, "segments d_in"]]:
@@ -95,8 +96,9 @@ def sum_rows(
     if has_kernels(index.device.type):
         from train.sae import kernels
 
-        return kernels.sum_rows(index, starts, weights, rows)
+        return kernels.sum_rows(index, bounds, weights, rows)
     pairs = zip(weights, rows, strict=True)
+    starts = bounds[:-1]
     return [embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight) for weight, table in pairs]
 
 
@@ -104,15 +106,35 @@ def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch
     """`low` is x - b_dec, in the type that products are taken in."""
     batch, d_sae = len(low), len(w.W_enc)
     block = max(1, (BLOCK if low.device.type == "cpu" else GPU_BLOCK) // batch)
+    find = find_open if has_kernels(low.device.type) else by_comparison
     found = []
     for first in range(0, d_sae, block):
         rows = slice(first, first + block)
-        u = (w.W_enc[rows].to(low.dtype) @ low.T).float()
-        latent, token = above(family, u, w.theta[:, rows]).nonzero(as_tuple=True)
-        found.append((latent + first, token, u[latent, token]))
-    latent, token, values = (torch.cat(parts) for parts in zip(*found, strict=True))
-    by_token = torch.argsort(token, stable=True)
-    return Open(latent, token, values, by_token, starts(token[by_token], batch), starts(latent, d_sae))
+        latent, *rest = find(family, w.W_enc[rows].to(low.dtype) @ low.T, w.theta[:, rows])
+        found.append((latent + first if first else latent, *rest))
+    latent, token, values = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
+    short = token.dtype == torch.int32 and batch < 1 << 15
+    ordered, by_token = torch.sort(token.short() if short else token, stable=True)
+    return Open(latent, token, values, by_token, bounds(ordered, batch), bounds(latent, d_sae))
+
+
+Entries = tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]
+"""Latent, token and u."""
+
+
+def by_comparison(
+    family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]
+) -> Entries:
+    u = u.float()
+    latent, token = above(family, u, theta).nonzero(as_tuple=True)
+    return latent, token, u[latent, token]
+
+
+def find_open(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]) -> Entries:
+    """The same by Triton; latents and tokens are int32."""
+    from train.sae import entries
+
+    return entries.find_open(u, theta, family.signed)
 
 
 def above(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]) -> Tensor:
@@ -124,9 +146,9 @@ def above(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[T
     return (u > theta[0][:, None]) | (u < -theta[1][:, None])
 
 
-def starts(ordered: Int[Tensor, " n"], size: int) -> Int[Tensor, " size"]:
-    """Where each value's entries begin. Never waits for the device."""
-    return torch.searchsorted(ordered, torch.arange(size, device=ordered.device))
+def bounds(ordered: Int[Tensor, " n"], size: int) -> Int[Tensor, " size_and_1"]:
+    """Where each value's entries begin; last, how many there are. Never waits for the device."""
+    return torch.searchsorted(ordered, torch.arange(size + 1, dtype=ordered.dtype, device=ordered.device))
 
 
 def of_entries(scalars: Float[Tensor, "poles d_sae"], entries: Open) -> Float[Tensor, " n"]:
@@ -138,6 +160,8 @@ def sparse_gradients(
     family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now
 ) -> tuple[GatedWeights, Step]:
     """What `family.gradients` gives. Waits for the device: how many entries are open decides the shapes."""
+    if has_kernels(x.device.type):
+        return kernel_gradients(family, w, x, now)
     batch = len(x)
     centred = x - w.b_dec
     at = open_entries(family, w, centred.to(now.matmul))
@@ -170,3 +194,38 @@ def sparse_gradients(
     fired = at.total(active) > 0
     step = Step(error.square().sum() / batch, g.sum() / batch, auxiliary, active.sum() / batch, fired)
     return grads, step
+
+
+def kernel_gradients(
+    family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now
+) -> tuple[GatedWeights, Step]:
+    """`sparse_gradients` in a few Triton kernels. Rows of W_dec, of the errors and of x - b_dec are read in
+    `now.matmul`, as the dense form's products take them in; codes, sums and u's other uses are float32."""
+    from train.sae.entries import codes_of, finish_errors, latent_gradients
+
+    batch = len(x)
+    centred = x - w.b_dec
+    low, W_dec = centred.to(now.matmul), w.W_dec.to(now.matmul)
+    at = open_entries(family, w, low)
+    (f, g), ordered, latent = codes_of(at.u, at.latent, at.by_token, (w.theta, w.r, w.b), family.signed)
+    codes = list(ordered) if family.config.aux else [ordered[0]]
+    errors = sum_rows(latent, at.token_bounds, codes, [W_dec] * len(codes))
+    low_errors, squares = finish_errors(errors, centred, now.matmul)
+    of_errors = at.dots(low_errors, W_dec)
+    price = on_device(now.sparsity, x.device)
+    aux = of_errors[1] if family.config.aux else None
+    found = latent_gradients(
+        at.u, f, g, of_errors[0], aux, at.latent_bounds, w.r, len(w.theta), price, batch, family.signed
+    )
+    to_W_enc, to_W_dec = at.sum_by_latent([found.to_u, found.to_rows], [low, low_errors[0]])
+    to_u, _, active = found.total
+    loss, (_, penalty, l0) = squares.sum(1) / batch, found.total.sum(1) / batch
+    to_b_dec = errors[0].sum(0) * (2 / batch) - to_u @ w.W_enc
+    grads = GatedWeights(to_W_enc, to_W_dec, to_b_dec, found.theta, found.r, found.b)
+    auxiliary = loss[1] if family.config.aux else torch.zeros((), device=x.device)
+    return grads, Step(loss[0], penalty, auxiliary, l0, active > 0)
+
+
+def on_device(value: float | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:
+    """Without a wait for the device."""
+    return value if isinstance(value, Tensor) else torch.full((), value, device=device)
