@@ -26,9 +26,10 @@ from train.folder import RunFolder
 from train.job import Job, make_job
 from train.member import Member
 from train.memory import circumstances, needs_of, reader_bytes, together
+from train.ranks import Ranks
 from train.report.data import read_run
 from train.run import train as run_train
-from train.waves import packed
+from train.waves import packed, planned
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -339,3 +340,15 @@ def laid_out(job: Job) -> int:
     memory = loader.prepare(job.passes.get(0))
     loader.close()
     return memory.data.numel() * memory.data.element_size()
+
+
+def test_memory_is_kept_only_where_there_is_plenty(train_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is kept has holes, of which the estimate knows nothing."""
+    kept: list[torch.device] = []
+    monkeypatch.setattr("train.waves.reuse_memory", kept.append)
+    job = make_job(train_config(), CPU)
+    at = circumstances(job, False, 1)
+    need = together(needs_of(job.config, at).values(), reader_bytes(job, at.rows)).total
+    for times, calls in ((1.1, 0), (2.4, 0), (2.6, 1)):
+        planned(make_job(train_config(memory=int(times * need)), CPU), Ranks(CPU), False)
+        assert len(kept) == calls, times

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.config import TrainConfig
-from shared.device import pick_device, reuse_memory
+from shared.device import pick_device
 from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
 from shared.progress import progress, say
@@ -68,7 +68,6 @@ def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
-    reuse_memory(ranks.device)
     sweep = shared_out(config, ranks.count) is not None
     job = make_job(config, ranks.device, ranks.leads)
     torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 
+from shared.device import reuse_memory
 from shared.errors import UserError
 from shared.memory import free_memory, in_words
 from shared.progress import say
@@ -23,13 +24,17 @@ from train.sweep import dealt
 KEPT_FREE: Final = 0.1
 """Share of what is free that is left alone: memory comes in pieces, and libraries take some that nobody counts."""
 
+HOLES: Final = 2.5
+"""Times what a run takes that must be there for it to keep what it frees: between large pieces there are holes, which
+made one wide run take 1.8 times as much (docs/benchmarks.md)."""
+
 Saes = tuple[SAEConfig, ...]
 
 
 def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
     """The job with its waves, said to the user: those of the run that is here, or as few as fit. Raises UserError on
     every rank, before anything is written, for an autoencoder that does not fit even alone, and for waves of a run that
-    is here which do not fit any more."""
+    is here which do not fit any more. Where there is plenty, the process keeps from here on what it frees."""
     at = circumstances(job, sweep, ranks.count)
     each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts)
     room = the_least(ranks.gather(room_of(job, ranks.device)))
@@ -53,6 +58,8 @@ def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
         say(in_short(job, need(job.config.saes), room, ranks))
         if len(waves) > 1:
             say(in_waves(waves, bool(begun)))
+    if room is None or HOLES * max(need(wave).total for wave in waves) <= room:
+        reuse_memory(ranks.device)
     return job.in_waves(tuple(waves))
 
 
