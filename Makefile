@@ -3,7 +3,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 
-.PHONY: demo test test-slow check setup clean
+.PHONY: demo test test-slow test-deep check setup clean
 
 demo: $(READY)    ## harvest the shipped language model, train SA-GSAE and Gated SAEs on it, write a report
 	$(BIN)/sagsae demo --out demo
@@ -12,7 +12,10 @@ test: check       ## lint, types and the test suite
 	$(BIN)/python -m pytest -m "not slow"
 
 test-slow: $(READY)    ## the tests that take longer than half a minute each
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest -m "slow and not deep"
+
+test-deep: $(READY)    ## what would make those take too long: more kills, torch.compile, whole steps in Triton's interpreter
+	$(BIN)/python -m pytest -m deep
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

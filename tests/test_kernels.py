@@ -30,7 +30,7 @@ SIXTEEN_BYTES = r"ld\.global\S*\.v4\.b32"
     "which",
     [
         pytest.param("not step and not whole_batch", marks=needs_triton, id="sums and dots"),
-        pytest.param("step or whole_batch", marks=[*needs_triton, pytest.mark.slow], id="steps"),
+        pytest.param("step or whole_batch", marks=[*needs_triton, pytest.mark.slow, pytest.mark.deep], id="steps"),
     ],
 )
 def test_in_the_interpreter(which: str) -> None:

@@ -325,6 +325,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.deep
 def test_compiled_steps_are_the_same_steps(sagsae: Sagsae, store: Store, tmp_path: Path) -> None:
     command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "jumprelu:48",
                "--sparsity", "0.2", "--batch", "64", "--tokens", 64 * 10, "--device", "cpu", "--set", "step=dense",
