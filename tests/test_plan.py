@@ -76,6 +76,7 @@ SHAPES = {
 }
 """(d_in, d_sae, rows): where activations are most of it, and where matrices of weights are. On a CPU without bfloat16
 products of that type take long."""
+DEEP = [pytest.mark.slow, pytest.mark.deep]
 FAMILIES = ["sa-gsae", "untied", "gated", "gated, free decoder", "relu", "jumprelu", "batch-topk", "abs-topk"]
 
 
@@ -91,8 +92,16 @@ def measured(cases: list[tuple[Any, ...]]) -> list[list[int]]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux says how much a process has had")
-@pytest.mark.parametrize("form", ["wide", "deep"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "form"),
+    [
+        ("float32", "wide"),
+        *(
+            pytest.param(*case, marks=DEEP)
+            for case in (("float32", "deep"), ("bfloat16", "wide"), ("bfloat16", "deep"))
+        ),
+    ],
+)
 def test_the_estimate_is_what_a_step_takes(dtype: str, form: str) -> None:
     shape = SHAPES[dtype][form]
     cases: list[tuple[Any, ...]] = [

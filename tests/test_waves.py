@@ -271,6 +271,8 @@ def test_waves_of_a_store_that_is_being_harvested(
     assert weights_of(waves) == weights_of(one)
 
 
+@pytest.mark.slow
+@pytest.mark.deep
 def test_waves_of_two_processes(
     sagsae: Sagsae, store: Store, train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
