@@ -160,6 +160,7 @@ def test_a_harvest_is_followed_from_outside(sagsae: Sagsae, store: Store, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_bench_train_prints_its_ratios(sagsae: Sagsae) -> None:
     done = sagsae("bench", "train", "--rounds", "1", "--width", "256", "--batch", "256", "--json")
     assert done.returncode == 0, done.stderr
