@@ -79,7 +79,7 @@ def test_two_processes_with_autoencoders_of_their_own(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("parallel", [pytest.param("sweep", marks=pytest.mark.deep), "data"])
+@pytest.mark.parametrize("parallel", ["sweep", pytest.param("data", marks=pytest.mark.deep)])
 def test_killed_twenty_times(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str
 ) -> None:
@@ -87,9 +87,9 @@ def test_killed_twenty_times(
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     rng, killed, whole = random.Random(0), tmp_path / "killed", tmp_path / "whole"
     both = ("--processes", "2", "--parallel", parallel, "--set", "parts=2")
-    first = sagsae(*command(store, whole, 64 * 4000, "--set", "parts=2"))
+    first = sagsae(*command(store, whole, 64 * 6000, "--set", "parts=2"))
     assert first.returncode == 0, first.stderr
-    again = [sys.executable, ROOT / "cli.py", *command(store, killed, 64 * 4000, *both)]
+    again = [sys.executable, ROOT / "cli.py", *command(store, killed, 64 * 6000, *both)]
     for _ in range(20):
         process = subprocess.Popen(
             [str(part) for part in again], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -104,7 +104,7 @@ def test_killed_twenty_times(
         process.wait()
         wait_until_gone([str(part) for part in again])
     assert not RunFolder(killed).finished()
-    done = sagsae(*command(store, killed, 64 * 4000, *both))
+    done = sagsae(*command(store, killed, 64 * 6000, *both))
     assert done.returncode == 0, done.stderr
     assert weights_of(killed) == weights_of(whole)
     assert lines_of(killed) == lines_of(whole)

@@ -163,17 +163,20 @@ def device_name(device: torch.device) -> str:
     )
 
 
+def introduce(job: Job, device: torch.device) -> None:
+    tokens, many = job.steps * job.config.batch, len(job.saes)
+    say(
+        f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {tokens:,} tokens "
+        f"({tokens / job.epoch_rows:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
+    )
+
+
 def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
     """The training loop of one wave, from where it stands to its end. Adds what it does to `made`."""
     config, device, start = job.config, ranks.device, at.step
     positions = list(at.positions) or [Position()] * job.streams
     shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
-    epochs = job.steps * config.batch / job.epoch_rows
-    many = len(job.saes)
-    say(
-        f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {job.steps * config.batch:,} tokens "
-        f"({epochs:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
-    )
+    introduce(job, device)
     started = time.monotonic()
 
     def after(done: int) -> Standing:
