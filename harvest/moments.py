@@ -18,9 +18,10 @@ from torch import Tensor
 
 SEGMENT_ROWS: Final = 2048
 """Summed by one thread; segments are added in order."""
-CPU_BLOCK: Final = 1 << 20
+CPU_BLOCK: Final = 1 << 21
 GPU_BLOCK: Final = 1 << 28
-"""Bytes of float64 at a time: what stays in a core's cache, or keeps a GPU busy."""
+"""Bytes of float64 at a time: for a CPU what its caches hold and two threads do not take turns over (at half of it two
+were as slow as one); for a GPU what keeps it busy."""
 
 
 @dataclass(frozen=True)
