@@ -2,6 +2,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 .PHONY: demo test test-slow test-deep check setup clean
 
@@ -9,13 +10,13 @@ demo: $(READY)    ## harvest the shipped language model, train SA-GSAE and Gated
 	$(BIN)/sagsae demo --out demo
 
 test: check       ## lint, types and the test suite
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-slow: $(READY)    ## the tests that take longer than half a minute each
-	$(BIN)/python -m pytest -m "slow and not deep"
+	$(PYTEST) -m "slow and not deep"
 
 test-deep: $(READY)    ## what would make those take too long: more kills, torch.compile, whole steps in Triton's interpreter
-	$(BIN)/python -m pytest -m deep
+	$(PYTEST) -m deep
 
 check: $(READY)
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

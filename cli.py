@@ -20,7 +20,7 @@ import typer
 
 from shared.tables import harvest_text, print_peers, print_saes, print_table, trial_text
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 store_app = typer.Typer(no_args_is_help=True, help="Look into activation stores.")
 app.add_typer(store_app, name="store")
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios to its limits and to other tools.")
@@ -32,6 +32,28 @@ Settings = Annotated[list[str] | None, typer.Option("--set", help="Any setting, 
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 Place = Annotated[str, typer.Argument(help="A store: a folder or a URL.")]
 Device = Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, …")]
+
+
+def say_version(asked: bool) -> None:
+    if asked:
+        from shared.record import version
+
+        names = ("sagsae", "torch", "transformer-lens")
+        typer.echo(", ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=say_version, is_eager=True, help="Say which this is, and end.")
+    ] = False,
+) -> None:
+    """Harvest a language model's activations into a store, train sparse autoencoders on it, look at what they learned.
+
+    Every command takes --help; most take --json: one document on stdout. A command that is repeated goes on where it
+    was, or says that it is complete.
+    """
 
 
 @app.command()

@@ -3,6 +3,8 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before anything imports huggingface_hub: no test may reach for the hub
+if "PYTEST_XDIST_WORKER" in os.environ:  # tests run side by side, so each process computes on one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import json
 import random

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,12 @@ def test_widths_by_expansion_and_several_learning_rates(sagsae: Sagsae, store: S
     assert names == [f"gated-{d_sae}-lambda0.2-seed0-lr-{lr}" for d_sae in (48, 64) for lr in ("0.001", "0.005")]
     done = sagsae("train", *options)
     assert (done.returncode, "say which with --store" in done.stderr) == (2, True)
+
+
+def test_says_which_it_is(sagsae: Sagsae) -> None:
+    done = sagsae("--version")
+    assert (done.returncode, done.stdout.split(", ")[1]) == (0, f"torch {version('torch')}")
+    assert done.stdout.startswith("sagsae 0.")
 
 
 @pytest.mark.slow
