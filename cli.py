@@ -690,6 +690,13 @@ def show(document: Any, as_json: bool, text: Any) -> None:
         text()
 
 
+def wait_briefly() -> None:
+    """Threads of a matrix product that wait for one another keep their core busy for milliseconds, while the writer or
+    another program could use it. Here for a hundredth of that (docs/experiments.md). Read when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
 def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
     from shared.errors import DamagedError, Interrupted, UserError
@@ -698,6 +705,7 @@ def main() -> None:
         raise Interrupted("stopped. To continue, run the same command again")
 
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
+    wait_briefly()
     try:
         app()
     except (UserError, DamagedError, Interrupted) as error:
