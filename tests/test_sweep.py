@@ -79,7 +79,7 @@ def test_two_processes_with_autoencoders_of_their_own(
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("parallel", ["sweep", pytest.param("data", marks=pytest.mark.deep)])
+@pytest.mark.parametrize("parallel", ["data", pytest.param("sweep", marks=pytest.mark.deep)])
 def test_killed_twenty_times(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, parallel: str
 ) -> None:
