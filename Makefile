@@ -10,7 +10,8 @@ demo: $(READY)    ## harvest the shipped language model, train SA-GSAE and Gated
 	$(BIN)/sagsae demo --out demo
 
 test: check       ## lint, types and the test suite
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not gpu"
+	$(BIN)/python -m pytest -m gpu    # one after the other: they share a device; skipped without one
 
 test-slow: $(READY)    ## the tests that take longer than half a minute each
 	$(PYTEST) -m "slow and not deep"
