@@ -27,8 +27,9 @@ setup: $(READY)
 clean:
 	rm -rf $(VENV) demo build *.egg-info
 
-# A machine that already has torch (a GPU image) keeps its own build: the venv then sees the system's packages.
+# A machine that already has torch (a GPU image) keeps its own build: the venv then sees the system's packages. Those of
+# a virtual environment that happens to be active are not seen by another.
 $(READY): pyproject.toml
-	$(PYTHON) -m venv $(VENV) $(shell $(PYTHON) -c 'import importlib.util as u; print("--system-site-packages" * bool(u.find_spec("torch")))')
+	$(PYTHON) -m venv $(VENV) $(shell $(PYTHON) -c 'import importlib.util as u, sys; print("--system-site-packages" * (sys.prefix == sys.base_prefix and bool(u.find_spec("torch"))))')
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@

@@ -1,5 +1,6 @@
 """The processes of one training, and what they tell one another. The one door to accelerate."""
 
+import atexit
 import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ class Ranks:
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         self.leads: bool = self.accelerator.is_main_process
+        if self.count > 1:  # one that is still there when Python is gone aborts the process now and then
+            atexit.register(self.accelerator.state.destroy_process_group)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
