@@ -36,6 +36,23 @@ pytestmark = [
 ]
 
 
+CHOICES = 6
+"""Blocks that the kernels of sums and of products choose from, each."""
+
+
+@pytest.fixture(autouse=True)
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One choice of blocks, the first unless a test asks for another: to try out which is fastest takes seconds for
+    every new length of rows."""
+    if has_kernels("cuda"):
+        from train.sae import kernels
+
+        choice = getattr(request, "param", 0)
+        for kernel in (kernels.sum_pieces, kernels.dot_entries):
+            assert len(kernel.configs) == CHOICES
+            monkeypatch.setattr(kernel, "configs", [kernel.configs[choice]])
+
+
 def test_a_store_harvested_on_cuda(harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:
     """The same rows in the same places; the numbers differ from a CPU's by rounding only."""
     exact = {"dtype": "float32", "store_dtype": "float32"}
@@ -112,6 +129,47 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     )
     assert torch.equal(found.W_dec, again.W_dec), "no atomics"
     assert len(open_entries(family(config), on_device, x.cuda() - on_device.b_dec).u) > 0 or height == 1e3
+
+
+@pytest.mark.parametrize("blocks", range(CHOICES), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("d_in", [133, 2048])
+def test_any_blocks_give_the_sums_on_cuda(d_in: int, dtype: torch.dtype) -> None:
+    """Segments of no entry, of a few and of more than a chunk; one table and two."""
+    if not has_kernels("cuda"):
+        pytest.skip("triton is not installed here")
+    from train.sae import kernels
+
+    check_sums(kernels, "cuda", d_in, dtype, 3 * kernels.CHUNK)
+
+
+def check_sums(kernels: Any, device: str, d_in: int, dtype: torch.dtype, entries: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    segment = torch.randint(1, 40, (entries,), generator=generator).sort().values
+    segment[entries // 2 :] = 39
+    index = torch.randint(0, 50, (entries,), generator=generator)
+    tables = [torch.randn(50, d_in, generator=generator).to(dtype) for _ in range(2)]
+    factors = [torch.randn(entries, generator=generator) for _ in range(2)]
+    bounds = torch.searchsorted(segment, torch.arange(42))
+    there = [tensor.to(device) for tensor in (index, bounds, segment, *factors, *tables)]
+    sums = {
+        "one": kernels.sum_rows(there[0], there[1], there[3:4], there[5:6]),
+        "shared": kernels.sum_rows(there[0], there[1], there[3:5], [there[5]] * 2),
+        "two": kernels.sum_rows(there[0], there[1], there[3:5], there[5:7]),
+    }
+    for which, found in sums.items():
+        for out, factor, table in zip(found, factors, tables if which == "two" else tables[:1] * 2, strict=False):
+            dense = torch.zeros(41, 50, dtype=torch.float64)
+            dense.index_put_((segment, index), factor.double(), accumulate=True)
+            size = dense.abs() @ table.double().abs()
+            assert ((out.cpu() - dense @ table.double()).abs() <= 1e-6 * size).all(), which
+    tokens = [table.to(device) for table in (torch.randn(50, d_in, generator=generator) for _ in range(2))]
+    for count in (1, 2):
+        order = torch.arange(entries - 1, -1, -1, device=device)
+        found = kernels.dot_rows(order, there[0], there[2], tokens[:count], there[6])
+        for out, table in zip(found, tokens, strict=False):
+            products = table.cpu()[index].double() * tables[1][segment].double()
+            assert ((out.cpu() - products.sum(1)).abs() <= 1e-6 * products.abs().sum(1)).all()
 
 
 def margin(config: SAEConfig, w: Any, x: torch.Tensor) -> float:
