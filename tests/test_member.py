@@ -1,17 +1,14 @@
 """Autoencoders in training: each on its own, λ under control, resets, and what can never learn."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Sagsae
+from conftest import Sagsae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, weights_of
@@ -184,36 +181,6 @@ def test_one_two_and_four_processes_train_the_same_bits(
     for processes in ("2", "4"):
         assert weights_of(tmp_path / processes) == one
         assert lines_of(tmp_path / processes) == lines_of(tmp_path / "1")
-
-
-RANK_THAT_LOOKS_BACK = """
-import atexit, sys
-from pathlib import Path
-
-import torch
-
-def look() -> None:  # what is registered first is called last
-    Path(sys.argv[1], f"{ranks.index}").write_text(f"{ranks.count} {torch.distributed.is_initialized()}")
-
-atexit.register(look)
-from train.ranks import Ranks
-
-ranks = Ranks(torch.device("cpu"))
-ranks.wait()
-"""
-
-
-def test_processes_have_parted_when_python_ends(tmp_path: Path) -> None:
-    """Of a group that is still there then, threads run on: one exit in six ended in SIGABRT on a busy machine, trained
-    and saved or not."""
-    (tmp_path / "rank.py").write_text(RANK_THAT_LOOKS_BACK)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, tmp_path / "rank.py", tmp_path], capture_output=True, text=True, timeout=240,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert [(tmp_path / rank).read_text() for rank in "01"] == ["2 False", "2 False"]
 
 
 def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store) -> None:

@@ -1,5 +1,6 @@
 """Several processes, each with autoencoders of its own: exactly one process's weights, through any interruption."""
 
+import os
 import random
 import signal
 import subprocess
@@ -51,6 +52,37 @@ def command(store: Store, out: Path, tokens: int, *more: str) -> list[str | Path
             "--d-sae", "48", "--d-sae", "40", "--sparsity", "0.2", "--k", "6", "--batch", "64", "--tokens",
             str(tokens), "--device", "cpu", "--set", "checkpoint_every=50", "--set", "log_every=10", "--json",
             "--out", out, *more]  # fmt: skip
+
+
+COMMAND_THAT_LOOKS_BACK = """
+import atexit, os, sys
+from pathlib import Path
+
+def look():  # what is registered first is called last
+    tasks = Path("/proc/self/task")
+    names = [(task / "comm").read_text() for task in tasks.iterdir()] if tasks.exists() else []
+    print("at the end:", sum("gloo" in name for name in names), file=sys.stderr)
+
+atexit.register(look)
+import cli
+
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("parallel", ["data", "sweep"])
+def test_processes_have_parted_when_python_ends(store: Store, tmp_path: Path, parallel: str) -> None:
+    """A thread of gloo's that lets go of its last tensor while Python ends aborts the process: on a busy machine one
+    exit in four did, whose run was whole."""
+    (tmp_path / "rank.py").write_text(COMMAND_THAT_LOOKS_BACK)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    words = command(store, tmp_path / "run", 64 * 10, "--parallel", parallel, "--processes", "2")
+    done = subprocess.run(
+        [*launcher, tmp_path / "rank.py", *words], capture_output=True, text=True, timeout=240,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("at the end: 0") == 2, done.stderr
 
 
 def test_two_processes_with_autoencoders_of_their_own(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
+import torch.distributed.nn  # its functions keep the group that there is when they are defined: none yet
 from accelerate import Accelerator
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
@@ -26,7 +27,7 @@ class Ranks:
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.device: torch.device = self.accelerator.device
         self.leads: bool = self.accelerator.is_main_process
-        if self.count > 1:  # one that is still there when Python is gone aborts the process now and then
+        if self.count > 1:  # a thread of gloo's that is still there when Python ends aborts the process now and then
             atexit.register(self.accelerator.state.destroy_process_group)
 
     def wait(self) -> None:
