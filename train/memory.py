@@ -24,8 +24,9 @@ from train.sae.sparse import BLOCK, GPU_BLOCK
 FLOAT: Final = 4
 ROWS_ALIVE: Final = 6
 """Tensors [batch, d_in] in a step: x - b_dec, the errors, and all of these rounded."""
-AN_OPEN_ENTRY: Final = 20
-"""Numbers of four bytes that the sparse step keeps for an open gate: where it is, in two orders, and what follows."""
+AN_OPEN_ENTRY: Final = {True: 20, False: 15}
+"""Numbers of four bytes that the sparse step keeps for an open gate: where it is, in two orders, and what follows. By
+whether codes have signs."""
 A_BLOCK_ENTRY: Final = 4
 """The same for an entry of the block of u in which open gates are looked for."""
 FOR_A_MEAN: Final = 2
@@ -124,9 +125,10 @@ def sparse_alive(config: SAEConfig, at: Circumstances) -> float:
     those of random directions nearly are."""
     assert isinstance(config, SaGsae | Gated)
     above = 0.5 * math.erfc(config.theta0 / math.sqrt(2))
-    share = 2 * above if family(config).signed else above
+    signed = family(config).signed
+    share = 2 * above if signed else above
     block = min(config.d_sae * at.rows, BLOCK if at.on_cpu else GPU_BLOCK)
-    return AN_OPEN_ENTRY * share + A_BLOCK_ENTRY * block / (config.d_sae * at.rows)
+    return AN_OPEN_ENTRY[signed] * share + A_BLOCK_ENTRY * block / (config.d_sae * at.rows)
 
 
 def together(needs: Iterable[Need], reader: int) -> Need:
