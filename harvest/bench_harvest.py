@@ -9,7 +9,7 @@ core, on the very rows that are harvested.
 import shutil
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -88,9 +88,14 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             ring.give_back(slot)
 
         with pool(1, "capture") as behind:
-            waiting = []
+            waiting: list[Future[None]] = []
+
+            def look() -> None:
+                for failed in (done for done in waiting if done.done()):
+                    failed.result()
+
             for shard in store.commits:
-                slot = ring.take(lambda: None)
+                slot = ring.take(look)
                 ready = capture.shard(shard, slot, lambda _: None)
                 if turns:
                     in_turn(ready)
@@ -105,12 +110,18 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             list(cores.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
     found: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
-    waiting = []
+    stalls = []
     for number in range(rounds + 1):
         seconds = {}
         for name, run in (("forward", forward), ("capture", captured), ("encode", encoded)):
             started = time.perf_counter()
-            run()
+            try:
+                run()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    f"--device {model.device}: its memory does not suffice for {contexts} contexts at once beside "
+                    "three copies of the model. Set fewer: --set batch_tokens=N"
+                ) from error
             seconds[name] = time.perf_counter() - started
             advance(1, name)
         seconds["moments"] = sum(counted)
@@ -122,13 +133,13 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
         seconds["harvest"] = done.seconds
         advance(1, "harvest")
         if number:
-            waiting.append(done.waiting_for_writer)
+            stalls.append(done.waiting_for_writer)
             for name, value in seconds.items():
                 found[name].append(value)
-    return report(store, model.device, found, waiting)
+    return report(store, model.device, found, stalls)
 
 
-def report(store: Store, device: torch.device, found: dict[str, list[float]], waiting: list[float]) -> Report:
+def report(store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]) -> Report:
     rounds = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
     stored = sum(store.stored_bytes(hook) for hook in store.spec.hookpoints)
     raw = sum(rows.nbytes for rows in encodable(store))
@@ -136,7 +147,7 @@ def report(store: Store, device: torch.device, found: dict[str, list[float]], wa
         "capture_vs_forward": round(median(r["capture"] / r["forward"] for r in rounds), 3),
         "with_moments_vs_forward": round(median((r["capture"] + r["moments"]) / r["forward"] for r in rounds), 3),
         "harvest_vs_limit": round(median(r["harvest"] / max(r["forward"], r["encode"]) for r in rounds), 3),
-        "stalled": round(median(waiting), 4),
+        "stalled": round(median(stalls), 4),
     }
     figures = [
         {

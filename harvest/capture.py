@@ -134,6 +134,8 @@ class Capture:
         self.keep = keep.reshape(-1)
         self.pool = behind.pool(threads, "moments")
         cuda = model.device.type == "cuda"
+        if cuda and model.device.index is not None:
+            torch.cuda.set_device(model.device)  # else what follows takes memory of the first GPU, too
         self.side = torch.cuda.Stream(model.device) if cuda else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
@@ -181,6 +183,11 @@ class Capture:
         """A function that waits until the device has done what it was asked so far."""
         if self.side is None:
             return lambda: None
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event, device = torch.cuda.Event(blocking=True), self.side.device  # type: ignore[no-untyped-call]
         event.record(self.side)
-        return event.synchronize
+
+        def wait() -> None:  # in the writer's thread as well, which begins with the first GPU
+            with torch.cuda.device(device):
+                event.synchronize()
+
+        return wait

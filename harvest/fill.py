@@ -50,7 +50,7 @@ def fill(
     keep = rows_that_count(tokens, spec)
     reuse_memory(model.device)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
-    ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS)
+    ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS, partial(finish_work, model.device))
     nonfinite = config.allow_nonfinite
     turns = take_turns(model.device, store.files)
     with (
@@ -77,6 +77,12 @@ def take_turns(device: torch.device, files: Files) -> bool:
     return device.type == "cpu" and isinstance(files, LocalFiles)
 
 
+def finish_work(device: torch.device) -> None:
+    """Waits until the model has computed what it was asked to."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
+
+
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:
     """In smaller batches from here on when a GPU's memory does not suffice. Raises UserError when it does not suffice
     for one context."""
@@ -90,9 +96,14 @@ def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> R
                 raise no_memory(capture.model.device, capture.spec.context) from error
         capture.batch = -(-capture.batch // 2)
         say(f"out of memory: going on with {capture.batch * capture.spec.context:,} tokens in a batch")
-        if capture.side is not None:
-            torch.cuda.synchronize(capture.model.device)
-            torch.cuda.empty_cache()
+        forget_batch(capture.model.device)
+
+
+def forget_batch(device: torch.device) -> None:
+    """After one for which memory did not suffice: nothing of it is in use any more, and its memory is free."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
 
 
 def no_memory(device: torch.device, context: int) -> UserError:

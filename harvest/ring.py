@@ -12,8 +12,9 @@ class Ring(Generic[Slot]):
     """A fixed number of slots, made when they are first needed. Taking one waits for the writer: that is all that ever
     holds the model up."""
 
-    def __init__(self, make: Callable[[], Slot], slots: int) -> None:
-        self.make = make
+    def __init__(self, make: Callable[[], Slot], slots: int, work: Callable[[], None] = lambda: None) -> None:
+        """`work` returns when the model has computed what it was asked to: until then it waits for nobody."""
+        self.make, self.work = make, work
         self.waited = 0.0
         """Seconds in which no slot was free."""
         self.free: queue.SimpleQueue[Slot | None] = queue.SimpleQueue()
@@ -22,6 +23,8 @@ class Ring(Generic[Slot]):
 
     def take(self, look: Callable[[], None]) -> Slot:
         """`look` is called now and then while none is free, and may raise."""
+        if self.free.empty():
+            self.work()
         while True:
             look()
             started = time.monotonic()

@@ -54,10 +54,11 @@ def harvest(config: HarvestConfig) -> Summary:
 
         try:
             return lead(config, team, look) if team.rank == 0 else help_out(config, team, look)
-        except (UserError, Interrupted) as error:
+        except BaseException as error:
             if team.rank:
                 team.fail()
-            if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+            if isinstance(error, UserError | Interrupted) and config.overwrite and AGAIN in str(error):
+                # the same command would begin afresh once more
                 raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
             raise
 

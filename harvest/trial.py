@@ -4,7 +4,7 @@ Nothing is written. The batch is the beginning of the corpus, not shuffled, so t
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, islice
@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from harvest.begin import token_rows
 from harvest.capture import BITS
-from harvest.fill import default_batch_tokens, no_memory
+from harvest.fill import default_batch_tokens, forget_batch, no_memory
 from harvest.pack import Counts
 from harvest.plan import Plan, check_same, default_chunk_rows, make_plan
 from harvest.room import expected, raw_bytes
@@ -111,23 +112,34 @@ def first_rows(plan: Plan, contexts: int) -> NDArray[Any]:
 def captured(plan: Plan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
     """Rows of every hookpoint as they are stored, on the host, and the median seconds that a batch takes."""
     found: dict[str, torch.Tensor] = {}
-    dtype, seconds = torch_dtype(plan.config.store_dtype), []
+    dtype = torch_dtype(plan.config.store_dtype)
 
     def sink(path: str, activations: torch.Tensor) -> None:
         found[path] = activations.to(dtype).to("cpu", copy=True)
 
     sinks = {hook.name: lambda x, path=path: sink(path, x) for path, hook in plan.hooks.items()}
-    try:
-        with model.capturing(sinks) as run:
-            for _ in range(ROUNDS):
-                started = time.perf_counter()
-                run(torch.from_numpy(ids.astype("int64")))
-                seconds.append(time.perf_counter() - started)
-    except torch.OutOfMemoryError as error:
-        if len(ids) == 1:
-            raise no_memory(model.device, plan.context) from error
-        return captured(plan, model, ids[: len(ids) // 2])
-    return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, float(np.median(seconds))
+    while True:
+        try:
+            seconds = seconds_of_a_batch(model, sinks, ids)
+            break
+        except torch.OutOfMemoryError as error:
+            if len(ids) == 1:
+                raise no_memory(model.device, plan.context) from error
+        ids = ids[: len(ids) // 2]
+        found.clear()
+        forget_batch(model.device)  # the error that held its memory is gone here
+    return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, seconds
+
+
+def seconds_of_a_batch(model: LanguageModel, sinks: Mapping[str, Callable[[Tensor], None]], ids: NDArray[Any]) -> float:
+    """The median."""
+    seconds = []
+    with model.capturing(sinks) as run:
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            run(torch.from_numpy(ids.astype("int64")))
+            seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
 
 
 def encoded(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:

@@ -22,8 +22,11 @@ def test_no_socket_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     for name in ("connect", "connect_ex", "sendto"):
         monkeypatch.setattr(socket.socket, name, refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    harvested = run_harvest(HarvestConfig(model="tiny", tokens=4000, context=64, hooks=("mlp_out",), out=tmp_path))
+    cpu = {"device": "cpu"}
+    harvested = run_harvest(
+        HarvestConfig(model="tiny", tokens=4000, context=64, hooks=("mlp_out",), out=tmp_path, **cpu)
+    )
     sae = sae_config(arch="sa-gsae", d_sae=16, sparsity=0.2)
-    trained = run_train(TrainConfig(store=harvested.store, saes=(sae,), batch=64, out=tmp_path / "run"))
-    assert evaluate(EvalConfig(run=trained.run)).results["ce_tokens"]
+    trained = run_train(TrainConfig(store=harvested.store, saes=(sae,), batch=64, out=tmp_path / "run", **cpu))
+    assert evaluate(EvalConfig(run=trained.run, **cpu)).results["ce_tokens"]
     assert write_report([trained.run], tmp_path / "report.html").exists()

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ import harvest.run
 from harvest.capture import Capture
 from harvest.ring import Ring
 from harvest.run import harvest as run_harvest
+from harvest.team import Team
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
 from shared.files import LocalFiles, folder_lock
@@ -41,8 +43,9 @@ from train.run import train as run_train
 
 Config = Callable[..., HarvestConfig]
 COMMAND = [
-    "harvest", "--model", "tiny", "--tokens", "40000", "--hook", "mlp_out", "--hook", "attn_out", "--context", "64",
-    "--set", "shard_rows=1024", "--set", "chunk_rows=256", "--set", "batch_tokens=512", "--json", "--out",
+    "harvest", "--model", "tiny", "--device", "cpu", "--tokens", "40000", "--hook", "mlp_out", "--hook", "attn_out",
+    "--context", "64", "--set", "shard_rows=1024", "--set", "chunk_rows=256", "--set", "batch_tokens=512", "--json",
+    "--out",
 ]  # fmt: skip
 SHARDS = 40
 
@@ -232,7 +235,8 @@ def test_what_fails_in_the_writers_turn_stops_the_harvest(
 
 def test_memory_that_goes_round() -> None:
     made: list[int] = []
-    ring = Ring(lambda: made.append(0) or len(made), 2)
+    worked: list[bool] = []
+    ring = Ring(lambda: made.append(0) or len(made), 2, lambda: time.sleep(0.5) or worked.append(True))
     assert [ring.take(lambda: None), ring.take(lambda: None)] == [1, 2]
     looked = 0
 
@@ -242,8 +246,11 @@ def test_memory_that_goes_round() -> None:
         if looked == 2:
             ring.give_back(1)
 
+    assert not worked, "there was one"
     assert ring.take(look) == 1
     assert made == [0, 0], "nothing more is made"
+    assert worked == [True]
+    assert ring.waited < 0.45, "the model works on: it does not wait"
     with pytest.raises(UserError, match="stop"):
         ring.take(lambda: (_ for _ in ()).throw(UserError("stop")))
 
@@ -285,6 +292,18 @@ def test_out_of_memory_halves_the_batch(
     )
     with pytest.raises(UserError, match=r"does not suffice for one context of 16 tokens\. Lower --context"):
         run_harvest(harvest_config(tmp_path, name="none"))
+
+
+def test_whatever_ends_a_helper_the_first_process_is_told(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It waits for the others; not every launcher ends it."""
+    told: list[str] = []
+    keys = SimpleNamespace(set=lambda key, _: told.append(key), check=lambda _: True, get=lambda _: b"[")
+    monkeypatch.setattr(Team, "join", lambda: Team(1, 2, 1, 2, keys))
+    with pytest.raises(json.JSONDecodeError):
+        run_harvest(harvest_config(tmp_path))
+    assert told == ["failed"]
 
 
 def test_rows_with_nan_are_kept_when_that_is_asked_for(

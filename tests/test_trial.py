@@ -1,16 +1,21 @@
 """A dry run writes nothing and says what the harvest then does; the benchmark measures both of its halves."""
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from conftest import Sagsae, save_corpus
 
+from harvest import bench_harvest
 from harvest.run import harvest as run_harvest
 from harvest.trial import trial
 from shared.config import HarvestConfig
 from shared.errors import UserError
+from shared.model import LanguageModel
 
 Config = Callable[..., HarvestConfig]
 
@@ -59,3 +64,35 @@ def test_commands(sagsae: Sagsae, tmp_path: Path) -> None:
     assert 0 < report["harvest_vs_limit"] < 100
     assert report["tokens"] == 3000
     assert list(tmp_path.iterdir()) == [], "the stores go again"
+
+
+def test_a_batch_that_is_too_large_is_gone_when_the_next_is_tried(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or a GPU would have less room for it than before. A stand-in: this model refuses more than one context."""
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+
+    def refuse(self: LanguageModel, tokens: torch.Tensor, last: int) -> None:
+        alive.append(sum(there() is not None for there in held))
+        activations = torch.zeros(100)
+        held.append(weakref.ref(activations))
+        if len(tokens) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        run_to(self, tokens, last)
+
+    run_to = LanguageModel.run_to
+    monkeypatch.setattr(LanguageModel, "run_to", refuse)
+    assert trial(harvest_config(tmp_path / "out", batch_tokens=128)).tokens
+    assert alive[:4] == [0, 0, 0, 0], "eight contexts, four, two, one"
+
+
+def test_a_bench_that_does_not_fit_says_what_to_do(
+    harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(bench_harvest, "cut_off", lambda *_: refuse)
+    with pytest.raises(UserError, match=r"does not suffice for 8 contexts at once .*--set batch_tokens=N"):
+        bench_harvest.bench_harvest(harvest_config(tmp_path, batch_tokens=128), tmp_path, 1, lambda *_: None)

@@ -189,5 +189,6 @@ class Member:
 
 def tensors_of(grads: dict[str, Tensor], step: Step) -> list[Tensor]:
     """What is summed over the parts of a batch."""
-    scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, step.threshold])
+    threshold = torch.zeros_like(step.l0) if step.threshold is None else step.threshold
+    scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, threshold])
     return [*grads.values(), scalars, step.fired.float()]

@@ -9,6 +9,7 @@ from typing import Any, Final, TypeVar
 import torch
 import torch.distributed.nn  # its functions keep the group that there is when they are defined: none yet
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from torch import Tensor
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
@@ -23,6 +24,9 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # accelerate takes the current one
+        before: Any = PartialState() if PartialState._shared_state else None  # what it keeps for the whole process
+        if before is not None and before.num_processes == 1 and before.device.type != device.type:
+            AcceleratorState._reset_state(reset_partial_state=True)
         self.accelerator = Accelerator(cpu=device.type == "cpu")
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.device: torch.device = self.accelerator.device

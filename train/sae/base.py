@@ -6,7 +6,7 @@ poles.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
 import torch
@@ -77,7 +77,7 @@ class Step:
     l0: Float[Tensor, ""]
     fired: Bool[Tensor, " d_sae"]
     """Which latents were non-zero somewhere in the batch."""
-    threshold: Float[Tensor, ""] = field(default_factory=lambda: torch.zeros(()))
+    threshold: Float[Tensor, ""] | None = None
     """The smallest active size, where a batch decides it (TopK)."""
 
 

@@ -125,6 +125,7 @@ class TopKFamily(Family[TopKWeights]):
         pass
 
     def absorb_(self, w: TopKWeights, step: Step) -> None:
+        assert step.threshold is not None
         mean = torch.lerp(step.threshold, w.threshold, THRESHOLD_MEMORY)
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
 
