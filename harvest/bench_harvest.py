@@ -8,8 +8,9 @@ core, on the very rows that are harvested.
 
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from harvest.behind import pool
 from harvest.capture import Capture, Slot, make_slot
-from harvest.fill import SLOTS, default_batch_tokens, take_turns
+from harvest.fill import SLOTS, default_batch_tokens, finish_work, take_turns
 from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
@@ -66,44 +67,12 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     chunks = encodable(store)
 
     def forward() -> None:
-        with torch.inference_mode():
-            for shard in store.commits:
-                start, stop = spec.shard_range(shard)
-                end = -(-stop // spec.context)
-                for first in range(start // spec.context, end, contexts):
-                    ids = torch.from_numpy(tokens[first : min(first + contexts, end)].astype("int64"))
-                    bare(ids.to(model.device), use_cache=False)
-        synchronize(model.device)
+        bare_forward(bare, model.device, store, tokens, contexts)
+
+    def captured() -> None:
+        counted.append(capture_shards(capture, store, ring, turns))
 
     counted: list[float] = []
-
-    def in_turn(ready: Ready) -> None:
-        began = time.perf_counter()
-        ready()
-        counted.append(time.perf_counter() - began)
-
-    def captured() -> None:  # as in a harvest: on a GPU the rest of a shard is done while the next one is computed
-        def finish(ready: Ready, slot: Slot) -> None:
-            ready()
-            ring.give_back(slot)
-
-        with pool(1, "capture") as behind:
-            waiting: list[Future[None]] = []
-
-            def look() -> None:
-                for failed in (done for done in waiting if done.done()):
-                    failed.result()
-
-            for shard in store.commits:
-                slot = ring.take(look)
-                ready = capture.shard(shard, slot, lambda _: None)
-                if turns:
-                    in_turn(ready)
-                    ring.give_back(slot)
-                else:
-                    waiting.append(behind.submit(finish, ready, slot))
-        for done in waiting:
-            done.result()
 
     def encoded() -> None:
         with ThreadPoolExecutor(Team().threads) as cores:
@@ -115,18 +84,12 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
         seconds = {}
         for name, run in (("forward", forward), ("capture", captured), ("encode", encoded)):
             started = time.perf_counter()
-            try:
+            with enough_memory(model.device, contexts):
                 run()
-            except torch.OutOfMemoryError as error:
-                raise UserError(
-                    f"--device {model.device}: its memory does not suffice for {contexts} contexts at once beside "
-                    "three copies of the model. Set fewer: --set batch_tokens=N"
-                ) from error
             seconds[name] = time.perf_counter() - started
             advance(1, name)
-        seconds["moments"] = sum(counted)
+        seconds["moments"] = counted.pop()
         seconds["capture"] -= seconds["moments"]
-        counted.clear()
         shutil.rmtree(folder / "again", ignore_errors=True)
         with hush():
             done = harvest(config.model_copy(update={"out": str(folder), "name": "again"}))
@@ -137,6 +100,61 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
             for name, value in seconds.items():
                 found[name].append(value)
     return report(store, model.device, found, stalls)
+
+
+@contextmanager
+def enough_memory(device: torch.device, contexts: int) -> Iterator[None]:
+    """Raises UserError when there is not."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"--device {device}: its memory does not suffice for {contexts} contexts at once beside three copies of "
+            "the model. Set fewer: --set batch_tokens=N"
+        ) from error
+
+
+def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[Any], contexts: int) -> None:
+    """Every shard, in a harvest's batches."""
+    context = store.spec.context
+    with torch.inference_mode():
+        for shard in store.commits:
+            start, stop = store.spec.shard_range(shard)
+            end = -(-stop // context)
+            for first in range(start // context, end, contexts):
+                ids = torch.from_numpy(tokens[first : min(first + contexts, end)].astype("int64"))
+                bare(ids.to(device), use_cache=False)
+    finish_work(device)
+
+
+def capture_shards(capture: Capture, store: Store, ring: Ring[Slot], turns: bool) -> float:
+    """As in a harvest: in turns, or the rest of a shard while the next one is computed. Gives the seconds in which the
+    model stood still for a turn."""
+    still = 0.0
+    waiting: list[Future[None]] = []
+
+    def finish(ready: Ready, slot: Slot) -> None:
+        ready()
+        ring.give_back(slot)
+
+    def look() -> None:
+        for done in waiting:
+            if done.done():
+                done.result()
+
+    with pool(1, "capture") as behind:
+        for shard in store.commits:
+            slot = ring.take(look)
+            ready = capture.shard(shard, slot, lambda _: None)
+            if turns:
+                began = time.perf_counter()
+                finish(ready, slot)
+                still += time.perf_counter() - began
+            else:
+                waiting.append(behind.submit(finish, ready, slot))
+    for done in waiting:
+        done.result()
+    return still
 
 
 def report(store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]) -> Report:
@@ -171,11 +189,6 @@ def report(store: Store, device: torch.device, found: dict[str, list[float]], st
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def cut_off(source: ModelSource, device: torch.device, dtype: str, last: int) -> Any:

@@ -111,5 +111,5 @@ class Optimizer:
     def load_(self, state: dict[str, Tensor]) -> None:
         for name, parameter in self.weights.trained().items():
             held = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
-            self.adam.state[parameter] = {key: value.to(parameter.device).clone() for key, value in held.items()}
+            self.adam.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in held.items()}
         self.done = int(self.adam.state[self.weights.W_dec]["step"].item()) if state else 0
