@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest import behind
-from shared.files import Buffer, Files
+from shared.files import Buffer, Write
 from shared.manifest import Sizes
 from shared.quantise import dequantise, dim_scale, quantise
 from shared.shard import as_float32, crc32, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
@@ -27,10 +27,10 @@ Fetch = Callable[[slice, NDArray[Any]], None]
 
 
 class ShardFiles:
-    """Writes the files of shards, from any number of threads. `close` ends its own."""
+    """Makes the files of shards, from any number of threads. `close` ends its own."""
 
-    def __init__(self, files: Files, spec: StoreSpec, threads: int | None = None) -> None:
-        self.files, self.spec, self.layouts = files, spec, spec.layouts()
+    def __init__(self, spec: StoreSpec, threads: int | None = None) -> None:
+        self.spec, self.layouts = spec, spec.layouts()
         self.threads = threads or len(os.sched_getaffinity(0))
         self.pool = behind.pool(self.threads, "encode")
         self.local = threading.local()
@@ -40,6 +40,7 @@ class ShardFiles:
 
     def activations(
         self,
+        write: Write,
         hook: str,
         shard: int,
         n: int,
@@ -54,7 +55,7 @@ class ShardFiles:
         layout = self.layouts[hook]
         slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
         if self.spec.quantised:
-            return self.int8(hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept, encoded)
+            return self.int8(write, hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept, encoded)
 
         def encode(at: slice) -> bytes:
             chunk = self.memory(layout.chunk_shape, layout.dtype)
@@ -62,10 +63,11 @@ class ShardFiles:
             chunk[at.stop - at.start :] = layout.fill
             return encode_chunk(chunk, layout.codec)
 
-        return self.write(hook, shard, shard_pieces(self.each(encode, slices), layout), True, encoded)
+        return self.put(write, hook, shard, shard_pieces(self.each(encode, slices), layout), True, encoded)
 
     def int8(
         self,
+        write: Write,
         hook: str,
         shard: int,
         slices: list[slice],
@@ -95,10 +97,10 @@ class ShardFiles:
                 yield data
 
         return {
-            **self.write(hook, shard, shard_pieces(chunks(), layout), True, encoded),
-            **self.vector(f"scale/{hook}/row", shard, scales),
-            **self.row(f"scale/{hook}/dim", shard, dim),
-            **self.row(f"stats/{hook}/sum_of_squared_error", shard, error),
+            **self.put(write, hook, shard, shard_pieces(chunks(), layout), True, encoded),
+            **self.vector(write, f"scale/{hook}/row", shard, scales),
+            **self.row(write, f"scale/{hook}/dim", shard, dim),
+            **self.row(write, f"stats/{hook}/sum_of_squared_error", shard, error),
         }
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
@@ -124,15 +126,16 @@ class ShardFiles:
         chunk: NDArray[Any] = self.local.chunk
         return chunk
 
-    def vector(self, array: str, shard: int, rows: NDArray[Any]) -> Sizes:
-        return self.write(array, shard, encode_shard(rows, self.layouts[array]), False)
+    def vector(self, write: Write, array: str, shard: int, rows: NDArray[Any]) -> Sizes:
+        return self.put(write, array, shard, encode_shard(rows, self.layouts[array]), False)
 
-    def row(self, array: str, shard: int, row: NDArray[Any]) -> Sizes:
+    def row(self, write: Write, array: str, shard: int, row: NDArray[Any]) -> Sizes:
         dtype = self.spec.rows_of_shards()[array][1]
-        return self.write(array, shard, [with_crc(row.astype(dtype).tobytes())], True)
+        return self.put(write, array, shard, [with_crc(row.astype(dtype).tobytes())], True)
 
-    def write(
+    def put(
         self,
+        write: Write,
         array: str,
         shard: int,
         pieces: Iterable[Buffer],
@@ -148,5 +151,5 @@ class ShardFiles:
                 yield piece
             written()
 
-        self.files.write(shard_file(array, shard, matrix), counted())
+        write(shard_file(array, shard, matrix), counted())
         return {array: (size, crc)}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from harvest.encode import Fetch, ShardFiles
 from shared.create import clean_up, create_store, finish_store, is_ours, reopen
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import Buffer, Files, LocalFiles, open_files
+from shared.files import Buffer, Files, LocalFiles, Write, open_files
 from shared.manifest import Sizes, append_commit, read_metadata
 from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_shard
@@ -86,7 +86,7 @@ def check_target(files: Files, spec: StoreSpec) -> None:
 def begin(store: Store, files: Files, spec: StoreSpec) -> None:
     tokens = {path: entry for path, entry in read_metadata(store.files).items() if path.startswith("tokens/c/")}
     for path, (size, crc) in tokens.items():
-        copy(store.files, files, path, size, crc)
+        copy(store.files, files.write, path, size, crc)
     create_store(files, spec, tokens, {**provenance(), "source": store.name})
 
 
@@ -97,7 +97,7 @@ def fill(store: Store, done: Store) -> None:
     rows = sum(store.commits[shard].rows for shard in todo)
     with (
         stop_requests() as stop_asked,
-        closing(ShardFiles(done.files, done.spec)) as writer,
+        closing(ShardFiles(done.spec)) as writer,
         progress("recode", rows, "tokens") as advance,
     ):
         for shard in todo:
@@ -113,20 +113,20 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
     contexts, positions = (read_shard(open_reader(store, f"index/{name}"), shard) for name in ("context", "position"))
     kept = keep[contexts, positions]
     files: Sizes = {}
-    for array, (size, crc) in commit.files.items():
-        if array in store.spec.hookpoints:
-            continue
-        matrix = array in store.spec.rows_of_shards()  # the others are vectors
-        reader = None if matrix else open_reader(store, array)
-        if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
-            files |= writer.vector(array, shard, read_shard(reader, shard))
-        else:
-            files[array] = copy(store.files, done.files, shard_file(array, shard, matrix), size, crc)
-    for hook in store.spec.hookpoints:
-        squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
-        files |= writer.activations(
-            hook, shard, commit.rows, fetch_from(open_reader(store, hook), shard), squares, kept
-        )
+    with done.files.together() as write:
+        for array, (size, crc) in commit.files.items():
+            if array in store.spec.hookpoints:
+                continue
+            matrix = array in store.spec.rows_of_shards()  # the others are vectors
+            reader = None if matrix else open_reader(store, array)
+            if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
+                files |= writer.vector(write, array, shard, read_shard(reader, shard))
+            else:
+                files[array] = copy(store.files, write, shard_file(array, shard, matrix), size, crc)
+        for hook in store.spec.hookpoints:
+            squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
+            fetch = fetch_from(open_reader(store, hook), shard)
+            files |= writer.activations(write, hook, shard, commit.rows, fetch, squares, kept)
     append_commit(done.files, 0, replace(commit, files=files))
 
 
@@ -137,7 +137,7 @@ def fetch_from(reader: Reader, shard: int) -> Fetch:
     return fetch
 
 
-def copy(source: Files, target: Files, path: str, size: int, crc: int) -> tuple[int, int]:
+def copy(source: Files, write: Write, path: str, size: int, crc: int) -> tuple[int, int]:
     """A committed file, checked on the way."""
     file, found = source.open(path, size), 0
 
@@ -150,5 +150,5 @@ def copy(source: Files, target: Files, path: str, size: int, crc: int) -> tuple[
         if found != crc:
             raise DamagedError(f"{source.name}/{path}: its checksum is not the committed one")
 
-    target.write(path, pieces())
+    write(path, pieces())
     return size, crc

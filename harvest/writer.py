@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from harvest import behind
 from harvest.encode import ShardFiles
 from shared.errors import UserError
-from shared.files import Files
+from shared.files import Files, Write
 from shared.manifest import Commit, Sizes, append_commit
 from shared.permute import SHARD_ROWS, permutation
 from shared.spec import StoreSpec
@@ -65,7 +65,7 @@ class ShardWriter:
         self.keep = keep.reshape(-1)
         self.committer = behind.pool(1, "commit")
         self.hooks = behind.pool(len(spec.hookpoints), "hook")
-        self.shards = ShardFiles(files, spec, threads)
+        self.shards = ShardFiles(spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False
         self.began = 0.0
@@ -129,20 +129,32 @@ class ShardWriter:
             if bad.any():
                 nonfinite[path] = int((bad & self.keep[start:stop]).sum())
         with self.files.explained():
-            # Begun before the small files, whose syncs take longer than their bytes: the model may be waiting for it.
-            hooks = self.hooks.map(lambda path: self.write_hookpoint(path, shard, rows[path], order, kept), rows)
-            parts = [
-                self.shards.vector("index/context", shard, (stream // self.spec.context).astype("<u4")),
-                self.shards.vector("index/position", shard, (stream % self.spec.context).astype("<u2")),
-                *hooks,
-            ]
-            files = {path: entry for part in parts for path, entry in part.items()}
+            with self.files.together() as write:
+                # First, for the model may be waiting for them.
+                hooks = [
+                    self.hooks.submit(self.write_hookpoint, write, path, shard, part, order, kept)
+                    for path, part in rows.items()
+                ]
+                try:
+                    files = self.write_index(write, shard, stream)
+                finally:
+                    wait(hooks)  # none writes any more when a failure of one deletes what is there
+                for hook in hooks:
+                    files |= hook.result()
             commit = Commit(shard, stop - start, start, stop, int(kept.sum()), files, nonfinite)
             append_commit(self.files, self.writer, commit)
         self.commits.append(commit)
 
+    def write_index(self, write: Write, shard: int, stream: NDArray[np.int64]) -> Sizes:
+        """Where the shard's rows came from; `stream` [n] are their numbers in the token stream."""
+        context, position = np.divmod(stream, self.spec.context)
+        return {
+            **self.shards.vector(write, "index/context", shard, context.astype("<u4")),
+            **self.shards.vector(write, "index/position", shard, position.astype("<u2")),
+        }
+
     def write_hookpoint(
-        self, path: str, shard: int, part: ShardRows, order: NDArray[np.int64], kept: NDArray[np.bool_]
+        self, write: Write, path: str, shard: int, part: ShardRows, order: NDArray[np.int64], kept: NDArray[np.bool_]
     ) -> Sizes:
         """One hookpoint's shard of activations, norms and sums; `order` permutes its rows."""
 
@@ -150,10 +162,10 @@ class ShardWriter:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
         return {
-            **self.shards.activations(path, shard, len(order), fetch, part.squares, kept, self.encoded.release),
-            **self.shards.vector(f"stats/{path}/norm", shard, part.norms[order]),
-            **self.shards.row(f"stats/{path}/sum", shard, part.total),
-            **self.shards.row(f"stats/{path}/sum_of_squares", shard, part.squares),
+            **self.shards.activations(write, path, shard, len(order), fetch, part.squares, kept, self.encoded.release),
+            **self.shards.vector(write, f"stats/{path}/norm", shard, part.norms[order]),
+            **self.shards.row(write, f"stats/{path}/sum", shard, part.total),
+            **self.shards.row(write, f"stats/{path}/sum_of_squares", shard, part.squares),
         }
 
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError
-from shared.files import LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync_folder
+from shared.files import LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
 from shared.manifest import Commit, Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
 from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
@@ -82,7 +82,7 @@ def place_tokens(files: Files, tokens: Tokens) -> None:
     """Gives the rows that `write_tokens` wrote their final name."""
     if isinstance(files, LocalFiles):
         tokens.folder.rename(files.root / "tokens")
-        sync_folder(files.root)
+        sync(files.root)
     else:
         for path in tokens.files:
             files.write(path, [(tokens.folder.parent / path.replace("tokens", BUILDING, 1)).read_bytes()])

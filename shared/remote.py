@@ -13,7 +13,7 @@ from shared.cache import Key, RangeCache
 from shared.client import PART_BYTES, Client, ServerError
 from shared.connect import parse
 from shared.errors import DamagedError, UserError
-from shared.files import VERIFY, Buffer, Files, lock_file
+from shared.files import VERIFY, Buffer, Files, Write, lock_file
 from shared.object_lock import object_lock
 
 
@@ -86,6 +86,10 @@ class RemoteFiles:
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
         self.check_writable()
         self.client.upload(*self.place(path), pieces)
+
+    @contextmanager
+    def together(self) -> Iterator[Write]:
+        yield self.write  # an object is durable when it is there
 
     def append(self, path: str, line: bytes, number: int) -> None:
         self.check_writable()

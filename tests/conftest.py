@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,6 +28,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import shared.files
 from harvest.run import harvest
 from shared.config import HarvestConfig, TrainConfig
 from shared.saes import sae_config
@@ -160,6 +162,23 @@ def train_config(store: Store, tmp_path: Path) -> Callable[..., TrainConfig]:
         return TrainConfig(**values)
 
     return config
+
+
+def before_each_file(patch: pytest.MonkeyPatch, check: Callable[[Path], None]) -> None:
+    """`check` is called with the path of every file that is about to be written, and may raise."""
+    real = shared.files.written_together
+
+    @contextmanager
+    def checked() -> Iterator[Callable[..., None]]:
+        with real() as write:
+
+            def write_checked(path: Path, pieces: Any) -> None:
+                check(path)
+                write(path, pieces)
+
+            yield write_checked
+
+    patch.setattr(shared.files, "written_together", checked)
 
 
 def contents(root: Path) -> dict[str, bytes]:

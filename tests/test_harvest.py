@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import CONTEXT, Sagsae, contents, save_corpus, save_model, sentences
+from conftest import CONTEXT, Sagsae, before_each_file, contents, save_corpus, save_model, sentences
 from transformers import AutoModelForCausalLM
 
 import harvest.room
@@ -217,22 +217,22 @@ def test_a_disk_too_small_is_refused_before_any_work(
 
 
 def test_a_disk_that_fills_up(harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, calls = LocalFiles.write, 0
+    calls = 0
 
-    def write_until_full(files: LocalFiles, path: str, pieces: Any) -> None:
+    def full(_path: Path) -> None:
         nonlocal calls
         calls += 1
         if calls == 80:
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(files, path, pieces)
 
     with monkeypatch.context() as patch:
-        patch.setattr(LocalFiles, "write", write_until_full)
+        before_each_file(patch, full)
         with pytest.raises(UserError, match=r"the disk is full. Free space, then run the same command again"):
             run_harvest(harvest_config(tmp_path))
     half = Store.open(tmp_path / "s")
     assert 0 < len(half.commits) < 10
     assert verify(half, full=True).lines == []
+    assert list(half.root.rglob("*.tmp")) == [], "what the shard had written takes up no room"
     run_harvest(harvest_config(tmp_path))
     whole = run_harvest(harvest_config(tmp_path / "whole"))
     assert contents(tmp_path / "s") == contents(Path(whole.store))

@@ -177,6 +177,36 @@ def test_a_failed_write_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(tmp_path.iterdir()) == []
 
 
+def test_files_that_belong_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file is on the disk before it has its name, every name before the block is left."""
+    done: list[tuple[str, str]] = []
+    sync, rename = os.fsync, Path.rename
+
+    def synced(handle: int) -> None:
+        done.append(("sync", Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(tmp_path).as_posix()))
+        sync(handle)
+
+    def renamed(path: Path, target: Path) -> Path:
+        done.append(("name", target.relative_to(tmp_path).as_posix()))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    with LocalFiles(tmp_path).together() as write:
+        write("a/b/one", [b"1", memoryview(b"23")])
+        write("a/two", [])
+        assert done == []
+        assert {path.suffix for path in tmp_path.rglob("*") if path.is_file()} == {".tmp"}
+    assert [(what, path.removesuffix(f".{os.getpid()}.tmp")) for what, path in done[:4]] == [
+        ("sync", "a/b/one"), ("sync", "a/two"), ("name", "a/b/one"), ("name", "a/two"),
+    ]  # fmt: skip
+    assert sorted(done[4:]) == [("sync", "."), ("sync", "a"), ("sync", "a/b")]
+    assert (tmp_path / "a/b/one").read_bytes() == b"123"
+    with pytest.raises(ZeroDivisionError), LocalFiles(tmp_path).together() as write:
+        list(map(write, ("a/three", "a/four"), ([b"3"], (bytes(1 // n) for n in (1, 0)))))
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["b", "two"]
+
+
 def test_two_writers(tmp_path: Path) -> None:
     with folder_lock(tmp_path), pytest.raises(UserError, match=f"process {os.getpid()} on"), folder_lock(tmp_path):
         pass

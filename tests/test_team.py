@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, Sagsae, contents, save_corpus, sentences
+from conftest import ROOT, Sagsae, before_each_file, contents, save_corpus, sentences
 
 import harvest.capture
 import harvest.encode
@@ -153,16 +153,15 @@ def command_lines() -> list[bytes]:
 def test_a_writer_that_fails_stops_the_model_at_once(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write, shards = LocalFiles.write, []
+    shards = []
 
-    def no_third_shard(files: LocalFiles, path: str, pieces: Any) -> None:
-        if path.startswith("layer_01/mlp_out/c/2/"):
+    def no_third_shard(path: Path) -> None:
+        if path.as_posix().endswith("layer_01/mlp_out/c/2/0"):
             raise RuntimeError("a bug")
-        write(files, path, pieces)
 
     run = Capture.shard
     monkeypatch.setattr(Capture, "shard", lambda self, shard, *rest: shards.append(shard) or run(self, shard, *rest))
-    monkeypatch.setattr(LocalFiles, "write", no_third_shard)
+    before_each_file(monkeypatch, no_third_shard)
     with pytest.raises(RuntimeError, match="a bug"):
         run_harvest(harvest_config(tmp_path))
     assert len(shards) <= 2 + harvest.fill.SLOTS

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.files import Buffer, sync_folder, write_file
+from shared.files import Buffer, sync, write_file
 
 KEPT: Final = 2
 BUILDING: Final = "building"
@@ -56,7 +56,7 @@ def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
     final = folder / f"step-{number:08d}"
     shutil.rmtree(final, ignore_errors=True)
     (folder / BUILDING).rename(final)
-    sync_folder(folder)
+    sync(folder)
     for old in sorted(folder.glob("step-*"))[:-KEPT]:
         shutil.rmtree(old)
 
