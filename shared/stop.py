@@ -3,25 +3,36 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Final
+
+ECHO: Final = 5.0
+"""Seconds in which another signal to one of several processes is the first one again: a job manager signals all of
+them, then their launcher passes its own on."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Gives a function that says whether to stop. A second signal has its usual, immediate effect."""
-    asked = threading.Event()
+    asked, first = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # signals belong to the main thread
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
-        asked.set()
-        if os.environ.get("RANK", "0") == "0":
-            os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe in a handler
-        signal.signal(number, before[signal.Signals(number)])
+        nonlocal first
+        if not asked.is_set():
+            first = time.monotonic()
+            asked.set()
+            if os.environ.get("RANK", "0") == "0":
+                os.write(2, b"\nstopping after this step; once more to stop at once\n")  # print is not safe here
+        elif "RANK" not in os.environ or time.monotonic() - first > ECHO:
+            signal.signal(number, before[signal.Signals(number)])
+            signal.raise_signal(number)
 
     for number in before:
         signal.signal(number, note)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -163,6 +164,53 @@ def test_a_threshold_above_everything_is_refused_with_the_number(train_config: C
     assert not (config.out / "config.json").exists(), "the same --out takes the corrected command"
 
 
+def test_the_first_look_takes_a_few_rows_at_a_time(
+    train_config: Config, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A whole batch would take more memory than a step of it in parts, which is all that was planned for."""
+    statistics = store.statistics(find_hookpoint(str(store.root), "mlp_out")[1])
+    member = Member(
+        sae_config(arch="sa-gsae", d_sae=48, theta0=90.0), train_config(), 100, torch.float32, statistics, Ranks(CPU)
+    )
+    x = torch.randn(64, len(statistics.mean), generator=torch.Generator().manual_seed(0))
+    seen, encode = [], member.family.encode
+    monkeypatch.setattr("train.member.BLOCK", 48 * 10)
+    monkeypatch.setattr(member.family, "encode", lambda w, x: seen.append(len(x)) or encode(w, x))
+    with pytest.raises(UserError, match="theta0 = 90 closes every latent") as raised:
+        member.begin(x)
+    assert seen == 2 * [10, 10, 10, 10, 10, 10, 4]
+    largest = ((x - member.weights.b_dec) @ member.weights.W_enc.T).abs().max().item() * x.shape[1] ** 0.5
+    assert f"pre-activation there is {largest:.3g}" in str(raised.value)
+    seen.clear()
+    member.weights.theta[:, 7] = 0.0  # type: ignore[attr-defined]
+    member.begin(x)
+    assert seen == [10], "no further than to the first open latent"
+
+
+@pytest.mark.parametrize("parts", [2, 3, 4, 6, 7, 8])
+def test_gradients_that_are_alive_with_parts(
+    train_config: Config, store: Store, monkeypatch: pytest.MonkeyPatch, parts: int
+) -> None:
+    """As many as the plan of a run's memory counts (train/memory.py)."""
+    statistics = store.statistics(find_hookpoint(str(store.root), "mlp_out")[1])
+    config = train_config(batch=2 * 3 * 4 * 7, parts=parts)
+    member = Member(sae_config(arch="relu", d_sae=48), config, 100, torch.float32, statistics, Ranks(CPU))
+    x = torch.randn(config.batch, len(statistics.mean), generator=torch.Generator().manual_seed(0))
+    made: list[weakref.ref[torch.Tensor]] = []
+    most, dense = 0, member.dense
+
+    def watched(*arguments: Any) -> Any:
+        nonlocal most
+        grads, measured = dense(*arguments)
+        made.append(weakref.ref(grads.W_enc))
+        most = max(most, sum(tensor() is not None for tensor in made))
+        return grads, measured
+
+    monkeypatch.setattr(member, "dense", watched)
+    member.gradients(x, 10)
+    assert most == parts.bit_length()
+
+
 def test_one_two_and_four_processes_train_the_same_bits(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +238,15 @@ def test_a_run_before_on_another_device_decides_nothing(monkeypatch: pytest.Monk
     monkeypatch.setitem(PartialState._shared_state, "device", torch.device("meta"))
     monkeypatch.setitem(AcceleratorState._shared_state, "device", torch.device("meta"))
     assert Ranks(CPU).device == CPU
+
+
+def test_devices_that_training_is_not_made_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match=r"--device mps: training runs on cpu and cuda devices. Use --device cpu"):
+        Ranks(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    with pytest.raises(UserError, match=r"--processes: 3 on this machine, which has 2 GPUs"):
+        Ranks(torch.device("cuda"))
 
 
 def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store) -> None:

@@ -192,6 +192,23 @@ def test_a_reset_opens_latents_on_their_share(name: str) -> None:
     assert share[~which].max() == 0
 
 
+@pytest.mark.parametrize("name", ["sa-gsae", "untied", "gated"])
+def test_a_reset_in_pieces_is_the_reset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearly all latents of a wide dictionary may be silent: what it takes is bounded."""
+    config, which = variant(name), torch.arange(D_SAE) % 5 > 0
+    w, x, mathematics = weights(config), batch(n=200), family(config)
+    found = []
+    for at_once in (1 << 24, 200 * 7, 1):
+        monkeypatch.setattr("train.sae.gated.AT_ONCE", at_once)
+        fresh = replace(w, **{key: tensor.clone() for key, tensor in w.named().items()})
+        mathematics.reset_(fresh, x, which)
+        found.append(fresh.named())
+    for key, tensor in found[0].items():
+        assert key in ("W_enc", "W_dec", "b_dec") or not torch.equal(tensor, w.named()[key])
+        for other in found[1:]:
+            torch.testing.assert_close(other[key], tensor, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_degenerate_inputs_give_no_nan(name: str) -> None:
     for d_sae in (5, D_SAE):  # narrower than d_in, too

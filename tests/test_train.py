@@ -4,6 +4,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Sagsae, contents
+from conftest import ROOT, Sagsae, contents
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from test_store import unfinished
@@ -29,6 +31,7 @@ from shared.store import Store
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.evaluate import evaluate, find_model
 from train.folder import RunFolder
+from train.job import make_job
 from train.run import train as run_train
 from train.sae import load
 
@@ -249,6 +252,15 @@ def test_training_on_an_unfinished_store(train_config: Config, store: Store, tmp
         run_train(train_config(store=copy, out=tmp_path / "none"))
 
 
+def test_ranks_that_open_a_growing_store_at_different_moments(train_config: Config, store: Store) -> None:
+    """All train on what the last of them to look could not miss: on one snapshot."""
+    alone = make_job(train_config(), torch.device("cpu"))
+    job = make_job(train_config(), torch.device("cpu"), gather=lambda mine: [mine, mine[:4], mine[:6]])
+    assert list(job.store.commits) == list(store.commits)[:4]
+    assert job.identity["snapshot"] == store.only(list(store.commits)[:4]).snapshot_id != alone.identity["snapshot"]
+    assert job.epoch_rows < alone.epoch_rows
+
+
 def test_a_broken_checkpoint_is_named(train_config: Config) -> None:
     run = run_train(train_config()).run
     record = json.loads((run / "record.json").read_text())
@@ -338,6 +350,34 @@ def test_compiled_steps_are_the_same_steps(sagsae: Sagsae, store: Store, tmp_pat
     for key in (key for key in eager if key.endswith(".safetensors")):
         for name, tensor in load_bytes(eager[key]).items():
             torch.testing.assert_close(load_bytes(compiled[key])[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+COMPILED = """
+import sys
+from functools import partial
+import torch, torch._dynamo.utils as dynamo
+torch.compile = partial(torch.compile, backend="eager")  # traced like any other, and run at once
+from shared.config import TrainConfig
+from shared.saes import sae_config
+from train.run import train
+saes = [sae_config(arch="sa-gsae", d_sae=40 + i, sparsity=0.2, sparsity_warmup=0.9) for i in range(10)]
+saes.append(sae_config(arch="batch-topk", d_sae=48, k=6))
+train(TrainConfig(store=sys.argv[1], out=sys.argv[2], hook="mlp_out", saes=tuple(saes), batch=64, tokens=64 * 12,
+                  device="cpu", precision="float32", step="dense", compile=True, parts=2))
+print(dynamo.counters["stats"]["unique_graphs"], sum(dynamo.counters["graph_break"].values()))
+"""
+
+
+def test_every_autoencoder_is_compiled_once(store: Store, tmp_path: Path) -> None:
+    """torch gives up on a function after eight programs: of ten autoencoders, and of twelve steps with λ of their own.
+    TopK in parts has another threshold in every step, and is not compiled."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILED, store.root, tmp_path / "run"],
+        cwd=ROOT, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["10", "0"]
+    assert "recompile" not in done.stderr
 
 
 def test_a_missing_compiler_is_said(train_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

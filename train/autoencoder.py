@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
@@ -9,14 +10,15 @@ from typing import Any, Final
 import torch
 from jaxtyping import Float
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load
 from torch import Tensor
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
-from shared.files import write_file
+from shared.files import Buffer, write_file
 from shared.record import write_json
 from shared.saes import ARCHITECTURES, Gated, SAEConfig, SaGsae, sae_config
+from train.checkpoint import pieces
 from train.sae import family
 from train.sae.activation import Folded
 from train.sae.base import Weights, decode
@@ -87,10 +89,15 @@ class Autoencoder:
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Writes the folder. `about` says where the activations came from."""
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.weights.named().items()}
-        data = save(tensors)
-        write_file(folder / WEIGHTS, data)
-        own = {"d_in": self.d_in, "scale": self.scale, "sha256": hashlib.sha256(data).hexdigest()}
+        digest = hashlib.sha256()
+
+        def counted() -> Iterator[Buffer]:
+            for piece in pieces(self.weights.named()):
+                digest.update(piece)
+                yield piece
+
+        write_file(folder / WEIGHTS, counted())
+        own = {"d_in": self.d_in, "scale": self.scale, "sha256": digest.hexdigest()}
         write_json(folder / SETTINGS, {**self.config.model_dump(), **own, **about})
 
     @classmethod

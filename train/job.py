@@ -88,11 +88,18 @@ class Job:
         return self.passes.complete(shards, stop_asked)
 
 
-def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> Job:
+def make_job(
+    config: TrainConfig,
+    device: torch.device,
+    leads: bool = True,
+    gather: Callable[[list[int]], list[list[int]]] = lambda mine: [mine],
+) -> Job:
     """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
-    read next from a store that grows."""
+    read next from a store that grows. `gather` gives every rank's value on every rank."""
     store, hook = find_hookpoint(config.store, config.hook)
     check_store(store, config)
+    if not config.follow:
+        store = store.only(seen_by_all(gather(list(store.commits))))
     parts = split(store.spec, store.tokens(), config)
     there = np.zeros(parts.train.size, dtype=bool)
     for shard in range(store.spec.n_shards) if config.follow else store.commits:
@@ -134,6 +141,12 @@ def make_job(config: TrainConfig, device: torch.device, leads: bool = True) -> J
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
     return job
+
+
+def seen_by_all(shards: list[list[int]]) -> list[int]:
+    """Of the shards that each rank found committed. A harvest may commit one while the ranks open its store."""
+    everywhere = set.intersection(*map(set, shards))
+    return [shard for shard in shards[0] if shard in everywhere]
 
 
 def check_store(store: Store, config: TrainConfig) -> None:

@@ -8,6 +8,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -148,10 +149,12 @@ class Loader:
         self.passes, self.streams, self.verify, self.device = passes, streams, verify, device
         passes.open()
         self.threads = threads or len(os.sched_getaffinity(0))
-        self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window")
+        cuda = device.type == "cuda"
+        here = partial(torch.cuda.set_device, device) if cuda else None  # a thread begins with the first GPU
+        self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window", initializer=here)
         self.one_at_a_time = threading.Lock()
         self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        self.copies = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self.memory: Memory | None = None
         self.staging: list[Memory] = []
         self.staged: list[Any] = [None, None]
@@ -212,13 +215,14 @@ class Loader:
         return holds
 
     def to_device(self, host: Memory, there: Memory, order: Tensor, key: tuple[int, int]) -> Window:
-        """Copies a window on a stream of its own, behind the last gather from the memory that it goes to."""
+        """Copies a window on a stream of its own, behind the last gather from the memory that it goes to. Waits for
+        nothing: the next window is decoded meanwhile."""
         assert self.copies is not None
         with torch.cuda.stream(self.copies):
             if key in self.free:
                 self.copies.wait_event(self.free[key])
             there.copy_(host)
-            window = Window(order.to(self.device), len(order), new_event())
+            window = Window(order.pin_memory().to(self.device, non_blocking=True), len(order), new_event())
             window.ready.record(self.copies)
         self.staged[key[1]] = window.ready
         return window
@@ -240,6 +244,8 @@ class Loader:
         self.passes.close()
         self.windows.shutdown(cancel_futures=True)
         self.chunks.shutdown()
+        if self.copies is not None:
+            self.copies.synchronize()  # before the memory goes that they read and write
 
 
 def read_unit(

@@ -21,7 +21,7 @@ from train.ranks import Pairwise, Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
-from train.sae.sparse import has_kernels, sparse_gradients
+from train.sae.sparse import BLOCK, GPU_BLOCK, has_kernels, on_device, sparse_gradients
 from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
@@ -50,7 +50,10 @@ class Member:
     ) -> None:
         self.config, self.run, self.steps, self.matmul, self.ranks = config, run, steps, matmul, ranks
         self.family = family(config)
-        self.dense = torch.compile(self.family.gradients, dynamic=False) if run.compile else self.family.gradients
+        self.parts = run.parts or ranks.count
+        """Of every batch, on all ranks together."""
+        compiles = run.compile and not self.needs_threshold  # which is another function in every step
+        self.dense = torch.compile(self.family.gradients, dynamic=False) if compiles else self.family.gradients
         self.generator = torch.Generator().manual_seed(config.seed)
         mean = torch.from_numpy(statistics.mean / statistics.scale).float()
         weights = self.family.initial(len(mean), mean, self.generator)
@@ -71,13 +74,20 @@ class Member:
         self.silent = torch.zeros(config.d_sae, dtype=torch.int64, device=ranks.device)
         """Training tokens since each latent last fired."""
 
+    @property
+    def needs_threshold(self) -> bool:
+        """See `Now.threshold`."""
+        return self.parts > 1 and isinstance(self.family, TopKFamily)
+
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Raises UserError when no latent opens on the first batch: none of them could ever learn."""
+        """Raises UserError when no latent opens on the first batch: none of them could ever learn. A few rows at a
+        time, in less memory than a step takes."""
         theta0 = getattr(self.config, "theta0", None)
-        if theta0 is None or self.family.encode(self.weights, x).any():
+        rows = torch.split(x, max(1, (BLOCK if x.device.type == "cpu" else GPU_BLOCK) // self.config.d_sae))
+        if theta0 is None or any(self.family.encode(self.weights, part).any() for part in rows):
             return
         opened = replace(self.weights, theta=torch.zeros_like(self.weights.theta))  # type: ignore[attr-defined,call-arg]
-        largest = self.family.encode(opened, x).abs().max().item() * x.shape[1] ** 0.5
+        largest = max(self.family.encode(opened, part).abs().max().item() for part in rows) * x.shape[1] ** 0.5
         raise UserError(
             f"{self.config.name}: theta0 = {theta0:g} closes every latent on the first batch, and a closed latent "
             f"learns nothing. The largest pre-activation there is {largest:.3g} in the same units; choose a --theta0 "
@@ -109,21 +119,23 @@ class Member:
 
     def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[dict[str, Tensor], Step]:
         """Means over the batch's parts, here and on other ranks."""
-        count = self.run.parts or self.ranks.count
-        now = Now(self.sparsity.now(step), self.matmul, self.silent, count)
+        count, sparsity = self.parts, self.sparsity.now(step)
+        if self.run.compile:  # a number would be a part of the program, and each other one a program of its own
+            sparsity = on_device(sparsity, x.device)
+        now = Now(sparsity, self.matmul, self.silent, count)
         parts = x.chunk(count // self.ranks.count)
-        if count > 1 and isinstance(self.family, TopKFamily):
-            now = replace(now, threshold=self.threshold(self.family, parts, now))
+        if self.needs_threshold:
+            now = replace(now, threshold=self.threshold(self.family, parts, now))  # type: ignore[arg-type]
         if count == 1:
             return self.gradients_of(x, now)
         sums = Pairwise()
         for part in parts:
-            grads, measured = self.gradients_of(part, now)
-            sums.add(tensors_of(grads, measured))
+            sums.add(tensors_of(*self.gradients_of(part, now)))
         *means, scalars, fired = self.ranks.sum(sums.total())
         means = [mean.div_(count) for mean in means]
-        reconstruction, sparsity, auxiliary, l0, threshold = scalars.div_(count).unbind()
-        return dict(zip(grads, means, strict=True)), Step(reconstruction, sparsity, auxiliary, l0, fired > 0, threshold)
+        reconstruction, penalty, auxiliary, l0, threshold = scalars.div_(count).unbind()
+        measured = Step(reconstruction, penalty, auxiliary, l0, fired > 0, threshold)
+        return dict(zip(self.weights.trained(), means, strict=True)), measured
 
     def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[dict[str, Tensor], Step]:
         if self.sparse:

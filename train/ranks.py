@@ -2,7 +2,9 @@
 
 import atexit
 import copy
+import os
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -11,31 +13,50 @@ import torch.distributed.nn  # its functions keep the group that there is when t
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
+from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
 
+from shared.errors import UserError
+
 T = TypeVar("T")
 TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
+PATIENCE: Final = timedelta(days=2)
+"""For the others in an exchange: while one measures or saves, or waits for a harvest. One that died is seen at once by
+whoever launched them."""
 
 
 class Ranks:
     """Alone, every exchange gives back what it was given."""
 
     def __init__(self, device: torch.device) -> None:
+        """Raises UserError for a kind of device that nothing here was made for, and for more processes than GPUs."""
+        check_device(device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # accelerate takes the current one
         before: Any = PartialState() if PartialState._shared_state else None  # what it keeps for the whole process
         if before is not None and before.num_processes == 1 and before.device.type != device.type:
             AcceleratorState._reset_state(reset_partial_state=True)
-        self.accelerator = Accelerator(cpu=device.type == "cpu")
+        patient = [InitProcessGroupKwargs(timeout=PATIENCE)]
+        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=patient)
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
-        self.device: torch.device = self.accelerator.device
+        self.device = this_device(self.accelerator.device)
         self.leads: bool = self.accelerator.is_main_process
-        if self.count > 1:  # a thread of gloo's that is still there when Python ends aborts the process now and then
-            atexit.register(self.accelerator.state.destroy_process_group)
+        self.leave = self.accelerator.state.destroy_process_group
+        if self.count > 1 and self.device.type == "cpu":
+            # A thread of gloo's that is still there when Python ends aborts the process now and then.
+            atexit.register(self.leave)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """All that ranks do together is done. With NCCL, leaving is an exchange too: it would wait for ever for a rank
+        that failed, so only those leave that came to this end together."""
+        self.wait()
+        if self.count > 1 and self.device.type == "cuda":
+            atexit.unregister(self.leave)
+            atexit.register(self.leave)
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers
@@ -93,6 +114,22 @@ class Ranks:
         accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=made, project_dir=folder)
         accelerator.init_trackers("sagsae")
         return accelerator
+
+
+def check_device(device: torch.device) -> None:
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {device}: training runs on cpu and cuda devices. Use --device cpu")
+    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device.type == "cuda" and beside > max(1, torch.cuda.device_count()):
+        raise UserError(
+            f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each takes one of its "
+            "own. Start fewer, or use --device cpu"
+        )
+
+
+def this_device(device: torch.device) -> torch.device:
+    """With its number: other threads have other current devices."""
+    return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 class Pairwise:

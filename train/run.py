@@ -69,8 +69,8 @@ def train(config: TrainConfig) -> Summary:
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
     sweep = shared_out(config, ranks.count) is not None
-    job = make_job(config, ranks.device, ranks.leads)
-    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    job = make_job(config, ranks.device, ranks.leads, ranks.gather)
+    set_up_torch(config)
     folder = job.folder
     if folder.exists() and not config.overwrite:
         folder.check_same(job.identity)
@@ -88,8 +88,17 @@ def train(config: TrainConfig) -> Summary:
         for wave in range(at.wave, len(job.waves) + 1):
             at = run_wave(job.turn(wave), at, made, ranks, sweep)
         finish(job, at, ranks)
-        ranks.wait()
+        ranks.end()
         return summarise(job, time.monotonic() - started, made.steps, made.waiting)
+
+
+def set_up_torch(config: TrainConfig) -> None:
+    """For the whole process."""
+    torch.set_float32_matmul_precision("high" if config.precision == "tf32" else "highest")
+    if config.compile:  # every autoencoder has a program of its own, of one function: torch gives up after eight
+        limit = torch._dynamo.config
+        limit.recompile_limit = max(limit.recompile_limit, 2 * len(config.saes))
+        limit.accumulated_recompile_limit = max(limit.accumulated_recompile_limit, 4 * len(config.saes))
 
 
 @dataclass
@@ -191,10 +200,16 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
     loader = Loader(job.passes, job.streams, config.verify, device)
     table = LiveTable([sae.name for sae in job.saes], job.steps)
     before = (job.wave - 1) * job.steps
+
+    def asked_alone() -> bool:
+        """Whether to stop waiting for rows. Others would then be left in an exchange, and nothing saved: several ranks
+        stop in agreement, between steps. Only what a harvest has yet to commit may never come."""
+        return (ranks.count == 1 or config.follow) and stop_asked()
+
     with (
         closing(Tracking(config.track, job.folder, job.identity, before + start, ranks)) as tracking,
         stop_requests() as stop_asked,
-        closing(BatchStream(loader, shares, config.batch // job.streams, positions, stop_asked)) as stream,
+        closing(BatchStream(loader, shares, config.batch // job.streams, positions, asked_alone)) as stream,
         progress("train", job.steps - start, "steps", shown=ranks.leads, below=table) as advance,
         torch.no_grad(),
     ):
@@ -297,6 +312,7 @@ def save_saes(job: Job, members: list[Member]) -> None:
 
 def finish(job: Job, at: Standing, ranks: Ranks) -> None:
     """Measures the autoencoders on the held-out tokens, marks the run finished. Raises UserError when none is left."""
+    torch.set_float32_matmul_precision("highest")  # measured as `sagsae eval` would
     folder, names = job.folder, [sae.name for sae in job.config.saes]
     good = [name for name in names if name not in at.diverged]
     if not good:

@@ -24,6 +24,8 @@ from shared.saes import Gated, SaGsae
 from train.sae.activation import Folded
 from train.sae.base import Family, Now, Step, Weights, decode, first_weights
 
+AT_ONCE: Final = 1 << 24
+"""Pre-activations that a reset looks at."""
 R_LIMIT: Final = 5.0
 """|r| is held below this, so that eʳ stays finite."""
 
@@ -151,13 +153,15 @@ class GatedFamily(Family[GatedWeights]):
     def reset_(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
         """Gives the latents in `which` the threshold above which a share `reset_share` of this batch lies, and
         r = b = 0. Each then fires on that share, whatever the length of its encoder row."""
-        a, _ = self.size(pre_activations(w, x)[:, which])
-        if a.shape[1]:
-            rank = min(len(a), max(1, round(len(a) * (1 - self.config.reset_share))))
+        rank = min(len(x), max(1, round(len(x) * (1 - self.config.reset_share))))
+        centred = x - w.b_dec
+        silent = torch.nonzero(which).flatten()  # nearly all may be
+        for some in torch.split(silent, max(1, AT_ONCE // len(x))):
+            a, _ = self.size(centred @ w.W_enc[some].T)
             theta = torch.kthvalue(a, rank, dim=0).values
-            w.theta[:, which] = theta.clamp_min(0.0) if self.signed else theta
-            w.r[:, which] = 0.0
-            w.b[:, which] = 0.0
+            w.theta[:, some] = theta.clamp_min(0.0) if self.signed else theta
+            w.r[:, some] = 0.0
+            w.b[:, some] = 0.0
 
 
 def pre_activations(w: Weights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
