@@ -669,7 +669,8 @@ def launch(processes: int) -> None:
     cores = len(os.sched_getaffinity(0))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in after a signal
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the processes speak for themselves
+    for name in (name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")):
+        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
     try:
         torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
     except ChildFailedError as error:
@@ -700,7 +701,7 @@ def wait_briefly() -> None:
 
 def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
-    from shared.errors import DamagedError, Interrupted, UserError
+    from shared.errors import DamagedError, Interrupted, LostError, UserError
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         raise Interrupted("stopped. To continue, run the same command again")
@@ -709,8 +710,10 @@ def main() -> None:
     wait_briefly()
     try:
         app()
-    except (UserError, DamagedError, Interrupted) as error:
-        if isinstance(error, Interrupted) and is_helper():
+    except (UserError, DamagedError, Interrupted, LostError) as error:
+        if isinstance(error, LostError):
+            time.sleep(1)  # the launcher takes the exit code of who ended first
+        if isinstance(error, Interrupted | LostError) and is_helper():
             sys.exit(error.exit_code)
         typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)

@@ -1,4 +1,4 @@
-"""The three ways a command ends short of success, each with its exit code. Messages are written for the person
+"""The ways a command ends short of success, each with its exit code. Messages are written for the person
 who typed the command: what was wrong, what was expected, what to do."""
 
 
@@ -12,6 +12,12 @@ class DamagedError(Exception):
     """Bytes on disk are not what was committed. Printed as one message, exit code 3."""
 
     exit_code = 3
+
+
+class LostError(Exception):
+    """Another process of the same run ended; what happened it says itself. Exit code 4."""
+
+    exit_code = 4
 
 
 class Interrupted(Exception):

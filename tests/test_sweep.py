@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from variants import batch, variant, weights
 
 from shared.config import TrainConfig
 from shared.errors import UserError
+from shared.files import folder_lock
 from shared.saes import sae_config
 from shared.store import Store
 from train.folder import RunFolder
@@ -107,6 +109,29 @@ def test_two_processes_with_autoencoders_of_their_own(
         assert weights_of(run) == weights_of(one)
         assert lines_of(run) == lines_of(one)
         assert (run / "evaluation.json").read_bytes() == (one / "evaluation.json").read_bytes()
+
+
+def test_what_one_process_finds_wrong_ends_both_with_one_message(
+    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the first one locks the run's folder; only one of them reads the damaged rows."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
+    words = command(Store.open(copy), tmp_path / "run", 64 * 60, "--processes", "2", "--parallel", "data")
+    (tmp_path / "run").mkdir()
+    with folder_lock(tmp_path / "run"):
+        done = sagsae(*words)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == done.stderr.count(f"process {os.getpid()} on") == 1
+    assert "Traceback" not in done.stderr
+    shard = copy / "layer_01" / "mlp_out" / "c" / "3" / "0"
+    shard.write_bytes(bytes([shard.read_bytes()[0] ^ 1]) + shard.read_bytes()[1:])
+    done = sagsae(*words)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert any("checksum" in line for line in said)
+    assert len(said) <= 2, "the other one, if it leads, says that it was left alone"
 
 
 @pytest.mark.slow

@@ -3,7 +3,8 @@
 import atexit
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -15,12 +16,13 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
 from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
-from torch.distributed import P2POp, batch_isend_irecv, irecv, isend
+from torch.distributed import DistError, P2POp, batch_isend_irecv, irecv, isend
 
-from shared.errors import UserError
+from shared.errors import DamagedError, LostError, UserError
 
 T = TypeVar("T")
 TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
+ELSEWHERE: Final = "another process of this run has ended, and says why"
 PATIENCE: Final = timedelta(days=2)
 """For the others in an exchange: while one measures or saves, or waits for a harvest. One that died is seen at once by
 whoever launched them."""
@@ -57,6 +59,31 @@ class Ranks:
         if self.count > 1 and self.device.type == "cuda":
             atexit.unregister(self.leave)
             atexit.register(self.leave)
+
+    @contextmanager
+    def agreed(self) -> Iterator[None]:
+        """What one rank alone may find wrong in the block ends all of them: there with what is wrong, elsewhere as
+        LostError."""
+        mine: BaseException | None = None
+        try:
+            yield
+        except (UserError, DamagedError) as error:
+            mine = error
+        failed = any(self.gather(mine is not None))
+        if mine is not None:
+            raise mine
+        if failed:
+            raise LostError(ELSEWHERE)
+
+    @contextmanager
+    def attended(self) -> Iterator[None]:
+        """Raises LostError when an exchange in the block fails because another rank has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.count > 1 and (isinstance(error, DistError) or "gloo" in str(error)):
+                raise LostError(ELSEWHERE) from error
+            raise
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers

@@ -8,7 +8,7 @@ its newest checkpoint when the same call is made again, and on a CPU ends with t
 import json
 import math
 import time
-from contextlib import closing, nullcontext
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from itertools import chain
@@ -68,6 +68,12 @@ def train(config: TrainConfig) -> Summary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
+    with ranks.attended():
+        return train_together(config, ranks)
+
+
+def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
+    """This rank's part of it. Raises LostError when another one ended without having come to its end."""
     sweep = shared_out(config, ranks.count) is not None
     job = make_job(config, ranks.device, ranks.leads, ranks.gather)
     set_up_torch(config)
@@ -78,12 +84,14 @@ def train(config: TrainConfig) -> Summary:
             say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
             return summarise(job, 0.0, 0, 0.0)
     job = planned(job, ranks, sweep)
-    if ranks.leads:
-        folder.make()
-    with folder_lock(folder.path) if ranks.leads else nullcontext(), explained(folder.path):
-        if ranks.leads:
-            open_folder(job, ranks)
-        ranks.wait()
+    with ExitStack() as while_open:
+        with ranks.agreed():
+            if ranks.leads:
+                folder.make()
+                while_open.enter_context(folder_lock(folder.path))
+                with explained(folder.path):
+                    open_folder(job, ranks)
+        while_open.enter_context(explained(folder.path))
         started, made, at = time.monotonic(), Made(), stands(job)
         for wave in range(at.wave, len(job.waves) + 1):
             at = run_wave(job.turn(wave), at, made, ranks, sweep)
@@ -185,7 +193,8 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
     config, device, start = job.config, ranks.device, at.step
     positions = list(at.positions) or [Position()] * job.streams
     shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
-    introduce(job, device)
+    if ranks.leads:
+        introduce(job, device)
     started = time.monotonic()
 
     def after(done: int) -> Standing:
