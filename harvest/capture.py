@@ -21,7 +21,7 @@ from torch import Tensor
 from harvest import behind
 from harvest.moments import Part, on_the_device, on_the_host
 from harvest.writer import Ready, ShardRows
-from shared.device import torch_dtype
+from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.model import LanguageModel
 from shared.spec import StoreSpec
@@ -147,7 +147,7 @@ class Capture:
         not give a row for every token."""
         start, stop = self.spec.shard_range(shard)
         n = stop - start
-        keep = torch.from_numpy(self.keep[start:stop]).to(self.model.device)
+        keep = sent(torch.from_numpy(self.keep[start:stop]), self.model.device)
         sinks = {path: HookSink(slot[path], n, keep, self.side) for path in self.spec.hookpoints}
         names = {self.spec.hookpoints[path].name: sink.push for path, sink in sinks.items()}
         context, last = self.spec.context, -(-stop // self.spec.context)

@@ -42,6 +42,12 @@ def pick_device(name: str, spread: bool = False) -> str:
     return name
 
 
+def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
+    """A tensor of the host on a device. A GPU is not waited for: ordinary memory would be copied when all that was
+    asked of it before is done."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def native_dtype(device: "torch.device") -> str:
     """bfloat16 where the hardware multiplies it natively (recent GPUs; CPUs with AVX512-BF16 or AMX), else float32.
     torch keeps the question about CPUs private; where it cannot be asked, the answer is float32."""

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.bridge import Attention, build_bridge, wants_sdpa
-from shared.device import torch_dtype
+from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.hooks import layer_of
 from shared.models import ModelSource, cannot_load
@@ -104,7 +104,7 @@ class LanguageModel:
             shape[:] = tokens.shape
             fired.clear()
             with torch.inference_mode():
-                self.run_to(tokens.to(self.device), last)
+                self.run_to(sent(tokens, self.device), last)
             for name in sinks.keys() - fired:
                 raise UserError(f"--hook {name}: did not fire in this step; it has no row for every token")
 

@@ -17,6 +17,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.device import sent
 from train.order import Order, Run
 from train.rows import Kept, Rows, to_tensor
 
@@ -222,7 +223,7 @@ class Loader:
             if key in self.free:
                 self.copies.wait_event(self.free[key])
             there.copy_(host)
-            window = Window(order.pin_memory().to(self.device, non_blocking=True), len(order), new_event())
+            window = Window(sent(order, self.device), len(order), new_event())
             window.ready.record(self.copies)
         self.staged[key[1]] = window.ready
         return window
