@@ -20,7 +20,7 @@ from shared.models import resolve_model
 from shared.saes import ARCHITECTURES, SIGNED, sae_config
 from shared.store import Store
 from train.autoencoder import Autoencoder
-from train.metrics import Errors, language_losses, measure, read_heldout, recovered
+from train.metrics import Errors, language_losses, measure, read_heldout, reconstructions, recovered
 from train.rows import Rows
 from train.sae import family
 from train.sae.topk import TopKWeights
@@ -212,3 +212,29 @@ def test_language_losses(model_folder: Path) -> None:
     assert found.mean == pytest.approx(middle[predicted].double().mean().item())
     everywhere = model.losses(ids, (hook, torch.zeros_like))
     assert not torch.equal(everywhere, zero), "excluded positions stay clean"
+
+
+def test_no_part_is_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A peer divides by a part's variance: its R² would be lost for 8,193 rows."""
+    monkeypatch.setattr("train.metrics.ROWS_AT_A_TIME", 8)
+    for n, parts in ((1, [1]), (8, [8]), (9, [9]), (16, [8, 8]), (17, [8, 9]), (18, [8, 8, 2])):
+        x = activations(n)
+        found = [part for part, _, _ in reconstructions(autoencoder(), x, "cpu")]
+        assert [len(part) for part in found] == parts
+        assert torch.equal(torch.cat(found), x)
+
+
+def test_language_losses_where_heads_lie_side_by_side(model_folder: Path) -> None:
+    """`hook_z` is [batch, context, heads, d_head], and harvested as d_in = heads · d_head."""
+    model = LanguageModel(resolve_model(str(model_folder)), "cpu", "float32")
+    tokens = np.random.default_rng(0).integers(1, 300, (5, 16), dtype=np.uint16)
+    counted, mean = np.ones(tokens.shape, dtype=bool), np.linspace(-1, 1, 32)
+    found = language_losses(model, "blocks.1.attn.hook_z", tokens, counted, [], mean, [fixed(lambda x: x)])
+    assert found.spliced[0] == found.clean
+    average = torch.from_numpy(mean).float()
+
+    def mean_of_heads(x: Tensor) -> Tensor:
+        return average.expand(*x.shape[:2], 32).reshape(x.shape)
+
+    expected = model.losses(torch.from_numpy(tokens.astype("int64")), ("blocks.1.attn.hook_z", mean_of_heads))
+    assert found.mean == pytest.approx(expected.double().mean().item())

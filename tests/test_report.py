@@ -17,6 +17,7 @@ from train.report.answer import answer
 from train.report.data import read_run
 from train.report.frontier import Point, compare, mean_of_seeds, parameters, seed_spread
 from train.report.sae import Key, Sae
+from train.report.settings import sections
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = [
@@ -90,6 +91,29 @@ def write_run(folder: Path, saes: list[dict[str, Any]], hook: str = "layer_02/re
         (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logs), encoding="utf-8")
     return folder
+
+
+def test_other_rows_are_another_setting(tmp_path: Path) -> None:
+    """Of one model and hookpoint, but another corpus, revision, codec or synthetic world: never averaged as seeds."""
+    runs = []
+    for name, rows in (("a", "one-10"), ("b", "two-10"), ("c", "one-10")):
+        folder = write_run(tmp_path / name, sweep(seeds=(len(runs),)))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, "snapshot": rows}))
+        runs.append(read_run(folder))
+    one, other = sections(runs)
+    assert ["tiny (one-10)" in one.title, "tiny (two-10)" in other.title] == [True, True]
+    assert [len(dict(section.facts)["Autoencoders"].split()) > 1 for section in (one, other)] == [True, False]
+    assert dict(one.facts)["Autoencoders"] == "12 in 2 runs"
+    assert [section.title for section in sections(runs[::2])] == ["tiny · layer_02/resid_post"]
+
+
+def test_one_that_diverged_is_said(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", sweep())
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(json.dumps({**record, "diverged": {"gated-192-lambda0.8-seed0": 140}}))
+    (section,) = sections([read_run(folder)])
+    assert "gated-192-lambda0.8-seed0 diverged: its loss is no number since step 140" in " ".join(section.notes)
 
 
 def sweep(seeds: tuple[int, ...] = (0, 1), **values: Any) -> list[dict[str, Any]]:

@@ -158,15 +158,20 @@ def test_verdict(shift: float, expected: str) -> None:
 
 def test_dead_ratio_counts_half_a_latent_at_least() -> None:
     gated = curves(points("g", line, lambda _: 0.2), "dead")
-    for dead, ratio, bound in ((0.1, 2.0, False), (0.0, 40.0, True)):
+    for dead, ratio, bound in ((0.1, 2.0, ""), (0.0, 40.0, "≥")):
         found = geometric_ratio(gated, curves(points("s", line, lambda _, dead=dead: dead), "dead"), 0.005)
         assert found is not None
         assert found[0].mean == pytest.approx(ratio)
-        assert found[1] is bound
+        assert found[1] == bound
     none = curves(points("g", line, lambda _: 0.0), "dead")
     both = geometric_ratio(none, none, 0.005)
     assert both is not None
     assert both[0].mean == pytest.approx(1)
+    assert both[1] == "≈"
+    found = geometric_ratio(none, gated, 0.005)
+    assert found is not None
+    assert found[0].mean == pytest.approx(1 / 40)
+    assert found[1] == "≤", "the truth is nothing at all"
 
 
 def test_dead_ratio_is_geometric_over_log_l0() -> None:
@@ -269,6 +274,14 @@ def test_half_of_the_cells_are_enough_for_dominance_as_in_the_paper() -> None:
     assert judge(claim, [wins, loses]).mark == REPRODUCED
     assert judge(claim, [wins, loses, also]).mark == PARTLY
     assert judge(claim, [loses, also]).mark == NOT
+
+
+def test_a_cell_without_a_number_does_not_pass() -> None:
+    claim = next(claim for claim in CLAIMS if claim.most == 1 and claim.value is not CLAIMS[0].value)
+    passes = Interval(*[claim.bound + (1 if claim.above else -1)] * 3, 3)
+    assert mark(claim, [passes, passes]) == REPRODUCED
+    assert mark(claim, [passes, None]) == PARTLY
+    assert mark(claim, [None, None]) == NOT_MEASURED
 
 
 def test_one_seed_or_a_wide_interval_shows_no_more_than_partly() -> None:

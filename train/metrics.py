@@ -149,7 +149,10 @@ def reconstructions(
     sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str
 ) -> Iterator[tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_in"]]]:
     """x, f and x̂, some rows at a time, float32."""
-    for part in torch.split(rows, max(1, min(ROWS_AT_A_TIME, CODES_AT_A_TIME // sae.config.d_sae))):
+    *parts, last = torch.split(rows, max(1, min(ROWS_AT_A_TIME, CODES_AT_A_TIME // sae.config.d_sae)))
+    if parts and len(last) == 1:  # a row alone has no variance, by which a peer divides (train/peers.py)
+        last = torch.cat([parts.pop(), last])
+    for part in (*parts, last):
         x = part.to(device).float()
         f = sae.encode(x)
         yield x, f, sae.decode(f)
@@ -172,7 +175,7 @@ def language_losses(
     replacements: list[Callable[[Tensor], Tensor] | None] = [
         None,
         torch.zeros_like,
-        lambda x: average.to(x.dtype).expand_as(x),
+        lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x),  # heads lie side by side
         *[lambda x, sae=sae: reconstructed(sae, x) for sae in saes],
     ]
     sums, n = np.zeros(len(replacements)), 0

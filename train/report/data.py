@@ -57,6 +57,19 @@ class Run:
         return store if isinstance(store, dict) else {}
 
     @property
+    def rows(self) -> str:
+        """Which they are: the store's name, and what of it was committed."""
+        name = str(self.store.get("path") or self.config.get("store") or "store not recorded").rstrip("/")
+        snapshot = self.config.get("snapshot")
+        return name.rpartition("/")[2] + (f" ({snapshot})" if snapshot else "")
+
+    @property
+    def diverged(self) -> dict[str, Any]:
+        """Autoencoders whose loss is no number any more, and since which step."""
+        found = self.record.get("diverged")
+        return found if isinstance(found, dict) else {}
+
+    @property
     def model(self) -> str:
         return str(self.store.get("model") or "model not recorded")
 

@@ -1,9 +1,11 @@
 """Puts runs together for comparison.
 
-Autoencoders are compared within a *setting* only: the same model, hookpoint, training tokens, learning rate and batch.
-Runs of one setting (more λ, more seeds) share its figures; another setting gets a section of its own.
+Autoencoders are compared within a *setting* only: the same model, hookpoint, rows, training tokens, learning rate,
+batch and number of held-out tokens. Runs of one setting (more λ, more seeds) share its figures; another setting gets a
+section of its own.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -35,11 +37,12 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     """One for each setting, in the order in which the runs were named."""
     groups: dict[tuple[Any, ...], list[Run]] = {}
     for run in runs:
-        key = (run.model, run.hook, run.tokens_trained, str(run.config.get("lr")), str(run.config.get("batch")))
-        groups.setdefault(key, []).append(run)
-    sites = [key[:2] for key in groups]
+        commit, snapshot = run.store.get("commit"), run.config.get("snapshot")
+        trained = run.tokens_trained, run.config.get("lr"), run.config.get("batch"), run.evaluation.tokens
+        groups.setdefault((run.model, run.hook, str(commit), str(snapshot), *map(str, trained)), []).append(run)
+    sites = Counter(key[:2] for key in groups)
     return [
-        _section(f"setting-{index}", _title(key, unique=sites.count(key[:2]) == 1), group)
+        _section(f"setting-{index}", _title(group[0], unique=sites[key[:2]] == 1), group)
         for index, (key, group) in enumerate(groups.items(), 1)
     ]
 
@@ -60,11 +63,13 @@ def measured(run: Run) -> list[Sae]:
     return filled
 
 
-def _title(key: tuple[Any, ...], unique: bool) -> str:
+def _title(run: Run, unique: bool) -> str:
     """Says no more than it takes to tell the settings apart."""
-    model, hook, tokens, lr, batch = key
-    title = f"{model} · {hook}"
-    return title if unique else f"{title} · {wording.count(tokens)} tokens, learning rate {lr}, batch {batch}"
+    title = f"{run.model} · {run.hook}"
+    if unique:
+        return title
+    tokens, lr, batch = wording.count(run.tokens_trained), run.config.get("lr"), run.config.get("batch")
+    return f"{title} · {run.rows} · {tokens} tokens, learning rate {lr}, batch {batch}"
 
 
 def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
@@ -96,6 +101,11 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     if any(sae.ce_spliced is None for sae in saes):
         who = "any" if all(sae.ce_spliced is None for sae in saes) else "every"
         notes.append(f"Cross-entropy was not measured for {who} autoencoder here.")
+    notes += [
+        f"{name} diverged: its loss is no number since step {step}. It was not measured and is nowhere on this page."
+        for run in runs
+        for name, step in run.diverged.items()
+    ]
     notes += [f"{run.folder} has no metrics.jsonl, so no training curves." for run in runs if not run.curves]
     return notes
 
@@ -108,6 +118,7 @@ def _facts(runs: Sequence[Run], saes: Sequence[Sae]) -> tuple[tuple[str, str], .
     return (
         ("Model", runs[0].model),
         ("Hookpoint", runs[0].hook + dimensions),
+        ("Store", _distinct(run.rows for run in runs)),
         ("Trained on", wording.tokens(run.tokens_trained for run in runs)),
         ("Measured on", wording.tokens((sae.tokens for sae in saes), "held-out tokens")),
         ("Autoencoders", f"{len(saes)}" + (f" in {len(runs)} runs" if len(runs) > 1 else "")),

@@ -47,8 +47,8 @@ class Ratio:
     """Dead latents of Gated over those of SA-GSAE, geometric mean over the overlap."""
 
     ratio: Interval
-    lower_bound: bool
-    """Somewhere SA-GSAE has fewer than half a dead latent, which then counts as half a latent."""
+    bound: str
+    """≥, ≤, ≈ or nothing: fewer dead latents than half a one, somewhere, count as half a one (`geometric_ratio`)."""
 
 
 @dataclass(frozen=True)

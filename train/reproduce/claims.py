@@ -139,20 +139,21 @@ CLAIMS: Final = (
 def judge(claim: Claim, cells: Sequence[CellResult]) -> Finding:
     """A claim against all cells that it is about."""
     values = {cell.cell: claim.value(cell) for cell in cells if claim.where(cell)}
-    known = [value for value in values.values() if value is not None]
-    return Finding(claim.name, claim.paper, claim.ours, rule(claim), values, mark(claim, known))
+    return Finding(claim.name, claim.paper, claim.ours, rule(claim), values, mark(claim, list(values.values())))
 
 
 def judge_all(cells: Sequence[CellResult]) -> list[Finding]:
     return [judge(claim, cells) for claim in CLAIMS]
 
 
-def mark(claim: Claim, values: Sequence[Interval]) -> str:
-    if not values:
+def mark(claim: Claim, values: Sequence[Interval | None]) -> str:
+    """A cell without a number does not pass."""
+    known = [value for value in values if value is not None]
+    if not known:
         return NOT_MEASURED
     weak = claim.bound if claim.weak is None else claim.weak
-    surely = sum(passes(claim, value.low if claim.above else value.high, claim.bound) for value in values)
-    likely = sum(passes(claim, value.mean, weak) for value in values)
+    surely = sum(passes(claim, value.low if claim.above else value.high, claim.bound) for value in known)
+    likely = sum(passes(claim, value.mean, weak) for value in known)
     if surely >= claim.most * len(values):
         return REPRODUCED
     return PARTLY if likely and likely >= claim.some * len(values) else NOT

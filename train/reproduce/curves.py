@@ -209,21 +209,23 @@ def value_at(arm: Frontiers, log_l0: float) -> Interval | None:
     return interval([float(frontier.at(at)[0]) for frontier in there])
 
 
-def geometric_ratio(over: Frontiers, under: Frontiers, floor: float) -> tuple[Interval, bool] | None:
+def geometric_ratio(over: Frontiers, under: Frontiers, floor: float) -> tuple[Interval, str] | None:
     """Geometric mean over log L0 of over / under, seed by seed. Values below `floor` count as `floor`, so that a zero
-    has a logarithm; whether that raised any value of `under` (the ratio is then a lower bound) comes with it."""
+    has a logarithm. What that makes of the ratio comes with it: ≥, a lower bound, where it raised values of `under`
+    alone; ≤, an upper one, where of `over` alone; ≈ where of both; nothing where of none."""
     over, under = paired(over, under)
     span = overlap(over, under)
     if span is None:
         return None
     at = knots(span, over, under)
-    logs, floored = [], False
+    logs, raised = [], [False, False]
     for seed in over:
         top, bottom = over[seed].at(at), under[seed].at(at)
-        floored |= bool((bottom < floor).any())
+        raised = [raised[0] or bool((top < floor).any()), raised[1] or bool((bottom < floor).any())]
         logs.append(average(np.log(np.maximum(top, floor) / np.maximum(bottom, floor)), at))
     found = interval(logs)
-    return None if found is None else (mapped(found, math.exp), floored)
+    sign = {(False, False): "", (False, True): "≥", (True, False): "≤", (True, True): "≈"}[raised[0], raised[1]]
+    return None if found is None else (mapped(found, math.exp), sign)
 
 
 def against(points: Sequence[Measured], reference: Frontiers, field: str) -> Interval | None:

@@ -70,7 +70,7 @@ def dead_table(cells: Sequence[CellResult]) -> Table:
     rows = []
     for cell in cells:
         dead, ratio = cell.dead, cell.dead_ratio
-        times = f"{'≥ ' if ratio.lower_bound else ''}{number(ratio.ratio, 2)}" if ratio else ABSENT
+        times = f"{f'{ratio.bound} '.lstrip()}{number(ratio.ratio, 2)}" if ratio else ABSENT
         rows.append((
             cell.cell, short_l0(dead.l0) if dead else ABSENT, number(dead.sa, 3) if dead else ABSENT,
             number(dead.gated, 3) if dead else ABSENT, number(dead.difference, 3, True) if dead else ABSENT, times,
@@ -79,8 +79,8 @@ def dead_table(cells: Sequence[CellResult]) -> Table:
     header = ("Cell", "L0", "Dead, SA-GSAE H", "Dead, Gated 2H", "Difference", "Ratio over the sweep", "Both poles")
     note = (
         "Share of latents dead at L0 64 or the nearest that both have; the geometric mean of dead(Gated) / "
-        "dead(SA-GSAE) over the overlap, where fewer than half a latent counts as half (≥: a lower bound); and the "
-        "share of SA-GSAE's live latents that use both poles, at the same L0."
+        "dead(SA-GSAE) over the overlap, where fewer than half a latent counts as half (≥, ≤: a lower, an upper "
+        "bound; ≈: neither); and the share of SA-GSAE's live latents that use both poles, at the same L0."
     )
     return Table("Dead latents", note, header, tuple(rows))
 
