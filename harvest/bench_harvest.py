@@ -28,7 +28,7 @@ from harvest.team import Team
 from harvest.writer import Ready
 from shared.bench import machine
 from shared.config import HarvestConfig
-from shared.device import torch_dtype
+from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.hooks import layer_of
 from shared.model import LanguageModel
@@ -123,7 +123,7 @@ def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[
             end = -(-stop // context)
             for first in range(start // context, end, contexts):
                 ids = torch.from_numpy(tokens[first : min(first + contexts, end)].astype("int64"))
-                bare(ids.to(device), use_cache=False)
+                bare(sent(ids, device), use_cache=False)
     finish_work(device)
 
 

@@ -218,13 +218,14 @@ def geometric_ratio(over: Frontiers, under: Frontiers, floor: float) -> tuple[In
     if span is None:
         return None
     at = knots(span, over, under)
-    logs, raised = [], [False, False]
+    logs, raised_over, raised_under = [], False, False
     for seed in over:
         top, bottom = over[seed].at(at), under[seed].at(at)
-        raised = [raised[0] or bool((top < floor).any()), raised[1] or bool((bottom < floor).any())]
+        raised_over |= bool((top < floor).any())
+        raised_under |= bool((bottom < floor).any())
         logs.append(average(np.log(np.maximum(top, floor) / np.maximum(bottom, floor)), at))
     found = interval(logs)
-    sign = {(False, False): "", (False, True): "≥", (True, False): "≤", (True, True): "≈"}[raised[0], raised[1]]
+    sign = ("≈" if raised_over else "≥") if raised_under else ("≤" if raised_over else "")
     return None if found is None else (mapped(found, math.exp), sign)
 
 

@@ -70,7 +70,7 @@ def dead_table(cells: Sequence[CellResult]) -> Table:
     rows = []
     for cell in cells:
         dead, ratio = cell.dead, cell.dead_ratio
-        times = f"{f'{ratio.bound} '.lstrip()}{number(ratio.ratio, 2)}" if ratio else ABSENT
+        times = f"{ratio.bound} {number(ratio.ratio, 2)}".lstrip() if ratio else ABSENT
         rows.append((
             cell.cell, short_l0(dead.l0) if dead else ABSENT, number(dead.sa, 3) if dead else ABSENT,
             number(dead.gated, 3) if dead else ABSENT, number(dead.difference, 3, True) if dead else ABSENT, times,
