@@ -12,29 +12,29 @@ from hypothesis import strategies as st
 from torch import Tensor
 from variants import batch, by_autograd, variant, weights
 
-from train.sae import entries, family, kernels
-from train.sae.adam import adam_rows_
+from train.optim import Optimizer
+from train.sae import entries, family, kernels, on_gpu
+from train.sae.adam import Update, adam_rows_
 from train.sae.base import Now
-from train.sae.sparse import open_entries, sparse_gradients
+from train.sae.sparse import Room, Sum, sparse_gradients
 
 FEW = settings(max_examples=4, deadline=None, derandomize=True)
 SHAPES = {
     "entries": st.sampled_from([0, 1, 2, 17, 60, 131]), "segments": st.sampled_from([1, 2, 9]),
     "height": st.integers(1, 9), "d_in": st.sampled_from([1, 2, 15, 16, 17, 33]), "seed": st.integers(0, 999),
 }  # fmt: skip
-BLOCKS = [(1, 16), (2, 8), (8, 32), (32, 64)]
+BLOCKS = [1, 2, 8, 32]
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], None]:
-    """A row of a few numbers then has several blocks of columns, and a few entries several blocks of entries."""
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """A few entries then are several blocks."""
 
-    def use(entries: int, columns: int) -> None:
-        config = triton.Config({"BLOCK_N": entries, "BLOCK_D": columns})
-        for kernel in (kernels.sum_pieces, kernels.dot_entries):
-            monkeypatch.setattr(kernel, "configs", [config])
+    def use(many: int) -> None:
+        for kernel in (kernels.sum_latent, kernels.decode_token):
+            monkeypatch.setattr(kernel, "configs", [triton.Config({"BLOCK_N": many})])
 
-    use(4, 16)
+    use(4)
     return use
 
 
@@ -49,34 +49,48 @@ def summed(segment: Tensor, index: Tensor, segments: int, weight: Tensor, rows: 
     return dense.index_put_((segment, index), weight.double(), accumulate=True) @ rows.double()
 
 
+def sum_of(segment: Tensor, index: Tensor, segments: int, weight: Tensor, rows: Tensor) -> Sum:
+    return Sum(index, segment.int(), torch.searchsorted(segment, torch.arange(segments + 1)), weight, rows)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("tables", ["one", "the same twice", "two"])
 @FEW
 @example(entries=0, segments=3, height=2, d_in=5, seed=0, chunk=4, one_segment=False)
 @example(entries=61, segments=3, height=2, d_in=17, seed=0, chunk=4, one_segment=True)
 @given(**SHAPES, chunk=st.sampled_from([1, 4, 5, 256]), one_segment=st.booleans())
 def test_sums_of_rows(
-    dtype: torch.dtype, tables: str, entries: int, segments: int, height: int, d_in: int, seed: int, chunk: int,
-    one_segment: bool,
-) -> None:  # fmt: skip
+    dtype: torch.dtype, entries: int, segments: int, height: int, d_in: int, seed: int, chunk: int, one_segment: bool
+) -> None:
     """Empty segments, one that holds every entry, chunks of one entry; rows of any length."""
     generator, normal = numbers(seed)
     index = torch.randint(0, height, (entries,), generator=generator)
     segment = torch.randint(0, segments, (entries,), generator=generator).sort().values
     if one_segment:
         segment.fill_(segments - 1)
-    bounds = torch.searchsorted(segment, torch.arange(segments + 1))
-    rows = [normal(height, d_in).to(dtype)] * (1 if tables == "one" else 2)
-    if tables == "two":
-        rows[1] = normal(height, d_in).to(dtype)
-    factors = [normal(entries) for _ in rows]
-    found = kernels.sum_rows(index, bounds, factors, rows, chunk)
-    assert len(found) == len(rows)
-    for out, factor, table in zip(found, factors, rows, strict=True):
-        assert out.dtype == torch.float32
-        size = summed(segment, index, segments, factor.abs(), table.abs())
-        error = (out - summed(segment, index, segments, factor, table)).abs()
-        assert (error <= 1e-6 * size).all(), (error / size).max()
+    rows, factor = normal(height, d_in).to(dtype), normal(entries)
+    found = kernels.sum_rows(sum_of(segment, index, segments, factor, rows), chunk)
+    assert found.dtype == torch.float32
+    size = summed(segment, index, segments, factor.abs(), rows.abs())
+    error = (found - summed(segment, index, segments, factor, rows)).abs()
+    assert (error <= 1e-6 * size).all(), (error / size).max()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 64])
+@pytest.mark.parametrize("lengths", [[0, 0], [5], [0, 130, 0, 1], [64, 65, 63, 128], [3] * 20, [4, 3, 7, 3, 6]])
+def test_no_entry_is_left_out_or_taken_twice(lengths: list[int], chunk: int) -> None:
+    """Segments that begin and end within, at and across the borders of chunks; the lists are longer than what is in
+    them."""
+    _, normal = numbers(1)
+    segment = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    factor, rows = normal(len(segment)), normal(len(segment) + 1, 3)
+    index = torch.arange(len(segment))
+    of = sum_of(segment, index, len(lengths), factor, rows)
+    spare = torch.full((5,), 2**30, dtype=torch.int32)
+    padded = Sum(torch.cat([index, spare]), torch.cat([of.latent, spare]), of.bounds,
+                 torch.cat([factor, torch.full((5,), torch.nan)]), rows)  # fmt: skip
+    wanted = summed(segment, index, len(lengths), factor, rows)
+    for found in (kernels.sum_rows(of, chunk), kernels.sum_rows(padded, chunk)):
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -85,61 +99,66 @@ def test_sums_of_rows(
 @example(entries=0, segments=3, height=2, d_in=5, seed=0)
 @example(entries=61, segments=3, height=2, d_in=17, seed=0)
 @given(**SHAPES)
-def test_dots_of_rows(
+def test_decodings(
     dtype: torch.dtype, count: int, entries: int, segments: int, height: int, d_in: int, seed: int
 ) -> None:
-    """Each in its own entry's place, whatever the order of work."""
+    """Errors, their squares, and each entry's product in its own place."""
     generator, normal = numbers(seed)
-    token = torch.randint(0, segments, (entries,), generator=generator)
+    token = torch.randint(0, segments, (entries,), generator=generator).sort().values
     latent = torch.randint(0, height, (entries,), generator=generator)
-    order = torch.argsort(token, stable=True)
-    tokens, latents = [normal(segments, d_in) for _ in range(count)], normal(height, d_in).to(dtype)
-    found = kernels.dot_rows(order, token, latent, tokens, latents)
-    assert len(found) == count
-    for out, table in zip(found, tokens, strict=True):
-        products = table[token].double() * latents[latent].double()
-        assert ((out - products.sum(1)).abs() <= 1e-6 * products.abs().sum(1)).all()
+    order = torch.randperm(entries, generator=generator)
+    codes, W_dec, centred = normal(count, entries), normal(height, d_in).to(dtype), normal(segments, d_in)
+    bounds = torch.searchsorted(token, torch.arange(segments + 1))
+    found = kernels.decode(latent, order, codes, bounds, W_dec, centred)
+    for which, code in enumerate(codes):
+        error = summed(token, latent, segments, code, W_dec) - centred
+        size = summed(token, latent, segments, code.abs(), W_dec.abs()) + centred.abs()
+        if which == 0:
+            assert ((found.error - error).abs() <= 1e-6 * size).all()
+            # on a GPU to the nearest, in the interpreter towards zero
+            torch.testing.assert_close(
+                found.low.float(), found.error, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0
+            )
+            error = found.low.double()
+        torch.testing.assert_close(found.squares[which].double(), error.square().sum(1), rtol=2e-2, atol=1e-5)
+        products = error[token] * W_dec[latent].double()
+        close = 1e-5 if dtype == torch.float32 else 1e-2
+        allowed = close * (products.abs().sum(1) + 1e-3)
+        assert ((found.dots[which][order] - products.sum(1)).abs() <= allowed).all()
 
 
-@pytest.mark.parametrize(("entries", "columns"), BLOCKS)
-def test_any_block_gives_the_sums(small_blocks: Any, entries: int, columns: int) -> None:
+@pytest.mark.parametrize("block", BLOCKS)
+def test_any_block_gives_the_sums(small_blocks: Any, block: int) -> None:
     """Strided rows and weights too; and the same block the same bits."""
-    small_blocks(entries, columns)
+    small_blocks(block)
     generator, normal = numbers(3)
     index, token = (torch.randint(0, 7, (40,), generator=generator).sort().values for _ in range(2))
-    bounds = torch.searchsorted(token, torch.arange(8))
-    rows, factor = normal(20, 7).T, normal(40, 2)[:, 0]
-    (once,) = kernels.sum_rows(index, bounds, [factor], [rows], 4)
-    torch.testing.assert_close(once.double(), summed(token, index, 7, factor, rows), rtol=1e-5, atol=1e-5)
-    (again,) = kernels.sum_rows(index, bounds, [factor], [rows], 4)
-    assert torch.equal(once, again)
-    (dots,) = kernels.dot_rows(torch.arange(40), token, index, [rows], rows)
-    torch.testing.assert_close(
-        dots.double(), (rows[token].double() * rows[index].double()).sum(1), rtol=1e-5, atol=1e-5
-    )
+    of = sum_of(token, index, 7, normal(40, 2)[:, 0], normal(20, 7).T)
+    once = kernels.sum_rows(of, 4)
+    torch.testing.assert_close(once.double(), summed(token, index, 7, of.weight, of.rows), rtol=1e-5, atol=1e-5)
+    assert torch.equal(once, kernels.sum_rows(of, 4))
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 64])
-@pytest.mark.parametrize("lengths", [[0, 0], [5], [0, 130, 0, 1], [64, 65, 63, 128], [3] * 20])
-def test_no_entry_is_left_out_or_taken_twice(lengths: list[int], chunk: int) -> None:
-    """By the chunks alone: programs have disjoint entries, sums of chunks places of their own, within what is kept."""
-    length = torch.tensor(lengths)
-    bounds = torch.cat([torch.zeros(1, dtype=torch.int64), length.cumsum(0)])
-    entries, programs = int(bounds[-1]), len(lengths) + int(bounds[-1]) // chunk
-    segment, first, slot = kernels.pieces(bounds, chunk, programs)
-    taken: list[int] = []
-    kept: list[int] = []
-    for program, which in enumerate(segment.tolist()):
-        if which == len(lengths):
-            continue
-        begin = int(bounds[which]) + (program - int(first[which])) * chunk
-        taken += range(begin, min(begin + chunk, int(bounds[which + 1])))
-        if lengths[which] > chunk:
-            kept.append(int(slot[which]) + program - int(first[which]))
-    assert taken == list(range(entries))
-    assert kept == list(range(len(kept)))
-    assert len(kept) <= 2 * entries // chunk
-    assert set(segment.tolist()) >= set(range(len(lengths))), "every segment is written, the empty ones too"
+@pytest.mark.parametrize("copies", [True, False], ids=["copies", "no copies"])
+@pytest.mark.parametrize("unit", [True, False], ids=["unit rows", "free rows"])
+@pytest.mark.parametrize("chunk", [2, 256])
+def test_an_update_by_a_sum_is_adams_by_that_gradient(chunk: int, unit: bool, copies: bool) -> None:
+    """Several updates; latents with no entry, with few, and with more than a chunk."""
+    generator, normal = numbers(4)
+    both = [torch.nn.functional.normalize(normal(6, 17), dim=1) for _ in range(2)]
+    both[1].copy_(both[0])
+    moments = [[torch.zeros(6, 17) for _ in range(2)] for _ in both]
+    copy = torch.zeros(6, 17, dtype=torch.bfloat16) if copies else None
+    for step in range(1, 4):
+        segment = torch.randint(1, 6, (30,), generator=generator).sort().values
+        index = torch.randint(0, 9, (30,), generator=generator)
+        of = sum_of(segment, index, 6, normal(30), normal(9, 17))
+        kernels.update_(of, Update(both[0], *moments[0], copy, 0.01, step, unit), chunk)
+        adam_rows_(kernels.sum_rows(of, chunk), Update(both[1], *moments[1], None, 0.01, step, unit))
+        for found, wanted in zip([both[0], *moments[0]], [both[1], *moments[1]], strict=True):
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
+        if copy is not None:
+            torch.testing.assert_close(copy.float(), both[0], rtol=2**-7, atol=0)
 
 
 @pytest.fixture
@@ -147,20 +166,25 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The sparse step by the kernels, with chunks of five entries; fills with the names of those that were used."""
     used: list[str] = []
 
-    def spy(name: str, *defaults: int) -> Callable[..., Any]:
-        function = getattr(kernels, name)
+    def spy(module: Any, name: str, *defaults: int) -> None:
+        function = getattr(module, name)
 
         def call(*arguments: Any) -> Any:
             used.append(name)
             return function(*arguments, *defaults)
 
-        return call
+        monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr("train.sae.sparse.has_kernels", lambda device: device == "cpu")
-    spies = {"sum_rows": spy("sum_rows", 5), "dot_rows": spy("dot_rows")}
-    for name, function in spies.items():
-        monkeypatch.setattr(kernels, name, function)
+    monkeypatch.setattr("train.sae.sparse.has_kernels", lambda device, _: device == "cpu")
+    monkeypatch.setattr("train.optim.has_kernels", lambda device, _: device == "cpu")
+    spy(kernels, "sum_rows", 5)
+    spy(kernels, "update_", 5)
+    spy(on_gpu, "decode")
     return used
+
+
+def opened(config: Any, w: Any, x: Tensor, room: int = 10_000) -> Any:
+    return on_gpu.open_entries(family(config), w.theta, x - w.b_dec, w.W_enc, room)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.02, 0.0])
@@ -170,13 +194,13 @@ def test_a_whole_step_equals_autograd(on_kernels: list[str], name: str, share: f
     config = variant(name, 13)
     w, x = weights(config, 5, 19), batch(5, 11, 19)
     size, _ = family(config).size((x - w.b_dec) @ w.W_enc.T)
-    opened = round(share * size.numel())
+    many = round(share * size.numel())
     edge = torch.cat([size.flatten().sort(descending=True).values, size.min()[None] - 1])
     edge = torch.cat([edge[:1] + 1, edge])
-    w.theta.fill_(float(edge[opened] + edge[opened + 1]) / 2)
-    assert len(open_entries(family(config), w, x - w.b_dec).u) == opened
+    w.theta.fill_(float(edge[many] + edge[many + 1]) / 2)
+    assert opened(config, w, x)[1].read() == many
     check_step(config, w, x)
-    assert on_kernels == ["sum_rows", "dot_rows", "sum_rows"], "main and auxiliary, W_enc and W_dec in one launch each"
+    assert on_kernels == ["decode", "sum_rows", "sum_rows"], "main and auxiliary are decoded at once"
 
 
 @pytest.mark.parametrize("name", ["sa-gsae", "gated"])
@@ -185,10 +209,55 @@ def test_one_latent_that_is_active_on_the_whole_batch(on_kernels: list[str], nam
     w, x = weights(config, 2, 19), batch(2, 23, 19)
     w.theta.fill_(1e3)
     w.theta[:, 11] = 0.0 if name == "sa-gsae" else -1e3
-    latent = open_entries(family(config), w, x - w.b_dec).latent
-    assert latent.tolist() == [11] * 23
+    at, count = opened(config, w, x)
+    assert at.latent[: count.read()].tolist() == [11] * 23
     check_step(config, w, x)
     assert on_kernels
+
+
+@pytest.mark.parametrize("block", [13 * 23, 40], ids=["at once", "in blocks"])
+def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too little of it, and far too much: the same bits, and afterwards there is a little more than needed."""
+    monkeypatch.setattr(on_gpu, "GPU_BLOCK", block)
+    monkeypatch.setattr(on_gpu, "SPARE", 3)
+    config = variant("untied", 13)
+    w, x = weights(config, 2, 19), batch(2, 23, 19)
+    wanted: dict[str, Tensor] = {}
+    for before in (10_000, 1, 60, 250):
+        room = Room(before)
+        gradients, step = on_gpu.kernel_gradients(family(config), w, x, Now(0.3), (w.W_enc, w.W_dec), room)
+        count = opened(config, w, x)[1].read()
+        assert 60 < count < 250
+        assert room.entries == (250 if before == 250 else count + count // 4 + 3)
+        found = {"l0": step.l0, "loss": step.reconstruction}
+        for name, part in gradients.items():
+            found[name] = kernels.sum_rows(part) if isinstance(part, Sum) else part
+        wanted = wanted or found
+        for name, value in found.items():
+            assert torch.equal(value, wanted[name]), name
+    assert on_kernels
+
+
+def test_steps_that_write_their_own_copies(on_kernels: list[str]) -> None:
+    """Updates from sums not taken, by copies kept from step to step, are those from whole gradients."""
+    config = variant("untied", 13)
+    x = batch(2, 23, 19)
+    ends = []
+    for kept in (True, False):
+        w = weights(config, 2, 19)
+        w.W_dec /= w.W_dec.norm(dim=1, keepdim=True)
+        optimizer, room = Optimizer(w, unit_decoder=True), Room()
+        for _ in range(3):
+            rounded = optimizer.rounded(torch.bfloat16)
+            gradients, _ = on_gpu.kernel_gradients(family(config), w, x, Now(0.3, torch.bfloat16), rounded, room)
+            if not kept:
+                gradients = {k: kernels.sum_rows(v) if isinstance(v, Sum) else v for k, v in gradients.items()}
+                optimizer.copies.clear()
+            optimizer.step_(gradients, 0.01)
+        ends.append(w)
+    for name, value in ends[0].named().items():
+        torch.testing.assert_close(value, ends[1].named()[name], rtol=1e-5, atol=1e-6)
+    assert on_kernels.count("update_") == 6
 
 
 def check_step(config: Any, w: Any, x: Tensor) -> None:
@@ -222,7 +291,7 @@ def test_adam_by_rows_equals_torchs(d_in: int, unit: bool) -> None:
             adam.step()
             if unit:
                 expected /= expected.norm(dim=1, keepdim=True)
-        adam_rows_(matrix, grad, m, v, lr, step, unit)
+        adam_rows_(grad, Update(matrix, m, v, None, lr, step, unit))
         state = adam.state[expected]
         for found, wanted in ((matrix, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
             # one number of a unit row has no tangent: what is left of its gradient is rounding, and Adam enlarges it
@@ -244,8 +313,13 @@ def test_open_entries_are_found_in_order(
     u, theta = normal(9, 21).to(dtype), (normal(poles, 14).abs() * height)[:, 3:12]
     lower = theta[-1][:, None]
     wanted = (u.float() > theta[0][:, None]) | ((u.float() < -lower) & signed)
-    latent, token, value = entries.find_open(u, theta, signed)
-    found = torch.zeros_like(wanted).index_put_((latent.long(), token.long()), torch.tensor(True))
+    bounds, room = torch.zeros(10, dtype=torch.int64), int(wanted.sum())
+    bounds[0] = 2  # as after other latents
+    latent, token = torch.zeros(room + 2, dtype=torch.int32), torch.zeros(room + 2, dtype=torch.int16)
+    value = torch.zeros(room + 2)
+    entries.write_entries(u, theta, signed, bounds, (latent, token, value), 50)
+    found = torch.zeros_like(wanted).index_put_((latent[2:].long() - 50, token[2:].long()), torch.tensor(True))
     assert torch.equal(found, wanted)
-    assert torch.equal(value, u.float()[wanted])
-    assert latent.dtype == token.dtype == torch.int32
+    assert torch.equal(value[2:], u.float()[wanted])
+    assert torch.equal(bounds[1:] - 2, wanted.sum(1).cumsum(0))
+    assert latent[:2].tolist() == token[:2].tolist() == value[:2].tolist() == [0, 0]

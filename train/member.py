@@ -21,7 +21,7 @@ from train.ranks import Pairwise, Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
-from train.sae.sparse import BLOCK, GPU_BLOCK, has_kernels, on_device, sparse_gradients
+from train.sae.sparse import BLOCK, GPU_BLOCK, Gradients, Room, has_kernels, on_device, sparse_gradients, summed
 from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
@@ -64,7 +64,8 @@ class Member:
         self.sparsity = Sparsity(config, steps, ranks.device)
         has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
         where = ranks.device.type
-        self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or has_kernels(where))
+        self.kernels, self.room = has_kernels(where, len(mean)), Room()
+        self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or self.kernels)
         self.sparse = has_sparse and run.step == "sparse"
         """Whether steps are computed from open gates alone."""
         if has_sparse and run.step != "dense" and where == "cuda" and not has_kernels(where) and ranks.leads:
@@ -117,7 +118,7 @@ class Member:
         peak = self.config.lr or self.run.lr
         return learning_rate(step, self.steps, peak, self.run.warmup_steps, self.run.decay_fraction)
 
-    def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[dict[str, Tensor], Step]:
+    def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[Gradients, Step]:
         """Means over the batch's parts, here and on other ranks."""
         count, sparsity = self.parts, self.sparsity.now(step)
         if self.run.compile:  # a number would be a part of the program, and each other one a program of its own
@@ -130,19 +131,27 @@ class Member:
             return self.gradients_of(x, now)
         sums = Pairwise()
         for part in parts:
-            sums.add(tensors_of(*self.gradients_of(part, now)))
+            gradients, measured = self.gradients_of(part, now)
+            sums.add(tensors_of(summed(gradients), measured))
         *means, scalars, fired = self.ranks.sum(sums.total())
         means = [mean.div_(count) for mean in means]
         reconstruction, penalty, auxiliary, l0, threshold = scalars.div_(count).unbind()
         measured = Step(reconstruction, penalty, auxiliary, l0, fired > 0, threshold)
         return dict(zip(self.weights.trained(), means, strict=True)), measured
 
-    def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[dict[str, Tensor], Step]:
+    def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step]:
+        names = self.weights.trained()
+        if self.sparse and self.kernels:
+            from train.sae.on_gpu import kernel_gradients
+
+            rounded = self.optimizer.rounded(now.matmul)
+            unsummed, measured = kernel_gradients(self.family, self.weights, part, now, rounded, self.room)  # type: ignore[arg-type]
+            return {name: unsummed[name] for name in names}, measured
         if self.sparse:
             grads, measured = sparse_gradients(self.family, self.weights, part, now)  # type: ignore[arg-type]
         else:
             grads, measured = self.dense(self.weights, part, now)
-        return {name: getattr(grads, name) for name in self.weights.trained()}, measured
+        return {name: getattr(grads, name) for name in names}, measured
 
     def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: Now) -> Callable[[Tensor], Tensor]:
         """See `Now.threshold`. Several parts on one rank are computed twice: the first time for this alone."""

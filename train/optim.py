@@ -1,17 +1,13 @@
 """Adam with the recipe's schedule, on hand-written gradients."""
 
 from collections.abc import Sequence
-from typing import Final
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor
 
 from train.sae.base import SMALLEST_NORM, Weights
-from train.sae.sparse import has_kernels
-
-LONGEST_ROW: Final = 16384
-"""Of the rows that Triton updates: one program holds a row in registers."""
+from train.sae.sparse import Gradients, Sum, has_kernels, summed
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
@@ -35,11 +31,29 @@ class Optimizer:
         self.adam = torch.optim.Adam(list(weights.trained().values()), lr=0.0, betas=(0.9, 0.999), fused=True)
         self.done = 0
         """Updates so far, which `state` has as tensors."""
+        self.copies: dict[str, Tensor] = {}
+        """See `rounded`: of the weights as they are, or there is none."""
 
-    def step_(self, grads: dict[str, Tensor], lr: float) -> None:
-        """One update of the weights in place; `grads`, by the weights' names, are used up."""
+    def rounded(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """W_enc and W_dec in the type of matrix products. Kept from step to step where Triton updates them: it writes
+        both at once."""
+        matrices = {"W_enc": self.weights.W_enc, "W_dec": self.weights.W_dec}
+        if dtype == torch.float32:
+            return matrices["W_enc"], matrices["W_dec"]
+        for name, matrix in matrices.items():
+            if name not in self.copies:
+                self.copies[name] = matrix.to(dtype)
+        return self.copies["W_enc"], self.copies["W_dec"]
+
+    def step_(self, gradients: Gradients, lr: float) -> None:
+        """One update of the weights in place; `gradients` are used up."""
         W_dec = self.weights.W_dec
         by_rows = self.rows() if self.clip_norm is None else {}
+        if by_rows:
+            self.step_rows_(by_rows, gradients, lr)
+        else:
+            self.copies.clear()
+        grads = summed({name: part for name, part in gradients.items() if name not in by_rows})
         if self.unit_decoder and not by_rows:
             to_W_dec = grads["W_dec"]
             to_W_dec.addcmul_((to_W_dec * W_dec).sum(1, keepdim=True), W_dec, value=-1)
@@ -47,8 +61,6 @@ class Optimizer:
             norm = torch.stack([grad.norm() for grad in grads.values()]).norm()
             for grad in grads.values():
                 grad.mul_((self.clip_norm / (norm + 1e-12)).clamp_max(1.0))
-        if by_rows:
-            self.step_rows_(by_rows, grads, lr)
         for name, parameter in self.weights.trained().items():
             parameter.grad = None if name in by_rows else grads[name]
         self.adam.param_groups[0]["lr"] = lr
@@ -60,13 +72,14 @@ class Optimizer:
     def rows(self) -> dict[str, Tensor]:
         """The matrices that Triton updates row by row, on CUDA where it is installed; else none."""
         W_dec = self.weights.W_dec
-        if not has_kernels(W_dec.device.type) or W_dec.shape[1] > LONGEST_ROW:
+        if not has_kernels(W_dec.device.type, W_dec.shape[1]):
             return {}
         return {"W_enc": self.weights.W_enc, "W_dec": W_dec}
 
-    def step_rows_(self, matrices: dict[str, Tensor], grads: dict[str, Tensor], lr: float) -> None:
+    def step_rows_(self, matrices: dict[str, Tensor], gradients: Gradients, lr: float) -> None:
         """The update of `matrices`, whose moments and step counts are kept where torch's Adam keeps them."""
-        from train.sae.adam import adam_rows_
+        from train.sae.adam import Update, adam_rows_
+        from train.sae.kernels import update_
 
         for name, matrix in matrices.items():
             state = self.adam.state[matrix]
@@ -74,9 +87,13 @@ class Optimizer:
                 state["step"] = torch.zeros((), device=matrix.device)
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(matrix), torch.zeros_like(matrix)
             state["step"] += 1
-            unit = self.unit_decoder and name == "W_dec"
-            moments = state["exp_avg"], state["exp_avg_sq"]
-            adam_rows_(matrix, grads[name].contiguous(), *moments, lr, self.done + 1, unit)
+            unit, copy = self.unit_decoder and name == "W_dec", self.copies.get(name)
+            update = Update(matrix, state["exp_avg"], state["exp_avg_sq"], copy, lr, self.done + 1, unit)
+            gradient = gradients[name]
+            if isinstance(gradient, Sum):
+                update_(gradient, update)
+            else:
+                adam_rows_(gradient, update)
 
     def revive_(self, generator: torch.Generator) -> int:
         """Draws latents anew whose decoder row has lost its direction (not finite, or nearly zero); says how many.
@@ -84,6 +101,7 @@ class Optimizer:
         norm = self.weights.W_dec.norm(dim=1)
         lost = torch.nonzero(~(norm > SMALLEST_NORM)).flatten()
         if len(lost):
+            self.copies.clear()
             fresh = torch.randn(len(lost), self.weights.W_dec.shape[1], generator=generator)
             fresh = (fresh / fresh.norm(dim=1, keepdim=True)).to(self.weights.W_dec.device)
             for parameter in (self.weights.W_dec, self.weights.W_enc):
@@ -109,6 +127,7 @@ class Optimizer:
         return {f"{name}.{key}": value for name, p in named.items() for key, value in self.adam.state[p].items()}
 
     def load_(self, state: dict[str, Tensor]) -> None:
+        self.copies.clear()
         for name, parameter in self.weights.trained().items():
             held = {key.rpartition(".")[2]: value for key, value in state.items() if key.startswith(f"{name}.")}
             self.adam.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in held.items()}

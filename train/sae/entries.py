@@ -1,7 +1,9 @@
 """The sparse step's work entry by entry and latent by latent, on a GPU: Triton, from PyTorch's CUDA wheels.
 
-Which entries of u are open is counted latent by latent, then written in order; one program does what is left of a
-latent's gradients, whose sums are therefore taken in the same order every time. No atomics. Sums are float32.
+Which entries of u are open is counted latent by latent, then written in order, into as much room as was guessed: the
+lists may be longer than what is in them, and the last of the latents' bounds, on the device, says how long that is. One
+program does what is left of a latent's gradients, whose sums are therefore taken in the same order every time. No
+atomics. Sums are float32.
 """
 
 from dataclasses import dataclass
@@ -32,61 +34,45 @@ class OfLatents:
     """Sums over each latent's entries of `to_u`, of the penalty and of the active ones."""
 
 
-def find_open(
-    u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"], signed: bool
-) -> tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]:
-    """The latent, the token (int32) and u (float32) of each entry whose gate is open, by latent, then token. Reads u
-    twice, in the type that it has. Waits for the device once."""
+def write_entries(
+    u: Float[Tensor, "latents batch"],
+    theta: Float[Tensor, "poles latents"],
+    signed: bool,
+    bounds: Int[Tensor, " latents_and_1"],
+    to: tuple[Int[Tensor, " room"], Int[Tensor, " room"], Float[Tensor, " room"]],
+    offset: int,
+) -> None:
+    """The latent, the token and u of each entry whose gate is open, by latent, then token, into `to`, as far as there
+    is room. u has the latents from `offset`; `bounds` begins with where the first entry goes and is filled with where
+    each latent's end. Reads u twice, in the type that it has, and never waits for the device."""
     latents, batch = u.shape
-    device = u.device
-    counts = torch.empty(latents, dtype=torch.int32, device=device)
-    shape: dict[str, Any] = {"SIGNED": signed, "TWO": len(theta) == 2, "BLOCK": BLOCK_TOKENS}
-    shape["num_warps"] = 1
+    counts = torch.empty(latents, dtype=torch.int32, device=u.device)
+    shape: dict[str, Any] = {"SIGNED": signed, "TWO": len(theta) == 2, "BLOCK": BLOCK_TOKENS, "num_warps": 1}
     u = u.contiguous()
     count_open[(latents,)](u, theta, counts, batch, theta.stride(0), **shape)
-    bounds = torch.zeros(latents + 1, dtype=torch.int64, device=device)
-    torch.cumsum(counts, 0, out=bounds[1:])
-    total = int(bounds[-1].item())
-    latent, token = (torch.empty(total, dtype=torch.int32, device=device) for _ in range(2))
-    value = torch.empty(total, device=device)
-    write_open[(latents,)](u, theta, bounds, latent, token, batch, theta.stride(0), **shape)
-    if total:
-        read_open[(triton.cdiv(total, 512),)](u, latent, token, value, batch, total, BLOCK=512)
-    return latent, token, value
+    torch.cumsum(counts, 0, dtype=torch.int64, out=bounds[1:])
+    bounds[1:] += bounds[0]
+    write_open[(latents,)](u, theta, bounds, *to, batch, theta.stride(0), len(to[0]), offset, **shape)
 
 
 def codes_of(
     u: Float[Tensor, " n"],
     latent: Int[Tensor, " n"],
     order: Int[Tensor, " n"],
+    bounds: Int[Tensor, " d_sae_and_1"],
     scalars: tuple[Float[Tensor, "poles d_sae"], Float[Tensor, "r_poles d_sae"], Float[Tensor, "poles d_sae"]],
     signed: bool,
 ) -> tuple[Float[Tensor, "2 n"], Float[Tensor, "2 n"], Int[Tensor, " n"]]:
     """The code f and the soft gate g of open entries, with their signs; both once more, and the latents, in `order`.
-    `scalars` are θ, r and b."""
+    `scalars` are θ, r and b; the last of `bounds` is how many entries there are."""
     theta, r, b = (scalar.contiguous() for scalar in scalars)
     codes, ordered, latents = u.new_empty(2, len(u)), u.new_empty(2, len(u)), torch.empty_like(latent)
     if len(u):
         code_entries[(triton.cdiv(len(u), 512),)](
-            u, latent, order, theta, r, b, codes[0], codes[1], ordered[0], ordered[1], latents, len(u), theta.shape[1],
-            SIGNED=signed, TWO=len(theta) == 2, TWO_R=len(r) == 2, BLOCK=512,
+            u, latent, order, bounds, theta, r, b, codes[0], codes[1], ordered[0], ordered[1], latents,
+            theta.shape[1], SIGNED=signed, TWO=len(theta) == 2, TWO_R=len(r) == 2, BLOCK=512,
         )  # fmt: skip
     return codes, ordered, latents
-
-
-def finish_errors(
-    sums: list[Float[Tensor, "batch d_in"]], centred: Float[Tensor, "batch d_in"], dtype: torch.dtype
-) -> tuple[list[Float[Tensor, "batch d_in"]], Float[Tensor, "tables batch"]]:
-    """Subtracts `centred` from one or two tables, in place in the first; gives the differences in `dtype` and the
-    float32 sum of squares of each row."""
-    batch, d_in = centred.shape
-    low = list(torch.empty(len(sums), batch, d_in, dtype=dtype, device=centred.device))
-    squares = torch.empty(len(sums), batch, device=centred.device)
-    subtract_rows[(batch,)](
-        sums[0], sums[-1], centred.contiguous(), low[0], low[-1], squares[0], squares[-1], d_in,
-        TWO=len(sums) == 2, BLOCK=1024,
-    )  # fmt: skip
-    return low, squares
 
 
 def latent_gradients(
@@ -148,36 +134,31 @@ def count_open(
     tl.store(counts + latent, tl.sum(total, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["room", "offset"])
 @no_type_check
 def write_open(
-    u, theta, bounds, latents, tokens, batch, stride, SIGNED: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr
+    u, theta, bounds, latents, tokens, values, batch, stride, room, offset, SIGNED: tl.constexpr, TWO: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One latent's open entries, from where they begin. Most blocks have none or few: stores are what costs."""
     latent = tl.program_id(0).to(tl.int64)
     start, end = tl.load(bounds + latent), tl.load(bounds + latent + 1)
     for at in range(start, end, BLOCK):
         entry = at + tl.arange(0, BLOCK)
-        tl.store(latents + entry, tl.zeros((BLOCK,), tl.int32) + latent.to(tl.int32), mask=entry < end)
+        name = tl.zeros((BLOCK,), tl.int32) + (latent + offset).to(tl.int32)
+        tl.store(latents + entry, name, mask=(entry < end) & (entry < room))
     if end > start:
         for first in range(0, batch, BLOCK):
             token = first + tl.arange(0, BLOCK)
-            _, opened = opened_in(u, theta, stride, latent, token, batch, SIGNED, TWO)
+            value, opened = opened_in(u, theta, stride, latent, token, batch, SIGNED, TWO)
             number = opened.to(tl.int32)
             count = tl.sum(number, 0)
             if count > 0:
-                tl.store(tokens + start + tl.cumsum(number, 0) - 1, token, mask=opened)
+                entry = start + tl.cumsum(number, 0) - 1
+                fits = opened & (entry < room)
+                tl.store(tokens + entry, token.to(tokens.dtype.element_ty), mask=fits)
+                tl.store(values + entry, value, mask=fits)
             start += count
-
-
-@triton.jit(do_not_specialize=["entries"])
-@no_type_check
-def read_open(u, latents, tokens, values, batch, entries, BLOCK: tl.constexpr):
-    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = entry < entries
-    place = tl.load(latents + entry, mask=live, other=0).to(tl.int64) * batch
-    value = tl.load(u + place + tl.load(tokens + entry, mask=live, other=0), mask=live, other=0.0)
-    tl.store(values + entry, value.to(tl.float32), mask=live)
 
 
 @triton.jit
@@ -190,14 +171,14 @@ def size_and_sign(value, SIGNED: tl.constexpr):
     return size, sign
 
 
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit
 @no_type_check
 def code_entries(
-    u, latent, order, theta, r, b, f, g, ordered_f, ordered_g, ordered_latent, entries, d_sae,
+    u, latent, order, bounds, theta, r, b, f, g, ordered_f, ordered_g, ordered_latent, d_sae,
     SIGNED: tl.constexpr, TWO: tl.constexpr, TWO_R: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = at < entries
+    live = at < tl.load(bounds + d_sae)
     entry = tl.load(order + at, mask=live, other=0)
     value = tl.load(u + entry, mask=live, other=0.0)
     column = tl.load(latent + entry, mask=live, other=0)
@@ -218,33 +199,6 @@ def code_entries(
     tl.store(g + entry, gate, mask=live)
     tl.store(ordered_f + at, code, mask=live)
     tl.store(ordered_g + at, gate, mask=live)
-
-
-@triton.jit
-@no_type_check
-def subtract_rows(
-    sums, second_sums, centred, low, second_low, squares, second_squares, d_in, TWO: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """One token's row."""
-    row = tl.program_id(0).to(tl.int64)
-    total = tl.zeros((BLOCK,), tl.float32)
-    second_total = tl.zeros((BLOCK,), tl.float32)
-    for at in range(0, d_in, BLOCK):
-        column = at + tl.arange(0, BLOCK)
-        inside = column < d_in
-        place = row * d_in + column
-        target = tl.load(centred + place, mask=inside, other=0.0)
-        error = tl.load(sums + place, mask=inside, other=0.0) - target
-        tl.store(sums + place, error, mask=inside)
-        tl.store(low + place, error.to(low.dtype.element_ty), mask=inside)
-        total += error * error
-        if TWO:
-            error = tl.load(second_sums + place, mask=inside, other=0.0) - target
-            tl.store(second_low + place, error.to(second_low.dtype.element_ty), mask=inside)
-            second_total += error * error
-    tl.store(squares + row, tl.sum(total, 0))
-    if TWO:
-        tl.store(second_squares + row, tl.sum(second_total, 0))
 
 
 @triton.jit(do_not_specialize=["batch"])

@@ -1,14 +1,16 @@
-"""Weighted sums of rows and dot products of rows over lists of entries, on a GPU: Triton, from PyTorch's CUDA wheels.
+"""Weighted sums of rows over lists of entries and what follows from them, on a GPU: Triton, from PyTorch's wheels.
 
 The lists are those of `train/sae/sparse.py`, ordered by segment: an entry names a row, a segment is a token or a
-latent. A row is read in stretches of neighbouring numbers and used for every sum it is part of; sums are float32
-whatever the rows are. A segment of more than `CHUNK` entries (a latent that is active on the whole batch) is cut into
-chunks that are summed side by side and added up by a second kernel: no atomics, so the same blocks give the same bits.
-Which blocks are fastest is tried out the first time that rows have a new length.
+latent. One program has a segment and whole rows, so that what needs all of a row (an error, a norm, Adam's update)
+follows in the same program. Sums are float32 whatever the rows are. A latent of more than `CHUNK` entries (one that is
+active on the whole batch) is summed in chunks, side by side, that a last kernel adds up: no atomics, so the same blocks
+give the same bits. Which blocks are fastest is tried out the first time that rows have a new length, on numbers of its
+own: an update cannot be tried twice.
 """
 
 import os
-from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 from typing import Final, no_type_check
 
 import torch
@@ -17,218 +19,287 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from train.sae.adam import BETA1, BETA2, EPS, Update, updated
+from train.sae.sparse import Sum
+
 CHUNK: Final = 256
 """Most entries that one program sums."""
-PIECES: Final = 256
-"""Segments that one program cuts."""
-PARTS_N, PARTS_D = 4, 1024
-"""The block of `sum_parts`, which has little to do."""
+MOST: Final = 128
+"""Numbers of rows that a thread may hold at once: with more, registers spill."""
+INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def blocks(*choices: tuple[int, int, int]) -> list[triton.Config]:
-    """(entries, columns, warps) to choose from; Triton's interpreter has nothing to time and takes the first."""
-    configs = [triton.Config({"BLOCK_N": n, "BLOCK_D": d}, num_warps=warps) for n, d, warps in choices]
-    return configs[:1] if os.environ.get("TRITON_INTERPRET") == "1" else configs
+def blocks(*choices: tuple[int, int]) -> list[triton.Config]:
+    """(entries, warps) to choose from; Triton's interpreter has nothing to time and takes the first."""
+    configs = [triton.Config({"BLOCK_N": n}, num_warps=warps) for n, warps in choices]
+    return configs[:1] if INTERPRETED else configs
 
 
-def sum_rows(
-    index: Int[Tensor, " n"],
-    bounds: Int[Tensor, " bounds"],
-    weights: Sequence[Float[Tensor, " n"]],
-    rows: Sequence[Float[Tensor, "height d_in"]],
-    chunk: int = CHUNK,
-) -> list[Float[Tensor, "segments d_in"]]:
-    """For one or two weights: Σ over each segment's entries of weight · the row that `index` names, in one launch.
-    `bounds` are where segments begin, last the number of entries.
-    A table that both weights share (the same tensor twice) is read once. Never waits for the device."""
-    entries, segments, d_in = len(index), len(bounds) - 1, rows[0].shape[1]
-    if not entries:
-        return list(torch.zeros(len(weights), segments, d_in, device=index.device))
-    out = torch.empty(len(weights), segments, d_in, device=index.device)
-    weights = [weight.contiguous() for weight in weights]
-    shared = rows[0] is rows[-1]
-    first_rows = rows[0].contiguous()
-    second_rows = first_rows if shared else rows[-1].contiguous()
-    programs, slots = segments + entries // chunk, max(1, 2 * entries // chunk)
-    segment, first, slot = pieces(bounds, chunk, programs)
-    parts = torch.empty(len(weights), slots, d_in, device=index.device)
-    two = len(weights) == 2
-    sum_pieces[lambda meta: (programs, triton.cdiv(d_in, meta["BLOCK_D"]))](
-        index, weights[0], weights[-1], first_rows, second_rows, bounds, segment, first, slot,
-        out[0], out[-1], parts[0], parts[-1], segments, d_in, CHUNK=chunk, TWO=two, OWN=not shared,
-    )  # fmt: skip
-    if entries > chunk:
-        sum_parts[(segments, triton.cdiv(d_in, PARTS_D))](
-            parts[0], parts[-1], bounds, slot, out[0], out[-1], d_in,
-            CHUNK=chunk, TWO=two, BLOCK_N=PARTS_N, BLOCK_D=PARTS_D,
-        )  # fmt: skip
-    return list(out)
+def fitting(configs: list[triton.Config], named: dict[str, object], **_: object) -> list[triton.Config]:
+    """Those whose block a thread's registers hold; else the smallest block of the most warps."""
+    width = triton.next_power_of_2(named["d_in"])
+    fit = [c for c in configs if c.kwargs["BLOCK_N"] * width <= 32 * c.num_warps * MOST]
+    return fit or [min(configs, key=lambda c: c.kwargs["BLOCK_N"] / c.num_warps)]
 
 
-def pieces(
-    bounds: Int[Tensor, " bounds"], chunk: int, programs: int
-) -> tuple[Int[Tensor, " programs"], Int[Tensor, " segments"], Int[Tensor, " segments"]]:
-    """Which segment each program works on (the number of segments: on none), each segment's first program, and where
-    its chunks' sums are kept if it has several. Computed on the device: how long segments are is never asked for."""
-    segments, device = len(bounds) - 1, bounds.device
-    counts = torch.empty(2, segments, dtype=torch.int64, device=device)
-    grid = (triton.cdiv(segments, PIECES),)
-    count_pieces[grid](bounds, counts[0], counts[1], segments, CHUNK=chunk, BLOCK=PIECES)
-    ends, kept_ends = counts[0].cumsum(0), counts[1].cumsum(0)
-    segment = torch.full((programs,), segments, device=device)
-    first, slot = torch.empty_like(counts)
-    place_pieces[grid](counts[0], counts[1], ends, kept_ends, segment, first, slot, segments, BLOCK=PIECES)
-    return segment, first, slot
+@dataclass(frozen=True)
+class Decoded:
+    """What `decode` gives. Of one or two decodings: the code's and, if there is one, the auxiliary's."""
+
+    error: Float[Tensor, "batch d_in"]
+    """The first decoding less x - b_dec."""
+    low: Float[Tensor, "batch d_in"]
+    """The same in the type of the decoder's rows."""
+    squares: Float[Tensor, "decodings batch"]
+    """Sums of squares of the errors' rows."""
+    dots: Float[Tensor, "decodings n"]
+    """Products of each entry's error and its decoder row, by latent."""
 
 
-def dot_rows(
-    order: Int[Tensor, " n"],
-    token: Int[Tensor, " n"],
+def decode(
     latent: Int[Tensor, " n"],
-    tokens: Sequence[Float[Tensor, "batch d_in"]],
-    latents: Float[Tensor, "d_sae d_in"],
-) -> list[Float[Tensor, " n"]]:
-    """For one or two tables of tokens' rows: the product of each entry's row in it and its row of `latents`, which is
-    read once. `order` is the order of work: by token, neighbours share the tokens' rows."""
-    entries, d_in = len(order), latents.shape[1]
-    out = torch.empty(len(tokens), entries, device=order.device)
-    if entries:
-        tokens = [table.contiguous() for table in tokens]
-        dot_entries[lambda meta: (triton.cdiv(entries, meta["BLOCK_N"]),)](
-            order, token, latent, tokens[0], tokens[-1], latents.contiguous(), out[0], out[-1], entries, d_in,
-            TWO=len(tokens) == 2,
+    order: Int[Tensor, " n"],
+    codes: Float[Tensor, "decodings n"],
+    bounds: Int[Tensor, " batch_and_1"],
+    W_dec: Float[Tensor, "d_sae d_in"],
+    centred: Float[Tensor, "batch d_in"],
+) -> Decoded:
+    """Each token's decodings, their errors and the products of these, from one reading of the decoder's rows (and one
+    more from the cache). `latent` and `codes` are ordered by token, `order` says where each of these entries is by
+    latent. Errors are rounded to the type of `W_dec` before products are taken, as in the dense form."""
+    batch, d_in = centred.shape
+    two = len(codes) == 2
+    error, low = torch.empty_like(centred), torch.empty(batch, d_in, dtype=W_dec.dtype, device=centred.device)
+    squares = torch.empty(len(codes), batch, device=centred.device)
+    dots = torch.empty(len(codes), len(latent), device=centred.device)
+    decode_token[(batch,)](
+        latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
+        dots[0], dots[-1], d_in, TWO=two, BLOCK_D=triton.next_power_of_2(d_in),
+    )  # fmt: skip
+    return Decoded(error, low, squares, dots)
+
+
+def sum_rows(of: Sum, chunk: int = CHUNK) -> Float[Tensor, "d_sae d_in"]:
+    """Σ over each latent's entries of weight · the token's row. Never waits for the device."""
+    out = torch.empty(len(of.bounds) - 1, of.rows.shape[1], device=of.rows.device)
+    launch(of, out, None, chunk)
+    return out
+
+
+def update_(of: Sum, update: Update, chunk: int = CHUNK) -> None:
+    """Adam's update by that sum, in one pass over the weights: the gradient is never in memory."""
+    tune(of.rows.shape[1], of.rows.dtype, of.rows.device, update.unit, update.copy is not None)
+    launch(of, update.weight, update, chunk)
+
+
+@cache
+def tune(d_in: int, dtype: torch.dtype, device: torch.device, unit: bool, copies: bool) -> None:
+    """Finds the fastest blocks of an update, on random rows."""
+    if INTERPRETED:
+        return
+    height, each = 4096, 8
+    index = torch.randint(0, height, (height * each,), dtype=torch.int16, device=device)
+    latent = torch.arange(height, dtype=torch.int32, device=device).repeat_interleave(each)
+    bounds = torch.arange(height + 1, device=device) * each
+    rows = torch.randn(height, d_in, device=device).to(dtype)
+    weight, m, v = (torch.rand(height, d_in, device=device) for _ in range(3))
+    copy = torch.empty_like(weight, dtype=dtype) if copies else None
+    weights = torch.randn(len(index), device=device)
+    launch(Sum(index, latent, bounds, weights, rows), weight, Update(weight, m, v, copy, 1e-3, 1, unit), CHUNK)
+
+
+def launch(of: Sum, out: Float[Tensor, "d_sae d_in"], update: Update | None, chunk: int) -> None:
+    d_in, entries, rows = of.rows.shape[1], len(of.index), of.rows.contiguous()
+    moments = (out, out, out) if update is None else (update.exp_avg, update.exp_avg_sq, update.copied)
+    pace, widen = (0.0, 0.0) if update is None else update.scales()
+    shape = {
+        "CHUNK": chunk, "UPDATE": update is not None, "UNIT": update is not None and update.unit,
+        "COPY": update is not None and update.copy is not None, "BETA1": BETA1, "BETA2": BETA2, "EPS": EPS,
+        "BLOCK_D": triton.next_power_of_2(d_in),
+    }  # fmt: skip
+    weight = of.weight.contiguous()
+    sum_latent[(len(out),)](of.index, weight, rows, of.bounds, out, *moments, pace, widen, d_in, **shape)
+    chunks = triton.cdiv(entries, chunk)
+    if chunks > 1:
+        parts = torch.empty(2 * chunks, d_in, device=rows.device)
+        warps = max(1, min(16, shape["BLOCK_D"] // 512))
+        sum_chunk[(chunks,)](
+            of.index, of.latent, weight, rows, of.bounds, parts, len(out), d_in, CHUNK=chunk,
+            BLOCK_N=4, BLOCK_D=shape["BLOCK_D"], num_warps=warps,
         )  # fmt: skip
-    return list(out)
-
-
-@triton.jit
-@no_type_check
-def count_pieces(bounds, count, kept, segments, CHUNK: tl.constexpr, BLOCK: tl.constexpr):
-    """How many programs work on each segment, and of how many the sums are kept apart."""
-    which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = which < segments
-    length = tl.load(bounds + which + 1, mask=inside, other=0) - tl.load(bounds + which, mask=inside, other=0)
-    number = tl.maximum((length + CHUNK - 1) // CHUNK, 1)
-    tl.store(count + which, number, mask=inside)
-    tl.store(kept + which, tl.where(number > 1, number, 0), mask=inside)
-
-
-@triton.jit
-@no_type_check
-def place_pieces(count, kept, ends, kept_ends, segment, first, slot, segments, BLOCK: tl.constexpr):
-    which = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = which < segments
-    number = tl.load(count + which, mask=inside, other=0)
-    begin = tl.load(ends + which, mask=inside, other=0) - number
-    tl.store(first + which, begin, mask=inside)
-    at = tl.load(kept_ends + which, mask=inside, other=0) - tl.load(kept + which, mask=inside, other=0)
-    tl.store(slot + which, at, mask=inside)
-    for more in range(0, tl.max(number, 0)):
-        tl.store(segment + begin + more, which.to(tl.int64), mask=inside & (more < number))
+        sum_parts[(chunks,)](
+            parts, of.latent, of.bounds, out, *moments, pace, widen, len(out), d_in, **shape, num_warps=warps
+        )
 
 
 @triton.autotune(
-    blocks((8, 128, 1), (4, 256, 1), (8, 256, 1), (4, 512, 2), (8, 512, 2), (4, 1024, 4)),
-    key=["d_in", "TWO", "OWN"],
-)  # so many columns a warp that a thread has its columns of all the entries: their sum needs no other thread
+    blocks((4, 4), (2, 4), (4, 8), (8, 8)),
+    key=["d_in", "TWO"],
+    prune_configs_by={"early_config_prune": fitting},
+)
 @triton.jit
 @no_type_check
-def sum_pieces(
-    index, weight, second_weight, rows, second_rows, bounds, segment, first, slot,
-    out, second_out, parts, second_parts, segments, d_in,
-    CHUNK: tl.constexpr, TWO: tl.constexpr, OWN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def decode_token(
+    latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, second_squares, dots, second_dots,
+    d_in, TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of one segment, one stretch of columns. Offsets are int64: they may pass 2^31."""
-    program = tl.program_id(0)
-    which = tl.load(segment + program)
-    if which >= segments:
-        return
-    begin, stop = tl.load(bounds + which), tl.load(bounds + which + 1)
-    number = program - tl.load(first + which)
-    whole = stop - begin <= CHUNK
-    begin += number * CHUNK
-    end = tl.minimum(begin + CHUNK, stop)
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < d_in
+    """One token. Offsets are int64: they may pass 2^31."""
+    token = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(bounds + token), tl.load(bounds + token + 1)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < d_in
+    place = token * d_in + column
+    target = tl.load(centred + place, mask=inside, other=0.0)
     total = tl.zeros((BLOCK_D,), tl.float32)
     second_total = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(begin, end, BLOCK_N):
         entry = at + tl.arange(0, BLOCK_N)
         live = entry < end
-        source = tl.load(index + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + columns[None, :]
-        mask = live[:, None] & inside[None, :]
-        row = tl.load(rows + source, mask=mask, other=0.0).to(tl.float32)
-        total += tl.sum(tl.load(weight + entry, mask=live, other=0.0)[:, None] * row, 0)
+        source = tl.load(latent + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + column[None, :]
+        row = tl.load(W_dec + source, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(tl.load(code + entry, mask=live, other=0.0)[:, None] * row, 0)
         if TWO:
-            if OWN:
-                row = tl.load(second_rows + source, mask=mask, other=0.0).to(tl.float32)
-            second_total += tl.sum(tl.load(second_weight + entry, mask=live, other=0.0)[:, None] * row, 0)
-    if whole:
-        place = which * d_in + columns
-        tl.store(out + place, total, mask=inside)
+            second_total += tl.sum(tl.load(second_code + entry, mask=live, other=0.0)[:, None] * row, 0)
+    total -= target
+    tl.store(error + place, total, mask=inside)
+    tl.store(squares + token, tl.sum(total * total, 0))
+    rounded = total.to(low.dtype.element_ty)
+    tl.store(low + place, rounded, mask=inside)
+    total = rounded.to(tl.float32)
+    if TWO:
+        second_total -= target
+        tl.store(second_squares + token, tl.sum(second_total * second_total, 0))
+        second_total = second_total.to(low.dtype.element_ty).to(tl.float32)
+    for at in range(begin, end, BLOCK_N):
+        entry = at + tl.arange(0, BLOCK_N)
+        live = entry < end
+        source = tl.load(latent + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + column[None, :]
+        row = tl.load(W_dec + source, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        goes = tl.load(order + entry, mask=live, other=0)
+        tl.store(dots + goes, tl.sum(row * total[None, :], 1), mask=live)
         if TWO:
-            tl.store(second_out + place, second_total, mask=inside)
-    else:
-        place = (tl.load(slot + which) + number) * d_in + columns
-        tl.store(parts + place, total, mask=inside)
-        if TWO:
-            tl.store(second_parts + place, second_total, mask=inside)
+            tl.store(second_dots + goes, tl.sum(row * second_total[None, :], 1), mask=live)
 
 
 @triton.jit
 @no_type_check
-def sum_parts(
-    parts, second_parts, bounds, slot, out, second_out, d_in,
-    CHUNK: tl.constexpr, TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def sum_of(
+    index, weight, rows, begin, end, column, inside, d_in, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
 ):  # fmt: skip
-    """The sum of one segment's chunks, where it has several."""
-    which = tl.program_id(0).to(tl.int64)
-    length = tl.load(bounds + which + 1) - tl.load(bounds + which)
-    if length <= CHUNK:
-        return
-    count = (length + CHUNK - 1) // CHUNK
-    columns = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    inside = columns < d_in
-    begin = tl.load(slot + which)
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    second_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for at in range(begin, begin + count, BLOCK_N):
-        part = at + tl.arange(0, BLOCK_N)
-        mask = (part < begin + count)[:, None] & inside[None, :]
-        place = part[:, None] * d_in + columns[None, :]
-        total += tl.load(parts + place, mask=mask, other=0.0)
-        if TWO:
-            second_total += tl.load(second_parts + place, mask=mask, other=0.0)
-    tl.store(out + which * d_in + columns, tl.sum(total, 0), mask=inside)
-    if TWO:
-        tl.store(second_out + which * d_in + columns, tl.sum(second_total, 0), mask=inside)
+    """Σ over entries begin to end of weight · row."""
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(begin, end, BLOCK_N):
+        entry = at + tl.arange(0, BLOCK_N)
+        live = entry < end
+        source = tl.load(index + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + column[None, :]
+        row = tl.load(rows + source, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
+        total += tl.sum(tl.load(weight + entry, mask=live, other=0.0)[:, None] * row, 0)
+    return total
+
+
+@triton.jit
+@no_type_check
+def write_row(
+    total, w, m, v, place, inside, out, exp_avg, exp_avg_sq, copy, pace, widen, UPDATE: tl.constexpr,
+    UNIT: tl.constexpr, COPY: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """The sum, or the row that it leads to."""
+    if UPDATE:
+        w, m, v = updated(total, w, m, v, pace, widen, UNIT, BETA1, BETA2, EPS)
+        tl.store(out + place, w, mask=inside)
+        tl.store(exp_avg + place, m, mask=inside)
+        tl.store(exp_avg_sq + place, v, mask=inside)
+        if COPY:
+            tl.store(copy + place, w.to(copy.dtype.element_ty), mask=inside)
+    else:
+        tl.store(out + place, total, mask=inside)
 
 
 @triton.autotune(
-    blocks((8, 128, 2), (16, 128, 4), (4, 256, 2), (8, 256, 4), (4, 512, 4), (4, 1024, 4)),
-    key=["d_in", "TWO"],
+    blocks((4, 4), (2, 4), (4, 8), (2, 8)),
+    key=["d_in", "UPDATE", "UNIT", "COPY"],
+    prune_configs_by={"early_config_prune": fitting},
 )
-@triton.jit(do_not_specialize=["entries"])
+@triton.jit(do_not_specialize=["pace", "widen"])
 @no_type_check
-def dot_entries(
-    order, token, latent, tokens, second_tokens, latents, out, second_out, entries, d_in,
-    TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+def sum_latent(
+    index, weight, rows, bounds, out, exp_avg, exp_avg_sq, copy, pace, widen, d_in,
+    CHUNK: tl.constexpr, UPDATE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr, BETA1: tl.constexpr,
+    BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A block of entries, column by column."""
-    place = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    live = place < entries
-    entry = tl.load(order + place, mask=live, other=0)
-    left = tl.load(token + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in
-    right = tl.load(latent + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in
-    total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    second_total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-    for at in range(0, d_in, BLOCK_D):
-        columns = (at + tl.arange(0, BLOCK_D))[None, :]
-        mask = live[:, None] & (columns < d_in)
-        row = tl.load(latents + right + columns, mask=mask, other=0.0).to(tl.float32)
-        total += row * tl.load(tokens + left + columns, mask=mask, other=0.0).to(tl.float32)
-        if TWO:
-            second_total += row * tl.load(second_tokens + left + columns, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out + entry, tl.sum(total, 1), mask=live)
-    if TWO:
-        tl.store(second_out + entry, tl.sum(second_total, 1), mask=live)
+    """One latent, if it has few entries. What it needs of memory is asked for first, the sum comes from the cache."""
+    latent = tl.program_id(0).to(tl.int64)
+    begin, end = tl.load(bounds + latent), tl.load(bounds + latent + 1)
+    if end - begin > CHUNK:
+        return
+    column = tl.arange(0, BLOCK_D)
+    inside = column < d_in
+    place = latent * d_in + column
+    w = tl.zeros((BLOCK_D,), tl.float32)
+    m, v = w, w
+    if UPDATE:
+        w = tl.load(out + place, mask=inside, other=0.0)
+        m = tl.load(exp_avg + place, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
+    total = sum_of(index, weight, rows, begin, end, column, inside, d_in, BLOCK_N, BLOCK_D)
+    write_row(total, w, m, v, place, inside, out, exp_avg, exp_avg_sq, copy, pace, widen, UPDATE, UNIT, COPY, BETA1,
+              BETA2, EPS)  # fmt: skip
+
+
+@triton.jit
+@no_type_check
+def sum_chunk(
+    index, latent, weight, rows, bounds, parts, d_sae, d_in, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Of `CHUNK` entries, those that belong to long latents: at most two, the one at the beginning and the one at the
+    end, whose sums of these entries are kept apart."""
+    program = tl.program_id(0).to(tl.int64)
+    entries = tl.load(bounds + d_sae)
+    first = program * CHUNK
+    if first >= entries:
+        return
+    stop = tl.minimum(first + CHUNK, entries)
+    column = tl.arange(0, BLOCK_D)
+    inside = column < d_in
+    head, tail = tl.load(latent + first).to(tl.int64), tl.load(latent + stop - 1).to(tl.int64)
+    end = tl.load(bounds + head + 1)
+    if end - tl.load(bounds + head) > CHUNK:
+        total = sum_of(index, weight, rows, first, tl.minimum(end, stop), column, inside, d_in, BLOCK_N, BLOCK_D)
+        tl.store(parts + 2 * program * d_in + column, total, mask=inside)
+    begin = tl.load(bounds + tail)
+    if (tail != head) & (tl.load(bounds + tail + 1) - begin > CHUNK):
+        total = sum_of(index, weight, rows, begin, stop, column, inside, d_in, BLOCK_N, BLOCK_D)
+        tl.store(parts + (2 * program + 1) * d_in + column, total, mask=inside)
+
+
+@triton.jit(do_not_specialize=["pace", "widen"])
+@no_type_check
+def sum_parts(
+    parts, latent, bounds, out, exp_avg, exp_avg_sq, copy, pace, widen, d_sae, d_in,
+    CHUNK: tl.constexpr, UPDATE: tl.constexpr, UNIT: tl.constexpr, COPY: tl.constexpr, BETA1: tl.constexpr,
+    BETA2: tl.constexpr, EPS: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The long latent that ends among these `CHUNK` entries, if one does: it began before them, so it is the first."""
+    program = tl.program_id(0).to(tl.int64)
+    if program * CHUNK >= tl.load(bounds + d_sae):
+        return
+    row = tl.load(latent + program * CHUNK).to(tl.int64)
+    begin, end = tl.load(bounds + row), tl.load(bounds + row + 1)
+    if (end - begin <= CHUNK) | ((end - 1) // CHUNK != program):
+        return
+    column = tl.arange(0, BLOCK_D)
+    inside = column < d_in
+    place = row * d_in + column
+    w = tl.zeros((BLOCK_D,), tl.float32)
+    m, v = w, w
+    if UPDATE:
+        w = tl.load(out + place, mask=inside, other=0.0)
+        m = tl.load(exp_avg + place, mask=inside, other=0.0)
+        v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    for part in range(begin // CHUNK, program + 1):
+        slot = 2 * part + (part * CHUNK < begin).to(tl.int64)
+        total += tl.load(parts + slot * d_in + column, mask=inside, other=0.0)
+    write_row(total, w, m, v, place, inside, out, exp_avg, exp_avg_sq, copy, pace, widen, UPDATE, UNIT, COPY, BETA1,
+              BETA2, EPS)  # fmt: skip

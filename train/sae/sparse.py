@@ -3,7 +3,7 @@
 Once L0 is far below d_sae, of the seven products of `GatedFamily.gradients` only u = (x - b_dec) W_encᵀ needs every
 latent: where no gate is open every other term is zero, in the code as in the auxiliary path. The open entries are found
 once a step, in two orders, by latent and by token; each remaining product is a weighted sum of rows or one dot product
-an entry: Triton kernels on CUDA (`train/sae/kernels.py`), `embedding_bag` and its derivative elsewhere. Equal to the
+an entry: Triton kernels on CUDA (`train/sae/on_gpu.py`), `embedding_bag` and its derivative elsewhere. Equal to the
 dense form up to the order of sums. Unit decoders only: the gradient of a free one is dense.
 """
 
@@ -24,6 +24,8 @@ from train.sae.gated import GatedFamily, GatedWeights, pole
 BLOCK: Final = 1 << 20
 """Entries of u that are computed, compared and forgotten together, while they are in a CPU's cache."""
 GPU_BLOCK: Final = 1 << 28
+LONGEST_ROW: Final = 16384
+"""Of the rows that Triton works on: one program holds a row in registers."""
 
 
 @dataclass(frozen=True)
@@ -56,10 +58,6 @@ class Open:
         self, tokens: Sequence[Float[Tensor, "batch d_in"]], latents: Float[Tensor, "d_sae d_in"]
     ) -> list[Float[Tensor, " n"]]:
         """For one or two tables of tokens' rows: the product of each entry's row there and its latent's row."""
-        if has_kernels(self.u.device.type):
-            from train.sae.kernels import dot_rows
-
-            return dot_rows(self.by_token, self.token, self.latent, tokens, latents)
         return [
             torch.ops.aten._embedding_bag_per_sample_weights_backward(
                 latents, table, self.token, self.latent_bounds[:-1], self.latent, 0
@@ -80,10 +78,43 @@ class Open:
         )
 
 
+@dataclass(frozen=True)
+class Sum:
+    """A gradient [d_sae, d_in] that is not summed yet: over each latent's entries, weight · the token's row."""
+
+    index: Int[Tensor, " n"]
+    """Tokens."""
+    latent: Int[Tensor, " n"]
+    bounds: Int[Tensor, " d_sae_and_1"]
+    weight: Float[Tensor, " n"]
+    rows: Float[Tensor, "batch d_in"]
+
+    def taken(self) -> Float[Tensor, "d_sae d_in"]:
+        from train.sae.kernels import sum_rows
+
+        return sum_rows(self)
+
+
+Gradients = dict[str, Tensor | Sum]
+"""By the weights' names."""
+
+
+def summed(gradients: Gradients) -> dict[str, Tensor]:
+    return {name: part.taken() if isinstance(part, Sum) else part for name, part in gradients.items()}
+
+
+@dataclass
+class Room:
+    """For how many open entries the kernels' lists have room: what the last step needed and more; 0: not known yet."""
+
+    entries: int = 0
+
+
 @cache
-def has_kernels(device: str) -> bool:
-    """Whether Triton computes the sums on this kind of device: on CUDA, where it is installed."""
-    return device == "cuda" and importlib.util.find_spec("triton") is not None
+def has_kernels(device: str, d_in: int = 1) -> bool:
+    """Whether Triton computes the sparse step and Adam's update there: on CUDA, where it is installed, unless rows are
+    too long for one program."""
+    return device == "cuda" and d_in <= LONGEST_ROW and importlib.util.find_spec("triton") is not None
 
 
 def sum_rows(
@@ -93,10 +124,6 @@ def sum_rows(
     rows: Sequence[Float[Tensor, "height d_in"]],
 ) -> list[Float[Tensor, "segments d_in"]]:
     """For each weight: Σ over each segment's entries of weight · the row that `index` names."""
-    if has_kernels(index.device.type):
-        from train.sae import kernels
-
-        return kernels.sum_rows(index, bounds, weights, rows)
     pairs = zip(weights, rows, strict=True)
     starts = bounds[:-1]
     return [embedding_bag(index, table, starts, mode="sum", per_sample_weights=weight) for weight, table in pairs]
@@ -106,35 +133,15 @@ def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch
     """`low` is x - b_dec, in the type that products are taken in."""
     batch, d_sae = len(low), len(w.W_enc)
     block = max(1, (BLOCK if low.device.type == "cpu" else GPU_BLOCK) // batch)
-    find = find_open if has_kernels(low.device.type) else by_comparison
     found = []
     for first in range(0, d_sae, block):
         rows = slice(first, first + block)
-        latent, *rest = find(family, w.W_enc[rows].to(low.dtype) @ low.T, w.theta[:, rows])
-        found.append((latent + first if first else latent, *rest))
+        u = (w.W_enc[rows].to(low.dtype) @ low.T).float()
+        latent, token = above(family, u, w.theta[:, rows]).nonzero(as_tuple=True)
+        found.append((latent + first if first else latent, token, u[latent, token]))
     latent, token, values = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
-    short = token.dtype == torch.int32 and batch < 1 << 15
-    ordered, by_token = torch.sort(token.short() if short else token, stable=True)
+    ordered, by_token = torch.sort(token, stable=True)
     return Open(latent, token, values, by_token, bounds(ordered, batch), bounds(latent, d_sae))
-
-
-Entries = tuple[Int[Tensor, " n"], Int[Tensor, " n"], Float[Tensor, " n"]]
-"""Latent, token and u."""
-
-
-def by_comparison(
-    family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]
-) -> Entries:
-    u = u.float()
-    latent, token = above(family, u, theta).nonzero(as_tuple=True)
-    return latent, token, u[latent, token]
-
-
-def find_open(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]) -> Entries:
-    """The same by Triton; latents and tokens are int32."""
-    from train.sae import entries
-
-    return entries.find_open(u, theta, family.signed)
 
 
 def above(family: GatedFamily, u: Float[Tensor, "latents batch"], theta: Float[Tensor, "poles latents"]) -> Tensor:
@@ -159,9 +166,13 @@ def of_entries(scalars: Float[Tensor, "poles d_sae"], entries: Open) -> Float[Te
 def sparse_gradients(
     family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now
 ) -> tuple[GatedWeights, Step]:
-    """What `family.gradients` gives. Waits for the device: how many entries are open decides the shapes."""
-    if has_kernels(x.device.type):
-        return kernel_gradients(family, w, x, now)
+    """What `family.gradients` gives."""
+    if has_kernels(x.device.type, x.shape[1]):
+        from train.sae.on_gpu import kernel_gradients
+
+        rounded = w.W_enc.to(now.matmul), w.W_dec.to(now.matmul)
+        unsummed, step = kernel_gradients(family, w, x, now, rounded, Room())
+        return GatedWeights(**summed(unsummed)), step
     batch = len(x)
     centred = x - w.b_dec
     at = open_entries(family, w, centred.to(now.matmul))
@@ -194,36 +205,6 @@ def sparse_gradients(
     fired = at.total(active) > 0
     step = Step(error.square().sum() / batch, g.sum() / batch, auxiliary, active.sum() / batch, fired)
     return grads, step
-
-
-def kernel_gradients(
-    family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now
-) -> tuple[GatedWeights, Step]:
-    """`sparse_gradients` in a few Triton kernels. Rows of W_dec, of the errors and of x - b_dec are read in
-    `now.matmul`, as the dense form's products take them in; codes, sums and u's other uses are float32."""
-    from train.sae.entries import codes_of, finish_errors, latent_gradients
-
-    batch = len(x)
-    centred = x - w.b_dec
-    low, W_dec = centred.to(now.matmul), w.W_dec.to(now.matmul)
-    at = open_entries(family, w, low)
-    (f, g), ordered, latent = codes_of(at.u, at.latent, at.by_token, (w.theta, w.r, w.b), family.signed)
-    codes = list(ordered) if family.config.aux else [ordered[0]]
-    errors = sum_rows(latent, at.token_bounds, codes, [W_dec] * len(codes))
-    low_errors, squares = finish_errors(errors, centred, now.matmul)
-    of_errors = at.dots(low_errors, W_dec)
-    price = on_device(now.sparsity, x.device)
-    aux = of_errors[1] if family.config.aux else None
-    found = latent_gradients(
-        at.u, f, g, of_errors[0], aux, at.latent_bounds, w.r, len(w.theta), price, batch, family.signed
-    )
-    to_W_enc, to_W_dec = at.sum_by_latent([found.to_u, found.to_rows], [low, low_errors[0]])
-    to_u, _, active = found.total
-    loss, (_, penalty, l0) = squares.sum(1) / batch, found.total.sum(1) / batch
-    to_b_dec = errors[0].sum(0) * (2 / batch) - to_u @ w.W_enc
-    grads = GatedWeights(to_W_enc, to_W_dec, to_b_dec, found.theta, found.r, found.b)
-    auxiliary = loss[1] if family.config.aux else torch.zeros((), device=x.device)
-    return grads, Step(loss[0], penalty, auxiliary, l0, active > 0)
 
 
 def on_device(value: float | Float[Tensor, ""], device: torch.device) -> Float[Tensor, ""]:

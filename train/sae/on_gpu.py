@@ -1,0 +1,134 @@
+"""The sparse step of `train/sae/sparse.py` in a few Triton kernels.
+
+How many gates are open is known to the device alone while the step is put together: its lists have room for as many as
+the last step had and some more, and if that was too little, the step is put together again before any weight changes.
+So a GPU always has work in its queue. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the
+dense form's products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are
+left as sums to be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/kernels.py`).
+"""
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from train.sae.base import Now, Step
+from train.sae.entries import codes_of, latent_gradients, write_entries
+from train.sae.gated import GatedFamily, GatedWeights
+from train.sae.kernels import decode
+from train.sae.sparse import GPU_BLOCK, Gradients, Open, Room, Sum, bounds, on_device
+
+SPARE: Final = 4096
+"""Entries that there is room for beside a quarter more than there were."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """A number on its way from the device."""
+
+    value: Int[Tensor, "1"]
+    arrived: "torch.cuda.Event | None"
+
+    @classmethod
+    def of(cls, number: Int[Tensor, "1"]) -> "Count":
+        if number.device.type != "cuda":
+            return cls(number.clone(), None)
+        value, arrived = number.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return cls(value, arrived)
+
+    def read(self) -> int:
+        """Waits for this number alone, not for what was asked of the device since."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return int(self.value)
+
+
+def open_entries(
+    family: GatedFamily,
+    theta: Float[Tensor, "poles d_sae"],
+    low: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "d_sae d_in"],
+    room: int,
+) -> tuple[Open, Count]:
+    """The entries whose gate is open, or the first `room` of them, at the beginning of lists that have `room` places;
+    and how many there are. `low` (x - b_dec) and `W_enc` are in the type that products are taken in."""
+    batch, d_sae, device = len(low), len(W_enc), low.device
+    latent, u = torch.empty(room, dtype=torch.int32, device=device), torch.empty(room, device=device)
+    token = torch.full((room,), batch, dtype=torch.int16 if batch < 1 << 15 else torch.int32, device=device)
+    latent_bounds = torch.zeros(d_sae + 1, dtype=torch.int64, device=device)
+    block = max(1, GPU_BLOCK // batch)
+    for first in range(0, d_sae, block):
+        stop = min(first + block, d_sae)
+        pre_activations = W_enc[first:stop] @ low.T
+        write_entries(
+            pre_activations, theta[:, first:stop], family.signed, latent_bounds[first : stop + 1], (latent, token, u),
+            first,
+        )  # fmt: skip
+    count = Count.of(latent_bounds[-1:])
+    latent_bounds.clamp_(max=room)
+    ordered, by_token = torch.sort(token, stable=True)  # places without an entry come last
+    return Open(latent, token, u, by_token, bounds(ordered, batch), latent_bounds), count
+
+
+def kernel_gradients(
+    family: GatedFamily,
+    w: GatedWeights,
+    x: Float[Tensor, "batch d_in"],
+    now: Now,
+    rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    room: Room,
+) -> tuple[Gradients, Step]:
+    """What `family.gradients` gives, by name, with W_enc's and W_dec's not summed yet. `rounded` are these two in
+    `now.matmul`; `room` is what was found to be needed, and is changed."""
+    if not room.entries:
+        room.entries = SPARE + len(x) * len(w.W_enc) // 256
+    centred = x - w.b_dec
+    low = centred.to(now.matmul)
+    while True:
+        at, count = open_entries(family, w.theta, low, rounded[0], room.entries)
+        found = of_entries(family, w, centred, low, now, rounded[1], at)
+        entries = count.read()
+        enough = entries <= room.entries
+        if not enough or 2 * entries + SPARE < room.entries:
+            room.entries = entries + entries // 4 + SPARE
+        if enough:
+            return found
+
+
+def of_entries(
+    family: GatedFamily,
+    w: GatedWeights,
+    centred: Float[Tensor, "batch d_in"],
+    low: Float[Tensor, "batch d_in"],
+    now: Now,
+    W_dec: Float[Tensor, "d_sae d_in"],
+    at: Open,
+) -> tuple[Gradients, Step]:
+    """The gradients from these open entries."""
+    batch = len(centred)
+    (f, g), ordered, latent = codes_of(
+        at.u, at.latent, at.by_token, at.latent_bounds, (w.theta, w.r, w.b), family.signed
+    )
+    decoded = decode(
+        latent, at.by_token, ordered if family.config.aux else ordered[:1], at.token_bounds, W_dec, centred
+    )
+    price = on_device(now.sparsity, centred.device)
+    aux = decoded.dots[1] if family.config.aux else None
+    of_latents = latent_gradients(
+        at.u, f, g, decoded.dots[0], aux, at.latent_bounds, w.r, len(w.theta), price, batch, family.signed
+    )
+    to_u, _, active = of_latents.total
+    loss, (_, penalty, l0) = decoded.squares.sum(1) / batch, of_latents.total.sum(1) / batch
+    gradients: Gradients = {
+        "W_enc": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_u, low),
+        "W_dec": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_rows, decoded.low),
+        "b_dec": decoded.error.sum(0) * (2 / batch) - to_u @ w.W_enc,
+        "theta": of_latents.theta,
+        "r": of_latents.r,
+        "b": of_latents.b,
+    }
+    auxiliary = loss[1] if family.config.aux else torch.zeros((), device=centred.device)
+    return gradients, Step(loss[0], penalty, auxiliary, l0, active > 0)
