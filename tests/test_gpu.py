@@ -28,7 +28,7 @@ from train.run import train as run_train
 from train.sae import family
 from train.sae.base import Now
 from train.sae.gated import pole, pre_activations
-from train.sae.sparse import has_kernels, open_entries, sparse_gradients
+from train.sae.sparse import Sum, has_kernels, open_entries, sparse_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 
-CHOICES = 6
+CHOICES = 4
 """Blocks that the kernels of sums and of products choose from, each."""
 
 
@@ -48,7 +48,7 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         from train.sae import kernels
 
         choice = getattr(request, "param", 0)
-        for kernel in (kernels.sum_pieces, kernels.dot_entries):
+        for kernel in (kernels.sum_latent, kernels.decode_token):
             assert len(kernel.configs) == CHOICES
             monkeypatch.setattr(kernel, "configs", [kernel.configs[choice]])
 
@@ -110,7 +110,7 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     numbers that rounding puts on no other side of a threshold: a gate that opens changes a gradient at once."""
     if kernels and not has_kernels("cuda"):
         pytest.skip("triton is not installed here")
-    monkeypatch.setattr("train.sae.sparse.has_kernels", lambda device: kernels and device == "cuda")
+    monkeypatch.setattr("train.sae.sparse.has_kernels", lambda device, _: kernels and device == "cuda")
     config = variant(name, 37)
     for seed in range(100):
         w, x = weights(config, seed, 133), batch(seed, 301, 133)
@@ -151,28 +151,27 @@ def check_sums(kernels: Any, device: str, d_in: int, dtype: torch.dtype, entries
     segment = torch.randint(1, 40, (entries,), generator=generator).sort().values
     segment[entries // 2 :] = 39
     index = torch.randint(0, 50, (entries,), generator=generator)
-    tables = [torch.randn(50, d_in, generator=generator).to(dtype) for _ in range(2)]
-    factors = [torch.randn(entries, generator=generator) for _ in range(2)]
+    table, centred = torch.randn(50, d_in, generator=generator).to(dtype), torch.randn(41, d_in, generator=generator)
+    codes = torch.randn(2, entries, generator=generator)
     bounds = torch.searchsorted(segment, torch.arange(42))
-    there = [tensor.to(device) for tensor in (index, bounds, segment, *factors, *tables)]
-    sums = {
-        "one": kernels.sum_rows(there[0], there[1], there[3:4], there[5:6]),
-        "shared": kernels.sum_rows(there[0], there[1], there[3:5], [there[5]] * 2),
-        "two": kernels.sum_rows(there[0], there[1], there[3:5], there[5:7]),
-    }
-    for which, found in sums.items():
-        for out, factor, table in zip(found, factors, tables if which == "two" else tables[:1] * 2, strict=False):
-            dense = torch.zeros(41, 50, dtype=torch.float64)
-            dense.index_put_((segment, index), factor.double(), accumulate=True)
-            size = dense.abs() @ table.double().abs()
-            assert ((out.cpu() - dense @ table.double()).abs() <= 1e-6 * size).all(), which
-    tokens = [table.to(device) for table in (torch.randn(50, d_in, generator=generator) for _ in range(2))]
+    there = [tensor.to(device) for tensor in (index, segment.int(), bounds, codes[0], table)]
+    found = kernels.sum_rows(Sum(*there))
+    dense = torch.zeros(2, 41, 50, dtype=torch.float64)
+    for of, code in zip(dense, codes, strict=True):
+        of.index_put_((segment, index), code.double(), accumulate=True)
+    size = dense.abs() @ table.double().abs()
+    assert ((found.cpu() - dense[0] @ table.double()).abs() <= 1e-6 * size[0]).all()
+    order = torch.arange(entries - 1, -1, -1, device=device)
     for count in (1, 2):
-        order = torch.arange(entries - 1, -1, -1, device=device)
-        found = kernels.dot_rows(order, there[0], there[2], tokens[:count], there[6])
-        for out, table in zip(found, tokens, strict=False):
-            products = table.cpu()[index].double() * tables[1][segment].double()
-            assert ((out.cpu() - products.sum(1)).abs() <= 1e-6 * products.abs().sum(1)).all()
+        decoded = kernels.decode(there[0], order, codes[:count].to(device), there[2], there[4], centred.to(device))
+        errors = dense[:count] @ table.double() - centred
+        assert ((decoded.error.cpu() - errors[0]).abs() <= 1e-6 * (size[0] + centred.abs())).all()
+        assert torch.equal(decoded.low, decoded.error.to(dtype))
+        torch.testing.assert_close(decoded.squares.cpu().double(), errors.square().sum(2), rtol=1e-5, atol=1e-5)
+        for dots, error in zip(decoded.dots, errors, strict=True):
+            products = error[segment] * table.double()[index]
+            close = 1e-5 if dtype == torch.float32 else 1e-2
+            assert ((dots.cpu().flip(0) - products.sum(1)).abs() <= close * products.abs().sum(1)).all()
 
 
 def margin(config: SAEConfig, w: Any, x: torch.Tensor) -> float:
