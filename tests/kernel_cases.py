@@ -117,9 +117,9 @@ def test_decodings(
             assert ((found.error - error).abs() <= 1e-6 * size).all()
             # on a GPU to the nearest, in the interpreter towards zero
             torch.testing.assert_close(
-                found.low.float(), found.error, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0
+                found.low[0].float(), found.error, rtol=2**-7 if dtype == torch.bfloat16 else 0, atol=0
             )
-            error = found.low.double()
+            error = found.low[0].double()
         torch.testing.assert_close(found.squares[which].double(), error.square().sum(1), rtol=2e-2, atol=1e-5)
         products = error[token] * W_dec[latent].double()
         close = 1e-5 if dtype == torch.float32 else 1e-2

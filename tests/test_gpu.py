@@ -166,7 +166,7 @@ def check_sums(kernels: Any, device: str, d_in: int, dtype: torch.dtype, entries
         decoded = kernels.decode(there[0], order, codes[:count].to(device), there[2], there[4], centred.to(device))
         errors = dense[:count] @ table.double() - centred
         assert ((decoded.error.cpu() - errors[0]).abs() <= 1e-6 * (size[0] + centred.abs())).all()
-        assert torch.equal(decoded.low, decoded.error.to(dtype))
+        assert torch.equal(decoded.low[0], decoded.error.to(dtype))
         torch.testing.assert_close(decoded.squares.cpu().double(), errors.square().sum(2), rtol=1e-5, atol=1e-5)
         for dots, error in zip(decoded.dots, errors, strict=True):
             products = error[segment] * table.double()[index]

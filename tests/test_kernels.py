@@ -50,6 +50,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("adam", "adam_row", {**{k: v for k, v in UPDATE.items() if k not in ("CHUNK", "UPDATE")}, "BLOCK": 2048}),
     ("entries", "count_open", TOKENS),
     ("entries", "write_open", TOKENS),
+    ("entries", "read_open", {"BLOCK": 512}),
     ("entries", "code_entries", {**TOKENS, "TWO_R": True}),
     ("entries", "finish_latents", {**TOKENS, "AUX": True, "TWO_R": True, "BLOCK": 32}),
     ("kernels", "decode_token", {**ROW, "TWO": True}),
@@ -58,7 +59,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("kernels", "sum_chunk", {**ROW, "CHUNK": 256}),
     ("kernels", "sum_parts", {**UPDATE, "BLOCK_D": 2048}),
 ]
-INT64 = ("bounds", "order")
+INT64 = ("bounds", "order", "longest_first")
 INT32 = ("counts", "latent", "latents", "ordered_latent")
 INT16 = ("tokens", "index")
 
@@ -78,7 +79,7 @@ def test_the_other_kernels_compile_for_an_h100(
     types = {
         **dict.fromkeys(INT64, "*i64"), **dict.fromkeys(INT32, "*i32"), **dict.fromkeys(INT16, "*i16"),
         **dict.fromkeys(("pace", "widen"), "fp32"),
-        **dict.fromkeys(("batch", "stride", "d_sae", "d_in", "room", "offset"), "i32"),
+        **dict.fromkeys(("batch", "stride", "d_sae", "d_in", "room", "offset", "height"), "i32"),
         **dict.fromkeys(("low", "copy", "rows", "W_dec"), "*bf16"), **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     if "open" in name:

@@ -151,7 +151,10 @@ class Loader:
         passes.open()
         self.threads = threads or len(os.sched_getaffinity(0))
         cuda = device.type == "cuda"
-        here = partial(torch.cuda.set_device, device) if cuda else None  # a thread begins with the first GPU
+        here = None
+        if cuda:  # a thread begins with the first GPU
+            index = torch.cuda.current_device() if device.index is None else device.index
+            here = partial(torch.cuda.set_device, index)
         self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window", initializer=here)
         self.one_at_a_time = threading.Lock()
         self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")

@@ -52,7 +52,8 @@ def write_entries(
     count_open[(latents,)](u, theta, counts, batch, theta.stride(0), **shape)
     torch.cumsum(counts, 0, dtype=torch.int64, out=bounds[1:])
     bounds[1:] += bounds[0]
-    write_open[(latents,)](u, theta, bounds, *to, batch, theta.stride(0), len(to[0]), offset, **shape)
+    write_open[(latents,)](u, theta, bounds, *to[:2], batch, theta.stride(0), len(to[0]), offset, **shape)
+    read_open[(triton.cdiv(len(to[0]), 512),)](u, *to, bounds, latents, batch, len(to[0]), offset, BLOCK=512)
 
 
 def codes_of(
@@ -137,7 +138,7 @@ def count_open(
 @triton.jit(do_not_specialize=["room", "offset"])
 @no_type_check
 def write_open(
-    u, theta, bounds, latents, tokens, values, batch, stride, room, offset, SIGNED: tl.constexpr, TWO: tl.constexpr,
+    u, theta, bounds, latents, tokens, batch, stride, room, offset, SIGNED: tl.constexpr, TWO: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One latent's open entries, from where they begin. Most blocks have none or few: stores are what costs."""
@@ -150,15 +151,24 @@ def write_open(
     if end > start:
         for first in range(0, batch, BLOCK):
             token = first + tl.arange(0, BLOCK)
-            value, opened = opened_in(u, theta, stride, latent, token, batch, SIGNED, TWO)
+            _, opened = opened_in(u, theta, stride, latent, token, batch, SIGNED, TWO)
             number = opened.to(tl.int32)
             count = tl.sum(number, 0)
             if count > 0:
                 entry = start + tl.cumsum(number, 0) - 1
-                fits = opened & (entry < room)
-                tl.store(tokens + entry, token.to(tokens.dtype.element_ty), mask=fits)
-                tl.store(values + entry, value, mask=fits)
+                tl.store(tokens + entry, token.to(tokens.dtype.element_ty), mask=opened & (entry < room))
             start += count
+
+
+@triton.jit(do_not_specialize=["room", "offset"])
+@no_type_check
+def read_open(u, latents, tokens, values, bounds, height, batch, room, offset, BLOCK: tl.constexpr):
+    """u at the entries of its latents."""
+    entry = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    live = (entry >= tl.load(bounds)) & (entry < tl.load(bounds + height)) & (entry < room)
+    place = (tl.load(latents + entry, mask=live, other=0).to(tl.int64) - offset) * batch
+    value = tl.load(u + place + tl.load(tokens + entry, mask=live, other=0), mask=live, other=0.0)
+    tl.store(values + entry, value.to(tl.float32), mask=live)
 
 
 @triton.jit

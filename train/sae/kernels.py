@@ -48,8 +48,8 @@ class Decoded:
 
     error: Float[Tensor, "batch d_in"]
     """The first decoding less x - b_dec."""
-    low: Float[Tensor, "batch d_in"]
-    """The same in the type of the decoder's rows."""
+    low: Float[Tensor, "decodings batch d_in"]
+    """The errors in the type of the decoder's rows."""
     squares: Float[Tensor, "decodings batch"]
     """Sums of squares of the errors' rows."""
     dots: Float[Tensor, "decodings n"]
@@ -68,13 +68,14 @@ def decode(
     more from the cache). `latent` and `codes` are ordered by token, `order` says where each of these entries is by
     latent. Errors are rounded to the type of `W_dec` before products are taken, as in the dense form."""
     batch, d_in = centred.shape
-    two = len(codes) == 2
-    error, low = torch.empty_like(centred), torch.empty(batch, d_in, dtype=W_dec.dtype, device=centred.device)
+    error = torch.empty_like(centred)
+    low = torch.empty(len(codes), batch, d_in, dtype=W_dec.dtype, device=centred.device)
     squares = torch.empty(len(codes), batch, device=centred.device)
     dots = torch.empty(len(codes), len(latent), device=centred.device)
+    longest_first = torch.argsort(bounds.diff(), descending=True)  # or the last one is waited for
     decode_token[(batch,)](
-        latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
-        dots[0], dots[-1], d_in, TWO=two, BLOCK_D=triton.next_power_of_2(d_in),
+        longest_first, latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
+        dots, len(latent), batch, d_in, TWO=len(codes) == 2, BLOCK_D=triton.next_power_of_2(d_in),
     )  # fmt: skip
     return Decoded(error, low, squares, dots)
 
@@ -133,18 +134,19 @@ def launch(of: Sum, out: Float[Tensor, "d_sae d_in"], update: Update | None, chu
 
 
 @triton.autotune(
-    blocks((4, 4), (2, 4), (4, 8), (8, 8)),
+    blocks((4, 4), (2, 4), (8, 4), (4, 8)),
     key=["d_in", "TWO"],
     prune_configs_by={"early_config_prune": fitting},
 )
-@triton.jit
+@triton.jit(do_not_specialize=["room"])
 @no_type_check
 def decode_token(
-    latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, second_squares, dots, second_dots,
-    d_in, TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    longest_first, latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, second_squares, dots,
+    room, batch, d_in, TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One token. Offsets are int64: they may pass 2^31."""
-    token = tl.program_id(0).to(tl.int64)
+    """One token. The products are a matrix product of the entries' rows and the one or two errors, which a tensor core
+    takes 16 of. Offsets are int64: they may pass 2^31."""
+    token = tl.load(longest_first + tl.program_id(0))
     begin, end = tl.load(bounds + token), tl.load(bounds + token + 1)
     column = tl.arange(0, BLOCK_D)
     inside = column < d_in
@@ -163,22 +165,31 @@ def decode_token(
     total -= target
     tl.store(error + place, total, mask=inside)
     tl.store(squares + token, tl.sum(total * total, 0))
-    rounded = total.to(low.dtype.element_ty)
-    tl.store(low + place, rounded, mask=inside)
-    total = rounded.to(tl.float32)
+    tl.store(low + place, total.to(low.dtype.element_ty), mask=inside)
+    table = batch.to(tl.int64) * d_in
     if TWO:
         second_total -= target
         tl.store(second_squares + token, tl.sum(second_total * second_total, 0))
-        second_total = second_total.to(low.dtype.element_ty).to(tl.float32)
-    for at in range(begin, end, BLOCK_N):
-        entry = at + tl.arange(0, BLOCK_N)
+        tl.store(low + table + place, second_total.to(low.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # other threads of this program read them
+    which = tl.arange(0, 16)
+    real = which < 1 + TWO
+    for at in range(begin, end, 64):
+        entry = at + tl.arange(0, 64)
         live = entry < end
-        source = tl.load(latent + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + column[None, :]
-        row = tl.load(W_dec + source, mask=live[:, None] & inside[None, :], other=0.0).to(tl.float32)
-        goes = tl.load(order + entry, mask=live, other=0)
-        tl.store(dots + goes, tl.sum(row * total[None, :], 1), mask=live)
-        if TWO:
-            tl.store(second_dots + goes, tl.sum(row * second_total[None, :], 1), mask=live)
+        source = tl.load(latent + entry, mask=live, other=0).to(tl.int64) * d_in
+        products = tl.zeros((64, 16), tl.float32)
+        for first in range(0, d_in, 64):
+            some = first + tl.arange(0, 64)
+            there = some < d_in
+            errors = tl.load(
+                low + token * d_in + which[None, :] * table + some[:, None], mask=there[:, None] & real[None, :],
+                other=0.0,
+            )  # fmt: skip
+            row = tl.load(W_dec + source[:, None] + some[None, :], mask=live[:, None] & there[None, :], other=0.0)
+            products = tl.dot(row, errors, products, input_precision="ieee")
+        goes = tl.load(order + entry, mask=live, other=0)[:, None] + which[None, :].to(tl.int64) * room
+        tl.store(dots + goes, products, mask=live[:, None] & real[None, :])
 
 
 @triton.jit

@@ -124,7 +124,7 @@ def of_entries(
     loss, (_, penalty, l0) = decoded.squares.sum(1) / batch, of_latents.total.sum(1) / batch
     gradients: Gradients = {
         "W_enc": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_u, low),
-        "W_dec": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_rows, decoded.low),
+        "W_dec": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_rows, decoded.low[0]),
         "b_dec": decoded.error.sum(0) * (2 / batch) - to_u @ w.W_enc,
         "theta": of_latents.theta,
         "r": of_latents.r,
