@@ -53,7 +53,7 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("entries", "read_open", {"BLOCK": 512}),
     ("entries", "code_entries", {**TOKENS, "TWO_R": True}),
     ("entries", "finish_latents", {**TOKENS, "AUX": True, "TWO_R": True, "BLOCK": 32}),
-    ("kernels", "decode_token", {**ROW, "TWO": True}),
+    ("kernels", "decode_token", {**ROW, "TWO": True, "WIDEN": False}),
     ("kernels", "sum_latent", {**ROW, **UPDATE}),
     ("kernels", "sum_latent", {**ROW, **UPDATE, "UPDATE": False, "UNIT": False, "COPY": False}),
     ("kernels", "sum_chunk", {**ROW, "CHUNK": 256}),

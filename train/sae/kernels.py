@@ -75,7 +75,7 @@ def decode(
     longest_first = torch.argsort(bounds.diff(), descending=True)  # or the last one is waited for
     decode_token[(batch,)](
         longest_first, latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
-        dots, len(latent), batch, d_in, TWO=len(codes) == 2, BLOCK_D=triton.next_power_of_2(d_in),
+        dots, len(latent), batch, d_in, TWO=len(codes) == 2, WIDEN=INTERPRETED, BLOCK_D=triton.next_power_of_2(d_in),
     )  # fmt: skip
     return Decoded(error, low, squares, dots)
 
@@ -142,7 +142,7 @@ def launch(of: Sum, out: Float[Tensor, "d_sae d_in"], update: Update | None, chu
 @no_type_check
 def decode_token(
     longest_first, latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, second_squares, dots,
-    room, batch, d_in, TWO: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    room, batch, d_in, TWO: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One token. The products are a matrix product of the entries' rows and the one or two errors, which a tensor core
     takes 16 of. Offsets are int64: they may pass 2^31."""
@@ -187,6 +187,8 @@ def decode_token(
                 other=0.0,
             )  # fmt: skip
             row = tl.load(W_dec + source[:, None] + some[None, :], mask=live[:, None] & there[None, :], other=0.0)
+            if WIDEN:  # Triton's interpreter multiplies no bfloat16
+                row, errors = row.to(tl.float32), errors.to(tl.float32)
             products = tl.dot(row, errors, products, input_precision="ieee")
         goes = tl.load(order + entry, mask=live, other=0)[:, None] + which[None, :].to(tl.int64) * room
         tl.store(dots + goes, products, mask=live[:, None] & real[None, :])
