@@ -198,7 +198,7 @@ def test_a_whole_step_equals_autograd(on_kernels: list[str], name: str, share: f
     edge = torch.cat([size.flatten().sort(descending=True).values, size.min()[None] - 1])
     edge = torch.cat([edge[:1] + 1, edge])
     w.theta.fill_(float(edge[many] + edge[many + 1]) / 2)
-    assert opened(config, w, x)[1].read() == many
+    assert opened(config, w, x)[1].item() == many
     check_step(config, w, x)
     assert on_kernels == ["decode", "sum_rows", "sum_rows"], "main and auxiliary are decoded at once"
 
@@ -210,7 +210,7 @@ def test_one_latent_that_is_active_on_the_whole_batch(on_kernels: list[str], nam
     w.theta.fill_(1e3)
     w.theta[:, 11] = 0.0 if name == "sa-gsae" else -1e3
     at, count = opened(config, w, x)
-    assert at.latent[: count.read()].tolist() == [11] * 23
+    assert at.latent[: count.item()].tolist() == [11] * 23
     check_step(config, w, x)
     assert on_kernels
 
@@ -219,7 +219,7 @@ def test_one_latent_that_is_active_on_the_whole_batch(on_kernels: list[str], nam
 def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little of it, and far too much: the same bits, and afterwards there is a little more than needed."""
     monkeypatch.setattr(on_gpu, "GPU_BLOCK", block)
-    monkeypatch.setattr(on_gpu, "SPARE", 3)
+    monkeypatch.setattr("train.sae.sparse.SPARE", 3)
     config = variant("untied", 13)
     w, x = weights(config, 2, 19), batch(2, 23, 19)
     w.theta.mul_(8)
@@ -227,7 +227,7 @@ def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatc
     for before in (10_000, 1, 60, 250):
         room = Room(before)
         gradients, step = on_gpu.kernel_gradients(family(config), w, x, Now(0.3), (w.W_enc, w.W_dec), room)
-        count = opened(config, w, x)[1].read()
+        count = opened(config, w, x)[1].item()
         assert 60 < count < 250
         assert room.entries == (250 if before == 250 else count + count // 4 + 3)
         found = {"l0": step.l0, "loss": step.reconstruction}

@@ -28,7 +28,7 @@ from train.run import train as run_train
 from train.sae import family
 from train.sae.base import Now
 from train.sae.gated import pole, pre_activations
-from train.sae.sparse import Sum, has_kernels, open_entries, sparse_gradients
+from train.sae.sparse import Sum, has_kernels, open_entries, sparse_gradients, summed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -172,6 +172,42 @@ def check_sums(kernels: Any, device: str, d_in: int, dtype: torch.dtype, entries
             products = error[segment] * table.double()[index]
             close = 1e-5 if dtype == torch.float32 else 1e-2
             assert ((dots.cpu().flip(0) - products.sum(1)).abs() <= close * products.abs().sum(1)).all()
+
+
+@pytest.mark.parametrize("matmul", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_recorded_steps_on_cuda(matmul: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bits of steps that are not recorded, for two autoencoders that take turns in the same memory: with other
+    batches, λ and weights in every step, more open entries than there was room for, and far fewer."""
+    if not has_kernels("cuda"):
+        pytest.skip("triton is not installed here")
+    from train.sae import on_gpu
+
+    monkeypatch.setattr("train.sae.sparse.SPARE", 3)
+    members = []
+    for name in ("untied", "gated"):
+        config = variant(name, 37)
+        w = weights(config, 0, 133)
+        w = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
+        members.append((w, Optimizer(w, unit_decoder=True), on_gpu.Steps(family(config), w)))  # type: ignore[arg-type]
+    replays = 0
+    for number in range(24):
+        x, now = batch(number, 301, 133).cuda(), Now(0.1 + 0.01 * number, matmul)
+        if number >= 12:
+            now = Now(torch.tensor(now.sparsity, device="cuda"), matmul)
+        for w, optimizer, steps in members:
+            w.theta.mul_({8: 0.3, 16: 8.0}.get(number, 1.0))
+            rounded = optimizer.rounded(matmul)
+            plain, plain_step = on_gpu.kernel_gradients(steps.family, w, x, now, rounded, on_gpu.Room(301 * 37))
+            expected = summed(plain)
+            gradients, step = steps.gradients(x, now, rounded)
+            replays += steps.recorded is not None
+            found = summed(dict(gradients))
+            for key, tensor in expected.items():
+                assert torch.equal(found[key], tensor), (number, key)
+            for key in ("reconstruction", "sparsity", "auxiliary", "l0", "fired"):
+                assert torch.equal(getattr(step, key), getattr(plain_step, key)), (number, key)
+            optimizer.step_({key: gradients[key] for key in w.trained()}, 0.01)
+    assert 30 <= replays <= 44, "all but those after the first and after a change of room"
 
 
 def margin(config: SAEConfig, w: Any, x: torch.Tensor) -> float:

@@ -21,7 +21,7 @@ from train.ranks import Pairwise, Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
 from train.sae.gated import GatedFamily
-from train.sae.sparse import BLOCK, GPU_BLOCK, Gradients, Room, has_kernels, on_device, sparse_gradients, summed
+from train.sae.sparse import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device, sparse_gradients, summed
 from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
@@ -64,11 +64,13 @@ class Member:
         self.sparsity = Sparsity(config, steps, ranks.device)
         has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
         where = ranks.device.type
-        self.kernels, self.room = has_kernels(where, len(mean)), Room()
+        self.kernels = has_sparse and has_kernels(where, len(mean))
+        self.steps_on_gpu: Any = None
+        """See `Steps`, from the first sparse step on a GPU."""
         self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or self.kernels)
         self.sparse = has_sparse and run.step == "sparse"
         """Whether steps are computed from open gates alone."""
-        if has_sparse and run.step != "dense" and where == "cuda" and not has_kernels(where) and ranks.leads:
+        if has_sparse and run.step != "dense" and where == "cuda" and not self.kernels and ranks.leads:
             say_no_triton()
         self.diverged: int | None = None
         """The step after which its loss was seen not to be finite. It is left alone from there on."""
@@ -110,6 +112,8 @@ class Member:
             self.reset_(x, done)
         if self.chooses and done % DECIDE_EVERY == 0:
             self.sparse = self.sparsity.l0.item() < SPARSE_BELOW[x.device.type] * self.config.d_sae
+            if not self.sparse:
+                self.steps_on_gpu = None  # and the memory of what it recorded
         if done % REVIVE_EVERY == 0:
             self.optimizer.revive_(self.generator)
         return measured
@@ -131,8 +135,7 @@ class Member:
             return self.gradients_of(x, now)
         sums = Pairwise()
         for part in parts:
-            gradients, measured = self.gradients_of(part, now)
-            sums.add(tensors_of(summed(gradients), measured))
+            sums.add(tensors_of(*self.gradients_of(part, now)))
         *means, scalars, fired = self.ranks.sum(sums.total())
         means = [mean.div_(count) for mean in means]
         reconstruction, penalty, auxiliary, l0, threshold = scalars.div_(count).unbind()
@@ -142,16 +145,24 @@ class Member:
     def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step]:
         names = self.weights.trained()
         if self.sparse and self.kernels:
-            from train.sae.on_gpu import kernel_gradients
-
-            rounded = self.optimizer.rounded(now.matmul)
-            unsummed, measured = kernel_gradients(self.family, self.weights, part, now, rounded, self.room)  # type: ignore[arg-type]
+            unsummed, measured = self.by_kernels(part, now)
             return {name: unsummed[name] for name in names}, measured
         if self.sparse:
             grads, measured = sparse_gradients(self.family, self.weights, part, now)  # type: ignore[arg-type]
         else:
             grads, measured = self.dense(self.weights, part, now)
         return {name: getattr(grads, name) for name in names}, measured
+
+    def by_kernels(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step]:
+        """Of several parts, each one's gradients are kept for a while: these are not recorded."""
+        from train.sae.on_gpu import Steps, kernel_gradients
+
+        if self.steps_on_gpu is None:
+            self.steps_on_gpu = Steps(self.family, self.weights)  # type: ignore[arg-type]
+        rounded = self.optimizer.rounded(now.matmul)
+        if self.parts == 1:
+            return self.steps_on_gpu.gradients(part, now, rounded)  # type: ignore[no-any-return]
+        return kernel_gradients(self.family, self.weights, part, now, rounded, self.steps_on_gpu.room)  # type: ignore[arg-type]
 
     def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: Now) -> Callable[[Tensor], Tensor]:
         """See `Now.threshold`. Several parts on one rank are computed twice: the first time for this alone."""
@@ -208,8 +219,8 @@ class Member:
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})
 
 
-def tensors_of(grads: dict[str, Tensor], step: Step) -> list[Tensor]:
+def tensors_of(gradients: Gradients, step: Step) -> list[Tensor]:
     """What is summed over the parts of a batch."""
     threshold = torch.zeros_like(step.l0) if step.threshold is None else step.threshold
     scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, threshold])
-    return [*grads.values(), scalars, step.fired.float()]
+    return [*summed(gradients).values(), scalars, step.fired.float()]

@@ -8,7 +8,7 @@ the time; gradients and activations are there for one at a time, so of these the
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -18,12 +18,15 @@ from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
 from train.job import Job
 from train.loader import Same
 from train.sae import family
+from train.sae.base import Family
 from train.sae.gated import GatedFamily
-from train.sae.sparse import BLOCK, GPU_BLOCK
+from train.sae.sparse import BLOCK, GPU_BLOCK, has_kernels
 
 FLOAT: Final = 4
 ROWS_ALIVE: Final = 6
 """Tensors [batch, d_in] in a step: x - b_dec, the errors, and all of these rounded."""
+ROWS_KEPT: Final = 4
+"""The same of a recorded step: the batch, x - b_dec rounded, its errors."""
 AN_OPEN_ENTRY: Final = {True: 20, False: 15}
 """Numbers of four bytes that the sparse step keeps for an open gate: where it is, in two orders, and what follows. By
 whether codes have signs."""
@@ -75,6 +78,8 @@ class Circumstances:
     on_cpu: bool = True
     parts: int = 1
     """How often `rows` are computed for one update."""
+    kernels: bool = False
+    """Whether gated architectures may be trained by Triton kernels."""
 
 
 def circumstances(job: Job, sweep: bool, ranks: int) -> Circumstances:
@@ -83,7 +88,7 @@ def circumstances(job: Job, sweep: bool, ranks: int) -> Circumstances:
     parts = config.parts or sharing
     return Circumstances(
         d_in, config.batch // parts, job.matmul != torch.float32, config.step == "sparse", parts > 1, job.on_cpu,
-        parts // sharing,
+        parts // sharing, config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
     )  # fmt: skip
 
 
@@ -98,8 +103,16 @@ def need_of(config: SAEConfig, at: Circumstances) -> Need:
     during = int(codes * code + matrices * matrix) + ROWS_ALIVE * FLOAT * at.rows * at.d_in
     radial = matrix if mathematics.unit_decoder else 0  # the part that is taken off the decoder's gradient
     after = FOR_A_MEAN * gradients if at.averaged else radial
+    kept = kept_by_kernels(mathematics, at, matrix)
     held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
-    return Need(sum(sizes.values()) + 8 * config.d_sae, 2 * gradients, held * gradients, max(during, after))
+    return Need(sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after))
+
+
+def kept_by_kernels(mathematics: Family[Any], at: Circumstances, matrix: int) -> int:
+    """From step to step: both matrices rounded, and the rows of a step that was recorded."""
+    if not at.kernels or not isinstance(mathematics, GatedFamily) or not mathematics.unit_decoder:
+        return 0
+    return (matrix if at.rounded else 0) + ROWS_KEPT * FLOAT * at.rows * at.d_in
 
 
 def alive(config: SAEConfig, rounded: bool) -> tuple[float, float]:

@@ -2,13 +2,15 @@
 
 How many gates are open is known to the device alone while the step is put together: its lists have room for as many as
 the last step had and some more, and if that was too little, the step is put together again before any weight changes.
-So a GPU always has work in its queue. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the
-dense form's products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are
-left as sums to be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/kernels.py`).
+So a GPU always has work in its queue. A step in the circumstances of the one before is recorded as a CUDA graph, and
+those that follow replay it. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense form's
+products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as sums to
+be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/kernels.py`).
 """
 
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -18,10 +20,7 @@ from train.sae.base import Now, Step
 from train.sae.entries import codes_of, latent_gradients, write_entries
 from train.sae.gated import GatedFamily, GatedWeights
 from train.sae.kernels import decode
-from train.sae.sparse import GPU_BLOCK, Gradients, Open, Room, Sum, bounds, on_device
-
-SPARE: Final = 4096
-"""Entries that there is room for beside a quarter more than there were."""
+from train.sae.sparse import GPU_BLOCK, SPARE, Gradients, Open, Room, Sum, bounds, on_device
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Count:
     @classmethod
     def of(cls, number: Int[Tensor, "1"]) -> "Count":
         if number.device.type != "cuda":
-            return cls(number.clone(), None)
+            return cls(number, None)
         value, arrived = number.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
         arrived.record()
         return cls(value, arrived)
@@ -52,9 +51,9 @@ def open_entries(
     low: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     room: int,
-) -> tuple[Open, Count]:
+) -> tuple[Open, Int[Tensor, "1"]]:
     """The entries whose gate is open, or the first `room` of them, at the beginning of lists that have `room` places;
-    and how many there are. `low` (x - b_dec) and `W_enc` are in the type that products are taken in."""
+    and how many there are, on the device. `low` (x - b_dec) and `W_enc` are in the type that products are taken in."""
     batch, d_sae, device = len(low), len(W_enc), low.device
     latent, u = torch.empty(room, dtype=torch.int32, device=device), torch.empty(room, device=device)
     token = torch.full((room,), batch, dtype=torch.int16 if batch < 1 << 15 else torch.int32, device=device)
@@ -67,7 +66,7 @@ def open_entries(
             pre_activations, theta[:, first:stop], family.signed, latent_bounds[first : stop + 1], (latent, token, u),
             first,
         )  # fmt: skip
-    count = Count.of(latent_bounds[-1:])
+    count = latent_bounds[-1:].clone()
     latent_bounds.clamp_(max=room)
     ordered, by_token = torch.sort(token, stable=True)  # places without an entry come last
     return Open(latent, token, u, by_token, bounds(ordered, batch), latent_bounds), count
@@ -88,13 +87,10 @@ def kernel_gradients(
     centred = x - w.b_dec
     low = centred.to(now.matmul)
     while True:
-        at, count = open_entries(family, w.theta, low, rounded[0], room.entries)
+        at, number = open_entries(family, w.theta, low, rounded[0], room.entries)
+        count = Count.of(number)
         found = of_entries(family, w, centred, low, now, rounded[1], at)
-        entries = count.read()
-        enough = entries <= room.entries
-        if not enough or 2 * entries + SPARE < room.entries:
-            room.entries = entries + entries // 4 + SPARE
-        if enough:
+        if room.held(count.read()):
             return found
 
 
@@ -132,3 +128,82 @@ def of_entries(
     }
     auxiliary = loss[1] if family.config.aux else torch.zeros((), device=centred.device)
     return gradients, Step(loss[0], penalty, auxiliary, l0, active > 0)
+
+
+@cache
+def memory() -> Any:
+    """What all recorded steps of this process have their memory from: they are replayed one after another, so what one
+    has on its way is free for the next."""
+    return torch.cuda.graph_pool_handle()
+
+
+class Recorded:
+    """A step from a batch to its gradients as a CUDA graph: sixty orders to the GPU in one. What it gives is written
+    over when it is replayed."""
+
+    def __init__(
+        self,
+        family: GatedFamily,
+        w: GatedWeights,
+        x: Float[Tensor, "batch d_in"],
+        now: Now,
+        rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+        room: int,
+    ) -> None:
+        self.x, self.sparsity = torch.empty_like(x), torch.zeros((), device=x.device)
+        self.count = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.graph = torch.cuda.CUDAGraph()
+        # threads that load windows go on meanwhile
+        with torch.cuda.graph(self.graph, pool=memory(), capture_error_mode="thread_local"):
+            centred = self.x - w.b_dec
+            low = centred.to(now.matmul)
+            at, number = open_entries(family, w.theta, low, rounded[0], room)
+            self.count.copy_(number, non_blocking=True)
+            fixed = replace(now, sparsity=self.sparsity)
+            self.found = of_entries(family, w, centred, low, fixed, rounded[1], at)
+
+    def replay(self, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step, int]:
+        """And how many entries were open: with more than there was room for, the rest is worth nothing."""
+        self.x.copy_(x)
+        self.sparsity.copy_(on_device(now.sparsity, x.device))
+        self.graph.replay()
+        self.done.record()
+        gradients, step = self.found
+        scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0])
+        loss, penalty, auxiliary, l0 = scalars.unbind()
+        measured = Step(loss, penalty, auxiliary, l0, step.fired.clone())
+        self.done.synchronize()
+        return gradients, measured, int(self.count)
+
+
+class Steps:
+    """The sparse steps of one autoencoder. Where nothing has changed since the last one, they are recorded."""
+
+    def __init__(self, family: GatedFamily, w: GatedWeights) -> None:
+        self.family, self.w, self.room = family, w, Room()
+        self.recorded: Recorded | None = None
+        self.last: object = None
+        """The circumstances of the last step."""
+
+    def gradients(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        now: Now,
+        rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
+    ) -> tuple[Gradients, Step]:
+        """What `kernel_gradients` gives; to be used before the next step."""
+        if self.circumstances(x, now, rounded) == self.last and x.device.type == "cuda":
+            if self.recorded is None:
+                self.recorded = Recorded(self.family, self.w, x, now, rounded, self.room.entries)
+            gradients, step, entries = self.recorded.replay(x, now)
+            if self.room.held(entries):
+                return gradients, step
+        self.recorded = None
+        found = kernel_gradients(self.family, self.w, x, now, rounded, self.room)
+        self.last = self.circumstances(x, now, rounded)
+        return found
+
+    def circumstances(self, x: Tensor, now: Now, rounded: tuple[Tensor, Tensor]) -> object:
+        """What a recording takes for granted."""
+        return x.shape, x.dtype, now.matmul, self.room.entries, [tensor.data_ptr() for tensor in rounded]

@@ -24,6 +24,8 @@ from train.sae.gated import GatedFamily, GatedWeights, pole
 BLOCK: Final = 1 << 20
 """Entries of u that are computed, compared and forgotten together, while they are in a CPU's cache."""
 GPU_BLOCK: Final = 1 << 28
+SPARE: Final = 4096
+"""Open entries that there is room for beside a quarter more than there were."""
 LONGEST_ROW: Final = 16384
 """Of the rows that Triton works on: one program holds a row in registers."""
 
@@ -108,6 +110,13 @@ class Room:
     """For how many open entries the kernels' lists have room: what the last step needed and more; 0: not known yet."""
 
     entries: int = 0
+
+    def held(self, entries: int) -> bool:
+        """Whether a step's entries had room. From now on there is more, if not, and less, if that was far too much."""
+        enough = entries <= self.entries
+        if not enough or 2 * entries + SPARE < self.entries:
+            self.entries = entries + entries // 4 + SPARE
+        return enough
 
 
 @cache
