@@ -31,8 +31,9 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A few entries then are several blocks."""
 
     def use(many: int) -> None:
-        for kernel in (kernels.sum_latent, kernels.decode_token):
-            monkeypatch.setattr(kernel, "configs", [triton.Config({"BLOCK_N": many})])
+        monkeypatch.setattr(kernels.sum_latent, "configs", [triton.Config({"BLOCK_N": many})])
+        monkeypatch.setattr(kernels.decode_part, "configs", [triton.Config({"BLOCK_N": many, "COLUMNS": 16})])
+        monkeypatch.setattr(kernels, "FEWEST_COLUMNS", 16)
 
     use(4)
     return use
@@ -309,9 +310,9 @@ def test_open_entries_are_found_in_order(
     poles: int, signed: bool, dtype: torch.dtype, height: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several blocks of tokens; theta as a view of some latents' columns."""
-    monkeypatch.setattr(entries, "BLOCK_TOKENS", 8)
+    monkeypatch.setattr(entries, "BLOCK_TOKENS", 32)
     _, normal = numbers(2)
-    u, theta = normal(9, 21).to(dtype), (normal(poles, 14).abs() * height)[:, 3:12]
+    u, theta = normal(9, 75).to(dtype), (normal(poles, 14).abs() * height)[:, 3:12]
     lower = theta[-1][:, None]
     wanted = (u.float() > theta[0][:, None]) | ((u.float() < -lower) & signed)
     bounds, room = torch.zeros(10, dtype=torch.int64), int(wanted.sum())

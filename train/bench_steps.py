@@ -113,8 +113,9 @@ def our_steps(
     """What does one step on x, in units of unit variance, and gives its seconds."""
     sae = sae_config(arch="sa-gsae", d_sae=width, sparsity=0.1)
     members = {kind: make_member(store, hook, sae, kind, plan) for kind in plan.kinds if kind != "products"}
-    u = pre_activations(members["dense"].weights, x[:64]).abs().flatten()
-    theta = u.kthvalue(max(1, 64 * (width - plan.l0))).values
+    some = x[:: -(-len(x) // 512)]  # rows differ in how many latents they open
+    u = pre_activations(members["dense"].weights, some).abs().flatten()
+    theta = u.kthvalue(max(1, len(some) * (width - plan.l0))).values
     for member in members.values():
         member.weights.theta.fill_(theta)  # type: ignore[attr-defined]
     work: dict[str, Callable[[], object]] = {

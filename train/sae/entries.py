@@ -7,7 +7,7 @@ atomics. Sums are float32.
 """
 
 from dataclasses import dataclass
-from typing import Any, Final, no_type_check
+from typing import Final, no_type_check
 
 import torch
 import triton
@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 BLOCK_TOKENS: Final = 512
-"""Entries of u that are compared together, by one warp."""
+"""Entries of u that are compared together, by one warp: a multiple of 32."""
 BLOCK_ENTRIES: Final = 32
 """Open entries of one latent that are summed together: few latents have more."""
 
@@ -47,12 +47,16 @@ def write_entries(
     each latent's end. Reads u twice, in the type that it has, and never waits for the device."""
     latents, batch = u.shape
     counts = torch.empty(latents, dtype=torch.int32, device=u.device)
-    shape: dict[str, Any] = {"SIGNED": signed, "TWO": len(theta) == 2, "BLOCK": BLOCK_TOKENS, "num_warps": 1}
+    words = triton.cdiv(batch, BLOCK_TOKENS) * (BLOCK_TOKENS // 32)
+    marks = torch.empty(latents, words, dtype=torch.int32, device=u.device)
     u = u.contiguous()
-    count_open[(latents,)](u, theta, counts, batch, theta.stride(0), **shape)
+    count_open[(latents,)](
+        u, theta, counts, marks, batch, words, theta.stride(0), SIGNED=signed, TWO=len(theta) == 2, BLOCK=BLOCK_TOKENS,
+        num_warps=1,
+    )  # fmt: skip
     torch.cumsum(counts, 0, dtype=torch.int64, out=bounds[1:])
     bounds[1:] += bounds[0]
-    write_open[(latents,)](u, theta, bounds, *to[:2], batch, theta.stride(0), len(to[0]), offset, **shape)
+    write_open[(latents,)](marks, bounds, *to[:2], words, len(to[0]), offset, BLOCK=32, num_warps=1)
     read_open[(triton.cdiv(len(to[0]), 512),)](u, *to, bounds, latents, batch, len(to[0]), offset, BLOCK=512)
 
 
@@ -124,40 +128,53 @@ def opened_in(
 @triton.jit
 @no_type_check
 def count_open(
-    u, theta, counts, batch, stride, SIGNED: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr
+    u, theta, counts, marks, batch, words, stride, SIGNED: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """One latent's open entries."""
+    """One latent's open entries: how many there are, and a bit for each token."""
     latent = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.int32)
+    bit = tl.arange(0, 32)[None, :]
     for at in range(0, batch, BLOCK):
         _, opened = opened_in(u, theta, stride, latent, at + tl.arange(0, BLOCK), batch, SIGNED, TWO)
         total += opened.to(tl.int32)
+        word = tl.sum(tl.reshape(opened.to(tl.int32), (BLOCK // 32, 32)) << bit, 1)
+        tl.store(marks + latent * words + at // 32 + tl.arange(0, BLOCK // 32), word)
     tl.store(counts + latent, tl.sum(total, 0))
+
+
+@triton.jit
+@no_type_check
+def ones(word):
+    """How many bits are set of each uint32."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=["room", "offset"])
 @no_type_check
-def write_open(
-    u, theta, bounds, latents, tokens, batch, stride, room, offset, SIGNED: tl.constexpr, TWO: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One latent's open entries, from where they begin. Most blocks have none or few: stores are what costs."""
+def write_open(marks, bounds, latents, tokens, words, room, offset, BLOCK: tl.constexpr):
+    """One latent's open entries, from where they begin: a thread takes the bits of a word one by one."""
     latent = tl.program_id(0).to(tl.int64)
     start, end = tl.load(bounds + latent), tl.load(bounds + latent + 1)
-    for at in range(start, end, BLOCK):
-        entry = at + tl.arange(0, BLOCK)
-        name = tl.zeros((BLOCK,), tl.int32) + (latent + offset).to(tl.int32)
-        tl.store(latents + entry, name, mask=(entry < end) & (entry < room))
     if end > start:
-        for first in range(0, batch, BLOCK):
-            token = first + tl.arange(0, BLOCK)
-            _, opened = opened_in(u, theta, stride, latent, token, batch, SIGNED, TWO)
-            number = opened.to(tl.int32)
-            count = tl.sum(number, 0)
-            if count > 0:
-                entry = start + tl.cumsum(number, 0) - 1
-                tl.store(tokens + entry, token.to(tokens.dtype.element_ty), mask=opened & (entry < room))
-            start += count
+        name = (latent + offset).to(tl.int32)
+        for first in range(0, words, BLOCK):
+            number = first + tl.arange(0, BLOCK)
+            word = tl.load(marks + latent * words + number, mask=number < words, other=0).to(tl.uint32, bitcast=True)
+            count = ones(word)
+            entry = start + tl.cumsum(count, 0) - count
+            most = tl.max(count, 0)
+            for _ in range(most):
+                lowest = word & (~word + 1)
+                there = (word != 0) & (entry < room)
+                token = number * 32 + ones(lowest - 1)
+                tl.store(tokens + entry, token.to(tokens.dtype.element_ty), mask=there)
+                tl.store(latents + entry, tl.zeros((BLOCK,), tl.int32) + name, mask=there)
+                word ^= lowest
+                entry += 1
+            start += tl.sum(count, 0)
 
 
 @triton.jit(do_not_specialize=["room", "offset"])

@@ -2,15 +2,15 @@
 
 How many gates are open is known to the device alone while the step is put together: its lists have room for as many as
 the last step had and some more, and if that was too little, the step is put together again before any weight changes.
-So a GPU always has work in its queue. A step in the circumstances of the one before is recorded as a CUDA graph, and
-those that follow replay it. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense form's
-products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as sums to
-be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/kernels.py`).
+So a GPU always has work in its queue. A step in the circumstances of the one before is recorded as CUDA graphs, and
+those that follow replay them. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense
+form's products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as
+sums to be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/kernels.py`).
 """
 
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any
+from typing import Any, Final
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -130,16 +130,10 @@ def of_entries(
     return gradients, Step(loss[0], penalty, auxiliary, l0, active > 0)
 
 
-@cache
-def memory() -> Any:
-    """What all recorded steps of this process have their memory from: they are replayed one after another, so what one
-    has on its way is free for the next."""
-    return torch.cuda.graph_pool_handle()
-
-
 class Recorded:
-    """A step from a batch to its gradients as a CUDA graph: sixty orders to the GPU in one. What it gives is written
-    over when it is replayed."""
+    """A step from a batch to its gradients as two CUDA graphs: sixty orders to the GPU in two. The number of open
+    entries is on its way to the host from the end of the first, while the GPU works on the second. What these give is
+    written over when they are replayed."""
 
     def __init__(
         self,
@@ -152,29 +146,44 @@ class Recorded:
     ) -> None:
         self.x, self.sparsity = torch.empty_like(x), torch.zeros((), device=x.device)
         self.count = torch.zeros(1, dtype=torch.int64, pin_memory=True)
-        self.done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self.graph = torch.cuda.CUDAGraph()
-        # threads that load windows go on meanwhile
-        with torch.cuda.graph(self.graph, pool=memory(), capture_error_mode="thread_local"):
+        self.counted = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.opening, self.rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with recording(self.opening, next((other.opening.pool() for other in ALL_RECORDED), None)):
             centred = self.x - w.b_dec
             low = centred.to(now.matmul)
             at, number = open_entries(family, w.theta, low, rounded[0], room)
             self.count.copy_(number, non_blocking=True)
+        with recording(self.rest, self.opening.pool()):
             fixed = replace(now, sparsity=self.sparsity)
             self.found = of_entries(family, w, centred, low, fixed, rounded[1], at)
+        ALL_RECORDED.add(self)
 
     def replay(self, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step, int]:
         """And how many entries were open: with more than there was room for, the rest is worth nothing."""
         self.x.copy_(x)
-        self.sparsity.copy_(on_device(now.sparsity, x.device))
-        self.graph.replay()
-        self.done.record()
+        if isinstance(now.sparsity, Tensor):
+            self.sparsity.copy_(now.sparsity)
+        else:
+            self.sparsity.fill_(now.sparsity)
+        self.opening.replay()
+        self.counted.record()
+        self.rest.replay()
         gradients, step = self.found
         scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0])
         loss, penalty, auxiliary, l0 = scalars.unbind()
         measured = Step(loss, penalty, auxiliary, l0, step.fired.clone())
-        self.done.synchronize()
+        self.counted.synchronize()
         return gradients, measured, int(self.count)
+
+
+ALL_RECORDED: Final = WeakSet[Recorded]()
+"""All have their memory from one pool: they are replayed one after another, so what one has on its way is free for the
+next."""
+
+
+def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
+    """Threads that load windows go on meanwhile."""
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
 class Steps:
