@@ -36,7 +36,7 @@ pytestmark = [
 ]
 
 
-CHOICES = 7
+CHOICES = 8
 """Blocks that the kernel of decodings chooses from; that of sums has fewer."""
 
 

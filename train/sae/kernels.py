@@ -24,8 +24,10 @@ from train.sae.sparse import Sum
 
 CHUNK: Final = 256
 """Most entries that one program sums."""
-DECODING: Final = ((256, 32, 4), (256, 16, 2), (128, 64, 4), (128, 32, 2), (512, 16, 4), (512, 8, 2), (2048, 8, 4))
-"""Columns, entries and warps of a program of `decode` to choose from."""
+DECODING: Final = (
+    (256, 16, 4), (256, 8, 2), (128, 32, 4), (128, 16, 2), (512, 8, 4), (1024, 8, 8), (256, 32, 4), (512, 16, 4),
+)  # fmt: skip
+"""Columns, entries and warps of a program of `decode` to choose from: more entries spill registers."""
 FEWEST_COLUMNS: Final = min(columns for columns, _, _ in DECODING)
 MOST: Final = 128
 """Numbers of rows that a thread may hold at once: with more, registers spill."""
