@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,11 +154,25 @@ def test_every_architecture_is_known() -> None:
         need_of(SAEConfig(arch="another", d_sae=48), at)
 
 
+def test_what_kernels_keep_from_step_to_step() -> None:
+    """On a GPU, of gated architectures with unit decoder rows: copies in bfloat16, and where a step is recorded."""
+    rows, matrix = 4 * 64 * 16, 4 * 48 * 16
+    for name, parts, rounded in [("sa-gsae", 1, True), ("gated", 1, False), ("sa-gsae", 4, True), ("relu", 1, True)]:
+        at = Circumstances(16, 64, rounded, on_cpu=False, parts=parts)
+        without, found = need_of(variant(name, 48), at), need_of(variant(name, 48), replace(at, kernels=True))
+        gated, recorded = name != "relu", name != "relu" and parts == 1
+        assert found.weights - without.weights == gated * rounded * matrix + recorded * 4 * rows, name
+        assert found.recorded == recorded * (2 if rounded else 4) * 48 * 64, name
+        assert found.total - without.total == found.weights - without.weights + found.recorded
+    assert str(found) == str(without), "nothing is said of what is not there"
+    assert need_of(variant("gated, free decoder", 48), replace(at, kernels=True)).recorded == 0
+
+
 def test_what_is_there_at_the_same_time() -> None:
     """Weights and moments of all, the largest step, one reader."""
-    needs = [Need(10, 20, 10, 100), Need(30, 60, 30, 40), Need(1, 2, 1, 3)]
-    assert together(needs, 7) == Need(41, 82, 10, 100, 7)
-    assert together(needs, 7).total == 240
+    needs = [Need(10, 20, 10, 100), Need(30, 60, 30, 40, 0, 5), Need(1, 2, 1, 3, 0, 4)]
+    assert together(needs, 7) == Need(41, 82, 10, 100, 7, 5)
+    assert together(needs, 7).total == 245
     assert str(Need(10, 2000)) == "weights 10 B, moments 2 KB, gradients 0 B, activations 0 B, reader 0 B"
 
 

@@ -47,6 +47,8 @@ class Need:
     """And what else a step makes on its way."""
     reader: int = 0
     """Windows of rows, and the batch."""
+    recorded: int = 0
+    """What a GPU's recorded steps have on their way: theirs for as long as they may be replayed."""
 
     @property
     def step(self) -> int:
@@ -54,11 +56,13 @@ class Need:
 
     @property
     def total(self) -> int:
-        return self.weights + self.moments + self.step + self.reader
+        return self.weights + self.moments + self.step + self.reader + self.recorded
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients,
                  "activations": self.activations, "reader": self.reader}  # fmt: skip
+        if self.recorded:
+            parts["recorded"] = self.recorded
         return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
 
 
@@ -103,16 +107,24 @@ def need_of(config: SAEConfig, at: Circumstances) -> Need:
     during = int(codes * code + matrices * matrix) + ROWS_ALIVE * FLOAT * at.rows * at.d_in
     radial = matrix if mathematics.unit_decoder else 0  # the part that is taken off the decoder's gradient
     after = FOR_A_MEAN * gradients if at.averaged else radial
-    kept = kept_by_kernels(mathematics, at, matrix)
+    kept, recorded = kept_by_kernels(mathematics, at, matrix)
     held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
-    return Need(sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after))
+    return Need(
+        sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after),
+        recorded=recorded,
+    )  # fmt: skip
 
 
-def kept_by_kernels(mathematics: Family[Any], at: Circumstances, matrix: int) -> int:
-    """From step to step: both matrices rounded, and the rows of a step that was recorded."""
+def kept_by_kernels(mathematics: Family[Any], at: Circumstances, matrix: int) -> tuple[int, int]:
+    """From step to step: both matrices rounded and the rows of a recorded step; and the block of u that is recorded
+    ones' on their way. Lists of open entries are small beside these."""
     if not at.kernels or not isinstance(mathematics, GatedFamily) or not mathematics.unit_decoder:
-        return 0
-    return (matrix if at.rounded else 0) + ROWS_KEPT * FLOAT * at.rows * at.d_in
+        return 0, 0
+    number = 2 if at.rounded else FLOAT
+    block = number * min(mathematics.config.d_sae * at.rows, GPU_BLOCK)
+    if at.parts > 1 or at.averaged:  # such steps are not recorded
+        return (matrix if at.rounded else 0), 0
+    return (matrix if at.rounded else 0) + ROWS_KEPT * FLOAT * at.rows * at.d_in, block
 
 
 def alive(config: SAEConfig, rounded: bool) -> tuple[float, float]:
@@ -150,7 +162,7 @@ def together(needs: Iterable[Need], reader: int) -> Need:
     largest = max(needs, key=lambda need: need.step)
     return Need(
         sum(need.weights for need in needs), sum(need.moments for need in needs), largest.gradients,
-        largest.activations, reader,
+        largest.activations, reader, max(need.recorded for need in needs),
     )  # fmt: skip
 
 
