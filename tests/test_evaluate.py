@@ -1,6 +1,8 @@
 """evaluate(): what it keeps of an earlier evaluation, what it takes from the training log, what it adds when asked."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ import pytest
 from shared.config import EvalConfig, TrainConfig
 from shared.saes import sae_config
 from shared.tables import print_peers, print_saes
+from train.autoencoder import Autoencoder
 from train.evaluate import evaluate, with_losses_of
 from train.peers import PEERS
 from train.report import write_report
@@ -51,6 +54,24 @@ def test_a_second_look_keeps_the_losses_of_the_first(run: Path, tmp_path: Path, 
     assert all(text in shown for text in ("k 6", "L0 6", "tie-none", "dictionary_learning"))
     page = write_report([run], tmp_path / "report.html").read_text(encoding="utf-8")
     assert all(f"run/{sae['name']}" in page for sae in first["saes"])
+
+
+def test_autoencoders_are_in_memory_one_after_another(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a run that was trained in waves do not fit together."""
+    made: list[weakref.ref[Autoencoder]] = []
+    load, most = Autoencoder.load, 0
+
+    def watched(place: Path, device: str) -> Autoencoder:
+        nonlocal most
+        made.append(weakref.ref(sae := load(place, device)))
+        gc.collect()
+        most = max(most, sum(there() is not None for there in made))
+        return sae
+
+    monkeypatch.setattr(Autoencoder, "load", watched)
+    evaluate(EvalConfig(run=run, ce_tokens=500, device="cpu"))
+    assert len(made) == 1 + 2 * len(ARCHS)
+    assert most == 2, "the last one goes when the next one is there"
 
 
 def test_dead_in_training_comes_from_the_log(run: Path) -> None:

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
+from shared.errors import UserError
 from shared.model import LanguageModel
 from shared.models import resolve_model
 from shared.saes import ARCHITECTURES, SIGNED, sae_config
 from shared.store import Store
 from train.autoencoder import Autoencoder
-from train.metrics import Errors, language_losses, measure, read_heldout, reconstructions, recovered
+from train.metrics import Errors, language_losses, measure, read_heldout, reconstructed, reconstructions, recovered
 from train.rows import Rows
 from train.sae import family
 from train.sae.topk import TopKWeights
@@ -212,6 +213,25 @@ def test_language_losses(model_folder: Path) -> None:
     assert found.mean == pytest.approx(middle[predicted].double().mean().item())
     everywhere = model.losses(ids, (hook, torch.zeros_like))
     assert not torch.equal(everywhere, zero), "excluded positions stay clean"
+
+
+def test_losses_without_a_prediction_that_counts(model_folder: Path) -> None:
+    """No number then: a loss of 0 would be a good one."""
+    model = LanguageModel(resolve_model(str(model_folder)), "cpu", "float32")
+    tokens, counted = np.full((2, 16), 5, dtype=np.uint16), np.ones((2, 16), dtype=bool)
+    with pytest.raises(UserError, match=r"no prediction of the held-out contexts counts.*--no-ce"):
+        language_losses(model, "blocks.1.hook_mlp_out", tokens, counted, [5], np.zeros(32), [])
+
+
+@pytest.mark.parametrize("shape", [(3, 7, 32), (3, 7, 4, 8)], ids=["rows", "heads"])
+def test_a_wide_dictionary_is_spliced_by_parts(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    x, sae = activations(21).view(shape), autoencoder()
+    whole = reconstructed(sae, x)
+    monkeypatch.setattr("train.metrics.CODES_AT_A_TIME", 5 * D_SAE)
+    sizes, encode = [], Autoencoder.encode
+    monkeypatch.setattr(Autoencoder, "encode", lambda self, part: (sizes.append(len(part)), encode(self, part))[1])
+    torch.testing.assert_close(reconstructed(sae, x), whole)
+    assert sizes == [5, 5, 5, 5, 1]
 
 
 def test_no_part_is_a_single_row(monkeypatch: pytest.MonkeyPatch) -> None:

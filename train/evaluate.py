@@ -1,7 +1,7 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -55,24 +55,36 @@ def evaluate(config: EvalConfig) -> Evaluation:
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
     diverged = folder.read("record.json").get("diverged", {})
-    saes = [Autoencoder.load(folder.sae(sae.name), device) for sae in trained.saes if sae.name not in diverged]
+    names = [sae.name for sae in trained.saes if sae.name not in diverged]
     d_in = store.spec.hookpoints[hook].d_in
-    for sae in saes:
-        if sae.d_in != d_in:
-            raise UserError(f"{sae.config.name}: is for activations of d_in {sae.d_in}; {store.name}/{hook} has {d_in}")
+
+    def saes() -> Iterator[Autoencoder]:
+        """One after another: a run that was trained in waves does not fit into memory as a whole."""
+        for name in names:
+            yield loaded(folder.sae(name), device, d_in, f"{store.name}/{hook}")
+
+    next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.tokens()
     parts = split(store.spec, tokens, trained)
     losses = None
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
-        losses = heldout_losses(model, store, hook, tokens, parts, saes, config.ce_tokens)
+        losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes, len(saes), losses, device, silent, config.peer_conventions)
+    results = measure_all(store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
         write_json(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
+
+
+def loaded(place: Path, device: str, d_in: int, what: str) -> Autoencoder:
+    """Raises UserError when it is for activations of another width than `what` has."""
+    sae = Autoencoder.load(place, device)
+    if sae.d_in != d_in:
+        raise UserError(f"{sae.config.name}: is for activations of d_in {sae.d_in}; {what} has {d_in}")
+    return sae
 
 
 def wants_ce(config: EvalConfig, store: Store) -> bool:
@@ -173,7 +185,7 @@ def heldout_losses(
     hook: str,
     tokens: NDArray[Any],
     parts: Split,
-    saes: Sequence[Autoencoder],
+    saes: Iterable[Autoencoder],
     at_most: int,
 ) -> Losses:
     contexts = np.flatnonzero(parts.heldout.any(axis=1))[: max(1, at_most // store.spec.context)]

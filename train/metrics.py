@@ -6,8 +6,9 @@ either sign. What is read off counts of firings is in census.py, off the decoder
 and their predictions are not counted.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Final
 
 import numpy as np
@@ -16,6 +17,7 @@ from jaxtyping import Bool, Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from shared.errors import UserError
 from shared.model import LanguageModel
 from train.autoencoder import Autoencoder
 from train.census import Firings, census, dead, densities, share
@@ -165,36 +167,39 @@ def language_losses(
     counted: NDArray[np.bool_],
     special_ids: Sequence[int],
     mean: NDArray[np.float64],
-    saes: Sequence[Autoencoder],
+    saes: Iterable[Autoencoder],
 ) -> Losses:
     """Losses of the language model on `tokens` [n, context] with the hookpoint left alone, set to zero, set to
     `mean` [d_in], and replaced by each autoencoder's reconstruction, at the positions marked in `counted`. A
-    prediction counts where its position is marked and its target is not a special token."""
-    target = torch.tensor(list(special_ids), device=model.device)
+    prediction counts where its position is marked and its target is not a special token. Autoencoders are taken one
+    after another and let go. Raises UserError when no prediction counts."""
+    predicted = counted[:, :-1] & ~np.isin(tokens[:, 1:], list(special_ids))
+    if not predicted.any():
+        raise UserError(
+            "no prediction of the held-out contexts counts: their positions are excluded, or what follows them are "
+            "special tokens. Harvest more tokens, exclude fewer positions, or measure without the loss: --no-ce"
+        )
     average = torch.from_numpy(mean).float().to(model.device)
-    replacements: list[Callable[[Tensor], Tensor] | None] = [
-        None,
-        torch.zeros_like,
-        lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x),  # heads lie side by side
-        *[lambda x, sae=sae: reconstructed(sae, x) for sae in saes],
-    ]
-    sums, n = np.zeros(len(replacements)), 0
     batch = max(1, LOGITS_AT_A_TIME // (tokens.shape[1] * model.vocab_size))
-    for start in range(0, len(tokens), batch):
-        ids = torch.from_numpy(tokens[start : start + batch].astype("int64")).to(model.device)
-        here = torch.from_numpy(counted[start : start + batch]).to(model.device)
-        predicted = here[:, :-1] & ~torch.isin(ids[:, 1:], target)
-        n += int(predicted.sum())
-        for index, replace in enumerate(replacements):
+
+    def loss(replace: Callable[[Tensor], Tensor] | None) -> float:
+        total = 0.0
+        for start in range(0, len(tokens), batch):
+            some = slice(start, start + batch)
+            ids = torch.from_numpy(tokens[some].astype("int64")).to(model.device)
+            here, wanted = (torch.from_numpy(mask[some]).to(model.device) for mask in (counted, predicted))
             hook = None if replace is None else (hook_name, only_at(here, replace))
-            sums[index] += model.losses(ids, hook)[predicted].double().sum().item()
-    clean, zero, average_loss, *spliced = (float(total) / max(1, n) for total in sums)
-    return Losses(clean, zero, average_loss, spliced, n)
+            total += model.losses(ids, hook)[wanted].double().sum().item()
+        return total / int(predicted.sum())
+
+    ablated = loss(None), loss(torch.zeros_like)
+    middle = loss(lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x))  # heads lie side by side
+    return Losses(*ablated, middle, [loss(partial(reconstructed, sae)) for sae in saes], int(predicted.sum()))
 
 
 def reconstructed(sae: Autoencoder, x: Float[Tensor, "contexts context *shape"]) -> Tensor:
-    flat = x.flatten(0, 1).flatten(1)
-    return sae.decode(sae.encode(flat)).to(x.dtype).view_as(x)
+    rows = torch.split(x.flatten(0, 1).flatten(1), max(1, CODES_AT_A_TIME // sae.config.d_sae))
+    return torch.cat([sae.decode(sae.encode(part)).to(x.dtype) for part in rows]).view_as(x)
 
 
 def only_at(here: Bool[Tensor, "contexts context"], replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
