@@ -49,18 +49,19 @@ TOKENS = {"SIGNED": True, "TWO": True, "BLOCK": 512}
 OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("adam", "adam_row", {**{k: v for k, v in UPDATE.items() if k not in ("CHUNK", "UPDATE")}, "BLOCK": 2048}),
     ("entries", "count_open", TOKENS),
-    ("entries", "write_open", TOKENS),
+    ("entries", "write_open", {"BLOCK": 32}),
     ("entries", "read_open", {"BLOCK": 512}),
     ("entries", "code_entries", {**TOKENS, "TWO_R": True}),
     ("entries", "finish_latents", {**TOKENS, "AUX": True, "TWO_R": True, "BLOCK": 32}),
-    ("kernels", "decode_token", {**ROW, "TWO": True, "WIDEN": False}),
+    ("kernels", "decode_part", {"COLUMNS": 256, "BLOCK_N": 16, "TWO": True}),
+    ("kernels", "decode_part", {"COLUMNS": 512, "BLOCK_N": 8, "TWO": False}),
     ("kernels", "sum_latent", {**ROW, **UPDATE}),
     ("kernels", "sum_latent", {**ROW, **UPDATE, "UPDATE": False, "UNIT": False, "COPY": False}),
     ("kernels", "sum_chunk", {**ROW, "CHUNK": 256}),
     ("kernels", "sum_parts", {**UPDATE, "BLOCK_D": 2048}),
 ]
-INT64 = ("bounds", "order", "longest_first")
-INT32 = ("counts", "latent", "latents", "ordered_latent")
+INT64 = ("bounds", "order")
+INT32 = ("counts", "marks", "latent", "latents", "ordered_latent")
 INT16 = ("tokens", "index")
 
 
@@ -79,14 +80,18 @@ def test_the_other_kernels_compile_for_an_h100(
     types = {
         **dict.fromkeys(INT64, "*i64"), **dict.fromkeys(INT32, "*i32"), **dict.fromkeys(INT16, "*i16"),
         **dict.fromkeys(("pace", "widen"), "fp32"),
-        **dict.fromkeys(("batch", "stride", "d_sae", "d_in", "room", "offset", "height"), "i32"),
+        **dict.fromkeys(("batch", "stride", "d_sae", "d_in", "room", "offset", "height", "words"), "i32"),
         **dict.fromkeys(("low", "copy", "rows", "W_dec"), "*bf16"), **dict.fromkeys(constants, "constexpr"),
     }  # fmt: skip
     if "open" in name:
         types["u"] = "*bf16"
     kernel = getattr(kernel, "fn", kernel) if hasattr(kernel, "configs") else kernel
     names = kernel.arg_names
-    whole = [at for at, key in enumerate(names) if types.get(key) != "constexpr"] if "BLOCK_D" in constants else []
+    whole = (
+        [at for at, key in enumerate(names) if types.get(key) != "constexpr"]
+        if {"BLOCK_D", "COLUMNS"} & set(constants)
+        else []
+    )
     source = ASTSource(
         fn=kernel,
         signature={argument: types.get(argument, "*fp32") for argument in names},

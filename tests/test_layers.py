@@ -59,7 +59,8 @@ def test_order_and_mathematics_know_no_ranks() -> None:
     assert not imports(ROOT / "train" / "order.py") & {"torch", "accelerate"}
     for path in (ROOT / "train" / "sae").glob("*.py"):
         allowed = {"torch", "jaxtyping", "shared", "train", "triton"}
-        standard = {"abc", "collections", "dataclasses", "functools", "importlib", "math", "os", "pathlib", "typing"}
+        standard = {"abc", "collections", "dataclasses", "functools", "importlib", "math", "os", "pathlib", "typing",
+                    "weakref"}  # fmt: skip
         assert imports(path) - allowed <= standard
         lines = [line.split()[1] for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("from ")]
         ours = {name for name in lines if name.split(".")[0] in ("shared", "train")}
