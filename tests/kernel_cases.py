@@ -31,9 +31,8 @@ def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A few entries then are several blocks."""
 
     def use(many: int) -> None:
-        monkeypatch.setattr(kernels.sum_latent, "configs", [triton.Config({"BLOCK_N": many})])
-        monkeypatch.setattr(kernels.decode_part, "configs", [triton.Config({"BLOCK_N": many, "COLUMNS": 16})])
-        monkeypatch.setattr(kernels, "FEWEST_COLUMNS", 16)
+        for kernel in (kernels.sum_latent, kernels.decode_token):
+            monkeypatch.setattr(kernel, "configs", [triton.Config({"BLOCK_N": many})])
 
     use(4)
     return use

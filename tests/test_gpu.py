@@ -36,8 +36,8 @@ pytestmark = [
 ]
 
 
-CHOICES = 8
-"""Blocks that the kernel of decodings chooses from; that of sums has fewer."""
+CHOICES = 4
+"""Blocks that the kernels of sums and of decodings choose from, each."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,9 +48,9 @@ def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
         from train.sae import kernels
 
         choice = getattr(request, "param", 0)
-        assert len(kernels.decode_part.configs) == CHOICES
-        for kernel in (kernels.sum_latent, kernels.decode_part):
-            monkeypatch.setattr(kernel, "configs", [kernel.configs[choice % len(kernel.configs)]])
+        for kernel in (kernels.sum_latent, kernels.decode_token):
+            assert len(kernel.configs) == CHOICES
+            monkeypatch.setattr(kernel, "configs", [kernel.configs[choice]])
 
 
 def test_a_store_harvested_on_cuda(harvest_config: Callable[..., HarvestConfig], tmp_path: Path) -> None:

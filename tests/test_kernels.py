@@ -53,14 +53,13 @@ OTHERS: list[tuple[str, str, dict[str, Any]]] = [
     ("entries", "read_open", {"BLOCK": 512}),
     ("entries", "code_entries", {**TOKENS, "TWO_R": True}),
     ("entries", "finish_latents", {**TOKENS, "AUX": True, "TWO_R": True, "BLOCK": 32}),
-    ("kernels", "decode_part", {"COLUMNS": 256, "BLOCK_N": 16, "TWO": True}),
-    ("kernels", "decode_part", {"COLUMNS": 512, "BLOCK_N": 8, "TWO": False}),
+    ("kernels", "decode_token", {**ROW, "TWO": True, "WIDEN": False}),
     ("kernels", "sum_latent", {**ROW, **UPDATE}),
     ("kernels", "sum_latent", {**ROW, **UPDATE, "UPDATE": False, "UNIT": False, "COPY": False}),
     ("kernels", "sum_chunk", {**ROW, "CHUNK": 256}),
     ("kernels", "sum_parts", {**UPDATE, "BLOCK_D": 2048}),
 ]
-INT64 = ("bounds", "order")
+INT64 = ("bounds", "order", "longest_first")
 INT32 = ("counts", "marks", "latent", "latents", "ordered_latent")
 INT16 = ("tokens", "index")
 

@@ -24,11 +24,6 @@ from train.sae.sparse import Sum
 
 CHUNK: Final = 256
 """Most entries that one program sums."""
-DECODING: Final = (
-    (256, 16, 4), (256, 8, 2), (128, 32, 4), (128, 16, 2), (512, 8, 4), (1024, 8, 8), (256, 32, 4), (512, 16, 4),
-)  # fmt: skip
-"""Columns, entries and warps of a program of `decode` to choose from: more entries spill registers."""
-FEWEST_COLUMNS: Final = min(columns for columns, _, _ in DECODING)
 MOST: Final = 128
 """Numbers of rows that a thread may hold at once: with more, registers spill."""
 INTERPRETED: Final = os.environ.get("TRITON_INTERPRET") == "1"
@@ -69,22 +64,20 @@ def decode(
     W_dec: Float[Tensor, "d_sae d_in"],
     centred: Float[Tensor, "batch d_in"],
 ) -> Decoded:
-    """Each token's decodings, their errors and the products of these. `latent` and `codes` are ordered by token,
-    `order` says where each of these entries is by latent. Errors are rounded to the type of `W_dec` before products are
-    taken, as in the dense form. One part of the columns after the other: such a part of `W_dec` stays in the cache, and
-    a token with many entries is not worked on by one program alone."""
-    (batch, d_in), count, device = centred.shape, len(codes), centred.device
+    """Each token's decodings, their errors and the products of these, from one reading of the decoder's rows (and one
+    more from the cache). `latent` and `codes` are ordered by token, `order` says where each of these entries is by
+    latent. Errors are rounded to the type of `W_dec` before products are taken, as in the dense form."""
+    batch, d_in = centred.shape
     error = torch.empty_like(centred)
-    low = torch.empty(count, batch, d_in, dtype=W_dec.dtype, device=device)
-    most = triton.cdiv(d_in, FEWEST_COLUMNS)
-    squares = torch.empty(most, count, batch, device=device)
-    dots = torch.empty(most, count, len(latent), device=device)
-    decode_part[lambda blocks: (batch, triton.cdiv(d_in, blocks["COLUMNS"]))](
-        latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares, dots, len(latent), batch, d_in,
-        TWO=count == 2,
+    low = torch.empty(len(codes), batch, d_in, dtype=W_dec.dtype, device=centred.device)
+    squares = torch.empty(len(codes), batch, device=centred.device)
+    dots = torch.empty(len(codes), len(latent), device=centred.device)
+    longest_first = torch.argsort(bounds.diff(), descending=True)  # or the last one is waited for
+    decode_token[(batch,)](
+        longest_first, latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
+        dots, len(latent), batch, d_in, TWO=len(codes) == 2, WIDEN=INTERPRETED, BLOCK_D=triton.next_power_of_2(d_in),
     )  # fmt: skip
-    parts = triton.cdiv(d_in, decode_part.best_config.kwargs["COLUMNS"])
-    return Decoded(error, low, squares[:parts].sum(0), dots[:parts].sum(0))
+    return Decoded(error, low, squares, dots)
 
 
 def sum_rows(of: Sum, chunk: int = CHUNK) -> Float[Tensor, "d_sae d_in"]:
@@ -141,56 +134,67 @@ def launch(of: Sum, out: Float[Tensor, "d_sae d_in"], update: Update | None, chu
 
 
 @triton.autotune(
-    [triton.Config({"COLUMNS": columns, "BLOCK_N": n}, num_warps=warps) for columns, n, warps in DECODING],
+    blocks((4, 4), (2, 4), (8, 4), (4, 8)),
     key=["d_in", "TWO"],
+    prune_configs_by={"early_config_prune": fitting},
 )
 @triton.jit(do_not_specialize=["room"])
 @no_type_check
-def decode_part(
-    latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, dots, room, batch, d_in,
-    TWO: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_N: tl.constexpr,
+def decode_token(
+    longest_first, latent, order, code, second_code, bounds, W_dec, centred, error, low, squares, second_squares, dots,
+    room, batch, d_in, TWO: tl.constexpr, WIDEN: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of one token. Its first rows, for most tokens all of them, stay in registers from the decodings to
-    the products. Offsets are int64: they may pass 2^31."""
-    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    """One token. The products are a matrix product of the entries' rows and the one or two errors, which a tensor core
+    takes 16 of. Offsets are int64: they may pass 2^31."""
+    token = tl.load(longest_first + tl.program_id(0))
     begin, end = tl.load(bounds + token), tl.load(bounds + token + 1)
-    column = part * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.arange(0, BLOCK_D)
     inside = column < d_in
     place = token * d_in + column
     target = tl.load(centred + place, mask=inside, other=0.0)
-    kept = rows_of(latent, W_dec, begin, end, column, inside, d_in, BLOCK_N)
-    total = weighted(code, kept, begin, end, BLOCK_N)
-    second_total = total
-    if TWO:
-        second_total = weighted(second_code, kept, begin, end, BLOCK_N)
-    for at in range(begin + BLOCK_N, end, BLOCK_N):
+    total = tl.zeros((BLOCK_D,), tl.float32)
+    second_total = tl.zeros((BLOCK_D,), tl.float32)
+    for at in range(begin, end, BLOCK_N):
         rows = rows_of(latent, W_dec, at, end, column, inside, d_in, BLOCK_N)
         total += weighted(code, rows, at, end, BLOCK_N)
         if TWO:
             second_total += weighted(second_code, rows, at, end, BLOCK_N)
-    squares += part * (1 + TWO) * batch + token
-    dots += part * (1 + TWO) * room
     total -= target
-    rounded = total.to(low.dtype.element_ty)
     tl.store(error + place, total, mask=inside)
-    tl.store(low + place, rounded, mask=inside)
-    tl.store(squares, tl.sum(total * total, 0))
-    second = rounded
+    tl.store(squares + token, tl.sum(total * total, 0))
+    tl.store(low + place, total.to(low.dtype.element_ty), mask=inside)
+    table = batch.to(tl.int64) * d_in
     if TWO:
         second_total -= target
-        second = second_total.to(low.dtype.element_ty)
-        tl.store(low + batch.to(tl.int64) * d_in + place, second, mask=inside)
-        tl.store(squares + batch, tl.sum(second_total * second_total, 0))
-    write_products(kept, rounded, second, order, dots, begin, end, room, TWO, BLOCK_N)
-    for at in range(begin + BLOCK_N, end, BLOCK_N):
-        rows = rows_of(latent, W_dec, at, end, column, inside, d_in, BLOCK_N)
-        write_products(rows, rounded, second, order, dots, at, end, room, TWO, BLOCK_N)
+        tl.store(second_squares + token, tl.sum(second_total * second_total, 0))
+        tl.store(low + table + place, second_total.to(low.dtype.element_ty), mask=inside)
+    tl.debug_barrier()  # other threads of this program read them
+    which = tl.arange(0, 16)
+    real = which < 1 + TWO
+    for at in range(begin, end, 64):
+        entry = at + tl.arange(0, 64)
+        live = entry < end
+        source = tl.load(latent + entry, mask=live, other=0).to(tl.int64) * d_in
+        products = tl.zeros((64, 16), tl.float32)
+        for first in range(0, d_in, 64):
+            some = first + tl.arange(0, 64)
+            there = some < d_in
+            errors = tl.load(
+                low + token * d_in + which[None, :] * table + some[:, None], mask=there[:, None] & real[None, :],
+                other=0.0,
+            )  # fmt: skip
+            row = tl.load(W_dec + source[:, None] + some[None, :], mask=live[:, None] & there[None, :], other=0.0)
+            if WIDEN:  # Triton's interpreter multiplies no bfloat16
+                row, errors = row.to(tl.float32), errors.to(tl.float32)
+            products = tl.dot(row, errors, products, input_precision="ieee")
+        goes = tl.load(order + entry, mask=live, other=0)[:, None] + which[None, :].to(tl.int64) * room
+        tl.store(dots + goes, products, mask=live[:, None] & real[None, :])
 
 
 @triton.jit
 @no_type_check
 def rows_of(index, table, begin, end, column, inside, d_in, BLOCK_N: tl.constexpr):
-    """Some columns of the rows that entries from `begin` name, as they are stored; zeros from `end` on."""
+    """The rows that entries from `begin` name, as they are stored; zeros from `end` on."""
     entry = begin + tl.arange(0, BLOCK_N)
     live = entry < end
     source = tl.load(index + entry, mask=live, other=0).to(tl.int64)[:, None] * d_in + column[None, :]
@@ -203,20 +207,6 @@ def weighted(weight, rows, begin, end, BLOCK_N: tl.constexpr):
     """Σ weight · row of the entries from `begin`."""
     entry = begin + tl.arange(0, BLOCK_N)
     return tl.sum(tl.load(weight + entry, mask=entry < end, other=0.0)[:, None] * rows.to(tl.float32), 0)
-
-
-@triton.jit
-@no_type_check
-def write_products(
-    rows, error, second, order, dots, begin, end, room, TWO: tl.constexpr, BLOCK_N: tl.constexpr
-):  # fmt: skip
-    """The products of rows and errors, to where `order` says."""
-    entry = begin + tl.arange(0, BLOCK_N)
-    live = entry < end
-    to = dots + tl.load(order + entry, mask=live, other=0)
-    tl.store(to, tl.sum(rows.to(tl.float32) * error.to(tl.float32)[None, :], 1), mask=live)
-    if TWO:
-        tl.store(to + room, tl.sum(rows.to(tl.float32) * second.to(tl.float32)[None, :], 1), mask=live)
 
 
 @triton.jit
