@@ -14,14 +14,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, Final
 
 import torch
 from numpy.typing import NDArray
 
 from harvest.behind import pool
 from harvest.capture import Capture, Slot, make_slot
-from harvest.fill import SLOTS, default_batch_tokens, finish_work, take_turns
+from harvest.fill import SLOTS, default_batch_tokens, finish_work, streams
 from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
@@ -31,13 +31,16 @@ from shared.config import HarvestConfig
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.hooks import layer_of
-from shared.model import LanguageModel
+from shared.model import side_by_side
 from shared.models import ModelSource, resolve_model
 from shared.progress import hush
 from shared.reader import open_reader, read_shard
 from shared.shard import encode_chunk
 from shared.spec import rows_that_count
 from shared.store import Store
+
+BARE_BATCH: Final = 8_192
+"""Tokens: what suits a forward pass on all cores of a CPU best, where a harvest gives each core a batch of its own."""
 
 
 @dataclass(frozen=True)
@@ -56,27 +59,30 @@ def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Cal
     with hush():
         store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
     source = resolve_model(config.model, config.revision)
-    model = LanguageModel(source, Team().device(config.device), store.spec.model["dtype"], config.attention)
+    device, cores = Team().device(config.device), Team().threads
+    beside = streams(device, store.spec, config, cores)
+    models = side_by_side(source, device, store.spec.model["dtype"], config.attention, beside)
+    model = models[0]
     last = max(layer_of(hook.name) for hook in store.spec.hookpoints.values())
     bare = cut_off(source, model.device, store.spec.model["dtype"], last)
     tokens, spec = store.tokens(), store.spec
     contexts = max(1, (config.batch_tokens or default_batch_tokens(model.device, model.d_model)) // spec.context)
-    capture = Capture(model, spec, tokens, rows_that_count(tokens, spec), contexts, Team().threads)
+    alone = contexts if model.device.type == "cuda" else max(contexts, BARE_BATCH // spec.context)
+    capture = Capture(models, spec, tokens, rows_that_count(tokens, spec), contexts, cores)
     ring: Ring[Slot] = Ring(lambda: make_slot(spec, model.device), SLOTS)
-    turns = take_turns(model.device, store.files)
     chunks = encodable(store)
 
     def forward() -> None:
-        bare_forward(bare, model.device, store, tokens, contexts)
+        bare_forward(bare, model.device, store, tokens, alone)
 
     def captured() -> None:
-        counted.append(capture_shards(capture, store, ring, turns))
+        counted.append(capture_shards(capture, store, ring))
 
     counted: list[float] = []
 
     def encoded() -> None:
-        with ThreadPoolExecutor(Team().threads) as cores:
-            list(cores.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
+        with ThreadPoolExecutor(cores) as encoders:
+            list(encoders.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
     found: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
     stalls = []
@@ -127,34 +133,37 @@ def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[
     finish_work(device)
 
 
-def capture_shards(capture: Capture, store: Store, ring: Ring[Slot], turns: bool) -> float:
-    """As in a harvest: in turns, or the rest of a shard while the next one is computed. Gives the seconds in which the
-    model stood still for a turn."""
-    still = 0.0
+def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
+    """On a GPU as in a harvest: the rest of a shard while the next one is computed. On a CPU moments are taken when all
+    shards are captured: gives their seconds."""
     waiting: list[Future[None]] = []
-
-    def finish(ready: Ready, slot: Slot) -> None:
-        ready()
-        ring.give_back(slot)
+    later: list[Ready] = []
 
     def look() -> None:
         for done in waiting:
             if done.done():
                 done.result()
 
+    def finish(ready: Ready, slot: Slot) -> None:
+        ready()
+        ring.give_back(slot)
+
     with pool(1, "capture") as behind:
         for shard in store.commits:
             slot = ring.take(look)
             ready = capture.shard(shard, slot, lambda _: None)
-            if turns:
-                began = time.perf_counter()
-                finish(ready, slot)
-                still += time.perf_counter() - began
+            if capture.side is None:
+                later.append(ready)
+                ring.give_back(slot)  # it comes round again when all of this shard's batches are done
             else:
                 waiting.append(behind.submit(finish, ready, slot))
+        capture.finish(lambda _: None)
     for done in waiting:
         done.result()
-    return still
+    began = time.perf_counter()
+    for ready in later:
+        ready()
+    return time.perf_counter() - began
 
 
 def report(store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]) -> Report:

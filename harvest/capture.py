@@ -5,12 +5,18 @@ of a shard are the same in both cases (matrix products of other shapes may round
 values as they will be stored (harvest/moments.py).
 
 On CUDA all that is done with activations happens on a stream of its own: the model computes the next batch meanwhile.
-On a CPU the moments are taken when the shard is complete, by whoever asks for its rows.
+On a CPU several batches are computed side by side, each by a thread with cores of its own, which never waits for
+another: not at the end of a shard, nor for a core that the writer shares with one of them. The moments are taken when
+the shard is complete, by whoever asks for its rows.
 """
 
+import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final
 
 import numpy as np
@@ -86,8 +92,6 @@ class HookSink:
     """[n] bool on the model's device: the rows that count in the moments."""
     side: Any = None
     """The CUDA stream that copies and counts; None: where the model runs."""
-    begin: int = 0
-    """Where in the shard the current batch starts; negative when its first rows belong to the shard before."""
 
     def __post_init__(self) -> None:
         if self.side is not None:
@@ -95,9 +99,10 @@ class HookSink:
                 self.norms = torch.empty(self.n, dtype=torch.float32, device=self.keep.device)
                 self.moments = torch.zeros_like(self.memory.moments, device=self.keep.device)
 
-    def push(self, activations: Tensor) -> None:
-        first, last = max(0, -self.begin), min(len(activations), self.n - self.begin)
-        target = slice(self.begin + first, self.begin + last)
+    def push(self, begin: int, activations: Tensor) -> None:
+        """`begin`: where in the shard the batch starts; negative when its first rows belong to the shard before."""
+        first, last = max(0, -begin), min(len(activations), self.n - begin)
+        target = slice(begin + first, begin + last)
         if self.side is None:
             self.memory.rows[target].copy_(activations[first:last])
             return
@@ -117,29 +122,67 @@ class HookSink:
                 self.memory.moments.copy_(self.moments, non_blocking=True)
 
 
+def model_threads(count: int, cores: int) -> ThreadPoolExecutor:
+    """Threads whose matrix products have so many cores each."""
+
+    def begin() -> None:
+        torch.set_num_threads(cores)
+        torch.get_num_threads()  # else this thread's first product would ask for the number once more
+        started.wait()
+
+    here, started = torch.get_num_threads(), threading.Barrier(count + 1)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="model", initializer=begin)
+    for _ in range(count):
+        pool.submit(lambda: None)
+    started.wait()
+    torch.set_num_threads(here)  # each of them keeps its own number; this is that of threads to come
+    return pool
+
+
 class Capture:
     """Runs a model over the shards of one store."""
 
     def __init__(
         self,
-        model: LanguageModel,
+        models: Sequence[LanguageModel],
         spec: StoreSpec,
         tokens: NDArray[Any],
         keep: NDArray[np.bool_],
         batch_contexts: int,
         threads: int,
     ) -> None:
-        """`tokens` and `keep` (which rows count in the moments) are [contexts, context]."""
-        self.model, self.spec, self.tokens, self.batch = model, spec, tokens, batch_contexts
+        """`tokens` and `keep` (which rows count in the moments) are [contexts, context]. Several models, on a CPU,
+        compute side by side and share out `threads`."""
+        self.model, self.spec, self.tokens, self.batch = models[0], spec, tokens, batch_contexts
         self.keep = keep.reshape(-1)
         self.pool = behind.pool(threads, "moments")
+        self.free: SimpleQueue[LanguageModel] = SimpleQueue()
+        """Models that no thread has."""
+        for model in models:
+            self.free.put(model)
+        self.streams = model_threads(len(models), max(1, threads // len(models))) if len(models) > 1 else None
+        self.ahead = len(models) - 1
+        """Batches that may be under way when those of the next shard are begun."""
+        self.running: deque[tuple[Future[None], int]] = deque()
+        """And how many rows of the shard each has."""
+        model = self.model
         cuda = model.device.type == "cuda"
         if cuda and model.device.index is not None:
             torch.cuda.set_device(model.device)  # else what follows takes memory of the first GPU, too
         self.side = torch.cuda.Stream(model.device) if cuda else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
+        """Batches that are under way are waited for; those that wait are dropped."""
+        if self.streams is not None:
+            self.streams.shutdown(cancel_futures=True)
         self.pool.shutdown()
+
+    def finish(self, after_batch: Callable[[int], None], left: int = 0) -> None:
+        """Waits until no more than `left` batches are under way."""
+        while len(self.running) > left:
+            batch, rows = self.running.popleft()
+            batch.result()
+            after_batch(rows)
 
     def shard(self, shard: int, slot: Slot, after_batch: Callable[[int], None]) -> Ready:
         """Captures a shard into a slot. Gives a function that waits until all of it is there and gives the rows, in
@@ -149,27 +192,31 @@ class Capture:
         n = stop - start
         keep = sent(torch.from_numpy(self.keep[start:stop]), self.model.device)
         sinks = {path: HookSink(slot[path], n, keep, self.side) for path in self.spec.hookpoints}
-        names = {self.spec.hookpoints[path].name: sink.push for path, sink in sinks.items()}
         context, last = self.spec.context, -(-stop // self.spec.context)
         asked: deque[Any] = deque()
-        widths = {hook.name: hook.d_in for hook in self.spec.hookpoints.values()}
-        with self.model.capturing(names, widths) as run:
-            for first in range(start // context, last, self.batch):
-                batch = self.tokens[first : min(first + self.batch, last)]
-                for sink in sinks.values():
-                    sink.begin = first * context - start
-                run(torch.from_numpy(batch.astype("int64")))
+        batches: list[Future[None]] = []
+        for first in range(start // context, last, self.batch):
+            batch = self.tokens[first : min(first + self.batch, last)]
+            begin = first * context
+            rows = min(begin + batch.size, stop) - max(begin, start)
+            if self.streams is None:
+                self.compute(batch, sinks, begin - start)
                 asked.append(self.event())
                 if len(asked) > BATCHES_AHEAD:
                     asked.popleft()()
-                begin = first * context
-                after_batch(min(begin + batch.size, stop) - max(begin, start))
+                after_batch(rows)
+            else:
+                batches.append(self.streams.submit(self.compute, batch, sinks, begin - start))
+                self.running.append((batches[-1], rows))
+        self.finish(after_batch, self.ahead)
         for sink in sinks.values():
             sink.finish()
         complete = self.event()
 
         def result() -> dict[str, ShardRows]:
             complete()
+            for batch in batches:
+                batch.result()
             if self.side is None:
                 kept = self.keep[start:stop]
                 parts = [Part(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
@@ -178,6 +225,17 @@ class Capture:
             return {path: slot[path].result(n) for path in sinks}
 
         return result
+
+    def compute(self, tokens: NDArray[Any], sinks: Mapping[str, HookSink], begin: int) -> None:
+        """One batch, whose first row is number `begin` of the shard."""
+        hooks = self.spec.hookpoints
+        model = self.free.get()
+        try:
+            names = {hooks[path].name: partial(sink.push, begin) for path, sink in sinks.items()}
+            with model.capturing(names, {hook.name: hook.d_in for hook in hooks.values()}) as run:
+                run(torch.from_numpy(tokens.astype("int64")))
+        finally:
+            self.free.put(model)
 
     def event(self) -> Callable[[], None]:
         """A function that waits until the device has done what it was asked so far."""

@@ -47,15 +47,13 @@ class ShardFiles:
         fetch: Fetch,
         squares: NDArray[np.float64],
         kept: NDArray[np.bool_],
-        encoded: Callable[[], object] = lambda: None,
     ) -> Sizes:
         """A hookpoint's n rows through the store's codec. `squares` [d_in] are summed over the rows `kept` [n] in
-        stored order; int8 takes its scales from them and measures its error over these rows. `encoded` is called when
-        all chunks are written and not yet synced."""
+        stored order; int8 takes its scales from them and measures its error over these rows."""
         layout = self.layouts[hook]
         slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
         if self.spec.quantised:
-            return self.int8(write, hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept, encoded)
+            return self.int8(write, hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept)
 
         def encode(at: slice) -> bytes:
             chunk = self.memory(layout.chunk_shape, layout.dtype)
@@ -63,7 +61,7 @@ class ShardFiles:
             chunk[at.stop - at.start :] = layout.fill
             return encode_chunk(chunk, layout.codec)
 
-        return self.put(write, hook, shard, shard_pieces(self.each(encode, slices), layout), True, encoded)
+        return self.put(write, hook, shard, shard_pieces(self.each(encode, slices), layout), True)
 
     def int8(
         self,
@@ -74,7 +72,6 @@ class ShardFiles:
         fetch: Fetch,
         dim: NDArray[np.float32],
         kept: NDArray[np.bool_],
-        encoded: Callable[[], object],
     ) -> Sizes:
         """Quantised rows, their scales, and the squared error in each dimension."""
         layout, dtype = self.layouts[hook], DTYPES[self.spec.dtype][0]
@@ -97,7 +94,7 @@ class ShardFiles:
                 yield data
 
         return {
-            **self.put(write, hook, shard, shard_pieces(chunks(), layout), True, encoded),
+            **self.put(write, hook, shard, shard_pieces(chunks(), layout), True),
             **self.vector(write, f"scale/{hook}/row", shard, scales),
             **self.row(write, f"scale/{hook}/dim", shard, dim),
             **self.row(write, f"stats/{hook}/sum_of_squared_error", shard, error),
@@ -140,7 +137,6 @@ class ShardFiles:
         shard: int,
         pieces: Iterable[Buffer],
         matrix: bool,
-        written: Callable[[], object] = lambda: None,
     ) -> Sizes:
         size = crc = 0
 
@@ -149,7 +145,6 @@ class ShardFiles:
             for piece in pieces:
                 size, crc = size + len(piece), crc32(piece, crc)
                 yield piece
-            written()
 
         write(shard_file(array, shard, matrix), counted())
         return {array: (size, crc)}

@@ -1,4 +1,4 @@
-"""The loop of a harvest: a shard is captured while the one before is written; on a CPU while it is synced."""
+"""The loop of a harvest: a shard is captured while the one before is written."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -16,8 +16,8 @@ from harvest.writer import Ready, ShardWriter
 from shared.config import HarvestConfig
 from shared.device import reuse_memory
 from shared.errors import UserError
-from shared.files import Files, LocalFiles
-from shared.model import LanguageModel
+from shared.memory import host_memory
+from shared.model import side_by_side
 from shared.models import ModelSource
 from shared.progress import progress, say
 from shared.spec import DTYPES, StoreSpec, rows_that_count
@@ -25,6 +25,10 @@ from shared.store import Store
 
 SLOTS = 3
 """Shards in memory: one that is captured, one that is written, one that waits in between."""
+CPU_BATCH = 2_048
+"""Tokens."""
+MOST_STREAMS = 16
+"""Each is a wrapper around the model, which takes a moment to make; more cores than that share the batches."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,11 @@ def fill(
     """Captures and commits these shards. `look` is called between batches and may raise."""
     spec = store.spec
     look()
-    model = LanguageModel(source, team.device(config.device), spec.model["dtype"], spec.model["attention"])
+    device = team.device(config.device)
+    models = side_by_side(
+        source, device, spec.model["dtype"], spec.model["attention"], streams(device, spec, config, team.threads)
+    )
+    model = models[0]
     look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.tokens()
@@ -52,9 +60,8 @@ def fill(
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
     ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS, partial(finish_work, model.device))
     nonfinite = config.allow_nonfinite
-    turns = take_turns(model.device, store.files)
     with (
-        closing(Capture(model, spec, tokens, keep, max(1, batch // spec.context), team.threads)) as capture,
+        closing(Capture(models, spec, tokens, keep, max(1, batch // spec.context), team.threads)) as capture,
         closing(
             ShardWriter(store.files, spec, keep, writer=team.rank, threads=team.threads, allow_nonfinite=nonfinite)
         ) as writer,
@@ -65,16 +72,19 @@ def fill(
             slot = ring.take(watch.check)
             rows = capture_shard(capture, shard, slot, watch)
             writer.submit(shard, rows, partial(ring.give_back, slot))
-            if turns:
-                ring.waited += writer.take_turn(watch.check)
+        capture.finish(watch.after_batch)
         writer.wait()
     return Filled(watch.started, ring.waited)
 
 
-def take_turns(device: torch.device, files: Files) -> bool:
-    """Whether the model stands still while the writer computes. On a CPU both need every core: side by side, each
-    matrix product waits for the thread whose core is taken. Not with object stores: an upload is no work for a core."""
-    return device.type == "cpu" and isinstance(files, LocalFiles)
+def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
+    """Batches that are computed side by side. On a CPU one a core, or as many as fit into a quarter of the memory that
+    is free, at some 40 numbers of a row's width a token."""
+    if not device.startswith("cpu"):
+        return 1
+    tokens = max(spec.context, config.batch_tokens or CPU_BATCH)
+    each, free = 160 * tokens * max(hook.d_in for hook in spec.hookpoints.values()), host_memory()
+    return max(1, min(cores, MOST_STREAMS, cores if free is None else free // 4 // each))
 
 
 def finish_work(device: torch.device) -> None:
@@ -158,10 +168,10 @@ class Watch:
 
 
 def default_batch_tokens(device: torch.device, d_model: int) -> int:
-    """On a GPU what takes about a quarter of its memory, by 40 numbers of d_model a token; on a CPU what its caches
-    hold a fair part of."""
+    """On a GPU what takes about a quarter of its memory, by 40 numbers of d_model a token; on a CPU what a core's
+    caches hold a fair part of."""
     if device.type != "cuda":
-        return 8_192
+        return CPU_BATCH
     memory = torch.cuda.get_device_properties(device).total_memory
     return max(1, min(65_536, memory // 4 // (80 * d_model)))
 

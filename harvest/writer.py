@@ -5,8 +5,6 @@ chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-f
 number of processes may write one store, each the shards that it is given and each with a log of its own.
 """
 
-import threading
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
@@ -68,8 +66,6 @@ class ShardWriter:
         self.shards = ShardFiles(spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False
-        self.began = 0.0
-        self.encoded = threading.Semaphore(0)  # released once for each hookpoint of each shard
         self.commits: list[Commit] = []
         """What this writer has committed."""
 
@@ -80,7 +76,6 @@ class ShardWriter:
         def run() -> None:
             if self.failed:
                 return
-            self.began = time.monotonic()
             try:
                 self.commit(shard, rows())
             except BaseException:
@@ -89,15 +84,6 @@ class ShardWriter:
             done()
 
         self.pending.append(self.committer.submit(run))
-
-    def take_turn(self, look: Callable[[], None]) -> float:
-        """Waits until only the disk has work left with the shard that was submitted last, when called after each one.
-        `look` is called now and then and may raise. Gives the seconds until the shards before it were committed."""
-        asked = time.monotonic()
-        for _ in self.spec.hookpoints:
-            while not self.encoded.acquire(timeout=0.2):
-                look()
-        return max(0.0, self.began - asked)
 
     def check(self) -> None:
         """Raises the error of a commit that failed."""
@@ -130,7 +116,6 @@ class ShardWriter:
                 nonfinite[path] = int((bad & self.keep[start:stop]).sum())
         with self.files.explained():
             with self.files.together() as write:
-                # First, for the model may be waiting for them.
                 hooks = [
                     self.hooks.submit(self.write_hookpoint, write, path, shard, part, order, kept)
                     for path, part in rows.items()
@@ -162,7 +147,7 @@ class ShardWriter:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
         return {
-            **self.shards.activations(write, path, shard, len(order), fetch, part.squares, kept, self.encoded.release),
+            **self.shards.activations(write, path, shard, len(order), fetch, part.squares, kept),
             **self.shards.vector(write, f"stats/{path}/norm", shard, part.norms[order]),
             **self.shards.row(write, f"stats/{path}/sum", shard, part.total),
             **self.shards.row(write, f"stats/{path}/sum_of_squares", shard, part.squares),

@@ -4,10 +4,12 @@ Models run as Hugging Face ships them: no weight processing. shared/bridge.py ha
 the functions that need them.
 """
 
+import copy
 import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
 from shared.bridge import Attention, build_bridge, wants_sdpa
@@ -66,13 +68,26 @@ def first_device(model: Any) -> "torch.device":
     return torch.device(next((part for part in parts if part not in ("cpu", "disk")), "cpu"))
 
 
+def side_by_side(
+    source: ModelSource, device: str, dtype: str, attention: Attention, count: int
+) -> list["LanguageModel"]:
+    """One model for each of `count` threads, all over the same weights in memory."""
+    model = load_weights(source, device, dtype, attention)
+    weights = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    copies = [copy.deepcopy(model, dict(weights)) for _ in range(count - 1)]  # before hooks change the first in place
+    return [LanguageModel(source, device, dtype, attention, each) for each in (model, *copies)]
+
+
 class LanguageModel:
     """A causal language model with hooks. One thread at a time."""
 
-    def __init__(self, source: ModelSource, device: str, dtype: str, attention: Attention = "sdpa") -> None:
+    def __init__(
+        self, source: ModelSource, device: str, dtype: str, attention: Attention = "sdpa", loaded: Any = None
+    ) -> None:
+        """`loaded`: what `load_weights` gave, if it is there already; it is changed in place."""
         import torch
 
-        model = load_weights(source, device, dtype, attention)
+        model = load_weights(source, device, dtype, attention) if loaded is None else loaded
         self.device = first_device(model) if device == "map" else torch.device(device)
         self.d_model = model.config.get_text_config().hidden_size
         self.vocab_size = model.config.get_text_config().vocab_size

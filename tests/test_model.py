@@ -1,6 +1,7 @@
 """The model we harvest is the model Hugging Face ships: equal bit for bit at every hook, spliced without a trace."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from shared import model as language_model
 from shared.bridge import Attention
 from shared.config import HarvestConfig
 from shared.errors import UserError
-from shared.model import LanguageModel
+from shared.model import LanguageModel, side_by_side
 from shared.models import resolve_model
 from shared.store import Store
 
@@ -172,6 +173,31 @@ def test_splicing(folder: Path) -> None:
         assert torch.equal(model.losses(IDS, (hook, torch.clone)), clean), "splicing what was there changes nothing"
         assert not torch.equal(model.losses(IDS, (hook, torch.zeros_like)), clean), name
     assert torch.equal(model.losses(IDS), clean), "no hook stays behind"
+
+
+def test_models_side_by_side(folder: Path) -> None:
+    """Over the same weights, each with hooks of its own."""
+    models = side_by_side(resolve_model(str(folder)), "cpu", "float32", "sdpa", 3)
+    weights = [[tensor.data_ptr() for tensor in model.bridge.original_model.parameters()] for model in models]
+    assert weights[0] == weights[1] == weights[2]
+    batches = torch.randint(0, 300, (24, 3, 16), generator=torch.Generator().manual_seed(1))
+    alone = LanguageModel(resolve_model(str(folder)), "cpu", "float32")
+    expected = [rows_of(alone, tokens) for tokens in batches]
+    with ThreadPoolExecutor(3) as threads:
+        shares = [
+            threads.submit(lambda k=k: [rows_of(models[k], tokens) for tokens in batches[k::3]]) for k in range(3)
+        ]
+    for k, share in enumerate(shares):
+        for found, wanted in zip(share.result(), expected[k::3], strict=True):
+            assert torch.equal(found, wanted)
+
+
+def rows_of(model: LanguageModel, tokens: Tensor) -> Tensor:
+    found: list[Tensor] = []
+    with model.capturing({"blocks.1.hook_mlp_out": found.append}) as run:
+        run(tokens)
+    (rows,) = found
+    return rows
 
 
 def test_hooks_of_other_shapes_are_flattened(model_folder: Path) -> None:

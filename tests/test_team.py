@@ -1,10 +1,10 @@
 """Any number of processes, killed at any time: one and the same store. And what goes wrong in a long harvest."""
 
 import contextlib
+import itertools
 import json
 import os
 import random
-import re
 import shutil
 import signal
 import subprocess
@@ -168,55 +168,56 @@ def test_a_writer_that_fails_stops_the_model_at_once(
     assert 2 not in Store.open(tmp_path / "s").commits
 
 
-def test_on_a_cpu_the_model_and_the_writer_take_turns(
+def test_on_a_cpu_batches_are_computed_side_by_side(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The model never runs while anything is computed for the store, and always runs on while the disk is slow."""
-    running, steps = threading.Event(), threading.Condition()
-    forwards = 0
-    seen = {"encode": 0, "moments": 0, "beside the model": 0, "synced": 0}
+    """Three at once, each by a wrapper of its own; the next shard is begun while the last batches are computed. The
+    store is that of one after another, byte for byte."""
+    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)
+    expected = contents(Path(run_harvest(harvest_config(tmp_path / "one", batch_tokens=64)).store))
+    monkeypatch.setattr("harvest.fill.streams", lambda *_: 3)
+    meet, calls, models, began = threading.Barrier(3), itertools.count(), set(), []
+    next_shard = threading.Event()
+    run_to, compute, threads = LanguageModel.run_to, Capture.compute, harvest.capture.model_threads
 
-    def alone(name: str, function: Any) -> Any:
-        def computed(*arguments: Any) -> Any:
-            before = running.is_set()
-            result = function(*arguments)
-            time.sleep(0.001)
-            seen[name] += 1
-            seen["beside the model"] += before or running.is_set()
-            return result
+    def run(self: LanguageModel, *arguments: Any) -> None:
+        if next(calls) < 3:
+            meet.wait(60)
+        models.add(self)
+        assert torch.get_num_threads() == 1
+        run_to(self, *arguments)
 
-        return computed
+    def watched(self: Capture, tokens: Any, sinks: Any, begin: int) -> None:
+        began.append(begin)
+        if began.count(0) == 2:
+            next_shard.set()
+        if begin == 512 - 64:
+            assert next_shard.wait(60), "the next shard is begun"
+        compute(self, tokens, sinks, begin)
 
-    run_to, sync = LanguageModel.run_to, os.fsync
-
-    def run(*arguments: Any) -> None:
-        nonlocal forwards
-        running.set()
-        run_to(*arguments)
-        time.sleep(0.01)
-        running.clear()
-        with steps:
-            forwards += 1
-            steps.notify_all()
-
-    def slow_disk(handle: int) -> None:
-        shard = re.search(r"/mlp_out/c/([0-8])/0[^/]*tmp$", os.readlink(f"/proc/self/fd/{handle}"))
-        if shard:
-            with steps:
-                assert steps.wait_for(lambda: forwards > 4 * (int(shard[1]) + 1), 60), "the next shard is begun"
-            seen["synced"] += 1
-        sync(handle)
-
+    monkeypatch.setattr(harvest.capture, "model_threads", lambda count, _: threads(count, 1))
     monkeypatch.setattr(LanguageModel, "run_to", run)
-    monkeypatch.setattr("harvest.encode.encode_chunk", alone("encode", harvest.encode.encode_chunk))
-    monkeypatch.setattr("harvest.moments.of_segment", alone("moments", harvest.moments.of_segment))
-    monkeypatch.setattr("shared.files.os.fsync", slow_disk)
-    run_harvest(harvest_config(tmp_path))
-    assert seen == {"encode": 3 * 79, "moments": 30, "beside the model": 0, "synced": 9}
+    monkeypatch.setattr(Capture, "compute", watched)
+    before = torch.get_num_threads()
+    found = contents(Path(run_harvest(harvest_config(tmp_path / "three", batch_tokens=64)).store))
+    assert found == expected
+    assert len(models) == 3
+    assert torch.get_num_threads() == before
+
+
+def test_how_many_batches_side_by_side(harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a core, as far as memory goes; a GPU has one."""
+    config = harvest_config(tmp_path, batch_tokens=1000)
+    spec = Store.open(run_harvest(harvest_config(tmp_path, tokens=512)).store).spec
+    each = 160 * 1000 * 32
+    for free, cores, streams in ((None, 3, 3), (4 * each, 8, 1), (4 * each * 5, 8, 5), (0, 8, 1), (10**15, 99, 16)):
+        monkeypatch.setattr("harvest.fill.host_memory", lambda free=free: free)
+        assert harvest.fill.streams("cpu", spec, config, cores) == streams
+    assert harvest.fill.streams("cuda:1", spec, config, 8) == 1
 
 
 @pytest.mark.parametrize("where", ["harvest.encode.encode_chunk", "harvest.moments.of_segment"])
-def test_what_fails_in_the_writers_turn_stops_the_harvest(
+def test_what_fails_behind_the_model_stops_the_harvest(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     def fail(*_: Any) -> None:
@@ -228,7 +229,7 @@ def test_what_fails_in_the_writers_turn_stops_the_harvest(
     monkeypatch.setattr(where, fail)
     with pytest.raises(RuntimeError, match="a bug"):
         run_harvest(harvest_config(tmp_path))
-    assert shards == [0], "no other shard is begun"
+    assert len(shards) <= harvest.fill.SLOTS
     assert Store.open(tmp_path / "s").commits == {}
 
 
@@ -258,6 +259,7 @@ def test_out_of_memory_halves_the_batch(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stand-in for a GPU: this model refuses more than 3 contexts at once."""
+    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)
     exact = {"dtype": "float32", "store_dtype": "float32"}
     expected = Store.open(run_harvest(harvest_config(tmp_path, name="whole", batch_tokens=32, **exact)).store)
     capturing = LanguageModel.capturing
@@ -311,13 +313,14 @@ def test_rows_with_nan_are_kept_when_that_is_asked_for(
     """They are left out of statistics and of training; everything else is as without them."""
     good = Store.open(run_harvest(harvest_config(tmp_path, name="good")).store)
     push, bad = harvest.capture.HookSink.push, torch.arange(3, 5000, 97)
+    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)  # else two shards may be under way
 
-    def poisoned(self: Any, activations: torch.Tensor) -> None:
-        start = self.first_row + self.begin
+    def poisoned(self: Any, begin: int, activations: torch.Tensor) -> None:
+        start = self.first_row + begin
         rows = torch.arange(start, start + len(activations))
         activations = activations.clone()
         activations[torch.isin(rows, bad), 5] = float("nan")
-        push(self, activations)
+        push(self, begin, activations)
 
     def shard(self: Capture, number: int, *rest: Any) -> Any:
         harvest.capture.HookSink.first_row = self.spec.shard_range(number)[0]
