@@ -75,7 +75,7 @@ class HarvestConfig(Frozen):
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Activation rows wanted, exactly. Default: all that the corpus gives."""
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in one forward pass. Default: 8,192 on a CPU, on a GPU what surely fits, at most 65,536. What does not
+    """Tokens in one forward pass. Default: 2,048 on a CPU, on a GPU what surely fits, at most 65,536. What does not
     fit after all is halved."""
     allow_nonfinite: bool = False
     """Keep rows with NaN or infinities instead of stopping; they are left out of statistics and training."""
