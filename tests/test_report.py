@@ -263,6 +263,8 @@ def test_a_variant_is_set_against_its_like(mine: str, others: list[str], against
     (verdict,) = answer({key: series(key) for key in keys}, d_in=64).verdicts
     label = "Gated 192" + (f" ({against})" if against else "")
     assert verdict.title.endswith(f"against {label}, half the width")
+    assert ("They differ in other settings too (theta0-2)" in verdict.text) == (mine == "theta0-2")
+    assert ("They differ" in verdict.text) == (mine == "theta0-2")
 
 
 def test_the_answer_counts_antipodal_pairs_and_mass() -> None:

@@ -61,11 +61,15 @@ def _pairs(series: Series) -> list[tuple[Key, Key]]:
     default Gated where none has."""
     pairs = []
     for key in sorted(key for key in series if key.arch == "sa-gsae"):
-        shared = re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
         for width in (2 * key.d_sae, key.d_sae):
-            found = [other for v in (shared, "") if (other := Key("gated", width, v)) in series]
+            found = [other for v in (_other_settings(key), "") if (other := Key("gated", width, v)) in series]
             pairs += [(key, other) for other in found[:1]]
     return pairs
+
+
+def _other_settings(key: Key) -> str:
+    """Its variant without what a Gated one cannot have."""
+    return re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
 
 
 def _verdict(series: Series, of: Key, against: Key, d_in: int | None) -> Verdict:
@@ -75,6 +79,8 @@ def _verdict(series: Series, of: Key, against: Key, d_in: int | None) -> Verdict
     points_a, points_b = mean_of_seeds(a, "r2"), mean_of_seeds(b, "r2")
     matched = compare(points_a, points_b)
     text = _sentence(names, matched) if matched else _apart(names, points_a, points_b)
+    if _other_settings(of) != against.variant:
+        text += f" They differ in other settings too ({_other_settings(of)}): the difference is not of signs alone."
     tiles = _tiles(a, b, matched)
     if d_in is not None:
         tiles = (*tiles, _parameter_tile(h, other, d_in))
