@@ -165,11 +165,11 @@ class Capture:
         """Batches that may be under way when those of the next shard are begun."""
         self.running: deque[tuple[Future[None], int]] = deque()
         """And how many rows of the shard each has."""
-        model = self.model
-        cuda = model.device.type == "cuda"
-        if cuda and model.device.index is not None:
-            torch.cuda.set_device(model.device)  # else what follows takes memory of the first GPU, too
-        self.side = torch.cuda.Stream(model.device) if cuda else None  # type: ignore[no-untyped-call]
+        device = self.model.device
+        cuda = device.type == "cuda"
+        if cuda and device.index is not None:
+            torch.cuda.set_device(device)  # else what follows takes memory of the first GPU, too
+        self.side = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
         """Batches that are under way are waited for; those that wait are dropped."""
