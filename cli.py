@@ -687,7 +687,9 @@ def is_helper() -> bool:
 
 def show(document: Any, as_json: bool, text: Any) -> None:
     if as_json:
-        typer.echo(json.dumps(document, default=str))
+        from shared.record import to_json
+
+        typer.echo(to_json(document, default=str))
     else:
         text()
 

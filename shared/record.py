@@ -1,10 +1,12 @@
 """What produced an output: the command, the configuration, versions, the code's commit. Written beside the output."""
 
 import json
+import math
 import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -61,4 +63,17 @@ def sealed_json(value: dict[str, Any]) -> bytes:
 
 def write_json(path: Path, value: Any) -> None:
     """Whole or not at all."""
-    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
+    write_file(path, to_json(value, indent=2).encode() + b"\n")
+
+
+def to_json(value: Any, **options: Any) -> str:
+    """`null` for NaN and infinities, which JSON does not have: other programs could not read them."""
+    return json.dumps(finite(value), allow_nan=False, **options)
+
+
+def finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -85,6 +85,9 @@ def test_one_that_diverges_touches_no_other(
     assert [entry["name"] for entry in done.saes] == [good.name]
     assert "or use float32. It is trained no further" in capsys.readouterr().err
     assert json.loads((done.run / "record.json").read_text())["diverged"] == {bad.name: 5}
+    logged = (done.run / "metrics.jsonl").read_text().splitlines()
+    lines = [json.loads(line, parse_constant=pytest.fail) for line in logged]
+    assert None in [line["saes"][bad.name]["loss"] for line in lines if bad.name in line["saes"]], "JSON has no NaN"
     alone = run_train(train_config(saes=[good], out=tmp_path / "alone")).run
     for key, data in weights_of(alone).items():
         assert (done.run / key).read_bytes() == data, key

@@ -22,7 +22,7 @@ import tomli_w
 from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.files import LOCK_FILE, write_file
-from shared.record import write_json
+from shared.record import to_json, write_json
 from shared.schema import build
 
 FREE: Final = {
@@ -156,4 +156,4 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(to_json(line) + "\n")
