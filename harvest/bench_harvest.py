@@ -1,6 +1,6 @@
 """`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
 
-Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that, in the writer's turn, and
+Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that and
 are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off
 after the layer that is harvested, without TransformerLens and without hooks. Encoding is the codec alone, on every
 core, on the very rows that are harvested.
@@ -121,7 +121,7 @@ def enough_memory(device: torch.device, contexts: int) -> Iterator[None]:
 
 
 def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[Any], contexts: int) -> None:
-    """Every shard, in a harvest's batches."""
+    """Every shard, so many contexts at a time."""
     context = store.spec.context
     with torch.inference_mode():
         for shard in store.commits:

@@ -220,16 +220,27 @@ def test_how_many_batches_side_by_side(harvest_config: Config, tmp_path: Path, m
 def test_what_fails_behind_the_model_stops_the_harvest(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
+    """No shard is begun after the failure: the batches of the second one wait for it here."""
+    failed, began = threading.Event(), itertools.count()
+
     def fail(*_: Any) -> None:
+        failed.set()
         raise RuntimeError("a bug")
 
+    def compute(self: Capture, tokens: Any, sinks: Any, begin: int) -> None:
+        if next(began) >= 4:
+            assert failed.wait(60)
+            time.sleep(0.3)
+        computed(self, tokens, sinks, begin)
+
     shards: list[int] = []
-    run = Capture.shard
+    run, computed = Capture.shard, Capture.compute
+    monkeypatch.setattr(Capture, "compute", compute)
     monkeypatch.setattr(Capture, "shard", lambda self, shard, *rest: shards.append(shard) or run(self, shard, *rest))
     monkeypatch.setattr(where, fail)
     with pytest.raises(RuntimeError, match="a bug"):
-        run_harvest(harvest_config(tmp_path))
-    assert len(shards) <= harvest.fill.SLOTS
+        run_harvest(harvest_config(tmp_path, batch_tokens=128))
+    assert shards == [0, 1]
     assert Store.open(tmp_path / "s").commits == {}
 
 
