@@ -191,8 +191,8 @@ class TrainConfig(Frozen):
     fit into it together are trained in waves, each in a pass over the store."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
     """A latent counts as dead in metrics.jsonl when it has not fired for this many training tokens."""
-    checkpoint_every: Annotated[int, Field(ge=1)] = 1000
-    """Steps between checkpoints."""
+    checkpoint_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    """Steps between checkpoints. auto: 1000, or more where they would take more than a tenth of the time."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics.jsonl."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()

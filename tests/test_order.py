@@ -21,6 +21,7 @@ from shared.shard import as_float32
 from shared.store import Store
 from train.loader import Loader, Pass, Same
 from train.order import Order, Position, heldout_contexts, make_order, share, split
+from train.pace import START, Pace
 from train.rows import Kept, Rows
 from train.stream import BatchStream, VirtualStream
 
@@ -255,3 +256,26 @@ def test_rows_reach_the_batch_unchanged(store: Store, train_config: Config) -> N
     stored = np.concatenate([as_float32(rows.values(unit.shard, unit.first), "bfloat16") for unit in rows.units(1)])
     known = {row.tobytes() for row in stored}
     assert all(row.numpy().tobytes() in known for row in batch.float())
+
+
+@pytest.mark.parametrize(
+    ("gpu", "threads"),
+    [(10.0, range(1, 2)), (1.0, range(6, 8)), (0.5, range(12, 16)), (0.1, range(16, 17))],
+    ids=["slow", "as much as six threads read", "as much as twelve", "more than all read"],
+)
+@pytest.mark.parametrize("first", [1, 8, 16])
+def test_as_many_threads_decode_as_keep_up(gpu: float, threads: range, first: int) -> None:
+    """A GPU takes so many seconds for a round of four windows, each read by n threads in 1.2 / n."""
+    now = [0.0]
+    pace = Pace(16, 4, lambda: now[0])
+    pace.threads, needed, waited = first, 0.0, 0.0
+    for round_ in range(100):
+        for _ in range(4):
+            with pace.reading():
+                now[0] += 1.2 / pace.threads
+        waited += max(0.0, now[0] - needed) * (round_ > 50)
+        begins = max(now[0], needed)  # the GPU's round, in which the next is read
+        now[0], needed = begins, begins + gpu
+        assert pace.threads == first or round_ >= START
+    assert pace.threads in threads
+    assert not waited or pace.threads == 16

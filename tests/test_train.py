@@ -19,6 +19,7 @@ from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from test_store import unfinished
 
+import train.resume
 import train.run
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
@@ -155,6 +156,37 @@ def test_the_same_call_again_is_complete(train_config: Config, capsys: Any) -> N
         run_train(train_config(hook="attn_out"))
     run_train(train_config(lr=1e-3, overwrite=True))
     assert weights_of(first.run).items() != {k: v for k, v in before.items() if k.startswith("saes/")}.items()
+
+
+@pytest.mark.parametrize(("every", "written"), [("auto", [2, 22, 42, 50]), (15, [15, 30, 45, 50])])
+def test_checkpoints_are_written_when_due(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch, every: int | str, written: list[int]
+) -> None:
+    """A step takes a second here, a checkpoint two: of themselves they come after twenty more."""
+    now, steps = [0.0], []
+
+    class Timed(train.resume.Checkpoints):
+        def __init__(self, *of: Any) -> None:
+            super().__init__(*of, clock=lambda: now[0])
+
+        def due(self, done: int) -> bool:
+            now[0] += 1
+            return super().due(done)
+
+        def save(self, at: train.resume.Standing) -> None:
+            steps.append(at.step)
+            super().save(at)
+
+    def slowly(*of: Any) -> None:
+        now[0] += 2
+        end(*of)
+
+    end = train.resume.end_checkpoint
+    monkeypatch.setattr(train.resume, "end_checkpoint", slowly)
+    monkeypatch.setattr(train.resume, "AUTO_EVERY", 2)
+    monkeypatch.setattr(train.run, "Checkpoints", Timed)
+    run_train(train_config(checkpoint_every=every, tokens=50 * 64))
+    assert steps == written
 
 
 def test_a_run_has_a_name_of_its_own(train_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,14 @@
 """Windows of rows from a store's committed shards into memory, read by threads in the background.
 
 A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
-windows of every stream, laid out once, and what is being decoded.
+windows of every stream, laid out once, and what is being decoded. On a CPU all its cores decode, which training shares
+with them; for a GPU as many as keep up with it (train/pace.py).
 """
 
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, Protocol, runtime_checkable
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from shared.device import sent
 from train.order import Order, Run
+from train.pace import Pace
 from train.rows import Kept, Rows, to_tensor
 
 Verify = Literal["always", "first-epoch", "off"]
@@ -141,8 +144,8 @@ class Window:
 
 
 class Loader:
-    """Reads windows, one after another for all streams, with one thread a core to decode their chunks. Only streams
-    that have to wait for a harvest wait side by side."""
+    """Reads windows, one after another for all streams, with at most one thread a core to decode their chunks. Only
+    streams that have to wait for a harvest wait side by side."""
 
     def __init__(
         self, passes: Passes, streams: int, verify: Verify, device: torch.device, threads: int | None = None
@@ -151,6 +154,7 @@ class Loader:
         passes.open()
         self.threads = threads or len(os.sched_getaffinity(0))
         cuda = device.type == "cuda"
+        self.pace = Pace(self.threads, streams) if cuda else None
         here = None
         if cuda:  # a thread begins with the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -191,13 +195,14 @@ class Loader:
         host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
         if self.staged[turn] is not None:
             self.staged[turn].synchronize()
-        holds = self.read_units(part, units, host, check)
-        places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
-        kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
-        order = torch.from_numpy(kept)
-        if self.copies is None:
-            return Window(order, len(order), None)
-        return self.to_device(host, there, order, (stream, turn))
+        with self.pace.reading() if self.pace else nullcontext():
+            holds = self.read_units(part, units, host, check)
+            places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
+            kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
+            order = torch.from_numpy(kept)
+            if self.copies is None:
+                return Window(order, len(order), None)
+            return self.to_device(host, there, order, (stream, turn))
 
     def read_units(self, part: Pass, units: list[Run], memory: Memory, check: bool) -> NDArray[np.bool_]:
         """Decodes units into a window's memory. Gives which places hold a row that is kept."""
@@ -214,7 +219,8 @@ class Loader:
                 if part.rows.row_scale is not None:
                     dims[slot] = part.rows.dim_scale(units[slot].shard)
 
-        for _ in self.chunks.map(read, range(min(len(units), self.threads))):
+        threads = self.pace.threads if self.pace else self.threads
+        for _ in self.chunks.map(read, range(min(len(units), threads))):
             pass
         return holds
 

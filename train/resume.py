@@ -1,8 +1,10 @@
 """A run's checkpoints: everything that a later process needs to go on as if nothing had happened."""
 
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Final
 
 from shared.errors import UserError
 from shared.progress import say
@@ -14,7 +16,10 @@ from train.order import Position
 from train.ranks import Ranks
 from train.stream import BatchStream
 
-VERSION = 3
+VERSION: Final = 3
+AUTO_EVERY: Final = 1000
+AUTO_SHARE: Final = 0.1
+"""checkpoint_every = auto: every so many steps, unless less than ten times as long as the last one took has gone by."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +40,48 @@ class Standing:
     parts: int = 0
 
 
-def checkpoint(
-    job: Job, members: Sequence[Member], stream: BatchStream, at: Standing, ranks: Ranks, sweep: bool
-) -> None:
-    """Of how far the run has come, but for the streams' positions. In a sweep each rank has autoencoders of its own."""
-    folder, parts = job.folder.checkpoints, ranks.count if sweep else 1
-    mine = {v: [at.epoch, at.window, at.offset] for v, at in stream.positions().items()}
-    if ranks.leads:
-        begin_checkpoint(folder)
-    positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
-    if ranks.index < parts:
-        save_part(folder, ranks.index, {key: value for member in members for key, value in member.state().items()})
-        for member in (member for member in members if member.diverged is None):
-            save_as_it_is(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
-    ranks.wait()
-    if ranks.leads:
-        places = [positions[v] for v in sorted(positions)]
-        state = {"version": VERSION, "wave": at.wave, "step": at.step, "seconds": at.seconds, "positions": places,
-                 "diverged": dict(at.diverged), "parts": parts}  # fmt: skip
-        end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
-    ranks.wait()
+class Checkpoints:
+    """Of one wave's autoencoders. In a sweep each rank has autoencoders of its own."""
+
+    def __init__(
+        self, job: Job, members: Sequence[Member], stream: BatchStream, ranks: Ranks, sweep: bool,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self.job, self.members, self.stream, self.ranks, self.sweep = job, members, stream, ranks, sweep
+        self.clock, self.written, self.took = clock, clock(), 0.0
+
+    def due(self, done: int) -> bool:
+        """After `done` steps: the same on every rank."""
+        every = self.job.config.checkpoint_every
+        if every != "auto":
+            return done % every == 0
+        if done % AUTO_EVERY:
+            return False
+        return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
+
+    def save(self, at: Standing) -> None:
+        """Of how far the run has come, but for the streams' positions."""
+        began = self.clock()
+        job, ranks = self.job, self.ranks
+        folder, parts = job.folder.checkpoints, ranks.count if self.sweep else 1
+        mine = {v: [at.epoch, at.window, at.offset] for v, at in self.stream.positions().items()}
+        if ranks.leads:
+            begin_checkpoint(folder)
+        positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
+        if ranks.index < parts:
+            tensors = {key: value for member in self.members for key, value in member.state().items()}
+            save_part(folder, ranks.index, tensors)
+            for member in (member for member in self.members if member.diverged is None):
+                save_as_it_is(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
+        ranks.wait()
+        if ranks.leads:
+            places = [positions[v] for v in sorted(positions)]
+            state = {"version": VERSION, "wave": at.wave, "step": at.step, "seconds": at.seconds, "positions": places,
+                     "diverged": dict(at.diverged), "parts": parts}  # fmt: skip
+            end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
+        ranks.wait()
+        self.written = self.clock()
+        self.took = self.written - began
 
 
 def save_as_it_is(job: Job, member: Member, done: int, folder: Path) -> None:

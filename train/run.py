@@ -35,7 +35,7 @@ from train.member import Member
 from train.optim import learning_rate
 from train.order import Position, share
 from train.ranks import Ranks
-from train.resume import Standing, checkpoint, restore, save_as_it_is, stands
+from train.resume import Checkpoints, Standing, restore, save_as_it_is, stands
 from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
 from train.sweep import dealt, shared_out
@@ -222,12 +222,13 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
         progress("train", job.steps - start, "steps", shown=ranks.leads, below=table) as advance,
         torch.no_grad(),
     ):
+        checkpoints = Checkpoints(job, members, stream, ranks, sweep)
         for step in range(start, job.steps):
             try:
                 x = stream.next_batch().float() / job.statistics.scale
             except StopWaiting:
                 if ranks.count == 1:  # others may be waiting for this one in a collective
-                    checkpoint(job, members, stream, after(step), ranks, sweep)
+                    checkpoints.save(after(step))
                 raise interrupted(job, step) from None
             if step == 0 and job.wave == 1:
                 begin(members, x, job, ranks)
@@ -242,8 +243,8 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
                 table.update(seen)
                 tracking.log({**seen, "step": before + done})
             stop = agree(stop_asked(), done, ranks)
-            if done % config.checkpoint_every == 0 or stop or done == job.steps:
-                checkpoint(job, members, stream, after(done), ranks, sweep)
+            if stop or done == job.steps or checkpoints.due(done):
+                checkpoints.save(after(done))
             if stop and done < job.steps:
                 raise interrupted(job, done)
             advance(1, f"{rate(done):,.0f} tokens/s, waiting for data {waiting():.0%}")
