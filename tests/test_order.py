@@ -1,5 +1,6 @@
 """Order: every row once an epoch, from any position, for any number of ranks, and nothing held out is trained on."""
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
@@ -19,9 +20,9 @@ from shared.errors import UserError
 from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
+from train.lead import SPARE, Lead
 from train.loader import Loader, Pass, Same
 from train.order import Order, Position, heldout_contexts, make_order, share, split
-from train.pace import START, Pace
 from train.rows import Kept, Rows
 from train.stream import BatchStream, VirtualStream
 
@@ -68,6 +69,7 @@ def batches(
     world: tuple[int, int] = (0, 1),
     at: list[Position] | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008
+    paced: bool | None = None,
 ) -> Iterator[tuple[torch.Tensor, dict[int, Position]]]:
     """Batches with the positions after each. `world` = (rank, ranks)."""
     keep = split(store.spec, store.tokens(), config).train
@@ -75,7 +77,8 @@ def batches(
     units = rows.units(config.run_chunks or 1)
     unit_rows = (config.run_chunks or 1) * store.spec.chunk_rows
     order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
-    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, unit_rows, order)), order.streams, "always", device)
+    passes = Same(Pass(rows, Kept(rows, keep), units, unit_rows, order))
+    loader = Loader(passes, order.streams, "always", device, paced=paced)
     start = at or [Position()] * order.streams
     stream = BatchStream(loader, share(config.batch, order.streams, *world), config.batch // order.streams, start)
     with closing(stream):
@@ -108,8 +111,8 @@ def positions_after(batch: tuple[torch.Tensor, dict[int, Position]]) -> list[Pos
     return [batch[1][stream] for stream in sorted(batch[1])]
 
 
-@pytest.mark.parametrize("run_chunks", [1, 3])
-def test_batches_go_on_from_every_position(store: Store, train_config: Config, run_chunks: int) -> None:
+@pytest.mark.parametrize(("run_chunks", "paced"), [(1, False), (3, False), (1, True)])
+def test_batches_go_on_from_every_position(store: Store, train_config: Config, run_chunks: int, paced: bool) -> None:
     """State saved before any of the batches of one and a half epochs gives the same batches to the end."""
     config = train_config(batch=96, streams=4, window_rows=256, run_chunks=run_chunks)
     whole = list(batches(store, config, 66))
@@ -118,7 +121,7 @@ def test_batches_go_on_from_every_position(store: Store, train_config: Config, r
     assert epochs[-1] == 1
     for cut in range(66):
         at = positions_after(whole[cut - 1]) if cut else None
-        again = batches(store, config, 66 - cut, at=at)
+        again = batches(store, config, 66 - cut, at=at, paced=paced)
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[cut:], again, strict=True)), cut
 
 
@@ -199,8 +202,8 @@ def test_the_way_over_a_device(
     monkeypatch.setattr(torch.cuda, "Event", StandIn)
     start = Loader.__init__
 
-    def with_copies(loader: Loader, *arguments: Any) -> None:
-        start(loader, *arguments)
+    def with_copies(loader: Loader, *arguments: Any, paced: bool | None) -> None:
+        start(loader, *arguments, paced=True if paced is None else paced)
         loader.copies = StandIn()  # type: ignore[assignment]
 
     monkeypatch.setattr(Loader, "__init__", with_copies)
@@ -258,24 +261,54 @@ def test_rows_reach_the_batch_unchanged(store: Store, train_config: Config) -> N
     assert all(row.numpy().tobytes() in known for row in batch.float())
 
 
-@pytest.mark.parametrize(
-    ("gpu", "threads"),
-    [(10.0, range(1, 2)), (1.0, range(6, 8)), (0.5, range(12, 16)), (0.1, range(16, 17))],
-    ids=["slow", "as much as six threads read", "as much as twelve", "more than all read"],
-)
-@pytest.mark.parametrize("first", [1, 8, 16])
-def test_as_many_threads_decode_as_keep_up(gpu: float, threads: range, first: int) -> None:
-    """A GPU takes so many seconds for a round of four windows, each read by n threads in 1.2 / n."""
-    now = [0.0]
-    pace = Pace(16, 4, lambda: now[0])
-    pace.threads, needed, waited = first, 0.0, 0.0
-    for round_ in range(100):
-        for _ in range(4):
-            with pace.reading():
-                now[0] += 1.2 / pace.threads
-        waited += max(0.0, now[0] - needed) * (round_ > 50)
-        begins = max(now[0], needed)  # the GPU's round, in which the next is read
-        now[0], needed = begins, begins + gpu
-        assert pace.threads == first or round_ >= START
-    assert pace.threads in threads
-    assert not waited or pace.threads == 16
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_reading_keeps_pace_with_training(
+    store: Store, train_config: Config, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """Left alone after each batch, the loader reads until it is as far ahead as it may be, or all is read."""
+    config = train_config(batch=24, streams=4, window_rows=2048)
+    keep = split(store.spec, store.tokens(), config).train
+    rows = Rows.of(store, HOOK)
+    units, unit = rows.units(1), store.spec.chunk_rows
+    order = make_order(len(units), unit, 4, 2048, config.seed)
+    reading = [0]
+    room, read = Lead.room, Lead.read
+
+    def begun(lead: Lead, rows: int, wanted: int) -> int:
+        reading[0] = rows
+        return room(lead, rows, wanted)
+
+    def complete(lead: Lead, rows: int) -> None:
+        reading[0] = 0
+        read(lead, rows)
+
+    monkeypatch.setattr(Lead, "room", begun)
+    monkeypatch.setattr(Lead, "read", complete)
+    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, unit, order)), 4, "always", torch.device("cpu"), 2, True)
+    shares = share(24, 4, 0, ranks)
+    lead, whole = loader.lead, len(shares) * order.window_units * unit
+    most, all_read = (1 + SPARE) * whole, 0
+    assert lead is not None
+    with closing(BatchStream(loader, shares, 6, [Position()] * 4)) as stream:
+        for _ in range(250):
+            stream.next_batch()
+            assert not lead.lifted
+            patience = time.monotonic() + 10
+            while not (done := all(s.following and s.following.done() for s in stream.streams.values())):
+                if lead.rows + reading[0] >= most:
+                    break
+                assert time.monotonic() < patience, "neither read nor waiting"
+                time.sleep(0.001)
+            all_read += done
+            assert lead.rows + reading[0] < most + unit
+    assert 0 < all_read < 175, "the next windows are read as the last are used up"
+
+
+def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) -> None:
+    """However little ahead reading may be: batches come, and closing does not wait for training."""
+    config = train_config(batch=96, streams=4, window_rows=256)
+    direct = [batch for batch, _ in batches(store, config, 66)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Lead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
+        paced = [batch for batch, _ in batches(store, config, 66, paced=True)]
+    assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))

@@ -1,14 +1,14 @@
 """Windows of rows from a store's committed shards into memory, read by threads in the background.
 
 A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
-windows of every stream, laid out once, and what is being decoded. On a CPU all its cores decode, which training shares
-with them; for a GPU as many as keep up with it (train/pace.py).
+windows of every stream, laid out once, and what is being decoded. For a GPU, reading keeps pace with training
+(train/lead.py); on a CPU it has the cores that training has.
 """
 
 import os
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, Protocol, runtime_checkable
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.device import sent
+from train.lead import Lead
 from train.order import Order, Run
-from train.pace import Pace
 from train.rows import Kept, Rows, to_tensor
 
 Verify = Literal["always", "first-epoch", "off"]
@@ -144,17 +144,27 @@ class Window:
 
 
 class Loader:
-    """Reads windows, one after another for all streams, with at most one thread a core to decode their chunks. Only
-    streams that have to wait for a harvest wait side by side."""
+    """Reads windows, one after another for all streams, with threads that decode their chunks: one a core, or one for
+    two where reading keeps pace with training. Only streams that have to wait for a harvest wait side by side."""
 
     def __init__(
-        self, passes: Passes, streams: int, verify: Verify, device: torch.device, threads: int | None = None
+        self,
+        passes: Passes,
+        streams: int,
+        verify: Verify,
+        device: torch.device,
+        threads: int | None = None,
+        paced: bool | None = None,
     ) -> None:
+        """`paced`: whether reading keeps pace with training. Default: on CUDA."""
         self.passes, self.streams, self.verify, self.device = passes, streams, verify, device
         passes.open()
-        self.threads = threads or len(os.sched_getaffinity(0))
         cuda = device.type == "cuda"
-        self.pace = Pace(self.threads, streams) if cuda else None
+        self.lead = Lead() if paced or (cuda and paced is None) else None
+        cores = len(os.sched_getaffinity(0))
+        self.threads = threads or (-(-cores // 2) if self.lead else cores)
+        self.reads = streams
+        """How many of the streams are read here."""
         here = None
         if cuda:  # a thread begins with the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
@@ -178,6 +188,8 @@ class Loader:
             if isinstance(self.passes, Same):  # a small store fills no whole window
                 units = min(units, -(-part.order.n_units // part.order.streams))
             self.unit_rows, self.full = part.unit_rows, units
+            if self.lead:
+                self.lead.limit(self.reads * units * self.unit_rows)
             self.memory = Memory.of(2 * self.streams * units, self.unit_rows, part.rows, self.device)
             if self.copies is not None:
                 host = torch.device("cpu")
@@ -195,23 +207,23 @@ class Loader:
         host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
         if self.staged[turn] is not None:
             self.staged[turn].synchronize()
-        with self.pace.reading() if self.pace else nullcontext():
-            holds = self.read_units(part, units, host, check)
-            places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
-            kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
-            order = torch.from_numpy(kept)
-            if self.copies is None:
-                return Window(order, len(order), None)
-            return self.to_device(host, there, order, (stream, turn))
+        holds = self.read_units(part, units, host, check)
+        places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
+        kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
+        order = torch.from_numpy(kept)
+        if self.lead:
+            self.lead.read(len(order))
+        if self.copies is None:
+            return Window(order, len(order), None)
+        return self.to_device(host, there, order, (stream, turn))
 
     def read_units(self, part: Pass, units: list[Run], memory: Memory, check: bool) -> NDArray[np.bool_]:
         """Decodes units into a window's memory. Gives which places hold a row that is kept."""
         data, n = memory.data, self.unit_rows
         rows = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
         scale, dims, holds = memory.scale.numpy(), memory.dims.numpy(), np.zeros(len(data), np.bool_)
-        slots = iter(range(len(units)))
 
-        def read(_: int) -> None:
+        def read(slots: Iterator[int]) -> None:
             """Units until none is left: a task for each would cost a few percent."""
             for slot in slots:
                 at = slice(slot * n, (slot + 1) * n)
@@ -219,9 +231,15 @@ class Loader:
                 if part.rows.row_scale is not None:
                     dims[slot] = part.rows.dim_scale(units[slot].shard)
 
-        threads = self.pace.threads if self.pace else self.threads
-        for _ in self.chunks.map(read, range(min(len(units), threads))):
-            pass
+        done, count = 0, len(units)
+        while done < count:
+            more = count - done
+            if self.lead:
+                more = -(-self.lead.room(done * n, more * n) // n)
+            slots = iter(range(done, done + more))
+            for _ in self.chunks.map(read, [slots] * min(more, self.threads)):
+                pass
+            done += more
         return holds
 
     def to_device(self, host: Memory, there: Memory, order: Tensor, key: tuple[int, int]) -> Window:
@@ -252,6 +270,8 @@ class Loader:
 
     def close(self) -> None:
         self.passes.close()
+        if self.lead:
+            self.lead.lift()
         self.windows.shutdown(cancel_futures=True)
         self.chunks.shutdown()
         if self.copies is not None:

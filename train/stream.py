@@ -7,6 +7,7 @@ streams, on the device, where int8 rows become numbers. A stream resumes from a 
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class VirtualStream:
     def __init__(self, loader: Loader, number: int, at: Position) -> None:
         self.loader, self.number, self.at, self.turn = loader, number, at, 0
         self.offset, self.last_epoch = at.offset, at.epoch
+        self.passed = 0
+        """Rows given out or left out, of which the loader was not told yet."""
         self.window: Window | None = None
         self.following: Future[Any] | None = loader.windows.submit(self.load_from, at, self.turn)
 
@@ -50,6 +53,7 @@ class VirtualStream:
             self.at, found = wait(self.following)
             self.following = None
             self.turn ^= 1
+            self.passed += min(self.at.offset, found.rows)
             if self.at.offset < found.rows:
                 self.window, self.offset, self.last_epoch = found, self.at.offset, self.at.epoch
                 self.loader.await_copy(found)
@@ -61,6 +65,7 @@ class VirtualStream:
 
     def advance(self, stop: int) -> None:
         """The window's rows up to `stop` are taken."""
+        self.passed += stop - self.offset
         self.offset = stop
         assert self.window is not None
         if stop == self.window.rows:
@@ -92,6 +97,7 @@ class BatchStream:
     ) -> None:
         """`shares`: (stream, lo, hi), the part of a stream's piece that this rank gives out (train.order.share)."""
         self.loader, self.shares, self.rows_per_stream, self.stop_asked = loader, shares, rows_per_stream, stop_asked
+        loader.reads = len(shares)
         self.streams = {v: VirtualStream(loader, v, positions[v]) for v, _, _ in shares}
         self.rows = sum(hi - lo for _, lo, hi in shares)
         self.waited = 0.0
@@ -136,18 +142,23 @@ class BatchStream:
             self.places.clear()
         for stream in self.streams.values():
             stream.read_ahead()
+        if self.loader.lead:
+            self.loader.lead.take(sum(stream.passed for stream in self.streams.values()))
+            for stream in self.streams.values():
+                stream.passed = 0
 
     def wait(self, future: Future[Any]) -> Any:
-        started = time.monotonic()
+        started, lead = time.monotonic(), self.loader.lead
         try:
-            while True:
-                try:
-                    return future.result(timeout=0.2)
-                except TimeoutError:
-                    if future.done():
-                        raise
-                    if self.stop_asked():
-                        raise StopWaiting from None
+            with lead.awaited() if lead and not future.done() else nullcontext():
+                while True:
+                    try:
+                        return future.result(timeout=0.2)
+                    except TimeoutError:
+                        if future.done():
+                            raise
+                        if self.stop_asked():
+                            raise StopWaiting from None
         finally:
             self.waited += time.monotonic() - started
 
