@@ -1,13 +1,14 @@
 """Hookpoints are named, found and measured from a model's configuration alone."""
 
 import json
+import resource
 import shutil
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import Sagsae
+from torch.nn.modules.module import register_module_forward_hook
 from transformers import GPTNeoXConfig, LlamaConfig, MixtralConfig, SmolLM3Config
 
 from harvest.run import harvest
@@ -63,16 +64,26 @@ def test_what_cannot_be_harvested_is_refused(model_folder: Path) -> None:
         (MixtralConfig(), {"hook_mlp_out": 4096, "hook_resid_mid": 4096}),
     ],
 )  # fmt: skip
-def test_widths_of_large_models_cost_a_moment(config: Any, expected: dict[str, int]) -> None:
-    """Models of up to 300 GB: no weight is made, and one layer is enough."""
+def test_widths_of_large_models_cost_little(config: Any, expected: dict[str, int]) -> None:
+    """Models of up to 300 GB: no weight is made, and one layer is run."""
     layer = config.num_hidden_layers - 1
     outline(GPTNeoXConfig(num_hidden_layers=1), "sdpa", "warm", [0])  # what is imported, and compiled, once
-    started = time.process_time()
-    found = outline(config, "sdpa", "large", [layer])
-    assert time.process_time() - started < 1
+    before, run = memory_peak(), []
+    watched = register_module_forward_hook(lambda module, _inputs, _outputs: run.append(type(module).__name__))
+    try:
+        found = outline(config, "sdpa", "large", [layer])
+    finally:
+        watched.remove()
+    assert run.count("AttentionBridge") == 1
+    assert memory_peak() - before < 100 << 20
     assert hook_widths([f"blocks.{layer}.{part}" for part in expected], found) == {
         f"blocks.{layer}.{part}": width for part, width in expected.items()
     }
+
+
+def memory_peak() -> int:
+    """Bytes that this process has had in memory at once."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def test_the_table_of_hookpoints(model_folder: Path, tmp_path: Path) -> None:
