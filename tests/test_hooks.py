@@ -67,7 +67,8 @@ def test_what_cannot_be_harvested_is_refused(model_folder: Path) -> None:
 def test_widths_of_large_models_cost_little(config: Any, expected: dict[str, int]) -> None:
     """Models of up to 300 GB: no weight is made, and one layer is run."""
     layer = config.num_hidden_layers - 1
-    outline(GPTNeoXConfig(num_hidden_layers=1), "sdpa", "warm", [0])  # what is imported, and compiled, once
+    small = GPTNeoXConfig(hidden_size=64, num_hidden_layers=1, num_attention_heads=4, intermediate_size=64)
+    outline(small, "sdpa", "warm", [0])  # what is imported, and compiled, once
     before, run = memory_peak(), []
     watched = register_module_forward_hook(lambda module, _inputs, _outputs: run.append(type(module).__name__))
     try:
