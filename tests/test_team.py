@@ -88,6 +88,7 @@ def test_three_processes_continued_as_two(sagsae: Sagsae, whole: dict[str, bytes
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # forty starts of Python and torch
 def test_killed_twenty_times(sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path) -> None:
     """SIGKILL to all processes of a harvest at random moments, with 1, 2 and 3 processes in turn."""
     root, rng, killed = tmp_path / "tiny", random.Random(0), 0
