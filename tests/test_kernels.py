@@ -26,10 +26,11 @@ needs_triton = [
 SIXTEEN_BYTES = r"ld\.global\S*\.v4\.b32"
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "which",
     [
-        pytest.param("not step and not whole_batch", marks=needs_triton, id="sums and dots"),
+        pytest.param("not step and not whole_batch", marks=[*needs_triton, pytest.mark.slow], id="sums and dots"),
         pytest.param("step or whole_batch", marks=[*needs_triton, pytest.mark.slow, pytest.mark.deep], id="steps"),
     ],
 )
@@ -37,7 +38,7 @@ def test_in_the_interpreter(which: str) -> None:
     """tests/kernel_cases.py in a process of its own: the interpreter is all or nothing in one."""
     words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernel_cases.py", "-k", which]
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=290)
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=890)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
     assert re.search(r"^\d\d passed", done.stdout, re.MULTILINE), done.stdout[-500:]
     assert "skipped" not in done.stdout
