@@ -1,6 +1,7 @@
 """Where a model computes, in which type of number, and what becomes of the memory that it frees."""
 
 import ctypes
+import os
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
@@ -40,6 +41,16 @@ def pick_device(name: str, spread: bool = False) -> str:
     if (device.index or 0) >= count:
         raise UserError(f"--device {name}: this machine has {count} {device.type} devices. Use --device cpu, or auto")
     return name
+
+
+def local_processes() -> int:
+    """How many processes of this run share the machine: torchrun and accelerate say so."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def local_cores() -> int:
+    """This process' share of the cores."""
+    return max(1, len(os.sched_getaffinity(0)) // local_processes())
 
 
 def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":

@@ -1,11 +1,13 @@
 """Order: every row once an epoch, from any position, for any number of ranks, and nothing held out is trained on."""
 
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
 from train.lead import SPARE, Lead
-from train.loader import Loader, Pass, Same
+from train.loader import Loader, Pass, Same, decoding_threads
 from train.order import Order, Position, heldout_contexts, make_order, share, split
 from train.rows import Kept, Rows
 from train.stream import BatchStream, VirtualStream
@@ -312,3 +314,18 @@ def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) 
         patch.setattr(Lead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
         paced = [batch for batch, _ in batches(store, config, 66, paced=True)]
     assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))
+
+
+@pytest.mark.parametrize(("cores", "paced"), [(1, 1), (2, 1), (4, 3), (6, 4), (16, 8)])
+def test_threads_that_decode(cores: int, paced: int) -> None:
+    assert decoding_threads(cores, paced=False) == cores
+    assert decoding_threads(cores, paced=True) == paced
+
+
+def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    nothing: Any = SimpleNamespace(open=bool, get=bool, close=bool)
+    for processes, cores in ((1, 12), (3, 4), (24, 1)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+        with closing(Loader(nothing, 4, "off", torch.device("cpu"))) as loader:
+            assert loader.threads == cores

@@ -5,7 +5,6 @@ windows of every stream, laid out once, and what is being decoded. For a GPU, re
 (train/lead.py); on a CPU it has the cores that training has.
 """
 
-import os
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.device import sent
+from shared.device import local_cores, sent
 from train.lead import Lead
 from train.order import Order, Run
 from train.rows import Kept, Rows, to_tensor
@@ -144,8 +143,8 @@ class Window:
 
 
 class Loader:
-    """Reads windows, one after another for all streams, with threads that decode their chunks: one a core, or one for
-    two where reading keeps pace with training. Only streams that have to wait for a harvest wait side by side."""
+    """Reads windows, one after another for all streams, with threads that decode their chunks. Only streams that have
+    to wait for a harvest wait side by side."""
 
     def __init__(
         self,
@@ -161,8 +160,7 @@ class Loader:
         passes.open()
         cuda = device.type == "cuda"
         self.lead = Lead() if paced or (cuda and paced is None) else None
-        cores = len(os.sched_getaffinity(0))
-        self.threads = threads or (-(-cores // 2) if self.lead else cores)
+        self.threads = threads or decoding_threads(local_cores(), self.lead is not None)
         self.reads = streams
         """How many of the streams are read here."""
         here = None
@@ -276,6 +274,12 @@ class Loader:
         self.chunks.shutdown()
         if self.copies is not None:
             self.copies.synchronize()  # before the memory goes that they read and write
+
+
+def decoding_threads(cores: int, paced: bool) -> int:
+    """One a core. Where reading keeps pace with training, the thread that gives the GPU its work has a core to itself,
+    and more than half of many cores read no faster (docs/benchmarks.md)."""
+    return max(1, min(4, cores - 1), cores // 2) if paced else cores
 
 
 def read_unit(

@@ -2,7 +2,6 @@
 
 import atexit
 import copy
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,6 +17,7 @@ from accelerate.utils import InitProcessGroupKwargs
 from torch import Tensor
 from torch.distributed import DistError, P2POp, batch_isend_irecv, irecv, isend
 
+from shared.device import local_processes
 from shared.errors import DamagedError, LostError, UserError
 
 T = TypeVar("T")
@@ -146,7 +146,7 @@ class Ranks:
 def check_device(device: torch.device) -> None:
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: training runs on cpu and cuda devices. Use --device cpu")
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    beside = local_processes()
     if device.type == "cuda" and beside > max(1, torch.cuda.device_count()):
         raise UserError(
             f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each takes one of its "

@@ -5,13 +5,12 @@ one stack would have ended with. The waves are written into the run's record whe
 keeps to them.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 import torch
 
-from shared.device import reuse_memory
+from shared.device import local_processes, reuse_memory
 from shared.errors import UserError
 from shared.memory import free_memory, in_words
 from shared.progress import say
@@ -69,7 +68,7 @@ def room_of(job: Job, device: torch.device) -> int | None:
     if job.config.memory != "auto":
         return job.config.memory
     free = free_memory(device)
-    beside = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if device.type == "cpu" else 1
+    beside = local_processes() if device.type == "cpu" else 1
     return None if free is None else int(free * (1 - KEPT_FREE)) // beside
 
 
