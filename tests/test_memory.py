@@ -42,7 +42,7 @@ def read(window_rows, epochs):
     about = {"store": folder, "saes": [sae], "streams": streams, "window_rows": window_rows}
     config = TrainConfig.model_validate(about)
     passes, v = make_passes(config, store, hook, Split(all_rows, ~all_rows), 1, store.root, True)
-    loader = Loader(passes, v, "always", torch.device("cpu"), threads)
+    loader = Loader(passes, range(v), "always", torch.device("cpu"), threads)
     stream = BatchStream(loader, share(512, v, 0, 1), 512 // v, [Position()] * v)
     for _ in range(epochs * store.n_rows // 512):
         stream.next_batch()

@@ -80,9 +80,10 @@ def batches(
     unit_rows = (config.run_chunks or 1) * store.spec.chunk_rows
     order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed)
     passes = Same(Pass(rows, Kept(rows, keep), units, unit_rows, order))
-    loader = Loader(passes, order.streams, "always", device, paced=paced)
+    shares = share(config.batch, order.streams, *world)
+    loader = Loader(passes, [stream for stream, _, _ in shares], "always", device, paced=paced)
     start = at or [Position()] * order.streams
-    stream = BatchStream(loader, share(config.batch, order.streams, *world), config.batch // order.streams, start)
+    stream = BatchStream(loader, shares, config.batch // order.streams, start)
     with closing(stream):
         for _ in range(count):
             yield stream.next_batch().clone(), stream.positions()
@@ -160,7 +161,9 @@ def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: C
     rows, keep = Rows.of(store, HOOK), split(store.spec, store.tokens(), config).train
     units, kept = rows.units(1), Kept(rows, keep)
     order = make_order(len(units), store.spec.chunk_rows, 4, 256, config.seed)
-    loader = Loader(Same(Pass(rows, kept, units, store.spec.chunk_rows, order)), 4, "always", torch.device("cpu"))
+    loader = Loader(
+        Same(Pass(rows, kept, units, store.spec.chunk_rows, order)), range(4), "always", torch.device("cpu")
+    )
     given_out: Counter[bytes] = Counter()
     for number in range(4):
         stream = VirtualStream(loader, number, Position())
@@ -286,8 +289,9 @@ def test_reading_keeps_pace_with_training(
 
     monkeypatch.setattr(Lead, "room", begun)
     monkeypatch.setattr(Lead, "read", complete)
-    loader = Loader(Same(Pass(rows, Kept(rows, keep), units, unit, order)), 4, "always", torch.device("cpu"), 2, True)
     shares = share(24, 4, 0, ranks)
+    passes, read_here = Same(Pass(rows, Kept(rows, keep), units, unit, order)), [stream for stream, _, _ in shares]
+    loader = Loader(passes, read_here, "always", torch.device("cpu"), 2, True)
     lead, whole = loader.lead, len(shares) * order.window_units * unit
     most, all_read = (1 + SPARE) * whole, 0
     assert lead is not None
@@ -327,5 +331,5 @@ def test_processes_of_one_machine_share_its_cores(monkeypatch: pytest.MonkeyPatc
     nothing: Any = SimpleNamespace(open=bool, get=bool, close=bool)
     for processes, cores in ((1, 12), (3, 4), (24, 1)):
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-        with closing(Loader(nothing, 4, "off", torch.device("cpu"))) as loader:
+        with closing(Loader(nothing, range(4), "off", torch.device("cpu"))) as loader:
             assert loader.threads == cores

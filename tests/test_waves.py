@@ -5,7 +5,7 @@ import json
 import re
 import signal
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,8 @@ from train.evaluate import evaluate, last_silent
 from train.folder import RunFolder
 from train.job import Job, make_job
 from train.member import Member
-from train.memory import circumstances, needs_of, reader_bytes, together
+from train.memory import circumstances, most_streams, needs_of, reader_bytes, together
+from train.order import share
 from train.ranks import Ranks
 from train.report.data import read_run
 from train.run import train as run_train
@@ -51,7 +52,7 @@ def room_for(config: TrainConfig, *names: str, ranks: int = 1) -> int:
     job = make_job(config, CPU)
     at = circumstances(job, ranks > 1, ranks)
     each = needs_of(config, at)
-    return together([each[name] for name in names], reader_bytes(job, at.rows)).total
+    return together([each[name] for name in names], reader_bytes(job, at.rows, job.streams)).total
 
 
 def in_two(config: TrainConfig) -> TrainConfig:
@@ -328,17 +329,20 @@ def test_what_was_logged_of_dead_latents(tmp_path: Path) -> None:
 
 
 def test_the_reader_takes_what_it_lays_out(train_config: Config) -> None:
-    """Windows of a small store and of a large one."""
-    for window_rows in (256, 1024, 524_288):
+    """Windows of a small store and of a large one. A process that shares batches has those of the streams it reads."""
+    for window_rows, ranks in ((256, 1), (1024, 1), (1024, 2), (524_288, 1), (524_288, 4)):
         job = make_job(train_config(window_rows=window_rows), CPU)
-        laid = laid_out(job)
-        assert reader_bytes(job, 64) - laid == pytest.approx(64 * 32 * 10 + laid / (2 * 32) * 4, rel=0.01)
+        streams = most_streams(64, job.streams, ranks)
+        assert streams == job.streams // ranks
+        laid = laid_out(job, [stream for stream, _, _ in share(64, job.streams, ranks - 1, ranks)])
+        rows = 64 // ranks
+        assert reader_bytes(job, rows, streams) - laid == pytest.approx(rows * 32 * 10 + laid / (2 * 32) * 4, rel=0.01)
 
 
-def laid_out(job: Job) -> int:
+def laid_out(job: Job, streams: Sequence[int]) -> int:
     from train.loader import Loader
 
-    loader = Loader(job.passes, job.streams, "off", CPU, 1)
+    loader = Loader(job.passes, streams, "off", CPU, 1)
     memory = loader.prepare(job.passes.get(0))
     loader.close()
     return memory.data.numel() * memory.data.element_size()
@@ -350,7 +354,7 @@ def test_memory_is_kept_only_where_there_is_plenty(train_config: Config, monkeyp
     monkeypatch.setattr("train.waves.reuse_memory", kept.append)
     job = make_job(train_config(), CPU)
     at = circumstances(job, False, 1)
-    need = together(needs_of(job.config, at).values(), reader_bytes(job, at.rows)).total
+    need = together(needs_of(job.config, at).values(), reader_bytes(job, at.rows, job.streams)).total
     for times, calls in ((1.1, 0), (2.4, 0), (2.6, 1)):
         planned(make_job(train_config(memory=int(times * need)), CPU), Ranks(CPU), False)
         assert len(kept) == calls, times

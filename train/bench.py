@@ -89,7 +89,7 @@ def open_stream(store: Store, hook: str, verify: str) -> BatchStream:
     config = build(TrainConfig, {"store": store.location, "saes": [sae], "batch": batch, "verify": verify})
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
     passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
-    loader = Loader(passes, streams, config.verify, torch.device("cpu"), threads=1)
+    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1)
     return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [Position()] * streams)
 
 

@@ -1,12 +1,12 @@
 """Windows of rows from a store's committed shards into memory, read by threads in the background.
 
 A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
-windows of every stream, laid out once, and what is being decoded. For a GPU, reading keeps pace with training
-(train/lead.py); on a CPU it has the cores that training has.
+windows of every stream that is read here, laid out once, and what is being decoded. For a GPU, reading keeps pace with
+training (train/lead.py); on a CPU it has the cores that training has.
 """
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -73,7 +73,7 @@ class Same:
 
 @dataclass
 class Memory:
-    """Where windows lie: two for every stream, used in turn."""
+    """Where windows lie: two for every stream that is read here, used in turn."""
 
     data: Tensor
     """[places, d_in] in the stored data type."""
@@ -149,25 +149,25 @@ class Loader:
     def __init__(
         self,
         passes: Passes,
-        streams: int,
+        streams: Sequence[int],
         verify: Verify,
         device: torch.device,
         threads: int | None = None,
         paced: bool | None = None,
     ) -> None:
-        """`paced`: whether reading keeps pace with training. Default: on CUDA."""
-        self.passes, self.streams, self.verify, self.device = passes, streams, verify, device
+        """`streams`: those that are read here. `paced`: whether reading keeps pace with training. Default: on CUDA."""
+        self.passes, self.verify, self.device = passes, verify, device
+        self.slots = {stream: slot for slot, stream in enumerate(streams)}
+        """Where each stream's two windows lie."""
         passes.open()
         cuda = device.type == "cuda"
         self.lead = Lead() if paced or (cuda and paced is None) else None
         self.threads = threads or decoding_threads(local_cores(), self.lead is not None)
-        self.reads = streams
-        """How many of the streams are read here."""
         here = None
         if cuda:  # a thread begins with the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
             here = partial(torch.cuda.set_device, index)
-        self.windows = ThreadPoolExecutor(streams, thread_name_prefix="window", initializer=here)
+        self.windows = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
         self.one_at_a_time = threading.Lock()
         self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
@@ -187,8 +187,8 @@ class Loader:
                 units = min(units, -(-part.order.n_units // part.order.streams))
             self.unit_rows, self.full = part.unit_rows, units
             if self.lead:
-                self.lead.limit(self.reads * units * self.unit_rows)
-            self.memory = Memory.of(2 * self.streams * units, self.unit_rows, part.rows, self.device)
+                self.lead.limit(len(self.slots) * units * self.unit_rows)
+            self.memory = Memory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
             if self.copies is not None:
                 host = torch.device("cpu")
                 self.staging = [Memory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
@@ -200,7 +200,7 @@ class Loader:
         units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
         memory = self.prepare(part)
-        first = (2 * stream + turn) * self.full
+        first = (2 * self.slots[stream] + turn) * self.full
         there = memory.part(first, len(units), self.unit_rows)
         host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
         if self.staged[turn] is not None:

@@ -17,6 +17,7 @@ from shared.memory import in_words
 from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
 from train.job import Job
 from train.loader import Same
+from train.order import share
 from train.sae import family
 from train.sae.base import Family
 from train.sae.gated import GatedFamily
@@ -166,14 +167,20 @@ def together(needs: Iterable[Need], reader: int) -> Need:
     )  # fmt: skip
 
 
-def reader_bytes(job: Job, rows: int) -> int:
-    """Two windows of every stream with the order of their rows, the batch as it is stored, as numbers, and scaled."""
+def most_streams(batch: int, streams: int, ranks: int) -> int:
+    """That one of the ranks which share each batch reads."""
+    return max(len(share(batch, streams, rank, ranks)) for rank in range(ranks))
+
+
+def reader_bytes(job: Job, rows: int, streams: int) -> int:
+    """Two windows of every stream read with the order of their rows, the batch as it is stored, as numbers, and
+    scaled."""
     spec = job.store.spec
     layout, d_in = spec.layouts()[job.hook], spec.hookpoints[job.hook].d_in
     unit_rows: int = job.identity["run_chunks"] * layout.chunk_rows
     units = window_units(job, unit_rows)
     row = layout.dtype.itemsize * d_in + FLOAT * (2 if spec.quantised else 1)
-    windows: int = 2 * job.streams * units * (unit_rows * row + (FLOAT * d_in if spec.quantised else 0))
+    windows: int = 2 * streams * units * (unit_rows * row + (FLOAT * d_in if spec.quantised else 0))
     stored = FLOAT if spec.quantised else layout.dtype.itemsize
     return windows + rows * d_in * (stored + 2 * FLOAT)
 

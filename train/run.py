@@ -206,7 +206,7 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
     def waiting() -> float:
         return stream.waited / (time.monotonic() - started)
 
-    loader = Loader(job.passes, job.streams, config.verify, device)
+    loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, device)
     table = LiveTable([sae.name for sae in job.saes], job.steps)
     before = (job.wave - 1) * job.steps
 

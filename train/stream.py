@@ -97,7 +97,6 @@ class BatchStream:
     ) -> None:
         """`shares`: (stream, lo, hi), the part of a stream's piece that this rank gives out (train.order.share)."""
         self.loader, self.shares, self.rows_per_stream, self.stop_asked = loader, shares, rows_per_stream, stop_asked
-        loader.reads = len(shares)
         self.streams = {v: VirtualStream(loader, v, positions[v]) for v, _, _ in shares}
         self.rows = sum(hi - lo for _, lo, hi in shares)
         self.waited = 0.0

@@ -16,7 +16,7 @@ from shared.memory import free_memory, in_words
 from shared.progress import say
 from shared.saes import SAEConfig
 from train.job import Job
-from train.memory import Need, circumstances, needs_of, reader_bytes, together
+from train.memory import Need, circumstances, most_streams, needs_of, reader_bytes, together
 from train.ranks import Ranks
 from train.sweep import dealt
 
@@ -35,7 +35,8 @@ def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
     every rank, before anything is written, for an autoencoder that does not fit even alone, and for waves of a run that
     is here which do not fit any more. Where there is plenty, the process keeps from here on what it frees."""
     at = circumstances(job, sweep, ranks.count)
-    each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts)
+    streams = most_streams(job.config.batch, job.streams, 1 if sweep else ranks.count)
+    each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts, streams)
     room = the_least(ranks.gather(room_of(job, ranks.device)))
 
     def need(saes: Sequence[SAEConfig]) -> Need:
