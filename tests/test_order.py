@@ -320,7 +320,7 @@ def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) 
     assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))
 
 
-@pytest.mark.parametrize(("cores", "paced"), [(1, 1), (2, 1), (4, 3), (6, 4), (16, 8)])
+@pytest.mark.parametrize(("cores", "paced"), [(1, 1), (2, 1), (4, 3), (8, 7), (16, 8), (32, 16)])
 def test_threads_that_decode(cores: int, paced: int) -> None:
     assert decoding_threads(cores, paced=False) == cores
     assert decoding_threads(cores, paced=True) == paced

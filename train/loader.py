@@ -278,8 +278,8 @@ class Loader:
 
 def decoding_threads(cores: int, paced: bool) -> int:
     """One a core. Where reading keeps pace with training, the thread that gives the GPU its work has a core to itself,
-    and more than half of many cores read no faster (docs/benchmarks.md)."""
-    return max(1, min(4, cores - 1), cores // 2) if paced else cores
+    and eight threads read as fast as sixteen (docs/benchmarks.md)."""
+    return max(1, min(8, cores - 1), cores // 2) if paced else cores
 
 
 def read_unit(
