@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
-from shared.device import pick_device
+from shared.device import local_cores, pick_device
 from shared.errors import UserError
 
 SECONDS_BETWEEN_LOOKS: Final = 0.2
@@ -63,7 +63,7 @@ class Team:
     @property
     def threads(self) -> int:
         """Cores for this process."""
-        return max(1, len(os.sched_getaffinity(0)) // self.local_size)
+        return local_cores(self.local_size)
 
     def device(self, name: str) -> str:
         """Each process of a machine has a GPU of its own. Raises UserError where there are not enough."""

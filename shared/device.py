@@ -1,4 +1,4 @@
-"""Where a model computes, in which type of number, and what becomes of the memory that it frees."""
+"""Where a model computes, on how many cores, in which type of number, and what becomes of the memory that it frees."""
 
 import ctypes
 import os
@@ -48,9 +48,9 @@ def local_processes() -> int:
     return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def local_cores() -> int:
-    """This process' share of the cores."""
-    return max(1, len(os.sched_getaffinity(0)) // local_processes())
+def local_cores(processes: int | None = None) -> int:
+    """The cores of one of so many processes on this machine. Default: of this run's."""
+    return max(1, len(os.sched_getaffinity(0)) // (processes or local_processes()))
 
 
 def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
