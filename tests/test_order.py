@@ -23,7 +23,7 @@ from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
 from train.lead import SPARE, Lead
-from train.loader import Loader, Pass, Same, decoding_threads
+from train.loader import Loader, Pass, Same, Window, decoding_threads
 from train.order import Order, Position, heldout_contexts, make_order, share, split
 from train.rows import Kept, Rows
 from train.stream import BatchStream, VirtualStream
@@ -294,7 +294,6 @@ def test_reading_keeps_pace_with_training(
     loader = Loader(passes, read_here, "always", torch.device("cpu"), 2, True)
     lead, whole = loader.lead, len(shares) * order.window_units * unit
     most, all_read = (1 + SPARE) * whole, 0
-    assert lead is not None
     with closing(BatchStream(loader, shares, 6, [Position()] * 4)) as stream:
         for _ in range(250):
             stream.next_batch()
@@ -308,6 +307,34 @@ def test_reading_keeps_pace_with_training(
             all_read += done
             assert lead.rows + reading[0] < most + unit
     assert 0 < all_read < 175, "the next windows are read as the last are used up"
+
+
+@pytest.mark.parametrize("begin", [0, 40])
+def test_windows_are_needed_where_the_ones_before_end(
+    store: Store, train_config: Config, monkeypatch: pytest.MonkeyPatch, begin: int
+) -> None:
+    """So many rows has a stream given out when it enters one: who reads first is decided by that."""
+    config, asked = train_config(batch=32, streams=4, window_rows=256), {}
+    load = Loader.load
+
+    def noted(loader: Loader, stream: int, epoch: int, window: int, turn: int, needed: int) -> Window:
+        asked[stream, epoch, window] = needed
+        return load(loader, stream, epoch, window, turn, needed)
+
+    at = [Position()] * 4
+    if begin:
+        *_, last = batches(store, config, begin)
+        at = positions_after(last)
+    monkeypatch.setattr(Loader, "load", noted)
+    seen = set()
+    for number, (_, positions) in enumerate(batches(store, config, 150, at=at)):
+        for stream, now in positions.items():
+            window, first = (stream, now.epoch, now.window), (at[stream].epoch, at[stream].window)
+            if now.offset:
+                began = at[stream].offset if (now.epoch, now.window) == first else 0
+                assert asked[window] == 8 * (number + 1) - (now.offset - began)
+                seen.add(window)
+    assert len(seen) > 20
 
 
 def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) -> None:

@@ -1,11 +1,10 @@
 """Windows of rows from a store's committed shards into memory, read by threads in the background.
 
 A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
-windows of every stream that is read here, laid out once, and what is being decoded. For a GPU, reading keeps pace with
-training (train/lead.py); on a CPU it has the cores that training has.
+windows of every stream that is read here, laid out once, and what is being decoded. The window that is needed first is
+read first, and for a GPU reading keeps pace with training (train/lead.py); on a CPU it has the cores that training has.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -144,7 +143,7 @@ class Window:
 
 class Loader:
     """Reads windows, one after another for all streams, with threads that decode their chunks. Only streams that have
-    to wait for a harvest wait side by side."""
+    to wait for a harvest, or for their turn, wait side by side."""
 
     def __init__(
         self,
@@ -161,14 +160,14 @@ class Loader:
         """Where each stream's two windows lie."""
         passes.open()
         cuda = device.type == "cuda"
-        self.lead = Lead() if paced or (cuda and paced is None) else None
-        self.threads = threads or decoding_threads(local_cores(), self.lead is not None)
+        self.paced = cuda if paced is None else paced
+        self.lead = Lead()
+        self.threads = threads or decoding_threads(local_cores(), self.paced)
         here = None
         if cuda:  # a thread begins with the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
             here = partial(torch.cuda.set_device, index)
         self.windows = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
-        self.one_at_a_time = threading.Lock()
         self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self.memory: Memory | None = None
@@ -186,7 +185,7 @@ class Loader:
             if isinstance(self.passes, Same):  # a small store fills no whole window
                 units = min(units, -(-part.order.n_units // part.order.streams))
             self.unit_rows, self.full = part.unit_rows, units
-            if self.lead:
+            if self.paced:
                 self.lead.limit(len(self.slots) * units * self.unit_rows)
             self.memory = Memory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
             if self.copies is not None:
@@ -194,9 +193,15 @@ class Loader:
                 self.staging = [Memory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
         return self.memory
 
-    def load(self, stream: int, epoch: int, window: int, turn: int) -> Window:
-        """Reads and places one window. On a CPU it is decoded where it stays; on CUDA in one of two pinned buffers."""
+    def load(self, stream: int, epoch: int, window: int, turn: int, needed: int = 0) -> Window:
+        """Reads and places one window when it is its turn: `needed` is how many rows the stream gives out before. On a
+        CPU it is decoded where it stays; on CUDA in one of two pinned buffers. Raises CancelledError when the loader is
+        closed meanwhile."""
         part = self.passes.get(epoch)
+        with self.lead.turn((needed, stream)):
+            return self.load_now(part, stream, epoch, window, turn)
+
+    def load_now(self, part: Pass, stream: int, epoch: int, window: int, turn: int) -> Window:
         units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
         memory = self.prepare(part)
@@ -209,8 +214,7 @@ class Loader:
         places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
         kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
         order = torch.from_numpy(kept)
-        if self.lead:
-            self.lead.read(len(order))
+        self.lead.read(len(order))
         if self.copies is None:
             return Window(order, len(order), None)
         return self.to_device(host, there, order, (stream, turn))
@@ -224,6 +228,8 @@ class Loader:
         def read(slots: Iterator[int]) -> None:
             """Units until none is left: a task for each would cost a few percent."""
             for slot in slots:
+                if self.lead.closed:
+                    break
                 at = slice(slot * n, (slot + 1) * n)
                 read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
                 if part.rows.row_scale is not None:
@@ -231,9 +237,7 @@ class Loader:
 
         done, count = 0, len(units)
         while done < count:
-            more = count - done
-            if self.lead:
-                more = -(-self.lead.room(done * n, more * n) // n)
+            more = -(-self.lead.room(done * n, (count - done) * n) // n)
             slots = iter(range(done, done + more))
             for _ in self.chunks.map(read, [slots] * min(more, self.threads)):
                 pass
@@ -268,8 +272,7 @@ class Loader:
 
     def close(self) -> None:
         self.passes.close()
-        if self.lead:
-            self.lead.lift()
+        self.lead.close()
         self.windows.shutdown(cancel_futures=True)
         self.chunks.shutdown()
         if self.copies is not None:

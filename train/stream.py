@@ -35,16 +35,17 @@ class VirtualStream:
         self.offset, self.last_epoch = at.offset, at.epoch
         self.passed = 0
         """Rows given out or left out, of which the loader was not told yet."""
+        self.until = 0
+        """Rows from where it began to the end of its window, where the next one is needed."""
         self.window: Window | None = None
-        self.following: Future[Any] | None = loader.windows.submit(self.load_from, at, self.turn)
+        self.following: Future[Any] | None = loader.windows.submit(self.load_from, at, self.turn, self.until)
 
-    def load_from(self, at: Position, turn: int) -> tuple[Position, Window]:
+    def load_from(self, at: Position, turn: int, needed: int) -> tuple[Position, Window]:
         """The window at a position, or the next one that there is: a stream may have no part in a small pass."""
         epoch, window, offset = at.epoch, at.window, at.offset
         while window >= len(self.loader.passes.get(epoch).order.windows(epoch, self.number)):
             epoch, window, offset = epoch + 1, 0, 0
-        with self.loader.one_at_a_time:
-            return Position(epoch, window, offset), self.loader.load(self.number, epoch, window, turn)
+        return Position(epoch, window, offset), self.loader.load(self.number, epoch, window, turn, needed)
 
     def enter(self, wait: Callable[[Future[Any]], Any]) -> Window | None:
         """The window that the stream stands in, waiting for it where it must; None when `read_ahead` has to come first.
@@ -56,6 +57,7 @@ class VirtualStream:
             self.passed += min(self.at.offset, found.rows)
             if self.at.offset < found.rows:
                 self.window, self.offset, self.last_epoch = found, self.at.offset, self.at.epoch
+                self.until += found.rows - self.offset
                 self.loader.await_copy(found)
             elif self.at.epoch - self.last_epoch > 2:
                 raise UserError("too few activations are left to train on. Harvest more tokens, or lower streams")
@@ -76,7 +78,7 @@ class VirtualStream:
         if self.following is None:
             after = self.at if self.window is None else Position(self.at.epoch, self.at.window + 1)
             self.loader.release((self.number, self.turn))
-            self.following = self.loader.windows.submit(self.load_from, after, self.turn)
+            self.following = self.loader.windows.submit(self.load_from, after, self.turn, self.until)
 
     def stands(self) -> Position:
         """The next row to give out."""
@@ -141,15 +143,14 @@ class BatchStream:
             self.places.clear()
         for stream in self.streams.values():
             stream.read_ahead()
-        if self.loader.lead:
-            self.loader.lead.take(sum(stream.passed for stream in self.streams.values()))
-            for stream in self.streams.values():
-                stream.passed = 0
+        self.loader.lead.take(sum(stream.passed for stream in self.streams.values()))
+        for stream in self.streams.values():
+            stream.passed = 0
 
     def wait(self, future: Future[Any]) -> Any:
-        started, lead = time.monotonic(), self.loader.lead
+        started = time.monotonic()
         try:
-            with lead.awaited() if lead and not future.done() else nullcontext():
+            with nullcontext() if future.done() else self.loader.lead.awaited():
                 while True:
                     try:
                         return future.result(timeout=0.2)
