@@ -12,17 +12,15 @@ from train.lead import Lead, Needed
 
 
 @pytest.fixture
-def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(10) as pool:
-        yield pool
+def lead() -> Lead:
+    return Lead()
 
 
 @pytest.fixture
-def lead(threads: ThreadPoolExecutor) -> Iterator[Lead]:
-    """Closed before the threads are waited for."""
-    lead = Lead()
-    yield lead
-    lead.close()
+def threads(lead: Lead) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(10) as pool:
+        yield pool
+        lead.close()  # nobody waits for ever
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -37,7 +37,7 @@ def test_golden_order() -> None:
     assert permutation(10, 7, 2, 0).tolist() == [7, 3, 2, 0, 8, 4, 9, 5, 1, 6]
     order = Order(n_units=11, streams=2, window_units=3, seed=7)
     assert [[w.tolist() for w in order.windows(1, v)] for v in (0, 1)] == [
-        [[3], [6, 9, 8], [1]],
+        [[3], [6, 9], [8, 1]],
         [[5, 7, 10], [2, 4, 0]],
     ]
     assert order.places(1, 6, 6).tolist() == [0, 3, 4, 2, 1, 5]
@@ -61,7 +61,12 @@ def test_an_epoch_holds_every_chunk_once(n: int, streams: int, window: int, seed
     assert streams % order.streams == 0
     windows = [w for v in range(order.streams) for w in order.windows(epoch, v)]
     assert sorted(np.concatenate(windows)) == list(range(n))
-    assert all(0 < len(w) <= order.window_units for w in windows)
+    assert max(len(w) for w in windows) <= order.longest <= order.window_units
+    for stream in range(order.streams if order.longest > 2 * order.streams else 0):
+        first, *between = [len(w) for w in order.windows(epoch, stream)][: order.windows_full]
+        whole = n / order.streams / order.windows_full
+        assert first == pytest.approx(whole * (stream + 1) / order.streams, abs=2), "refilled in turn"
+        assert between == [pytest.approx(whole, abs=2)] * len(between)
 
 
 def batches(
@@ -292,7 +297,7 @@ def test_reading_keeps_pace_with_training(
     shares = share(24, 4, 0, ranks)
     passes, read_here = Same(Pass(rows, Kept(rows, keep), units, unit, order)), [stream for stream, _, _ in shares]
     loader = Loader(passes, read_here, "always", torch.device("cpu"), 2, True)
-    lead, whole = loader.lead, len(shares) * order.window_units * unit
+    lead, whole = loader.lead, len(shares) * order.longest * unit
     most, all_read = (1 + SPARE) * whole, 0
     with closing(BatchStream(loader, shares, 6, [Position()] * 4)) as stream:
         for _ in range(250):

@@ -181,9 +181,7 @@ class Loader:
     def prepare(self, part: Pass) -> Memory:
         """Memory for two windows of every stream, and on CUDA two pinned windows on the host."""
         if self.memory is None:
-            units = part.order.window_units
-            if isinstance(self.passes, Same):  # a small store fills no whole window
-                units = min(units, -(-part.order.n_units // part.order.streams))
+            units = part.order.longest if isinstance(self.passes, Same) else part.order.window_units
             self.unit_rows, self.full = part.unit_rows, units
             if self.paced:
                 self.lead.limit(len(self.slots) * units * self.unit_rows)

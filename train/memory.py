@@ -186,11 +186,10 @@ def reader_bytes(job: Job, rows: int, streams: int) -> int:
 
 
 def window_units(job: Job, unit_rows: int) -> int:
-    """Of one window; a small store fills no whole one."""
-    units: int = max(1, job.config.window_rows // (job.streams * unit_rows))
+    """Of the longest window."""
     if isinstance(job.passes, Same):
-        units = min(units, -(-job.passes.whole.order.n_units // job.streams))
-    return units
+        return job.passes.whole.order.longest
+    return max(1, job.config.window_rows // (job.streams * unit_rows))
 
 
 def needs_of(config: TrainConfig, at: Circumstances) -> Mapping[str, Need]:

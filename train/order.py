@@ -71,19 +71,30 @@ class Order:
     """Units of reading: runs of chunks."""
     streams: int
     window_units: int
-    """Units in one window of one stream."""
+    """Most units in one window of one stream."""
     seed: int
     block_rows: int = 1
     """Rows that stay together: see `rows_together`."""
 
     def windows(self, epoch: int, stream: int) -> list[NDArray[np.int64]]:
         """The unit numbers of each window, in order; none where there are fewer units than streams and this stream has
-        no part. First windows are shorter by stream, so that refills do not all come at once; together the windows of
-        all streams hold every unit once."""
+        no part. All are of one length, because a long one cannot be read while a short one is used up; but the first
+        and the last share one, by stream, so that refills do not all come at once. Together the windows of all streams
+        hold every unit once."""
         units = epoch_units(self.n_units, self.seed, epoch)[(stream + epoch) % self.streams :: self.streams]
-        first = max(1, self.window_units * (stream + 1) // self.streams)
-        edges = list(range(first, len(units), self.window_units))
+        parts = self.windows_full * self.streams
+        edges = [len(units) * part // parts for part in range(stream + 1, parts, self.streams)]
         return [window for window in np.split(units, edges) if len(window)]
+
+    @property
+    def windows_full(self) -> int:
+        """How many windows of `window_units` an epoch of the longest stream takes."""
+        return -(-self.n_units // (self.streams * self.window_units))
+
+    @property
+    def longest(self) -> int:
+        """Units in the longest window."""
+        return -(-self.n_units // (self.streams * self.windows_full))
 
     def places(self, epoch: int, n: int, full: int) -> NDArray[np.int32]:
         """The order in which the first n of a window's `full` places are given out. The windows of an epoch share it:

@@ -16,7 +16,7 @@ from train.order import Position
 from train.ranks import Ranks
 from train.stream import BatchStream
 
-VERSION: Final = 3
+VERSION: Final = 4
 AUTO_EVERY: Final = 1000
 AUTO_SHARE: Final = 0.1
 """checkpoint_every = auto: every so many steps, unless less than ten times as long as the last one took has gone by."""
