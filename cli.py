@@ -510,7 +510,7 @@ def bench_store(
     from harvest.bench import WIDE, make_stores, writing
     from shared.bench import Figure, interleaved, store_report
     from shared.progress import progress, say
-    from train.bench import reading
+    from train.bench import reading, wait_share
 
     with tempfile.TemporaryDirectory() as folder:
         place = keep or Path(folder)
@@ -522,7 +522,7 @@ def bench_store(
                 figures |= interleaved(runs, rounds, advance, before)
             for codec, store in stores.wide.items():  # what is compared is measured in turns, and nothing else then
                 figures |= interleaved(reading(store, WIDE, others=codec in ("zstd", "lz4")), rounds, advance)
-        report = store_report(stores.narrow, stores.wide, figures)
+        report = store_report(stores.narrow, stores.wide, figures, wait_share(stores.wide["zstd"], WIDE))
 
     def text() -> None:
         print_table("Uncompressed, median over the rounds", report["table"])

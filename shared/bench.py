@@ -70,7 +70,9 @@ def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
     return round(statistics.median(ours / theirs for ours, theirs in pairs), 3)
 
 
-def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure]) -> dict[str, Any]:
+def store_report(
+    narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure], wait_share: float
+) -> dict[str, Any]:
     """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; all else is of
     the store that was read."""
 
@@ -91,6 +93,7 @@ def store_report(narrow: Store, wide: Mapping[str, Store], figures: Mapping[str,
         for end, other in (("zarr", "zarr-python"), ("zarrs", "zarrs"), ("tensorstore", "tensorstore")):
             ratios[f"reader_vs_{end}_{codec}"] = against("reader with crc", other, codec)
         ratios[f"writer_vs_encode_{codec}"] = against("writer", "encode", codec)
+    ratios["wait_share_at_half_speed"] = wait_share
     table = [{"what": name, **figure.row()} for name, figure in figures.items()]
     d_in = {path: hook.d_in for store in (narrow, wide["zstd"]) for path, hook in store.spec.hookpoints.items()}
     raw = {"machine": machine(), "d_in": d_in, "tokens": narrow.n_rows, "figures": table}

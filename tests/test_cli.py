@@ -191,4 +191,5 @@ def test_bench_store_prints_its_ratios(sagsae: Sagsae) -> None:
                 "reader_vs_zarr_lz4 writer_vs_encode_zstd writer_vs_encode_lz4").split()  # fmt: skip
     assert all(found[key] > 0 for key in promised)
     assert found["ratio_zstd"] > 1.43
+    assert 0 <= found["wait_share_at_half_speed"] < 1
     assert {"decode zstd", "windows lz4", "writer zstd"} <= {row["what"] for row in found["figures"]}

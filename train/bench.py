@@ -1,6 +1,7 @@
 """`sagsae bench store`, the half that reads: from what decoding alone costs to batches, and other Zarr readers."""
 
 import importlib.util
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
@@ -82,14 +83,15 @@ def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
     return run
 
 
-def open_stream(store: Store, hook: str, verify: str) -> BatchStream:
+def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **settings: int) -> BatchStream:
     """What `sagsae train` reads with, all rows used: its memory is there after the first round, as in a long run."""
     sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
     batch = BATCH_BYTES // (2 * store.spec.hookpoints[hook].d_in)
-    config = build(TrainConfig, {"store": store.location, "saes": [sae], "batch": batch, "verify": verify})
+    given = {"store": store.location, "saes": [sae], "batch": batch, "verify": verify, **settings}
+    config = build(TrainConfig, given)
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
     passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
-    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1)
+    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1, paced=paced)
     return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [Position()] * streams)
 
 
@@ -124,6 +126,27 @@ def batches(store: Store, hook: str, verify: str) -> Run:
         return rows * bytes_of_a_row(store, hook)
 
     return warmed(run)
+
+
+def wait_share(store: Store, hook: str) -> float:
+    """Share of its time for which a device waits that takes batches half as fast as they can be had: 0 where every
+    window is read before it is needed. A window is two thirds of an epoch, which leaves most to go wrong."""
+    stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
+    steps = store.n_rows // stream.rows
+
+    def epoch(step: float) -> float:
+        began = time.monotonic()
+        for _ in range(steps):
+            due = time.monotonic() + step - stream.waited
+            stream.next_batch()
+            time.sleep(max(0.0, due + stream.waited - time.monotonic()))
+        return time.monotonic() - began
+
+    for _ in range(3):
+        fastest = epoch(0.0)
+    before = stream.waited
+    seconds = sum(epoch(2 * fastest / steps) for _ in range(20))
+    return round((stream.waited - before) / seconds, 4)
 
 
 def settle(stream: BatchStream) -> None:
