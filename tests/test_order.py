@@ -1,6 +1,7 @@
 """Order: every row once an epoch, from any position, for any number of ranks, and nothing held out is trained on."""
 
 import os
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from shared.errors import UserError
 from shared.permute import permutation
 from shared.shard import as_float32
 from shared.store import Store
+from train import loader as loading
 from train.lead import SPARE, Lead
 from train.loader import Loader, Pass, Same, Window, decoding_threads
 from train.order import Order, Position, heldout_contexts, make_order, share, split
@@ -69,16 +71,15 @@ def test_an_epoch_holds_every_chunk_once(n: int, streams: int, window: int, seed
         assert between == [pytest.approx(whole, abs=2)] * len(between)
 
 
-def batches(
+def open_stream(
     store: Store,
     config: TrainConfig,
-    count: int,
     world: tuple[int, int] = (0, 1),
     at: list[Position] | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     paced: bool | None = None,
-) -> Iterator[tuple[torch.Tensor, dict[int, Position]]]:
-    """Batches with the positions after each. `world` = (rank, ranks)."""
+) -> BatchStream:
+    """`world` = (rank, ranks)."""
     keep = split(store.spec, store.tokens(), config).train
     rows = Rows.of(store, HOOK)
     units = rows.units(config.run_chunks or 1)
@@ -87,9 +88,14 @@ def batches(
     passes = Same(Pass(rows, Kept(rows, keep), units, unit_rows, order))
     shares = share(config.batch, order.streams, *world)
     loader = Loader(passes, [stream for stream, _, _ in shares], "always", device, paced=paced)
-    start = at or [Position()] * order.streams
-    stream = BatchStream(loader, shares, config.batch // order.streams, start)
-    with closing(stream):
+    return BatchStream(loader, shares, config.batch // order.streams, at or [Position()] * order.streams)
+
+
+def batches(
+    store: Store, config: TrainConfig, count: int, **how: Any
+) -> Iterator[tuple[torch.Tensor, dict[int, Position]]]:
+    """Batches with the positions after each."""
+    with closing(open_stream(store, config, **how)) as stream:
         for _ in range(count):
             yield stream.next_batch().clone(), stream.positions()
 
@@ -140,10 +146,10 @@ def test_batches_go_on_with_another_number_of_ranks(
     config = train_config(batch=96, streams=4, window_rows=256)
     whole = [batch for batch, _ in batches(store, config, 66)]
     for cut in range(1, 66, 4):
-        parts = [list(batches(store, config, cut, (rank, before))) for rank in range(before)]
+        parts = [list(batches(store, config, cut, world=(rank, before))) for rank in range(before)]
         at = {stream: position for part in parts for stream, position in part[-1][1].items()}
         positions = [at[stream] for stream in range(4)]
-        again = [[b for b, _ in batches(store, config, 6, (rank, after), positions)] for rank in range(after)]
+        again = [[b for b, _ in batches(store, config, 6, world=(rank, after), at=positions)] for rank in range(after)]
         for step, batch in enumerate(whole[cut : cut + 6]):
             assert torch.equal(batch, torch.cat([part[step] for part in again])), cut
 
@@ -276,12 +282,7 @@ def test_reading_keeps_pace_with_training(
     store: Store, train_config: Config, monkeypatch: pytest.MonkeyPatch, ranks: int
 ) -> None:
     """Left alone after each batch, the loader reads until it is as far ahead as it may be, or all is read."""
-    config = train_config(batch=24, streams=4, window_rows=2048)
-    keep = split(store.spec, store.tokens(), config).train
-    rows = Rows.of(store, HOOK)
-    units, unit = rows.units(1), store.spec.chunk_rows
-    order = make_order(len(units), unit, 4, 2048, config.seed)
-    reading = [0]
+    config, reading = train_config(batch=24, streams=4, window_rows=2048), [0]
     room, read = Lead.room, Lead.read
 
     def begun(lead: Lead, rows: int, wanted: int) -> int:
@@ -294,12 +295,10 @@ def test_reading_keeps_pace_with_training(
 
     monkeypatch.setattr(Lead, "room", begun)
     monkeypatch.setattr(Lead, "read", complete)
-    shares = share(24, 4, 0, ranks)
-    passes, read_here = Same(Pass(rows, Kept(rows, keep), units, unit, order)), [stream for stream, _, _ in shares]
-    loader = Loader(passes, read_here, "always", torch.device("cpu"), 2, True)
-    lead, whole = loader.lead, len(shares) * order.longest * unit
-    most, all_read = (1 + SPARE) * whole, 0
-    with closing(BatchStream(loader, shares, 6, [Position()] * 4)) as stream:
+    monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
+    with closing(open_stream(store, config, (0, ranks), paced=True)) as stream:
+        lead, unit, all_read = stream.loader.lead, store.spec.chunk_rows, 0
+        most = (1 + SPARE) * len(stream.shares) * stream.loader.passes.get(0).order.longest * unit
         for _ in range(250):
             stream.next_batch()
             assert not lead.lifted
@@ -340,6 +339,36 @@ def test_windows_are_needed_where_the_ones_before_end(
                 assert asked[window] == 8 * (number + 1) - (now.offset - began)
                 seen.add(window)
     assert len(seen) > 20
+
+
+def test_closing_ends_reading_with_the_chunks_that_are_being_read(
+    store: Store, train_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with their window, nor with those of other streams."""
+    begun, go_on, read = [], threading.Event(), loading.read_unit
+
+    def held(*arguments: Any) -> None:
+        begun.append(arguments)
+        go_on.wait(20)
+        read(*arguments)
+
+    def until(true: Callable[[], bool]) -> None:
+        patience = time.monotonic() + 10
+        while not true():
+            assert time.monotonic() < patience
+            time.sleep(0.001)
+
+    monkeypatch.setattr(loading, "read_unit", held)
+    monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
+    stream = open_stream(store, train_config(batch=24, streams=4, window_rows=2048), at=[Position(0, 1)] * 4)
+    assert len(stream.loader.passes.get(0).order.windows(0, 0)[1]) > 2
+    until(lambda: len(begun) == 2)
+    closed = threading.Thread(target=stream.close)
+    closed.start()
+    until(lambda: stream.loader.lead.closed)
+    go_on.set()
+    closed.join()
+    assert len(begun) == 2
 
 
 def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) -> None:
