@@ -185,7 +185,7 @@ class TrainConfig(Frozen):
     """Neighbouring chunks read together. Default: 1 on a disk; 2 from an object store, where a request costs more.
     Batches stay as well mixed with 1 for every 262,144 of `window_rows`."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
-    """Rows in memory that are shuffled together, over all streams."""
+    """Most rows in memory that are shuffled together, over all streams."""
     memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of)] = "auto"
     """What training may take on each device, such as 24GB. auto: nine tenths of what is free. Autoencoders that do not
     fit into it together are trained in waves, each in a pass over the store."""

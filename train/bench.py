@@ -130,7 +130,7 @@ def batches(store: Store, hook: str, verify: str) -> Run:
 
 def wait_share(store: Store, hook: str) -> float:
     """Share of its time for which a device waits that takes batches half as fast as they can be had: 0 where every
-    window is read before it is needed. A window is two thirds of an epoch, which leaves most to go wrong."""
+    window is read before it is needed. Windows may have two thirds of an epoch, which leaves most to go wrong."""
     stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
     steps = store.n_rows // stream.rows
 

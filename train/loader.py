@@ -6,7 +6,7 @@ read first, and for a GPU reading keeps pace with training (train/lead.py); on a
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, Literal, Protocol, runtime_checkable
@@ -227,7 +227,7 @@ class Loader:
             """Units until none is left: a task for each would cost a few percent."""
             for slot in slots:
                 if self.lead.closed:
-                    break
+                    raise CancelledError
                 at = slice(slot * n, (slot + 1) * n)
                 read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
                 if part.rows.row_scale is not None:
