@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -154,6 +155,14 @@ def test_the_same_call_again_is_complete(train_config: Config, capsys: Any) -> N
         run_train(train_config(lr=1e-3))
     with pytest.raises(UserError, match=r"hook: the run has layer_01/mlp_out, this asks for layer_01/attn_out"):
         run_train(train_config(hook="attn_out"))
+    saes = train_config().saes
+    other = (*saes[:-1], saes[-1].model_copy(update={"sparsity": 0.7, "seed": 9}))
+    place, was = f"saes[{len(saes) - 1}]", saes[-1]
+    differ = f"{place}.seed: the run has {was.seed}, this asks for 9; {place}.sparsity: the run has {was.sparsity}"
+    with pytest.raises(UserError, match=re.escape(differ)):
+        run_train(train_config(saes=other))
+    with pytest.raises(UserError, match=f"the run has {len(saes)} autoencoders, this asks for {len(saes) + 1}"):
+        run_train(train_config(saes=(*saes, other[-1])))
     run_train(train_config(lr=1e-3, overwrite=True))
     assert weights_of(first.run).items() != {k: v for k, v in before.items() if k.startswith("saes/")}.items()
 
@@ -291,6 +300,19 @@ def test_ranks_that_open_a_growing_store_at_different_moments(train_config: Conf
     assert list(job.store.commits) == list(store.commits)[:4]
     assert job.identity["snapshot"] == store.only(list(store.commits)[:4]).snapshot_id != alone.identity["snapshot"]
     assert job.epoch_rows < alone.epoch_rows
+
+
+def test_a_checkpoint_of_another_version_is_refused(train_config: Config) -> None:
+    run = run_train(train_config()).run
+    record = json.loads((run / "record.json").read_text())
+    del record["finished"]
+    (run / "record.json").write_text(json.dumps(record))
+    for path in run.glob("checkpoints/*/state.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+    before = contents(run)
+    with pytest.raises(UserError, match=r"its checkpoint is of version 3; this sagsae reads 4\..*--overwrite"):
+        run_train(train_config())
+    assert contents(run) == before
 
 
 def test_a_broken_checkpoint_is_named(train_config: Config) -> None:

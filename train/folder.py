@@ -13,6 +13,7 @@ tensorboard/ wandb/   with --track: what the trackers were told
 
 import json
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -131,12 +132,13 @@ class RunFolder:
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raises UserError naming every setting in which the run that is here differs from the one asked for."""
         here = self.read("config.json")
-        keys = [key for key in identity if key not in FREE and here.get(key) != identity[key]]
-        if keys:
-            differ = "; ".join(f"{key}: the run has {here.get(key)}, this asks for {identity[key]}" for key in keys)
+        differ = [
+            each for key in identity if key not in FREE for each in differences(key, here.get(key), identity[key])
+        ]
+        if differ:
             raise UserError(
-                f"{self.path}: holds a run with other settings. {differ}. Choose another --out, or start afresh with "
-                "--overwrite"
+                f"{self.path}: holds a run with other settings. {'; '.join(differ)}. Choose another --out, or start "
+                "afresh with --overwrite"
             )
 
     def cut_metrics(self, wave: int, step: int) -> None:
@@ -157,3 +159,17 @@ class RunFolder:
     def log(self, line: dict[str, Any]) -> None:
         with self.metrics.open("a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
+
+
+def differences(name: str, here: Any, asked: Any) -> Iterator[str]:
+    """Where two values of a setting differ, in autoencoders field by field."""
+    if isinstance(here, dict) and isinstance(asked, dict):
+        for key in {**here, **asked}:
+            yield from differences(f"{name}.{key}", here.get(key), asked.get(key))
+    elif name == "saes" and here and len(here) == len(asked):
+        for number, both in enumerate(zip(here, asked, strict=True)):
+            yield from differences(f"{name}[{number}]", *both)
+    elif name == "saes":
+        yield f"saes: the run has {len(here or [])} autoencoders, this asks for {len(asked)}"
+    elif here != asked:
+        yield f"{name}: the run has {here}, this asks for {asked}"
