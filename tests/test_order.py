@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_lead import until
 
 from harvest.recode import recode
 from shared.config import TrainConfig
@@ -351,12 +352,6 @@ def test_closing_ends_reading_with_the_chunks_that_are_being_read(
         begun.append(arguments)
         go_on.wait(20)
         read(*arguments)
-
-    def until(true: Callable[[], bool]) -> None:
-        patience = time.monotonic() + 10
-        while not true():
-            assert time.monotonic() < patience
-            time.sleep(0.001)
 
     monkeypatch.setattr(loading, "read_unit", held)
     monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)

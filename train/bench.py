@@ -107,7 +107,7 @@ def windows(store: Store, hook: str, verify: str) -> Run:
         moved = 0
         for stream in range(order.streams):
             for number in range(len(order.windows(0, stream))):
-                moved += loader.load(stream, 0, number, number % 2).rows * row_bytes
+                moved += loader.load(stream, 0, number, number % 2, 0).rows * row_bytes
         return moved
 
     return warmed(run)

@@ -191,7 +191,7 @@ class Loader:
                 self.staging = [Memory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
         return self.memory
 
-    def load(self, stream: int, epoch: int, window: int, turn: int, needed: int = 0) -> Window:
+    def load(self, stream: int, epoch: int, window: int, turn: int, needed: int) -> Window:
         """Reads and places one window when it is its turn: `needed` is how many rows the stream gives out before. On a
         CPU it is decoded where it stays; on CUDA in one of two pinned buffers. Raises CancelledError when the loader is
         closed meanwhile."""
