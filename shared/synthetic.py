@@ -29,7 +29,14 @@ DIRECTIONS, BIPOLAR, CODES, NOISE = range(4)
 NAME: Final = "synthetic"
 """Of the model that a synthetic store names; its parameters are under the same key."""
 
+SMALLEST_VARIANCE: Final = 1e-18
+"""Of rows before they are scaled: far from where squares of float64 vanish."""
+MOST_NUMBERS: Final = 1 << 28
+"""Of all directions together: 2 GiB."""
+
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Size = Annotated[Finite, Field(le=1e6)]
+"""Rows are scaled to unit variance: only ratios of sizes matter."""
 
 
 class Synthetic(Frozen):
@@ -43,11 +50,11 @@ class Synthetic(Frozen):
     """Share of the features that are active with either sign."""
     l0: Annotated[Finite, Field(gt=0)] = 3.0
     """Active features a row, on average."""
-    zipf: Annotated[Finite, Field(ge=0)] = 0.5
+    zipf: Annotated[Finite, Field(ge=0, le=100)] = 0.5
     """The i-th feature is active in proportion to i^-zipf."""
-    coefficients: tuple[Finite, Finite] = (0.5, 1.5)
+    coefficients: tuple[Size, Size] = (0.5, 1.5)
     """Between which sizes an active feature's coefficient is uniform, before the rows are scaled."""
-    noise: Annotated[Finite, Field(ge=0)] = 0.01
+    noise: Annotated[Size, Field(ge=0)] = 0.01
     """Standard deviation of the noise in each dimension, before the rows are scaled."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Of features, rows and the order of rows."""
@@ -57,6 +64,11 @@ class Synthetic(Frozen):
         low, high = self.coefficients
         if not 0 <= low <= high or high == 0:
             raise ValueError(f"coefficients: expected two sizes 0 <= low <= high, high above 0 (got {low:g}, {high:g})")
+        if self.features * self.d_in > MOST_NUMBERS:
+            raise ValueError(
+                f"features: {self.features:,} directions of {self.d_in:,} numbers do not fit into memory. Lower one of "
+                f"the two: their product can be at most {MOST_NUMBERS:,}"
+            )
         most = 1 / float(shares(self.features, self.zipf)[0])
         if self.l0 > most:
             raise ValueError(
@@ -64,7 +76,9 @@ class Synthetic(Frozen):
                 f"features and zipf {self.zipf:g} it can be at most {int(most * 100) / 100:g}"
             )
         truth = Truth(self)
-        if not truth.signal_variance + self.noise > 0:
+        if not truth.limits.any():
+            raise ValueError(f"l0: {self.l0:g} is so small that no feature would ever be active. Raise l0")
+        if not truth.scale**2 > SMALLEST_VARIANCE:
             raise ValueError("noise: every row would be the same. Raise noise, or lower l0")
         return self
 
