@@ -58,6 +58,12 @@ def quoted(value: object, longest: int = QUOTED) -> str:
     return text if len(text) <= longest else f"{text[:longest]}…"
 
 
+def named(parts: Iterable[object]) -> str:
+    """The name of a place inside a document: `saes.0.d_sae`."""
+    words = (str(part) for part in parts)
+    return ".".join(word if len(word) <= 60 and word.isprintable() else quoted(word, 60) for word in words)
+
+
 # JSON
 
 

@@ -6,7 +6,6 @@ are complete, synced and renamed and its manifest line is synced. Every chunk re
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,16 +15,17 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
+from shared.gate import BadData, choice, members, parse_json, quoted
 from shared.manifest import AT_ONCE, Commit, commits_of, read_logs, read_manifest
 from shared.shard import crc32c, decode_chunk, without_crc
-from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, seal, shard_file, token_layout
+from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, read_spec, seal, shard_file, token_layout
 
 STATE_FILE: Final = "zarr.json"
 State = Literal["writing", "final"]
+STATES: Final[tuple[State, State]] = ("writing", "final")
 
 
 def state_document(spec: StoreSpec, state: State) -> bytes:
@@ -41,27 +41,33 @@ def write_state(files: Files, spec: StoreSpec, state: State) -> None:
 def read_state(files: Files) -> tuple[StoreSpec, State]:
     """The spec and the state. Raises UserError when there is no store of ours, DamagedError when it was altered."""
     try:
-        about = json.loads(files.read(STATE_FILE))["attributes"]["sagsae"]
-        version = about["format_version"]
+        about = sagsae_of(files.read(STATE_FILE))
     except FileNotFoundError as error:
         there = not isinstance(files, LocalFiles) or files.root.exists()
         what = "holds no store (there is no zarr.json in it)" if there else "does not exist"
         raise UserError(f"{files.name}: {what}. Make a store with: sagsae harvest") from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{files.name}: is not a store written by sagsae harvest ({error!r} in zarr.json)") from error
+    except (OSError, BadData) as error:
+        raise UserError(f"{files.name}: is not a store written by sagsae harvest (zarr.json {error})") from error
+    version = about["format_version"]
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         what = "Install a newer sagsae" if newer else "Harvest it again, or read it with the sagsae that wrote it"
         raise UserError(
-            f"{files.name}: is in store format {version}; this sagsae reads format {FORMAT_VERSION}. {what}"
+            f"{files.name}: is in store format {quoted(version, 20)}; this sagsae reads format {FORMAT_VERSION}. {what}"
         )
     if not is_sealed(about):
         raise DamagedError(f"{files.name}/{STATE_FILE}: its checksum does not match. Restore it from a copy")
     try:
         values = {key: value for key, value in about.items() if key not in ("state", "crc32c")}
-        return StoreSpec.model_validate(values), about["state"]
-    except ValidationError as error:
-        raise UserError(f"{files.name}: zarr.json does not describe a store ({error.errors()[0]['msg']})") from error
+        return read_spec(values), choice(about.get("state"), "state", STATES)
+    except BadData as error:
+        raise UserError(f"{files.name}: zarr.json does not describe a store ({error})") from error
+
+
+def sagsae_of(data: bytes) -> dict[str, Any]:
+    """`attributes.sagsae` of a store's zarr.json. Raises BadData."""
+    attributes = members(members(parse_json(data), ("attributes",), None)["attributes"], ("sagsae",), None)
+    return members(attributes["sagsae"], ("format_version",), None)
 
 
 @dataclass(frozen=True)
@@ -194,10 +200,17 @@ class Store:
 
     def row_of_shard(self, path: str, shard: int) -> NDArray[Any]:
         """One shard's row of an array with one row a shard, [d_in]."""
-        file = shard_file(path, shard, True)
+        file, (d_in, dtype) = shard_file(path, shard, True), self.row_kinds[path]
         size, crc = self.commits[shard].files[path]
+        if size != d_in * dtype.itemsize + 4:
+            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed, which are not {d_in} {dtype}")
         payload = without_crc(self.files.open(file, size, crc).read(0, size), f"{self.name}/{file}")
-        return np.frombuffer(payload, self.spec.rows_of_shards()[path][1]).copy()
+        return np.frombuffer(payload, dtype).copy()
+
+    @cached_property
+    def row_kinds(self) -> dict[str, tuple[int, np.dtype[Any]]]:
+        """Of the arrays with one row a shard: path -> (d_in, data type)."""
+        return self.spec.rows_of_shards()
 
     def dim_scale(self, hook: str, shard: int) -> NDArray[np.float32]:
         """Of int8, [d_in]."""
@@ -248,10 +261,10 @@ def is_store(files: Files) -> bool:
     """Whether a harvest was begun here. Raises DamagedError when a zarr.json is there but cannot be read: a store that
     is out of reach for a moment must not be taken for an empty folder."""
     try:
-        document = json.loads(files.read(STATE_FILE))
+        document = parse_json(files.read(STATE_FILE))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError) as error:
+    except (OSError, BadData) as error:
         raise DamagedError(f"{files.name}/{STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ours = attributes.get("sagsae") if isinstance(attributes, dict) else None

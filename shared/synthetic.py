@@ -29,7 +29,8 @@ DIRECTIONS, BIPOLAR, CODES, NOISE = range(4)
 NAME: Final = "synthetic"
 """Of the model that a synthetic store names; its parameters are under the same key."""
 
-Finite = Annotated[float, Field(allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False, le=1e9)]
+"""Far below where its square, or a sum of many, is no float64 any more."""
 
 
 class Synthetic(Frozen):
