@@ -162,6 +162,11 @@ class StoreSpec(Frozen):
         """Every array of which a shard has a file."""
         return {*self.layouts(), *self.rows_of_shards()}
 
+    def token_files(self) -> list[str]:
+        """Paths of the chunks of `tokens`."""
+        rows = token_layout(self.context, self.token_dtype).chunk_rows
+        return [shard_file("tokens", number, True) for number in range(-(-self.n_contexts // rows))]
+
     def documents(self) -> dict[str, bytes]:
         """Every zarr.json but the store's own: arrays, and the groups that they are in."""
         tokens = token_layout(self.context, self.token_dtype)
@@ -194,7 +199,7 @@ def read_spec(about: dict[str, Any]) -> StoreSpec:
 
 
 def check_model(model: dict[str, Any]) -> None:
-    members(model, ("name", "commit"), None)
+    members(model, ("name",), None)
     text(model["name"], "model.name")
     for name in ("commit", "dtype", "attention", "weight_processing"):
         if model.get(name) is not None:

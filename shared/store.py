@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
 from shared.gate import BadData, choice, members, parse_json, quoted
-from shared.manifest import AT_ONCE, Commit, commits_of, read_logs, read_manifest
+from shared.manifest import AT_ONCE, METADATA, Commit, Sizes, commits_of, read_logs, read_manifest
 from shared.shard import crc32c, decode_chunk, without_crc
 from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, read_spec, seal, shard_file, token_layout
 
@@ -114,7 +114,10 @@ class Store:
             commits = commits_of(read_logs(files, final)) if lenient else read_manifest(files, final)
             now = read_state(files)[1] if state == "writing" else state
             if now == state:
-                return cls(files, spec, state, commits)
+                wrong = wrong_commits(spec, commits)
+                if wrong and not lenient:
+                    raise DamagedError(f"{files.name}: {next(iter(wrong.values()))}. Restore the manifest from a copy")
+                return cls(files, spec, state, {k: c for k, c in commits.items() if k not in wrong})
             state = now
 
     @property
@@ -229,6 +232,34 @@ class Store:
         """Of a hookpoint's activations, with what is needed to read them back."""
         paths = [hook, *([f"scale/{hook}/row", f"scale/{hook}/dim"] if self.spec.quantised else [])]
         return sum(commit.files[path][0] for commit in self.commits.values() for path in paths)
+
+
+def wrong_commits(spec: StoreSpec, commits: dict[int, Commit]) -> dict[int, str]:
+    """Commits that are not of a shard that the spec describes, in words, by shard."""
+    arrays, found = spec.arrays(), {}
+    for shard, commit in commits.items():
+        if shard >= spec.n_shards:
+            found[shard] = f"shard {shard} is committed, of {spec.n_shards}"
+        elif (commit.start, commit.stop) != spec.shard_range(shard) or commit.rows != commit.stop - commit.start:
+            found[shard] = f"shard {shard} is committed for other rows than it has"
+        elif commit.kept > commit.rows:
+            found[shard] = f"shard {shard} counts {commit.kept} of its {commit.rows} rows"
+        elif commit.files.keys() != arrays:
+            found[shard] = f"shard {shard}: the commit and the store do not name the same files"
+        elif not commit.nonfinite.keys() <= spec.hookpoints.keys():
+            found[shard] = f"shard {shard} counts rows of hookpoints that the store does not have"
+        elif max(commit.nonfinite.values(), default=0) > commit.kept:
+            found[shard] = f"shard {shard} counts more rows that are not finite than rows"
+    return found
+
+
+def check_metadata_paths(store: Store, metadata: Sizes) -> None:
+    """Raises DamagedError unless metadata.json names exactly the files that such a store has beside its shards."""
+    expected = {*store.spec.token_files(), *store.spec.documents()}
+    strange, lacking = sorted(metadata.keys() - expected), sorted(expected - metadata.keys())
+    if strange or lacking:
+        what = f"names {quoted(strange[0])}, which is" if strange else f"does not name {lacking[0]}, which is"
+        raise DamagedError(f"{store.name}/{METADATA}: {what} {'no' if strange else 'a'} file of this store")
 
 
 def find_hookpoint(location: str | Path, hook: str | None) -> tuple[Store, str]:
