@@ -21,6 +21,7 @@ from shared.files import Files, join, open_files
 from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
 from shared.models import ModelInfo, ModelSource, load_tokenizer, model_info, read_config, resolve_model
 from shared.outline import outline
+from shared.schema import build
 from shared.spec import DTYPES, HookSpec, StoreSpec, TokenType
 
 CHUNK_BYTES = 2 << 20
@@ -162,14 +163,8 @@ def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> Stor
 def spec_of(
     plan: Plan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
 ) -> StoreSpec:
-    return StoreSpec(
-        **identity(plan),
-        corpus=corpus,
-        n_tokens=n_tokens,
-        token_dtype=token_dtype,
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-    )
+    about = {"corpus": corpus, "n_tokens": n_tokens, "token_dtype": token_dtype}
+    return build(StoreSpec, {**identity(plan), **about, "chunk_rows": chunk_rows, "shard_rows": shard_rows})
 
 
 def shape(plan: Plan, n_tokens: int) -> tuple[int, int]:

@@ -18,12 +18,12 @@ from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import Buffer, Files, LocalFiles, Write, open_files
 from shared.manifest import Sizes, append_commit, read_metadata
 from shared.progress import progress, say
-from shared.reader import ArrayReader, Reader, open_reader, read_shard
+from shared.reader import ArrayReader, Reader, open_reader, read_places, read_shard
 from shared.record import provenance
 from shared.shard import BLOCK_BYTES, crc32
 from shared.spec import Codec, StoreSpec, rows_that_count, shard_file
 from shared.stop import stop_requests
-from shared.store import Store, is_store
+from shared.store import Store, check_metadata_paths, is_store
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,9 @@ def check_target(files: Files, spec: StoreSpec) -> None:
 
 
 def begin(store: Store, files: Files, spec: StoreSpec) -> None:
-    tokens = {path: entry for path, entry in read_metadata(store.files).items() if path.startswith("tokens/c/")}
+    metadata = read_metadata(store.files)
+    check_metadata_paths(store, metadata)
+    tokens = {path: metadata[path] for path in store.spec.token_files()}
     for path, (size, crc) in tokens.items():
         copy(store.files, files.write, path, size, crc)
     create_store(files, spec, tokens, {**provenance(), "source": store.name})
@@ -110,14 +112,13 @@ def fill(store: Store, done: Store) -> None:
 def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: NDArray[np.bool_]) -> None:
     """`keep` [contexts, context] marks the rows that the moments are over."""
     commit = store.commits[shard]
-    contexts, positions = (read_shard(open_reader(store, f"index/{name}"), shard) for name in ("context", "position"))
-    kept = keep[contexts, positions]
+    index = [open_reader(store, f"index/{name}") for name in ("context", "position")]
+    kept = keep[read_places(*index, shard)]
     files: Sizes = {}
     with done.files.together() as write:
-        for array, (size, crc) in commit.files.items():
-            if array in store.spec.hookpoints:
-                continue
-            matrix = array in store.spec.rows_of_shards()  # the others are vectors
+        for array in sorted(store.spec.arrays() - store.spec.hookpoints.keys()):
+            size, crc = commit.files[array]
+            matrix = array in store.row_kinds  # the others are vectors
             reader = None if matrix else open_reader(store, array)
             if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
                 files |= writer.vector(write, array, shard, read_shard(reader, shard))

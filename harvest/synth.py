@@ -41,6 +41,7 @@ from shared.errors import Interrupted, UserError
 from shared.files import LOCK_FILE, Files, LocalFiles, check_alone, join, open_files
 from shared.progress import progress, say
 from shared.record import provenance
+from shared.schema import build
 from shared.spec import DTYPES, HookSpec, StoreSpec, rows_that_count
 from shared.stop import stop_requests
 from shared.store import STATE_FILE, Store, is_store
@@ -112,26 +113,26 @@ def spec_of(config: SynthConfig) -> StoreSpec:
         ids.update(block.tobytes())
     itemsize = DTYPES[config.store_dtype][0].itemsize
     chunk_rows, shard_rows = shape_of([config.d_in * itemsize], config.tokens, config.chunk_rows, config.shard_rows)
-    return StoreSpec(
-        model={
+    return build(StoreSpec, {
+        "model": {
             "name": NAME, "commit": digest, "local": True, "dtype": "float64", "attention": "none",
             "weight_processing": "none", NAME: parameters,
         },
-        tokenizer={"blake2b": None, "eos_id": None},
-        corpus={"source": NAME, "whole": True, "vocab_size": 1, "documents": 0, "ids_blake2b": ids.hexdigest()},
-        context=config.context,
-        bos_id=None,
-        special_ids=(),
-        skip_positions=0,
-        n_tokens=config.tokens,
-        token_dtype="uint16",
-        hookpoints={HOOK: HookSpec(name=NAME, d_in=config.d_in)},
-        dtype=config.store_dtype,
-        codec=config.codec,
-        chunk_rows=chunk_rows,
-        shard_rows=shard_rows,
-        seed=config.seed,
-    )  # fmt: skip
+        "tokenizer": {"blake2b": None, "eos_id": None},
+        "corpus": {"source": NAME, "whole": True, "vocab_size": 1, "documents": 0, "ids_blake2b": ids.hexdigest()},
+        "context": config.context,
+        "bos_id": None,
+        "special_ids": (),
+        "skip_positions": 0,
+        "n_tokens": config.tokens,
+        "token_dtype": "uint16",
+        "hookpoints": {HOOK: HookSpec(name=NAME, d_in=config.d_in)},
+        "dtype": config.store_dtype,
+        "codec": config.codec,
+        "chunk_rows": chunk_rows,
+        "shard_rows": shard_rows,
+        "seed": config.seed,
+    })  # fmt: skip
 
 
 def token_blocks(config: SynthConfig) -> Iterator[NDArray[np.uint16]]:

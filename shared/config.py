@@ -12,6 +12,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
+from shared.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
 Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
@@ -72,7 +73,7 @@ class HarvestConfig(Frozen):
     skip_positions: Annotated[int, Field(ge=0)] = 1
     """The first positions of every context: stored, but left out of statistics and training. In most models position 0
     is an outlier."""
-    tokens: Annotated[int, Field(ge=1)] | None = None
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
     """Activation rows wanted, exactly. Default: all that the corpus gives."""
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens in one forward pass. Default: 2,048 on a CPU, on a GPU what surely fits, at most 65,536. What does not
@@ -83,9 +84,9 @@ class HarvestConfig(Frozen):
     """Shuffles documents and permutes rows inside a shard."""
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
     """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
-    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
-    shard_rows: Annotated[int, Field(ge=1)] | None = None
+    shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
     out: Location = "stores"
     """The folder that holds stores, or an s3:// prefix."""
@@ -105,15 +106,15 @@ class HarvestConfig(Frozen):
 class SynthConfig(Synthetic):
     """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
 
-    tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1_000_000
     """Rows."""
     context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
     """Rows that are held out together. Otherwise they have nothing to do with each other."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
-    chunk_rows: Annotated[int, Field(ge=1)] | None = None
+    chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
-    shard_rows: Annotated[int, Field(ge=1)] | None = None
+    shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
     out: Location = "stores"
     """The folder that holds stores, or an s3:// prefix."""

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
 from shared.files import Files
+from shared.gate import BadData, file_entry, integer, members, parse_json, passed, safe_path
 from shared.shard import crc32c
 
 MANIFEST_VERSION: Final = 1
@@ -57,8 +58,9 @@ def as_json(files: Sizes) -> dict[str, dict[str, int]]:
     return {path: {"bytes": n, "crc32": crc} for path, (n, crc) in sorted(files.items())}
 
 
-def as_sizes(entries: dict[str, dict[str, int]]) -> Sizes:
-    return {path: (entry["bytes"], entry["crc32"]) for path, entry in entries.items()}
+def as_sizes(entries: Any) -> Sizes:
+    """Raises BadData for entries that we do not write."""
+    return {safe_path(path): file_entry(entry, path) for path, entry in members(entries, (), None).items()}
 
 
 def sealed(body: dict[str, Any]) -> str:
@@ -67,27 +69,47 @@ def sealed(body: dict[str, Any]) -> str:
     return f'{text[:-1]},"c":{crc32c(text.encode())}}}\n'
 
 
-def unsealed(line: str) -> dict[str, Any] | None:
-    """The body of a sealed line; None when the line is torn or altered."""
+def unsealed(line: str) -> Any:
+    """The body of a sealed line; None when the line is torn or altered. Raises BadData when what was sealed is no
+    JSON that we write."""
     text, found, crc = line.rstrip("\n").rpartition(',"c":')
     if not found or not line.endswith("}\n") or crc != f"{crc32c((text + '}').encode())}}}":
         return None
-    body: dict[str, Any] = json.loads(text + "}")
-    return body
+    return members(parse_json(text + "}"), ("v",), None)
 
 
 def parse_commit(line: str) -> Commit | None:
-    """The commit of a manifest line, or None when the line is torn or altered."""
+    """The commit of a manifest line, or None when the line is torn or altered. Raises BadData when what was sealed is
+    no commit that we write."""
     body = unsealed(line)
     if body is None:
         return None
-    if body["v"] > MANIFEST_VERSION:
+    check_version(body)
+    members(body, ("v", "k", "rows", "in", "kept", "files"), ("nonfinite",))
+    span, nonfinite = body["in"], members(body.get("nonfinite", {}), (), None)
+    if not isinstance(span, list) or len(span) != 2:
+        raise BadData("in is not the beginning and the end of a range")
+    start, stop = (integer(value, "in") for value in span)
+    shard, rows, kept = (integer(body[name], name) for name in ("k", "rows", "kept"))
+    counts = {safe_path(path): integer(n, f"nonfinite of {path}") for path, n in nonfinite.items()}
+    return Commit(shard, rows, start, stop, kept, as_sizes(body["files"]), counts)
+
+
+def commit_or_none(line: str) -> Commit | None:
+    """The same for a line that anybody may have sealed: what is no commit of ours is a bad line."""
+    try:
+        return parse_commit(line)
+    except BadData:
+        return None
+
+
+def check_version(body: dict[str, Any]) -> None:
+    """Raises UserError for a newer manifest, BadData for none."""
+    version = integer(body["v"], "v", 1)
+    if version > MANIFEST_VERSION:
         raise UserError(
-            f"the manifest is in version {body['v']}, this sagsae reads version {MANIFEST_VERSION}. Install a newer one"
+            f"the manifest is in version {version}, this sagsae reads version {MANIFEST_VERSION}. Install a newer one"
         )
-    start, stop = body["in"]
-    nonfinite = body.get("nonfinite", {})
-    return Commit(body["k"], body["rows"], start, stop, body["kept"], as_sizes(body["files"]), nonfinite)
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class Log:
 
 def read_log(files: Files, path: str) -> Log:
     lines = files.read(path).splitlines(keepends=True)
-    parsed = [parse_commit(line.decode(errors="replace")) for line in lines]
+    parsed = [commit_or_none(line.decode(errors="replace")) for line in lines]
     bad = [number for number, commit in enumerate(parsed, start=1) if commit is None]
     return Log(path, [commit for commit in parsed if commit is not None], bad, len(lines))
 
@@ -179,9 +201,12 @@ def write_metadata(files: Files, sizes: Sizes) -> None:
 def read_metadata(files: Files) -> Sizes:
     """Raises DamagedError when it is missing or altered."""
     try:
-        body = unsealed(files.read(METADATA).decode(errors="replace"))
+        data = files.read(METADATA).decode(errors="replace")
     except FileNotFoundError:
-        body = None
-    if body is None:
-        raise DamagedError(f"{files.name}/{METADATA}: is missing or damaged; restore it from a copy")
-    return as_sizes(body["files"])
+        data = ""
+    with passed(f"{files.name}/{METADATA}"):
+        body = unsealed(data)
+        if body is None:
+            raise DamagedError(f"{files.name}/{METADATA}: is missing or damaged; restore it from a copy")
+        check_version(body)
+        return as_sizes(members(body, ("v", "files"))["files"])

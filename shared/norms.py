@@ -11,7 +11,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.reader import open_reader, read_shard
+from shared.reader import open_reader, read_places, read_shard
 from shared.spec import rows_that_count
 from shared.store import Statistics, Store
 
@@ -71,13 +71,13 @@ def by_rank(store: Store, hook: str, high: NDArray[np.int64], ranks: dict[float,
     return values_of
 
 
-def shards(store: Store, hook: str) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.uint16]]]:
+def shards(store: Store, hook: str) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]:
     """Of each committed shard the rows' norms, whether they count, and their positions."""
     keep = rows_that_count(store.tokens(), store.spec)
-    readers = [open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position")]
+    norm, *index = (open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position"))
     for shard in store.commits:
-        values, contexts, positions = (read_shard(reader, shard) for reader in readers)
-        yield values, keep[contexts, positions], positions
+        contexts, positions = read_places(*index, shard)
+        yield read_shard(norm, shard), keep[contexts, positions], positions
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:

@@ -5,7 +5,6 @@ no Zarr library is on the way. Property-tested equal to zarr-python, which takes
 with other codecs (shared/foreign.py). Open files and shard indexes are kept, a bounded number of each.
 """
 
-import json
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Final, Protocol, runtime_checkable
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from shared.errors import DamagedError
 from shared.files import OpenFile
+from shared.gate import BadData, members, parse_json
 from shared.shard import Layout, decode_chunk, decode_index
 from shared.spec import shard_file, sharded_document
 from shared.store import Store
@@ -50,12 +50,13 @@ def open_reader(store: Store, array: str) -> Reader:
     path = f"{array}/zarr.json"
     layout = store.spec.layouts()[array]
     try:
-        found = json.loads(store.files.read(path))
-        written = sharded_document(store.spec.n_tokens, layout, {})
-        ours = all(found[key] == written[key] for key in DECIDES_THE_BYTES)
-    except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
-        raise DamagedError(f"{store.name}/{path}: cannot be read ({error!r}). Restore it from a copy") from error
-    if ours:
+        found = members(parse_json(store.files.read(path)), DECIDES_THE_BYTES, None)
+    except FileNotFoundError as error:
+        raise DamagedError(f"{store.name}/{path}: is missing. Restore it from a copy") from error
+    except (BadData, OSError) as error:
+        raise DamagedError(f"{store.name}/{path}: cannot be read ({error}). Restore it from a copy") from error
+    written = sharded_document(store.spec.n_tokens, layout, {})
+    if all(found[key] == written[key] for key in DECIDES_THE_BYTES):
         return ArrayReader(store, array)
     from shared.foreign import ZarrReader
 
@@ -101,8 +102,8 @@ class ArrayReader:
 
     def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
         places = self.index(shard)[first : first + count].tolist()
-        begin, end = places[0][0], sum(places[-1])
         self.check_places(places, shard, first)
+        begin, end = places[0][0], sum(places[-1])
         file, rows = self.file(shard), self.layout.chunk_rows
         for again in (True, False):
             data = memoryview(file.read(begin, end - begin))
@@ -119,7 +120,7 @@ class ArrayReader:
 
     def check_places(self, places: list[list[int]], shard: int, first: int) -> None:
         """Chunks lie one after another, inside the file: anything else is no index that we wrote."""
-        size = self.store.commits[shard].files[self.array][0]
+        size = self.store.commits[shard].files[self.array][0] - self.layout.index_bytes
         ends = [offset + length for offset, length in places]
         follow = all(end == offset for end, (offset, _) in zip(ends, places[1:], strict=False))
         if not follow or ends[-1] > size:
@@ -135,3 +136,16 @@ def read_shard(reader: Reader, shard: int) -> NDArray[Any]:
     for chunk in range(count):
         reader.read(shard, chunk, out[chunk * rows : (chunk + 1) * rows])
     return out[: reader.store.commits[shard].rows]
+
+
+def read_places(contexts: Reader, positions: Reader, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where in the corpus each row of a shard comes from, in stored order: its context [n] and the position in that
+    [n]. Raises DamagedError unless they are the shard's part of the token stream, each token once."""
+    store = contexts.store
+    found = tuple(read_shard(reader, shard).astype(np.int64) for reader in (contexts, positions))
+    start, stop = store.spec.shard_range(shard)
+    inside = found[0] * store.spec.context + found[1] - start
+    right = found[1].max(initial=0) < store.spec.context and inside.min(initial=0) >= 0
+    if not right or inside.max(initial=0) >= stop - start or not np.bincount(inside, minlength=stop - start).all():
+        raise DamagedError(f"{store.name}/index: shard {shard} names other tokens than its own")
+    return found[0], found[1]

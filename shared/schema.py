@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import UserError
+from shared.gate import named, quoted
 
 
 class Frozen(BaseModel):
@@ -24,8 +25,10 @@ def read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"--config {path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: is not valid TOML ({error})") from error
+    except RecursionError as error:
+        raise UserError(f"--config {path}: is not valid TOML for us (nested too deep)") from error
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, integers of thousands of digits
+        raise UserError(f"--config {path}: is not valid TOML ({str(error)[:300]})") from error
 
 
 def parse_set(assignments: list[str]) -> dict[str, Any]:
@@ -34,11 +37,13 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals or not key:
-            raise UserError(f"--set {assignment}: expected key=value")
+            raise UserError(f"--set {quoted(assignment)}: expected key=value")
         try:
             values[key] = json.loads(text)
         except json.JSONDecodeError:
             values[key] = text
+        except (ValueError, RecursionError) as error:  # thousands of digits, thousands of brackets
+            raise UserError(f"--set {quoted(key)}: the value is too long or nested too deep to be one") from error
     return values
 
 
@@ -46,9 +51,11 @@ def build(schema: type[Section], values: dict[str, Any]) -> Section:
     """The validated configuration. Raises UserError naming the first offending key."""
     try:
         return schema.model_validate(values)
+    except (ArithmeticError, RecursionError) as error:  # of a check that computes with the values
+        raise UserError(f"the settings are out of any range that can be computed with ({error})") from error
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        first = error.errors(include_url=False)[0]
+        key = named(first["loc"])
         if first["type"] == "missing":
             option = {"saes": "--arch ARCH:WIDTH"}.get(key, f"--{key}")
             raise UserError(f"{key}: is needed; give {option}, or {key} in the --config file") from error
@@ -56,8 +63,13 @@ def build(schema: type[Section], values: dict[str, Any]) -> Section:
             known = list(schema.model_fields)
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"valid keys: {', '.join(known)}"
-            raise UserError(f"unknown setting {key!r}: {hint}") from error
-        message = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"unknown setting {quoted(key)}: {hint}") from error
+        message = cut(first["msg"].removeprefix("Value error, "))
         if not key:
             raise UserError(message) from error
-        raise UserError(f"{key}: {message} (got {first['input']!r})") from error
+        raise UserError(f"{key}: {message} (got {quoted(first['input'])})") from error
+
+
+def cut(message: str, longest: int = 1000) -> str:
+    """A message that repeats what it was given, which may be megabytes."""
+    return message if len(message) <= longest else f"{message[:longest]}… ({len(message):,} characters)"

@@ -5,9 +5,10 @@ then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length)
 Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
 """
 
+import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from crc32c import crc32c as crc32c_of  # releases the interpreter's lock, unlike google-crc32c
@@ -42,6 +43,16 @@ CODECS: dict[str, Codec | None] = {
     "none": None,
 }
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
+BLOSC_HEADER: Final = struct.Struct("<BBBBIII")
+"""Format, format of the compressor, flags, typesize; bytes of the values, of a block, of the whole buffer."""
+BLOSC_FORMAT: Final = 2
+COMPRESSOR_FORMAT: Final = 1
+COMPRESSORS: Final = {"lz4": 1, "zstd": 4}
+"""Numbers in the upper three bits of the flags."""
+STORED, RESERVED = 0b10, 0b1000
+"""Flags: the values follow as they are; not in use."""
+BLOSC_MOST: Final = 2**31 - 1 - 16
+"""Bytes of values that a buffer can hold."""
 
 
 @dataclass(frozen=True)
@@ -130,11 +141,40 @@ def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, che
                 raise ValueError(f"{len(payload)} bytes instead of {out.nbytes}")
             out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
         else:
+            check_blosc(payload, layout.codec, layout.dtype.itemsize, out.nbytes)
             blosc.decompress(payload, out)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(
             f"{what}: its bytes do not decode to {layout.chunk_shape} {layout.dtype} ({error})"
         ) from error
+
+
+def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> None:
+    """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values, in our compressor, and says so of
+    itself: blosc believes its header, reads as many bytes as that names and leaves alone what it does not fill. What is
+    inside the blocks its decoders check (docs/threat-model.md)."""
+    if len(payload) < BLOSC_HEADER.size:
+        raise ValueError(f"{len(payload)} bytes are no blosc buffer")
+    version, inner, flags, typesize, values, block, size = BLOSC_HEADER.unpack_from(payload)
+    if (version, inner, flags >> 5, flags & RESERVED) != (BLOSC_FORMAT, COMPRESSOR_FORMAT, COMPRESSORS[codec], 0):
+        raise ValueError(f"its blosc header is not of a buffer packed with {codec}")
+    if (typesize, values, size) != (itemsize, nbytes, len(payload)):
+        raise ValueError(
+            f"its blosc header names {values} bytes of values of {typesize} bytes in a buffer of {size}; it is "
+            f"{len(payload)} bytes long, and {nbytes} bytes of values of {itemsize} bytes are expected"
+        )
+    if not 0 < block <= values or block % typesize:
+        raise ValueError(f"its blosc header names blocks of {block} bytes")
+    if flags & STORED:
+        if size != values + BLOSC_HEADER.size:
+            raise ValueError(f"its blosc header names {values} bytes as they are, {size - BLOSC_HEADER.size} follow")
+        return
+    first = BLOSC_HEADER.size + 4 * -(-values // block)
+    if first > size:
+        raise ValueError(f"its {size} bytes cannot hold its blocks of {block} bytes")
+    starts = np.frombuffer(payload[BLOSC_HEADER.size : first], "<i4")
+    if starts.min() < first or starts.max() > size - 4:
+        raise ValueError("it has blocks that begin outside it")
 
 
 def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:

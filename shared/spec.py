@@ -5,13 +5,16 @@ The arrays' zarr.json are written out here, not by a Zarr library: their bytes a
 """
 
 import json
-from typing import Any, Final, Literal
+import re
+from typing import Annotated, Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from shared.gate import BadData, integer, members, named, quoted, safe_path, text
 from shared.schema import Frozen
-from shared.shard import CODECS, Layout, crc32c
+from shared.shard import BLOSC_MOST, CODECS, Layout, crc32c
 
 FORMAT_VERSION: Final = 2
 TOKENS_PER_CHUNK: Final = 1 << 20
@@ -28,35 +31,82 @@ INT8: Final[tuple[np.dtype[Any], int]] = (np.dtype("i1"), -128)
 Codec = Literal["zstd", "lz4", "none", "int8"]
 TokenType = Literal["uint16", "uint32"]
 
+MOST_TOKENS: Final = 1 << 40
+MOST_CONTEXT: Final = 1 << 16
+"""index/position is uint16."""
+MOST_CONTEXTS: Final = 1 << 32
+"""index/context is uint32."""
+MOST_SHARDS: Final = 1 << 22
+MOST_CHUNKS: Final = 1 << 20
+"""Of a shard: its index has 16 bytes of each."""
+MOST_SHARD_ROWS: Final = BLOSC_MOST // 4
+"""Norms and index arrays have one chunk a shard."""
+MOST_WIDTH: Final = 1 << 24
+MOST_HOOKPOINTS: Final = 1 << 14
+HOOKPOINT: Final = re.compile(r"layer_[0-9]{2,6}/[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+"""What harvest and synth call a hookpoint's path (shared/hooks.py)."""
+NOT_A_HOOKPOINT: Final = (".json", ".jsonl", ".tmp")
+"""Ends of the names of files that are something else."""
+
+Count = Annotated[int, Field(strict=True, ge=1)]
+TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
+
+
+def hookpoint_path(path: str) -> str:
+    if len(safe_path(path)) > 200 or not HOOKPOINT.fullmatch(path) or path.endswith(NOT_A_HOOKPOINT):
+        raise BadData(f"{quoted(path)} is no path of a hookpoint, such as layer_08/mlp_out")
+    return path
+
 
 class HookSpec(Frozen):
-    name: str
+    name: Annotated[str, AfterValidator(lambda name: text(name, "name", 256))]
     """TransformerLens name, such as `blocks.8.hook_mlp_out`."""
-    d_in: int
+    d_in: Annotated[Count, Field(le=MOST_WIDTH)]
 
 
 class StoreSpec(Frozen):
-    """Two harvests with equal specs write equal stores."""
+    """Two harvests with equal specs write equal stores. All numbers are bounded, and consistent with one another:
+    nothing is allocated or looped over that a store could not have."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION
     model: dict[str, Any]
     tokenizer: dict[str, Any]
     corpus: dict[str, Any]
-    context: int
-    bos_id: int | None
-    special_ids: tuple[int, ...]
-    skip_positions: int = 1
+    context: Annotated[Count, Field(le=MOST_CONTEXT)]
+    bos_id: TokenId | None
+    special_ids: Annotated[tuple[TokenId, ...], Field(max_length=1 << 20)]
+    skip_positions: Annotated[int, Field(strict=True, ge=0, le=MOST_CONTEXT)] = 1
     """The first positions of every context, which neither count in statistics nor are trained on."""
-    n_tokens: int
+    n_tokens: Annotated[Count, Field(le=MOST_TOKENS)]
     token_dtype: TokenType
-    hookpoints: dict[str, HookSpec]
+    hookpoints: Annotated[
+        dict[Annotated[str, AfterValidator(hookpoint_path)], HookSpec],
+        Field(min_length=1, max_length=MOST_HOOKPOINTS),
+    ]
     """By path inside the store, such as `layer_08/mlp_out`."""
     dtype: Literal["bfloat16", "float16", "float32"]
     """What the model's activations were rounded to. With codec int8 they were quantised after that."""
     codec: Codec
-    chunk_rows: int
-    shard_rows: int
-    seed: int
+    chunk_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
+    shard_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
+    seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
+
+    @model_validator(mode="after")
+    def check_together(self) -> "StoreSpec":
+        if self.shard_rows % self.chunk_rows:
+            raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
+        if self.shard_rows // self.chunk_rows > MOST_CHUNKS:
+            raise ValueError(f"chunk_rows: {self.chunk_rows} makes more than {MOST_CHUNKS:,} chunks a shard")
+        if self.n_shards > MOST_SHARDS:
+            raise ValueError(f"shard_rows: {self.shard_rows} makes more than {MOST_SHARDS:,} shards")
+        if self.n_contexts > MOST_CONTEXTS:
+            raise ValueError(f"context: {self.context} makes more than {MOST_CONTEXTS:,} contexts")
+        if self.skip_positions > self.context:
+            raise ValueError(f"skip_positions: {self.skip_positions} is more than context = {self.context}")
+        widest = max(hook.d_in for hook in self.hookpoints.values())
+        if self.chunk_rows * widest * DTYPES[self.dtype][0].itemsize > BLOSC_MOST:
+            raise ValueError(f"chunk_rows: {self.chunk_rows} rows of {widest} numbers are more than 2 GiB a chunk")
+        return self
 
     def as_json(self) -> dict[str, Any]:
         """A skip_positions of 1 goes unsaid: stores were written before there was any other."""
@@ -112,6 +162,11 @@ class StoreSpec(Frozen):
         """Every array of which a shard has a file."""
         return {*self.layouts(), *self.rows_of_shards()}
 
+    def token_files(self) -> list[str]:
+        """Paths of the chunks of `tokens`."""
+        rows = token_layout(self.context, self.token_dtype).chunk_rows
+        return [shard_file("tokens", number, True) for number in range(-(-self.n_contexts // rows))]
+
     def documents(self) -> dict[str, bytes]:
         """Every zarr.json but the store's own: arrays, and the groups that they are in."""
         tokens = token_layout(self.context, self.token_dtype)
@@ -126,6 +181,42 @@ class StoreSpec(Frozen):
         group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
         found |= {parent: group for path in list(found) for parent in parents(path)}
         return {f"{path}/zarr.json": as_bytes(document) for path, document in sorted(found.items())}
+
+
+def read_spec(about: dict[str, Any]) -> StoreSpec:
+    """The spec of an existing store, with what its readers need of the model and the corpus. Raises BadData naming the
+    first member that it cannot have."""
+    try:
+        spec = StoreSpec.model_validate(about)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        message = first["msg"].removeprefix("Value error, ")
+        place = named(first["loc"])
+        raise BadData(f"{place}: {message} (got {quoted(first['input'])})" if place else message) from error
+    check_model(spec.model)
+    check_corpus(spec)
+    return spec
+
+
+def check_model(model: dict[str, Any]) -> None:
+    members(model, ("name",), None)
+    text(model["name"], "model.name")
+    for name in ("commit", "dtype", "attention", "weight_processing"):
+        if model.get(name) is not None:
+            text(model[name], f"model.{name}", 256)
+    if not isinstance(model.get("local", False), bool):
+        raise BadData(f"model.local is {quoted(model['local'])} instead of true or false")
+
+
+def check_corpus(spec: StoreSpec) -> None:
+    corpus = members(spec.corpus, ("ids_blake2b",), None)
+    if not re.fullmatch(r"[0-9a-f]{32}", text(corpus["ids_blake2b"], "corpus.ids_blake2b")):
+        raise BadData(f"corpus.ids_blake2b is {quoted(corpus['ids_blake2b'])} instead of 32 hexadecimal digits")
+    if "vocab_size" in corpus:
+        integer(corpus["vocab_size"], "corpus.vocab_size", 1, 1 << 32)
+    for name in ("documents", "empty_documents", "bad_documents"):
+        if name in corpus:
+            integer(corpus[name], f"corpus.{name}")
 
 
 def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:

@@ -6,7 +6,6 @@ are complete, synced and renamed and its manifest line is synced. Every chunk re
 """
 
 import hashlib
-import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,16 +15,17 @@ from typing import Any, Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import ValidationError
 
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
-from shared.manifest import AT_ONCE, Commit, commits_of, read_logs, read_manifest
+from shared.gate import BadData, choice, members, parse_json, quoted
+from shared.manifest import AT_ONCE, METADATA, Commit, Sizes, commits_of, read_logs, read_manifest
 from shared.shard import crc32c, decode_chunk, without_crc
-from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, seal, shard_file, token_layout
+from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, read_spec, seal, shard_file, token_layout
 
 STATE_FILE: Final = "zarr.json"
 State = Literal["writing", "final"]
+STATES: Final[tuple[State, State]] = ("writing", "final")
 
 
 def state_document(spec: StoreSpec, state: State) -> bytes:
@@ -41,27 +41,33 @@ def write_state(files: Files, spec: StoreSpec, state: State) -> None:
 def read_state(files: Files) -> tuple[StoreSpec, State]:
     """The spec and the state. Raises UserError when there is no store of ours, DamagedError when it was altered."""
     try:
-        about = json.loads(files.read(STATE_FILE))["attributes"]["sagsae"]
-        version = about["format_version"]
+        about = sagsae_of(files.read(STATE_FILE))
     except FileNotFoundError as error:
         there = not isinstance(files, LocalFiles) or files.root.exists()
         what = "holds no store (there is no zarr.json in it)" if there else "does not exist"
         raise UserError(f"{files.name}: {what}. Make a store with: sagsae harvest") from error
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{files.name}: is not a store written by sagsae harvest ({error!r} in zarr.json)") from error
+    except (OSError, BadData) as error:
+        raise UserError(f"{files.name}: is not a store written by sagsae harvest (zarr.json {error})") from error
+    version = about["format_version"]
     if version != FORMAT_VERSION:
         newer = isinstance(version, int) and version > FORMAT_VERSION
         what = "Install a newer sagsae" if newer else "Harvest it again, or read it with the sagsae that wrote it"
         raise UserError(
-            f"{files.name}: is in store format {version}; this sagsae reads format {FORMAT_VERSION}. {what}"
+            f"{files.name}: is in store format {quoted(version, 20)}; this sagsae reads format {FORMAT_VERSION}. {what}"
         )
     if not is_sealed(about):
         raise DamagedError(f"{files.name}/{STATE_FILE}: its checksum does not match. Restore it from a copy")
     try:
         values = {key: value for key, value in about.items() if key not in ("state", "crc32c")}
-        return StoreSpec.model_validate(values), about["state"]
-    except ValidationError as error:
-        raise UserError(f"{files.name}: zarr.json does not describe a store ({error.errors()[0]['msg']})") from error
+        return read_spec(values), choice(about.get("state"), "state", STATES)
+    except BadData as error:
+        raise UserError(f"{files.name}: zarr.json does not describe a store ({error})") from error
+
+
+def sagsae_of(data: bytes) -> dict[str, Any]:
+    """`attributes.sagsae` of a store's zarr.json. Raises BadData."""
+    attributes = members(members(parse_json(data), ("attributes",), None)["attributes"], ("sagsae",), None)
+    return members(attributes["sagsae"], ("format_version",), None)
 
 
 @dataclass(frozen=True)
@@ -108,7 +114,10 @@ class Store:
             commits = commits_of(read_logs(files, final)) if lenient else read_manifest(files, final)
             now = read_state(files)[1] if state == "writing" else state
             if now == state:
-                return cls(files, spec, state, commits)
+                wrong = wrong_commits(spec, commits)
+                if wrong and not lenient:
+                    raise DamagedError(f"{files.name}: {next(iter(wrong.values()))}. Restore the manifest from a copy")
+                return cls(files, spec, state, {k: c for k, c in commits.items() if k not in wrong})
             state = now
 
     @property
@@ -194,10 +203,17 @@ class Store:
 
     def row_of_shard(self, path: str, shard: int) -> NDArray[Any]:
         """One shard's row of an array with one row a shard, [d_in]."""
-        file = shard_file(path, shard, True)
+        file, (d_in, dtype) = shard_file(path, shard, True), self.row_kinds[path]
         size, crc = self.commits[shard].files[path]
+        if size != d_in * dtype.itemsize + 4:
+            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed, which are not {d_in} {dtype}")
         payload = without_crc(self.files.open(file, size, crc).read(0, size), f"{self.name}/{file}")
-        return np.frombuffer(payload, self.spec.rows_of_shards()[path][1]).copy()
+        return np.frombuffer(payload, dtype).copy()
+
+    @cached_property
+    def row_kinds(self) -> dict[str, tuple[int, np.dtype[Any]]]:
+        """Of the arrays with one row a shard: path -> (d_in, data type)."""
+        return self.spec.rows_of_shards()
 
     def dim_scale(self, hook: str, shard: int) -> NDArray[np.float32]:
         """Of int8, [d_in]."""
@@ -216,6 +232,34 @@ class Store:
         """Of a hookpoint's activations, with what is needed to read them back."""
         paths = [hook, *([f"scale/{hook}/row", f"scale/{hook}/dim"] if self.spec.quantised else [])]
         return sum(commit.files[path][0] for commit in self.commits.values() for path in paths)
+
+
+def wrong_commits(spec: StoreSpec, commits: dict[int, Commit]) -> dict[int, str]:
+    """Commits that are not of a shard that the spec describes, in words, by shard."""
+    arrays, found = spec.arrays(), {}
+    for shard, commit in commits.items():
+        if shard >= spec.n_shards:
+            found[shard] = f"shard {shard} is committed, of {spec.n_shards}"
+        elif (commit.start, commit.stop) != spec.shard_range(shard) or commit.rows != commit.stop - commit.start:
+            found[shard] = f"shard {shard} is committed for other rows than it has"
+        elif commit.kept > commit.rows:
+            found[shard] = f"shard {shard} counts {commit.kept} of its {commit.rows} rows"
+        elif commit.files.keys() != arrays:
+            found[shard] = f"shard {shard}: the commit and the store do not name the same files"
+        elif not commit.nonfinite.keys() <= spec.hookpoints.keys():
+            found[shard] = f"shard {shard} counts rows of hookpoints that the store does not have"
+        elif max(commit.nonfinite.values(), default=0) > commit.kept:
+            found[shard] = f"shard {shard} counts more rows that are not finite than rows"
+    return found
+
+
+def check_metadata_paths(store: Store, metadata: Sizes) -> None:
+    """Raises DamagedError unless metadata.json names exactly the files that such a store has beside its shards."""
+    expected = {*store.spec.token_files(), *store.spec.documents()}
+    strange, lacking = sorted(metadata.keys() - expected), sorted(expected - metadata.keys())
+    if strange or lacking:
+        what = f"names {quoted(strange[0])}, which is" if strange else f"does not name {lacking[0]}, which is"
+        raise DamagedError(f"{store.name}/{METADATA}: {what} {'no' if strange else 'a'} file of this store")
 
 
 def find_hookpoint(location: str | Path, hook: str | None) -> tuple[Store, str]:
@@ -248,10 +292,10 @@ def is_store(files: Files) -> bool:
     """Whether a harvest was begun here. Raises DamagedError when a zarr.json is there but cannot be read: a store that
     is out of reach for a moment must not be taken for an empty folder."""
     try:
-        document = json.loads(files.read(STATE_FILE))
+        document = parse_json(files.read(STATE_FILE))
     except FileNotFoundError:
         return False
-    except (OSError, ValueError) as error:
+    except (OSError, BadData) as error:
         raise DamagedError(f"{files.name}/{STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ours = attributes.get("sagsae") if isinstance(attributes, dict) else None

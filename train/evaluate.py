@@ -98,6 +98,8 @@ def wants_ce(config: EvalConfig, store: Store) -> bool:
 def find_model(store: Store, name: str | None) -> ModelSource:
     """The language model that the store was harvested from. Raises UserError when the one found is another."""
     harvested = store.spec.model
+    if lacking := [key for key in ("commit", "dtype", "attention") if harvested.get(key) is None]:
+        raise UserError(f"{store.name}: does not say what it was harvested with ({', '.join(lacking)}). Use --no-ce")
     name = name or harvested["name"]
     source = resolve_model(name, None if local_folder(name) else harvested["commit"])
     if source.commit != harvested["commit"]:

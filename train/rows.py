@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.quantise import dequantise
-from shared.reader import Reader, open_reader, read_shard
+from shared.reader import Reader, open_reader, read_places, read_shard
 from shared.store import Store
 from train.order import Run, runs
 
@@ -70,8 +70,8 @@ class Kept:
 
     def bits(self, shard: int) -> NDArray[np.uint8]:
         if shard not in self.shards:
-            contexts, positions = read_shard(self.rows.contexts, shard), read_shard(self.rows.positions, shard)
-            places = contexts.astype(np.int64) * self.mask.shape[1] + positions
+            contexts, positions = read_places(self.rows.contexts, self.rows.positions, shard)
+            places = contexts * self.mask.shape[1] + positions
             marked = np.take(self.mask.reshape(-1), places)
             if self.rows.hook in self.rows.store.commits[shard].nonfinite:
                 marked &= np.isfinite(read_shard(open_reader(self.rows.store, f"stats/{self.rows.hook}/norm"), shard))

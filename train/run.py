@@ -160,7 +160,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
         "store": {
             "path": job.store.name,
             "model": spec.model["name"],
-            "commit": spec.model["commit"],
+            "commit": spec.model.get("commit"),
             "hook": job.hook,
             "hook_name": spec.hookpoints[job.hook].name,
             "tokens": job.store.spec.n_tokens if job.config.follow else job.store.n_rows,
