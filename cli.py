@@ -387,7 +387,7 @@ def store_verify(
 
     store = Store.open(path, lenient=True)
     size = sum(n for commit in store.commits.values() for n, _ in commit.files.values())
-    with progress(f"verify {path}", size, "bytes") as advance:
+    with store.files.reading(), progress(f"verify {path}", size, "bytes") as advance:
         damage = verify(store, full, advance)
     again = repair(store.files, damage.shards) if mend and damage.lines else []
 
@@ -719,6 +719,17 @@ def main() -> None:
             sys.exit(error.exit_code)
         typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # none of the operating system's: a fault of ours
+            raise
+        from shared.files import in_words
+
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
+        sys.exit(UserError.exit_code)
+    except MemoryError:
+        typer.echo("error: memory does not suffice. Ask for less at a time, or use a machine with more", err=True)
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":
