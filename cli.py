@@ -4,6 +4,7 @@ Every command parses its options, calls one function and prints what it returned
 document on stdout. Progress goes to stderr. What a command needs is imported when it runs.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -12,6 +13,7 @@ import re
 import signal
 import sys
 import time
+import uuid
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -387,7 +389,7 @@ def store_verify(
 
     store = Store.open(path, lenient=True)
     size = sum(n for commit in store.commits.values() for n, _ in commit.files.values())
-    with progress(f"verify {path}", size, "bytes") as advance:
+    with store.files.reading(), progress(f"verify {path}", size, "bytes") as advance:
         damage = verify(store, full, advance)
     again = repair(store.files, damage.shards) if mend and damage.lines else []
 
@@ -652,10 +654,12 @@ def launched(processes: int) -> bool:
     """Whether this is one of several processes already. Raises UserError when they are not as many as asked for."""
     from shared.errors import UserError
 
-    size = os.environ.get("WORLD_SIZE") if "RANK" in os.environ else None
-    if size is not None and int(size) != processes:
+    from shared.launch import number, settle
+
+    size = number(os.environ, "WORLD_SIZE", 1, at_least=1)
+    if size not in (1, processes):
         raise UserError(f"--processes {processes}: was started as one of {size}. Leave --processes to the launcher")
-    return size is not None
+    return settle().size > 1
 
 
 def launch(processes: int) -> None:
@@ -672,12 +676,18 @@ def launch(processes: int) -> None:
     for name in (name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
     try:
-        torchrun(["--standalone", f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
+        torchrun([*on_this_machine(), f"--nproc-per-node={processes}", __file__, *sys.argv[1:]])
     except ChildFailedError as error:
         raise typer.Exit(max(1, error.get_first_failure()[1].exitcode)) from error
     except SignalException as error:
         raise Interrupted("stopped. To continue, run the same command again") from error
     raise typer.Exit(0)
+
+
+def on_this_machine() -> list[str]:
+    """torchrun's --standalone, without asking for the machine's own name: it need not resolve."""
+    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4()}"]
+    return ["--nnodes=1", *meeting, "--local-addr=127.0.0.1"]
 
 
 def is_helper() -> bool:
@@ -701,6 +711,15 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def end_now(code: int) -> None:
+    """Ends a process that may have been stopped in the middle of anything. Python would wait for threads first, and the
+    libraries' own, which then meet what is gone already, would abort it. On disk everything is whole or absent."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
+
+
 def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
     from shared.errors import DamagedError, Interrupted, LostError, UserError
@@ -713,12 +732,26 @@ def main() -> None:
     try:
         app()
     except (UserError, DamagedError, Interrupted, LostError) as error:
+        if isinstance(error, Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more changes nothing now
         if isinstance(error, LostError):
             time.sleep(1)  # the launcher takes the exit code of who ended first
-        if isinstance(error, Interrupted | LostError) and is_helper():
-            sys.exit(error.exit_code)
-        typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+        if not (isinstance(error, Interrupted | LostError) and is_helper()):
+            typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+        if isinstance(error, Interrupted) and "RANK" not in os.environ:
+            end_now(error.exit_code)
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # none of the operating system's: a fault of ours
+            raise
+        from shared.files import in_words
+
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
+        sys.exit(UserError.exit_code)
+    except MemoryError:
+        typer.echo("error: memory does not suffice. Ask for less at a time, or use a machine with more", err=True)
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":

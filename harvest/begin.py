@@ -17,13 +17,22 @@ from harvest.documents import Stream, refuse
 from harvest.pack import Counts, cut, pack, shuffled, skipping
 from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from harvest.room import check_room
-from shared.create import Tokens, building, clear_store, create_store, is_ours, place_tokens, write_tokens
+from shared.create import (
+    Tokens,
+    building,
+    check_replaceable,
+    create_store,
+    is_ours,
+    make_way,
+    place_tokens,
+    write_tokens,
+)
 from shared.errors import DamagedError, UserError
-from shared.files import LOCK_FILE, Files, LocalFiles, open_files
+from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, open_files, touch
 from shared.progress import say
 from shared.record import provenance
 from shared.spec import StoreSpec
-from shared.store import STATE_FILE, Store, is_store, read_state
+from shared.store import Store, is_store, read_state
 
 Item = TypeVar("Item")
 OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
@@ -42,7 +51,7 @@ def make_folder(files: Files, overwrite: bool) -> None:
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
-        (root / LOCK_FILE).touch()
+        touch(root / LOCK_FILE)
     except OSError as error:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
@@ -59,6 +68,7 @@ def there(files: Files, overwrite: bool) -> bool:
 def begin(plan: Plan, look: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
     beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
+    check_replaceable(plan.files)
     with building(plan.files) as folder:
         try:
             tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
@@ -66,8 +76,7 @@ def begin(plan: Plan, look: Callable[[], None]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
             leave_nothing(plan.files)
             raise
-        plan.files.remove(STATE_FILE)
-        clear_store(plan.files, keep=(LOCK_FILE, folder.name))
+        make_way(plan.files, folder.name)
         place_tokens(plan.files, tokens)
     record = {**provenance(), "config": plan.config.model_dump(mode="json")}
     create_store(plan.files, spec, tokens.files, record)
@@ -75,8 +84,9 @@ def begin(plan: Plan, look: Callable[[], None]) -> None:
 
 def leave_nothing(files: Files) -> None:
     """A folder that was made for a store that did not come to be goes again."""
-    if isinstance(files, LocalFiles) and [path.name for path in files.root.iterdir()] == [LOCK_FILE]:
-        (files.root / LOCK_FILE).unlink()
+    if isinstance(files, LocalFiles) and {path.name for path in files.root.iterdir()} <= {LOCK_FILE, HELD_FILE}:
+        for path in list(files.root.iterdir()):
+            path.unlink()
         files.root.rmdir()
 
 

@@ -48,7 +48,7 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
         raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
     spec = store.spec.model_copy(update={"codec": codec})
     check_target(files, spec)
-    with files.explained():
+    with files.explained(), store.files.reading():
         if isinstance(files, LocalFiles):
             files.root.mkdir(parents=True, exist_ok=True)
         write(store, files, spec)

@@ -28,23 +28,24 @@ from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
 from shared.create import (
     building,
+    check_replaceable,
     clean_up,
-    clear_store,
     create_store,
     finish_store,
+    make_way,
     place_tokens,
     reopen,
     write_tokens,
 )
 from shared.device import torch_dtype
 from shared.errors import Interrupted, UserError
-from shared.files import LOCK_FILE, Files, LocalFiles, check_alone, join, open_files
+from shared.files import Files, LocalFiles, check_alone, join, open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.schema import build
 from shared.spec import DTYPES, HookSpec, StoreSpec, rows_that_count
 from shared.stop import stop_requests
-from shared.store import STATE_FILE, Store, is_store
+from shared.store import Store, is_store
 from shared.synthetic import BLOCK, NAME, Synthetic, Truth
 
 HOOK: Final = f"layer_00/{NAME}"
@@ -179,14 +180,14 @@ def check_room(config: SynthConfig, files: Files) -> None:
 
 def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
     """The token rows, then the empty store. What was there before goes only when the tokens are written."""
+    check_replaceable(files)
     with building(files) as folder:
         try:
             tokens = write_tokens(folder, token_blocks(config), config.context, 1)
         except BaseException:
             leave_nothing(files)
             raise
-        files.remove(STATE_FILE)
-        clear_store(files, keep=(LOCK_FILE, folder.name))
+        make_way(files, folder.name)
         place_tokens(files, tokens)
     create_store(files, spec, tokens.files, {**provenance(), "config": config.model_dump(mode="json")})
 

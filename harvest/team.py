@@ -6,7 +6,6 @@ In between nobody waits for anybody: each has its own shards and its own log in 
 """
 
 import json
-import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -15,6 +14,7 @@ from typing import Any, Final
 
 from shared.device import local_cores, pick_device
 from shared.errors import UserError
+from shared.launch import settle
 
 SECONDS_BETWEEN_LOOKS: Final = 0.2
 
@@ -42,20 +42,19 @@ class Team:
     @classmethod
     def join(cls) -> "Team":
         """From the environment. Raises UserError when it says that there are others and they cannot be reached."""
-        size = int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        place = settle()
+        if place.size == 1:
             return cls()
         from torch.distributed.rendezvous import rendezvous
 
         try:
-            keys, rank, size = next(rendezvous("env://"))
+            keys, _, _ = next(rendezvous("env://"))
         except (ValueError, RuntimeError) as error:
             raise UserError(
-                f"WORLD_SIZE is {size}, but the other processes cannot be reached ({error}). Start them with "
+                f"WORLD_SIZE is {place.size}, but the other processes cannot be reached ({error}). Start them with "
                 "--processes, torchrun or accelerate launch"
             ) from error
-        local = int(os.environ.get("LOCAL_RANK", str(rank))), int(os.environ.get("LOCAL_WORLD_SIZE", str(size)))
-        return cls(rank, size, *local, keys)
+        return cls(place.rank, place.size, place.local_rank, place.local_size, keys)
 
     def mine(self, work: Work) -> list[int]:
         return list(work.todo[self.rank :: self.size])

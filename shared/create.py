@@ -18,8 +18,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import UserError
-from shared.files import LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
-from shared.manifest import Commit, Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
+from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.manifest import (
+    Commit,
+    Sizes,
+    commits_of,
+    cut_torn_lines,
+    read_logs,
+    read_manifest,
+    remove_logs,
+    write_index,
+    write_metadata,
+)
 from shared.record import sealed_json
 from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
@@ -115,8 +125,10 @@ def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict
 def clean_up(files: Files) -> None:
     """After a crash, for whoever holds the lock: deletes files that were not yet renamed, and torn lines."""
     if isinstance(files, LocalFiles):
-        remove_temporaries(files.root)
         cut_torn_lines(files)
+        spec, _ = read_state(files)
+        remove_temporaries(files.root, ["tokens"])
+        remove_temporaries(files.root, spec.arrays(), commits_of(read_logs(files, final=False)))
 
 
 def reopen(store: Store) -> None:
@@ -130,10 +142,9 @@ def finish_store(files: Files, spec: StoreSpec) -> None:
     is not touched again. Nothing in it tells how many processes wrote, or in what order."""
     write_index(files, all_commits(files, spec).values())
     remove_logs(files)
-    clean_up(files)
     write_state(files, spec, "final")
     if isinstance(files, LocalFiles):
-        for path in files.root.glob(f"{LOCK_FILE}.*"):  # of the other writers, which are done
+        for path in files.root.glob(f"{LOCK_FILE}.[0-9]*"):  # of the other writers, which are done
             path.unlink(missing_ok=True)
 
 
@@ -156,7 +167,8 @@ def remove_store(files: Files) -> None:
     """Deletes a store that nobody is writing to. Its zarr.json goes first, so that a rest is never taken for one; a
     local folder goes too, unless it holds anything else."""
     read_state(files)
-    with files.lock():
+    with files.lock(), files.unread():
+        files.check_removable(is_ours)
         files.remove(STATE_FILE)
         clear_store(files)
     files.remove(LOCK_FILE)
@@ -164,6 +176,20 @@ def remove_store(files: Files) -> None:
         files.root.rmdir()
 
 
+def check_replaceable(files: Files) -> None:
+    """Raises UserError where the store that is here could not be deleted, or is being read."""
+    with files.unread():
+        files.check_removable(is_ours)
+
+
+def make_way(files: Files, building: str) -> None:
+    """Deletes the store that is here, but for the folder of the tokens of the next one. Its zarr.json goes first."""
+    with files.unread():
+        files.check_removable(is_ours)
+        files.remove(STATE_FILE)
+        clear_store(files, keep=(LOCK_FILE, building))
+
+
 def clear_store(files: Files, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
-    """Deletes all that a store puts into its folder, but for `keep`."""
-    files.clear(lambda name: is_ours(name) and name not in keep)
+    """Deletes all that a store puts into its folder, but for `keep`, and for what stands for a lock that is held."""
+    files.clear(lambda name: is_ours(name) and name not in keep and not name.startswith(HELD_FILE))

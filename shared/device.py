@@ -6,6 +6,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from shared.errors import UserError
+from shared.launch import number
 
 if TYPE_CHECKING:
     import torch
@@ -45,7 +46,7 @@ def pick_device(name: str, spread: bool = False) -> str:
 
 def local_processes() -> int:
     """How many processes of this run share the machine: torchrun and accelerate say so."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return number(os.environ, "LOCAL_WORLD_SIZE", 1, at_least=1)
 
 
 def local_cores(processes: int | None = None) -> int:

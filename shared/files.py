@@ -7,25 +7,30 @@ relative to the folder, with `/`.
 
 import contextlib
 import errno
-import fcntl
 import os
 import shutil
-import socket
-import threading
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
-import numpy as np
-
 from shared.errors import DamagedError, UserError
+from shared.handles import HANDLES, LocalFile, again, close, open_regular
+from shared.handles import SCRATCH as SCRATCH
+from shared.handles import VERIFY as VERIFY
+from shared.handles import Buffer as Buffer
+from shared.locks import HELD_FILE as HELD_FILE
+from shared.locks import LOCK_FILE as LOCK_FILE
+from shared.locks import check_alone as check_alone
+from shared.locks import check_unread, folder_lock, held_for_reading, lock_file
+from shared.locks import is_locked as is_locked
+from shared.progress import say
 
-LOCK_FILE: Final = ".lock"
-VERIFY: Final = "List all damage with: sagsae store verify"
+DOCUMENT_BYTES: Final = 64 << 20
+"""The most that is read of a file that describes something: zarr.json, a record."""
+WHOLE_BYTES: Final = 1 << 30
+"""The most that is read of any other file as a whole: a manifest of a million shards."""
 
-Buffer = bytes | memoryview
 Write = Callable[[str, Iterable[Buffer]], None]
 """Writes a file of all the pieces."""
 
@@ -89,8 +94,21 @@ class Files(Protocol):
         """Deletes the files and folders here whose name is unwanted, with all that is in them."""
         ...
 
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:
+        """Before `clear`: raises UserError where it could not do all of it."""
+        ...
+
     def at(self, path: str) -> "Files":
         """A folder in this one."""
+        ...
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While a store is read for long: who wants to delete it is told so. Writes nothing."""
+        ...
+
+    def unread(self) -> AbstractContextManager[None]:
+        """While a store is deleted or taken back. Raises UserError when somebody is reading it, as far as this can be
+        seen."""
         ...
 
     def lock(self, writer: int = 0) -> AbstractContextManager[None]:
@@ -128,44 +146,21 @@ def join(location: str, name: str) -> str:
     return f"{location.rstrip('/')}/{name}" if is_remote(location) else str(Path(location) / name)
 
 
-class Scratch(threading.local):
-    """One buffer a thread for compressed bytes, as large as the largest that it was asked for."""
-
-    def __init__(self) -> None:
-        self.buffer = memoryview(b"")
-
-    def take(self, length: int) -> memoryview:
-        if len(self.buffer) < length:
-            self.buffer = memoryview(np.empty(length, np.uint8))  # type: ignore[arg-type]  # not filled with zeros
-        return self.buffer[:length]
+def most_bytes(path: str) -> int:
+    """How large a file may be that is read as a whole."""
+    return DOCUMENT_BYTES if path.endswith((".json", ".toml")) else WHOLE_BYTES
 
 
-SCRATCH: Final = Scratch()
+def too_large(what: str, size: int, most: int) -> DamagedError:
+    return DamagedError(f"{what}: has {size:,} bytes; a file of its kind has at most {most:,}. {VERIFY}")
 
 
-class LocalFile:
-    """A file descriptor that closes itself when nobody uses it any more."""
-
-    def __init__(self, path: Path, handle: int) -> None:
-        self.path, self.handle = path, handle
-
-    def __del__(self) -> None:
-        os.close(self.handle)
-
-    def read(self, offset: int, length: int) -> Buffer:
-        buffer, done = SCRATCH.take(length), 0
-        while done < length:  # the kernel gives at most 2 GiB at a time
-            try:
-                more = os.preadv(self.handle, [buffer[done:]], offset + done)
-            except OSError as error:
-                raise DamagedError(f"{self.path}: cannot be read ({error.strerror}). Check the disk") from error
-            if not more:
-                raise DamagedError(f"{self.path}: ends after {offset + done} bytes. {VERIFY}")
-            done += more
-        return buffer
-
-    def forget(self, offset: int, length: int) -> bool:  # noqa: ARG002 (a disk keeps no copies)
-        return False
+def safe(path: str) -> str:
+    """A path inside a folder, as it is. Raises DamagedError for one that leads out of it."""
+    parts = path.split("/")
+    if path and ("\0" in path or path.startswith("/") or ".." in parts or (len(parts) > 1 and "" in parts)):
+        raise DamagedError(f"{path!r}: leads out of the store: it was not written by sagsae. Do not use it")
+    return path
 
 
 class LocalFiles:
@@ -176,80 +171,144 @@ class LocalFiles:
 
     def read(self, path: str) -> bytes:
         try:
-            return (self.root / path).read_bytes()
+            return read_whole(self.root / safe(path), most_bytes(path))
         except NotADirectoryError as error:
             raise FileNotFoundError(str(error)) from error
 
     def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:  # noqa: ARG002 (a disk is fast)
-        file = self.root / path
-        try:
-            handle = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-        except (FileNotFoundError, NotADirectoryError) as error:
-            raise DamagedError(f"{file}: is committed but missing. {VERIFY}") from error
-        opened = LocalFile(file, handle)
-        found = os.fstat(handle).st_size
-        if found != size:
-            raise DamagedError(f"{file}: has {found} bytes, {size} were committed. {VERIFY}")
-        return opened
+        return LocalFile(self.root / safe(path), size)
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
-        write_file(self.root / path, pieces)
+        write_file(self.place(path), pieces)
 
     @contextmanager
     def together(self) -> Iterator[Write]:
         with written_together() as write:
-            yield lambda path, pieces: write(self.root / path, pieces)
+            yield lambda path, pieces: write(self.place(path), pieces)
+
+    def place(self, path: str) -> Path:
+        """Where a file is written. Raises UserError where a folder on the way is a link that leads out of here."""
+        file = self.root / safe(path)
+        real, top = os.path.realpath(file.parent), os.path.realpath(self.root)
+        if real != top and not real.startswith(f"{top.rstrip('/')}/"):
+            raise UserError(
+                f"{file.parent}: leads out of {self.name} ({real}). What is linked is read, never written to. Put the "
+                "folder itself in the link's place, or link the whole store"
+            )
+        return file
 
     def append(self, path: str, line: bytes, number: int) -> None:  # noqa: ARG002 (a disk can append)
-        file = self.root / path
-        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            end = os.lseek(handle, 0, os.SEEK_END)
-            if end and os.pread(handle, 1, end - 1) != b"\n":  # torn by a crash: it was never a line
-                end = os.pread(handle, end, 0).rfind(b"\n") + 1
-                os.ftruncate(handle, end)
-            try:
-                if os.pwrite(handle, line, end) < len(line):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
-                os.fsync(handle)
-            except OSError:
-                os.ftruncate(handle, end)
-                raise
-        finally:
-            os.close(handle)
+        file = self.place(path)
+        append_line(file, line)
         sync(file.parent)
 
     def logs(self, folder: str, prefix: str) -> list[str]:
         return sorted(path.relative_to(self.root).as_posix() for path in (self.root / folder).glob(f"{prefix}*.jsonl"))
 
     def remove(self, path: str) -> None:
-        (self.root / path).unlink(missing_ok=True)
+        again((self.root / safe(path)).unlink, missing_ok=True)
 
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.root.iterdir() if path.is_dir())
 
     def clear(self, unwanted: Callable[[str], bool]) -> None:
-        for path in self.root.iterdir():
+        for path in list(self.root.iterdir()):
             if unwanted(path.name):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove_tree(path)
+
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:
+        check_removable(path for path in self.root.iterdir() if unwanted(path.name))
 
     def at(self, path: str) -> Files:
-        return LocalFiles(self.root / path)
+        return LocalFiles(self.root / safe(path))
 
     def lock(self, writer: int = 0) -> AbstractContextManager[None]:
         return folder_lock(self.root, lock_file(writer))
+
+    def reading(self) -> AbstractContextManager[None]:
+        return held_for_reading(self.root)
+
+    def unread(self) -> AbstractContextManager[None]:
+        return check_unread(self.root)
 
     def explained(self) -> AbstractContextManager[None]:
         return explained(self.root)
 
 
+def read_whole(file: Path, most: int) -> bytes:
+    """All of a regular file. Raises DamagedError for one that is larger than `most` bytes, or no regular file."""
+    handle = open_regular(file)
+    try:
+        size = os.fstat(handle).st_size
+        if size > most:
+            raise too_large(str(file), size, most)
+        parts, left = [], most + 1
+        while left and (part := os.read(handle, min(left, max(1 << 16, size)))):
+            parts.append(part)
+            left -= len(part)
+        if not left:
+            raise too_large(str(file), most + 1, most)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+    finally:
+        close(handle)
+
+
+def touch(file: Path) -> None:
+    """Makes the file, empty, where there is none. Raises UserError for a link."""
+    close(open_regular(file, os.O_WRONLY | os.O_CREAT))
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Adds a line to a log, durable when this returns. One before it that was torn goes. Raises UserError where the
+    log is a link."""
+    handle = open_regular(file, os.O_RDWR | os.O_CREAT)
+    try:
+        end = os.lseek(handle, 0, os.SEEK_END)
+        if end and os.pread(handle, 1, end - 1) != b"\n":  # torn by a crash: it was never a line
+            end = os.pread(handle, end, 0).rfind(b"\n") + 1
+            os.ftruncate(handle, end)
+        try:
+            if os.pwrite(handle, line, end) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
+    finally:
+        close(handle)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file or a folder with all in it. Of a link, the link: what it stands for stays, and is named."""
+    if path.is_symlink():
+        target = os.path.realpath(path)
+        again(path.unlink, missing_ok=True)
+        say(f"{path}: was a link and is removed; {target}, which it stood for, is left as it is")
+    elif path.is_dir():
+        again(shutil.rmtree, path)
+    else:
+        again(path.unlink, missing_ok=True)
+
+
+def check_removable(paths: Iterable[Path]) -> None:
+    """Before anything is deleted: raises UserError where it could not be. Looks at the folders, not into them."""
+    for path in paths:
+        holds = [path.parent, *([path] if path.is_dir() and not path.is_symlink() else [])]
+        for folder in holds:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"{path}: cannot be deleted, because {folder} may not be changed. Nothing was deleted. Make the "
+                    "folder writable"
+                )
+
+
 def sync(path: Path) -> None:
     """fsync of a file or a folder."""
-    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    handle = HANDLES.with_room(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
     try:
         os.fsync(handle)
     finally:
-        os.close(handle)
+        close(handle)
 
 
 def write_file(path: Path, pieces: bytes | Iterable[Buffer]) -> None:
@@ -268,25 +327,38 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
     def write(path: Path, pieces: Iterable[Buffer]) -> None:
         folders.update(make_folders(path.parent), (path.parent,))
         names[path] = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        with names[path].open("wb", buffering=0) as file:
-            for piece in pieces:
-                view = memoryview(piece)
-                while len(view):
-                    view = view[file.write(view) :]
+        write_new(names[path], pieces)
 
     try:
         yield write
         for temporary in names.values():
             sync(temporary)
         for path, temporary in names.items():
-            temporary.rename(path)
+            again(temporary.rename, path)
     except BaseException:
         for temporary in names.values():
             with contextlib.suppress(OSError):  # the first failure is the one to tell
-                temporary.unlink(missing_ok=True)
+                again(temporary.unlink, missing_ok=True)
         raise
     for folder in folders:
         sync(folder)
+
+
+def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
+    """A file that was not there: what has its name, a leftover or a link, goes."""
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    again(path.unlink, missing_ok=True)
+    handle = open_regular(path, new)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            while len(view):
+                view = view[os.write(handle, view) :]
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first failure is the one to tell
+            close(handle)
+        raise
+    close(handle)
 
 
 def make_folders(folder: Path) -> list[Path]:
@@ -294,91 +366,81 @@ def make_folders(folder: Path) -> list[Path]:
     if folder.is_dir():
         return []
     above = make_folders(folder.parent)
-    folder.mkdir(exist_ok=True)
+    again(folder.mkdir, exist_ok=True)
     return [*above, folder.parent]
 
 
-def remove_temporaries(root: Path) -> None:
-    """Deletes what was being written when a process was killed. For whoever holds the lock."""
-    for leftover in root.rglob("*.tmp"):
-        leftover.unlink(missing_ok=True)
+def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collection[int] = ()) -> None:
+    """Deletes what was being written when a process was killed, in the places where it can be: beside documents and
+    logs, and among the files of shards that are not `written`. For whoever holds the lock."""
+    places = [root, root / "manifest"]
+    for array in arrays:
+        folder = root / array
+        places += [folder, *folder.parents[: array.count("/") + 1]]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / "c") as found:
+            for entry in found:
+                number = entry.name.partition(".")[0]
+                if entry.name.endswith(".tmp"):
+                    again(Path(entry.path).unlink, missing_ok=True)
+                elif number.isdecimal() and int(number) not in written and entry.is_dir(follow_symlinks=False):
+                    places.append(Path(entry.path))
+    for place in dict.fromkeys(places):
+        for leftover in place.glob("*.tmp"):
+            again(leftover.unlink, missing_ok=True)
 
 
-def lock_file(writer: int) -> str:
-    return f"{LOCK_FILE}.{writer}" if writer else LOCK_FILE
-
-
-@contextmanager
-def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
-    """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder."""
-    with (root / name).open("ab+", buffering=0) as file:
-        take_flock(file, root)
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
-            file.truncate(0)
-            file.write(this_process().encode())
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                file.truncate(0)
-
-
-def take_flock(file: Any, root: Path) -> None:
-    for last in (False, True):
-        try:
-            return fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            if last:
-                file.seek(0)
-                holder = file.read().decode(errors="replace").strip() or "another process"
-                raise UserError(f"{root}: {holder} is writing here; wait for it, or stop it first") from error
-            time.sleep(0.05)  # `is_locked` holds it for a moment
-    return None
-
-
-def check_alone(root: Path) -> None:
-    """For whoever holds the lock of writer 0. Raises UserError when another writer is still at work: the rest of a
-    harvest whose first process was killed."""
-    for path in sorted(root.glob(f"{LOCK_FILE}.*")):
-        with folder_lock(root, path.name):
-            pass
-
-
-def this_process() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"
-
-
-def is_locked(root: Path) -> bool:
-    """Whether a process that is alive holds the folder's lock."""
-    try:
-        with (root / LOCK_FILE).open("rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
-
-
+WRITABLE: Final = "permission denied. Make the folder writable"
+LIMIT: Final = "Raise the limit (ulimit -n), or stop what else is running"
+MOUNT: Final = "the file system does not answer as it should. See to the disk or its server"
 REASONS: Final = {
     errno.ENOSPC: "the disk is full. Free space",
     errno.EDQUOT: "the disk quota is used up. Free space",
     errno.EFBIG: "a file would be larger than is allowed here. Raise the limit (ulimit -f)",
     errno.EROFS: "the file system is read-only. Make it writable",
-    errno.EACCES: "permission denied. Make the folder writable",
-    errno.EPERM: "permission denied. Make the folder writable",
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
     errno.EIO: "the disk reports an error (I/O error). Check the disk",
+    errno.EMFILE: f"this process has too many open files. {LIMIT}",
+    errno.ENFILE: f"this machine has too many open files. {LIMIT}",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter --out or --name",
+    errno.ENOENT: "a file or folder that was there a moment ago is gone. Leave the folder alone while this runs",
+    errno.ENOTDIR: "what should be a folder is none. Leave the folder alone while this runs",
+    errno.EISDIR: "what should be a file is a folder. Remove it",
+    errno.ENOTEMPTY: "another process is writing into the folder. Leave the folder alone while this runs",
+    errno.EEXIST: "another process is writing into the folder. Leave the folder alone while this runs",
+    errno.ELOOP: "links lead round in a circle. Remove them",
+    errno.EXDEV: "the folder lies on two disks. Put all of it on one",
+    errno.EINTR: "the file system was interrupted again and again (EINTR)",
+    errno.ESTALE: f"{MOUNT} (stale file handle): mount it again",
+    errno.ETIMEDOUT: f"{MOUNT} (timed out)",
+    errno.EHOSTDOWN: f"{MOUNT} (its server is down)",
+    errno.ENOTCONN: f"{MOUNT} (not connected): mount it again",
+    errno.ENXIO: f"{MOUNT} (no such device)",
+    errno.ENODEV: f"{MOUNT} (no such device)",
+    errno.ENOLCK: "the file system has no locks left. See to its server",
+    errno.ENOSYS: "the file system cannot do this. Use another disk",
+    errno.EOPNOTSUPP: "the file system cannot do this. Use another disk",
+    errno.EINVAL: "the file system refuses this. Use another disk",
+    errno.EBUSY: "a file is in use by something else (EBUSY). Stop it",
+    errno.ETXTBSY: "a file is in use by something else (ETXTBSY). Stop it",
+    errno.ENOMEM: "memory does not suffice. Free some",
 }
+
+
+def in_words(error: OSError) -> str:
+    """What an operating system's error means, and what to do."""
+    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). See to the disk"
 
 
 @contextmanager
 def explained(where: Any) -> Iterator[None]:
-    """Turns a full disk or a read-only one into a message; what is committed stays valid."""
+    """Turns a full disk or a read-only one, or whatever else a disk says, into a message; what is committed stays
+    valid."""
     try:
         yield
     except OSError as error:
-        if error.errno not in REASONS:
+        if error.errno is None:
             raise
         raise UserError(
-            f"{where}: {REASONS[error.errno]}, then run the same command again: what is committed is safe and stays"
+            f"{where}: {in_words(error)}, then run the same command again: what is committed is safe and stays"
         ) from error

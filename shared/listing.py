@@ -56,6 +56,11 @@ def folder_name(files: Files) -> str:
 def describe_store(location: str | Path) -> dict[str, Any]:
     """The whole specification; of every hookpoint the moments, norms and outlying dimensions."""
     store = Store.open(location)
+    with store.files.reading():
+        return described(store, location)
+
+
+def described(store: Store, location: str | Path) -> dict[str, Any]:
     about: dict[str, Any] = {"store": str(location), "state": store.state, "tokens": store.n_rows}
     about |= {"shards": f"{len(store.commits)} of {store.spec.n_shards}", "spec": store.spec.model_dump(mode="json")}
     about["hookpoints"] = store_rows(store)

@@ -12,6 +12,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from shared.client import Client, ServerError
 from shared.errors import UserError
+from shared.locks import holder, is_dead, process_space
 
 
 @contextmanager
@@ -52,33 +53,3 @@ def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
         f"{name.rpartition('/')[0]}: {who} is writing here; wait for it, or stop it first. If it is known to be dead, "
         f"delete the object {name}"
     )
-
-
-def holder(data: bytes) -> dict[str, Any]:
-    with suppress(ValueError):
-        held = json.loads(data)
-        if isinstance(held, dict):
-            return held
-    return {}
-
-
-def is_dead(held: dict[str, Any]) -> bool:
-    """Whether it was a process of this machine, and is gone. No answer about any other machine."""
-    here = held.get("host") == socket.gethostname() and held.get("processes") == process_space()
-    pid = held.get("pid")
-    if not here or not isinstance(pid, int) or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    except (PermissionError, OverflowError):
-        return False
-    return False
-
-
-def process_space() -> str:
-    """Which numbering of processes ours are in: two containers can have one host name."""
-    with suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
-    return ""

@@ -2,12 +2,15 @@
 
 Positional reads into one buffer a thread and a decode into the caller's memory: nothing is allocated for a chunk, and
 no Zarr library is on the way. Property-tested equal to zarr-python, which takes over where an array was encoded anew
-with other codecs (shared/foreign.py). Open files and shard indexes are kept, a bounded number of each.
+with other codecs (shared/foreign.py). Open files and shard indexes are kept, both bounded over the whole process.
 """
 
+import threading
+from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Final, Protocol, runtime_checkable
+from weakref import ReferenceType, ref
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,10 +22,12 @@ from shared.shard import Layout, decode_chunk, decode_index
 from shared.spec import shard_file, sharded_document
 from shared.store import Store
 
-OPEN_FILES: Final = 256
-"""Of one array. Most systems let a process open 1,024."""
-INDEXES: Final = 1 << 14
-"""Shard indexes kept, of one array: 2 kB each with the default of 128 chunks a shard."""
+FILES: Final = 4096
+"""Files known of one array. How many of them are open, shared/handles.py decides."""
+INDEX_BYTES: Final = 64 << 20
+"""Of the shard indexes kept by all readers: 2 kB each with the default of 128 chunks a shard."""
+OVERHEAD: Final = 256
+"""Bytes that keeping one takes besides."""
 DECIDES_THE_BYTES: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
 """Of an array's description."""
 
@@ -63,20 +68,47 @@ def open_reader(store: Store, array: str) -> Reader:
     return ZarrReader(store, array)
 
 
+class Indexes:
+    """Counts the shard indexes that the readers of this process keep, and drops the oldest beyond `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.size = limit, 0
+        self.lock = threading.Lock()
+        self.kept: deque[tuple[ReferenceType[ArrayReader], int, int]] = deque()
+
+    def count(self, reader: "ArrayReader", shard: int, size: int) -> None:
+        """A reader keeps one more."""
+        with self.lock:
+            self.kept.append((ref(reader), shard, size))
+            self.size += size
+            while self.size > self.limit:
+                owner, oldest, freed = self.kept.popleft()
+                self.size -= freed
+                if (there := owner()) is not None:
+                    there.indexes.pop(oldest, None)
+
+
+INDEXES: Final = Indexes(INDEX_BYTES)
+
+
 class ArrayReader:
     """Reads and checks inner chunks of one sharded array. Any number of threads may share one."""
 
     def __init__(self, store: Store, array: str) -> None:
         self.store, self.array = store, array
         self.layout = store.spec.layouts()[array]
-        self.file: Callable[[int], OpenFile] = lru_cache(maxsize=OPEN_FILES)(self.open_shard)
-        self.index: Callable[[int], NDArray[np.uint64]] = lru_cache(maxsize=INDEXES)(self.read_index)
+        self.file: Callable[[int], OpenFile] = lru_cache(maxsize=FILES)(partial(open_shard, store, array, self.layout))
+        self.indexes: dict[int, NDArray[np.uint64]] = {}
 
     def path(self, shard: int) -> str:
         return shard_file(self.array, shard, bool(self.layout.row_shape))
 
-    def open_shard(self, shard: int) -> OpenFile:
-        return self.store.files.open(self.path(shard), *self.store.commits[shard].files[self.array])
+    def index(self, shard: int) -> NDArray[np.uint64]:
+        found = self.indexes.get(shard)
+        if found is None:
+            found = self.indexes[shard] = self.read_index(shard)
+            INDEXES.count(self, shard, found.nbytes + OVERHEAD)
+        return found
 
     def read_index(self, shard: int) -> NDArray[np.uint64]:
         size, length = self.store.commits[shard].files[self.array][0], self.layout.index_bytes
@@ -126,6 +158,11 @@ class ArrayReader:
         if not follow or ends[-1] > size:
             what = f"{self.store.name}/{self.path(shard)}"
             raise DamagedError(f"{what}: its index has no chunks {first} to {first + len(places) - 1} in {size} bytes")
+
+
+def open_shard(store: Store, array: str, layout: Layout, shard: int) -> OpenFile:
+    """No method: a reader that is kept by what it keeps would end late, and its files with it."""
+    return store.files.open(shard_file(array, shard, bool(layout.row_shape)), *store.commits[shard].files[array])
 
 
 def read_shard(reader: Reader, shard: int) -> NDArray[Any]:

@@ -6,7 +6,7 @@ than asked for. Ranges of a file whose checksum the caller knows are kept in a c
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from urllib.parse import unquote
 
 from shared.cache import Key, RangeCache
@@ -125,6 +125,15 @@ class RemoteFiles:
         for folder in here["common_prefixes"]:
             if unwanted(last_name(folder)):
                 self.client.delete([meta["path"] for meta in self.client.everything(folder, self.name)], self.name)
+
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:  # noqa: ARG002 (a bucket says so when asked)
+        self.check_writable()
+
+    def reading(self) -> AbstractContextManager[None]:
+        return nullcontext()  # an object store knows nothing of readers
+
+    def unread(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def at(self, path: str) -> Files:
         return RemoteFiles(self.client, *self.place(path), self.cache)

@@ -125,7 +125,7 @@ def check_file(store: Store, commit: Commit, array: str, full: bool) -> list[str
 def repair(files: Files, shards: list[int]) -> list[int]:
     """Takes back the commits of damaged shards, and bad lines, so that the same harvest command writes these shards
     again. Nothing else is touched. Gives all shards that are to be written. Raises UserError while somebody writes."""
-    with files.explained(), files.lock():
+    with files.explained(), files.lock(), files.unread():
         store = Store.open(files, lenient=True)
         logs = read_logs(files, store.state == "final")
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.config import EvalConfig
+from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.files import explained, is_remote
@@ -52,6 +52,11 @@ def evaluate(config: EvalConfig) -> Evaluation:
             f"{config.run}: was not trained on what {store.name} holds now: it grew since, or it is another store. "
             "Say where the right one is: --store"
         )
+    with store.files.reading():
+        return evaluated(config, folder, trained, store, hook)
+
+
+def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store: Store, hook: str) -> Evaluation:
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
     diverged = folder.read("record.json").get("diverged", {})

@@ -12,6 +12,7 @@ tensorboard/ wandb/   with --track: what the trackers were told
 """
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,8 @@ import tomli_w
 
 from shared.config import TrainConfig
 from shared.errors import UserError
-from shared.files import LOCK_FILE, write_file
+from shared.files import LOCK_FILE, check_removable, remove_tree, touch, write_file
+from shared.handles import open_regular
 from shared.record import to_json, write_json
 from shared.schema import build
 
@@ -100,7 +102,7 @@ class RunFolder:
             raise UserError(f"{self.path}: exists and is not a training run. Choose another --out")
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            (self.path / LOCK_FILE).touch()
+            touch(self.path / LOCK_FILE)
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written to ({error.strerror})") from error
 
@@ -117,10 +119,10 @@ class RunFolder:
 
     def clear(self) -> None:
         """Deletes what a run put here, config.json first: then the rest is only what a run left behind."""
-        (self.path / "config.json").unlink(missing_ok=True)
-        for name in OURS - {LOCK_FILE}:
-            path = self.path / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        paths = [self.path / name for name in ("config.json", *sorted(OURS - {LOCK_FILE, "config.json"}))]
+        check_removable(path for path in paths if os.path.lexists(path))
+        for path in paths:
+            remove_tree(path)
 
     def tidy(self) -> None:
         """Deletes what was being written when an earlier process was killed."""
@@ -157,7 +159,7 @@ class RunFolder:
         write_file(self.metrics, b"".join(kept))
 
     def log(self, line: dict[str, Any]) -> None:
-        with self.metrics.open("a", encoding="utf-8") as file:
+        with open(open_regular(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
 
 

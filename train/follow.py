@@ -108,7 +108,7 @@ class Segments:
         return part
 
     def waiting(self, now: Store) -> str:
-        at_work = not isinstance(now.files, LocalFiles) or is_locked(now.files.root)
+        at_work = not isinstance(now.files, LocalFiles) or is_locked(now.files.root) is not False
         note = "" if at_work else ". Nobody is harvesting into it: run the same sagsae harvest command again"
         return f"waiting for {now.name}: {len(now.commits)} of {now.spec.n_shards} shards are committed{note}"
 

@@ -19,6 +19,7 @@ from torch.distributed import DistError, P2POp, batch_isend_irecv, irecv, isend
 
 from shared.device import local_processes
 from shared.errors import DamagedError, LostError, UserError
+from shared.launch import settle
 
 T = TypeVar("T")
 TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
@@ -33,6 +34,7 @@ class Ranks:
 
     def __init__(self, device: torch.device) -> None:
         """Raises UserError for a kind of device that nothing here was made for, and for more processes than GPUs."""
+        settle()
         check_device(device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # accelerate takes the current one

@@ -85,6 +85,7 @@ def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
             return summarise(job, 0.0, 0, 0.0)
     job = planned(job, ranks, sweep)
     with ExitStack() as while_open:
+        while_open.enter_context(job.store.files.reading())
         with ranks.agreed():
             if ranks.leads:
                 folder.make()

@@ -1,0 +1,83 @@
+"""One process or several: what the environment says, checked once, for everybody.
+
+torchrun, accelerate and `--processes` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
+What is left over from another job, or set by half, would have a process believe in others that there are not.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from shared.errors import UserError
+from shared.progress import say
+
+NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+CURE: Final = "Start with --processes, torchrun or accelerate launch; or unset {} to run one process"
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among all of its run."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+
+def settle() -> Place:
+    """Which process this is. Where it is alone, the environment says so afterwards: libraries look there, too. Raises
+    UserError for an environment that contradicts itself."""
+    place = read(os.environ)
+    if place.size == 1 and not os.environ.get("MASTER_ADDR"):
+        left_over = [name for name in NAMES if os.environ.pop(name, "")]
+        if "RANK" in left_over and "WORLD_SIZE" not in left_over:
+            say("RANK is set, but WORLD_SIZE is not: this is one process alone")
+    elif place.size > 1:
+        os.environ |= {name: str(value) for name, value in zip(NAMES, order(place), strict=True)}
+    return place
+
+
+def order(place: Place) -> tuple[int, int, int, int]:
+    """As in NAMES."""
+    return place.rank, place.size, place.local_rank, place.local_size
+
+
+def read(environment: Mapping[str, str]) -> Place:
+    """An empty variable counts as none; RANK without WORLD_SIZE means nothing. Raises UserError."""
+    size = number(environment, "WORLD_SIZE", 1, at_least=1)
+    if size == 1:
+        check_mpi(environment)
+        if environment.get("WORLD_SIZE") and environment.get("RANK"):
+            number(environment, "RANK", 0, below=1, of="WORLD_SIZE")
+        return Place()
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        if not environment.get(name):
+            raise UserError(f"WORLD_SIZE is {size}, but {name} is not set. {CURE.format('WORLD_SIZE')}")
+    number(environment, "MASTER_PORT", 0, at_least=1, below=1 << 16)
+    rank = number(environment, "RANK", 0, below=size, of="WORLD_SIZE")
+    local_size = number(environment, "LOCAL_WORLD_SIZE", size, at_least=1, below=size + 1)
+    local_rank = number(environment, "LOCAL_RANK", rank % local_size, below=local_size, of="LOCAL_WORLD_SIZE")
+    return Place(rank, size, local_rank, local_size)
+
+
+def check_mpi(environment: Mapping[str, str]) -> None:
+    """mpirun and srun start several processes that would each do all of the work."""
+    for name in MPI:
+        if number(environment, name, 1) > 1:
+            raise UserError(f"{name} is {environment[name]}: started by mpirun or srun. {CURE.format(name)}")
+
+
+def number(
+    environment: Mapping[str, str], name: str, default: int, at_least: int = 0, below: int = 1 << 31, of: str = ""
+) -> int:
+    """A whole number of the environment. Raises UserError naming the variable."""
+    text = environment.get(name, "").strip()
+    if not text:
+        return default
+    if not (text.isascii() and text.isdigit() and len(text) < 12 and at_least <= int(text) < below):
+        limit = f"below {of} ({below})" if of else f"at most {below - 1}" if below < 1 << 31 else f"{at_least} or more"
+        raise UserError(f"{name}={text[:40]}: expected a whole number {limit}. {CURE.format(name)}")
+    return int(text)
