@@ -653,7 +653,6 @@ def given(options: dict[str, Any]) -> dict[str, Any]:
 def launched(processes: int) -> bool:
     """Whether this is one of several processes already. Raises UserError when they are not as many as asked for."""
     from shared.errors import UserError
-
     from shared.launch import number, settle
 
     size = number(os.environ, "WORLD_SIZE", 1, at_least=1)
