@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError
 from shared.files import OpenFile
 from shared.gate import BadData, members, parse_json
-from shared.shard import Layout, decode_chunk, decode_index
+from shared.shard import Layout, check_index, decode_chunk, decode_index
 from shared.spec import shard_file, sharded_document
 from shared.store import Store
 
@@ -53,19 +53,24 @@ def open_reader(store: Store, array: str) -> Reader:
     """The fast reader where the array is encoded as its spec says, else zarr-python's. Raises DamagedError when the
     array's description cannot be read."""
     path = f"{array}/zarr.json"
-    layout = store.spec.layouts()[array]
     try:
         found = members(parse_json(store.files.read(path)), DECIDES_THE_BYTES, None)
     except FileNotFoundError as error:
         raise DamagedError(f"{store.name}/{path}: is missing. Restore it from a copy") from error
     except (BadData, OSError) as error:
         raise DamagedError(f"{store.name}/{path}: cannot be read ({error}). Restore it from a copy") from error
-    written = sharded_document(store.spec.n_tokens, layout, {})
-    if all(found[key] == written[key] for key in DECIDES_THE_BYTES):
+    if not is_foreign(store, array, found):
         return ArrayReader(store, array)
     from shared.foreign import ZarrReader
 
-    return ZarrReader(store, array)
+    return ZarrReader(store, array, found)
+
+
+def is_foreign(store: Store, array: str, document: dict[str, Any]) -> bool:
+    """Whether a sharded array was encoded in another way than ours. Raises BadData for no description of an array."""
+    written = sharded_document(store.spec.n_tokens, store.spec.layouts()[array], {})
+    found = members(document, DECIDES_THE_BYTES, None)
+    return any(found[key] != written[key] for key in DECIDES_THE_BYTES)
 
 
 class Indexes:
@@ -117,11 +122,16 @@ class ArrayReader:
             raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
         file = self.file(shard)
         try:
-            return decode_index(file.read(size - length, length), self.layout, what)
+            index = decode_index(file.read(size - length, length), self.layout, what)
         except DamagedError:
             if not file.forget(size - length, length):
                 raise
-            return decode_index(file.read(size - length, length), self.layout, what)
+            index = decode_index(file.read(size - length, length), self.layout, what)
+        try:
+            check_index(index, -(-self.store.commits[shard].rows // self.layout.chunk_rows), size - length)
+        except ValueError as error:
+            raise DamagedError(f"{what}: {error}") from error
+        return index
 
     def chunk_rows(self, shard: int, chunk: int) -> int:
         """Rows of a chunk that exist (the last one of the array may be short)."""
@@ -134,7 +144,6 @@ class ArrayReader:
 
     def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
         places = self.index(shard)[first : first + count].tolist()
-        self.check_places(places, shard, first)
         begin, end = places[0][0], sum(places[-1])
         file, rows = self.file(shard), self.layout.chunk_rows
         for again in (True, False):
@@ -149,15 +158,6 @@ class ArrayReader:
                 if not (again and file.forget(begin, end - begin)):
                     raise
         return out[: (count - 1) * rows + self.chunk_rows(shard, first + count - 1)]
-
-    def check_places(self, places: list[list[int]], shard: int, first: int) -> None:
-        """Chunks lie one after another, inside the file: anything else is no index that we wrote."""
-        size = self.store.commits[shard].files[self.array][0] - self.layout.index_bytes
-        ends = [offset + length for offset, length in places]
-        follow = all(end == offset for end, (offset, _) in zip(ends, places[1:], strict=False))
-        if not follow or ends[-1] > size:
-            what = f"{self.store.name}/{self.path(shard)}"
-            raise DamagedError(f"{what}: its index has no chunks {first} to {first + len(places) - 1} in {size} bytes")
 
 
 def open_shard(store: Store, array: str, layout: Layout, shard: int) -> OpenFile:

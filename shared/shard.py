@@ -49,6 +49,8 @@ BLOSC_FORMAT: Final = 2
 COMPRESSOR_FORMAT: Final = 1
 COMPRESSORS: Final = {"lz4": 1, "zstd": 4}
 """Numbers in the upper three bits of the flags."""
+SAFE_COMPRESSORS: Final = (*COMPRESSORS.values(), 3)
+"""And zlib: their decoders are given the bounds of what they read and write, and keep to them."""
 STORED, RESERVED = 0b10, 0b1000
 """Flags: the values follow as they are; not in use."""
 BLOSC_MOST: Final = 2**31 - 1 - 16
@@ -153,28 +155,46 @@ def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> 
     """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values, in our compressor, and says so of
     itself: blosc believes its header, reads as many bytes as that names and leaves alone what it does not fill. What is
     inside the blocks its decoders check (docs/threat-model.md)."""
+    compressor, typesize, values = check_header(payload)
+    if compressor != COMPRESSORS[codec]:
+        raise ValueError(f"its blosc header is not of a buffer packed with {codec}")
+    if (typesize, values) != (itemsize, nbytes):
+        raise ValueError(
+            f"its blosc header names {values} bytes of values of {typesize} bytes; {nbytes} bytes of values of "
+            f"{itemsize} bytes are expected"
+        )
+
+
+def check_any_blosc(payload: memoryview, most: int) -> None:
+    """The same for a buffer of another tool, of at most `most` bytes of values."""
+    compressor, _, values = check_header(payload)
+    if compressor not in SAFE_COMPRESSORS or values > most:
+        raise ValueError(f"its blosc header is of a buffer of {values} bytes, in a compressor of number {compressor}")
+
+
+def check_header(payload: memoryview) -> tuple[int, int, int]:
+    """The compressor's number, the size of a value, and the bytes of all values of a blosc buffer. Raises ValueError
+    unless its header and the starts of its blocks are consistent with one another and with its length."""
     if len(payload) < BLOSC_HEADER.size:
         raise ValueError(f"{len(payload)} bytes are no blosc buffer")
     version, inner, flags, typesize, values, block, size = BLOSC_HEADER.unpack_from(payload)
-    if (version, inner, flags >> 5, flags & RESERVED) != (BLOSC_FORMAT, COMPRESSOR_FORMAT, COMPRESSORS[codec], 0):
-        raise ValueError(f"its blosc header is not of a buffer packed with {codec}")
-    if (typesize, values, size) != (itemsize, nbytes, len(payload)):
-        raise ValueError(
-            f"its blosc header names {values} bytes of values of {typesize} bytes in a buffer of {size}; it is "
-            f"{len(payload)} bytes long, and {nbytes} bytes of values of {itemsize} bytes are expected"
-        )
-    if not 0 < block <= values or block % typesize:
-        raise ValueError(f"its blosc header names blocks of {block} bytes")
+    if (version, inner, flags & RESERVED) != (BLOSC_FORMAT, COMPRESSOR_FORMAT, 0):
+        raise ValueError("its blosc header is of another format")
+    if size != len(payload):
+        raise ValueError(f"its blosc header names {size} bytes, it is {len(payload)} bytes long")
+    if not typesize or not 0 < block <= values or block % typesize:
+        raise ValueError(f"its blosc header names blocks of {block} bytes in {values} bytes of values")
     if flags & STORED:
         if size != values + BLOSC_HEADER.size:
             raise ValueError(f"its blosc header names {values} bytes as they are, {size - BLOSC_HEADER.size} follow")
-        return
+        return flags >> 5, typesize, values
     first = BLOSC_HEADER.size + 4 * -(-values // block)
     if first > size:
         raise ValueError(f"its {size} bytes cannot hold its blocks of {block} bytes")
     starts = np.frombuffer(payload[BLOSC_HEADER.size : first], "<i4")
     if starts.min() < first or starts.max() > size - 4:
         raise ValueError("it has blocks that begin outside it")
+    return flags >> 5, typesize, values
 
 
 def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
@@ -213,6 +233,16 @@ def decode_index(tail: Buffer, layout: Layout, what: str) -> NDArray[np.uint64]:
     """(chunks_per_shard, 2) offsets and lengths from a shard's last `layout.index_bytes` bytes."""
     payload = without_crc(tail, f"{what}: index")
     return np.frombuffer(payload, "<u8").reshape(layout.chunks_per_shard, 2).copy()  # the bytes may be a scratch buffer
+
+
+def check_index(index: NDArray[np.uint64], used: int, end: int) -> None:
+    """Raises ValueError unless `used` chunks lie one after another from 0 to `end`, and there are no others."""
+    if not 0 < used <= len(index) or (index[:used] > end).any():
+        raise ValueError(f"its index names chunks beyond the {end} bytes of chunks")
+    offsets, lengths = index[:used].astype(np.int64).T
+    ends = np.cumsum(lengths)
+    if offsets[0] or (offsets[1:] != ends[:-1]).any() or ends[-1] != end or (index[used:] != MISSING).any():
+        raise ValueError(f"its index is not of {used} chunks, one after another, in {end} bytes")
 
 
 def as_float32(rows: NDArray[Any], dtype: str) -> NDArray[np.float32]:

@@ -1,22 +1,37 @@
 """Everything in a store that is not as it was written, and taking damaged shards back to the harvest.
 
-Quick: the presence, length and crc32 of every file. Full: besides, every chunk is decoded and its rows counted. Either
-way every byte that a store holds is looked at.
+Quick: the presence, length and crc32 of every file. Full: besides, every chunk is decoded, and what the store says
+twice is compared (shared/recount.py). Either way every byte that a store holds is looked at.
 """
 
-import json
-from collections.abc import Callable
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import DamagedError
 from shared.files import Files
-from shared.manifest import Commit, read_logs, read_metadata
-from shared.reader import open_reader, read_shard
+from shared.gate import BadData, members, parse_json
+from shared.manifest import commits_of, read_logs, read_metadata
+from shared.reader import is_foreign, open_reader
 from shared.record import sealed_json
+from shared.recount import Recount
 from shared.shard import crc32, file_crc
 from shared.spec import shard_file
-from shared.store import STATE_FILE, Store, state_document, write_state
+from shared.store import (
+    STATE_FILE,
+    Store,
+    check_metadata_paths,
+    state_document,
+    write_state,
+    wrong_commits,
+)
 
 
 @dataclass
@@ -34,21 +49,84 @@ class Damage:
 def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None = None) -> Damage:
     """`advance(bytes, note)` is told of progress."""
     damage = Damage()
-    for check in (check_missing, check_logs, check_state, check_metadata, check_record, check_tokens):
+    for check in (check_missing, check_logs, check_state, check_metadata, check_record):
         try:
             check(store)
         except DamagedError as error:
             damage.lines += str(error).splitlines()
             damage.lasting += [] if check in (check_missing, check_logs) else str(error).splitlines()
-    for shard, commit in store.commits.items():
-        before = len(damage.lines)
-        for array in sorted(store.spec.arrays() | set(commit.files)):
-            damage.lines += check_file(store, commit, array, full)
-            if advance:
-                advance(commit.files.get(array, (0, 0))[0], f"{len(damage.lines)} damaged files")
-        if len(damage.lines) > before:
+    recount = recount_of(store, damage)
+    for shard, lines in each_shard(store, recount if full else None):
+        damage.lines += lines
+        if lines:
             damage.shards.append(shard)
+        if advance:
+            size = sum(n for n, _ in store.commits[shard].files.values())
+            advance(size, f"{len(damage.lines)} damaged files")
     return damage
+
+
+def recount_of(store: Store, damage: Damage) -> Recount:
+    """What the values of shards are compared with. What of it is damaged is said."""
+    tokens, readers = None, {}
+    try:
+        tokens = store.tokens()
+        check_token_ids(store, tokens)
+    except DamagedError as error:
+        damage.lines.append(str(error))
+        damage.lasting.append(str(error))
+    for array in store.spec.layouts():
+        try:
+            readers[array] = open_reader(store, array)
+        except DamagedError as error:
+            damage.lines.append(str(error))
+            damage.lasting.append(str(error))
+    return Recount(store, readers, tokens)
+
+
+def each_shard(store: Store, recount: Recount | None) -> Iterator[tuple[int, list[str]]]:
+    """The shards in order, each with a line for every damaged file. A few are looked at side by side."""
+    threads = len(os.sched_getaffinity(0))
+    matrices = {array for array, layout in store.spec.layouts().items() if layout.row_shape} | store.row_kinds.keys()
+    left, waiting = iter(store.commits), deque[tuple[int, Future[list[str]]]]()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            while True:
+                for shard in islice(left, 2 * threads - len(waiting)):
+                    waiting.append((shard, pool.submit(check_shard, store, recount, matrices, shard)))
+                if not waiting:
+                    return
+                shard, found = waiting.popleft()
+                yield shard, found.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def check_shard(store: Store, recount: Recount | None, matrices: set[str], shard: int) -> list[str]:
+    """One line for every damaged file of a shard."""
+    found: dict[str, str] = {}
+    for array, (size, crc) in sorted(store.commits[shard].files.items()):
+        path = shard_file(array, shard, array in matrices)
+        try:
+            if file_crc(store.files.open(path, size), size) != crc:
+                raise DamagedError(f"{store.name}/{path}: its checksum is not the committed one")
+        except DamagedError as error:
+            found[array] = str(error).split(". List all damage")[0]
+    return [*found.values(), *(recount.differences(shard, set(found)) if recount else [])]
+
+
+def check_token_ids(store: Store, tokens: NDArray[Any]) -> None:
+    """Raises DamagedError for ids that the vocabulary lacks, and where a row does not begin as the spec says."""
+    spec, block = store.spec, 1 << 16
+    vocab_size = spec.corpus.get("vocab_size", 1 << 32)
+    for at in range(0, len(tokens), block):
+        rows = np.asarray(tokens[at : at + block])
+        if rows.max(initial=0) >= vocab_size:
+            raise DamagedError(f"{store.name}/tokens: has the id {rows.max()}, the vocabulary has {vocab_size}")
+        if spec.bos_id is not None and (rows[:, 0] != spec.bos_id).any():
+            raise DamagedError(
+                f"{store.name}/tokens: not every row begins with the id {spec.bos_id}, as zarr.json says"
+            )
 
 
 def check_state(store: Store) -> None:
@@ -57,26 +135,27 @@ def check_state(store: Store) -> None:
 
 
 def check_missing(store: Store) -> None:
-    if store.state == "final" and store.missing:
-        raise DamagedError(f"{store.name}: is final, but shards {store.missing} are not in its manifest")
-    for commit in store.commits.values():
-        if (commit.start, commit.stop) != store.spec.shard_range(commit.shard):
-            raise DamagedError(f"{store.name}: shard {commit.shard} is committed for other rows than it has")
-        if commit.rows != commit.stop - commit.start:
-            raise DamagedError(f"{store.name}: shard {commit.shard} is committed with a number of rows that it has not")
+    if store.state == "final" and (missing := store.missing):
+        some = ", ".join(map(str, missing[:20])) + ("…" if len(missing) > 20 else "")
+        what = f"{len(missing)} of its {store.spec.n_shards} shards"
+        raise DamagedError(f"{store.name}: is final, but {what} are not in its manifest: {some}")
 
 
 def check_logs(store: Store) -> None:
+    logs = read_logs(store.files, store.state == "final")
+    wrong = wrong_commits(store.spec, commits_of(logs)).values()
     cure = "The same sagsae harvest command again, or --repair, gives up its shard and writes it anew"
-    bad = [(log.path, number) for log in read_logs(store.files, store.state == "final") for number in log.bad]
-    if bad:
-        lines = (f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad)
+    bad = [(log.path, number) for log in logs for number in log.bad]
+    lines = [f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad]
+    lines += [f"{store.name}/manifest: {line}. {cure}" for line in wrong]
+    if lines:
         raise DamagedError("\n".join(lines))
 
 
 def check_metadata(store: Store) -> None:
-    wrong = []
-    for path, (size, crc) in read_metadata(store.files).items():
+    metadata, wrong = read_metadata(store.files), []
+    written = store.spec.documents()
+    for path, (size, crc) in metadata.items():
         try:
             data = store.files.read(path)
         except FileNotFoundError:
@@ -84,42 +163,35 @@ def check_metadata(store: Store) -> None:
             continue
         if len(data) != size or crc32(data) != crc:
             wrong.append(f"{store.name}/{path}: is not as it was written")
+        elif path in written and data != written[path] and not encoded_anew(store, path, data):
+            wrong.append(f"{store.name}/{path}: does not say what the store's zarr.json says")
+    try:
+        check_metadata_paths(store, metadata)
+    except DamagedError as error:
+        wrong.append(str(error))
     if wrong:
         raise DamagedError("\n".join(wrong))
+
+
+def encoded_anew(store: Store, path: str, data: bytes) -> bool:
+    """Whether a document may be another tool's: of an array that is read through zarr-python, which looks at it."""
+    array = path.removesuffix("/zarr.json")
+    try:
+        return array in store.spec.layouts() and is_foreign(store, array, parse_json(data))
+    except BadData:
+        return False
 
 
 def check_record(store: Store) -> None:
     path = f"{store.name}/record.json"
     try:
         data = store.files.read("record.json")
-        record: dict[str, Any] = json.loads(data)
+        record = members(parse_json(data), ("crc32c",), None)
         record.pop("crc32c")
-    except (FileNotFoundError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, BadData) as error:
         raise DamagedError(f"{path}: is missing or not as it was written") from error
     if sealed_json(record) != data:
         raise DamagedError(f"{path}: is not as it was written")
-
-
-def check_tokens(store: Store) -> None:
-    store.tokens()
-
-
-def check_file(store: Store, commit: Commit, array: str, full: bool) -> list[str]:
-    """One line when the file of a shard in one array is damaged."""
-    layout = store.spec.layouts().get(array)
-    path = shard_file(array, commit.shard, layout is None or bool(layout.row_shape))
-    what = f"{store.name}/{path}"
-    if array not in commit.files or array not in store.spec.arrays():
-        return [f"{what}: the commit and the store do not name the same files"]
-    size, crc = commit.files[array]
-    try:
-        if file_crc(store.files.open(path, size), size) != crc:
-            raise DamagedError(f"{what}: its checksum is not the committed one")
-        if full and layout is not None:
-            read_shard(open_reader(store, array), commit.shard)
-    except DamagedError as error:
-        return [str(error).split(". List all damage")[0]]
-    return []
 
 
 def repair(files: Files, shards: list[int]) -> list[int]:
@@ -131,7 +203,8 @@ def repair(files: Files, shards: list[int]) -> list[int]:
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):
             write_state(files, store.spec, "writing")
         for log in logs:
-            kept = [commit for commit in log.commits if commit.shard not in shards]
+            wrong = wrong_commits(store.spec, commits_of([log]))
+            kept = [commit for commit in log.commits if commit.shard not in shards and commit.shard not in wrong]
             if len(kept) < len(log.commits) or log.bad:
                 files.write(log.path, [commit.line().encode() for commit in kept])
     return Store.open(files).missing
