@@ -68,7 +68,9 @@ def check_missing(store: Store) -> None:
 
 def check_logs(store: Store) -> None:
     cure = "The same sagsae harvest command again, or --repair, gives up its shard and writes it anew"
-    bad = [(log.path, number) for log in read_logs(store.files, store.state == "final") for number in log.bad]
+    bad = [
+        (log.path, number) for log in read_logs(store.files, store.spec, store.state == "final") for number in log.bad
+    ]
     if bad:
         lines = (f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad)
         raise DamagedError("\n".join(lines))
@@ -127,11 +129,12 @@ def repair(files: Files, shards: list[int]) -> list[int]:
     again. Nothing else is touched. Gives all shards that are to be written. Raises UserError while somebody writes."""
     with files.explained(), files.lock():
         store = Store.open(files, lenient=True)
-        logs = read_logs(files, store.state == "final")
+        logs = read_logs(files, store.spec, store.state == "final")
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):
             write_state(files, store.spec, "writing")
+        given_up = set(shards)
         for log in logs:
-            kept = [commit for commit in log.commits if commit.shard not in shards]
+            kept = [commit for commit in log.commits if commit.shard not in given_up]
             if len(kept) < len(log.commits) or log.bad:
                 files.write(log.path, [commit.line().encode() for commit in kept])
     return Store.open(files).missing

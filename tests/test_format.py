@@ -35,6 +35,7 @@ import harvest.recode
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from harvest.writer import ShardRows, ShardWriter
+from shared.commits import Commits
 from shared.config import HarvestConfig
 from shared.create import building, create_store, finish_store, place_tokens, write_tokens
 from shared.errors import DamagedError, Interrupted, UserError
@@ -449,7 +450,7 @@ def random_store(root: Path, spec: StoreSpec, seed: int) -> Store:
             path.write_bytes(data)
             sizes[array] = len(data), crc32(data)
         commits[shard] = Commit(shard, stop - start, start, stop, 0, sizes)
-    return Store(files, spec, "final", commits)
+    return Store(files, spec, "final", Commits.of(commits))
 
 
 @settings(max_examples=25, deadline=None)
