@@ -15,15 +15,16 @@ from numpy.typing import NDArray
 from harvest.encode import Fetch, ShardFiles
 from shared.create import clean_up, create_store, finish_store, is_ours, reopen
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import Buffer, Files, LocalFiles, Write, open_files
+from shared.files import VERIFY, Buffer, Files, LocalFiles, Write, open_files
 from shared.manifest import Sizes, append_commit, read_metadata
 from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_shard
 from shared.record import provenance
 from shared.shard import BLOCK_BYTES, crc32
-from shared.spec import Codec, StoreSpec, rows_that_count, shard_file
+from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
 from shared.store import Store, is_store
+from shared.tokens import Counting, Mask
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
-    if codec == "int8" and any(commit.nonfinite for commit in store.commits.values()):
+    if codec == "int8" and store.commits.columns.nonfinite is not None:
         raise UserError(f"{source}: has rows with NaN or infinities, which int8 cannot hold. Choose another codec")
     if store.state != "final" or store.missing:
         raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
@@ -93,8 +94,8 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
 def fill(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
-    keep = rows_that_count(store.tokens(), store.spec)
-    rows = sum(store.commits[shard].rows for shard in todo)
+    keep = Counting(store.token_rows())
+    rows = store.commits.only(todo).n_rows
     with (
         stop_requests() as stop_asked,
         closing(ShardFiles(done.spec)) as writer,
@@ -107,11 +108,14 @@ def fill(store: Store, done: Store) -> None:
                 raise Interrupted(f"{done.name}: stopped. To continue, run the same command again")
 
 
-def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: NDArray[np.bool_]) -> None:
-    """`keep` [contexts, context] marks the rows that the moments are over."""
+def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: Mask) -> None:
+    """`keep` marks the rows that the moments are over. Raises DamagedError."""
     commit = store.commits[shard]
     contexts, positions = (read_shard(open_reader(store, f"index/{name}"), shard) for name in ("context", "position"))
-    kept = keep[contexts, positions]
+    places = contexts.astype(np.int64) * store.spec.context + positions - commit.start
+    if places.min() < 0 or places.max() >= commit.rows:
+        raise DamagedError(f"{store.name}/index: shard {shard} says that its rows come from elsewhere. {VERIFY}")
+    kept = keep[commit.start : commit.stop][places]
     files: Sizes = {}
     with done.files.together() as write:
         for array, (size, crc) in commit.files.items():

@@ -498,7 +498,7 @@ def encode_anew(root: Path, array: str, **how: Any) -> Store:
         Commit(c.shard, c.rows, c.start, c.stop, c.kept, {**c.files, array: sizes[c.shard]})
         for c in store.commits.values()
     ]
-    write_index(store.files, commits)
+    write_index(store.files, Commits.of({commit.shard: commit for commit in commits}))
     document = f"{array}/zarr.json"
     write_metadata(store.files, {**read_metadata(store.files), document: checksum(root / document)})
     return Store.open(root)
