@@ -388,7 +388,7 @@ def store_verify(
     from shared.verify import repair, verify
 
     store = Store.open(path, lenient=True)
-    size = sum(n for commit in store.commits.values() for n, _ in commit.files.values())
+    size = store.commits.n_bytes
     with store.files.reading(), progress(f"verify {path}", size, "bytes") as advance:
         damage = verify(store, full, advance)
     again = repair(store.files, damage.shards) if mend and damage.lines else []

@@ -17,6 +17,7 @@ from harvest.documents import Stream, refuse
 from harvest.pack import Counts, cut, pack, shuffled, skipping
 from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from harvest.room import check_room
+from shared.commits import Commits
 from shared.create import (
     Tokens,
     building,
@@ -149,7 +150,7 @@ def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
     if lender is None:
         return None
     try:
-        tokens = write_tokens(folder, iter([lender.tokens()]), plan.context, plan.info.vocab_size)
+        tokens = write_tokens(folder, lender.token_rows().blocks(), plan.context, plan.info.vocab_size)
     except (DamagedError, OSError) as error:
         say(f"{lender.name} has the same tokens, but they cannot be read ({error})")
         shutil.rmtree(folder, ignore_errors=True)
@@ -181,5 +182,5 @@ def lender_of(plan: Plan) -> Store | None:
         same = {key: getattr(spec, key) for key in OF_THE_TOKENS} == wanted
         same = same and {key: spec.corpus.get(key) for key in asked} == asked
         if same and plan.config.tokens in (None, spec.n_tokens):
-            return Store(files, spec, state, {})
+            return Store(files, spec, state, Commits.of({}))
     return None

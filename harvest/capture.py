@@ -31,6 +31,7 @@ from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.model import LanguageModel
 from shared.spec import StoreSpec
+from shared.tokens import Mask, TokenRows, flat
 
 BITS: Final = {torch.bfloat16: torch.uint16}
 """Stored data type where numpy has none: the bit pattern."""
@@ -146,15 +147,15 @@ class Capture:
         self,
         models: Sequence[LanguageModel],
         spec: StoreSpec,
-        tokens: NDArray[Any],
-        keep: NDArray[np.bool_],
+        tokens: NDArray[Any] | TokenRows,
+        keep: NDArray[np.bool_] | Mask,
         batch_contexts: int,
         threads: int,
     ) -> None:
         """`tokens` and `keep` (which rows count in the moments) are [contexts, context]. Several models, on a CPU,
         compute side by side and share out `threads`."""
         self.model, self.spec, self.tokens, self.batch = models[0], spec, tokens, batch_contexts
-        self.keep = keep.reshape(-1)
+        self.keep = flat(keep)
         self.pool = behind.pool(threads, "moments")
         self.free: SimpleQueue[LanguageModel] = SimpleQueue()
         """Models that no thread has."""

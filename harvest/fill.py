@@ -20,8 +20,9 @@ from shared.memory import host_memory
 from shared.model import side_by_side
 from shared.models import ModelSource
 from shared.progress import progress, say
-from shared.spec import DTYPES, StoreSpec, rows_that_count
+from shared.spec import DTYPES, StoreSpec
 from shared.store import Store
+from shared.tokens import Counting
 
 SLOTS = 3
 """Shards in memory: one that is captured, one that is written, one that waits in between."""
@@ -54,8 +55,8 @@ def fill(
     model = models[0]
     look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
-    tokens = store.tokens()
-    keep = rows_that_count(tokens, spec)
+    tokens = store.token_rows(check=team.rank == 0)  # the others read those of their own shards
+    keep = Counting(tokens)
     reuse_memory(model.device)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
     ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS, partial(finish_work, model.device))

@@ -9,7 +9,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from harvest.encode import Fetch, ShardFiles
@@ -21,9 +20,10 @@ from shared.progress import progress, say
 from shared.reader import ArrayReader, Reader, open_reader, read_places, read_shard
 from shared.record import provenance
 from shared.shard import BLOCK_BYTES, crc32
-from shared.spec import Codec, StoreSpec, rows_that_count, shard_file
+from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
 from shared.store import Store, check_metadata_paths, is_store
+from shared.tokens import Counting, Mask
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
-    if codec == "int8" and any(commit.nonfinite for commit in store.commits.values()):
+    if codec == "int8" and store.commits.columns.nonfinite is not None:
         raise UserError(f"{source}: has rows with NaN or infinities, which int8 cannot hold. Choose another codec")
     if store.state != "final" or store.missing:
         raise UserError(f"{source}: is unfinished. Run sagsae harvest to its end first")
@@ -95,8 +95,8 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
 def fill(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
-    keep = rows_that_count(store.tokens(), store.spec)
-    rows = sum(store.commits[shard].rows for shard in todo)
+    keep = Counting(store.token_rows())
+    rows = store.commits.only(todo).n_rows
     with (
         stop_requests() as stop_asked,
         closing(ShardFiles(done.spec)) as writer,
@@ -109,11 +109,11 @@ def fill(store: Store, done: Store) -> None:
                 raise Interrupted(f"{done.name}: stopped. To continue, run the same command again")
 
 
-def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: NDArray[np.bool_]) -> None:
-    """`keep` [contexts, context] marks the rows that the moments are over."""
+def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: Mask) -> None:
+    """`keep` marks the rows that the moments are over. Raises DamagedError."""
     commit = store.commits[shard]
-    index = [open_reader(store, f"index/{name}") for name in ("context", "position")]
-    kept = keep[read_places(*index, shard)]
+    contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
+    kept = keep[commit.start : commit.stop][read_places(contexts, positions, shard)]
     files: Sizes = {}
     with done.files.together() as write:
         for array in sorted(store.spec.arrays() - store.spec.hookpoints.keys()):

@@ -83,7 +83,7 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
     """By what the first shards took: what is still to be written, in words. Raises UserError when it does not fit."""
     commits = list(commits)
     rows = sum(commit.rows for commit in commits)
-    left = store.spec.n_tokens - Store.open(store.files).n_rows
+    left = max(0, store.spec.n_tokens - store.n_rows - rows)  # what other processes wrote meanwhile is not looked up
     size = sum(size for commit in commits for size, _ in commit.files.values()) / rows
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     ratios = [
@@ -126,4 +126,4 @@ def stored_size(files: Files) -> int:
             return 0
     except DamagedError:
         return 0
-    return sum(size for commit in Store.open(files, lenient=True).commits.values() for size, _ in commit.files.values())
+    return Store.open(files, lenient=True).commits.n_bytes

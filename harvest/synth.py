@@ -43,10 +43,11 @@ from shared.files import Files, LocalFiles, check_alone, join, open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.schema import build
-from shared.spec import DTYPES, HookSpec, StoreSpec, rows_that_count
+from shared.spec import DTYPES, HookSpec, StoreSpec
 from shared.stop import stop_requests
 from shared.store import Store, is_store
 from shared.synthetic import BLOCK, NAME, Synthetic, Truth
+from shared.tokens import Counting, Mask
 
 HOOK: Final = f"layer_00/{NAME}"
 AGAIN: Final = "run the same command again"
@@ -196,7 +197,7 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
     """Makes and commits the shards that are missing; a shard is made while the one before is written. Gives the number
     of rows."""
     spec, todo = store.spec, store.missing
-    keep = rows_that_count(store.tokens(), spec)
+    keep = Counting(store.token_rows())
     rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
     threads = len(os.sched_getaffinity(0))
     _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
@@ -213,7 +214,7 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
                 raise Interrupted(f"{store.name}: stopped. To continue, {AGAIN}")
 
         for shard in todo:
-            made = shard_rows(spec, truth, keep.reshape(-1), shard, pool, look)
+            made = shard_rows(spec, truth, keep, shard, pool, look)
             writer.wait()
             writer.submit(shard, partial(dict, {HOOK: made}))
         writer.wait()
@@ -221,7 +222,7 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
 
 
 def shard_rows(
-    spec: StoreSpec, truth: Truth, keep: NDArray[np.bool_], shard: int, pool: Executor, look: Callable[[int], None]
+    spec: StoreSpec, truth: Truth, keep: Mask, shard: int, pool: Executor, look: Callable[[int], None]
 ) -> ShardRows:
     """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
     told of every n rows and may raise to stop."""

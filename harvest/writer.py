@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,9 @@ from shared.files import Files, Write
 from shared.manifest import Commit, Sizes, append_commit
 from shared.permute import SHARD_ROWS, permutation
 from shared.spec import StoreSpec
+from shared.tokens import Mask, flat
+
+LATEST: Final = 16
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class ShardWriter:
         self,
         files: Files,
         spec: StoreSpec,
-        keep: NDArray[np.bool_],
+        keep: NDArray[np.bool_] | Mask,
         *,
         writer: int = 0,
         threads: int | None = None,
@@ -60,14 +63,14 @@ class ShardWriter:
     ) -> None:
         """`keep` [contexts, context] marks the rows that the moments are over; `writer` is this process's number."""
         self.files, self.spec, self.writer, self.allow_nonfinite = files, spec, writer, allow_nonfinite
-        self.keep = keep.reshape(-1)
+        self.keep = flat(keep)
         self.committer = behind.pool(1, "commit")
         self.hooks = behind.pool(len(spec.hookpoints), "hook")
         self.shards = ShardFiles(spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False
-        self.commits: list[Commit] = []
-        """What this writer has committed."""
+        self.commits: deque[Commit] = deque(maxlen=LATEST)
+        """The last ones that this writer has made."""
 
     def submit(self, shard: int, rows: Ready, done: Callable[[], None] = lambda: None) -> None:
         """Commits a shard in the background: waits there for its rows, and calls `done` when they are written.
@@ -106,14 +109,15 @@ class ShardWriter:
         start, stop = self.spec.shard_range(shard)
         order = permutation(stop - start, self.spec.seed, SHARD_ROWS, shard)
         stream = start + order
-        kept = self.keep[stream]
+        counts = self.keep[start:stop]
+        kept = counts[order]
         nonfinite = {}
         for path, part in rows.items():
             bad = ~np.isfinite(part.norms)
             if bad.any() and not self.allow_nonfinite:
                 raise not_finite(path, np.flatnonzero(bad) + start, self.spec)
             if bad.any():
-                nonfinite[path] = int((bad & self.keep[start:stop]).sum())
+                nonfinite[path] = int((bad & counts).sum())
         with self.files.explained():
             with self.files.together() as write:
                 hooks = [

@@ -17,19 +17,10 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.commits import Commits
 from shared.errors import UserError
 from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
-from shared.manifest import (
-    Commit,
-    Sizes,
-    commits_of,
-    cut_torn_lines,
-    read_logs,
-    read_manifest,
-    remove_logs,
-    write_index,
-    write_metadata,
-)
+from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
 from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
@@ -128,7 +119,8 @@ def clean_up(files: Files) -> None:
         cut_torn_lines(files)
         spec, _ = read_state(files)
         remove_temporaries(files.root, ["tokens"])
-        remove_temporaries(files.root, spec.arrays(), commits_of(read_logs(files, final=False)))
+        remove_temporaries(files.root, spec.arrays(), read_manifest(files, spec, final=False))
+    files.join_logs("manifest", "rank-")
 
 
 def reopen(store: Store) -> None:
@@ -140,7 +132,7 @@ def reopen(store: Store) -> None:
 def finish_store(files: Files, spec: StoreSpec) -> None:
     """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
     is not touched again. Nothing in it tells how many processes wrote, or in what order."""
-    write_index(files, all_commits(files, spec).values())
+    write_index(files, all_commits(files, spec))
     remove_logs(files)
     write_state(files, spec, "final")
     if isinstance(files, LocalFiles):
@@ -148,11 +140,11 @@ def finish_store(files: Files, spec: StoreSpec) -> None:
             path.unlink(missing_ok=True)
 
 
-def all_commits(files: Files, spec: StoreSpec) -> dict[int, Commit]:
+def all_commits(files: Files, spec: StoreSpec) -> Commits:
     """Of every shard. A shared file system may be a few seconds behind what its other machines wrote; raises UserError
     when it stays so."""
     for last in (*[False] * SECONDS_BEHIND, True):
-        commits = read_manifest(files, final=False)
+        commits = read_manifest(files, spec, final=False)
         if len(commits) == spec.n_shards:
             return commits
         if not last:

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from shared.errors import DamagedError, UserError
 from shared.handles import HANDLES, LocalFile, again, close, open_regular
@@ -33,6 +33,18 @@ WHOLE_BYTES: Final = 1 << 30
 
 Write = Callable[[str, Iterable[Buffer]], None]
 """Writes a file of all the pieces."""
+
+
+class Mark(NamedTuple):
+    """What a log was when it was looked at: equal marks mean equal content."""
+
+    identity: str
+    size: int
+    grows: bool
+    """Whether a log of the same identity that is larger has this one's bytes at its beginning."""
+
+    def continues(self, before: "Mark") -> bool:
+        return self.grows and self.identity == before.identity and self.size >= before.size
 
 
 @runtime_checkable
@@ -82,8 +94,24 @@ class Files(Protocol):
         """Paths of the logs in a folder whose name begins with `prefix`, sorted."""
         ...
 
+    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+        """The same, each with a mark of what it is now."""
+        ...
+
+    def read_from(self, path: str, offset: int) -> bytes:
+        """A file from there to its end. Raises FileNotFoundError when there is none."""
+        ...
+
+    def join_logs(self, folder: str, prefix: str) -> None:
+        """Where a line is a file of its own: makes one log of many. No line is ever in none of them."""
+        ...
+
     def remove(self, path: str) -> None:
         """Deletes a file; none is fine."""
+        ...
+
+    def remove_all(self, paths: list[str]) -> None:
+        """Deletes many files."""
         ...
 
     def folders(self) -> list[str]:
@@ -205,8 +233,28 @@ class LocalFiles:
     def logs(self, folder: str, prefix: str) -> list[str]:
         return sorted(path.relative_to(self.root).as_posix() for path in (self.root / folder).glob(f"{prefix}*.jsonl"))
 
+    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+        found = {}
+        for path in self.logs(folder, prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted since the listing
+                about = (self.root / path).stat()
+                found[path] = Mark(f"{about.st_dev} {about.st_ino}", about.st_size, True)
+        return found
+
+    def read_from(self, path: str, offset: int) -> bytes:
+        with (self.root / path).open("rb") as file:
+            file.seek(offset)
+            return file.read()
+
+    def join_logs(self, folder: str, prefix: str) -> None:
+        pass  # a log is one file
+
     def remove(self, path: str) -> None:
         again((self.root / safe(path)).unlink, missing_ok=True)
+
+    def remove_all(self, paths: list[str]) -> None:
+        for path in paths:
+            self.remove(path)
 
     def folders(self) -> list[str]:
         return sorted(path.name for path in self.root.iterdir() if path.is_dir())

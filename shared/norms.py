@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.reader import open_reader, read_places, read_shard
-from shared.spec import rows_that_count
 from shared.store import Statistics, Store
+from shared.tokens import Counting
 
 QUANTILES: Final = (0.0, 0.01, 0.5, 0.99, 1.0)
 OUTLYING: Final = 6.0
@@ -73,11 +73,13 @@ def by_rank(store: Store, hook: str, high: NDArray[np.int64], ranks: dict[float,
 
 def shards(store: Store, hook: str) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]:
     """Of each committed shard the rows' norms, whether they count, and their positions."""
-    keep = rows_that_count(store.tokens(), store.spec)
-    norm, *index = (open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position"))
+    keep = Counting(store.token_rows())
+    contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
+    norm = open_reader(store, f"stats/{hook}/norm")
     for shard in store.commits:
-        contexts, positions = read_places(*index, shard)
-        yield read_shard(norm, shard), keep[contexts, positions], positions
+        start, stop = store.spec.shard_range(shard)
+        inside = read_places(contexts, positions, shard)
+        yield read_shard(norm, shard), keep[start:stop][inside], (start + inside) % store.spec.context
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:

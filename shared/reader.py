@@ -175,14 +175,14 @@ def read_shard(reader: Reader, shard: int) -> NDArray[Any]:
     return out[: reader.store.commits[shard].rows]
 
 
-def read_places(contexts: Reader, positions: Reader, shard: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where in the corpus each row of a shard comes from, in stored order: its context [n] and the position in that
-    [n]. Raises DamagedError unless they are the shard's part of the token stream, each token once."""
+def read_places(contexts: Reader, positions: Reader, shard: int) -> NDArray[np.int64]:
+    """Which token of a shard's part of the token stream each of its rows belongs to, [n] in stored order. Raises
+    DamagedError unless each token is there once."""
     store = contexts.store
-    found = tuple(read_shard(reader, shard).astype(np.int64) for reader in (contexts, positions))
+    context, position = (read_shard(reader, shard).astype(np.int64) for reader in (contexts, positions))
     start, stop = store.spec.shard_range(shard)
-    inside = found[0] * store.spec.context + found[1] - start
-    right = found[1].max(initial=0) < store.spec.context and inside.min(initial=0) >= 0
+    inside: NDArray[np.int64] = context * store.spec.context + position - start
+    right = position.max(initial=0) < store.spec.context and inside.min(initial=0) >= 0
     if not right or inside.max(initial=0) >= stop - start or not np.bincount(inside, minlength=stop - start).all():
         raise DamagedError(f"{store.name}/index: shard {shard} names other tokens than its own")
-    return found[0], found[1]
+    return inside

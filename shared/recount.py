@@ -19,6 +19,7 @@ from shared.reader import Reader, read_shard
 from shared.shard import as_float32
 from shared.spec import rows_that_count, shard_file
 from shared.store import Store
+from shared.tokens import TokenRows
 
 FAST: Final = 2e-6
 """Relative difference of float32 sums that is not looked at again."""
@@ -56,7 +57,7 @@ class Recount:
     store: Store
     readers: dict[str, Reader]
     """Of the arrays that can be read."""
-    tokens: NDArray[Any] | None
+    tokens: TokenRows | None
     """[n_contexts, context]; None when they are damaged."""
 
     def differences(self, shard: int, broken: set[str]) -> list[str]:
@@ -112,7 +113,7 @@ class Recount:
             return None
         spec, (start, stop) = self.store.spec, self.store.spec.shard_range(shard)
         first, last = start // spec.context, -(-stop // spec.context)
-        keep = rows_that_count(np.asarray(self.tokens[first:last]), spec).reshape(-1)
+        keep = rows_that_count(self.tokens[first:last], spec).reshape(-1)
         found: Marks = keep[start - first * spec.context :][order]
         return found
 
@@ -328,4 +329,4 @@ def column_sums(x: NDArray[Any]) -> Floats:
     total = x[whole:].sum(axis=0, dtype=np.float64)
     for at in range(0, len(wide), AT_ONCE):
         total += wide[at : at + AT_ONCE].sum(axis=0).reshape(side, d_in).sum(axis=0, dtype=np.float64)
-    return total
+    return np.asarray(total)

@@ -5,16 +5,28 @@ is an object of its own. What was committed is read by byte ranges, from many th
 than asked for. Ranges of a file whose checksum the caller knows are kept in a cache on disk.
 """
 
+import re
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from typing import Final
 from urllib.parse import unquote
 
 from shared.cache import Key, RangeCache
 from shared.client import PART_BYTES, Client, ServerError
 from shared.connect import parse
 from shared.errors import DamagedError, UserError
-from shared.files import VERIFY, Buffer, Files, Write, lock_file
+from shared.files import VERIFY, Buffer, Files, Mark, Write
+from shared.locks import lock_file
 from shared.object_lock import object_lock
+from shared.shard import crc32c
+
+JOINED: Final = 64
+"""Lines in a log that is made of logs of one line each: a store that is being written has at most so many of those
+for each writer, and one object for so many others."""
+AT_ONCE: Final = 16
+SINGLE: Final = re.compile(r"(.+)\.(\d{8,})\.jsonl")
+"""The name of a log of one line: that of the log that it belongs to, and the line's number."""
 
 
 class RemoteFile:
@@ -64,6 +76,8 @@ class RemoteFiles:
 
     def __init__(self, client: Client, prefix: str, name: str, cache: RangeCache) -> None:
         self.client, self.prefix, self.name, self.cache = client, prefix, name, cache
+        self.single: dict[str, dict[str, bytes]] = {}
+        """The lines that were appended here and are still objects of their own: by log, then by path."""
 
     @classmethod
     def connect(cls, url: str) -> "RemoteFiles":
@@ -94,22 +108,66 @@ class RemoteFiles:
     def append(self, path: str, line: bytes, number: int) -> None:
         self.check_writable()
         stem, _, suffix = path.rpartition(".")
-        self.client.put(*self.place(f"{stem}.{number:08d}.{suffix}"), line)
+        single = f"{stem}.{number:08d}.{suffix}"
+        self.client.put(*self.place(single), line)
+        waiting = self.single.setdefault(stem, {})
+        waiting[single] = line
+        if len(waiting) >= JOINED:
+            self.join(stem, self.single.pop(stem))
+
+    def join(self, stem: str, lines: dict[str, bytes]) -> None:
+        """Lines by path to one object, then away with those that they were in. Its name says what it holds: no other
+        lines can ever be written over it. A line that is in both, after a crash between the two, is the same line."""
+        data = b"".join(lines[path] for path in sorted(lines))
+        first = SINGLE.fullmatch(min(lines))
+        assert first is not None
+        self.client.put(*self.place(f"{stem}.part.{first[2]}-{crc32c(data):08x}.jsonl"), data)
+        self.remove_all(sorted(lines))
+
+    def join_logs(self, folder: str, prefix: str) -> None:
+        singles: dict[str, list[str]] = {}
+        for path in self.logs(folder, prefix):
+            if found := SINGLE.fullmatch(path):
+                singles.setdefault(found[1], []).append(path)
+        with ThreadPoolExecutor(AT_ONCE) as pool, suppress(FileNotFoundError):  # joined by its writer meanwhile
+            for stem, paths in singles.items():
+                for begin in range(0, len(paths) - JOINED + 1, JOINED):
+                    some = paths[begin : begin + JOINED]
+                    self.join(stem, dict(zip(some, pool.map(self.read, some), strict=True)))
 
     def logs(self, folder: str, prefix: str) -> list[str]:
+        return list(self.marks(folder, prefix))
+
+    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
         if self.client.read_only:
             raise UserError(
                 f"{self.name}: an unfinished store cannot be read over http. Finish it, or read it in place"
             )
-        names = [last_name(meta["path"]) for meta in self.client.listing(*self.place(folder))["objects"]]
-        found = sorted(name for name in names if name.startswith(prefix) and name.endswith(".jsonl"))
-        return [f"{folder}/{name}" for name in found]
+        found = {last_name(meta["path"]): meta for meta in self.client.listing(*self.place(folder))["objects"]}
+        return {
+            f"{folder}/{name}": Mark(
+                f"{found[name]['e_tag']} {found[name]['last_modified']}", found[name]["size"], False
+            )
+            for name in sorted(found)
+            if name.startswith(prefix) and name.endswith(".jsonl")
+        }
+
+    def read_from(self, path: str, offset: int) -> bytes:
+        return self.read(path)[offset:]
 
     def remove(self, path: str) -> None:
         self.check_writable()
         key, name = self.place(path)
         with suppress(FileNotFoundError):
             self.client.delete([key], name)
+
+    def remove_all(self, paths: list[str]) -> None:
+        self.check_writable()
+        for lines in self.single.values():
+            for path in lines.keys() & set(paths):
+                del lines[path]
+        with suppress(FileNotFoundError):
+            self.client.delete([self.place(path)[0] for path in paths], self.name)
 
     def folders(self) -> list[str]:
         if self.client.read_only:

@@ -18,6 +18,7 @@ from shared.shard import BLOSC_MOST, CODECS, Layout, crc32c
 
 FORMAT_VERSION: Final = 2
 TOKENS_PER_CHUNK: Final = 1 << 20
+FEW_IDS: Final = 8
 
 # bf16 has no Zarr v3 data type that zarr-python knows: its bit pattern is stored as uint16. The fill values are NaN,
 # or a value that is never written, so that reading what does not exist is loud.
@@ -221,9 +222,19 @@ def check_corpus(spec: StoreSpec) -> None:
 
 def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
     """[contexts, context]: all but the first positions (0 is an outlier in most models) and special tokens."""
-    keep = ~np.isin(tokens, spec.special_ids)
+    keep = ~are_special(tokens, spec.special_ids)
     keep[:, : spec.skip_positions] = False
     return keep
+
+
+def are_special(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
+    """`np.isin(tokens, special_ids)`; of a few ids without what that puts into memory."""
+    if len(special_ids) > FEW_IDS:
+        return np.isin(tokens, special_ids)
+    found = np.zeros(tokens.shape, bool)
+    for one in special_ids:
+        found |= tokens == one
+    return found
 
 
 def token_layout(context: int, dtype: TokenType) -> Layout:

@@ -5,7 +5,6 @@ array's shape, says what exists: in Zarr a missing shard silently reads as fill 
 are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
 """
 
-import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -16,14 +15,18 @@ from typing import Any, Final, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.commits import Commits
 from shared.errors import DamagedError, UserError
 from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
 from shared.gate import BadData, choice, members, parse_json, quoted
-from shared.manifest import AT_ONCE, METADATA, Commit, Sizes, commits_of, read_logs, read_manifest
-from shared.shard import crc32c, decode_chunk, without_crc
-from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, read_spec, seal, shard_file, token_layout
+from shared.manifest import AT_ONCE, METADATA, Manifest, Sizes
+from shared.shard import crc32c, without_crc
+from shared.spec import FORMAT_VERSION, StoreSpec, as_bytes, is_sealed, read_spec, seal, shard_file
+from shared.tokens import TokenRows
 
 STATE_FILE: Final = "zarr.json"
+ROWS_ADDED: Final = 1024
+"""Rows of per-shard statistics in memory at a time."""
 State = Literal["writing", "final"]
 STATES: Final[tuple[State, State]] = ("writing", "final")
 
@@ -101,24 +104,14 @@ class Store:
     files: Files
     spec: StoreSpec
     state: State
-    commits: dict[int, Commit]
+    commits: Commits
 
     @classmethod
     def open(cls, location: str | Path | Files, *, lenient: bool = False) -> "Store":
         """Raises UserError when there is no store, DamagedError when its description or manifest is damaged. `lenient`
         opens what is left of a damaged manifest."""
         files = open_files(location) if isinstance(location, str | Path) else location
-        spec, state = read_state(files)
-        while True:  # a harvest that ends between the two moves its commits from one place to another
-            final = state == "final"
-            commits = commits_of(read_logs(files, final)) if lenient else read_manifest(files, final)
-            now = read_state(files)[1] if state == "writing" else state
-            if now == state:
-                wrong = wrong_commits(spec, commits)
-                if wrong and not lenient:
-                    raise DamagedError(f"{files.name}: {next(iter(wrong.values()))}. Restore the manifest from a copy")
-                return cls(files, spec, state, {k: c for k, c in commits.items() if k not in wrong})
-            state = now
+        return Growing(files).open(lenient=lenient)
 
     @property
     def name(self) -> str:
@@ -139,16 +132,27 @@ class Store:
     @property
     def missing(self) -> list[int]:
         """Shards that are planned but not committed."""
-        return [shard for shard in range(self.spec.n_shards) if shard not in self.commits]
+        if self.complete:
+            return []
+        shards: list[int] = np.setdiff1d(np.arange(self.spec.n_shards), self.commits.shards, True).tolist()
+        return shards
+
+    @property
+    def complete(self) -> bool:
+        """Whether every planned shard is committed."""
+        return len(self.commits) == self.spec.n_shards
 
     @property
     def n_rows(self) -> int:
-        return sum(commit.rows for commit in self.commits.values())
+        return self.commits.n_rows
 
     @cached_property
     def snapshot_id(self) -> str:
         """Names this set of committed shards: equal ids mean equal bytes."""
-        return f"{crc32c(''.join(commit.line() for commit in self.commits.values()).encode()):08x}-{len(self.commits)}"
+        crc = 0
+        for line in self.commits.lines():
+            crc = crc32c(line.encode(), crc)
+        return f"{crc:08x}-{len(self.commits)}"
 
     @cached_property
     def spec_id(self) -> str:
@@ -157,25 +161,23 @@ class Store:
 
     def only(self, shards: list[int]) -> "Store":
         """The same store with fewer commits."""
-        return Store(self.files, self.spec, self.state, {shard: self.commits[shard] for shard in shards})
+        return Store(self.files, self.spec, self.state, self.commits.only(shards))
 
     def tokens(self) -> NDArray[Any]:
-        """Token ids [n_contexts, context], in corpus order. Raises DamagedError when they are not what was written."""
-        layout = token_layout(self.spec.context, self.spec.token_dtype)
-        rows = -(-self.spec.n_contexts // layout.chunk_rows) * layout.chunk_rows
-        ids = np.empty((rows, self.spec.context), layout.dtype)
-        for chunk in range(rows // layout.chunk_rows):
-            path = shard_file("tokens", chunk, True)
-            what = f"{self.name}/{path}"
-            try:
-                data = self.files.read(path)
-            except FileNotFoundError as error:
-                raise DamagedError(f"{what}: is missing. Restore it from a copy") from error
-            decode_chunk(data, layout, ids[chunk * layout.chunk_rows :][: layout.chunk_rows], what)
-        ids = ids[: self.spec.n_contexts]
-        if hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest() != self.spec.corpus["ids_blake2b"]:
-            raise DamagedError(f"{self.name}/tokens: the token ids are not the ones that were written")
+        """Token ids [n_contexts, context], in corpus order, all in memory: of a large store take `token_rows`. Raises
+        DamagedError when they are not what was written."""
+        ids = np.empty((self.spec.n_contexts, self.spec.context), self.token_rows(check=False).layout.dtype)
+        at = 0
+        for block in self.token_rows(check=False).blocks():
+            ids[at : at + len(block)] = block
+            at += len(block)
         return ids
+
+    def token_rows(self, *, check: bool = True) -> TokenRows:
+        """The same without having them in memory. Raises DamagedError when they are not what was written, which takes
+        reading all of them once."""
+        rows = TokenRows(self.files, self.spec)
+        return rows.check() if check else rows
 
     def statistics(self, hook: str) -> Statistics:
         """Of one hookpoint, over the committed shards. Raises UserError when too few rows count."""
@@ -192,12 +194,28 @@ class Store:
         return n
 
     def kept(self, hook: str) -> int:
-        return sum(commit.kept - commit.nonfinite.get(hook, 0) for commit in self.commits.values())
+        return self.commits.kept(hook)
+
+    @cached_property
+    def totals(self) -> dict[str, NDArray[np.float64]]:
+        """Those that were worked out."""
+        return {}
 
     def total(self, path: str) -> NDArray[np.float64]:
         """The sum of one per-shard statistic over the committed shards, [d_in]."""
+        if path not in self.totals:
+            self.totals[path] = self.summed(path)
+        return self.totals[path]
+
+    def summed(self, path: str) -> NDArray[np.float64]:
+        """Row after row, as numpy adds the rows of one large array, some rows in memory at a time."""
+        shards, rows = self.commits.shards.tolist(), list[NDArray[np.float64]]()
+        width = self.spec.rows_of_shards()[path][0]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            rows = list(pool.map(lambda shard: self.row_of_shard(path, shard), self.commits))
+            for at in range(0, len(shards), ROWS_ADDED):
+                rows += pool.map(lambda shard: self.row_of_shard(path, shard), shards[at : at + ROWS_ADDED])
+                if width > 1:  # else numpy adds pairs of numbers
+                    rows = [np.sum(rows, axis=0)]
         total: NDArray[np.float64] = np.sum(rows, axis=0)
         return total
 
@@ -231,26 +249,27 @@ class Store:
     def stored_bytes(self, hook: str) -> int:
         """Of a hookpoint's activations, with what is needed to read them back."""
         paths = [hook, *([f"scale/{hook}/row", f"scale/{hook}/dim"] if self.spec.quantised else [])]
-        return sum(commit.files[path][0] for commit in self.commits.values() for path in paths)
+        return sum(self.commits.bytes_of(path) for path in paths)
 
 
-def wrong_commits(spec: StoreSpec, commits: dict[int, Commit]) -> dict[int, str]:
-    """Commits that are not of a shard that the spec describes, in words, by shard."""
-    arrays, found = spec.arrays(), {}
-    for shard, commit in commits.items():
-        if shard >= spec.n_shards:
-            found[shard] = f"shard {shard} is committed, of {spec.n_shards}"
-        elif (commit.start, commit.stop) != spec.shard_range(shard) or commit.rows != commit.stop - commit.start:
-            found[shard] = f"shard {shard} is committed for other rows than it has"
-        elif commit.kept > commit.rows:
-            found[shard] = f"shard {shard} counts {commit.kept} of its {commit.rows} rows"
-        elif commit.files.keys() != arrays:
-            found[shard] = f"shard {shard}: the commit and the store do not name the same files"
-        elif not commit.nonfinite.keys() <= spec.hookpoints.keys():
-            found[shard] = f"shard {shard} counts rows of hookpoints that the store does not have"
-        elif max(commit.nonfinite.values(), default=0) > commit.kept:
-            found[shard] = f"shard {shard} counts more rows that are not finite than rows"
-    return found
+class Growing:
+    """A store that is looked at again and again while it is written: each time only what is new is read."""
+
+    def __init__(self, files: Files) -> None:
+        self.files = files
+        self.manifest: Manifest | None = None
+
+    def open(self, *, lenient: bool = False) -> Store:
+        """As it is now: see `Store.open`."""
+        spec, state = read_state(self.files)
+        if self.manifest is None or self.manifest.spec != spec:
+            self.manifest = Manifest(self.files, spec)
+        while True:  # a harvest that ends between the two moves its commits from one place to another
+            commits = self.manifest.commits(state == "final", lenient)
+            now = read_state(self.files)[1] if state == "writing" else state
+            if now == state:
+                return Store(self.files, spec, state, commits)
+            state = now
 
 
 def check_metadata_paths(store: Store, metadata: Sizes) -> None:

@@ -3,9 +3,13 @@
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Final
 
+from shared.commits import Commits
 from shared.files import Files, LocalFiles, is_locked
-from shared.store import Store
+from shared.store import Growing, Store
+
+NOTHING: Final = Commits.of({})
 
 
 @dataclass(frozen=True)
@@ -23,23 +27,23 @@ class Look:
 
 def looks(files: Files, every: float) -> Iterator[Look]:
     """One look now and one whenever something was committed; ends when the store is final. Reads only."""
-    started, seen = time.monotonic(), None
+    started, growing, seen = time.monotonic(), Growing(files), None
     while True:
-        store = Store.open(files)
-        new = sorted(set(store.commits) - (seen or set()))
+        store = growing.open()
+        new = [] if seen is store.commits else store.commits.fresh(seen or NOTHING).tolist()
         at_work = is_locked(files.root) if isinstance(files, LocalFiles) else None
         if new or seen is None or store.state == "final":
             yield Look(store, new if seen is not None else [], time.monotonic() - started, at_work)
         if store.state == "final":
             return
-        seen = set(store.commits)
+        seen = store.commits
         time.sleep(every)
 
 
 def describe(look: Look, first: Look) -> str:
     """One line for a person."""
     store = look.store
-    size = sum(n for commit in store.commits.values() for n, _ in commit.files.values())
+    size = store.commits.n_bytes
     rows = store.n_rows - first.store.n_rows
     rate = f", {rows / look.seconds:,.0f} tokens/s" if rows and look.seconds > 0 else ""
     done = f"{len(store.commits)}/{store.spec.n_shards} shards, {store.n_rows:,} tokens, {size / 1e6:,.1f} MB{rate}"

@@ -10,16 +10,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
 
 from shared.errors import DamagedError
 from shared.files import Files
 from shared.gate import BadData, members, parse_json
-from shared.manifest import commits_of, read_logs, read_metadata
-from shared.reader import is_foreign, open_reader
+from shared.manifest import read_logs, read_metadata
+from shared.reader import Reader, is_foreign, open_reader
 from shared.record import sealed_json
 from shared.recount import Recount
 from shared.shard import crc32, file_crc
@@ -30,8 +26,8 @@ from shared.store import (
     check_metadata_paths,
     state_document,
     write_state,
-    wrong_commits,
 )
+from shared.tokens import TokenRows
 
 
 @dataclass
@@ -68,11 +64,12 @@ def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None 
 
 def recount_of(store: Store, damage: Damage) -> Recount:
     """What the values of shards are compared with. What of it is damaged is said."""
-    tokens, readers = None, {}
+    tokens: TokenRows | None = (rows := store.token_rows(check=False))
+    readers: dict[str, Reader] = {}
     try:
-        tokens = store.tokens()
-        check_token_ids(store, tokens)
+        check_token_ids(store, rows)
     except DamagedError as error:
+        tokens = None
         damage.lines.append(str(error))
         damage.lasting.append(str(error))
     for array in store.spec.layouts():
@@ -115,12 +112,12 @@ def check_shard(store: Store, recount: Recount | None, matrices: set[str], shard
     return [*found.values(), *(recount.differences(shard, set(found)) if recount else [])]
 
 
-def check_token_ids(store: Store, tokens: NDArray[Any]) -> None:
-    """Raises DamagedError for ids that the vocabulary lacks, and where a row does not begin as the spec says."""
-    spec, block = store.spec, 1 << 16
+def check_token_ids(store: Store, tokens: TokenRows) -> None:
+    """Raises DamagedError for ids that are not those that were written, that the vocabulary lacks, and where a row does
+    not begin as the spec says."""
+    spec = store.spec
     vocab_size = spec.corpus.get("vocab_size", 1 << 32)
-    for at in range(0, len(tokens), block):
-        rows = np.asarray(tokens[at : at + block])
+    for rows in tokens.blocks():
         if rows.max(initial=0) >= vocab_size:
             raise DamagedError(f"{store.name}/tokens: has the id {rows.max()}, the vocabulary has {vocab_size}")
         if spec.bos_id is not None and (rows[:, 0] != spec.bos_id).any():
@@ -142,13 +139,11 @@ def check_missing(store: Store) -> None:
 
 
 def check_logs(store: Store) -> None:
-    logs = read_logs(store.files, store.state == "final")
-    wrong = wrong_commits(store.spec, commits_of(logs)).values()
+    logs = read_logs(store.files, store.spec, store.state == "final")
     cure = "The same sagsae harvest command again, or --repair, gives up its shard and writes it anew"
     bad = [(log.path, number) for log in logs for number in log.bad]
-    lines = [f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad]
-    lines += [f"{store.name}/manifest: {line}. {cure}" for line in wrong]
-    if lines:
+    if bad:
+        lines = [f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad]
         raise DamagedError("\n".join(lines))
 
 
@@ -199,12 +194,12 @@ def repair(files: Files, shards: list[int]) -> list[int]:
     again. Nothing else is touched. Gives all shards that are to be written. Raises UserError while somebody writes."""
     with files.explained(), files.lock(), files.unread():
         store = Store.open(files, lenient=True)
-        logs = read_logs(files, store.state == "final")
+        logs = read_logs(files, store.spec, store.state == "final")
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):
             write_state(files, store.spec, "writing")
+        given_up = set(shards)
         for log in logs:
-            wrong = wrong_commits(store.spec, commits_of([log]))
-            kept = [commit for commit in log.commits if commit.shard not in shards and commit.shard not in wrong]
+            kept = [commit for commit in log.commits if commit.shard not in given_up]
             if len(kept) < len(log.commits) or log.bad:
                 files.write(log.path, [commit.line().encode() for commit in kept])
     return Store.open(files).missing

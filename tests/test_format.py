@@ -35,6 +35,7 @@ import harvest.recode
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from harvest.writer import ShardRows, ShardWriter
+from shared.commits import Commits
 from shared.config import HarvestConfig
 from shared.create import building, create_store, finish_store, place_tokens, write_tokens
 from shared.errors import DamagedError, Interrupted, UserError
@@ -449,7 +450,7 @@ def random_store(root: Path, spec: StoreSpec, seed: int) -> Store:
             path.write_bytes(data)
             sizes[array] = len(data), crc32(data)
         commits[shard] = Commit(shard, stop - start, start, stop, 0, sizes)
-    return Store(files, spec, "final", commits)
+    return Store(files, spec, "final", Commits.of(commits))
 
 
 @settings(max_examples=25, deadline=None)
@@ -497,7 +498,7 @@ def encode_anew(root: Path, array: str, **how: Any) -> Store:
         Commit(c.shard, c.rows, c.start, c.stop, c.kept, {**c.files, array: sizes[c.shard]})
         for c in store.commits.values()
     ]
-    write_index(store.files, commits)
+    write_index(store.files, Commits.of({commit.shard: commit for commit in commits}))
     document = f"{array}/zarr.json"
     write_metadata(store.files, {**read_metadata(store.files), document: checksum(root / document)})
     return Store.open(root)

@@ -6,9 +6,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import UserError
@@ -19,11 +16,13 @@ from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
+from shared.tokens import TokenRows
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
+from train.marks import Marks
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
-from train.order import Split, split
+from train.order import Split, split_rows
 from train.peers import by_peers
 from train.recovery import Known
 from train.rows import Rows
@@ -69,8 +68,8 @@ def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store
             yield loaded(folder.sae(name), device, d_in, f"{store.name}/{hook}")
 
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
-    tokens = store.tokens()
-    parts = split(store.spec, tokens, trained)
+    tokens = store.token_rows(check=False)
+    parts = split_rows(tokens, trained)
     losses = None
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
@@ -190,13 +189,14 @@ def heldout_losses(
     model: LanguageModel,
     store: Store,
     hook: str,
-    tokens: NDArray[Any],
+    tokens: TokenRows,
     parts: Split,
     saes: Iterable[Autoencoder],
     at_most: int,
 ) -> Losses:
-    contexts = np.flatnonzero(parts.heldout.any(axis=1))[: max(1, at_most // store.spec.context)]
+    heldout = Marks.of(parts.heldout)
+    contexts = heldout.contexts()[: max(1, at_most // store.spec.context)]
     mean = store.statistics(hook).mean
     name = store.spec.hookpoints[hook].name
-    counted = parts.heldout[contexts]
-    return language_losses(model, name, tokens[contexts], counted, store.spec.special_ids, mean, saes)
+    counted = heldout.of_contexts(contexts)
+    return language_losses(model, name, tokens.take(contexts), counted, store.spec.special_ids, mean, saes)

@@ -13,11 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
+import numpy as np
+
+from shared.commits import sealed, unsealed
 from shared.errors import Interrupted, UserError
 from shared.files import LocalFiles, is_locked
-from shared.manifest import sealed, unsealed
 from shared.progress import say
-from shared.store import Store
+from shared.store import Growing, Store
 from train.loader import Pass
 
 SEGMENTS: Final = "segments.jsonl"
@@ -39,8 +41,12 @@ class Segments:
     enough: Callable[[Store], bool]
     """Whether the new shards are enough for a segment."""
     frozen: list[Pass] = field(default_factory=list)
+    growing: Growing = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: threading.Event = field(default_factory=threading.Event)
+
+    def __post_init__(self) -> None:
+        self.growing = Growing(self.store.files)
 
     def open(self) -> None:
         self.closed.clear()
@@ -61,7 +67,7 @@ class Segments:
         said = time.monotonic() - SAY_SECONDS + 5
         while True:
             shards = self.written(len(self.frozen))
-            now = Store.open(self.store.files)
+            now = self.growing.open()
             if shards is None and self.leads:
                 shards = self.freeze(now)
             if shards is not None:
@@ -83,11 +89,11 @@ class Segments:
 
     def freeze(self, now: Store) -> list[int] | None:
         """Chooses the next segment and writes it down; None while there are too few new shards."""
-        used = {shard for part in self.frozen for shard in part.rows.store.commits}
-        fresh = sorted(set(now.commits) - used)
-        complete = not now.missing
+        used = [part.rows.store.commits.shards for part in self.frozen]
+        fresh = now.commits.fresh(np.unique(np.concatenate([np.empty(0, np.int64), *used]))).tolist()
+        complete = now.complete
         if not fresh and complete:
-            shards = sorted(now.commits)
+            shards = list(now.commits)
         elif fresh and (complete or self.enough(now.only(fresh))):
             shards = fresh
         else:
@@ -116,8 +122,8 @@ class Segments:
         """The store once these shards are committed."""
         said = time.monotonic()
         while True:
-            now = Store.open(self.store.files)
-            if shards <= set(now.commits):
+            now = self.growing.open()
+            if all(shard in now.commits for shard in shards):
                 return now
             if time.monotonic() - said > SAY_SECONDS:
                 said = time.monotonic()

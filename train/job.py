@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
@@ -24,7 +25,8 @@ from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
 from train.follow import Segments
 from train.loader import Pass, Passes, Same
-from train.order import Order, Split, make_order, rows_together, split
+from train.marks import Marks
+from train.order import Order, Split, make_order, rows_in_shards, rows_together, split_rows
 from train.rows import Kept, Rows
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
@@ -83,9 +85,9 @@ class Job:
         """The store with every held-out row that it will have."""
         if not isinstance(self.passes, Segments):
             return self.store
-        rows = np.flatnonzero(self.parts.heldout.reshape(-1)[: self.store.spec.n_tokens])
-        shards = set((rows // self.store.spec.shard_rows).tolist())
-        return self.passes.complete(shards, stop_asked)
+        spec = self.store.spec
+        shards = Marks.of(self.parts.heldout).shards(spec.shard_rows, spec.n_tokens)
+        return self.passes.complete(set(shards), stop_asked)
 
 
 def make_job(
@@ -100,14 +102,12 @@ def make_job(
     check_store(store, config)
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
-    parts = split(store.spec, store.tokens(), config)
-    there = np.zeros(parts.train.size, dtype=bool)
-    for shard in range(store.spec.n_shards) if config.follow else store.commits:
-        there[slice(*store.spec.shard_range(shard))] = True
-    heldout_rows = int((parts.heldout.reshape(-1) & there).sum())
+    parts = split_rows(store.token_rows(check=False), config)
+    there = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
+    heldout_rows = rows_in_shards(parts.heldout, store.spec, there)
     if not heldout_rows:
         raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest go on, then train")
-    epoch_rows = int((parts.train.reshape(-1) & there).sum())
+    epoch_rows = rows_in_shards(parts.train, store.spec, there)
     steps = (config.tokens or epoch_rows) // config.batch
     if steps < 1:
         raise UserError(
@@ -174,11 +174,13 @@ def make_passes(
         return Same(Pass(rows, Kept(rows, parts.train), units, unit_rows, order)), order.streams
     window_units = max(1, config.window_rows // (config.streams * unit_rows))
 
+    known: dict[int, NDArray[np.uint8]] = {}  # a shard's rows are marked alike in every pass
+
     def make_pass(part: Store) -> Pass:
         rows = Rows.of(part, hook)
         units = rows.units(run_chunks)
         order = Order(len(units), config.streams, window_units, config.seed, block_rows)
-        return Pass(rows, Kept(rows, parts.train), units, unit_rows, order)
+        return Pass(rows, Kept(rows, parts.train, known), units, unit_rows, order)
 
     def enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows

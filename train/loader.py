@@ -31,7 +31,7 @@ class Pass:
 
     rows: Rows
     kept: Kept
-    units: list[Run]
+    units: Sequence[Run]
     unit_rows: int
     """Of a whole unit."""
     order: Order

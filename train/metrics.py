@@ -7,7 +7,7 @@ and their predictions are not counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -22,6 +22,7 @@ from shared.model import LanguageModel
 from train.autoencoder import Autoencoder
 from train.census import Firings, census, dead, densities, share
 from train.directions import directions
+from train.marks import Marks
 from train.rows import Kept, Rows, to_tensor
 
 ROWS_AT_A_TIME: Final = 4096
@@ -101,14 +102,13 @@ class Losses:
     tokens: int
 
 
-def read_heldout(rows: Rows, keep: NDArray[np.bool_]) -> Float[Tensor, "rows d_in"]:
+def read_heldout(rows: Rows, keep: NDArray[np.bool_] | Marks) -> Float[Tensor, "rows d_in"]:
     """Every committed row marked in `keep` [contexts, context], in stored order and data type. Reads only the shards
     that hold such rows."""
     spec, marked = rows.store.spec, Kept(rows, keep)
-    starts = (np.flatnonzero(keep.any(axis=1)) * spec.context).tolist()
-    last = spec.context - 1
-    wanted = {k for at in starts for k in range(at // spec.shard_rows, (at + last) // spec.shard_rows + 1)}
-    found = [marked.values(unit.shard, unit.first) for unit in rows.units(1) if unit.shard in wanted]
+    shards = [k for k in Marks.of(keep).shards(spec.shard_rows, spec.n_tokens) if k in rows.store.commits]
+    part = replace(rows, store=rows.store.only(shards))
+    found = [marked.values(unit.shard, unit.first) for unit in part.units(1)]
     dtype = np.dtype("<f4") if spec.quantised else rows.activations.layout.dtype
     d_in = rows.activations.layout.row_shape[0]
     return to_tensor(np.concatenate([np.empty((0, d_in), dtype), *found]), spec.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from shared.reader import read_shard
 from shared.synthetic import Codes, Truth, truth_of
 from train.autoencoder import Autoencoder
+from train.marks import Marks
 from train.rows import Kept, Rows
 
 MATCHED: Final = 0.9
@@ -58,7 +59,7 @@ class Known:
     """Of the rows, in the order in which `read_heldout` gives them."""
 
     @classmethod
-    def of(cls, rows: Rows, keep: NDArray[np.bool_]) -> "Known | None":
+    def of(cls, rows: Rows, keep: NDArray[np.bool_] | Marks) -> "Known | None":
         """Of the committed rows marked in `keep` [contexts, context]; None for a store that was harvested."""
         truth = truth_of(rows.store.spec.model)
         return None if truth is None else cls(truth, truth.codes(places(rows, keep)))
@@ -96,11 +97,11 @@ class Known:
         return product / square if square else None
 
 
-def places(rows: Rows, keep: NDArray[np.bool_]) -> NDArray[np.int64]:
+def places(rows: Rows, keep: NDArray[np.bool_] | Marks) -> NDArray[np.int64]:
     """Positions in the token stream of the rows that `read_heldout` gives, in its order."""
     marked, found = Kept(rows, keep), [np.empty(0, np.int64)]
-    shards = np.unique(np.flatnonzero(keep) // rows.store.spec.shard_rows)
-    for shard in [int(shard) for shard in shards if int(shard) in rows.store.commits]:
+    shards = Marks.of(keep).shards(rows.store.spec.shard_rows, rows.store.spec.n_tokens)
+    for shard in [shard for shard in shards if shard in rows.store.commits]:
         contexts, positions = read_shard(rows.contexts, shard), read_shard(rows.positions, shard)
         stream = contexts.astype(np.int64) * rows.store.spec.context + positions
         found.append(stream[marked.marks(shard, 0, len(stream))])

@@ -13,7 +13,9 @@ from torch import Tensor
 from shared.quantise import dequantise
 from shared.reader import Reader, open_reader, read_places, read_shard
 from shared.store import Store
-from train.order import Run, runs
+from shared.tokens import flat
+from train.marks import Marks
+from train.order import Runs, runs_of
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ class Rows:
         dim_scale = lru_cache(maxsize=4096)(partial(store.dim_scale, hook))
         return cls(store, hook, activations, contexts, positions, scale, dim_scale)
 
-    def units(self, run_chunks: int) -> list[Run]:
+    def units(self, run_chunks: int) -> Runs:
         """The units that an order permutes."""
-        rows = {shard: commit.rows for shard, commit in self.store.commits.items()}
-        return runs(rows, self.activations.layout.chunk_rows, run_chunks)
+        commits = self.store.commits
+        return runs_of(commits.shards, commits.rows, self.activations.layout.chunk_rows, run_chunks)
 
     def values(self, shard: int, chunk: int) -> NDArray[np.generic]:
         """The rows of a chunk: as stored, or float32 where they were quantised."""
@@ -64,15 +66,15 @@ class Kept:
     """
 
     rows: Rows
-    mask: NDArray[np.bool_]
+    mask: NDArray[np.bool_] | Marks
     """[contexts, context]"""
     shards: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
 
     def bits(self, shard: int) -> NDArray[np.uint8]:
         if shard not in self.shards:
-            contexts, positions = read_places(self.rows.contexts, self.rows.positions, shard)
-            places = contexts * self.mask.shape[1] + positions
-            marked = np.take(self.mask.reshape(-1), places)
+            start, stop = self.rows.store.spec.shard_range(shard)
+            places = read_places(self.rows.contexts, self.rows.positions, shard)
+            marked = np.take(flat(self.mask)[start:stop], places)
             if self.rows.hook in self.rows.store.commits[shard].nonfinite:
                 marked &= np.isfinite(read_shard(open_reader(self.rows.store, f"stats/{self.rows.hook}/norm"), shard))
             self.shards[shard] = np.packbits(marked)

@@ -22,7 +22,8 @@ from torch import Tensor
 from shared.config import TrainConfig
 from shared.device import pick_device
 from shared.errors import Interrupted, UserError
-from shared.files import explained, folder_lock
+from shared.files import explained
+from shared.locks import folder_lock
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
