@@ -667,10 +667,10 @@ def launch(processes: int) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    from shared.device import local_cores
+    from shared.device import share_cores
     from shared.errors import Interrupted
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(local_cores(processes)))
+    share_cores(processes)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in after a signal
     for name in (name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")):
         logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
@@ -721,6 +721,7 @@ def end_now(code: int) -> None:
 
 def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
+    from shared.device import heed_quota
     from shared.errors import DamagedError, Interrupted, LostError, UserError
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
@@ -728,6 +729,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
     wait_briefly()
+    heed_quota()
     try:
         app()
     except (UserError, DamagedError, Interrupted, LostError) as error:

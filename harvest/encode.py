@@ -3,7 +3,6 @@
 Memory is a few chunks, whatever the shard's size.
 """
 
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest import behind
+from shared.device import usable_cores
 from shared.files import Buffer, Write
 from shared.manifest import Sizes
 from shared.quantise import dequantise, dim_scale, quantise
@@ -31,7 +31,7 @@ class ShardFiles:
 
     def __init__(self, spec: StoreSpec, threads: int | None = None) -> None:
         self.spec, self.layouts = spec, spec.layouts()
-        self.threads = threads or len(os.sched_getaffinity(0))
+        self.threads = threads or usable_cores()
         self.pool = behind.pool(self.threads, "encode")
         self.local = threading.local()
 

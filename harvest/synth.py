@@ -6,7 +6,6 @@ Resumes by itself: every row can be made without the others, so that the same ca
 
 import hashlib
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor
@@ -37,7 +36,7 @@ from shared.create import (
     reopen,
     write_tokens,
 )
-from shared.device import torch_dtype
+from shared.device import torch_dtype, usable_cores
 from shared.errors import Interrupted, UserError
 from shared.files import Files, LocalFiles, check_alone, join, open_files
 from shared.progress import progress, say
@@ -199,7 +198,7 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
     spec, todo = store.spec, store.missing
     keep = Counting(store.token_rows())
     rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
     with (
         behind.pool(threads, "synth") as pool,

@@ -4,11 +4,13 @@ Reads and small requests are tried here, TRIES times; the parts of an upload are
 again here. obstore names few kinds of failure, so its messages are searched; tests/test_remote.py holds it to them.
 """
 
+import asyncio
 import itertools
 import random
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import SplitResult
@@ -17,13 +19,24 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import HTTPStore
 
-from shared.connect import BACKOFF_SECONDS, TOTAL_SECONDS, TRIES, Server, servers
+from shared import connect
+from shared.connect import (
+    BACKOFF_SECONDS,
+    LISTING_SECONDS,
+    SLOWEST_RATE,
+    TOTAL_SECONDS,
+    TRIES,
+    Ways,
+    servers,
+)
 from shared.errors import UserError
-from shared.files import Buffer
+from shared.files import Buffer, too_large
 
 PART_BYTES: Final = 8 << 20
 """The most that one request for a part of a large object carries, either way."""
 PARTS_AT_ONCE: Final = 8
+MOST_ENTRIES: Final = 10_000_000
+"""Of a listing: a store of 10^5 shards has a third of it."""
 
 Result = TypeVar("Result")
 
@@ -108,9 +121,10 @@ def failure_of(error: Exception) -> tuple[Failure, str]:
 class Client:
     """One bucket or web server. `name` is what messages call the object; FileNotFoundError when it is not there."""
 
-    def __init__(self, where: str, reads: Server, uploads: Server) -> None:
-        self.where, self.reads, self.uploads = where, reads, uploads
-        self.read_only = isinstance(reads, HTTPStore)
+    def __init__(self, where: str, ways: Ways) -> None:
+        self.where = where
+        self.reads, self.asks, self.uploads = ways
+        self.read_only = isinstance(self.reads, HTTPStore)
 
     @classmethod
     def connect(cls, parts: SplitResult) -> "Client":
@@ -121,12 +135,16 @@ class Client:
             failure, words = failure_of(error)
             raise ServerError(f"{parts.geturl()}: {words}. {failure.advice}") from error
 
-    def get(self, key: str, name: str) -> tuple[bytes, Any]:
-        """A whole object and what the server knows of it."""
+    def get(self, key: str, name: str, most: int) -> tuple[bytes, Any]:
+        """A whole object and what the server knows of it. Raises DamagedError when it says that there are more than
+        `most` bytes, before any is read."""
 
         def request() -> tuple[bytes, Any]:
             answer = obstore.get(self.reads, key)
-            data, size = answer.bytes().to_bytes(), answer.meta["size"]
+            size = answer.meta["size"]
+            if size > most:
+                raise too_large(name, size, most)
+            data = bytes(received(answer, size))
             if len(data) != size:
                 raise IncompleteError(f"{len(data)} bytes came, {size} were announced")
             return data, answer.meta
@@ -141,20 +159,20 @@ class Client:
                 answer = obstore.get(self.reads, key, options={"range": (offset, offset + length)})
             except BaseError as error:
                 if "UnexpectedRange" in str(error) or "status: 416" in str(error):  # are there fewer bytes?
-                    check(obstore.head(self.reads, key)["size"])
+                    check(obstore.head(self.asks, key)["size"])
                 raise
             check(answer.meta["size"])
-            data = answer.bytes()
+            data = received(answer, length)
             if len(data) != length:
                 raise IncompleteError(f"{len(data)} bytes came, {length} were asked for")
-            return memoryview(data)
+            return data
 
         return tried(name, "read", request)
 
     def put(self, key: str, name: str, data: bytes, mode: Any = "overwrite") -> None:
         """One small object: in any case, or only if there is none (`create`), or one with these tags. Raises
         AlreadyExistsError, PreconditionError."""
-        tried(name, "written", lambda: obstore.put(self.reads, key, data, mode=mode, use_multipart=False))
+        tried(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
 
     def upload(self, key: str, name: str, pieces: Iterable[Buffer]) -> None:
         """One object, all of it or nothing, as large as may be."""
@@ -172,15 +190,59 @@ class Client:
 
     def delete(self, keys: list[str], name: str) -> None:
         for begin in range(0, len(keys), 1000):
-            tried(name, "deleted", partial(obstore.delete, self.reads, keys[begin : begin + 1000]))
+            tried(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
 
     def listing(self, key: str, name: str) -> Any:
         """`objects` and `common_prefixes` right below a key."""
-        return tried(name, "listed", lambda: obstore.list_with_delimiter(self.reads, key))
+        end = time.monotonic() + LISTING_SECONDS
 
-    def everything(self, key: str, name: str) -> Any:
+        async def request() -> Any:
+            asked = obstore.list_with_delimiter_async(self.asks, key)
+            return await asyncio.wait_for(asked, max(0.01, end - time.monotonic()))
+
+        return tried(name, "listed", lambda: in_a_loop(request, name))
+
+    def everything(self, key: str, name: str) -> list[Any]:
         """All objects below a key, however deep."""
-        return tried(name, "listed", lambda: obstore.list(self.reads, key).collect())
+
+        def request() -> list[Any]:
+            found: list[Any] = []
+            for some in obstore.list(self.asks, key):
+                found += some
+                if len(found) > MOST_ENTRIES:
+                    raise ServerError(f"{name}: the server lists more than {MOST_ENTRIES:,} objects. See to the server")
+            return found
+
+        return tried(name, "listed", request)
+
+
+def received(answer: Any, most: int) -> Buffer:
+    """The body of an answer, read as it comes. Raises IncompleteError when there is more of it than `most`, and when
+    less than SLOWEST_RATE comes."""
+    parts, size = [], 0
+    since, before = time.monotonic(), 0
+    for part in answer.stream(min_chunk_size=1):
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise IncompleteError(f"more than {most} bytes came")
+        seconds = time.monotonic() - since
+        if seconds > connect.STALL_SECONDS:
+            if size - before < SLOWEST_RATE * seconds:
+                raise IncompleteError(f"only {size - before} bytes came in {seconds:.0f} s")
+            since, before = time.monotonic(), size
+    return memoryview(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+
+def in_a_loop(request: Callable[[], Any], name: str) -> Any:
+    """What a coroutine gives, also where a loop runs already (a notebook). Raises ServerError when it takes long."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(lambda: asyncio.run(request())).result()
+        except TimeoutError as error:
+            raise ServerError(
+                f"{name}: could not be listed: the server did not come to an end in {LISTING_SECONDS:.0f} s. {LATER}"
+            ) from error
 
 
 def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:

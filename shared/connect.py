@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
 from obstore.store import GCSStore, HTTPStore, S3Store
@@ -23,12 +23,20 @@ BACKOFF_SECONDS: Final = 0.2
 """Before the second try, give or take a half; doubled before every further one."""
 CONNECT_SECONDS: Final = 1.5
 """A server that cannot be reached fails after TRIES of these and the pauses: about ten seconds."""
-STALL_SECONDS: Final = 15.0
-"""A read fails when nothing arrives for so long."""
-REQUEST_SECONDS: Final = 120.0
-"""A request fails when it is not finished by then."""
-TOTAL_SECONDS: Final = 300.0
-"""After this no further try begins."""
+STALL_SECONDS: Final = 12.0
+"""A read fails when nothing arrives for so long, or less than SLOWEST_RATE."""
+SLOWEST_RATE: Final = 4096
+"""Bytes a second. What is slower is not waited for; what is not may take its time, up to READ_SECONDS a request."""
+READ_SECONDS: Final = 3600.0
+ANSWER_SECONDS: Final = 20.0
+"""A small request (a page of a listing, a head, a line of a log) fails when it is not finished by then."""
+TOTAL_SECONDS: Final = 25.0
+"""After this no further try of a read or a small request begins: a command ends within a minute."""
+LISTING_SECONDS: Final = 55.0
+"""A whole listing, which a server could go on with for ever."""
+PART_SECONDS: Final = 120.0
+UPLOAD_SECONDS: Final = 300.0
+"""A part of an upload, and after how long none is tried again."""
 
 Server = S3Store | GCSStore | HTTPStore
 
@@ -52,24 +60,40 @@ def parse(url: str) -> SplitResult:
     return parts
 
 
-def servers(parts: SplitResult) -> tuple[str, Server, Server]:
-    """What tells the place from any other, and the two ways to it (see `both`)."""
+class Ways(NamedTuple):
+    """To one place."""
+
+    reads: Server
+    """Of objects: as slow as they may be, tried again by shared/client.py."""
+    asks: Server
+    """Small requests, tried again there, too."""
+    uploads: Server
+    """obstore tries their parts again."""
+
+
+def servers(parts: SplitResult) -> tuple[str, Ways]:
+    """What tells the place from any other, and the ways to it."""
     return {"s3": s3, "gs": gcs, "http": web, "https": web}[parts.scheme](parts)
 
 
-def both(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> tuple[Server, Server]:
-    """Two ways to one place: for reads and small requests, which shared/client.py tries again, and for uploads, which
-    obstore does, a part at a time."""
-    client: dict[str, Any] = {"allow_http": True} if allow_http else {}
-    client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=REQUEST_SECONDS)}
+def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Ways:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
-    retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=TOTAL_SECONDS), "backoff": backoff}
-    uploads = make(place, client_options=client, retry_config=retry, **config)
-    client |= {"read_timeout": timedelta(seconds=STALL_SECONDS)}
-    return make(place, client_options=client, retry_config=retry | {"max_retries": 0}, **config), uploads
+    retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
+
+    def way(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
+        client: dict[str, Any] = {"allow_http": True} if allow_http else {}
+        client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=seconds)}
+        return make(place, client_options=client | options, retry_config=retry, **config)
+
+    once, stall = retry | {"max_retries": 0}, timedelta(seconds=STALL_SECONDS)
+    return Ways(
+        reads=way(READ_SECONDS, once, read_timeout=stall),
+        asks=way(ANSWER_SECONDS, once, read_timeout=stall),
+        uploads=way(PART_SECONDS, retry),
+    )
 
 
-def s3(parts: SplitResult) -> tuple[str, Server, Server]:
+def s3(parts: SplitResult) -> tuple[str, Ways]:
     config = s3_profile()
     names = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
     endpoint: str = next((os.environ[name] for name in names if os.environ.get(name)), config.get("endpoint", ""))
@@ -78,7 +102,7 @@ def s3(parts: SplitResult) -> tuple[str, Server, Server]:
             raise UserError(f"AWS_ENDPOINT_URL={endpoint}: expected http://HOST:PORT or https://HOST")
         config["endpoint"] = endpoint
     config["disable_bulk_delete"] = True  # not every server has S3's request for deleting many
-    return f"{endpoint} {parts.netloc}", *both(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
+    return f"{endpoint} {parts.netloc}", ways(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
 
 
 def s3_profile() -> dict[str, Any]:
@@ -100,11 +124,11 @@ def s3_profile() -> dict[str, Any]:
     return config
 
 
-def gcs(parts: SplitResult) -> tuple[str, Server, Server]:
+def gcs(parts: SplitResult) -> tuple[str, Ways]:
     base = os.environ.get("GOOGLE_BASE_URL", "")
-    return f"{base} gs {parts.netloc}", *both(GCSStore, parts.netloc, base.startswith("http://"))
+    return f"{base} gs {parts.netloc}", ways(GCSStore, parts.netloc, base.startswith("http://"))
 
 
-def web(parts: SplitResult) -> tuple[str, Server, Server]:
+def web(parts: SplitResult) -> tuple[str, Ways]:
     server = f"{parts.scheme}://{parts.netloc}"
-    return server, *both(HTTPStore, server, parts.scheme == "http")
+    return server, ways(HTTPStore, server, parts.scheme == "http")

@@ -1,17 +1,23 @@
 """Where a model computes, on how many cores, in which type of number, and what becomes of the memory that it frees."""
 
 import ctypes
+import math
 import os
+from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shared.errors import UserError
 from shared.launch import number
+from shared.memory import group_folders
 
 if TYPE_CHECKING:
     import torch
 
 
+THREADS, HEEDED = "OMP_NUM_THREADS", "SAGSAE_CORES"
+"""The second says that the first was set by `heed_quota`."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """malloc.h of glibc."""
 
@@ -51,7 +57,37 @@ def local_processes() -> int:
 
 def local_cores(processes: int | None = None) -> int:
     """The cores of one of so many processes on this machine. Default: of this run's."""
-    return max(1, len(os.sched_getaffinity(0)) // (processes or local_processes()))
+    return max(1, usable_cores() // (processes or local_processes()))
+
+
+def usable_cores(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """That this process may run on, and no more than the control groups that it is in give time for (containers, batch
+    systems): a quota of 1.5 counts as 2."""
+    return max(1, min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in quotas(proc, groups))]))
+
+
+def quotas(proc: Path, groups: Path) -> Iterator[float]:
+    """In cores, of each group that has one."""
+    for folder, new in group_folders(proc, groups, "cpu"):
+        with suppress(OSError, ValueError, ZeroDivisionError):
+            if new:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if float(quota) > 0:  # "max" is no number, version 1 writes -1
+                yield float(quota) / float(period)
+
+
+def heed_quota() -> None:
+    """Before torch is imported: its threads, too, are no more than there is time for. What the user set stays."""
+    if THREADS not in os.environ and usable_cores() < len(os.sched_getaffinity(0)):
+        os.environ[THREADS] = os.environ[HEEDED] = str(usable_cores())
+
+
+def share_cores(processes: int) -> None:
+    """For the processes that this one starts: each has its part. What the user set stays."""
+    if os.environ.get(THREADS) == os.environ.pop(HEEDED, None):
+        os.environ[THREADS] = str(local_cores(processes))
 
 
 def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":

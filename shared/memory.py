@@ -60,22 +60,30 @@ def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup"
 def group_rooms(proc: Path, groups: Path) -> Iterator[int]:
     """What each group that this process is in, and each above it, leaves: its limit less what is used, without the
     files' pages, which it gives up when memory is short."""
+    for folder, new in group_folders(proc, groups, "memory"):
+        room = group_room(folder, *(("memory.max", "memory.current") if new else
+                                    ("memory.limit_in_bytes", "memory.usage_in_bytes")))  # fmt: skip
+        if room is not None:
+            yield room
+
+
+def group_folders(proc: Path, groups: Path, controller: str) -> Iterator[tuple[Path, bool]]:
+    """The folder of each group that this process is in, and of each above it, that can limit this; whether it is of
+    version 2."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
         return
     for line in lines:
         _, controllers, path = line.split(":", 2)
-        if controllers not in ("", "memory"):
+        if controllers and controller not in controllers.split(","):
             continue
-        new = not controllers
-        top = groups if new else groups / "memory"
+        top = groups / controllers if controllers else groups
+        if controllers and not top.is_dir():
+            top = groups / controller  # cpu,cpuacct has a link of each name
         here = top / path.lstrip("/")
         for folder in (here, *here.parents):
-            room = group_room(folder, *(("memory.max", "memory.current") if new else
-                                        ("memory.limit_in_bytes", "memory.usage_in_bytes")))  # fmt: skip
-            if room is not None:
-                yield room
+            yield folder, not controllers
             if folder == top:
                 break
 

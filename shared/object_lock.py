@@ -6,13 +6,15 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from shared.client import Client, ServerError
 from shared.errors import UserError
 from shared.locks import holder, is_dead, process_space
+
+LOCK_BYTES: Final = 1 << 16
 
 
 @contextmanager
@@ -28,7 +30,7 @@ def object_lock(client: Client, key: str, name: str) -> Iterator[None]:
         yield
     finally:
         with suppress(FileNotFoundError, ServerError):  # what else failed is the one to tell
-            if client.get(key, name)[0] == mine:
+            if client.get(key, name, LOCK_BYTES)[0] == mine:
                 client.delete([key], name)
 
 
@@ -41,7 +43,7 @@ def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
         except (AlreadyExistsError, PreconditionError):
             mode = "create"
         with suppress(FileNotFoundError):  # given back in this moment
-            data, meta = client.get(key, name)
+            data, meta = client.get(key, name, LOCK_BYTES)
             if data == mine:  # the first of two tries had come through
                 return None
             held = holder(data)

@@ -16,7 +16,7 @@ from shared.cache import Key, RangeCache
 from shared.client import PART_BYTES, Client, ServerError
 from shared.connect import parse
 from shared.errors import DamagedError, UserError
-from shared.files import VERIFY, Buffer, Files, Mark, Write
+from shared.files import VERIFY, Buffer, Files, Mark, Write, most_bytes, safe
 from shared.locks import lock_file
 from shared.object_lock import object_lock
 from shared.shard import crc32c
@@ -88,10 +88,10 @@ class RemoteFiles:
 
     def place(self, path: str) -> tuple[str, str]:
         """An object's key, and its name for messages."""
-        return f"{self.prefix}/{path}".strip("/"), f"{self.name}/{path}".rstrip("/")
+        return f"{self.prefix}/{safe(path)}".strip("/"), f"{self.name}/{path}".rstrip("/")
 
     def read(self, path: str) -> bytes:
-        return self.client.get(*self.place(path))[0]
+        return self.client.get(*self.place(path), most_bytes(path))[0]
 
     def open(self, path: str, size: int, crc: int | None = None) -> RemoteFile:
         """With the committed checksum, which tells this content from any other, its ranges are cached."""
@@ -149,7 +149,7 @@ class RemoteFiles:
                 f"{found[name]['e_tag']} {found[name]['last_modified']}", found[name]["size"], False
             )
             for name in sorted(found)
-            if name.startswith(prefix) and name.endswith(".jsonl")
+            if name.startswith(prefix) and name.endswith(".jsonl") and is_name(name)
         }
 
     def read_from(self, path: str, offset: int) -> bytes:
@@ -172,7 +172,8 @@ class RemoteFiles:
     def folders(self) -> list[str]:
         if self.client.read_only:
             raise UserError(f"{self.name}: what is there cannot be listed over http. Name the store itself")
-        return sorted(last_name(path) for path in self.client.listing(*self.place(""))["common_prefixes"])
+        names = {last_name(path) for path in self.client.listing(*self.place(""))["common_prefixes"]}
+        return sorted(name for name in names if is_name(name))
 
     def clear(self, unwanted: Callable[[str], bool]) -> None:
         """Files first: a store without its zarr.json is none, whatever else is left of it."""
@@ -210,6 +211,11 @@ class RemoteFiles:
     def check_writable(self) -> None:
         if self.client.read_only:
             raise UserError(f"{self.name}: can only be read. Write to a folder, s3:// or gs://")
+
+
+def is_name(text: str) -> bool:
+    """Whether a name that a server lists can be one: it is asked for again, and printed."""
+    return text not in ("", ".", "..") and len(text) <= 255 and text.isprintable()
 
 
 def last_name(path: str) -> str:

@@ -1,11 +1,10 @@
 """What a reproduction takes, estimated before it starts."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from shared.device import pick_device
+from shared.device import pick_device, usable_cores
 from shared.errors import UserError
 from shared.saes import SAEConfig
 from train.reproduce.pilot import Choice
@@ -75,7 +74,7 @@ def estimate(request: Request, cells: Sequence[Cell]) -> Cost:
     latent_tokens = latents(pilot) * pilot_tokens + (latents(main) + latents(ablations)) * request.tokens
     flops = float(sum(FLOPS * cell.d_in * latent_tokens for cell in cells))
     cpu = pick_device(request.device).startswith("cpu")
-    rate = CORE_RATE * len(os.sched_getaffinity(0)) if cpu else GPU_RATE
+    rate = CORE_RATE * usable_cores() if cpu else GPU_RATE
     harvested = harvest_config(request, request.models[0]).tokens or 0
     width = max(cell.d_in for cell in cells)
     return Cost(
