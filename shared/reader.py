@@ -88,18 +88,14 @@ class ArrayReader:
         what = f"{self.store.name}/{self.path(shard)}"
         if size < length:
             raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
+        rows = self.store.commits[shard].rows
         file = self.file(shard)
         try:
-            index = decode_index(file.read(size - length, length), self.layout, what)
+            return read_index(file, size, self.layout, rows, what)
         except DamagedError:
             if not file.forget(size - length, length):
                 raise
-            index = decode_index(file.read(size - length, length), self.layout, what)
-        try:
-            check_index(index, -(-self.store.commits[shard].rows // self.layout.chunk_rows), size - length)
-        except ValueError as error:
-            raise DamagedError(f"{what}: {error}") from error
-        return index
+            return read_index(file, size, self.layout, rows, what)
 
     def chunk_rows(self, shard: int, chunk: int) -> int:
         """Rows of a chunk that exist (the last one of the array may be short)."""
@@ -126,6 +122,17 @@ class ArrayReader:
                 if not (again and file.forget(begin, end - begin)):
                     raise
         return out[: (count - 1) * rows + self.chunk_rows(shard, first + count - 1)]
+
+
+def read_index(file: OpenFile, size: int, layout: Layout, rows: int, what: str) -> NDArray[np.uint64]:
+    """The index at the end of a shard's file of `size` bytes that holds `rows` rows. Raises DamagedError."""
+    end = size - layout.index_bytes
+    index = decode_index(file.read(end, layout.index_bytes), layout, what)
+    try:
+        check_index(index, -(-rows // layout.chunk_rows), end)
+    except ValueError as error:
+        raise DamagedError(f"{what}: {error}") from error
+    return index
 
 
 def read_shard(reader: Reader, shard: int) -> NDArray[Any]:
