@@ -120,18 +120,14 @@ class ArrayReader:
         what = f"{self.store.name}/{self.path(shard)}"
         if size < length:
             raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
+        rows = self.store.commits[shard].rows
         file = self.file(shard)
         try:
-            index = decode_index(file.read(size - length, length), self.layout, what)
+            return read_index(file, size, self.layout, rows, what)
         except DamagedError:
             if not file.forget(size - length, length):
                 raise
-            index = decode_index(file.read(size - length, length), self.layout, what)
-        try:
-            check_index(index, -(-self.store.commits[shard].rows // self.layout.chunk_rows), size - length)
-        except ValueError as error:
-            raise DamagedError(f"{what}: {error}") from error
-        return index
+            return read_index(file, size, self.layout, rows, what)
 
     def chunk_rows(self, shard: int, chunk: int) -> int:
         """Rows of a chunk that exist (the last one of the array may be short)."""
@@ -163,6 +159,17 @@ class ArrayReader:
 def open_shard(store: Store, array: str, layout: Layout, shard: int) -> OpenFile:
     """No method: a reader that is kept by what it keeps would end late, and its files with it."""
     return store.files.open(shard_file(array, shard, bool(layout.row_shape)), *store.commits[shard].files[array])
+
+
+def read_index(file: OpenFile, size: int, layout: Layout, rows: int, what: str) -> NDArray[np.uint64]:
+    """The index at the end of a shard's file of `size` bytes that holds `rows` rows. Raises DamagedError."""
+    end = size - layout.index_bytes
+    index = decode_index(file.read(end, layout.index_bytes), layout, what)
+    try:
+        check_index(index, -(-rows // layout.chunk_rows), end)
+    except ValueError as error:
+        raise DamagedError(f"{what}: {error}") from error
+    return index
 
 
 def read_shard(reader: Reader, shard: int) -> NDArray[Any]:

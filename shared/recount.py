@@ -5,7 +5,7 @@ million they are taken again in float64, as the writer did, and only what differ
 the moments are over are gone: there the stored error says how far a moment may be from what is read back.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -13,10 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
+from shared.files import OpenFile
 from shared.permute import SHARD_ROWS, permutation
 from shared.quantise import LEVELS, dim_scale
-from shared.reader import Reader, read_shard
-from shared.shard import as_float32
+from shared.reader import ArrayReader, Reader, read_index, read_shard
+from shared.shard import as_float32, crc32, decode_chunk, file_crc
 from shared.spec import rows_that_count, shard_file
 from shared.store import Store
 from shared.tokens import TokenRows
@@ -33,6 +34,8 @@ AT_ONCE: Final = 256
 """Rows that are summed in float32 before float64 takes over."""
 WIDE: Final = 512
 """Narrower rows are summed several side by side."""
+CACHED: Final = 1 << 19
+"""Numbers that are worked on at a time."""
 
 Floats = NDArray[np.float64]
 Marks = NDArray[np.bool_]
@@ -85,6 +88,10 @@ class Recount:
                 lines.append(str(error))
         return lines
 
+    def alone(self) -> set[str]:
+        """Arrays whose checksums are looked at here, with their values: their files are read once."""
+        return {array for array, reader in self.readers.items() if reader.layout.row_shape and is_ours(reader)}
+
     def decoded(self, shard: int, broken: set[str], lines: list[str]) -> dict[str, NDArray[Any]]:
         """All of a shard that has one number a row, by array. What does not decode gets a line."""
         found = {}
@@ -116,6 +123,10 @@ class Recount:
         keep = rows_that_count(self.tokens[first:last], spec).reshape(-1)
         found: Marks = keep[start - first * spec.context :][order]
         return found
+
+
+def is_ours(reader: Reader) -> bool:
+    return isinstance(reader, ArrayReader)
 
 
 def is_matrix(recount: Recount, array: str) -> bool:
@@ -222,8 +233,7 @@ class Hookpoint:
             lines = self.wrong_dimension(f"{quantised}/dim", dim, right, np.abs(dim - right) <= ROUNDED * right)
             if lines or not (np.isfinite(dim) & (dim > 0)).all():
                 return lines or [f"{self.file(f'{quantised}/dim')}: has scales that are not above zero"]
-            levels = np.empty(len(norms), np.int16)
-            found = sums(read_back(self.reader, self.shard, scales, dim, levels), counted)
+            found, levels = sums_of_levels(blocks(self.reader, self.shard), scales, dim, counted)
             lines = self.wrong_levels(scales, levels, counted)
             if lines:
                 return lines
@@ -271,17 +281,58 @@ SUBNORMAL: Final = float(np.finfo("f4").smallest_subnormal)
 
 
 def chunks(reader: Reader, shard: int) -> Iterator[NDArray[Any]]:
-    """The chunks of a shard, each valid until the next."""
+    """The chunks of a shard, each valid until the next. Raises DamagedError, at the end when only the checksum of the
+    whole file is wrong."""
     memory = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
-    for number in range(-(-reader.store.commits[shard].rows // reader.layout.chunk_rows)):
-        yield reader.read(shard, number, memory)
+    if not isinstance(reader, ArrayReader):
+        for number in range(-(-reader.store.commits[shard].rows // reader.layout.chunk_rows)):
+            yield reader.read(shard, number, memory)
+        return
+    size, crc = reader.store.commits[shard].files[reader.array]
+    what = f"{reader.store.name}/{reader.path(shard)}"
+    file = reader.store.files.open(reader.path(shard), size)
+    try:
+        found = yield from decoded(reader, shard, file, size, memory, what)
+    except DamagedError as error:
+        if file_crc(file, size) != crc:
+            raise DamagedError(f"{what}: its checksum is not the committed one") from error
+        raise
+    if found != crc:
+        raise DamagedError(f"{what}: its checksum is not the committed one")
+
+
+def decoded(
+    reader: ArrayReader, shard: int, file: OpenFile, size: int, memory: NDArray[Any], what: str
+) -> Generator[NDArray[Any], None, int]:
+    """The chunks of a shard's file, which is read once, in order; returns the crc32 of all its bytes."""
+    layout, rows, crc = reader.layout, reader.store.commits[shard].rows, 0
+    end = size - layout.index_bytes
+    if end < 0:
+        raise DamagedError(f"{what}: {size} bytes were committed, too few for a shard")
+    index = read_index(file, size, layout, rows, what)
+    for number, (offset, length) in enumerate(index[: -(-rows // layout.chunk_rows)].tolist()):
+        data = file.read(offset, length)
+        crc = crc32(data, crc)
+        decode_chunk(data, layout, memory, f"{what}: chunk {number}")
+        yield memory[: min(layout.chunk_rows, rows - number * layout.chunk_rows)]
+    return crc32(file.read(end, layout.index_bytes), crc)
+
+
+def blocks(reader: Reader, shard: int) -> Iterator[NDArray[Any]]:
+    """The rows of a shard, a few at a time that stay in a processor's cache."""
+    at_once = max(1, CACHED // (reader.layout.row_shape[0]))
+    for rows in chunks(reader, shard):
+        for at in range(0, len(rows), at_once):
+            yield rows[at : at + at_once]
 
 
 def as_numbers(reader: Reader, shard: int, dtype: str, kind: type[Any]) -> Iterator[NDArray[Any]]:
     """Stored rows as numbers of a kind, in memory that may be written over."""
-    memory = np.empty(reader.layout.chunk_shape, kind)
-    for rows in chunks(reader, shard):
-        x = memory[: len(rows)]
+    memory = np.empty(0, kind)
+    for rows in blocks(reader, shard):
+        if memory.size < rows.size:
+            memory = np.empty(rows.size, kind)
+        x = memory[: rows.size].reshape(rows.shape)
         if dtype == "bfloat16" and kind is np.float32:
             np.left_shift(rows, 16, out=x.view(np.uint32), dtype=np.uint32)
         else:
@@ -289,18 +340,28 @@ def as_numbers(reader: Reader, shard: int, dtype: str, kind: type[Any]) -> Itera
         yield x
 
 
-def read_back(
-    reader: Reader, shard: int, scales: NDArray[np.float32], dim: NDArray[np.float32], levels: NDArray[np.int16]
-) -> Iterator[NDArray[np.float32]]:
-    """Quantised rows as numbers; `levels` [n] gets the largest absolute value of each row before that."""
-    memory, at = np.empty(reader.layout.chunk_shape, np.float32), 0
-    for q in chunks(reader, shard):
-        x, here = memory[: len(q)], slice(at, at + len(q))
-        levels[here] = np.maximum(q.max(axis=1), -q.min(axis=1).astype(np.int16))
-        np.multiply(q, scales[here, None], out=x)
-        np.multiply(x, dim, out=x)
-        yield x
-        at += len(q)
+def sums_of_levels(
+    parts: Iterable[NDArray[Any]], scales: NDArray[np.float32], dim: NDArray[np.float32], counted: Marks
+) -> tuple[Sums, NDArray[np.int16]]:
+    """Of quantised rows in parts, as they are read back, in float32; and the largest absolute level of each row."""
+    norms, levels, at = np.empty(len(counted)), np.empty(len(counted), np.int16), 0
+    memory = np.empty(0, np.float32)
+    total, squares, wide = np.zeros(len(dim)), np.zeros(len(dim)), np.square(dim, dtype="f4")
+    weights = np.where(counted, scales, np.float32(0))
+    with np.errstate(all="ignore"):
+        for q in parts:
+            if memory.size < q.size:
+                memory = np.empty(q.size, np.float32)
+            here, x = slice(at, at + len(q)), memory[: q.size].reshape(q.shape)
+            x[...] = q
+            levels[here] = np.maximum(q.max(axis=1), -q.min(axis=1).astype(np.int16))
+            total += np.einsum("nd,n->d", x, weights[here])
+            np.multiply(x, x, out=x)
+            squares += np.einsum("nd,n->d", x, np.square(weights[here]))
+            norms[here] = np.sqrt(np.einsum("nd,d->n", x, wide)) * scales[here]
+            at += len(q)
+        total, squares = total * dim, squares * np.square(dim, dtype="f8")
+    return Sums(norms, total, squares), levels
 
 
 def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> Sums:
