@@ -21,7 +21,7 @@ from shared.configuration import ModelInfo, checked_config, checked_raw, info_of
 from shared.digest import file_digests
 from shared.errors import DamagedError, Interrupted, LostError, UserError
 from shared.progress import say
-from shared.weights import CONFIG, check_gguf, check_regular, read_json, some, weight_files
+from shared.weights import CONFIG, check_gguf, read_json, some, weight_files
 
 SHIPPED: Final = Path(__file__).parent / "tiny"
 
@@ -169,9 +169,8 @@ def same_model(source: ModelSource, commit: object) -> bool:
     samples of its bytes: what they do not cover cannot be compared, which is said."""
     if source.commit == commit:
         return True
-    if not (
-        source.local and source.gguf is None and is_sampled(commit) and sampled_digest(Path(source.location)) == commit
-    ):
+    comparable = source.local and source.gguf is None and is_sampled(commit)
+    if not comparable or sampled_digest(Path(source.location)) != commit:
         return False
     say(
         f"{source.name}: the store is of an earlier version, which knew a model by its configuration and the first and "

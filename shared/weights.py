@@ -168,9 +168,10 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
         if not isinstance(found, dict):
             raise ValueError("it is not an object")
     except (OSError, ValueError, RecursionError) as error:
+        what = "configuration" if path.name == CONFIG else "list of weights"
         raise UserError(
-            f"--model {name}: its {'configuration' if path.name == CONFIG else path.name} cannot be loaded: {path.name} "
-            f"is no JSON object that can be read ({str(error)[:200]}). Download or save the model again"
+            f"--model {name}: its {what} cannot be loaded: {path.name} is no JSON object that can be read "
+            f"({str(error)[:200]}). Download or save the model again"
         ) from error
     return found
 

@@ -103,7 +103,7 @@ def find_model(store: Store, name: str | None) -> ModelSource:
     if not same_model(source, harvested["commit"]):
         raise UserError(
             f"--model {source.name}: is not the model that {store.name} was harvested from "
-            f"({in_words(harvested['name'], harvested['commit'])}; this one has the {in_words('', source.commit).strip()}). "
+            f"({in_words(harvested['name'], harvested['commit'])}; this is {in_words(source.name, source.commit)}). "
             "Give that model with --model, or --no-ce"
         )
     return source
