@@ -26,6 +26,14 @@ KERNELS: Final = ("_attn_implementation", "attn_implementation", "_experts_imple
 """Where a configuration may name a repository of code (owner/kernel), which transformers would fetch and run."""
 
 
+ENCODERS: Final = (
+    "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "ernie", "rembert", "roformer",
+    "roberta-prelayernorm", "big_bird", "data2vec-text", "megatron-bert", "roc_bert", "xmod", "xlm", "modernbert",
+    "distilbert", "albert", "deberta", "deberta-v2", "nomic_bert",
+)  # fmt: skip
+"""Of these some can be decoders too, and say so (is_decoder)."""
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What can be known from the configuration, before any weights are loaded."""
@@ -115,6 +123,16 @@ def checked_config(config: Any, name: str) -> Any:
             "be harvested is a decoder that predicts the next token"
         )
     text = text_config(config)
+    encoder = config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
+    if (
+        encoder
+        or getattr(text, "use_bidirectional_attention", None) in (True, "all")
+        or getattr(text, "is_causal", None) is False
+    ):
+        raise UserError(
+            f"--model {name}: every token of it ({config.model_type}) sees those after it. What can be harvested is a "
+            "decoder that predicts the next token from those before"
+        )
     for key, names in (("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocabulary", "vocab_size")):
         value = getattr(text, names, None)
         if value is None:

@@ -63,7 +63,7 @@ def belonging(unexpected: Iterable[str], model: Any) -> list[str]:
     inside = f"{model.base_model_prefix}."
     own = {NUMBER.sub("#", key) for key in model.state_dict()}
     left = [key for key in unexpected if not BUFFERS.search(key)]
-    blocks = {block_of(key) for key in model.state_dict()}
+    blocks = {block_of(key) for key in model.state_dict()} - {None}
     foreign = {block_of(key) for key in left if block_of(key) and NUMBER.sub("#", key) not in own} - blocks
     wrapped = [key for key in left if any(key.startswith(wrapper) for wrapper in WRAPPERS) or ".lora_" in key]
     runs = [key for key in left if key.startswith(inside) or {block_of(key), f"{inside}{block_of(key)}"} & blocks]
