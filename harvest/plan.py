@@ -100,7 +100,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     default = Path(source.location) / "corpus.jsonl" if source.local else None
     corpus = open_corpus(config, default, info.vocab_size)
     check_end(encoder, corpus, info)
-    bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder)
+    bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
     special = special_tokens(config, encoder, info)
     return Plan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
 
@@ -151,12 +151,17 @@ def special_tokens(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> 
     return tuple(sorted({*(n for n in encoder.special() if 0 <= n < info.vocab_size), *config.special_ids}))
 
 
-def bos_token(config: HarvestConfig, encoder: Encoder) -> int | None:
+def bos_token(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> int | None:
     """The id that begins every row, or None. 0 is a valid id."""
     bos = encoder.bos_id
     if config.bos == "true" and bos is None:
         raise UserError(f"--bos true: the tokenizer of {config.model} has no BOS token")
     wanted = config.bos == "true" or (config.bos == "auto" and bos is not None and encoder.starts_with() == bos)
+    if wanted and bos is not None and not 0 <= bos < info.vocab_size:
+        raise UserError(
+            f"--set bos={config.bos}: the tokenizer's BOS has id {bos}, outside the model's vocabulary, 0 to "
+            f"{info.vocab_size - 1}. Say --set bos=false, or check that the tokenizer is the model's"
+        )
     return bos if wanted else None
 
 

@@ -124,11 +124,8 @@ def checked_config(config: Any, name: str) -> Any:
         )
     text = text_config(config)
     encoder = config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
-    if (
-        encoder
-        or getattr(text, "use_bidirectional_attention", None) in (True, "all")
-        or getattr(text, "is_causal", None) is False
-    ):
+    both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
+    if encoder or both_ways or getattr(text, "is_causal", None) is False:
         raise UserError(
             f"--model {name}: every token of it ({config.model_type}) sees those after it. What can be harvested is a "
             "decoder that predicts the next token from those before"

@@ -34,7 +34,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
     """Raises UserError, naming tensors, when weights of the model were not in its files, or others were that belong
     into it. What belongs to nothing that runs (vision towers, heads, further prediction layers) is said in a line."""
     missing, unexpected = sorted(info.get("missing_keys", ())), sorted(info.get("unexpected_keys", ()))
-    mismatched = sorted(str(key[0]) for key in info.get("mismatched_keys", ()))
+    mismatched = sorted(f"{key[0]} {list(key[1])} for {list(key[2])}" for key in info.get("mismatched_keys", ()))
     if missing:
         raise UserError(
             f"--model {name}: its files lack {len(missing):,} of the model's weights: {some(missing)}."
@@ -42,7 +42,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
         )
     if mismatched:
         raise UserError(
-            f"--model {name}: {len(mismatched):,} weights have another shape than config.json says: "
+            f"--model {name}: {len(mismatched):,} weights have another shape in the files than config.json says: "
             f"{some(mismatched)}. The configuration and the weights are not of the same model"
         )
     wrong = belonging(unexpected, model)

@@ -44,6 +44,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
                 attn_implementation=attention,
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are listed then, and refused
                 output_loading_info=True,
                 **place,
                 **source.arguments,

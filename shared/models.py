@@ -82,13 +82,14 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
 
 
 def means_a_path(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.endswith((".gguf", "/"))
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith((".gguf", "/"))
 
 
 def local_model(name: str, place: Path, weights: bool) -> ModelSource:
     """A folder with a config.json, a GGUF file, or a folder with one. Raises UserError for anything else."""
     folder = place if place.is_dir() else place.parent
-    gguf = None if (folder / CONFIG).exists() and place.is_dir() else gguf_of(name, place)
+    plain = place.is_dir() and (folder / CONFIG).exists() and (not weights or any(folder.glob("*.safetensors")))
+    gguf = None if plain else gguf_of(name, place)
     if gguf is not None:
         check_gguf(folder / gguf, name)
         return ModelSource(name, str(folder), True, digest_of([folder / gguf]) if weights else "", gguf=gguf)
@@ -128,9 +129,15 @@ def local_place(name: str) -> Path | None:
     """The folder or the GGUF file that a name means, itself or as an alias; None for the name of a hub model."""
     places = (Path(os.path.expanduser(name)), Path(ALIASES.get(name, "")))
     try:
-        return next((p for p in places if p.parts and (p.is_dir() or (p.suffix == ".gguf" and p.exists()))), None)
+        return next(
+            (p for p in places if p.parts and (p.is_dir() or (p.suffix.lower() == ".gguf" and p.exists()))), None
+        )
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name[:200]}: cannot be looked for ({error})") from error
+
+
+def is_there(place: Path) -> bool:
+    return place.is_dir() or (place.suffix.lower() == ".gguf" and place.exists())
 
 
 def digest_of(files: list[Path]) -> str:
@@ -235,7 +242,7 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 
 def read_config(source: ModelSource) -> Any:
     """transformers' configuration of a model that can be harvested. Raises UserError for any other."""
-    from transformers import AutoConfig, PreTrainedConfig
+    from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
     from transformers.utils import find_adapter_config_file
 
     with explained_loading(source, "configuration"):
@@ -244,9 +251,12 @@ def read_config(source: ModelSource) -> Any:
                 f"--model {source.name}: is an adapter. Merge it into its model (merge_and_unload of PEFT), save that "
                 "with save_pretrained, and give its folder"
             )
+        raw, _ = PreTrainedConfig.get_config_dict(source.location, **source.arguments)
+        checked_raw(raw, source.name)
         if source.gguf is None:
-            checked_raw(PreTrainedConfig.get_config_dict(source.location, **source.arguments)[0], source.name)
-        config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
+            config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
+        else:  # reading the file once more takes seconds
+            config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     return checked_config(config, source.name)
 
 
