@@ -17,9 +17,12 @@ from typing import Final
 
 from shared.cache import RangeCache
 from shared.device import local_cores
+from shared.progress import say
 
 BLOCK: Final = 4 << 20
 """Bytes read at a time."""
+SAY_BYTES: Final = 8e9
+"""More than this takes long enough to read that it is said."""
 SETTLED_SECONDS: Final = 3.0
 """How long a file must have stayed as it is before its digest is remembered."""
 DIGEST_BYTES: Final = 32
@@ -28,6 +31,12 @@ DIGEST_BYTES: Final = 32
 def file_digests(paths: Iterable[Path]) -> list[str]:
     """Of each file 64 hex digits over all of its bytes, in the order given. Raises OSError where one cannot be read."""
     found = list(paths)
+    unknown = [path for path in found if known(identity(path)) is None]
+    size = sum(path.stat().st_size for path in unknown)
+    if size > SAY_BYTES:
+        say(
+            f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read, to tell this model from any other; they are remembered"
+        )
     with ThreadPoolExecutor(max(1, min(len(found), local_cores()))) as pool:  # hashlib lets the others run
         return list(pool.map(file_digest, found))
 
@@ -35,10 +44,9 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
 def file_digest(path: Path) -> str:
     """As `file_digests`, of one file."""
     before = identity(path)
+    if told := known(before):
+        return told
     place = remembered(before)
-    known = recall(place, before) if place else None
-    if known:
-        return known
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     buffer = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
@@ -54,6 +62,11 @@ def identity(path: Path) -> tuple[str, int, int, int, int]:
     """What tells a file from any other and from itself before a change: path, size, inode and times in ns."""
     about = path.stat()
     return os.path.realpath(path), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
+
+
+def known(file: tuple[str, int, int, int, int]) -> str | None:
+    place = remembered(file)
+    return recall(place, file) if place else None
 
 
 def remembered(file: tuple[str, int, int, int, int]) -> Path | None:

@@ -34,8 +34,6 @@ ALIASES: Final = {
     "gpt2": "openai-community/gpt2",
 }  # fmt: skip
 
-SAY_BYTES: Final = 8e9
-"""Weights of more bytes than this take long enough to read that it is said."""
 HUB_SECONDS: Final = 3.0
 """How long the hub may take to say which commit a name means."""
 
@@ -129,9 +127,7 @@ def local_place(name: str) -> Path | None:
     """The folder or the GGUF file that a name means, itself or as an alias; None for the name of a hub model."""
     places = (Path(os.path.expanduser(name)), Path(ALIASES.get(name, "")))
     try:
-        return next(
-            (p for p in places if p.parts and (p.is_dir() or (p.suffix.lower() == ".gguf" and p.exists()))), None
-        )
+        return next((place for place in places if place.parts and is_there(place)), None)
     except (OSError, ValueError) as error:
         raise UserError(f"--model {name[:200]}: cannot be looked for ({error})") from error
 
@@ -142,9 +138,6 @@ def is_there(place: Path) -> bool:
 
 def digest_of(files: list[Path]) -> str:
     """Over all bytes of files, in this order."""
-    size = sum(path.stat().st_size for path in files)
-    if size > SAY_BYTES:
-        say(f"{files[-1].parent}: {size / 1e9:.0f} GB of weights are read once, to tell this model from any other")
     joined = " ".join(file_digests(files))
     return hashlib.blake2b(joined.encode(), digest_size=32).hexdigest()
 
