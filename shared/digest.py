@@ -34,9 +34,7 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
     unknown = [path for path in found if known(identity(path)) is None]
     size = sum(path.stat().st_size for path in unknown)
     if size > SAY_BYTES:
-        say(
-            f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read, to tell this model from any other; they are remembered"
-        )
+        say(f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read once, to tell this model from any other")
     with ThreadPoolExecutor(max(1, min(len(found), local_cores()))) as pool:  # hashlib lets the others run
         return list(pool.map(file_digest, found))
 
