@@ -29,7 +29,16 @@ bench_app = typer.Typer(no_args_is_help=True, help="Measure this machine: ratios
 app.add_typer(bench_app, name="bench")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-ConfigFile = Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")]
+
+
+def at_home(text: str) -> Path:
+    """A path, with a `~` that the shell left alone."""
+    return Path(os.path.expanduser(text))
+
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", parser=at_home, metavar="PATH", help="TOML file with any of the settings.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", help="Any setting, as key=value. Repeatable.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Start afresh instead of going on.")]
 Place = Annotated[str, typer.Argument(help="A store: a folder or a URL.")]
@@ -61,9 +70,13 @@ def options(
 @app.command()
 def harvest(
     model: Annotated[
-        str | None, typer.Option(help="Alias (tiny, pythia-1b, gpt2, …), Hugging Face id or folder.")
+        str | None, typer.Option(help="Alias (tiny, pythia-1b, gpt2, …), Hugging Face id, folder or GGUF file.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hugging Face model.")] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Another tokenizer than the model's own: folder, GGUF file or Hugging Face id.")
+    ] = None,
+    eos: Annotated[str | None, typer.Option(help="Id or token that ends a document. Default: the tokenizer's.")] = None,
     layer: Annotated[list[str] | None, typer.Option(help="Layer number from 0, or mid. Repeatable.")] = None,
     hook: Annotated[list[str] | None, typer.Option(help="resid_post, attn_out, mlp_out, … Repeatable.")] = None,
     corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
@@ -101,7 +114,7 @@ def harvest(
         "layers": [layer_number(text) for text in layer] if layer else None, "dtype": dtype,
         "codec": codec, "device": device, "out": out, "name": name, "overwrite": overwrite or None,
         "skip_positions": skip_positions, "allow_nonfinite": allow_nonfinite or None,
-        "on_bad_document": on_bad_document, "attention": attention,
+        "on_bad_document": on_bad_document, "attention": attention, "tokenizer": tokenizer, "eos": eos,
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
     if dry_run:
@@ -190,7 +203,7 @@ def train(
     track: Annotated[
         list[str] | None, typer.Option(help="tensorboard, wandb (offline unless WANDB_MODE is set). Repeatable.")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+    out: Annotated[Path | None, typer.Option(parser=at_home, metavar="PATH", help="The run's folder.")] = None,
     overwrite: Overwrite = False,
     config: ConfigFile = None,
     settings: Settings = None,
@@ -235,7 +248,7 @@ def multiples_of_d_in(store: str | None, hook: str | None, expansion: list[float
 
 @app.command("eval")
 def evaluate(
-    run: Annotated[Path, typer.Argument(help="A training run's folder.")],
+    run: Annotated[Path, typer.Argument(parser=at_home, metavar="RUN", help="A training run's folder.")],
     store: Annotated[str | None, typer.Option(help="Where its store is now, if it moved.")] = None,
     model: Annotated[str | None, typer.Option(help="Its language model, if it moved.")] = None,
     ce: Annotated[
@@ -273,8 +286,10 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.")],
-    out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    runs: Annotated[list[Path], typer.Argument(parser=at_home, metavar="RUN", help="Folders of evaluated runs.")],
+    out: Annotated[Path, typer.Option(parser=at_home, metavar="PATH", help="The HTML file to write.")] = Path(
+        "report.html"
+    ),
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page that compares runs."""
@@ -286,7 +301,9 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="One folder for everything.")] = Path("demo"),
+    out: Annotated[Path, typer.Option(parser=at_home, metavar="PATH", help="One folder for everything.")] = Path(
+        "demo"
+    ),
     as_json: Json = False,
 ) -> None:
     """The whole way on the shipped model: harvest, SA-GSAE against Gated, evaluation, report."""
@@ -330,7 +347,9 @@ def reproduce(
     tokens: Annotated[int | None, typer.Option(help="Training tokens of every autoencoder.")] = None,
     corpus: Annotated[str | None, typer.Option(help="File, folder or Hugging Face data set.")] = None,
     device: Device = None,
-    out: Annotated[Path, typer.Option(help="One folder for everything.")] = Path("reproduction"),
+    out: Annotated[Path, typer.Option(parser=at_home, metavar="PATH", help="One folder for everything.")] = Path(
+        "reproduction"
+    ),
     yes: Annotated[bool, typer.Option("--yes", help="Start a job that takes hours or tens of GB.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -503,7 +522,10 @@ def bench_store(
         int, typer.Option(min=1, help="Of the rows read: hookpoints of a small model side by side.")
     ] = 2048,
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 15,
-    keep: Annotated[Path | None, typer.Option(help="Keep the stores here, and use them when they are there.")] = None,
+    keep: Annotated[
+        Path | None,
+        typer.Option(parser=at_home, metavar="PATH", help="Keep the stores here, and use them when they are there."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Reading and writing a store against the codec alone, and against other Zarr readers, in one run."""
@@ -545,7 +567,9 @@ def bench_harvest(
     codec: Annotated[str | None, typer.Option(help="zstd, lz4 or none.")] = None,
     device: Device = None,
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many.")] = 5,
-    folder: Annotated[Path | None, typer.Option(help="Where to write. Default: a temporary folder.")] = None,
+    folder: Annotated[
+        Path | None, typer.Option(parser=at_home, metavar="PATH", help="Where to write. Default: a temporary folder.")
+    ] = None,
     settings: Settings = None,
     as_json: Json = False,
 ) -> None:

@@ -115,8 +115,9 @@ def looking(items: Iterator[Item], look: Callable[[], None]) -> Iterator[Item]:
 
 
 def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for."""
-    blocks = packed_rows(plan, counts, look)
+    """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for. Raises UserError at an
+    id that the model has no embedding for."""
+    blocks = (plan.known(block) for block in packed_rows(plan, counts, look))
     if plan.config.tokens is None:
         return blocks
     wanted = -(-plan.config.tokens // plan.context)
@@ -132,7 +133,7 @@ def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterato
         shuffled(documents, plan.config.seed) if plan.shuffles else documents,
         plan.tokenizer,
         context=plan.context,
-        eos_id=plan.tokenizer.eos_token_id,
+        eos_id=plan.tokenizer.end,
         bos_id=plan.bos_id,
         counts=counts,
     )

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -43,15 +44,21 @@ class Filled:
 
 
 def fill(
-    store: Store, config: HarvestConfig, source: ModelSource, team: Team, look: Callable[[], None], todo: list[int]
+    store: Store,
+    config: HarvestConfig,
+    source: ModelSource,
+    team: Team,
+    look: Callable[[], None],
+    todo: list[int],
+    loaded: Any = None,
 ) -> Filled:
-    """Captures and commits these shards. `look` is called between batches and may raise."""
+    """Captures and commits these shards. `look` is called between batches and may raise. `loaded`: what `load_weights`
+    gave, if it is there already."""
     spec = store.spec
     look()
     device = team.device(config.device)
-    models = side_by_side(
-        source, device, spec.model["dtype"], spec.model["attention"], streams(device, spec, config, team.threads)
-    )
+    beside = streams(device, spec, config, team.threads)
+    models = side_by_side(source, device, spec.model["dtype"], spec.model["attention"], beside, loaded)
     model = models[0]
     look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])

@@ -2,12 +2,13 @@
 and everything that can be refused is refused here.
 """
 
-import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.typing import NDArray
 
 from harvest.arrays import takes_rows
 from harvest.corpus import open_corpus
@@ -19,10 +20,13 @@ from shared.device import native_dtype, pick_device
 from shared.errors import UserError
 from shared.files import Files, join, open_files
 from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
-from shared.models import ModelInfo, ModelSource, load_tokenizer, model_info, read_config, resolve_model
+from shared.models import ModelInfo, ModelSource, in_words, model_info, read_config, resolve_model, same_model
 from shared.outline import outline
+from shared.progress import say
 from shared.schema import build
 from shared.spec import DTYPES, HookSpec, StoreSpec, TokenType
+from shared.store import is_store, read_state
+from shared.tokenizer import Encoder, open_encoder
 
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128
@@ -38,12 +42,13 @@ class Plan:
     config: HarvestConfig
     source: ModelSource
     info: ModelInfo
-    tokenizer: Any
+    tokenizer: Encoder
     corpus: Corpus | Stream
     device: str
     dtype: str
     context: int
     bos_id: int | None
+    special_ids: tuple[int, ...]
     hooks: dict[str, HookSpec]
     files: Files
 
@@ -54,6 +59,18 @@ class Plan:
     @property
     def shuffles(self) -> bool:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
+
+    def known(self, ids: NDArray[Any]) -> NDArray[Any]:
+        """The same ids. Raises UserError at the first that the model has no embedding for: tokenizers may know more
+        tokens than a model, as long as no text has them."""
+        outside = ids[(ids < 0) | (ids >= self.info.vocab_size)]
+        if len(outside):
+            raise UserError(
+                f"--model {self.source.name}: the corpus has the token {self.tokenizer.word(int(outside[0]))} "
+                f"(id {outside[0]}), and the model has embeddings for ids 0 to {self.info.vocab_size - 1} only. Leave "
+                "that document out, say --set split_special_tokens=true, or check that the tokenizer is the model's"
+            )
+        return ids
 
 
 def make_plan(config: HarvestConfig) -> Plan:
@@ -74,40 +91,91 @@ def make_plan(config: HarvestConfig) -> Plan:
         )
     if context > 1 << 16:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
+    files = open_files(join(config.out, config.name or store_name(source)))
+    found = None if config.overwrite or not is_store(files) else read_state(files)[0]
+    config = like_the_store(config, found)
     device = pick_device(config.device, spread=True)
     computes = torch.device(pick_device("auto") if device == "map" else device)
     dtype = native_dtype(computes) if config.dtype == "auto" else config.dtype
-    tokenizer = load_tokenizer(source)
-    if len(tokenizer) > info.vocab_size:
-        raise UserError(
-            f"--model {config.model}: its tokenizer has {len(tokenizer)} tokens, the model only {info.vocab_size}"
-        )
+    encoder = open_encoder(source, config.tokenizer, config.eos, config.split_special_tokens)
     default = Path(source.location) / "corpus.jsonl" if source.local else None
     corpus = open_corpus(config, default, info.vocab_size)
-    bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, tokenizer)
-    files = open_files(join(config.out, config.name or store_name(source)))
-    return Plan(config, source, info, tokenizer, corpus, device, dtype, context, bos_id, hooks, files)
+    check_end(encoder, corpus, info)
+    bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
+    special = special_tokens(config, encoder, info)
+    return Plan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
 
 
-def bos_token(config: HarvestConfig, tokenizer: Any) -> int | None:
+def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
+    """What was not asked for in words and depends on the machine, or does not change a number, is as the store that is
+    there has it: `dtype` at auto, and a lossless codec."""
+    if store is None:
+        return config
+    changes: dict[str, Any] = {}
+    dtype = store.model.get("dtype")
+    if config.dtype == "auto" and dtype in DTYPES:
+        changes["dtype"] = dtype
+    lossless = "int8" not in (config.codec, store.codec)
+    if "codec" not in config.model_fields_set and lossless and config.codec != store.codec:
+        changes["codec"] = store.codec
+        say(f"{config.name or store.model.get('name')}: goes on with codec {store.codec}, as the store has it")
+    return config.model_copy(update=changes) if changes else config
+
+
+def check_end(encoder: Encoder, corpus: Corpus | Stream, info: ModelInfo) -> None:
+    """Raises UserError where documents are to be joined and nothing says with which id, or with one that the model does
+    not know."""
+    end, name = encoder.eos_id, encoder.source.name
+    if end is not None and not 0 <= end < info.vocab_size:
+        raise UserError(
+            f"--eos: {end} is outside the model's vocabulary, 0 to {info.vocab_size - 1}. Say which id or token ends a "
+            "document: --eos ID"
+        )
+    if end is None and isinstance(corpus, Corpus):
+        if encoder.tokenizer is None:
+            raise UserError(
+                f"--model {name}: comes with no tokenizer (tokenizer.json, tokenizer.model, vocab.json, …). Name one "
+                "with --tokenizer FOLDER_OR_ID; or give a corpus of token ids, and for documents the id that ends one "
+                "with --eos"
+            )
+        raise UserError(
+            f"--model {name}: its tokenizer names no end-of-text token to join documents with. Say which id or token "
+            "ends a document: --eos ID_OR_TOKEN"
+        )
+
+
+def special_tokens(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> tuple[int, ...]:
+    """Ids that count as special, of those that the model knows."""
+    strange = [number for number in config.special_ids if number >= info.vocab_size]
+    if strange:
+        raise UserError(f"special_ids: {strange[0]} is outside the model's vocabulary, 0 to {info.vocab_size - 1}")
+    return tuple(sorted({*(n for n in encoder.special() if 0 <= n < info.vocab_size), *config.special_ids}))
+
+
+def bos_token(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> int | None:
     """The id that begins every row, or None. 0 is a valid id."""
-    bos = tokenizer.bos_token_id
+    bos = encoder.bos_id
     if config.bos == "true" and bos is None:
         raise UserError(f"--bos true: the tokenizer of {config.model} has no BOS token")
-    first = tokenizer("a")["input_ids"][:1]
-    wanted = config.bos == "true" or (config.bos == "auto" and bos is not None and first == [bos])
+    wanted = config.bos == "true" or (config.bos == "auto" and bos is not None and encoder.starts_with() == bos)
+    if wanted and bos is not None and not 0 <= bos < info.vocab_size:
+        raise UserError(
+            f"--set bos={config.bos}: the tokenizer's BOS has id {bos}, outside the model's vocabulary, 0 to "
+            f"{info.vocab_size - 1}. Say --set bos=false, or check that the tokenizer is the model's"
+        )
     return bos if wanted else None
 
 
 def store_name(source: ModelSource) -> str:
-    """`pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, the folder's own name for a folder."""
-    return Path(source.name).expanduser().resolve().name if source.local else source.name.split("/")[-1]
+    """`pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, its own name for a folder or a GGUF file."""
+    if not source.local:
+        return source.name.split("/")[-1]
+    place = Path(os.path.expanduser(source.name)).resolve()
+    return place.name.removesuffix(".gguf") if source.gguf == place.name else place.name
 
 
 def identity(plan: Plan) -> dict[str, Any]:
     """The part of a store's spec that the configuration alone decides. A change in it is another store."""
-    tokenizer = plan.tokenizer
-    digest = hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()
     return {
         "model": {
             "name": plan.source.name,
@@ -117,10 +185,10 @@ def identity(plan: Plan) -> dict[str, Any]:
             "attention": plan.config.attention,
             "weight_processing": "none",
         },
-        "tokenizer": {"blake2b": digest, "eos_id": tokenizer.eos_token_id},
+        "tokenizer": plan.tokenizer.describe(),
         "context": plan.context,
         "bos_id": plan.bos_id,
-        "special_ids": tuple(sorted(tokenizer.all_special_ids)),
+        "special_ids": plan.special_ids,
         "skip_positions": plan.config.skip_positions,
         "hookpoints": plan.hooks,
         "dtype": plan.config.store_dtype,
@@ -195,7 +263,8 @@ def lent_shape(plan: Plan, lender: StoreSpec) -> tuple[int, int] | None:
 
 
 def check_same(plan: Plan, spec: StoreSpec) -> None:
-    """Raises UserError, naming every field that differs, when the store was begun with another request."""
+    """Raises UserError, naming every field that differs, when the store was begun with another request. What a model is
+    called and where it is do not count; what it is does."""
     wanted: dict[str, Any] = {**identity(plan), **corpus_asked(plan)}
     wanted |= {
         "n_tokens": plan.config.tokens,
@@ -205,11 +274,48 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
     if plan.config.tokens is None and spec.corpus.get("whole") is False:
         wanted["n_tokens"] = "all that the corpus gives"
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
+    asked, there = wanted.pop("model"), found["model"]
+    differ = []
+    if not same_model(plan.source, there.get("commit")):
+        store, here = (in_words(model.get("name"), model.get("commit")) for model in (there, asked))
+        differ.append(f"model: the store has {store}, this asks for {here}")
+    for key in ("dtype", "attention", "weight_processing"):
+        if there.get(key) != asked[key]:
+            differ.append(f"model {key}: the store has {there.get(key)}, this asks for {asked[key]}")
+    if spec.special_ids == plan_of_old(plan) != plan.special_ids and not plan.config.special_ids:
+        wanted["special_ids"] = spec.special_ids
+        say(
+            f"{plan.name}: the store is of an earlier version, which counted {len(spec.special_ids)} ids as special; "
+            f"now {len(plan.special_ids)} are. It goes on with its own"
+        )
     optional = ("n_tokens", "chunk_rows", "shard_rows")
     pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
-    differ = [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
+    differ += [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
     if differ:
+        changed = {key for key, (old, new) in pairs.items() if old != new}
         raise UserError(
-            f"{plan.name}: was harvested differently. {'; '.join(differ)}. Choose another --name or --out, or start "
-            "afresh with --overwrite"
+            f"{plan.name}: was harvested differently. {'; '.join(differ)}. {way_out(plan, spec, changed, len(differ))} "
+            "--overwrite would delete what is there and start afresh"
         )
+
+
+def plan_of_old(plan: Plan) -> tuple[int, ...]:
+    """The special ids as earlier versions knew them."""
+    return tuple(sorted(plan.tokenizer.listed()))
+
+
+def way_out(plan: Plan, spec: StoreSpec, changed: set[str], many: int) -> str:
+    """What to do about a request that differs in these fields, and loses nothing."""
+    if changed == {"codec"} and many == 1 and "int8" not in (spec.codec, plan.config.codec):
+        return (
+            f"The rows are the same with either codec: leave --codec out to go on, or write the finished store anew "
+            f"with `sagsae store recode {plan.name} NEW --codec {plan.config.codec}`."
+        )
+    if changed == {"hookpoints"} and many == 1:
+        return (
+            "Harvest the other hookpoints into a store beside it (another --name): it takes the tokens and the order "
+            "of rows of this one."
+        )
+    if changed == {"n_tokens"} and many == 1:
+        return "Choose another --name; or leave --tokens as it was. A finished store is not made longer or shorter."
+    return "Choose another --name or --out."

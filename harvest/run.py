@@ -9,16 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from harvest.begin import begin, make_folder
+from harvest.begin import begin, leave_nothing, make_folder
 from harvest.fill import Filled, fill, rows_of
-from harvest.plan import check_same, make_plan
+from harvest.plan import Plan, check_same, make_plan
 from harvest.room import check_room
 from harvest.team import Team, Work
 from shared.config import HarvestConfig
 from shared.create import clean_up, finish_store, reopen
 from shared.errors import Interrupted, UserError
 from shared.files import LocalFiles, check_alone
-from shared.models import resolve_model
+from shared.model import load_weights
+from shared.models import resolve_model, same_model
 from shared.progress import say
 from shared.spec import DTYPES
 from shared.stop import stop_requests
@@ -77,11 +78,12 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         check_room(plan, store.spec.n_tokens)
     else:
         check_room(plan, config.tokens)
-    team.device(config.device)
+    device = team.device(config.device)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
+        model = loaded(plan, device, look)
         if config.overwrite or not is_store(plan.files):
             begin(plan, look)
         clean_up(plan.files)
@@ -92,11 +94,23 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         team.begin(work)
         filled = Filled(time.monotonic(), 0.0)
         if team.mine(work):
-            filled = fill(store, config, plan.source, team, look, team.mine(work))
+            filled = fill(store, config, plan.source, team, look, team.mine(work), model)
+        model = None
         team.await_others(look)
         finish_store(plan.files, store.spec)
     seconds = time.monotonic() - filled.started
     return summarise(Store.open(plan.files), seconds, rows_of(store.spec, work.todo), filled.waited)
+
+
+def loaded(plan: Plan, device: str, look: Callable[[], None]) -> Any:
+    """The model's weights, before anything is tokenised, written or removed: whatever is wrong with them is said now,
+    and a folder that was made for the store goes again."""
+    look()
+    try:
+        return load_weights(plan.source, device, plan.dtype, plan.config.attention)
+    except BaseException:
+        leave_nothing(plan.files)
+        raise
 
 
 def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
@@ -106,7 +120,7 @@ def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Sum
     store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
-        if source.commit != store.spec.model["commit"]:
+        if not same_model(source, store.spec.model["commit"]):
             raise UserError(f"--model {config.model}: is another model here than on rank 0's machine")
         with store.files.explained(), store.files.lock(team.rank):
             filled = fill(store, config, source, team, look, todo)

@@ -39,9 +39,10 @@ def build_bridge(model: "nn.Module", attention: Attention, name: str, layers: Se
         bridge = build_bridge_from_module(
             model, architecture, hf_config=config, model_name=name, post_adapter_hook=prepare
         )
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except Exception as error:  # adapters fail in many types
         raise UserError(
-            f"--model {name}: TransformerLens cannot wrap {architecture} with --attention {attention}: {error}"
+            f"--model {name}: TransformerLens cannot wrap {architecture} with --attention {attention}: "
+            f"{str(error)[:300]}"
         ) from error
     if attention == "sdpa":
         restore_forwards(forwards)

@@ -45,7 +45,7 @@ class RangeCache:
         if max_bytes < 0:
             raise UserError(f"SAGSAE_CACHE_GB={text}: expected a number of gigabytes, 0 for no cache")
         if folder := os.environ.get("SAGSAE_CACHE"):
-            return cls(Path(folder), max_bytes)
+            return cls(Path(os.path.expanduser(folder)), max_bytes)
         base = os.environ.get("XDG_CACHE_HOME", "")
         return cls((Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sagsae", max_bytes)
 

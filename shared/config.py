@@ -4,6 +4,7 @@ Unknown keys are refused with the nearest valid name. Nothing here is changed af
 from it (a default context length, the number of steps) goes into the run's record.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -15,8 +16,17 @@ from shared.schema import Frozen
 from shared.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
-Location = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+
+def at_home(value: object) -> object:
+    """A path with `~` at its beginning made whole; whatever else as it is."""
+    if isinstance(value, Path):
+        return Path(os.path.expanduser(value))
+    return os.path.expanduser(value) if isinstance(value, str) else value  # leaves an unknown ~user alone
+
+
+Location = Annotated[str, BeforeValidator(lambda value: at_home(str(value) if isinstance(value, Path) else value))]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
+Folder = Annotated[Path, BeforeValidator(at_home)]
 
 
 def memory_of(value: object) -> object:
@@ -36,11 +46,20 @@ class HarvestConfig(Frozen):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
     model: str
-    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/models.py), a Hugging Face id, or a folder."""
+    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/models.py), a Hugging Face id, a folder, or a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
+    tokenizer: str | None = None
+    """Another tokenizer than the model's own: a folder, a GGUF file or a Hugging Face id."""
+    eos: int | str | None = None
+    """The id, or the token, that ends a document. Default: the tokenizer's."""
+    special_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
+    """Further ids that count as special: left out of statistics and training, beside all that the tokenizer marks."""
+    split_special_tokens: bool = False
+    """Take special tokens that are spelt out in a text as text. Default: they become their ids."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in. auto: bfloat16 where the hardware multiplies it natively, else float32."""
+    """What the model computes in. auto: what the store has that is gone on with, else bfloat16 where the hardware
+    multiplies it natively, else float32."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -199,7 +218,7 @@ class TrainConfig(Frozen):
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers that are told each line of metrics.jsonl, in the run's folder (docs/training.md). wandb stays
     offline unless WANDB_MODE says otherwise."""
-    out: Path | None = None
+    out: Folder | None = None
     """The run's folder. Default: runs/NAME, where NAME follows from the store and this configuration."""
     overwrite: bool = False
 
@@ -226,7 +245,7 @@ class RecodeConfig(Frozen):
 class EvalConfig(Frozen):
     """One evaluation of a finished training run on its held-out tokens."""
 
-    run: Path
+    run: Folder
     """The run's folder."""
     store: Location | None = None
     """Where the run's store is now, if it moved."""

@@ -153,9 +153,9 @@ def is_remote(location: str | Path) -> bool:
 
 
 def open_files(location: str | Path) -> Files:
-    """The files at a folder or a URL (s3://, gs://, http://, https://)."""
+    """The files at a folder (its `~` made whole) or a URL (s3://, gs://, http://, https://)."""
     if not is_remote(location):
-        return LocalFiles(Path(location))
+        return LocalFiles(Path(os.path.expanduser(location)))
     from shared.remote import RemoteFiles
 
     return RemoteFiles.connect(str(location))

@@ -16,7 +16,8 @@ from shared.bridge import Attention, build_bridge, wants_sdpa
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.hooks import layer_of
-from shared.models import ModelSource, cannot_load
+from shared.loaded import check_loaded
+from shared.models import ModelSource, explained_loading, read_config
 
 if TYPE_CHECKING:
     import torch
@@ -27,36 +28,49 @@ DEVICE_MAP: Final[str | dict[str, str]] = "auto"
 
 
 def load_weights(source: ModelSource, device: str, dtype: str, attention: Attention) -> Any:
-    """The model as Hugging Face makes it. Raises UserError when its weights cannot be loaded, or do not fit."""
+    """The model as Hugging Face makes it, every weight of it from the files. Raises UserError when they cannot be
+    loaded, lack any of them, hold others that belong into the model, or do not fit into memory."""
     import torch
-    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
 
-    logging.disable_progress_bar()
     os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else it asks a server to convert *.bin weights
     place = {"device_map": DEVICE_MAP} if device == "map" else {}
-    try:
-        with wants_sdpa(source.name, attention):
-            model = AutoModelForCausalLM.from_pretrained(
+    with quiet_library(), explained_loading(source, "weights"), wants_sdpa(source.name, attention):
+        try:
+            model, info = AutoModelForCausalLM.from_pretrained(
                 source.location,
+                config=read_config(source),
                 dtype=torch_dtype(dtype),
                 attn_implementation=attention,
                 trust_remote_code=False,
                 use_safetensors=True,
+                ignore_mismatched_sizes=True,  # they are listed then, and refused
+                output_loading_info=True,
                 **place,
                 **source.arguments,
             )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise cannot_load(source, "weights", error) from error
-    model.eval().requires_grad_(False)
+            check_loaded(model, info, source.name)
+            model.eval().requires_grad_(False)
+            return model if place else model.to(device)
+        except (torch.OutOfMemoryError, MemoryError) as error:
+            raise UserError(
+                f"--model {source.name}: does not fit into the memory of {device}. Use --dtype bfloat16, or "
+                "--device map to spread it over several GPUs"
+            ) from error
+
+
+@contextmanager
+def quiet_library() -> Iterator[None]:
+    """What transformers would print beside the one message that a person gets."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
     try:
-        return model if place else model.to(device)
-    except torch.OutOfMemoryError as error:
-        raise UserError(
-            f"--model {source.name}: does not fit into the memory of {device}. Use --dtype bfloat16, or --device map "
-            "to spread it over several GPUs"
-        ) from error
+        yield
+    finally:
+        logging.set_verbosity(level)
 
 
 def first_device(model: Any) -> "torch.device":
@@ -69,10 +83,10 @@ def first_device(model: Any) -> "torch.device":
 
 
 def side_by_side(
-    source: ModelSource, device: str, dtype: str, attention: Attention, count: int
+    source: ModelSource, device: str, dtype: str, attention: Attention, count: int, loaded: Any = None
 ) -> list["LanguageModel"]:
-    """One model for each of `count` threads, all over the same weights in memory."""
-    model = load_weights(source, device, dtype, attention)
+    """One model for each of `count` threads, all over the same weights in memory. `loaded`: as of LanguageModel."""
+    model = load_weights(source, device, dtype, attention) if loaded is None else loaded
     weights = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     copies = [copy.deepcopy(model, dict(weights)) for _ in range(count - 1)]  # before hooks change the first in place
     return [LanguageModel(source, device, dtype, attention, each) for each in (model, *copies)]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from shared.bridge import Attention, build_bridge, wants_sdpa
 from shared.errors import UserError
+from shared.models import cause
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,32 +27,50 @@ CONTEXT: Final = 61
 
 def outline(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
     """Every hookpoint of these layers, by all of its names -> the shapes it gives for N rows of CONTEXT tokens. Raises
-    UserError where TransformerLens cannot wrap or run the model with this attention."""
+    UserError where TransformerLens cannot wrap or run the model with this attention; names the other where it can."""
+    try:
+        return traced(config, attention, name, layers)
+    except CannotRun as error:
+        other: Attention = "eager" if attention == "sdpa" else "sdpa"
+        try:
+            traced(config, other, name, layers)
+            hint = f"Use --attention {other}, with which it can"
+        except (CannotRun, UserError):
+            hint = "Nor can it with the other kind of attention: this model cannot be harvested"
+        raise UserError(f"--model {name}: {error}. {hint}") from error.__cause__
+
+
+class CannotRun(Exception):
+    """A model cannot be run without numbers; why is said in words."""
+
+
+def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
+    """As `outline`, with CannotRun where the model cannot be made or run."""
     import torch
     from transformers import AutoModelForCausalLM
 
     tokens = [[0] * CONTEXT] * N
     shapes: dict[int, Shapes] = {}
-    with without_numbers(), wants_sdpa(name, attention):
-        model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False
-        )
-        for module in model.eval().modules():
-            if hasattr(module, "config"):
-                module.config._experts_implementation = "batched_mm"  # the one that runs without numbers
-        bridge = build_bridge(model, attention, name, layers)
-        points = bridge.hook_dict
-        for key, point in {id(point): point for point in points.values()}.items():
-            point.add_hook(noting(shapes.setdefault(key, [])))
-        try:
+    what = f"the model that its config.json describes cannot be made with --attention {attention}"
+    try:
+        with without_numbers(), wants_sdpa(name, attention):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False
+            )
+            for module in model.eval().modules():
+                if hasattr(module, "config"):
+                    module.config._experts_implementation = "batched_mm"  # the one that runs without numbers
+            bridge = build_bridge(model, attention, name, layers)
+            points = bridge.hook_dict
+            for key, point in {id(point): point for point in points.values()}.items():
+                point.add_hook(noting(shapes.setdefault(key, [])))
+            what = f"{type(model).__name__} cannot be run with --attention {attention} to see what its hookpoints give"
             with torch.inference_mode():
                 bridge.original_model.base_model(torch.tensor(tokens), use_cache=False)
-        except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
-            other = "eager" if attention == "sdpa" else "sdpa"
-            raise UserError(
-                f"--model {name}: {type(model).__name__} cannot be run with --attention {attention} to see what its "
-                f"hookpoints give ({type(error).__name__}: {error}). --attention {other} may do, or another model"
-            ) from error
+    except UserError:
+        raise
+    except Exception as error:  # what a configuration makes other libraries raise is of any type
+        raise CannotRun(f"{what} ({cause(error)})") from error
     found = {}
     for hook, point in points.items():
         if hook.startswith("blocks."):
@@ -79,9 +98,9 @@ def without_numbers() -> Iterator[None]:
 
     class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if function is aten.equal.default:
+            if function in (aten.equal.default, aten.is_nonzero.default):
                 return True
-            if function is aten._local_scalar_dense.default:
+            if function in (aten._local_scalar_dense.default, aten.item.default):
                 dtype = args[0].dtype
                 return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
             return function(*args, **(kwargs or {}))

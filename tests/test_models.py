@@ -77,7 +77,8 @@ if sys.argv[1] == "no-dns":
 import huggingface_hub, torch, transformers
 from shared.errors import UserError
 from shared.model import LanguageModel
-from shared.models import load_tokenizer, read_config, resolve_model
+from shared.models import read_config, resolve_model
+from shared.tokenizer import load_tokenizer
 for name in sys.argv[2:]:
     started = time.monotonic()
     try:

@@ -7,7 +7,8 @@ import numpy as np
 import torch
 
 from shared.model import LanguageModel
-from shared.models import SHIPPED, load_tokenizer, model_info, read_config, resolve_model
+from shared.models import SHIPPED, model_info, read_config, resolve_model
+from shared.tokenizer import load_tokenizer
 
 
 def test_size_and_provenance() -> None:

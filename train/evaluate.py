@@ -11,7 +11,7 @@ from shared.device import pick_device
 from shared.errors import UserError
 from shared.files import explained, is_remote
 from shared.model import LanguageModel
-from shared.models import ModelSource, local_folder, resolve_model
+from shared.models import ModelSource, in_words, local_place, resolve_model, same_model
 from shared.progress import progress
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
@@ -105,11 +105,12 @@ def find_model(store: Store, name: str | None) -> ModelSource:
     if lacking := [key for key in ("commit", "dtype", "attention") if harvested.get(key) is None]:
         raise UserError(f"{store.name}: does not say what it was harvested with ({', '.join(lacking)}). Use --no-ce")
     name = name or harvested["name"]
-    source = resolve_model(name, None if local_folder(name) else harvested["commit"])
-    if source.commit != harvested["commit"]:
+    source = resolve_model(name, None if local_place(name) else harvested["commit"])
+    if not same_model(source, harvested["commit"]):
         raise UserError(
-            f"--model {source.name}: is not the model that {store.name} was harvested from ({harvested['name']}, "
-            f"{harvested['commit'][:12]}; this one is {source.commit[:12]}). Give that model with --model, or --no-ce"
+            f"--model {source.name}: is not the model that {store.name} was harvested from "
+            f"({in_words(harvested['name'], harvested['commit'])}; this is {in_words(source.name, source.commit)}). "
+            "Give that model with --model, or --no-ce"
         )
     return source
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
 from shared.hooks import hook_table
-from shared.models import local_folder
+from shared.models import local_place
 from shared.saes import SAEConfig, sae_config
 from train.reproduce.pilot import Choice
 from train.reproduce.preset import Request
@@ -64,7 +64,7 @@ def slug(name: str) -> str:
 
 
 def store_name(model: str) -> str:
-    return slug(model if local_folder(model) is None else Path(model).name)
+    return slug(model if local_place(model) is None else Path(model).name)
 
 
 def make_cells(request: Request) -> list[Cell]:
@@ -89,7 +89,7 @@ def make_cells(request: Request) -> list[Cell]:
 def harvest_config(request: Request, model: str) -> HarvestConfig:
     """All hookpoints of a model in one forward. A tenth is held out and some rows never count (the first position,
     special tokens), so there are a fifth more than are trained on."""
-    own_text = local_folder(model) is not None and request.corpus == request.preset.corpus
+    own_text = local_place(model) is not None and request.corpus == request.preset.corpus
     return HarvestConfig(
         model=model,
         layers=(request.layer,),
