@@ -24,7 +24,7 @@ SHEETS: Final = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 TEXTS: Final = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
 """A card is one of these. `notice.jsonl` is data."""
 HIDDEN, ABOUT, OTHER = "hidden", "cards or licences", "of other formats"
-AGAIN: Final = "links to folders that are read already"
+AGAIN: Final = "folders that are read already by another name"
 
 
 @dataclass
@@ -75,25 +75,27 @@ def _walk(root: Path, found: Found) -> Iterator[Path]:
     """Every file below, real folders first, then those that links lead to, each folder once."""
     seen, waiting = {_inode(root)}, [root]
     while waiting:
-        links: list[Path] = []
-        for start in waiting:
-            for folder, folders, names in _listed(start):
-                yield from (Path(folder, name) for name in names)
-                below = [Path(folder, name) for name in sorted(folders)]
-                for path in below:
-                    if path.name.startswith("."):
-                        found.left[HIDDEN] += sum(len(names) for _, _, names in _listed(path))
-                below = [path for path in below if not path.name.startswith(".")]
-                links += [path for path in below if path.is_symlink()]
-                folders[:] = [path.name for path in below if not path.is_symlink()]
-                seen.update(_inode(Path(folder, name)) for name in folders)
-        waiting = []
-        for link in sorted(links):
-            if _inode(link) in seen:
-                found.left[AGAIN] += 1
-            else:
-                seen.add(_inode(link))
-                waiting.append(link)
+        for folder, folders, names in _listed(waiting.pop(0)):
+            yield from (Path(folder, name) for name in names)
+            below = [Path(folder, name) for name in sorted(folders)]
+            for path in below:
+                if path.name.startswith("."):
+                    found.left[HIDDEN] += sum(len(names) for _, _, names in _listed(path))
+            below = [path for path in below if not path.name.startswith(".")]
+            waiting += [path for path in below if path.is_symlink()]
+            folders[:] = [path.name for path in below if not path.is_symlink() and _is_new(path, seen, found)]
+        while waiting and not _is_new(waiting[0], seen, found):
+            waiting.pop(0)
+
+
+def _is_new(folder: Path, seen: set[tuple[int, int]], found: Found) -> bool:
+    """Whether a folder was not met yet, under whatever name. From now on it was."""
+    inode = _inode(folder)
+    if inode in seen:
+        found.left[AGAIN] += 1
+        return False
+    seen.add(inode)
+    return True
 
 
 def _inode(path: Path) -> tuple[int, int]:
