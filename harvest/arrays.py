@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.documents import Corpus, Ids, Stream, cause, unknown_id
-from harvest.readers import all_below, described, reading
+from harvest.folder import all_below, described
+from harvest.source import check_regular, reading
 from shared.errors import UserError
 
 BLOCK_IDS: Final = 1 << 20
@@ -25,8 +26,11 @@ def numpy_stream(path: Path, vocab_size: int) -> Stream:
     """The ids of a .npy file, which is mapped and not loaded. Raises UserError for anything else in it."""
     try:
         with reading(path):
+            check_regular(path)
             array = np.lib.format.open_memmap(path, mode="r")  # cannot hold pickled objects
-    except ValueError as error:
+    except UserError:
+        raise
+    except Exception as error:  # the header is a Python literal, and fails as any of Python's parts does
         raise UserError(
             f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it anew with numpy.save"
         ) from error

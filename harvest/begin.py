@@ -6,19 +6,17 @@ is harvested without tokenising again, and its rows are in the same order.
 
 import shutil
 from collections.abc import Callable, Iterator
-from itertools import islice
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from harvest.documents import Stream, refuse
-from harvest.pack import Counts, cut, pack, shuffled, skipping
+from harvest.documents import BadDocument
+from harvest.pack import Counts
 from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from harvest.room import check_room
+from harvest.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
 from shared.commits import Commits
 from shared.create import (
+    BUILDING,
     Tokens,
     building,
     check_replaceable,
@@ -34,10 +32,6 @@ from shared.progress import say
 from shared.record import provenance
 from shared.spec import StoreSpec
 from shared.store import Store, is_store, read_state
-
-Item = TypeVar("Item")
-OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
-"""What decides them, beside the corpus."""
 
 
 def make_folder(files: Files, overwrite: bool) -> None:
@@ -70,17 +64,37 @@ def begin(plan: Plan, look: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
     beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
     check_replaceable(plan.files)
-    with building(plan.files) as folder:
-        try:
-            tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            leave_nothing(plan.files)
-            raise
+    with token_folder(plan.files) as folder:
+        tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
         make_way(plan.files, folder.name)
+        forget_progress(folder)
         place_tokens(plan.files, tokens)
     record = {**provenance(), "config": plan.config.model_dump(mode="json")}
     create_store(plan.files, spec, tokens.files, record)
+
+
+@contextmanager
+def token_folder(files: Files) -> Iterator[Path]:
+    """The folder for tokens that are being written. In a local store it is as an earlier try left it, and stays when
+    this one ends early, for the next to go on; unless nothing can be made of the corpus."""
+    if not isinstance(files, LocalFiles):
+        with building(files) as folder:
+            yield folder
+        return
+    folder = files.root / BUILDING
+    if folder.is_symlink():
+        folder.unlink()
+    try:
+        yield folder
+    except BaseException as error:
+        if isinstance(error, BadDocument | TooLittle) or not is_resumable(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+        leave_nothing(files)
+        raise
+
+
+class TooLittle(UserError):
+    """The corpus gives fewer tokens than were asked for."""
 
 
 def leave_nothing(files: Files) -> None:
@@ -94,55 +108,19 @@ def leave_nothing(files: Files) -> None:
 def tokenised(plan: Plan, folder: Path, look: Callable[[], None]) -> tuple[Tokens, StoreSpec]:
     """Raises UserError when the corpus does not give what was asked for."""
     counts = Counts()
-    say(f"{plan.name}: tokenising")
-    tokens = write_tokens(folder, looking(token_rows(plan, counts, look), look), plan.context, plan.info.vocab_size)
+    tokens = write_rows(plan, folder, counts, look)
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
+    if counts.rough:
+        say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/corpora.md)")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
     if available < (wanted or 1):
         asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
         given = max(available, counts.tokens)
-        raise UserError(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
+        raise TooLittle(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
     if wanted is None:
         check_room(plan, available)
     return tokens, make_spec(plan, counts, tokens, wanted or available)
-
-
-def looking(items: Iterator[Item], look: Callable[[], None]) -> Iterator[Item]:
-    for item in items:
-        look()
-        yield item
-
-
-def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    """Blocks of packed rows: all that the corpus gives, or just enough for the tokens asked for. Raises UserError at an
-    id that the model has no embedding for."""
-    blocks = (plan.known(block) for block in packed_rows(plan, counts, look))
-    if plan.config.tokens is None:
-        return blocks
-    wanted = -(-plan.config.tokens // plan.context)
-    return (np.stack(rows) for rows in batches((row for block in blocks for row in block), wanted))
-
-
-def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    if isinstance(plan.corpus, Stream):
-        return cut(plan.corpus.blocks(), plan.context, plan.bos_id, counts)
-    skips = plan.config.on_bad_document == "skip"
-    documents = looking(plan.corpus.documents(skipping(counts) if skips else refuse), look)
-    return pack(
-        shuffled(documents, plan.config.seed) if plan.shuffles else documents,
-        plan.tokenizer,
-        context=plan.context,
-        eos_id=plan.tokenizer.end,
-        bos_id=plan.bos_id,
-        counts=counts,
-    )
-
-
-def batches(rows: Iterator[Any], wanted: int) -> Iterator[list[Any]]:
-    limited = islice(rows, wanted)
-    while some := list(islice(limited, 1024)):
-        yield some
 
 
 def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
@@ -150,6 +128,7 @@ def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
     lender = lender_of(plan)
     if lender is None:
         return None
+    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try that did not find them
     try:
         tokens = write_tokens(folder, lender.token_rows().blocks(), plan.context, plan.info.vocab_size)
     except (DamagedError, OSError) as error:

@@ -10,7 +10,8 @@ from pathlib import Path
 from harvest.arrays import numpy_stream, zarr_stream
 from harvest.documents import Corpus, Field, Stream
 from harvest.hub import is_saved_set, named_set, repository_card, repository_set, saved_set
-from harvest.readers import extension, files_corpus, reading
+from harvest.readers import extension, files_corpus
+from harvest.source import reading
 from shared.config import HarvestConfig
 from shared.errors import UserError
 

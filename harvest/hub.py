@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.documents import BadDocument, Corpus, Document, Field, OnBad, cause, missing
-from harvest.readers import described
+from harvest.documents import BadDocument, Corpus, Document, Field, Look, OnBad, cause, missing
+from harvest.folder import check_files, described
 from shared.config import HarvestConfig
-from shared.errors import UserError
+from shared.errors import Interrupted, LostError, UserError
 from shared.progress import say
 
 SECONDS_TO_ANSWER: Final = 2
@@ -102,6 +102,7 @@ def is_saved_set(folder: Path) -> bool:
 
 def saved_set(folder: Path, config: HarvestConfig, field: Field) -> Corpus:
     """What `save_to_disk` wrote; of several splits the one that is asked for."""
+    check_files(folder)
     library, split = _library(), config.corpus_split
     try:
         dataset = library.load_from_disk(str(folder))
@@ -141,6 +142,7 @@ def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, fi
         raise UserError(
             f"corpus {folder}: its README.md names {elsewhere}, which is not on this machine; fetch it first"
         )
+    check_files(folder)
     root = folder.resolve()  # so that no name of a format or a data set is meant
     try:
         builder = _library().load_dataset_builder(str(root), config.corpus_config)
@@ -184,21 +186,24 @@ def _library() -> Any:
 
 
 def _corpus(dataset: Any, name: str, field: Field, description: dict[str, Any]) -> Corpus:
-    if dataset.column_names is not None and field.name not in dataset.column_names:
+    if dataset.column_names is not None and not field.is_among(dataset.column_names):
         raise UserError(missing(field.name, dataset.column_names, f"corpus {name}"))
     return Corpus({**description, "text_field": field.name}, functools.partial(_documents, dataset, name, field))
 
 
-def _documents(dataset: Iterable[dict[str, Any]], name: str, field: Field, on_bad: OnBad) -> Iterator[Document]:
+def _documents(
+    dataset: Iterable[dict[str, Any]], name: str, field: Field, on_bad: OnBad, look: Look
+) -> Iterator[Document]:
     try:
         for number, example in enumerate(dataset, 1):
+            look()
             try:
                 document = field.document(example, f"corpus {name}, example {number}")
             except BadDocument as error:
                 on_bad(error)
             else:
                 yield document
-    except UserError:
+    except (UserError, Interrupted, LostError):
         raise
     except Exception as error:  # as when it was opened: the connection may also fail half-way
         raise _unreadable(name, error) from error

@@ -1,27 +1,37 @@
 """Documents to rows of token ids: shuffle, tokenise, join, cut. No padding, no mask. Ids pass by the tokenizer.
 
 A row of tokens is a pure function of the documents, the tokenizer, the context, the BOS policy and the seed.
-Costs: the shuffle holds `buffer` documents, the packer 64. Approximate: a corpus larger than the buffer is mixed over
-about one buffer, not uniformly. The last partial row is lost.
+Costs: the shuffle holds `buffer` documents of BUFFER_BYTES together, the packer 64 of BATCH_CHARACTERS; a call of the
+tokenizer takes CALL_CHARACTERS. Approximate: a corpus larger than the buffer is mixed over about one buffer, not
+uniformly. The last partial row is lost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from jaxtyping import Int64
 
-from harvest.documents import BadDocument, Document, Ids, OnBad
+from harvest.documents import BadDocument, Document, Ids, LongText, OnBad
+from harvest.pieces import blocks_of, pieces, tokenised
 from shared.errors import UserError
 from shared.permute import DOCUMENTS, philox
 from shared.progress import say
 
-DOCUMENTS_PER_CALL = 64
-"""Documents given to the tokenizer at a time."""
+BUFFER_BYTES: Final = 1 << 30
+"""Of documents that wait to be drawn, texts in UTF-8."""
+BATCH_DOCUMENTS: Final = 64
+BATCH_CHARACTERS: Final = 1 << 22
+"""Documents read together: so many, or fewer that have so many characters."""
+CALL_CHARACTERS: Final = 1 << 20
+"""Given to the tokenizer at a time."""
 RAW_WORDS = 1024
 """Random words drawn at a time. Does not change which words they are."""
+
+Part = tuple[str | Ids, bool]
+"""A piece of a document's text, or its ids; and whether the document ends with it."""
 
 
 @dataclass
@@ -40,6 +50,14 @@ class Counts:
     """Rows given out."""
     dropped: int = 0
     """Ids of the last partial row, known at the end."""
+    read: int = field(default=0, compare=False)
+    """Documents read so far, those that wait to be drawn among them."""
+    rough: int = 0
+    """Cuts in long texts that changed ids near them."""
+    calls: int = field(default=0, compare=False)
+    """Parts of the corpus that were joined: where a pass that begins with these counts goes on."""
+    leftover: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64), compare=False)
+    """Joined ids that do not fill a row yet."""
 
 
 def skipping(counts: Counts) -> OnBad:
@@ -53,40 +71,78 @@ def skipping(counts: Counts) -> OnBad:
     return skip
 
 
-def shuffled(documents: Iterator[Document], seed: int, buffer: int = 100_000) -> Iterator[Document]:
+def shuffled(
+    documents: Iterator[Document], seed: int, buffer: int = 100_000, size: int = BUFFER_BYTES
+) -> Iterator[Document]:
     """Every document once, in an order drawn from `seed` (at least 0): a uniform permutation of up to `buffer`
-    documents, beyond that a buffer shuffle (each document drawn replaces itself by the next one read)."""
+    documents of `size` bytes, beyond that a buffer shuffle (each document drawn replaces itself by the next one
+    read; by more of them, or by none, as their sizes are)."""
     below = _uniform(seed)
-    held = list(islice(documents, buffer))
+    held: list[Document | bytes] = []
+    used = 0
     for document in documents:
+        put, weight = _stored(document)
+        if not held or (len(held) < buffer and used + weight <= size):
+            held.append(put)
+            used += weight
+            continue
         index = below(len(held))
-        chosen, held[index] = held[index], document
-        yield chosen
+        drawn, held[index] = held[index], put
+        used += weight - _weight(drawn)
+        yield _restored(drawn)
+        while used > size and len(held) > 1:
+            drawn = _drawn(held, below)
+            used -= _weight(drawn)
+            yield _restored(drawn)
     while held:  # Fisher-Yates, from the back
-        index = below(len(held))
-        held[index], held[-1] = held[-1], held[index]
-        yield held.pop()
+        yield _restored(_drawn(held, below))
+
+
+def _drawn(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
+    index = below(len(held))
+    held[index], held[-1] = held[-1], held[index]
+    return held.pop()
+
+
+def _stored(document: Document) -> tuple[Document | bytes, int]:
+    """A document as the shuffle holds it, and its bytes."""
+    put = document.encode() if isinstance(document, str) else document
+    return put, _weight(put)
+
+
+def _restored(put: Document | bytes) -> Document:
+    return put.decode() if isinstance(put, bytes) else put
+
+
+def _weight(put: Document | bytes) -> int:
+    if isinstance(put, np.ndarray):
+        return put.nbytes
+    return len(put) if isinstance(put, bytes) else 0
 
 
 def pack(
     documents: Iterable[Document],
-    tokenizer: Callable[..., Mapping[str, Any]],
+    tokenizer: Callable[..., Mapping[str, Any]] | None,
     *,
     context: int,
-    eos_id: int,
+    eos_id: int | None,
     bos_id: int | None,
     counts: Counts,
+    vocab_size: int | None = None,
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
     """Blocks [rows, context] of token ids, rows >= 1: documents, each followed by `eos_id`, joined and cut.
 
     Every row begins with `bos_id` unless that is None. No padding. Documents of white space are skipped. `tokenizer`
-    is a Hugging Face tokenizer; special tokens spelt out in a text become their ids. A document is tokenised whole;
-    one of ids is taken as it is, and gets no second `eos_id`.
-    Gives nothing when the corpus holds less than one row. Raises UserError at the end when no document has text.
+    is a Hugging Face tokenizer; special tokens spelt out in a text become their ids. A long text is tokenised in
+    pieces; a document of ids is taken as it is, and gets no second `eos_id`. None: without a tokenizer a text is
+    refused; without `eos_id` documents follow each other directly; without `vocab_size` any id is taken.
+    Goes on after the calls that `counts` has counted. Gives nothing when the corpus holds less than one row. Raises
+    UserError at the end when no document has text, and at an id of `vocab_size` or more.
     """
     filled = _with_text(documents, eos_id, counts)
-    batches = iter(lambda: list(islice(filled, DOCUMENTS_PER_CALL)), [])
-    yield from cut((_joined(batch, tokenizer, eos_id) for batch in batches), context, bos_id, counts)
+    calls = islice(_calls(filled, tokenizer, counts), counts.calls, None)
+    joined = (_joined(call, tokenizer, eos_id, vocab_size) for call in calls)
+    yield from cut(joined, context, bos_id, counts)
     if not counts.documents:
         bad = f", {counts.bad} bad ones" if counts.bad else ""
         raise UserError(f"the corpus has no document with text ({counts.empty} empty ones{bad}): give another --corpus")
@@ -95,45 +151,92 @@ def pack(
 def cut(
     blocks: Iterable[Ids], context: int, bos_id: int | None, counts: Counts
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
-    """Rows [rows, context], rows >= 1, of ids that are already joined. The last partial row is lost."""
+    """Rows [rows, context], rows >= 1, of ids that are already joined, after those left over in `counts`. The last
+    partial row is lost."""
     width = context - (bos_id is not None)
-    leftover = np.empty(0, dtype=np.int64)
     for block in blocks:
-        joined = np.concatenate([leftover, block])
+        joined = np.concatenate([counts.leftover, block])
+        counts.calls += 1
         counts.tokens += len(block)
         rows = len(joined) // width
-        leftover = joined[rows * width :].copy()  # a copy, so as not to keep `joined`
+        counts.rows += rows
+        counts.leftover = joined[rows * width :].copy()  # a copy, so as not to keep `joined`
         if rows:
-            counts.rows += rows
             yield _begun(joined[: rows * width].reshape(rows, width), bos_id)
-    counts.dropped = len(leftover)
+    counts.dropped = len(counts.leftover)
 
 
-def _joined(batch: list[Document], tokenizer: Callable[..., Mapping[str, Any]], eos_id: int) -> Ids:
-    """The ids of some documents, each followed by `eos_id`. All texts go to the tokenizer in one call."""
-    texts = [document for document in batch if isinstance(document, str)]
-    encoded = iter(_encoded(texts, tokenizer))
-    end = np.array([eos_id], dtype=np.int64)
-    parts: list[Ids] = []
-    for document in batch:
-        if isinstance(document, str):
-            parts += [next(encoded), end]
+def _calls(documents: Iterator[Document], tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[list[Part]]:
+    """The parts of all documents, as many together as the tokenizer gets at a time."""
+    for batch in _batches(documents):
+        parts = chain.from_iterable(_parts(document, tokenizer, counts) for document in batch)
+        call: list[Part] = []
+        for part in parts:
+            if call and sum(len(content) for content, _ in call) + len(part[0]) > CALL_CHARACTERS:
+                yield call
+                call = []
+            call.append(part)
+        yield call
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += 0 if isinstance(document, LongText) else len(document)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[Part]:
+    if isinstance(document, np.ndarray):
+        yield document, True
+        return
+
+    def rough() -> None:
+        counts.rough += 1
+
+    blocks = blocks_of(document) if isinstance(document, str) else document.blocks()
+    held = pieces(blocks, lambda texts: tokenised(texts, tokenizer), rough)
+    last = next(held)
+    for piece in held:
+        yield last, False
+        last = piece
+    yield last, True
+
+
+def _joined(
+    call: list[Part], tokenizer: Callable[..., Mapping[str, Any]] | None, eos_id: int | None, vocab_size: int | None
+) -> Ids:
+    """The ids of some parts, with `eos_id` after each document. All texts go to the tokenizer in one call."""
+    texts = [content for content, _ in call if isinstance(content, str)]
+    encoded = iter(tokenised(texts, tokenizer) if texts else [])
+    end = np.array([] if eos_id is None else [eos_id], dtype=np.int64)
+    joined: list[Ids] = []
+    for content, last in call:
+        if isinstance(content, str):
+            ids = np.array(next(encoded), dtype=np.int64)
+            check_known(ids, content, vocab_size)
+            joined += [ids, end] if last else [ids]
         else:
-            parts += [document] if document[-1] == eos_id else [document, end]
-    return np.concatenate(parts)
+            joined += [content] if content[-1] == eos_id else [content, end]
+    return np.concatenate(joined)
 
 
-def _encoded(texts: list[str], tokenizer: Callable[..., Mapping[str, Any]]) -> list[Any]:
-    if not texts:
-        return []
-    encoded = tokenizer(  # verbose: a document longer than the model's context is no reason to warn
-        texts,
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
+def check_known(ids: Ids, text: str, vocab_size: int | None) -> None:
+    """Raises UserError at an id that the model has no embedding for."""
+    if vocab_size is None or not len(ids) or ids.max() < vocab_size:
+        return
+    unknown = int(ids[ids >= vocab_size][0])
+    raise UserError(
+        f"the text that begins {text[:40]!r}: the tokenizer gives id {unknown}, and the model has "
+        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, say --set split_special_tokens=true, or give the "
+        "model's own tokenizer"
     )
-    return [np.array(ids, dtype=np.int64) for ids in encoded["input_ids"]]
 
 
 def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
@@ -141,7 +244,7 @@ def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[n
     return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
-def _with_text(documents: Iterable[Document], eos_id: int, counts: Counts) -> Iterator[Document]:
+def _with_text(documents: Iterable[Document], eos_id: int | None, counts: Counts) -> Iterator[Document]:
     for document in documents:
         if _is_empty(document, eos_id):
             counts.empty += 1
@@ -150,9 +253,11 @@ def _with_text(documents: Iterable[Document], eos_id: int, counts: Counts) -> It
             yield document
 
 
-def _is_empty(document: Document, eos_id: int) -> bool:
+def _is_empty(document: Document, eos_id: int | None) -> bool:
     if isinstance(document, str):
         return not document or document.isspace()
+    if isinstance(document, LongText):
+        return False
     return document[:2].tolist() in ([], [eos_id])
 
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from numpy.typing import NDArray
 
 from harvest.arrays import takes_rows
 from harvest.corpus import open_corpus
@@ -59,18 +58,6 @@ class Plan:
     @property
     def shuffles(self) -> bool:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
-
-    def known(self, ids: NDArray[Any]) -> NDArray[Any]:
-        """The same ids. Raises UserError at the first that the model has no embedding for: tokenizers may know more
-        tokens than a model, as long as no text has them."""
-        outside = ids[(ids < 0) | (ids >= self.info.vocab_size)]
-        if len(outside):
-            raise UserError(
-                f"--model {self.source.name}: the corpus has the token {self.tokenizer.word(int(outside[0]))} "
-                f"(id {outside[0]}), and the model has embeddings for ids 0 to {self.info.vocab_size - 1} only. Leave "
-                "that document out, say --set split_special_tokens=true, or check that the tokenizer is the model's"
-            )
-        return ids
 
 
 def make_plan(config: HarvestConfig) -> Plan:

@@ -1,91 +1,79 @@
-"""Files to documents: plain text, JSON lines and parquet, compressed or not, with the standard library and pyarrow.
+"""Files to documents: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
 
 One reader for each known extension. A reader tells `on_bad` of a document that cannot be used and goes on after it;
 a file that cannot be read, or is cut short, ends the pass with a UserError.
 """
 
 import codecs
-import gzip
-import hashlib
-import io
+import csv
+import functools
 import json
-import os
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, Final
 
-from harvest.documents import BadDocument, Corpus, Document, Field, OnBad, cause, missing
+from harvest.documents import BadDocument, Corpus, Document, Field, LongText, Look, OnBad, cause, missing, refuse
+from harvest.folder import described, files_below
+from harvest.source import BLOCK_BYTES, RECORD_BYTES, decoded, lines, open_regular, reading, text_blocks, unpacked
+from harvest.values import MOST_MEMBERS, Values, check_members, members
 from shared.errors import UserError
+from shared.progress import say
 
-Reader = Callable[[Path, Field, OnBad], Iterator[Document]]
+Reader = Callable[[Path, Field, OnBad, Look], Iterator[Document]]
+WHOLE: Final = 4 * BLOCK_BYTES
+"""Characters of a text file that is read at once. A longer one is read while it is tokenised."""
+ROWS: Final = 64
+"""Of a parquet file, read at a time; fewer where they are large."""
 
 
 def files_corpus(path: Path, field: Field) -> Corpus:
-    """One file, or the files of known extension below a folder, by relative path. Links to folders are not followed.
+    """One file, or the files of known extension below a folder, by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
     """
     if path.is_dir():
-        root, files = path, _files_below(path)
-        if not files:
-            raise UserError(f"corpus {path}: this folder holds no file that can be read ({', '.join(READERS)})")
+        found = files_below(path, extension)
+        if not found.files:
+            raise UserError(f"corpus {path}: this folder holds no file that can be read ({KNOWN}): {found}")
+        root, files = path, found.files
+        say(f"corpus {path}: {found}")
     elif not path.is_file():
         raise UserError(f"corpus {path}: is neither a regular file nor a folder; save the text to a file first")
     elif not extension(path):
-        raise UserError(f"corpus {path}: its extension is not known; known are {', '.join(READERS)}, .npy")
+        raise UserError(f"corpus {path}: its extension is not known; known are {KNOWN}")
     else:
         root, files = path.parent, [path]
     description = {"kind": "files", "files": described(files, root), "text_field": field.name}
-    return Corpus(
-        description,
-        lambda on_bad: chain.from_iterable(READERS[extension(file)](file, field, on_bad) for file in files),
-    )
+
+    def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
+        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, look) for file in files)
+
+    return Corpus(description, read)
 
 
-def _files_below(root: Path) -> list[Path]:
-    return sorted(filter(extension, all_below(root)), key=lambda file: file.relative_to(root).as_posix())
-
-
-def all_below(root: Path) -> list[Path]:
-    """Every file below a folder, in no order."""
-
-    def fail(error: OSError) -> None:
-        raise error
-
-    with reading(root):  # os.walk and not rglob, which skips folders that it may not list
-        return [Path(folder, name) for folder, _, names in os.walk(root, onerror=fail) for name in names]
-
-
-def described(files: list[Path], root: Path) -> list[dict[str, Any]]:
-    """The identity of files: name relative to `root`, size and hash."""
-    return [_described(file, root) for file in files]
-
-
-def _described(file: Path, root: Path) -> dict[str, Any]:
-    with reading(file), file.open("rb") as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return {"name": file.relative_to(root).as_posix(), "bytes": stream.tell(), "blake2b": digest}
-
-
-def _whole_file(path: Path, _field: Field, on_bad: OnBad) -> Iterator[Document]:
-    with _opened(path) as stream:
-        data = stream.read()
+def _whole_file(path: Path, _field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    parts: list[str] = []
+    size, blank = 0, True
     try:
-        text = _decoded(data.removeprefix(codecs.BOM_UTF8), path, 1)
+        for block in text_blocks(path, look):
+            size += len(block)
+            blank = blank and block.isspace()
+            parts = [*parts, block] if size <= WHOLE else []
     except BadDocument as error:
-        on_bad(error)
+        return on_bad(error)
+    if size <= WHOLE:
+        yield "".join(parts)
     else:
-        yield text
+        yield "" if blank else LongText(functools.partial(text_blocks, path, look))
+    return None
 
 
-def _json_lines(path: Path, field: Field, on_bad: OnBad) -> Iterator[Document]:
-    with _opened(path) as lines:
-        for number, data in enumerate(lines, 1):
+def _json_lines(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    with unpacked(path) as stream:
+        for number, data in lines(stream, path, on_bad, look):
             try:
-                line = _decoded(data.removeprefix(codecs.BOM_UTF8) if number == 1 else data, path, number)
+                line = decoded(data, path, number)
                 if line.isspace() or not line:
                     continue
                 document = _of_line(line, field, f"{path}:{number}")
@@ -97,6 +85,7 @@ def _json_lines(path: Path, field: Field, on_bad: OnBad) -> Iterator[Document]:
 
 def _of_line(line: str, field: Field, where: str) -> Document:
     try:
+        check_members(line)
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise BadDocument(f"{where}: is not JSON ({error}); one object a line is expected") from error
@@ -106,21 +95,139 @@ def _of_line(line: str, field: Field, where: str) -> Document:
     return field.document(record, where)
 
 
-def _parquet(path: Path, field: Field, on_bad: OnBad) -> Iterator[Document]:
+def _json(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    """An array; or objects on one line each; or on any number of lines."""
+    values = Values(text_blocks(path, look), str(path))
+    if _begins(path) == b"[":
+        found: Iterator[tuple[str, Any]] = _array(values)
+    elif _spans_lines(path, look):
+        found = _sequence(values)
+    else:
+        yield from _json_lines(path, field, on_bad, look)
+        return
+    for where, value in found:
+        try:
+            document = _of_member(value, field, where)
+        except BadDocument as error:
+            on_bad(error)
+        else:
+            yield document
+
+
+def _begins(path: Path) -> bytes:
+    """The first byte that is no white space, nor a byte order mark."""
+    with unpacked(path) as stream:
+        block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+        while block and not block.strip():
+            block = stream.read(BLOCK_BYTES)
+        return block.lstrip()[:1]
+
+
+def _spans_lines(path: Path, look: Look) -> bool:
+    """Whether the first value is not on a line of its own. What is no JSON at all is left to the reader of lines."""
+    with unpacked(path) as stream:
+        first = next((line for _, line in lines(stream, path, lambda _: None, look) if line.strip()), b"")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return False
+    try:
+        Values(text_blocks(path, look), str(path)).value()
+    except UserError:
+        return False
+    return True
+
+
+def _array(values: Values) -> Iterator[tuple[str, Any]]:
+    yield from members(values)
+    if values.peek():
+        raise UserError(f"{values.where}: goes on after the array; one array, or one object a line, is expected")
+
+
+def _sequence(values: Values) -> Iterator[tuple[str, Any]]:
+    while values.peek():
+        where = values.where
+        yield where, values.value()
+
+
+def _of_member(value: Any, field: Field, where: str) -> Document:
+    if isinstance(value, str | list):
+        return field.document({field.name: value}, where)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise BadDocument(f"{where}: is a {kind}; an object, a text or a list of ids is expected")
+    return field.document(value, where)
+
+
+def _table(delimiter: str, path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    """A table with the names of its columns in the first row. Rows may go over several lines, in quotation marks."""
+    csv.field_size_limit(RECORD_BYTES)
+    with unpacked(path) as stream:
+        rows = csv.reader(_table_lines(stream, delimiter, path, look), delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            where = f"{path}:{rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise UserError(f"{where}: is not a table that can be read ({error}); write it anew") from error
+            if row is None:
+                return
+            if not header:
+                header = _checked_header(row, field, where) if row else []
+            elif row:
+                try:
+                    document = field.document(_checked_row(row, header, where), where)
+                except BadDocument as error:
+                    on_bad(error)
+                else:
+                    yield document
+
+
+def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterator[str]:
+    for number, data in lines(stream, path, refuse, look):
+        if len(data) > MOST_MEMBERS and data.count(delimiter.encode()) > MOST_MEMBERS:
+            raise UserError(f"{path}:{number}: has more than {MOST_MEMBERS >> 20} million columns")
+        yield data.decode(errors="surrogateescape")  # a bad byte counts where it is in the document
+
+
+def _checked_header(row: list[str], field: Field, where: str) -> list[str]:
+    if row.count(field.name) != 1:
+        if field.name in row:
+            raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
+        raise UserError(missing(field.name, row, where))
+    return row
+
+
+def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str]:
+    if len(row) != len(header):
+        raise BadDocument(
+            f"{where}: has {len(row)} columns, the first row {len(header)}. Put quotation marks around what has a "
+            "separator in it"
+        )
+    return dict(zip(header, row, strict=True))
+
+
+def _parquet(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet
 
     try:
-        with reading(path), path.open("rb") as source:
-            file = pa.parquet.ParquetFile(source)
-            if field.name not in file.schema_arrow.names:
+        with reading(path), open_regular(path) as source:
+            file = pa.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
+            if not field.is_among(file.schema_arrow.names):
                 raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
             row = 0
-            for batch in file.iter_batches(batch_size=1024, columns=[field.name]):
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
+                look()
+                if not batch.num_columns:
+                    raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
                 for value in batch.column(0):
                     row += 1
                     try:
-                        document = _of_value(value, field, f"{path}, row {row}")
+                        document = _of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
                     except BadDocument as error:
                         on_bad(error)
                     else:
@@ -129,70 +236,38 @@ def _parquet(path: Path, field: Field, on_bad: OnBad) -> Iterator[Document]:
         raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it anew") from error
 
 
-def _of_value(value: Any, field: Field, where: str) -> Document:
+def _rows_at_a_time(file: Any) -> int:
+    """So many that they take about four blocks, by what the file says of itself."""
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
+
+
+def _of_value(value: Any, column: str, field: Field, where: str) -> Document:
     try:
         plain = value.as_py()
     except UnicodeDecodeError as error:
         raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it anew") from error
-    return field.document({field.name: plain}, where)
+    return field.document({column: plain}, where)
 
 
-READERS: dict[str, Reader] = {
+PLAIN: Final[dict[str, Reader]] = {
     ".jsonl": _json_lines,
-    ".jsonl.gz": _json_lines,
-    ".jsonl.zst": _json_lines,
-    ".json": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": functools.partial(_table, ","),
+    ".tsv": functools.partial(_table, "\t"),
     ".txt": _whole_file,
-    ".txt.gz": _whole_file,
-    ".txt.zst": _whole_file,
     ".md": _whole_file,
+}
+READERS: Final[dict[str, Reader]] = {
+    **{kind + packed: reader for kind, reader in PLAIN.items() for packed in ("", ".gz", ".zst")},
     ".parquet": _parquet,
 }
 """How to read a file of each known extension."""
+KNOWN: Final = f"{', '.join(PLAIN)}, each also with .gz or .zst behind it; .parquet; .npy for one file"
 
 
 def extension(path: Path) -> str:
     """The known extension that a file's name ends in; empty when there is none."""
     return next((known for known in READERS if path.name.lower().endswith(known)), "")
-
-
-def _decoded(data: bytes, path: Path, first_line: int) -> str:
-    try:
-        return data.decode()
-    except UnicodeDecodeError as error:
-        line = first_line + data[: error.start].count(b"\n")
-        raise BadDocument(f"{path}:{line}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[IO[bytes]]:
-    """A file's bytes, unpacked where its name says that they are packed."""
-    with reading(path), path.open("rb") as stream:
-        suffix = path.suffix.lower()
-        if suffix == ".gz":
-            with gzip.open(stream) as unpacked:
-                yield unpacked  # type: ignore[misc]  # gzip's own class, which is read like any other
-        elif suffix == ".zst":
-            import pyarrow as pa
-
-            with pa.CompressedInputStream(stream, "zstd") as packed, io.BufferedReader(packed) as unpacked:
-                yield unpacked
-        else:
-            yield stream
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns what the file system, gzip and zstd raise into a UserError about `path`."""
-    try:
-        yield
-    except (EOFError, zlib.error) as error:
-        raise _damaged(path, error) from error
-    except OSError as error:
-        if error.errno is None and path.suffix.lower() == ".zst":  # pyarrow's, which has no type for it
-            raise _damaged(path, error) from error
-        raise UserError(f"corpus {path}: cannot be read ({error.strerror or error})") from error
-
-
-def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"corpus {path}: is damaged or cut short ({error}); fetch or write it anew")

@@ -15,13 +15,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvest.begin import token_rows
 from harvest.capture import BITS
 from harvest.fill import default_batch_tokens, forget_batch, no_memory
 from harvest.pack import Counts
 from harvest.plan import Plan, check_same, default_chunk_rows, make_plan
 from harvest.room import expected, raw_bytes
 from harvest.team import Team
+from harvest.tokenise import token_rows
 from shared.config import HarvestConfig
 from shared.device import torch_dtype
 from shared.errors import UserError

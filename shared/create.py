@@ -18,11 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.commits import Commits
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
 from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
-from shared.shard import crc32, encode_chunk, pad_chunk, with_crc
+from shared.shard import crc32, decode_chunk, encode_chunk, pad_chunk, with_crc
 from shared.spec import StoreSpec, TokenType, shard_file, token_layout
 from shared.store import STATE_FILE, Store, read_state, write_state
 
@@ -64,19 +64,69 @@ def building(files: Files) -> Iterator[Path]:
             yield Path(folder_name) / BUILDING
 
 
+class TokenWriter:
+    """Writes rows [n, context] as the chunks of an array."""
+
+    def __init__(self, folder: Path, context: int, vocab_size: int) -> None:
+        self.folder, self.here = folder, LocalFiles(folder)
+        self.dtype: TokenType = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self.layout = token_layout(context, self.dtype)
+        self.digest, self.rows = hashlib.blake2b(digest_size=16), 0
+        self.files: Sizes = {}
+        self.chunk = np.empty(self.layout.chunk_shape, self.layout.dtype)
+        self.filled = 0
+        """Rows in `chunk` that are not written yet."""
+
+    @property
+    def held(self) -> NDArray[Any]:
+        return self.chunk[: self.filled]
+
+    def add(self, block: NDArray[Any]) -> None:
+        for start in range(0, len(block), self.layout.chunk_rows):
+            self._add(block[start : start + self.layout.chunk_rows])
+
+    def _add(self, block: NDArray[Any]) -> None:
+        """Of a chunk's rows at most."""
+        fitting = min(len(block), self.layout.chunk_rows - self.filled)
+        self.chunk[self.filled : self.filled + fitting] = block[:fitting]
+        self.filled += fitting
+        if self.filled == self.layout.chunk_rows:
+            self._write()
+            self.chunk[: len(block) - fitting] = block[fitting:]
+            self.filled = len(block) - fitting
+
+    def close(self) -> Tokens:
+        """Writes the last chunk, which may be short of rows."""
+        if self.filled:
+            self._write()
+        return Tokens(self.folder, self.dtype, self.rows, self.digest.hexdigest(), self.files)
+
+    def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
+        """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
+        for number, (path, (size, crc)) in enumerate(files.items()):
+            data = (self.folder / "c" / str(number) / "0").read_bytes()
+            if (path, len(data), crc32(data)) != (shard_file("tokens", number, True), size, crc):
+                raise DamagedError(f"{self.folder}: chunk {number} is not what was written")
+            decode_chunk(data, self.layout, self.chunk, str(self.folder))
+            self.digest.update(self.chunk.tobytes())
+        self.rows, self.files = len(files) * self.layout.chunk_rows, dict(files)
+        self.add(held)
+
+    def _write(self) -> None:
+        number, ids = len(self.files), self.held
+        data = with_crc(encode_chunk(pad_chunk(ids, self.layout), self.layout.codec))
+        self.here.write(f"c/{number}/0", [data])
+        self.files[shard_file("tokens", number, True)] = (len(data), crc32(data))
+        self.digest.update(ids.tobytes())
+        self.rows += len(ids)
+
+
 def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> Tokens:
     """Writes rows [n, context] as the chunks of an array."""
-    dtype: TokenType = "uint16" if vocab_size <= 1 << 16 else "uint32"
-    layout, here = token_layout(context, dtype), LocalFiles(folder)
-    digest, rows, files = hashlib.blake2b(digest_size=16), 0, {}
-    for number, block in enumerate(rebatched(blocks, layout.chunk_rows)):
-        ids = block.astype(layout.dtype)
-        data = with_crc(encode_chunk(pad_chunk(ids, layout), layout.codec))
-        here.write(f"c/{number}/0", [data])
-        files[shard_file("tokens", number, True)] = (len(data), crc32(data))
-        digest.update(ids.tobytes())
-        rows += len(ids)
-    return Tokens(folder, dtype, rows, digest.hexdigest(), files)
+    writer = TokenWriter(folder, context, vocab_size)
+    for block in blocks:
+        writer.add(block)
+    return writer.close()
 
 
 def place_tokens(files: Files, tokens: Tokens) -> None:
@@ -87,20 +137,6 @@ def place_tokens(files: Files, tokens: Tokens) -> None:
     else:
         for path in tokens.files:
             files.write(path, [(tokens.folder.parent / path.replace("tokens", BUILDING, 1)).read_bytes()])
-
-
-def rebatched(blocks: Iterable[NDArray[Any]], rows: int) -> Iterator[NDArray[Any]]:
-    """The same rows in blocks of `rows`, the last one shorter."""
-    held: list[NDArray[Any]] = []
-    for block in blocks:
-        held.append(block)
-        if sum(map(len, held)) >= rows:
-            joined = np.concatenate(held)
-            whole = len(joined) // rows * rows
-            yield from np.split(joined[:whole], whole // rows)
-            held = [joined[whole:]]
-    if held and sum(map(len, held)):
-        yield np.concatenate(held)
 
 
 def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict[str, Any]) -> None:

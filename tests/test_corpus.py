@@ -238,7 +238,7 @@ def folder(tmp_path: Path) -> Path:
     (root / "b").mkdir(parents=True)
     (root / "b.txt").write_text("of b.txt")
     (root / "b" / "z.md").write_text("of b/z.md")
-    (root / "notes.csv").write_text("not,read")
+    (root / "notes.xml").write_text("not read")
     write_jsonl(root / "a.jsonl", ["of a.jsonl"])
     write_jsonl(root / "b" / "c.jsonl.gz", ["of b/c.jsonl.gz"])
     write_parquet(root / "d.parquet", ["of d.parquet"])
@@ -315,18 +315,21 @@ def test_an_empty_name() -> None:
 
 
 def test_a_file_of_unknown_extension(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    fails(
-        tmp_path / "a.csv",
-        "a.csv",
-        "not known",
-        ".jsonl, .jsonl.gz, .jsonl.zst, .json, .txt, .txt.gz, .txt.zst, .md, .parquet, .npy",
-    )
+    (tmp_path / "a.xml").write_text("x")
+    kinds = ".jsonl, .ndjson, .json, .csv, .tsv, .txt, .md, each also with .gz or .zst behind it; .parquet; .npy"
+    fails(tmp_path / "a.xml", "a.xml", "not known", kinds)
 
 
 def test_a_folder_without_usable_files(tmp_path: Path) -> None:
-    (tmp_path / "a.csv").write_text("x")
-    fails(tmp_path, str(tmp_path), "no file that can be read", ".jsonl.gz", ".parquet")
+    (tmp_path / "a.xml").write_text("x")
+    fails(
+        tmp_path,
+        str(tmp_path),
+        "no file that can be read",
+        ".jsonl",
+        ".parquet",
+        "left out 1 (1 of other formats: .xml)",
+    )
 
 
 def test_a_pipe(tmp_path: Path) -> None:

@@ -224,7 +224,9 @@ def test_a_repository_by_its_dataset_info(tmp_path_factory: pytest.TempPathFacto
 def test_a_readme_alone_makes_no_repository(tmp_path: Path) -> None:
     for text in ("---\nlicense: mit\n---\nwords", "---\n[: {\n---\nwords", "words"):
         (tmp_path / "README.md").write_text(text)
-        assert documents_of(tmp_path) == [text]
+        (tmp_path / "a.txt").write_text("one")
+        assert documents_of(tmp_path) == ["one"]
+        assert documents_of(tmp_path / "README.md") == [text], "asked for by its name"
 
 
 def test_what_a_repository_may_not_name(repository: Path, tmp_path: Path) -> None:

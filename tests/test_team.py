@@ -394,14 +394,15 @@ def test_skipped_positions(harvest_config: Config, tmp_path: Path) -> None:
         run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
 
 
-def test_an_unfinished_corpus_is_given_up_on_a_signal(sagsae: Sagsae, tmp_path: Path) -> None:
+def test_an_unfinished_corpus_is_kept_on_a_signal(sagsae: Sagsae, tmp_path: Path) -> None:
     corpus = save_corpus(tmp_path / "corpus.jsonl", sentences(60_000))
     root = tmp_path / "out" / "tiny"
     stopped = sagsae("harvest", "--model", "tiny", "--corpus", corpus, "--out", tmp_path / "out", "--context", "64",
                      stop=(signal.SIGINT, (root / "tokens.building").is_dir))  # fmt: skip
     assert stopped.returncode == 130, stopped.stderr
     assert "To continue, run the same command again" in stopped.stderr
-    assert not root.exists(), "nothing half-written is left"
+    assert (root / "tokens.building" / "progress.json").is_file()
+    assert not is_store(LocalFiles(root))
 
 
 def test_the_rest_of_a_killed_harvest_is_found(harvest_config: Config, tmp_path: Path) -> None:
