@@ -13,20 +13,20 @@ from shared.config import EvalConfig
 from shared.device import pick_device
 from shared.errors import UserError
 from shared.files import explained, is_remote
+from shared.gate import BadData
 from shared.model import LanguageModel
 from shared.models import ModelSource, local_folder, resolve_model
-from shared.progress import progress
-from shared.record import write_json
+from shared.progress import progress, say
 from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
-from train.folder import RunFolder
-from train.job import following
+from train.folder import RunFolder, read_sealed, write_sealed
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
 from train.peers import by_peers
 from train.recovery import Known
 from train.rows import Rows
+from train.snapshot import Watch, as_recorded
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
     if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
-    if folder.read("config.json")["snapshot"] not in (store.snapshot_id, following(store)):
-        raise UserError(
-            f"{config.run}: was not trained on what {store.name} holds now: it grew since, or it is another store. "
-            "Say where the right one is: --store"
-        )
+    store = as_recorded(store, hook, folder.read("config.json"), f"{config.run}")
+    watch = Watch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
     diverged = folder.read("record.json").get("diverged", {})
@@ -72,10 +69,11 @@ def evaluate(config: EvalConfig) -> Evaluation:
         losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
     silent = last_silent(folder, trained.dead_after_tokens)
     results = measure_all(store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions)
+    watch.check([store], thorough=True)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
-        write_json(folder.evaluation, results)
+        write_sealed(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
 
 
@@ -161,10 +159,13 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
 def earlier(folder: RunFolder) -> dict[str, Any]:
     """evaluation.json as it stands; empty when it cannot be read."""
     try:
-        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_sealed(folder.evaluation)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("saes"), list) else {}
+    except BadData as error:
+        say(f"{folder.evaluation}: {error}. The losses of the language model in it are not kept")
+        return {}
+    return found if isinstance(found.get("saes"), list) else {}
 
 
 def with_losses_of(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
