@@ -7,20 +7,21 @@ anything is taken from it, and the one before it is used.
 
 import hashlib
 import json
+import math
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DamagedError
 from shared.files import Buffer, sync, write_file
-from shared.gate import BadData, parse_json, quoted
+from shared.gate import MOST, SMALL, BadData, members, parse_json, quoted
 from shared.record import sealed_json
 from shared.spec import is_sealed
 
@@ -30,6 +31,8 @@ BUILDING: Final = "building"
 DAMAGED: Final = "damaged."
 """Before the name of a checkpoint that could not be used."""
 STEP: Final = re.compile(r"step-[0-9]{8,12}")
+MOST_HEADER: Final = SMALL
+"""Bytes that describe the tensors of a file."""
 READ_AT_ONCE: Final = 1 << 22
 TYPES: Final = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 """What a state is made of, by safetensors' names."""
@@ -73,6 +76,45 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
     yield len(text).to_bytes(8, "little") + text
     for _, tensor in ordered:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
+    """A file that `pieces`, or the safetensors library, wrote of the types that states have: tensors that follow one
+    another to its end. They lie in `data`. Raises BadData for anything else, before anything is allocated."""
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if len(data) < 8 or length > min(MOST_HEADER, len(data) - 8):
+        raise BadData("is cut short, or no safetensors file")
+    header = parse_json(data[8 : 8 + length].tobytes(), MOST_HEADER)
+    if not isinstance(header, dict):
+        raise BadData(f"has {quoted(header)} for a header")
+    header.pop("__metadata__", None)
+    body, at, tensors = data[8 + length :], 0, {}
+    entries = [(name, *tensor_entry(name, entry)) for name, entry in header.items()]
+    for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
+        if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(body):
+            raise BadData(f"has its tensor {quoted(name)} in a place where it cannot be")
+        part = body[begin:end] if body[begin:end].ctypes.data % dtype.itemsize == 0 else body[begin:end].copy()
+        tensors[name] = torch.from_numpy(part).view(dtype).view(shape)
+        at = end
+    if at != len(body):
+        raise BadData(f"has {len(body) - at:,} bytes after its last tensor")
+    return tensors
+
+
+def tensor_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+    """Type, shape, begin and end. Raises BadData."""
+    entry = members(entry, ("dtype", "shape", "data_offsets"))
+    dtype = next((dtype for dtype, known in TYPES.items() if known == entry["dtype"]), None)
+    if dtype is None:
+        raise BadData(
+            f"has its tensor {quoted(name)} in {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
+        )
+    shape, place = entry["shape"], entry["data_offsets"]
+    if not (isinstance(shape, list) and isinstance(place, list) and len(shape) <= 4 and len(place) == 2):
+        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+    if not all(type(number) is int and 0 <= number < MOST for number in (*shape, *place)):
+        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+    return dtype, shape, place[0], place[1]
 
 
 def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
@@ -137,10 +179,17 @@ def set_aside(checkpoint: Path) -> None:
 def load_tensors(checkpoint: Path, parts: int) -> dict[str, Tensor]:
     """Of all parts. Raises DamagedError when one cannot be read."""
     try:
-        loaded = [load_file(checkpoint / part_name(rank)) for rank in range(parts)]
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        loaded = [read_tensors(mapped(checkpoint / part_name(rank))) for rank in range(parts)]
+    except (OSError, BadData) as error:
         raise damaged(checkpoint, error) from error
     return {name: tensor for part in loaded for name, tensor in part.items()}
+
+
+def mapped(path: Path) -> NDArray[np.uint8]:
+    """The file's bytes, read when they are used. Raises BadData for an empty one."""
+    if not path.is_file() or not path.stat().st_size:
+        raise BadData(f"{path.name} is missing or empty")
+    return np.memmap(path, np.uint8, "c")
 
 
 def damaged(checkpoint: Path, error: Exception) -> DamagedError:

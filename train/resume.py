@@ -165,7 +165,7 @@ def standing(job: Job, folder: Path, state: dict[str, Any]) -> Standing:
         for name, since in diverged.items():
             integer(since, f"diverged of {name}", 1, job.steps)
         parts = integer(state["parts"], "parts", 1, MOST_PARTS)
-        return Standing(wave, step, number(state["seconds"], "seconds", 0), positions, diverged, folder, parts)
+        return Standing(wave, step, number(state["seconds"], "seconds", 0.0), positions, diverged, folder, parts)
     except BadData as error:
         raise damaged(folder, error) from error
 
