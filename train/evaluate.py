@@ -11,12 +11,13 @@ from numpy.typing import NDArray
 
 from shared.config import EvalConfig
 from shared.device import pick_device
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.files import explained, is_remote
-from shared.gate import BadData
+from shared.gate import BadData, quoted
 from shared.model import LanguageModel
 from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress, say
+from shared.saes import SAEConfig
 from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
@@ -51,14 +52,14 @@ def evaluate(config: EvalConfig) -> Evaluation:
     watch = Watch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
-    diverged = folder.read("record.json").get("diverged", {})
-    names = [sae.name for sae in trained.saes if sae.name not in diverged]
+    diverged = diverged_of(folder)
+    good = [sae for sae in trained.saes if sae.name not in diverged]
     d_in = store.spec.hookpoints[hook].d_in
 
     def saes() -> Iterator[Autoencoder]:
         """One after another: a run that was trained in waves does not fit into memory as a whole."""
-        for name in names:
-            yield loaded(folder.sae(name), device, d_in, f"{store.name}/{hook}")
+        for config in good:
+            yield loaded(folder.sae(config.name), config, device, d_in, f"{store.name}/{hook}")
 
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.tokens()
@@ -67,8 +68,10 @@ def evaluate(config: EvalConfig) -> Evaluation:
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
+        if "ce_tokens" in config.model_fields_set and losses.tokens < config.ce_tokens:
+            say(f"ce_tokens = {config.ce_tokens:,}: there are {losses.tokens:,} held-out predictions")
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions)
+    results = measure_all(store, hook, parts, saes(), len(good), losses, device, silent, config.peer_conventions)
     watch.check([store], thorough=True)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
@@ -77,9 +80,20 @@ def evaluate(config: EvalConfig) -> Evaluation:
     return Evaluation(config.run, folder.evaluation, results)
 
 
-def loaded(place: Path, device: str, d_in: int, what: str) -> Autoencoder:
-    """Raises UserError when it is for activations of another width than `what` has."""
+def diverged_of(folder: RunFolder) -> dict[str, Any]:
+    """Of a finished run, the autoencoders whose loss is no number any more, and since which step."""
+    found = folder.read("record.json").get("diverged", {})
+    if not isinstance(found, dict):
+        raise folder.damaged("record.json", f"diverged is {quoted(found)}")
+    return found
+
+
+def loaded(place: Path, config: SAEConfig, device: str, d_in: int, what: str) -> Autoencoder:
+    """Raises DamagedError when it is another one than the run trained there, UserError when it is for activations of
+    another width than `what` has."""
     sae = Autoencoder.load(place, device)
+    if sae.config != config:
+        raise DamagedError(f"{place}: holds {sae.config.name} of other settings than its run. Restore it from a copy")
     if sae.d_in != d_in:
         raise UserError(f"{sae.config.name}: is for activations of d_in {sae.d_in}; {what} has {d_in}")
     return sae

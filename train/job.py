@@ -18,7 +18,7 @@ from shared.errors import DamagedError, UserError
 from shared.files import is_remote
 from shared.listing import folder_name
 from shared.progress import say
-from shared.saes import SAEConfig
+from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
@@ -137,6 +137,7 @@ def make_job(
         "run_chunks": run_chunks,
     }
     check_store(store, config, here is None)
+    check_settings(config, store)
     if here is not None:
         folder.check_same({**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))})
         store = of_the_run(store, hook, here, folder, config.follow)
@@ -168,6 +169,8 @@ def make_job(
         rows = {key: here[key] for key in ("snapshot", "shards") if key in here}
     identity |= {**rows, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
+    if leads:
+        say_what_is_less(asked, store, hook, streams, run_chunks)
     job = Job(
         config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity,
         device.type == "cpu", (config.saes,), asked, Watch(store, hook),
@@ -210,6 +213,41 @@ def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> 
     if by_name.keys() == set(names):
         found["saes"] = tuple(by_name[name] for name in names)
     return config.model_copy(update=found)
+
+
+def check_settings(config: TrainConfig, store: Store) -> None:
+    """Raises UserError for a setting that could not be kept."""
+    context = store.spec.context
+    for position in config.exclude_positions or ():
+        if not 0 <= position < context:
+            raise UserError(
+                f"exclude_positions: {position} is no position of a context of {context}; the last one is {context - 1}"
+            )
+    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+        raise UserError(
+            "step = sparse: is a way to compute gated architectures (sa-gsae, gated), and none is asked for. Leave it "
+            "out"
+        )
+
+
+def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:
+    """In a line each: settings that were given, are upper bounds, and are not reached on this store."""
+    given, spec = asked.model_fields_set, store.spec
+    tenth = max(1, spec.n_contexts // 10)
+    if "heldout_tokens" in given and -(-asked.heldout_tokens // spec.context) > tenth:
+        say(
+            f"heldout_tokens = {asked.heldout_tokens:,}: at most a tenth of the store is held out, here "
+            f"{tenth * spec.context:,}"
+        )
+    if "streams" in given and streams < asked.streams:
+        say(f"streams = {asked.streams}: the store is small and is read in {streams}")
+    layout = store.spec.layouts()[hook]
+    per_shard = layout.shard_rows // layout.chunk_rows
+    if "run_chunks" in given and run_chunks > per_shard:
+        say(f"run_chunks = {run_chunks}: a shard has {per_shard} chunks, and runs do not cross shards")
+    least = run_chunks * layout.chunk_rows
+    if "window_rows" in given and asked.window_rows < least:
+        say(f"window_rows = {asked.window_rows:,}: a window of a stream has at least one run, here {least:,} rows")
 
 
 def kept_or(asked: Any, recorded: Any) -> Any:

@@ -202,6 +202,12 @@ class Member:
             self.diverged = tokens // self.run.batch
         return {**dict(zip(names, values, strict=True)), "sparse": self.sparse}
 
+    def check_weights(self, done: int) -> None:
+        """After the last step, whose loss was a number: whether its weights still are."""
+        if self.diverged is None and not all(bool(part.isfinite().all()) for part in self.weights.named().values()):
+            self.diverged = done
+            say(f"{self.config.name}: its weights are no numbers any more after step {done}. Lower the learning rate")
+
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
         inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.sparse)}

@@ -318,6 +318,7 @@ def log_line(
 
 def save_saes(job: Job, members: list[Member]) -> None:
     for member in members:
+        member.check_weights(job.steps)
         if member.diverged is None:
             save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name))
             missed = member.sparsity.missed()
