@@ -230,7 +230,8 @@ class Member:
     def check_state(self, state: dict[str, Tensor]) -> None:
         """Takes the generator's state, which is checked by that. Raises BadData."""
         name = self.config.name
-        own = {key.removeprefix(f"{name}/"): value for key, value in self.state().items() if "." not in key}
+        named = {key.removeprefix(f"{name}/"): value for key, value in self.state().items()}
+        own = {key: value for key, value in named.items() if "." not in key}
         updated = {key: value for key, value in state.items() if "." in key}
         like = {**own, **(self.optimizer.state_like() if updated else {})}
         if state.keys() != like.keys():
@@ -244,7 +245,7 @@ class Member:
         since, steps = int(state["diverged"]), [state[key] for key in updated if key.endswith(".step")]
         if not (since == -1 or 1 <= since <= self.steps) or any(not 1 <= step <= self.steps for step in steps):
             raise BadData(f"{name}: its counts of steps are not those of a run of {self.steps}")
-        if (state["silent"] < 0).any() or not 0 <= state["lambda"] < math.inf:
+        if (state["silent"] < 0).any() or (since == -1 and not 0 <= state["lambda"] < math.inf):
             raise BadData(f"{name}: λ, or how long its latents were silent, is no number that it can be")
         try:
             self.generator.set_state(state["generator"])

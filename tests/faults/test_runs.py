@@ -141,7 +141,7 @@ def test_identity_precision_auto_is_what_the_run_began_with(
     """Field report: on another kind of CPU the same command was another run, or was refused."""
     monkeypatch.chdir(tmp_path)
     native = "float32"
-    monkeypatch.setattr(train.autoencoder, "native_dtype", lambda device: native)
+    monkeypatch.setattr(train.autoencoder, "native_dtype", lambda _: native)
     whole = run_train(train_config(out=tmp_path / "whole")).run
     config = train_config(out=None)
     begun(config.model_copy(update={"out": (first := make_job(config, CPU).folder.path)}), 9)
