@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import os
 import re
 import signal
@@ -242,6 +243,9 @@ def multiples_of_d_in(store: str | None, hook: str | None, expansion: list[float
 
     if store is None:
         raise UserError("--expansion: is a multiple of the activations' width; say which with --store")
+    for times in expansion:
+        if not (math.isfinite(times) and times > 0):
+            raise UserError(f"--expansion {times}: expected a number above 0, such as 8")
     found, path = find_hookpoint(store, hook)
     return [round(times * found.spec.hookpoints[path].d_in) for times in expansion]
 

@@ -19,7 +19,7 @@ from shared.device import native_dtype, pick_device
 from shared.errors import UserError
 from shared.files import Files, join, open_files
 from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
-from shared.models import ModelInfo, ModelSource, in_words, model_info, read_config, resolve_model, same_model
+from shared.models import ModelSource, in_words, model_info, read_config, resolve_model, same_model
 from shared.outline import outline
 from shared.progress import say
 from shared.schema import build

@@ -163,8 +163,8 @@ class TrainConfig(Frozen):
     """Tokens in a step, over all processes."""
     lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
     """Peak learning rate of Adam. Short runs (under a million tokens) want 3e-3 to 8e-3."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 100
-    """Steps of linear warm-up, at most 5 % of the run."""
+    warmup_steps: Annotated[int, Field(ge=0)] | None = None
+    """Steps of linear warm-up. Default: 100, or 5 % of a run that is shorter than 2,000 steps."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
     """The last part of the run, over which the learning rate falls linearly to zero."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
@@ -213,6 +213,8 @@ class TrainConfig(Frozen):
     """A latent counts as dead in metrics.jsonl when it has not fired for this many training tokens."""
     checkpoint_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
     """Steps between checkpoints. auto: 1000, or more where they would take more than a tenth of the time."""
+    keep_checkpoints: bool = False
+    """Keep a finished run's checkpoints, which are several times as large as its autoencoders."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics.jsonl."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()

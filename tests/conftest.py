@@ -157,7 +157,7 @@ def train_config(store: Store, tmp_path: Path) -> Callable[..., TrainConfig]:
         values: dict[str, Any] = {
             "store": str(store.root), "hook": "mlp_out", "saes": saes, "tokens": 20 * 64, "batch": 64, "lr": 5e-3,
             "streams": 4, "window_rows": 1024, "log_every": 5, "checkpoint_every": 8, "device": "cpu",
-            "heldout_tokens": 320, "out": tmp_path / "run", **changes,
+            "heldout_tokens": 320, "out": tmp_path / "run", "keep_checkpoints": True, **changes,
         }  # fmt: skip
         return TrainConfig(**values)
 
@@ -185,6 +185,22 @@ def contents(root: Path) -> dict[str, bytes]:
     """Every file of a store or a run that must not depend on when or how often it was interrupted."""
     files = (path for path in sorted(root.rglob("*")) if path.is_file() and path.name not in ("record.json", ".lock"))
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in files}
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
+    """Changes a file of JSON that carries a checksum, and leaves the checksum out, as older files do."""
+    value = json.loads(path.read_text())
+    value.pop("crc32c", None)
+    path.write_text(json.dumps(change(value)))
+
+
+def without(*names: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    return lambda value: {key: item for key, item in value.items() if key not in names}
+
+
+def unfinished_run(run: Path) -> None:
+    """As if it had been killed before it was marked finished."""
+    rewrite(run / "record.json", without("finished"))
 
 
 class Sagsae(Protocol):

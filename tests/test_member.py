@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from conftest import Sagsae
+from conftest import Sagsae, unfinished_run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_train import lines_of, weights_of
@@ -57,9 +57,7 @@ def test_every_architecture_resumes_to_the_bit(train_config: Config, tmp_path: P
     saes += [sae_config(arch="sa-gsae", d_sae=48, l0_target=9.0, reset_every=4)]
     whole = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "whole")).run
     again = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again")).run
-    record = json.loads((again / "record.json").read_text())
-    del record["finished"]
-    (again / "record.json").write_text(json.dumps(record))
+    unfinished_run(again)
     checkpoints = sorted((again / "checkpoints").iterdir())
     assert [path.name for path in checkpoints] == ["step-00000032", "step-00000040"]
     shutil.rmtree(checkpoints[1])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from variants import BATCH, D_IN, D_SAE, GATED, VARIANTS, batch, by_autograd, silences, update, variant, weights
 
-from train.optim import Optimizer, learning_rate
+from train.optim import Optimizer, learning_rate, usual_warmup
 from train.sae import family
 from train.sae.activation import bi_jump_relu
 from train.sae.base import Now, decode
@@ -298,11 +298,12 @@ def test_bfloat16_products_stay_close(name: str) -> None:
 
 
 def test_schedule() -> None:
-    rates = [learning_rate(step, 1000, 2.0, 100, 0.3) for step in range(1000)]
-    assert rates[0] == pytest.approx(2 / 51), "the warm-up is at most 5 % of the run"
+    rates = [learning_rate(step, 1000, 2.0, usual_warmup(1000), 0.3) for step in range(1000)]
+    assert rates[0] == pytest.approx(2 / 51), "the usual warm-up is at most 5 % of the run"
     assert rates[50] == rates[700] == 2
     assert rates[850] == pytest.approx(1)
     assert 0 < rates[-1] < 0.01
     assert rates[:51] == sorted(rates[:51])
     assert rates[700:] == sorted(rates[700:], reverse=True)
-    assert learning_rate(0, 1, 1.0, 100, 0.0) == 1
+    assert learning_rate(0, 1, 1.0, usual_warmup(1), 0.0) == 1
+    assert learning_rate(49, 105, 1.0, 99, 0.0) == 0.5, "one that was asked for is kept"

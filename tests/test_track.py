@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT, Sagsae
+from conftest import ROOT, Sagsae, rewrite, unfinished_run
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto.wandb_internal_pb2 import Record
@@ -27,6 +28,7 @@ from shared.config import TrainConfig
 from shared.errors import UserError
 from shared.progress import progress
 from shared.store import Store
+from train.folder import read_sealed
 from train.run import train as run_train
 from train.watch import LiveTable
 
@@ -63,7 +65,7 @@ def check_events(run: Path, steps: list[int]) -> None:
         assert [step for step, _ in numbers[key]] == steps
     assert all(value > 0 for _, value in numbers["tokens_per_second"])
     assert all(0 <= value <= 1 for _, value in numbers["waiting_for_data"])
-    assert config == json.loads((run / "config.json").read_text())
+    assert config == read_sealed(run / "config.json")
 
 
 def test_tensorboard_has_what_metrics_has(train_config: Config) -> None:
@@ -107,7 +109,7 @@ def test_trackers_are_no_part_of_what_a_run_is(train_config: Config, monkeypatch
             assert [step for step, _ in events(run)[0]["lr"]] == [10, 15, 20]
         run_train(train_config(overwrite=True))
         assert not (run / "tensorboard").exists()
-        (run / "config.json").unlink()
+        shutil.rmtree(run)
     assert weights[()] == weights[("tensorboard",)]
 
 
@@ -184,16 +186,15 @@ def test_wandb_is_offline_and_one_run(sagsae: Sagsae, store: Store, tmp_path: Pa
     run = tmp_path / "run"
     command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--sparsity", "0.2",
                "--batch", 64, "--tokens", 64 * 20, "--device", "cpu", "--set", "log_every=5", "--track", "wandb",
-               "--out", run, "--json"]  # fmt: skip
+               "--set", "keep_checkpoints=true", "--out", run, "--json"]  # fmt: skip
     done = sagsae(*command)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["steps"] == 20
     assert "wandb sync" in done.stderr
     assert "log in" not in done.stderr.lower()
-    record = json.loads((run / "record.json").read_text())  # as if it had been killed before it was evaluated
-    (run / "record.json").write_text(json.dumps({key: value for key, value in record.items() if key != "finished"}))
+    unfinished_run(run)
     for path in (run / "checkpoints").iterdir():
-        (path / "state.json").write_text(json.dumps({**json.loads((path / "state.json").read_text()), "step": 12}))
+        rewrite(path / "state.json", lambda state: {**state, "step": 12})
     again = sagsae(*command)
     assert again.returncode == 0, again.stderr
     assert proxy == []
@@ -208,7 +209,7 @@ def test_wandb_is_offline_and_one_run(sagsae: Sagsae, store: Store, tmp_path: Pa
             found = history(second if step > 12 else first)[step][key]
             assert math.isclose(found, value, rel_tol=1e-6), (key, step)
     config = {item.key: json.loads(item.value_json) for record in second for item in record.config.update}
-    assert config.items() >= json.loads((run / "config.json").read_text()).items()
+    assert config.items() >= read_sealed(run / "config.json").items()
 
 
 def history(records: list[Record]) -> dict[int, dict[str, float]]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Sagsae, contents
+from conftest import ROOT, Sagsae, contents, rewrite, unfinished_run
 from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file
 from test_store import unfinished
@@ -32,10 +32,11 @@ from shared.spec import shard_file
 from shared.store import Store
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.evaluate import evaluate, find_model
-from train.folder import RunFolder
+from train.folder import CLEARING, RunFolder, read_sealed
 from train.job import make_job
 from train.run import train as run_train
 from train.sae import load
+from train.snapshot import content_of
 
 Config = Callable[..., TrainConfig]
 
@@ -93,7 +94,7 @@ def test_evaluation_of_a_run(train_config: Config, model_folder: Path, tmp_path:
     results = evaluate(EvalConfig(run=run, device="cpu")).results
     assert results["ce_tokens"] > 0
     assert results["saes"][0]["ce_spliced"] is not None
-    assert json.loads((run / "evaluation.json").read_text()) == results
+    assert read_sealed(run / "evaluation.json") == results
     without = evaluate(EvalConfig(run=run, ce=False)).results
     assert without["ce_clean"] == results["ce_clean"], "what was measured before is kept"
     assert without["saes"][0]["r2"] == results["saes"][0]["r2"]
@@ -104,9 +105,7 @@ def test_evaluation_of_a_run(train_config: Config, model_folder: Path, tmp_path:
         evaluate(EvalConfig(run=run, model=str(other)))
     with pytest.raises(UserError, match="is not a training run"):
         evaluate(EvalConfig(run=tmp_path))
-    record = json.loads((run / "record.json").read_text())
-    del record["finished"]
-    (run / "record.json").write_text(json.dumps(record))
+    unfinished_run(run)
     with pytest.raises(UserError, match="not finished"):
         evaluate(EvalConfig(run=run))
 
@@ -223,6 +222,11 @@ def test_overwriting_that_was_killed_half_way(train_config: Config) -> None:
     whole = weights_of(run)
     (run / "config.json").unlink()
     (run / "evaluation.json").unlink()
+    before = contents(run)
+    with pytest.raises(DamagedError, match=r"holds results of a run, but no config.json.*--overwrite"):
+        run_train(train_config())
+    assert contents(run) == before, "nothing is cleared that nobody asked to have cleared"
+    (run / CLEARING).touch()
     assert weights_of(run_train(train_config()).run) == whole
 
 
@@ -286,8 +290,8 @@ def test_training_on_an_unfinished_store(train_config: Config, store: Store, tmp
     run_train(config)
     assert "is unfinished: training on the 3,072 tokens committed so far" in capsys.readouterr().err
     manifest.write_text("".join(lines[:7]))
-    with pytest.raises(UserError, match="snapshot: the run has"):
-        run_train(config)
+    run_train(config)
+    assert "reads the 6 shards that" in capsys.readouterr().err, "it is the same run"
     manifest.write_text("")
     with pytest.raises(UserError, match="no shard is committed yet"):
         run_train(train_config(store=copy, out=tmp_path / "none"))
@@ -298,33 +302,36 @@ def test_ranks_that_open_a_growing_store_at_different_moments(train_config: Conf
     alone = make_job(train_config(), torch.device("cpu"))
     job = make_job(train_config(), torch.device("cpu"), gather=lambda mine: [mine, mine[:4], mine[:6]])
     assert list(job.store.commits) == list(store.commits)[:4]
-    assert job.identity["snapshot"] == store.only(list(store.commits)[:4]).snapshot_id != alone.identity["snapshot"]
+    assert job.identity["shards"] == "0-3"
+    assert job.identity["snapshot"] == content_of(store.only([0, 1, 2, 3]), job.hook) != alone.identity["snapshot"]
     assert job.epoch_rows < alone.epoch_rows
 
 
 def test_a_checkpoint_of_another_version_is_refused(train_config: Config) -> None:
     run = run_train(train_config()).run
-    record = json.loads((run / "record.json").read_text())
-    del record["finished"]
-    (run / "record.json").write_text(json.dumps(record))
+    unfinished_run(run)
     for path in run.glob("checkpoints/*/state.json"):
-        path.write_text(json.dumps({**json.loads(path.read_text()), "version": 3}))
+        rewrite(path, lambda state: {**state, "version": 3})
     before = contents(run)
     with pytest.raises(UserError, match=r"its checkpoint is of version 3; this sagsae reads 4\..*--overwrite"):
         run_train(train_config())
     assert contents(run) == before
 
 
-def test_a_broken_checkpoint_is_named(train_config: Config) -> None:
+def test_a_broken_checkpoint_is_named(train_config: Config, capsys: Any) -> None:
     run = run_train(train_config()).run
-    record = json.loads((run / "record.json").read_text())
-    del record["finished"]
-    (run / "record.json").write_text(json.dumps(record))
+    whole = weights_of(run)
+    unfinished_run(run)
     os.truncate(run / "checkpoints" / "step-00000020" / "tensors-0000.safetensors", 100)
-    with pytest.raises(DamagedError, match=r"step-00000020: cannot be read .* Delete it"):
-        run_train(train_config())
-    shutil.rmtree(run / "checkpoints" / "step-00000020")
     assert run_train(train_config()).steps == 20
+    said = capsys.readouterr().err
+    assert re.search(r"step-00000020: cannot be read .*going on from step-00000016, the one before", said)
+    assert weights_of(run) == whole
+    unfinished_run(run)
+    for path in run.glob("checkpoints/step-*/tensors-0000.safetensors"):
+        os.truncate(path, 100)
+    with pytest.raises(DamagedError, match=r"cannot be read .* no whole checkpoint before it.*--overwrite"):
+        run_train(train_config())
 
 
 def test_an_autoencoder_is_used_on_raw_activations(train_config: Config, store: Store) -> None:
@@ -343,9 +350,8 @@ def test_its_settings_are_a_file_that_repeats_it(train_config: Config, sagsae: S
     run = run_train(train_config(parts=2)).run
     done = sagsae("train", "--config", run / "run.toml", "--out", tmp_path / "again", "--json")
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "again" / "config.json").read_text()) == {
-        **json.loads((run / "config.json").read_text()), "out": str(tmp_path / "again")
-    }  # fmt: skip
+    again = read_sealed(tmp_path / "again" / "config.json")
+    assert again == {**read_sealed(run / "config.json"), "out": str(tmp_path / "again")}
     assert weights_of(tmp_path / "again") == weights_of(run)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Sagsae, contents
+from conftest import Sagsae, contents, rewrite, without
 from test_follow import growing, in_steps
 from test_train import lines_of, weights_of
 
@@ -266,8 +266,8 @@ def test_waves_of_a_store_that_is_being_harvested(
     whole.mkdir()
     for name in ("config.json", "segments.jsonl"):
         (whole / name).write_bytes((waves / name).read_bytes())
-    record = json.loads((waves / "record.json").read_text())
-    (whole / "record.json").write_text(json.dumps({**record, "waves": [NAMES]}))
+    (whole / "record.json").write_bytes((waves / "record.json").read_bytes())
+    rewrite(whole / "record.json", lambda record: {**without("finished")(record), "waves": [NAMES]})
     one = run_train(config.model_copy(update={"out": whole})).run
     assert weights_of(waves) == weights_of(one)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shared.saes import SAEConfig, sae_config
-from train.optim import Optimizer, learning_rate
+from train.optim import Optimizer, learning_rate, usual_warmup
 from train.sae import family
 from train.sae.base import Now, Step, Weights, decode
 
@@ -119,7 +119,7 @@ def trained(
     for step in range(steps):
         rows = torch.randint(len(x), (512,), generator=generator)
         now = Now(getattr(config, "sparsity", 0.0), matmul, silent)
-        found = update(config, w, optimizer, x[rows], now, learning_rate(step, steps, lr, 100, 0.3))
+        found = update(config, w, optimizer, x[rows], now, learning_rate(step, steps, lr, usual_warmup(steps), 0.3))
         silent += 512
         silent.masked_fill_(found.fired, 0)
     return w

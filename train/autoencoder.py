@@ -1,24 +1,27 @@
 """A trained autoencoder as a user meets it: a folder with `sae_weights.safetensors` and `cfg.json`."""
 
 import hashlib
-import json
+import math
+import stat
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError
-from safetensors.torch import load
+from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
 from shared.files import Buffer, write_file
-from shared.record import write_json
+from shared.gate import BadData, choice, integer, members, number, text
 from shared.saes import ARCHITECTURES, Gated, SAEConfig, SaGsae, sae_config
-from train.checkpoint import pieces
+from train.checkpoint import MOST_HEADER, pieces, read_tensors
+from train.folder import read_sealed, write_sealed
 from train.sae import family
 from train.sae.activation import Folded
 from train.sae.base import Weights, decode
@@ -26,6 +29,8 @@ from train.sae.gated import GatedWeights, join, split
 
 WEIGHTS: Final = "sae_weights.safetensors"
 SETTINGS: Final = "cfg.json"
+MOST_WIDE: Final = 1 << 24
+"""Of activations."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,19 @@ class Autoencoder:
     def decode(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
         """Latents back to raw activations, float32."""
         return decode(self.weights, f)
+
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """The reconstruction of raw activations."""
+        return self.decode(self.encode(x))
+
+    def to(self, device: torch.device | str) -> "Autoencoder":
+        """The same on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.weights.named().items()}
+        return replace(self, weights=replace(self.weights, **moved))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The weights by name, as they are in the file."""
+        return self.weights.named()
 
     def fold(self) -> Folded:
         """The same function in its inference form: one activation, Bi-JumpReLU, between two matrix products."""
@@ -98,32 +116,70 @@ class Autoencoder:
 
         write_file(folder / WEIGHTS, counted())
         own = {"d_in": self.d_in, "scale": self.scale, "sha256": digest.hexdigest()}
-        write_json(folder / SETTINGS, {**self.config.model_dump(), **own, **about})
+        write_sealed(folder / SETTINGS, {**self.config.model_dump(), **own, **about})
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> "Autoencoder":
-        """Raises UserError when the folder does not hold an autoencoder, DamagedError when its weights are not those
-        that were saved."""
+        """Raises UserError when the folder does not hold an autoencoder, DamagedError when it is not as it was saved:
+        another checksum, other tensors than its architecture has, or numbers that are not finite."""
         folder = Path(folder)
-        try:
-            about = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            data = (folder / WEIGHTS).read_bytes()
-            config = sae_config(**{key: about[key] for key in ARCHITECTURES[about["arch"]].model_fields})
-            d_in, scale, digest = int(about["d_in"]), float(about["scale"]), about["sha256"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{folder}: does not hold a trained autoencoder ({error!r})") from error
+        config, d_in, scale, digest = settings_of(folder)
+        data = weights_of(folder / WEIGHTS, config, d_in)
         if hashlib.sha256(data).hexdigest() != digest:
             raise DamagedError(f"{folder / WEIGHTS}: is not what {SETTINGS} was written with (another SHA-256)")
         try:
-            tensors = load(data)
-        except SafetensorError as error:
-            raise DamagedError(f"{folder / WEIGHTS}: cannot be read ({error})") from error
-        wanted = family(config).shapes(d_in)
-        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        if found != wanted:
-            raise UserError(f"{folder / WEIGHTS}: holds {found}; {config.name} of d_in {d_in} has {wanted}")
+            tensors = read_tensors(data)
+        except BadData as error:
+            raise DamagedError(f"{folder / WEIGHTS}: {error}") from error
+        check_tensors(tensors, config, d_in, folder / WEIGHTS)
         placed = {name: tensor.to(device) for name, tensor in tensors.items()}
         return cls(config, family(config).weights(**placed), scale)
+
+
+def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
+    """The configuration, d_in, the scale and the SHA-256 of the weights."""
+    try:
+        about = read_sealed(folder / SETTINGS)
+        members(about, ("arch", "d_in", "scale", "sha256"), None)
+        arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
+        fields = members(about, ARCHITECTURES[arch].model_fields, None)
+        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].model_fields})
+        d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
+        scale = number(about["scale"], "scale", sys.float_info.min)
+        return config, d_in, scale, text(about["sha256"], "sha256", 64)
+    except FileNotFoundError as error:
+        raise UserError(f"{folder}: does not hold a trained autoencoder (there is no {SETTINGS})") from error
+    except (BadData, UserError) as error:
+        raise UserError(f"{folder}: does not hold a trained autoencoder ({SETTINGS}: {error})") from error
+
+
+def weights_of(path: Path, config: SAEConfig, d_in: int) -> NDArray[np.uint8]:
+    """The file's bytes, no more than such an autoencoder's can be. Raises UserError, DamagedError."""
+    expected = 4 * sum(math.prod(shape) for shape in family(config).shapes(d_in).values())
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path}: is no file")
+        if not expected < found.st_size <= expected + MOST_HEADER + 8:
+            raise DamagedError(
+                f"{path}: has {found.st_size:,} bytes; the weights of {config.name} of d_in {d_in} are {expected:,}"
+            )
+        return np.fromfile(path, np.uint8)
+    except OSError as error:
+        raise UserError(f"{path.parent}: holds no trained autoencoder ({path.name}: {error.strerror})") from error
+
+
+def check_tensors(tensors: dict[str, Tensor], config: SAEConfig, d_in: int, what: Path) -> None:
+    """Raises UserError for tensors of other names or shapes, DamagedError for another type or for NaN."""
+    wanted = family(config).shapes(d_in)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != wanted:
+        raise UserError(f"{what}: holds {found}; {config.name} of d_in {d_in} has {wanted}")
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.float32:
+            raise DamagedError(f"{what}: {name} is {tensor.dtype}; autoencoders are saved in float32")
+        if not tensor.isfinite().all():
+            raise DamagedError(f"{what}: {name} has NaN or infinities. Train this autoencoder again")
 
 
 def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:

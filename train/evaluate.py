@@ -8,24 +8,25 @@ from typing import Any
 
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.files import explained, is_remote
+from shared.gate import BadData, quoted
 from shared.model import LanguageModel
 from shared.models import ModelSource, in_words, local_place, resolve_model, same_model
-from shared.progress import progress
-from shared.record import write_json
+from shared.progress import progress, say
+from shared.saes import SAEConfig
 from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
 from shared.tokens import TokenRows
 from train.autoencoder import Autoencoder
-from train.folder import RunFolder
-from train.job import following
+from train.folder import RunFolder, read_sealed, write_sealed
 from train.marks import Marks
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split_rows
 from train.peers import by_peers
 from train.recovery import Known
 from train.rows import Rows
+from train.snapshot import Watch, as_recorded
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,23 @@ def evaluate(config: EvalConfig) -> Evaluation:
     if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
-    if folder.read("config.json")["snapshot"] not in (store.snapshot_id, following(store)):
-        raise UserError(
-            f"{config.run}: was not trained on what {store.name} holds now: it grew since, or it is another store. "
-            "Say where the right one is: --store"
-        )
+    store = as_recorded(store, hook, folder.read("config.json"), f"{config.run}")
     with store.files.reading():
         return evaluated(config, folder, trained, store, hook)
 
 
 def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store: Store, hook: str) -> Evaluation:
+    watch = Watch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
-    diverged = folder.read("record.json").get("diverged", {})
-    names = [sae.name for sae in trained.saes if sae.name not in diverged]
+    diverged = diverged_of(folder)
+    good = [sae for sae in trained.saes if sae.name not in diverged]
     d_in = store.spec.hookpoints[hook].d_in
 
     def saes() -> Iterator[Autoencoder]:
         """One after another: a run that was trained in waves does not fit into memory as a whole."""
-        for name in names:
-            yield loaded(folder.sae(name), device, d_in, f"{store.name}/{hook}")
+        for config in good:
+            yield loaded(folder.sae(config.name), config, device, d_in, f"{store.name}/{hook}")
 
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.token_rows(check=False)
@@ -74,18 +72,32 @@ def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
+        if "ce_tokens" in config.model_fields_set and losses.tokens < config.ce_tokens:
+            say(f"ce_tokens = {config.ce_tokens:,}: there are {losses.tokens:,} held-out predictions")
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions)
+    results = measure_all(store, hook, parts, saes(), len(good), losses, device, silent, config.peer_conventions)
+    watch.check([store], thorough=True)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
-        write_json(folder.evaluation, results)
+        write_sealed(folder.evaluation, results)
     return Evaluation(config.run, folder.evaluation, results)
 
 
-def loaded(place: Path, device: str, d_in: int, what: str) -> Autoencoder:
-    """Raises UserError when it is for activations of another width than `what` has."""
+def diverged_of(folder: RunFolder) -> dict[str, Any]:
+    """Of a finished run, the autoencoders whose loss is no number any more, and since which step."""
+    found = folder.read("record.json").get("diverged", {})
+    if not isinstance(found, dict):
+        raise folder.damaged("record.json", f"diverged is {quoted(found)}")
+    return found
+
+
+def loaded(place: Path, config: SAEConfig, device: str, d_in: int, what: str) -> Autoencoder:
+    """Raises DamagedError when it is another one than the run trained there, UserError when it is for activations of
+    another width than `what` has."""
     sae = Autoencoder.load(place, device)
+    if sae.config != config:
+        raise DamagedError(f"{place}: holds {sae.config.name} of other settings than its run. Restore it from a copy")
     if sae.d_in != d_in:
         raise UserError(f"{sae.config.name}: is for activations of d_in {sae.d_in}; {what} has {d_in}")
     return sae
@@ -168,10 +180,13 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
 def earlier(folder: RunFolder) -> dict[str, Any]:
     """evaluation.json as it stands; empty when it cannot be read."""
     try:
-        found = json.loads(folder.evaluation.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = read_sealed(folder.evaluation)
+    except FileNotFoundError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("saes"), list) else {}
+    except BadData as error:
+        say(f"{folder.evaluation}: {error}. The losses of the language model in it are not kept")
+        return {}
+    return found if isinstance(found.get("saes"), list) else {}
 
 
 def with_losses_of(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:

@@ -5,19 +5,19 @@ folder before it is used: a run that goes on later, or another rank, sees the sa
 by then. When the harvest is complete the last segment takes the rest, and later passes read all of the store.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 
 from shared.commits import sealed, unsealed
-from shared.errors import Interrupted, UserError
+from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import LocalFiles, is_locked
+from shared.gate import BadData, integer, members, text
 from shared.progress import say
 from shared.store import Growing, Store
 from train.loader import Pass
@@ -40,6 +40,8 @@ class Segments:
     make_pass: Callable[[Store], Pass]
     enough: Callable[[Store], bool]
     """Whether the new shards are enough for a segment."""
+    content: Callable[[Store], str]
+    """Names what is in the committed shards of a store (train/snapshot.py)."""
     frozen: list[Pass] = field(default_factory=list)
     growing: Growing = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -80,12 +82,8 @@ class Segments:
 
     def written(self, number: int) -> list[int] | None:
         """Segment `number` as it was written down; None when it is not there yet."""
-        try:
-            lines = (self.folder / SEGMENTS).read_text(encoding="utf-8").splitlines(keepends=True)
-        except FileNotFoundError:
-            return None
-        body = unsealed(lines[number]) if number < len(lines) else None
-        return None if body is None else body["shards"]
+        found = segments_of(self.folder)
+        return found[number][0] if number < len(found) else None
 
     def freeze(self, now: Store) -> list[int] | None:
         """Chooses the next segment and writes it down; None while there are too few new shards."""
@@ -98,7 +96,7 @@ class Segments:
             shards = fresh
         else:
             return None
-        body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": now.only(shards).snapshot_id}
+        body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": self.content(now.only(shards))}
         LocalFiles(self.folder).append(SEGMENTS, sealed(body).encode(), len(self.frozen))
         return shards
 
@@ -108,8 +106,8 @@ class Segments:
         if gone:
             raise UserError(f"{now.name}: shards {gone}, which this run has trained on, are not committed any more")
         part = now.only(shards)
-        line = (self.folder / SEGMENTS).read_text(encoding="utf-8").splitlines()[len(self.frozen)]
-        if json.loads(line)["snapshot"] != part.snapshot_id:
+        named = segments_of(self.folder)[len(self.frozen)][1]
+        if named not in (self.content(part), part.snapshot_id):  # an earlier sagsae named all bytes of the manifest
             raise UserError(f"{now.name}: its shards changed since this run began. Start afresh with --overwrite")
         return part
 
@@ -131,3 +129,33 @@ class Segments:
             if stop_asked():
                 raise Interrupted("stopped while waiting for held-out shards. Run the same command again")
             time.sleep(POLL_SECONDS)
+
+
+def segments_of(folder: Path) -> list[tuple[list[int], str]]:
+    """The shards of each segment that is written down, and what names their content. A last line that was torn is not
+    written yet. Raises DamagedError for any other that was altered."""
+    try:
+        lines = (folder / SEGMENTS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    found = []
+    for number, line in enumerate(lines):
+        try:
+            body = unsealed(line)
+            if body is None and number == len(lines) - 1 and not line.endswith("\n"):
+                break
+            found.append(segment(body))
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(
+                f"{folder / SEGMENTS}: line {number + 1} is damaged. Restore it from a copy, or start afresh with "
+                "--overwrite"
+            ) from error
+    return found
+
+
+def segment(body: Any) -> tuple[list[int], str]:
+    """Raises BadData."""
+    body = members(body, ("shards", "snapshot"), None)
+    if not isinstance(body["shards"], list) or not body["shards"]:
+        raise BadData("a segment has no shards")
+    return [integer(shard, "a shard") for shard in body["shards"]], text(body["snapshot"], "snapshot")

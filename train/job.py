@@ -6,7 +6,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,15 +19,17 @@ from shared.errors import DamagedError, UserError
 from shared.files import is_remote
 from shared.listing import folder_name
 from shared.progress import say
-from shared.saes import SAEConfig
+from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
 from train.follow import Segments
 from train.loader import Pass, Passes, Same
 from train.marks import Marks
+from train.optim import usual_warmup
 from train.order import Order, Split, make_order, rows_in_shards, rows_together, split_rows
 from train.rows import Kept, Rows
+from train.snapshot import Watch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
 """So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times
@@ -53,6 +55,9 @@ class Job:
     on_cpu: bool
     waves: tuple[tuple[SAEConfig, ...], ...]
     """Which autoencoders are trained together, one wave after another (train/waves.py)."""
+    asked: TrainConfig
+    """What was asked for. In `config`, what was left to be decided is as the run that is here began with."""
+    watch: Watch
     wave: int = 1
     """Whose turn it is."""
 
@@ -81,6 +86,26 @@ class Job:
             raise UserError(f"{self.store.name}/{self.hook}: all activations are equal; there is nothing to learn")
         return found
 
+    def check_unchanged(self, thorough: bool = False) -> None:
+        """Raises DamagedError when the store was replaced while rows of it were read (train/snapshot.py)."""
+        passes = self.passes.frozen if isinstance(self.passes, Segments) else [self.passes.get(0)]
+        self.watch.check([part.rows.store for part in passes], thorough)
+
+    @property
+    def longest_window(self) -> int:
+        """Rows."""
+        unit_rows: int = self.identity["run_chunks"] * self.store.spec.layouts()[self.hook].chunk_rows
+        if isinstance(self.passes, Same):
+            return self.passes.whole.order.longest * unit_rows
+        return max(1, self.config.window_rows // (self.streams * unit_rows)) * unit_rows
+
+    @property
+    def most_windows(self) -> int:
+        """In an epoch of a stream."""
+        if isinstance(self.passes, Same):
+            return self.passes.whole.order.windows_full + 1
+        return self.store.spec.n_tokens
+
     def heldout_store(self, stop_asked: Callable[[], bool]) -> Store:
         """The store with every held-out row that it will have."""
         if not isinstance(self.passes, Segments):
@@ -99,7 +124,25 @@ def make_job(
     """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
     read next from a store that grows. `gather` gives every rank's value on every rank."""
     store, hook = find_hookpoint(config.store, config.hook)
-    check_store(store, config)
+    folder = RunFolder(config.out or Path("runs") / run_name(store, hook, config))
+    here = None if config.overwrite else folder.identity()  # before any rank can have begun the run
+    asked, config = config, config if here is None else taken_over(config, folder, device)
+    matmul = matmul_dtype(config.precision, device)
+    run_chunks = config.run_chunks or (
+        max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
+    )
+    identity = {
+        **config.model_dump(mode="json"),
+        "store": store.location,
+        "hook": hook,
+        "precision": "tf32" if config.precision == "tf32" else str(matmul).removeprefix("torch."),
+        "run_chunks": run_chunks,
+    }
+    check_store(store, config, here is None)
+    check_settings(config, store)
+    if here is not None:
+        folder.check_same({**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))})
+        store = of_the_run(store, hook, here, folder, config.follow)
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
     parts = split_rows(store.token_rows(check=False), config)
@@ -114,33 +157,116 @@ def make_job(
             f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
             "Harvest or ask for more tokens, or lower --batch"
         )
-    matmul = matmul_dtype(config.precision, device)
     if (
         config.compile
         and device.type == "cpu"
         and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
     ):
         raise UserError("compile = true: there is no C++ compiler here. Install g++, or leave compile off")
-    run_chunks = config.run_chunks or (
-        max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
-    )
-    identity = {
-        **config.model_dump(mode="json"),
-        "store": store.location,
-        "hook": hook,
-        "snapshot": following(store) if config.follow else store.snapshot_id,
-        "precision": "tf32" if config.precision == "tf32" else str(matmul).removeprefix("torch."),
-        "run_chunks": run_chunks,
-    }
-    folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
+    config = config.model_copy(update={"warmup_steps": warmup(config, steps, here)})
+    rows = {"snapshot": follows(store, hook)} if config.follow else snapshot_of(store, hook)
+    if here is not None:
+        rows = {key: here[key] for key in ("snapshot", "shards") if key in here}
+    identity |= {**rows, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
+    if leads:
+        say_what_is_less(asked, store, hook, streams, run_chunks)
     job = Job(
         config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity,
-        device.type == "cpu", (config.saes,),
+        device.type == "cpu", (config.saes,), asked, Watch(store, hook),
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
     return job
+
+
+def snapshot_of(store: Store, hook: str) -> dict[str, str]:
+    """What a run records of the rows that it reads."""
+    return {"snapshot": content_of(store, hook), "shards": as_ranges(store.commits)}
+
+
+def of_the_run(store: Store, hook: str, here: dict[str, Any], folder: RunFolder, follow: bool) -> Store:
+    """The shards that the run which is here reads. Says it where the store has more by now."""
+    found = as_recorded(store, hook, here, f"{folder.path}")
+    if not follow and len(found.commits) < len(store.commits):
+        say(
+            f"{folder.path}: reads the {len(found.commits):,} shards that {store.name} had when it began; there are "
+            f"{len(store.commits):,} now. To train on all of them, choose another --out, or --overwrite"
+        )
+    return found
+
+
+def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> TrainConfig:
+    """What the configuration leaves open, as the run that is here has it: the precision, whatever this machine would
+    take; what is read together; the warm-up. And its autoencoders in the run's order."""
+    run = folder.config()
+    found: dict[str, Any] = {}
+    if config.precision == "auto":
+        here = str(matmul_dtype("auto", device)).removeprefix("torch.")
+        found["precision"] = run.precision
+        if run.precision not in ("auto", here):
+            say(f"{folder.path}: goes on with {run.precision} products, as it began; precision = auto would be {here}")
+    if config.run_chunks is None:
+        found["run_chunks"] = run.run_chunks
+    by_name = {sae.name: sae for sae in config.saes}
+    names = [sae.name for sae in run.saes]
+    if by_name.keys() == set(names):
+        found["saes"] = tuple(by_name[name] for name in names)
+    return config.model_copy(update=found)
+
+
+def check_settings(config: TrainConfig, store: Store) -> None:
+    """Raises UserError for a setting that could not be kept."""
+    context = store.spec.context
+    for position in config.exclude_positions or ():
+        if not 0 <= position < context:
+            raise UserError(
+                f"exclude_positions: {position} is no position of a context of {context}; the last one is {context - 1}"
+            )
+    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+        raise UserError(
+            "step = sparse: is a way to compute gated architectures (sa-gsae, gated), and none is asked for. Leave it "
+            "out"
+        )
+
+
+def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:
+    """In a line each: settings that were given, are upper bounds, and are not reached on this store."""
+    given, spec = asked.model_fields_set, store.spec
+    tenth = max(1, spec.n_contexts // 10)
+    if "heldout_tokens" in given and -(-asked.heldout_tokens // spec.context) > tenth:
+        say(
+            f"heldout_tokens = {asked.heldout_tokens:,}: at most a tenth of the store is held out, here "
+            f"{tenth * spec.context:,}"
+        )
+    if "streams" in given and streams < asked.streams:
+        say(f"streams = {asked.streams}: the store is small and is read in {streams}")
+    layout = store.spec.layouts()[hook]
+    per_shard = layout.shard_rows // layout.chunk_rows
+    if "run_chunks" in given and run_chunks > per_shard:
+        say(f"run_chunks = {run_chunks}: a shard has {per_shard} chunks, and runs do not cross shards")
+    least = run_chunks * layout.chunk_rows
+    if "window_rows" in given and asked.window_rows < least:
+        say(f"window_rows = {asked.window_rows:,}: a window of a stream has at least one run, here {least:,} rows")
+
+
+def kept_or(asked: Any, recorded: Any) -> Any:
+    return recorded if asked is None else asked
+
+
+def warmup(config: TrainConfig, steps: int, here: dict[str, Any] | None) -> int:
+    """Steps of the warm-up: as many as were asked for, as the run that is here has, or the usual number. Raises
+    UserError for more than the run has."""
+    if here is not None and is_earlier(here):  # which cut what was asked for
+        return min(int(here.get("warmup_steps") or 0), steps // 20)
+    asked: int | None = kept_or(config.warmup_steps, here.get("warmup_steps") if here else None)
+    if asked is None:
+        return usual_warmup(steps)
+    if asked > steps:
+        raise UserError(
+            f"warmup_steps = {asked:,}: the run has {steps:,} steps. Lower it, leave it out, or train on more --tokens"
+        )
+    return asked
 
 
 def seen_by_all(shards: list[list[int]]) -> list[int]:
@@ -149,14 +275,15 @@ def seen_by_all(shards: list[list[int]]) -> list[int]:
     return [shard for shard in shards[0] if shard in everywhere]
 
 
-def check_store(store: Store, config: TrainConfig) -> None:
+def check_store(store: Store, config: TrainConfig, new: bool) -> None:
+    """Raises where there is nothing to train on. `new`: whether the run begins."""
     if store.state == "final" and store.missing:
         raise DamagedError(f"{store.name}: is final, but shards {store.missing} are not in its manifest")
     if config.follow:
         return
     if not store.commits:
         raise UserError(f"{store.name}: no shard is committed yet. Run sagsae harvest to its end first, or --follow it")
-    if store.state != "final":
+    if store.state != "final" and new:
         say(f"{store.name} is unfinished: training on the {store.n_rows:,} tokens committed so far")
 
 
@@ -185,16 +312,15 @@ def make_passes(
     def enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows
 
-    return Segments(store, folder, leads, make_pass, enough), config.streams
+    return Segments(store, folder, leads, make_pass, enough, partial(content_of, hook=hook)), config.streams
 
 
-def following(store: Store) -> str:
-    """Stands for a snapshot where all that the store will be is read."""
-    return f"follows {store.spec_id}"
-
-
-def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:
-    """The same command gives the same name; any setting that matters changes it."""
-    decides = {key: value for key, value in identity.items() if key not in FREE}
-    digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
+def run_name(store: Store, hook: str, config: TrainConfig) -> str:
+    """The same command gives the same name; any setting that matters changes it. What only this machine decides does
+    not, nor how many shards there are: a run that is here goes on with what it began with."""
+    asked = config.model_dump(mode="json", exclude=FREE | {"hook", "saes"}, exclude_defaults=True)
+    saes = sorted(json.dumps(sae.model_dump(mode="json"), sort_keys=True) for sae in config.saes)
+    rows = content_of_spec(store, hook), str(store.spec.model.get("commit"))
+    decides = json.dumps([asked, hook, saes, rows], sort_keys=True)
+    digest = hashlib.blake2b(decides.encode(), digest_size=4).hexdigest()
     return f"{folder_name(store.files)}-{hook.replace('/', '-')}-{digest}"

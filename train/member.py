@@ -12,11 +12,12 @@ from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.errors import UserError
+from shared.gate import BadData, quoted
 from shared.progress import say
 from shared.saes import SAEConfig, Thresholded
 from shared.store import Statistics
 from train.control import Sparsity
-from train.optim import Optimizer, learning_rate
+from train.optim import Optimizer, learning_rate, usual_warmup
 from train.ranks import Pairwise, Ranks
 from train.sae import family
 from train.sae.base import Now, Step, Weights
@@ -120,7 +121,8 @@ class Member:
 
     def lr(self, step: int) -> float:
         peak = self.config.lr or self.run.lr
-        return learning_rate(step, self.steps, peak, self.run.warmup_steps, self.run.decay_fraction)
+        warmup = usual_warmup(self.steps) if self.run.warmup_steps is None else self.run.warmup_steps
+        return learning_rate(step, self.steps, peak, warmup, self.run.decay_fraction)
 
     def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[Gradients, Step]:
         """Means over the batch's parts, here and on other ranks."""
@@ -200,6 +202,12 @@ class Member:
             self.diverged = tokens // self.run.batch
         return {**dict(zip(names, values, strict=True)), "sparse": self.sparse}
 
+    def check_weights(self, done: int) -> None:
+        """After the last step, whose loss was a number: whether its weights still are."""
+        if self.diverged is None and not all(bool(part.isfinite().all()) for part in self.weights.named().values()):
+            self.diverged = done
+            say(f"{self.config.name}: its weights are no numbers any more after step {done}. Lower the learning rate")
+
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
         inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.sparse)}
@@ -207,16 +215,42 @@ class Member:
         return {f"{self.config.name}/{key}": value for key, value in inside.items()}
 
     def load_(self, tensors: dict[str, Tensor]) -> None:
+        """As `state` gave it. Raises BadData, before anything is taken, for tensors that are not this one's."""
         prefix = f"{self.config.name}/"
         state = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+        self.check_state(state)
         for name, tensor in self.weights.named().items():
             tensor.copy_(state[name])
         self.silent.copy_(state["silent"])
         self.sparse = bool(state["sparse"])
         self.diverged = int(state["diverged"]) if state["diverged"] > 0 else None
         self.sparsity.load_(state)
-        self.generator.set_state(state["generator"])
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})
+
+    def check_state(self, state: dict[str, Tensor]) -> None:
+        """Takes the generator's state, which is checked by that. Raises BadData."""
+        name = self.config.name
+        named = {key.removeprefix(f"{name}/"): value for key, value in self.state().items()}
+        own = {key: value for key, value in named.items() if "." not in key}
+        updated = {key: value for key, value in state.items() if "." in key}
+        like = {**own, **(self.optimizer.state_like() if updated else {})}
+        if state.keys() != like.keys():
+            other = sorted(state.keys() ^ like.keys())[0]
+            raise BadData(f"{name}: {quoted(other)} is missing, or is not of its state")
+        for key, wanted in like.items():
+            found = state[key]
+            if found.dtype != wanted.dtype or found.shape != wanted.shape:
+                raise BadData(f"{name}: {key} is {found.dtype} {list(found.shape)} instead of {wanted.dtype} "
+                              f"{list(wanted.shape)}")  # fmt: skip
+        since, steps = int(state["diverged"]), [state[key] for key in updated if key.endswith(".step")]
+        if not (since == -1 or 1 <= since <= self.steps) or any(not 1 <= step <= self.steps for step in steps):
+            raise BadData(f"{name}: its counts of steps are not those of a run of {self.steps}")
+        if (state["silent"] < 0).any() or (since == -1 and not 0 <= state["lambda"] < math.inf):
+            raise BadData(f"{name}: λ, or how long its latents were silent, is no number that it can be")
+        try:
+            self.generator.set_state(state["generator"])
+        except (RuntimeError, TypeError) as error:
+            raise BadData(f"{name}: its random generator's state is none") from error
 
 
 def tensors_of(gradients: Gradients, step: Step) -> list[Tensor]:

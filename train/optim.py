@@ -1,6 +1,7 @@
 """Adam with the recipe's schedule, on hand-written gradients."""
 
 from collections.abc import Sequence
+from typing import Final
 
 import torch
 from jaxtyping import Bool
@@ -9,14 +10,20 @@ from torch import Tensor
 from train.sae.base import SMALLEST_NORM, Weights
 from train.sae.sparse import Gradients, Sum, has_kernels, summed
 
+USUAL_WARMUP: Final = 100
+
 
 def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_fraction: float) -> float:
-    """Linear warm-up (at most 5 % of the run), constant, then linear to zero over the last `decay_fraction`."""
-    warmup = min(warmup_steps, steps // 20)
+    """Linear warm-up, constant, then linear to zero over the last `decay_fraction`."""
     decay = decay_fraction * steps
-    rising = (step + 1) / (warmup + 1)
+    rising = (step + 1) / (warmup_steps + 1)
     falling = (steps - step) / decay if decay else 1.0
     return peak * min(1.0, rising, falling)
+
+
+def usual_warmup(steps: int) -> int:
+    """Where nobody asked for another: 100 steps, or 5 % of a shorter run."""
+    return min(USUAL_WARMUP, steps // 20)
 
 
 class Optimizer:
@@ -125,6 +132,12 @@ class Optimizer:
         """Moments and step counts by parameter, empty before the first step."""
         named = self.weights.trained()
         return {f"{name}.{key}": value for name, p in named.items() for key, value in self.adam.state[p].items()}
+
+    def state_like(self) -> dict[str, Tensor]:
+        """Tensors of the types and shapes of `state` after the first step."""
+        named = self.weights.trained()
+        steps = {f"{name}.step": torch.zeros((), dtype=torch.float32) for name in named}
+        return {**steps, **{f"{name}.{key}": p for name, p in named.items() for key in ("exp_avg", "exp_avg_sq")}}
 
     def load_(self, state: dict[str, Tensor]) -> None:
         self.copies.clear()

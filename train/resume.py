@@ -4,19 +4,32 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
+from shared.gate import BadData, integer, members, number, quoted
 from shared.progress import say
 from train.autoencoder import Autoencoder
-from train.checkpoint import BUILDING, begin_checkpoint, damaged, end_checkpoint, load_tensors, newest, save_part
+from train.checkpoint import (
+    BUILDING,
+    DAMAGED,
+    VERSION,
+    begin_checkpoint,
+    damaged,
+    end_checkpoint,
+    load_tensors,
+    newest_first,
+    read_state,
+    save_part,
+    set_aside,
+)  # fmt: skip
 from train.job import Job
 from train.member import Member
 from train.order import Position
 from train.ranks import Ranks
 from train.stream import BatchStream
 
-VERSION: Final = 4
+MOST_PARTS: Final = 10_000
 AUTO_EVERY: Final = 1000
 AUTO_SHARE: Final = 0.1
 """checkpoint_every = auto: every so many steps, unless less than ten times as long as the last one took has gone by."""
@@ -60,24 +73,29 @@ class Checkpoints:
         return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
 
     def save(self, at: Standing) -> None:
-        """Of how far the run has come, but for the streams' positions."""
+        """Of how far the run has come, but for the streams' positions. Raises DamagedError, and writes nothing, when
+        the store was replaced since it was opened: what was read since may be of another one."""
         began = self.clock()
         job, ranks = self.job, self.ranks
+        with ranks.agreed():
+            if ranks.leads:
+                job.check_unchanged()
         folder, parts = job.folder.checkpoints, ranks.count if self.sweep else 1
         mine = {v: [at.epoch, at.window, at.offset] for v, at in self.stream.positions().items()}
         if ranks.leads:
             begin_checkpoint(folder)
         positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
+        digest = ""
         if ranks.index < parts:
             tensors = {key: value for member in self.members for key, value in member.state().items()}
-            save_part(folder, ranks.index, tensors)
+            digest = save_part(folder, ranks.index, tensors)
             for member in (member for member in self.members if member.diverged is None):
                 save_as_it_is(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
-        ranks.wait()
+        digests = ranks.gather(digest)
         if ranks.leads:
             places = [positions[v] for v in sorted(positions)]
             state = {"version": VERSION, "wave": at.wave, "step": at.step, "seconds": at.seconds, "positions": places,
-                     "diverged": dict(at.diverged), "parts": parts}  # fmt: skip
+                     "diverged": dict(at.diverged), "parts": parts, "blake2b": digests[:parts]}  # fmt: skip
             end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
         ranks.wait()
         self.written = self.clock()
@@ -98,26 +116,76 @@ def save_as_it_is(job: Job, member: Member, done: int, folder: Path) -> None:
 
 
 def stands(job: Job) -> Standing:
-    """The newest checkpoint's; the beginning without one. Forgets what was logged after it."""
-    found = newest(job.folder.checkpoints)
-    if found is None:
+    """The newest checkpoint's that is whole; the beginning without one. Forgets what was logged after it. Raises
+    DamagedError when there are checkpoints and none is whole."""
+    at = newest_whole(job)
+    if at is None:
         job.folder.cut_metrics(1, 0)
         return Standing()
-    folder, state = found
-    if state.get("version") != VERSION:
-        raise UserError(
-            f"{job.folder.path}: its checkpoint is of version {state.get('version')}; this sagsae reads {VERSION}. "
-            "Finish the run with the sagsae that began it, or start afresh with --overwrite"
-        )
-    try:
-        positions = tuple(Position(*at) for at in state["positions"])
-        at = Standing(state["wave"], state["step"], state["seconds"], positions, state["diverged"], folder,
-                      state["parts"])  # fmt: skip
-    except (KeyError, TypeError) as error:
-        raise damaged(folder, error) from error
     job.folder.cut_metrics(at.wave, at.step)
     say(f"{job.turn(at.wave).title}: going on after step {at.step}")
     return at
+
+
+def newest_whole(job: Job) -> Standing | None:
+    """Damaged ones that are newer are set aside, and said to be. None when there is no checkpoint."""
+    useless: list[tuple[Path, DamagedError]] = []
+    for folder in newest_first(job.folder.checkpoints):
+        try:
+            at = standing(job, folder, read_state(folder))
+        except DamagedError as error:
+            useless.append((folder, error))
+            continue
+        for path, error in useless:
+            set_aside(path)
+            say(f"{error}. It is set aside as {DAMAGED}{path.name}; going on from {folder.name}, the one before")
+        return at
+    if useless:
+        raise DamagedError(
+            f"{useless[0][1]}. There is no whole checkpoint before it. Restore it from a copy, or start afresh with "
+            "--overwrite"
+        )
+    return None
+
+
+def standing(job: Job, folder: Path, state: dict[str, Any]) -> Standing:
+    """What a state.json says, each number within what the run can have come to. Raises DamagedError for one that is
+    not, UserError for another version's."""
+    if state.get("version") != VERSION:
+        raise UserError(
+            f"{job.folder.path}: its checkpoint is of version {quoted(state.get('version'))}; this sagsae reads "
+            f"{VERSION}. Finish the run with the sagsae that began it, or start afresh with --overwrite"
+        )
+    try:
+        members(state, ("wave", "step", "seconds", "positions", "diverged", "parts"), None)
+        step = integer(state["step"], "step", 0, job.steps)
+        wave = integer(state["wave"], "wave", 1, len(job.waves))
+        positions = positions_of(job, state["positions"], step)
+        diverged = members(state["diverged"], (), [sae.name for sae in job.config.saes])
+        for name, since in diverged.items():
+            integer(since, f"diverged of {name}", 1, job.steps)
+        parts = integer(state["parts"], "parts", 1, MOST_PARTS)
+        return Standing(wave, step, number(state["seconds"], "seconds", 0.0), positions, diverged, folder, parts)
+    except BadData as error:
+        raise damaged(folder, error) from error
+
+
+def positions_of(job: Job, found: Any, step: int) -> tuple[Position, ...]:
+    """One of each stream, inside its windows. Every stream gives out rows in one of three epochs. Raises BadData."""
+    if not isinstance(found, list) or len(found) != job.streams:
+        raise BadData(f"positions is {quoted(found)} instead of {job.streams} of them")
+    epochs = 3 * (step * job.config.batch // job.streams + 1)
+    windows, rows = job.most_windows, job.longest_window
+    positions = []
+    for place in found:
+        if not isinstance(place, list) or len(place) != 3:
+            raise BadData(f"a position is {quoted(place)} instead of three numbers")
+        epoch, window, offset = place
+        positions.append(
+            Position(integer(epoch, "epoch", 0, epochs), integer(window, "window", 0, windows),
+                     integer(offset, "offset", 0, rows))
+        )  # fmt: skip
+    return tuple(positions)
 
 
 def restore(members: Sequence[Member], at: Standing) -> None:
@@ -128,5 +196,5 @@ def restore(members: Sequence[Member], at: Standing) -> None:
     try:
         for member in members:
             member.load_(tensors)
-    except KeyError as error:
+    except BadData as error:
         raise damaged(at.folder, error) from error

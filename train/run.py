@@ -5,7 +5,6 @@ memory together, each wave of them has a pass of its own (train/waves.py). A run
 its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
 """
 
-import json
 import math
 import time
 from contextlib import ExitStack, closing
@@ -21,15 +20,17 @@ from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.device import pick_device
-from shared.errors import Interrupted, UserError
+from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import explained
+from shared.gate import BadData
 from shared.locks import folder_lock
 from shared.progress import progress, say
-from shared.record import provenance, write_json
+from shared.record import provenance
 from shared.saes import SAEConfig
 from shared.stop import stop_requests
 from train.autoencoder import Autoencoder
 from train.evaluate import last_silent, measure_all
+from train.folder import RunFolder, read_sealed, write_sealed
 from train.job import Job, make_job
 from train.loader import Loader
 from train.member import Member
@@ -79,7 +80,7 @@ def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
     job = make_job(config, ranks.device, ranks.leads, ranks.gather)
     set_up_torch(config)
     folder = job.folder
-    if folder.exists() and not config.overwrite:
+    if not config.overwrite and folder.exists():
         folder.check_same(job.identity)
         if folder.finished():
             say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
@@ -89,12 +90,15 @@ def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
         while_open.enter_context(job.store.files.reading())
         with ranks.agreed():
             if ranks.leads:
-                folder.make()
+                folder.make(config.overwrite)
                 while_open.enter_context(folder_lock(folder.path))
                 with explained(folder.path):
                     open_folder(job, ranks)
         while_open.enter_context(explained(folder.path))
-        started, made, at = time.monotonic(), Made(), stands(job)
+        started, made = time.monotonic(), Made()
+        with ranks.agreed():
+            here = stands(job) if ranks.leads else Standing()
+        at = ranks.gather(here)[0]
         for wave in range(at.wave, len(job.waves) + 1):
             at = run_wave(job.turn(wave), at, made, ranks, sweep)
         finish(job, at, ranks)
@@ -146,7 +150,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
     """Begins the run, or checks that the one that is here is the one asked for."""
     folder = job.folder
     folder.tidy()
-    if folder.exists() and not job.config.overwrite:
+    if not job.config.overwrite and folder.exists():
         folder.check_same(job.identity)
         return
     folder.clear()
@@ -155,6 +159,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
         "device": device_name(ranks.device),
         "processes": ranks.count,
         "precision": job.identity["precision"],
+        "warmup_steps": job.config.warmup_steps,
         "steps": job.steps,
         "tokens": job.steps * job.config.batch,
         "waves": [[sae.name for sae in wave] for wave in job.waves],
@@ -171,7 +176,7 @@ def open_folder(job: Job, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
-    folder.begin(job.config, job.identity, {**provenance(), **about})
+    folder.begin(job.asked, job.identity, {**provenance(), **about})
 
 
 def device_name(device: torch.device) -> str:
@@ -307,7 +312,7 @@ def log_line(
         "step": done,
         "tokens": tokens,
         "epoch": round(tokens / job.epoch_rows, 4),
-        "lr": learning_rate(done - 1, job.steps, config.lr, config.warmup_steps, config.decay_fraction),
+        "lr": learning_rate(done - 1, job.steps, config.lr, config.warmup_steps or 0, config.decay_fraction),
         "seconds": round(seconds, 2),
         "saes": saes,
     }
@@ -315,6 +320,7 @@ def log_line(
 
 def save_saes(job: Job, members: list[Member]) -> None:
     for member in members:
+        member.check_weights(job.steps)
         if member.diverged is None:
             save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name))
             missed = member.sparsity.missed()
@@ -338,17 +344,36 @@ def finish(job: Job, at: Standing, ranks: Ranks) -> None:
     silent = last_silent(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent))
+    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent)
+    job.check_unchanged(thorough=True)
+    write_sealed(folder.evaluation, results)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     ended = {"diverged": dict(at.diverged), "seconds": round(at.seconds, 2), "finished": finished}
-    write_json(folder.path / "record.json", {**folder.read("record.json"), **ended})
+    write_sealed(folder.path / "record.json", {**folder.read("record.json"), **ended})
+    if not job.config.keep_checkpoints:
+        folder.drop_checkpoints()
 
 
 def summarise(job: Job, seconds: float, steps: int, waiting: float) -> Summary:
     tokens = job.steps * job.config.batch
-    saes = json.loads(job.folder.evaluation.read_text(encoding="utf-8"))["saes"]
+    saes = measured_of(job.folder)
     rate = steps * job.config.batch / seconds if seconds else 0.0
     return Summary(
         job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
         round(seconds, 2), round(rate, 1), round(waiting, 4), saes,
     )  # fmt: skip
+
+
+def measured_of(folder: RunFolder) -> list[dict[str, Any]]:
+    """The entries of evaluation.json. Raises DamagedError when it is missing, or no evaluation."""
+    again = f"Measure the run again with: sagsae eval {folder.path}"
+    try:
+        found = read_sealed(folder.evaluation)
+        saes = found.get("saes")
+        if not isinstance(saes, list) or not all(isinstance(sae, dict) and "name" in sae for sae in saes):
+            raise BadData("lists no autoencoders")
+    except FileNotFoundError as error:
+        raise DamagedError(f"{folder.evaluation}: is missing. {again}") from error
+    except BadData as error:
+        raise DamagedError(f"{folder.evaluation}: {error}. {again}") from error
+    return saes

@@ -82,8 +82,14 @@ def recorded(job: Job) -> list[Saes] | None:
     if job.config.overwrite or not job.folder.exists():
         return None
     by_name = {sae.name: sae for sae in job.config.saes}
-    names: Any = job.folder.read("record.json").get("waves") or [list(by_name)]
-    return [tuple(by_name[name] for name in wave) for wave in names]
+    waves: Any = job.folder.read("record.json").get("waves") or [list(by_name)]
+    try:
+        names = [name for wave in waves for name in wave]
+        if sorted(names) != sorted(by_name) or not all(waves):
+            raise ValueError
+        return [tuple(by_name[name] for name in wave) for wave in waves]
+    except (TypeError, ValueError):
+        raise job.folder.damaged("record.json", "its waves are not those of its autoencoders") from None
 
 
 def packed(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes]:

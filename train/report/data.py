@@ -12,7 +12,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
+from shared.spec import is_sealed
 from train.report.sae import Sae
 
 CURVE_POINTS = 400
@@ -154,7 +155,11 @@ def _finite(text: str) -> float | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    return _parse(_read_text(path), str(path))
+    """Without its checksum, which the files of earlier runs do not have."""
+    value = _parse(_read_text(path), str(path))
+    if "crc32c" in value and not is_sealed(value):
+        raise DamagedError(f"{path}: was altered: its checksum does not match. Restore it from a copy")
+    return {key: item for key, item in value.items() if key != "crc32c"}
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -23,11 +23,11 @@ def bi_jump_relu(
 ) -> Float[Tensor, "*batch d_sae"]:
     """`threshold` and `offset` have a row for the positive and one for the negative pole, or one for both. A threshold
     of infinity closes a pole; thresholds of a latent must not sum to less than zero, or both poles would be open at
-    once. Without an offset: 0. Without a slope: 1."""
+    once. Without an offset: 0. Without a slope: 1. NaN gives NaN."""
     above, below = threshold[0], threshold[-1]
     plus, minus = (offset[0], offset[-1]) if offset is not None else (0.0, 0.0)
     down = -z if slope is None else -z * slope
-    return torch.where(z > above, z + plus, 0.0) - torch.where(down > below, down + minus, 0.0)
+    return torch.where(z <= above, 0.0, z + plus) - torch.where(down <= below, 0.0, down + minus)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class Family(ABC, Generic[W]):
 
     @abstractmethod
     def encode(self, w: W, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """The code f, as it is used after training."""
+        """The code f, as it is used after training. A row with a NaN in it gives a row of NaN."""
 
     @abstractmethod
     def loss(self, w: W, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:

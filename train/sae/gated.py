@@ -70,7 +70,7 @@ class GatedFamily(Family[GatedWeights]):
         u = pre_activations(w, x)
         a, s = self.size(u)
         magnitude = torch.relu(torch.exp(pole(w.r, u)) * a + pole(w.b, u))
-        return times(torch.where(a > pole(w.theta, u), magnitude, 0.0), s)
+        return times(torch.where(a <= pole(w.theta, u), 0.0, magnitude), s)
 
     def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
         u = pre_activations(w, x)

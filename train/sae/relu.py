@@ -89,7 +89,7 @@ class JumpReluFamily(Family[JumpReluWeights]):
 
     def encode(self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         u = pre_activations(w, x)
-        return torch.where(u > w.theta, u, 0.0)
+        return torch.where(u <= w.theta, 0.0, u)
 
     def width(self, w: JumpReluWeights) -> float:
         """ε."""

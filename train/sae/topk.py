@@ -55,7 +55,7 @@ class TopKFamily(Family[TopKWeights]):
 
     def encode(self, w: TopKWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
-        return times(torch.where(a > w.threshold, a, 0.0), s)
+        return times(torch.where(a <= w.threshold, 0.0, a), s)
 
     def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, " n"]:
         """The sizes in this part of a batch that may be among the active ones of the whole."""
