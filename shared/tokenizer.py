@@ -94,7 +94,7 @@ class Encoder:
         """All special ids: those, and every added token that is marked as special (Llama 3's chat tokens)."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
-        return self.listed() | marked | ({self.eos_asked} - {None})  # type: ignore[return-value]
+        return self.listed() | marked | (set() if self.eos_asked is None else {self.eos_asked})
 
     def digest(self) -> str | None:
         """What decides the ids of a text: the tokenizer as it is in memory, or else its files."""
