@@ -14,6 +14,7 @@ from harvest.corpus import open_corpus
 from harvest.documents import Corpus, Stream
 from harvest.pack import Counts
 from shared.config import HarvestConfig
+from shared.configuration import ModelInfo
 from shared.create import Tokens
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
