@@ -15,12 +15,13 @@ from harvest.corpus import open_corpus
 from harvest.documents import Corpus, Stream
 from harvest.pack import Counts
 from shared.config import HarvestConfig
+from shared.configuration import ModelInfo
 from shared.create import Tokens
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
 from shared.files import Files, join, open_files
 from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
-from shared.models import ModelInfo, ModelSource, in_words, model_info, read_config, resolve_model, same_model
+from shared.models import ModelSource, in_words, model_info, read_config, resolve_model, same_model
 from shared.outline import outline
 from shared.progress import say
 from shared.spec import DTYPES, HookSpec, StoreSpec, TokenType

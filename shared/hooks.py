@@ -12,8 +12,9 @@ from math import prod
 from typing import Final, NoReturn
 
 from shared.bridge import Attention
+from shared.configuration import ModelInfo
 from shared.errors import UserError
-from shared.models import ModelInfo, model_info, read_config, resolve_model
+from shared.models import model_info, read_config, resolve_model
 from shared.outline import CONTEXT, N, Shapes, outline
 
 SHORT_HOOKS: Final = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
