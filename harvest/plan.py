@@ -263,13 +263,7 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
         wanted["n_tokens"] = "all that the corpus gives"
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     asked, there = wanted.pop("model"), found["model"]
-    differ = []
-    if not same_model(plan.source, there.get("commit")):
-        store, here = (in_words(model.get("name"), model.get("commit")) for model in (there, asked))
-        differ.append(f"model: the store has {store}, this asks for {here}")
-    for key in ("dtype", "attention", "weight_processing"):
-        if there.get(key) != asked[key]:
-            differ.append(f"model {key}: the store has {there.get(key)}, this asks for {asked[key]}")
+    differ = model_differs(plan.source, there, asked)
     if spec.special_ids == plan_of_old(plan) != plan.special_ids and not plan.config.special_ids:
         wanted["special_ids"] = spec.special_ids
         say(
@@ -285,6 +279,19 @@ def check_same(plan: Plan, spec: StoreSpec) -> None:
             f"{plan.name}: was harvested differently. {'; '.join(differ)}. {way_out(plan, spec, changed, len(differ))} "
             "--overwrite would delete what is there and start afresh"
         )
+
+
+def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """What of a model is another than the store's, in a line or none."""
+    keys = [key for key in ("dtype", "attention", "weight_processing") if there.get(key) != asked[key]]
+    pairs = [(f"{key} {there.get(key)}", f"{key} {asked[key]}") for key in keys]
+    if not same_model(source, there.get("commit")):
+        store, here = (in_words(model.get("name"), model.get("commit")) for model in (there, asked))
+        pairs.insert(0, (store, here))
+    if not pairs:
+        return []
+    stores, ours = (", ".join(side) for side in zip(*pairs, strict=True))
+    return [f"model: the store has {stores}, this asks for {ours}"]
 
 
 def plan_of_old(plan: Plan) -> tuple[int, ...]:

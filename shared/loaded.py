@@ -52,9 +52,17 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
             f"no place: {some(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
             "(architecture, number of layers, biases)"
         )
+    zeros = [key for key, weight in model.named_parameters() if weight.dim() > 1 and is_zero(weight)]
+    if zeros:
+        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {some(zeros)}")
     rest = [key for key in unexpected if not BUFFERS.search(key)]
     if rest:
         say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {some(rest)}")
+
+
+def is_zero(weight: Any) -> bool:
+    """Whether a weight in memory is zero throughout. The end is looked at first, so that others cost nothing."""
+    return weight.device.type != "meta" and not weight.flatten()[-4096:].any() and not weight.any()
 
 
 def belonging(unexpected: Iterable[str], model: Any) -> list[str]:

@@ -9,6 +9,7 @@ import difflib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any, Final
 
@@ -61,15 +62,19 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """What transformers would print beside the one message that a person gets."""
+    """Without what transformers would print beside the one message that a person gets. A GGUF file has its bar on a
+    terminal only."""
+    from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
-    level = logging.get_verbosity()
+    level, bar = logging.get_verbosity(), gguf.tqdm
     logging.disable_progress_bar()
     logging.set_verbosity_error()
+    gguf.tqdm = partial(bar, disable=None)
     try:
         yield
     finally:
+        gguf.tqdm = bar
         logging.set_verbosity(level)
 
 

@@ -68,6 +68,8 @@ def resolve_model(name: str, revision: str | None = None, weights: bool = True) 
         if revision is not None:
             raise UserError(f"--revision {revision}: {name} is a folder; revisions belong to Hugging Face models")
         return local_model(name, place, weights)
+    if Path(os.path.expanduser(name)).is_file():
+        raise UserError(f"--model {name}: is a file. Give the folder that it is in, or a GGUF file (*.gguf)")
     if means_a_path(name):
         raise UserError(f"--model {name}: there is no such folder")
     location = ALIASES.get(name, name)

@@ -9,6 +9,7 @@ import os
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -96,6 +97,7 @@ class Encoder:
         marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
         return self.listed() | marked | (set() if self.eos_asked is None else {self.eos_asked})
 
+    @cached_property
     def digest(self) -> str | None:
         """What decides the ids of a text: the tokenizer as it is in memory, or else its files."""
         if self.tokenizer is None:
@@ -111,7 +113,7 @@ class Encoder:
     def describe(self) -> dict[str, Any]:
         """As a store records it."""
         split = {"split_special_tokens": True} if self.split_special else {}
-        return {"blake2b": self.digest(), "eos_id": self.eos_id, **split}
+        return {"blake2b": self.digest, "eos_id": self.eos_id, **split}
 
 
 def open_encoder(
@@ -154,6 +156,8 @@ def has_files(source: ModelSource) -> bool:
 
 def resolve_tokenizer(name: str) -> ModelSource:
     """Like a model, but no weights and no config.json are wanted."""
+    if not name.strip():
+        raise UserError("--tokenizer is empty: give a folder, a GGUF file or a Hugging Face id")
     place = Path(os.path.expanduser(ALIASES.get(name, name) if not Path(name).exists() else name))
     if place.is_dir() or place.is_file():
         folder = place if place.is_dir() else place.parent

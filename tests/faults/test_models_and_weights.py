@@ -329,7 +329,7 @@ def test_auto_is_what_the_store_has(copied: Path, ask: Config, monkeypatch: pyte
     monkeypatch.setattr(harvest.plan, "native_dtype", lambda _device: "bfloat16")
     run_harvest(ask(copied, dtype="auto"))
     assert "is complete" in capsys.readouterr().err
-    with pytest.raises(UserError, match="model dtype: the store has float32, this asks for bfloat16"):
+    with pytest.raises(UserError, match="model: the store has dtype float32, this asks for dtype bfloat16"):
         run_harvest(ask(copied, dtype="bfloat16"))
 
 
