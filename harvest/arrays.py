@@ -20,6 +20,8 @@ from shared.errors import UserError
 
 BLOCK_IDS: Final = 1 << 20
 """Ids read at a time, about."""
+MOST_IDS: Final = 1 << 27
+"""Of one chunk, which is read whole."""
 
 
 def numpy_stream(path: Path, vocab_size: int) -> Stream:
@@ -67,6 +69,10 @@ def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_
             f"corpus {path}: is an array of {array.ndim} dimensions; [ids] (one stream) or [rows, context] is expected"
         )
     width = int(array.shape[1]) if array.ndim == 2 else None
+    if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MOST_IDS:
+        raise UserError(
+            f"corpus {path}: is to be read {whole:,} ids at a time; write it in smaller chunks, of 1 million ids or so"
+        )
     description = {"kind": "ids", **identity, "shape": list(array.shape), "dtype": str(array.dtype)}
     return Stream(description, functools.partial(_blocks, path, array, chunk, vocab_size), width)
 

@@ -25,7 +25,7 @@ BUFFER_BYTES: Final = 1 << 30
 BATCH_DOCUMENTS: Final = 64
 BATCH_CHARACTERS: Final = 1 << 22
 """Documents read together: so many, or fewer that have so many characters."""
-CALL_CHARACTERS: Final = 1 << 20
+CALL_CHARACTERS: Final = 1 << 19
 """Given to the tokenizer at a time."""
 RAW_WORDS = 1024
 """Random words drawn at a time. Does not change which words they are."""
