@@ -32,4 +32,5 @@ def quantise(x: NDArray[np.float32], dim: NDArray[np.float32]) -> tuple[NDArray[
 
 def dequantise(q: NDArray[Any], row: NDArray[np.float32], dim: NDArray[np.float32]) -> NDArray[np.float32]:
     """Float32 rows [n, d_in]; `dim` is [d_in] or [n, d_in]."""
-    return q.astype("<f4") * row[:, None] * dim
+    with np.errstate(invalid="ignore", over="ignore"):  # of a scale that is infinite
+        return q.astype("<f4") * row[:, None] * dim

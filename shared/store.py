@@ -244,7 +244,8 @@ class Store:
         n, squares = self.counted(hook), self.total(f"stats/{hook}/sum_of_squares").sum()
         error = max(float(self.total(f"stats/{hook}/sum_of_squared_error").sum()), np.finfo("f8").tiny)
         variance = self.statistics(hook).variance.sum()
-        return Quantisation(float(10 * np.log10(squares / error)), float(error / n / variance) if variance else 0.0)
+        ratio = max(float(squares / error), np.finfo("f8").tiny)
+        return Quantisation(float(10 * np.log10(ratio)), float(error / n / variance) if variance else 0.0)
 
     def stored_bytes(self, hook: str) -> int:
         """Of a hookpoint's activations, with what is needed to read them back."""

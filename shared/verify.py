@@ -136,9 +136,8 @@ def check_state(store: Store) -> None:
 
 def check_missing(store: Store) -> None:
     if store.state == "final" and (missing := store.missing):
-        some = ", ".join(map(str, missing[:20])) + ("…" if len(missing) > 20 else "")
-        what = f"{len(missing)} of its {store.spec.n_shards} shards"
-        raise DamagedError(f"{store.name}: is final, but {what} are not in its manifest: {some}")
+        what = f"shards {missing}" if len(missing) <= 20 else f"{len(missing)} of its {store.spec.n_shards} shards"
+        raise DamagedError(f"{store.name}: is final, but {what} are not in its manifest")
 
 
 def check_logs(store: Store) -> None:
