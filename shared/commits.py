@@ -79,17 +79,17 @@ def with_seal(text: str) -> str:
     return f'{text[:-1]},"c":{crc32c(text.encode())}}}\n'
 
 
+def under_seal(line: bytes) -> bytes | None:
+    """The JSON of a sealed line; None when the line is torn or altered."""
+    text, found, crc = line.rpartition(CHECKSUM)
+    return text + b"}" if found and crc == b"%d}\n" % crc32c(text + b"}") else None
+
+
 def unsealed(line: str | bytes) -> dict[str, Any] | None:
-    """The body of a sealed line; None when the line is torn or altered, or no line of ours."""
-    data = line.encode(errors="replace") if isinstance(line, str) else line
-    text, found, crc = data.rpartition(CHECKSUM)
-    if not found or crc != b"%d}\n" % crc32c(text + b"}"):
-        return None
-    try:
-        body = parse_json(text + b"}")
-    except BadData:
-        return None
-    return body if isinstance(body, dict) else None
+    """The body of a sealed line; None when the line is torn or altered. Raises BadData when what was sealed is no JSON
+    that we write."""
+    text = under_seal(line.encode(errors="replace") if isinstance(line, str) else line)
+    return None if text is None else members(parse_json(text), (), None)
 
 
 class FileSizes(Mapping[str, tuple[int, int]]):
@@ -358,9 +358,9 @@ def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> Parsed:
             at = found.end()
             continue
         end = data.find(b"\n", at) + 1 or len(data)
-        body = unsealed(data[at:end]) if end - at <= LINE_BYTES else None
-        torn, whole = body is None and end == len(data), at if body is None else whole
-        read.add_body(number, body)
+        text = under_seal(data[at:end])
+        torn, whole = text is None and end == len(data), at if text is None else whole
+        read.add_json(number, text)
         at = end
     commits, bad = read.result(empty)
     return Parsed(commits, bad, number, torn, whole if torn else len(data))
@@ -384,11 +384,11 @@ class Reading:
         if len(self.waiting) == AT_A_TIME:
             self.flush()
 
-    def add_body(self, number: int, body: dict[str, Any] | None) -> None:
+    def add_json(self, number: int, text: bytes | None) -> None:
         try:
-            if body is None:
+            if text is None:
                 raise BadData("is torn or altered")
-            values, nonfinite = values_of(body, self.arrays, self.hooks)
+            values, nonfinite = values_of(members(parse_json(text, LINE_BYTES), (), None), self.arrays, self.hooks)
         except BadData:
             self.bad.append(number)
             return
@@ -485,11 +485,11 @@ def size_bounds(spec: StoreSpec, arrays: Sequence[str]) -> tuple[NDArray[np.int6
 
 
 def parse_commit(line: str) -> Commit | None:
-    """The commit of a manifest line, whatever store it may be of; None when the line is torn or altered."""
-    body = unsealed(line)
-    if body is None:
-        return None
+    """The commit of a manifest line, whatever store it may be of; None when it is torn or altered, or no commit."""
     try:
+        body = unsealed(line)
+        if body is None:
+            return None
         arrays = members(body.get("files"), (), None)
         hooks = tuple(members(body.get("nonfinite", {}), (), None))
         values, counts = values_of(body, tuple(arrays), hooks)
