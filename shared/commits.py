@@ -164,7 +164,8 @@ class Columns(Sequence[Commit]):
     def __getitem__(self, row: int | slice) -> Commit | list[Commit]:
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
-        return Commit(*self.numbers[row].tolist(), FileSizes(self, row), self.named(row))
+        shard, rows, start, stop, kept = self.numbers[row].tolist()
+        return Commit(shard, rows, start, stop, kept, FileSizes(self, row), self.named(row))
 
     def named(self, row: int) -> dict[str, int]:
         if self.nonfinite is None:
@@ -263,12 +264,13 @@ class Commits(Mapping[int, Commit]):
     def row(self, shard: object) -> int | None:
         """Where a shard is in the columns; None when it is not committed."""
         try:
-            row = operator.index(shard)  # type: ignore[arg-type]
+            number = operator.index(shard)  # type: ignore[arg-type]
         except TypeError:
             return None
-        if not (0 <= row < len(self) and self.shards[row] == shard):  # not all before it are there
-            row = int(np.searchsorted(self.shards, shard))
-        return row if row < len(self) and self.shards[row] == shard else None
+        if 0 <= number < len(self) and self.shards[number] == number:  # all before it are there
+            return number
+        row = int(np.searchsorted(self.shards, number))
+        return row if row < len(self) and self.shards[row] == number else None
 
     def __getitem__(self, shard: int) -> Commit:
         last = self.last
@@ -458,7 +460,9 @@ def of_this_store(
     shard, rows, start, stop, kept = values[:, :NUMBERS].T
     there = (shard >= 0) & (shard < spec.n_shards)
     expected = np.where(there, shard, 0) * spec.shard_rows
-    right = there & (start == expected) & (stop == np.minimum(expected + spec.shard_rows, spec.n_tokens))
+    right: NDArray[np.bool_] = (
+        there & (start == expected) & (stop == np.minimum(expected + spec.shard_rows, spec.n_tokens))
+    )
     right &= (rows == stop - start) & (kept >= 0) & (kept <= rows)
     low, high = size_bounds(spec, arrays)
     files = values[:, NUMBERS:].reshape(len(values), -1, 2)
