@@ -19,12 +19,12 @@ from shared.commits import (
     check_version,
     joined,
     parse_lines,
-    sealed,
     under_seal,
 )
 from shared.commits import Commit as Commit
 from shared.commits import Sizes as Sizes
 from shared.commits import parse_commit as parse_commit
+from shared.commits import sealed as sealed
 from shared.commits import unsealed as unsealed
 from shared.errors import DamagedError
 from shared.files import Files, Mark
