@@ -27,6 +27,8 @@ LINE_BYTES: Final = 1 << 20
 AT_A_TIME: Final = 4096
 """Lines whose numbers are read at once."""
 LARGEST: Final = 10**18 - 1
+MADE: Final = 1024
+"""Commits that are kept once they were made."""
 SHARD, ROWS, START, STOP, KEPT = range(5)
 """Columns of numbers."""
 NUMBERS: Final = 5
@@ -219,8 +221,8 @@ class Commits(Mapping[int, Commit]):
             last = np.append(np.diff(shards[order]) > 0, True)
             columns = columns.take(order[last])
         self.columns = columns
-        self.last: tuple[int, Commit] | None = None
-        """Whoever reads a chunk asks for its shard's several times."""
+        self.made: dict[int, Commit] = {}
+        """Some: whoever reads a chunk asks for its shard's several times."""
 
     @classmethod
     def of(cls, commits: Mapping[int, Commit]) -> "Commits":
@@ -273,14 +275,14 @@ class Commits(Mapping[int, Commit]):
         return row if row < len(self) and self.shards[row] == number else None
 
     def __getitem__(self, shard: int) -> Commit:
-        last = self.last
-        if last is not None and last[0] == shard:
-            return last[1]
-        row = self.row(shard)
-        if row is None:
-            raise KeyError(shard)
-        found = self.columns[row]
-        self.last = int(shard), found
+        found = self.made.get(shard)
+        if found is None:
+            row = self.row(shard)
+            if row is None:
+                raise KeyError(shard)
+            if len(self.made) >= MADE:
+                self.made.clear()
+            found = self.made[int(shard)] = self.columns[row]
         return found
 
     def __contains__(self, shard: object) -> bool:

@@ -88,7 +88,7 @@ def in_a_process(command: Sequence[str]) -> Measured:
     return Measured(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def exponent(sizes: Sequence[float], values: Sequence[float], floor: float) -> float | None:
+def exponent(sizes: Sequence[int], values: Sequence[float], floor: float) -> float | None:
     """Of a power of the size, which is fitted to what is beyond the smallest store's value; None where nothing grows
     that can be told from noise."""
     base = values[0]
@@ -101,7 +101,7 @@ def exponent(sizes: Sequence[float], values: Sequence[float], floor: float) -> f
     return float(np.polyfit(x, y, 1)[0])
 
 
-def each(sizes: Sequence[float], values: Sequence[float]) -> float:
+def each(sizes: Sequence[int], values: Sequence[float]) -> float:
     """What one more shard or row takes, between the two largest stores."""
     return max(0.0, (values[-1] - values[-2]) / (sizes[-1] - sizes[-2]))
 

@@ -16,7 +16,7 @@ from train.loader import Loader
 from train.order import Position, share
 from train.stream import BatchStream
 
-BATCH: Final = 512
+BATCH: Final = 16
 WINDOW_ROWS: Final = 16_384
 """Few, so that what does not grow with the store is small beside what does."""
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import test_remote
+from conftest import Sagsae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from test_remote import Server
 import shared.spec
 import shared.store
 import train.follow
+from harvest.bench_scale import LARGE_SHARDS, harvest_the_rest, make_manifest, make_store
 from shared.commits import Columns, Commits, parse_lines
 from shared.config import TrainConfig
 from shared.create import clean_up, create_store, write_tokens
@@ -31,11 +33,14 @@ from shared.manifest import INDEX, Commit, append_commit, parse_commit, read_man
 from shared.permute import EPOCH_CHUNKS, HELDOUT, permutation
 from shared.remote import RemoteFiles
 from shared.saes import sae_config
+from shared.scale import Measured, Point, exponent, measured, report
 from shared.shard import crc32c, with_crc
 from shared.spec import HookSpec, StoreSpec, rows_that_count, shard_file
 from shared.store import Growing, Store, state_document, write_state
 from shared.tail import looks
 from shared.tokens import Counting, TokenRows
+from shared.verify import verify
+from train.bench_scale import READING
 from train.marks import Marks
 from train.order import Order, Run, heldout_contexts, rows_in_shards, runs, split, split_rows
 
@@ -659,3 +664,51 @@ def test_a_row_of_a_shard_of_two_columns_has_one_length() -> None:
     assert len(with_crc(np.zeros(2).tobytes())) == commit_of(spec, 0).files["stats/layer_00/hook_0/sum"][0]
     columns = Columns.of([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
     assert [replace(c, files=dict(c.files)) for c in columns] == [commit_of(spec, 0)]
+
+
+# The benchmark of all this
+
+
+def test_a_store_of_the_benchmark_is_a_store(tmp_path: Path) -> None:
+    """What is measured is the real code on a store without damage, and a harvest goes on with it."""
+    make_store(tmp_path / "s", 3, replace(LARGE_SHARDS, shard_rows=1024, chunk_rows=256, left=128))
+    store = Store.open(tmp_path / "s")
+    assert (len(store.commits), store.missing) == (3, [3])
+    assert verify(store, full=True).lines == []
+    assert measured(lambda: READING["train"](str(tmp_path / "s"))).anonymous > 0
+    harvest_the_rest(str(tmp_path / "s"))
+    assert verify(Store.open(tmp_path / "s"), full=True).lines == []
+    assert Store.open(tmp_path / "s").complete
+    make_manifest(tmp_path / "m", 50)
+    assert len(Store.open(tmp_path / "m").commits) == 50
+
+
+@pytest.mark.parametrize("power", [0.5, 1.0, 1.5, 2.0])
+def test_the_exponent_of_what_grows(power: float) -> None:
+    sizes = [10, 100, 1000, 10_000, 100_000]
+    values = [2.0 + 1e-6 * n**power for n in sizes]
+    found = exponent(sizes, values, 0.01)
+    assert found is None if power < 1.0 else found == pytest.approx(power, abs=0.05)
+    assert exponent(sizes, [2.0, 2.01, 1.99, 2.0, 2.02], 0.05) is None
+
+
+def test_what_grows_too_fast_is_said() -> None:
+    def points(power: float) -> list[Point]:
+        sizes = [10, 100, 1000, 10_000]
+        return [Point("shards", "open", n, Measured(1e-4 * n**power, 1e-4 * n**power, 200 * n)) for n in sizes]
+
+    assert report(points(1.0))["holds"]
+    assert [line.split(":")[0] for line in report(points(1.5))["failed"]] == ["open against shards"] * 2
+
+
+@pytest.mark.slow
+def test_bench_scale(sagsae: Sagsae, tmp_path: Path) -> None:
+    done = sagsae("bench", "scale", "--quick", "--folder", tmp_path, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert {(row["against"], row["what"]) for row in found["growth"]} == {
+        ("shards", "open"), ("shards", "info"), ("shards", "verify"), ("shards", "train"), ("rows", "open"),
+        ("rows", "info"), ("rows", "verify"), ("rows", "train"), ("rows", "harvest"),
+    }  # fmt: skip
+    assert len(found["table"]) == 3 * 4 + 2 * 5
+    assert list(tmp_path.iterdir()) == []
