@@ -661,6 +661,64 @@ def bench_train(
     show({**report.ratios, **report.raw}, as_json, text)
 
 
+@bench_app.command("scale")
+def bench_scale(
+    quick: Annotated[bool, typer.Option("--quick", help="Small stores: to see that it works.")] = False,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the stores are made: about 3 GB and 2 million files. Default: temporary.")
+    ] = None,
+    one: Annotated[str | None, typer.Option(hidden=True)] = None,
+    place: Annotated[str, typer.Option(hidden=True)] = "",
+    as_json: Json = False,
+) -> None:
+    """Seconds and memory to open, describe, check, train on and harvest into stores of growing size."""
+    import tempfile
+
+    from harvest.bench_scale import LARGE_SHARDS, SHARD_ROWS, SMALL_SHARDS, harvest_the_rest, make_manifest, make_store
+    from shared.progress import hush, progress
+    from shared.scale import Point, in_a_process, measured, report
+    from shared.scale import as_json as measured_json
+    from train.bench_scale import READING
+
+    if one is not None:
+        with hush():
+            typer.echo(measured_json(measured(lambda: {**READING, "harvest": harvest_the_rest}[one](place))))
+        return
+    shards = [10, 100, 400] if quick else [10, 100, 1000, 10_000, 100_000]
+    rows = [10**5, 10**6] if quick else [10**5, 10**6, 10**7, 10**8, 10**9]
+    command = [sys.executable, str(Path(__file__).resolve()), "bench", "scale", "--one"]
+    points = []
+    with (
+        tempfile.TemporaryDirectory(dir=folder) as here,
+        progress("bench", 4 * len(shards) + 5 * len(rows), "measures") as advance,
+    ):
+
+        def measure(axis: str, size: int, store: Path, what: str) -> None:
+            points.append(Point(axis, what, size, in_a_process([*command, what, "--place", str(store)])))
+            advance(1, f"{what}, {size:,} {axis}")
+
+        for size in shards:
+            make_manifest(Path(here) / "manifest" / str(size), size)
+            measure("shards", size, Path(here) / "manifest" / str(size), "open")
+            make_store(Path(here) / "shards" / str(size), size, SMALL_SHARDS)
+            for what in ("info", "verify", "train"):
+                measure("shards", size, Path(here) / "shards" / str(size), what)
+        for size in rows:
+            make_store(Path(here) / "rows" / str(size), max(1, size // SHARD_ROWS), LARGE_SHARDS)
+            for what in ("open", "info", "verify", "train", "harvest"):
+                measure("rows", size, Path(here) / "rows" / str(size), what)
+    found = report(points)
+
+    def text() -> None:
+        print_table("Each in a fresh process; MB of memory that is no file's, beyond the process's own", found["table"])
+        print_table("Growth: exponent of the size, bytes a shard or row between the two largest", found["growth"])
+        for line in found["failed"]:
+            typer.echo(line)
+        typer.echo("nothing grows faster than the store" if found["holds"] else "more than is promised: see above")
+
+    show(found, as_json, text)
+
+
 def layer_number(text: str) -> int | str:
     if text != "mid" and not re.fullmatch("-?[0-9]+", text):
         raise typer.BadParameter(f"{text}: expected a layer number from 0, or mid", param_hint="--layer")

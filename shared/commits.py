@@ -27,6 +27,8 @@ LINE_BYTES: Final = 1 << 20
 AT_A_TIME: Final = 4096
 """Lines whose numbers are read at once."""
 LARGEST: Final = 10**18 - 1
+MADE: Final = 1024
+"""Commits that are kept once they were made."""
 SHARD, ROWS, START, STOP, KEPT = range(5)
 """Columns of numbers."""
 NUMBERS: Final = 5
@@ -79,17 +81,17 @@ def with_seal(text: str) -> str:
     return f'{text[:-1]},"c":{crc32c(text.encode())}}}\n'
 
 
+def under_seal(line: bytes) -> bytes | None:
+    """The JSON of a sealed line; None when the line is torn or altered."""
+    text, found, crc = line.rpartition(CHECKSUM)
+    return text + b"}" if found and crc == b"%d}\n" % crc32c(text + b"}") else None
+
+
 def unsealed(line: str | bytes) -> dict[str, Any] | None:
-    """The body of a sealed line; None when the line is torn or altered, or no line of ours."""
-    data = line.encode(errors="replace") if isinstance(line, str) else line
-    text, found, crc = data.rpartition(CHECKSUM)
-    if not found or crc != b"%d}\n" % crc32c(text + b"}"):
-        return None
-    try:
-        body = parse_json(text + b"}")
-    except BadData:
-        return None
-    return body if isinstance(body, dict) else None
+    """The body of a sealed line; None when the line is torn or altered. Raises BadData when what was sealed is no JSON
+    that we write."""
+    text = under_seal(line.encode(errors="replace") if isinstance(line, str) else line)
+    return None if text is None else members(parse_json(text), (), None)
 
 
 class FileSizes(Mapping[str, tuple[int, int]]):
@@ -164,7 +166,8 @@ class Columns(Sequence[Commit]):
     def __getitem__(self, row: int | slice) -> Commit | list[Commit]:
         if isinstance(row, slice):
             return [self[one] for one in range(*row.indices(len(self)))]
-        return Commit(*self.numbers[row].tolist(), FileSizes(self, row), self.named(row))
+        shard, rows, start, stop, kept = self.numbers[row].tolist()
+        return Commit(shard, rows, start, stop, kept, FileSizes(self, row), self.named(row))
 
     def named(self, row: int) -> dict[str, int]:
         if self.nonfinite is None:
@@ -218,8 +221,8 @@ class Commits(Mapping[int, Commit]):
             last = np.append(np.diff(shards[order]) > 0, True)
             columns = columns.take(order[last])
         self.columns = columns
-        self.last: tuple[int, Commit] | None = None
-        """Whoever reads a chunk asks for its shard's several times."""
+        self.made: dict[int, Commit] = {}
+        """Some: whoever reads a chunk asks for its shard's several times."""
 
     @classmethod
     def of(cls, commits: Mapping[int, Commit]) -> "Commits":
@@ -263,22 +266,23 @@ class Commits(Mapping[int, Commit]):
     def row(self, shard: object) -> int | None:
         """Where a shard is in the columns; None when it is not committed."""
         try:
-            row = operator.index(shard)  # type: ignore[arg-type]
+            number = operator.index(shard)  # type: ignore[arg-type]
         except TypeError:
             return None
-        if not (0 <= row < len(self) and self.shards[row] == shard):  # not all before it are there
-            row = int(np.searchsorted(self.shards, shard))
-        return row if row < len(self) and self.shards[row] == shard else None
+        if 0 <= number < len(self) and self.shards[number] == number:  # all before it are there
+            return number
+        row = int(np.searchsorted(self.shards, number))
+        return row if row < len(self) and self.shards[row] == number else None
 
     def __getitem__(self, shard: int) -> Commit:
-        last = self.last
-        if last is not None and last[0] == shard:
-            return last[1]
-        row = self.row(shard)
-        if row is None:
-            raise KeyError(shard)
-        found = self.columns[row]
-        self.last = int(shard), found
+        found = self.made.get(shard)
+        if found is None:
+            row = self.row(shard)
+            if row is None:
+                raise KeyError(shard)
+            if len(self.made) >= MADE:
+                self.made.clear()
+            found = self.made[int(shard)] = self.columns[row]
         return found
 
     def __contains__(self, shard: object) -> bool:
@@ -358,9 +362,9 @@ def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> Parsed:
             at = found.end()
             continue
         end = data.find(b"\n", at) + 1 or len(data)
-        body = unsealed(data[at:end]) if end - at <= LINE_BYTES else None
-        torn, whole = body is None and end == len(data), at if body is None else whole
-        read.add_body(number, body)
+        text = under_seal(data[at:end])
+        torn, whole = text is None and end == len(data), at if text is None else whole
+        read.add_json(number, text)
         at = end
     commits, bad = read.result(empty)
     return Parsed(commits, bad, number, torn, whole if torn else len(data))
@@ -384,11 +388,11 @@ class Reading:
         if len(self.waiting) == AT_A_TIME:
             self.flush()
 
-    def add_body(self, number: int, body: dict[str, Any] | None) -> None:
+    def add_json(self, number: int, text: bytes | None) -> None:
         try:
-            if body is None:
+            if text is None:
                 raise BadData("is torn or altered")
-            values, nonfinite = values_of(body, self.arrays, self.hooks)
+            values, nonfinite = values_of(members(parse_json(text, LINE_BYTES), (), None), self.arrays, self.hooks)
         except BadData:
             self.bad.append(number)
             return
@@ -458,7 +462,9 @@ def of_this_store(
     shard, rows, start, stop, kept = values[:, :NUMBERS].T
     there = (shard >= 0) & (shard < spec.n_shards)
     expected = np.where(there, shard, 0) * spec.shard_rows
-    right = there & (start == expected) & (stop == np.minimum(expected + spec.shard_rows, spec.n_tokens))
+    right: NDArray[np.bool_] = (
+        there & (start == expected) & (stop == np.minimum(expected + spec.shard_rows, spec.n_tokens))
+    )
     right &= (rows == stop - start) & (kept >= 0) & (kept <= rows)
     low, high = size_bounds(spec, arrays)
     files = values[:, NUMBERS:].reshape(len(values), -1, 2)
@@ -485,11 +491,11 @@ def size_bounds(spec: StoreSpec, arrays: Sequence[str]) -> tuple[NDArray[np.int6
 
 
 def parse_commit(line: str) -> Commit | None:
-    """The commit of a manifest line, whatever store it may be of; None when the line is torn or altered."""
-    body = unsealed(line)
-    if body is None:
-        return None
+    """The commit of a manifest line, whatever store it may be of; None when it is torn or altered, or no commit."""
     try:
+        body = unsealed(line)
+        if body is None:
+            return None
         arrays = members(body.get("files"), (), None)
         hooks = tuple(members(body.get("nonfinite", {}), (), None))
         values, counts = values_of(body, tuple(arrays), hooks)

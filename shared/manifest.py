@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
-from shared.commits import MANIFEST_VERSION, Columns, Commits, as_json, check_version, joined, parse_lines, sealed
+from shared.commits import (
+    MANIFEST_VERSION,
+    Columns,
+    Commits,
+    as_json,
+    check_version,
+    joined,
+    parse_lines,
+    under_seal,
+)
 from shared.commits import Commit as Commit
 from shared.commits import Sizes as Sizes
 from shared.commits import parse_commit as parse_commit
+from shared.commits import sealed as sealed
 from shared.commits import unsealed as unsealed
 from shared.errors import DamagedError
 from shared.files import Files, Mark
@@ -144,7 +154,7 @@ def cut_torn_lines(files: Files) -> None:
     for path in files.logs("manifest", "rank-"):
         data = files.read(path)
         last = data.rfind(b"\n", 0, -1) + 1
-        if data and unsealed(data[last:]) is None:
+        if data and under_seal(data[last:]) is None:
             files.write(path, [data[:last]])
 
 
@@ -173,12 +183,13 @@ def read_metadata(files: Files) -> Sizes:
     """Raises DamagedError when it is missing or altered."""
     what = f"{files.name}/{METADATA}"
     try:
-        body = unsealed(files.read(METADATA))
+        data = files.read(METADATA)
     except FileNotFoundError:
-        body = None
-    if body is None:
-        raise DamagedError(f"{what}: is missing or damaged; restore it from a copy")
+        data = b""
     with passed(what):
+        body = unsealed(data)
+        if body is None:
+            raise DamagedError(f"{what}: is missing or damaged; restore it from a copy")
         check_version(body)
         files_of = members(members(body, ("v", "files"))["files"], (), None)
         return {safe_path(path): file_entry(entry, path) for path, entry in files_of.items()}

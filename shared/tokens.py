@@ -86,7 +86,7 @@ class TokenRows:
         digest = hashlib.blake2b(digest_size=16)
         for number in range(self.n_chunks):
             block = self.chunk(number)
-            digest.update(block)
+            digest.update(memoryview(block))  # type: ignore[arg-type]  # without a copy
             yield block
         if digest.hexdigest() != self.spec.corpus["ids_blake2b"]:
             raise DamagedError(f"{self.files.name}/tokens: the token ids are not the ones that were written")

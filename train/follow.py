@@ -118,9 +118,9 @@ class Segments:
 
     def complete(self, shards: set[int], stop_asked: Callable[[], bool]) -> Store:
         """The store once these shards are committed."""
-        said = time.monotonic()
+        said, growing = time.monotonic(), Growing(self.store.files)
         while True:
-            now = self.growing.open()
+            now = growing.open()
             if all(shard in now.commits for shard in shards):
                 return now
             if time.monotonic() - said > SAY_SECONDS:
