@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder, read_sealed, write_sealed
+from train.follow import check_segments
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
 from train.peers import by_peers
 from train.recovery import Known
 from train.rows import Rows
-from train.snapshot import Watch, as_recorded
+from train.snapshot import Watch, as_recorded, content_of
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
     store = as_recorded(store, hook, folder.read("config.json"), f"{config.run}")
+    if trained.follow:
+        check_segments(store, config.run, partial(content_of, hook=hook))
     watch = Watch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None

@@ -136,9 +136,9 @@ def newest_whole(job: Job) -> Standing | None:
         except DamagedError as error:
             useless.append((folder, error))
             continue
-        for path, error in useless:
+        for path, why in useless:
             set_aside(path)
-            say(f"{error}. It is set aside as {DAMAGED}{path.name}; going on from {folder.name}, the one before")
+            say(f"{why}. It is set aside as {DAMAGED}{path.name}; going on from {folder.name}, the one before")
         return at
     if useless:
         raise DamagedError(

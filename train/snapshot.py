@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
-import struct
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import DamagedError, UserError
 from shared.files import LocalFiles
@@ -56,8 +58,16 @@ def arrays_of(store: Store, hook: str) -> list[str]:
 def content_of(store: Store, hook: str, exact: bool = False) -> str:
     """A digest of the rows of one hookpoint in the committed shards. `exact`: of their encoding, too. Raises
     DamagedError where the manifest lacks a file."""
-    digest = hashlib.blake2b(content_of_spec(store, hook).encode(), digest_size=16)
     paths = [*arrays_of(store, hook), *([hook] if exact else [])]
+    digest = hashlib.blake2b(content_of_spec(store, hook).encode(), digest_size=16)
+    digest.update(np.ascontiguousarray(table_of(store, paths).T, "<i8").tobytes())
+    return digest.hexdigest()
+
+
+def table_of(store: Store, paths: Sequence[str]) -> NDArray[np.int64]:
+    """A line for each committed shard, sorted: its number, its rows, where they begin and end, and the length and
+    crc32 of each of its files. [shards, 4 + 2 * paths]. Raises DamagedError where the manifest lacks a file."""
+    lines = []
     for shard in sorted(store.commits):
         commit = store.commits[shard]
         try:
@@ -66,8 +76,8 @@ def content_of(store: Store, hook: str, exact: bool = False) -> str:
             raise DamagedError(
                 f"{store.name}: the manifest lacks {error.args[0]} of shard {shard}. Restore it from a copy"
             ) from error
-        digest.update(struct.pack(f"<{4 + len(entries)}q", shard, commit.rows, commit.start, commit.stop, *entries))
-    return digest.hexdigest()
+        lines.append((shard, commit.rows, commit.start, commit.stop, *entries))
+    return np.array(lines, np.int64).reshape(len(lines), 4 + 2 * len(paths))
 
 
 def is_earlier(identity: dict[str, Any]) -> bool:
