@@ -1,6 +1,5 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +13,7 @@ from shared.config import EvalConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
 from shared.files import explained, is_remote
-from shared.gate import BadData, quoted
+from shared.gate import BadData, integer, number, parse_json, quoted
 from shared.model import LanguageModel
 from shared.models import ModelSource, local_folder, resolve_model
 from shared.progress import progress, say
@@ -163,10 +162,13 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
     """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
     fewer) when training last logged it."""
     try:
-        lines = [json.loads(line) for line in folder.metrics.read_bytes().splitlines()]
+        lines = [parse_json(line) for line in folder.metrics.read_bytes().splitlines()]
         last = {line.get("wave", 1): line for line in lines}.values()
         return {
-            name: {"fraction": sae["dead_fraction"], "tokens": min(line["tokens"], window)}
+            name: {
+                "fraction": number(sae["dead_fraction"], "dead_fraction", 0.0, 1.0),
+                "tokens": min(integer(line["tokens"], "tokens"), window),
+            }
             for line in last
             for name, sae in line["saes"].items()
         }

@@ -16,7 +16,6 @@ never absent: nothing is deleted unless --overwrite asks for it.
 """
 
 import contextlib
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -267,7 +266,7 @@ class RunFolder:
         kept = []
         for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
-                logged = json.loads(line)
+                logged = parse_json(line)
                 if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):

@@ -25,6 +25,7 @@ from test_runs import begun
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.spec import seal
+from shared.tables import print_saes
 from train.checkpoint import blake2b_of
 from train.evaluate import evaluate
 from train.report import write_report
@@ -84,11 +85,14 @@ class Runs:
     def command(self, name: str, run: Path) -> Any:
         if name in ("resume", "train"):
             saes = run_train(self.config.model_copy(update={"out": run})).saes
+            print_saes("", saes)
             trained = run.glob("saes/*/*.safetensors") if name == "resume" else ()
             weights = [path.read_bytes() for path in sorted(trained)]
             return json.dumps(saes), hashlib.sha256(b"".join(weights)).hexdigest()
         if name == "eval":
-            return json.dumps(evaluate(EvalConfig(run=run, ce=False, device="cpu")).results)
+            results = evaluate(EvalConfig(run=run, ce=False, device="cpu")).results
+            print_saes("", results["saes"])
+            return json.dumps(results)
         if name == "report":
             write_report([run], run.parent / "report.html")
             return None  # what it shows of logs is not protected
