@@ -125,7 +125,7 @@ class Autoencoder:
         folder = Path(folder)
         config, d_in, scale, digest = settings_of(folder)
         data = weights_of(folder / WEIGHTS, config, d_in)
-        if hashlib.sha256(memoryview(data)).hexdigest() != digest:
+        if hashlib.sha256(data.data).hexdigest() != digest:
             raise DamagedError(f"{folder / WEIGHTS}: is not what {SETTINGS} was written with (another SHA-256)")
         try:
             tensors = read_tensors(data)

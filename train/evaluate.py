@@ -1,8 +1,8 @@
 """evaluate(config): measures every autoencoder of a run on the run's held-out tokens and writes evaluation.json."""
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
 from shared.files import explained, is_remote
-from shared.gate import BadData, quoted
+from shared.gate import BadData, integer, number, parse_json, quoted
 from shared.model import LanguageModel
 from shared.models import ModelSource, in_words, local_place, resolve_model, same_model
 from shared.progress import progress, say
@@ -20,13 +20,14 @@ from shared.synthetic import truth_of
 from shared.tokens import TokenRows
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder, read_sealed, write_sealed
+from train.follow import check_segments
 from train.marks import Marks
 from train.metrics import Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split_rows
 from train.peers import by_peers
 from train.recovery import Known
 from train.rows import Rows
-from train.snapshot import Watch, as_recorded
+from train.snapshot import Watch, as_recorded, content_of
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ def evaluate(config: EvalConfig) -> Evaluation:
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
     store = as_recorded(store, hook, folder.read("config.json"), f"{config.run}")
+    if trained.follow:
+        check_segments(store, config.run, partial(content_of, hook=hook))
     with store.files.reading():
         return evaluated(config, folder, trained, store, hook)
 
@@ -166,10 +169,13 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
     """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
     fewer) when training last logged it."""
     try:
-        lines = [json.loads(line) for line in folder.metrics.read_bytes().splitlines()]
+        lines = [parse_json(line) for line in folder.metrics.read_bytes().splitlines()]
         last = {line.get("wave", 1): line for line in lines}.values()
         return {
-            name: {"fraction": sae["dead_fraction"], "tokens": min(line["tokens"], window)}
+            name: {
+                "fraction": number(sae["dead_fraction"], "dead_fraction", 0.0, 1.0),
+                "tokens": min(integer(line["tokens"], "tokens"), window),
+            }
             for line in last
             for name, sae in line["saes"].items()
         }

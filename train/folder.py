@@ -16,7 +16,6 @@ never absent: nothing is deleted unless --overwrite asks for it.
 """
 
 import contextlib
-import json
 import os
 import re
 import shutil
@@ -270,7 +269,7 @@ class RunFolder:
         kept = []
         for line in self.metrics.read_bytes().splitlines(keepends=True):
             try:
-                logged = json.loads(line)
+                logged = parse_json(line)
                 if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):
                     break
             except (ValueError, KeyError, TypeError):

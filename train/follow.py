@@ -153,6 +153,17 @@ def segments_of(folder: Path) -> list[tuple[list[int], str]]:
     return found
 
 
+def check_segments(store: Store, folder: Path, content: Callable[[Store], str]) -> None:
+    """Raises UserError when a segment that the run in `folder` read is not what the store has in its shards."""
+    for shards, named in segments_of(folder):
+        gone = [shard for shard in shards if shard not in store.commits]
+        if gone:
+            raise UserError(f"{folder}: was trained on shard {gone[0]}, which {store.name} does not have")
+        part = store.only(shards)
+        if named not in (content(part), part.snapshot_id):
+            raise UserError(f"{folder}: was not trained on the rows that {store.name} holds now. It is another store")
+
+
 def segment(body: Any) -> tuple[list[int], str]:
     """Raises BadData."""
     body = members(body, ("shards", "snapshot"), None)

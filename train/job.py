@@ -124,7 +124,7 @@ def make_job(
     """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
     read next from a store that grows. `gather` gives every rank's value on every rank."""
     store, hook = find_hookpoint(config.store, config.hook)
-    folder = RunFolder(config.out or Path("runs") / run_name(store, hook, config))
+    folder = RunFolder(config.out or default_folder(store, hook, config))
     here = None if config.overwrite else folder.identity()  # before any rank can have begun the run
     asked, config = config, config if here is None else taken_over(config, folder, device)
     matmul = matmul_dtype(config.precision, device)
@@ -313,6 +313,32 @@ def make_passes(
         return part.n_rows >= config.streams * window_units * unit_rows
 
     return Segments(store, folder, leads, make_pass, enough, partial(content_of, hook=hook)), config.streams
+
+
+def default_folder(store: Store, hook: str, config: TrainConfig) -> Path:
+    """By its name; or the one in which an earlier sagsae, which named runs otherwise, began what is asked for."""
+    usual = Path("runs") / run_name(store, hook, config)
+    if usual.exists() or config.overwrite:
+        return usual
+    for path in sorted(usual.parent.glob(f"{usual.name.rpartition('-')[0]}-????????")):
+        try:
+            here = RunFolder(path).identity()
+        except DamagedError:
+            continue
+        if here and is_earlier(here) and here["snapshot"] == store.snapshot_id and asks_for(config, hook, here):
+            say(f"{path}: was begun by an earlier sagsae with these settings; it is taken")
+            return path
+    return usual
+
+
+def asks_for(config: TrainConfig, hook: str, here: dict[str, Any]) -> bool:
+    """Whether a configuration asks for an earlier sagsae's run, as far as it says."""
+    asked = config.model_dump(mode="json", exclude=FREE | {"hook", "saes"})
+    left_open = {"precision": "auto", "run_chunks": None, "warmup_steps": None}
+    said = {key: value for key, value in asked.items() if key not in left_open or value != left_open[key]}
+    saes = config.model_dump(mode="json")["saes"]
+    same = here.get("hook") == hook and all(here.get(key) == value for key, value in said.items())
+    return same and len(saes) == len(here["saes"]) and all(sae in here["saes"] for sae in saes)
 
 
 def run_name(store: Store, hook: str, config: TrainConfig) -> str:

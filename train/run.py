@@ -22,7 +22,7 @@ from shared.config import TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import explained
-from shared.gate import BadData
+from shared.gate import BadData, members, number, text
 from shared.locks import folder_lock
 from shared.progress import progress, say
 from shared.record import provenance
@@ -370,10 +370,26 @@ def measured_of(folder: RunFolder) -> list[dict[str, Any]]:
     try:
         found = read_sealed(folder.evaluation)
         saes = found.get("saes")
-        if not isinstance(saes, list) or not all(isinstance(sae, dict) and "name" in sae for sae in saes):
+        if not isinstance(saes, list) or not saes:
             raise BadData("lists no autoencoders")
+        for sae in saes:
+            check_entry(sae)
     except FileNotFoundError as error:
         raise DamagedError(f"{folder.evaluation}: is missing. {again}") from error
     except BadData as error:
         raise DamagedError(f"{folder.evaluation}: {error}. {again}") from error
     return saes
+
+
+NUMBERS: Final = ("r2", "l0", "l0_pos", "l0_neg", "dead_fraction", "ce_recovered", "tokens", "d_sae", "seed")
+NUMBERS_OF_SOME: Final = ("rec", "mcs", "k", "l0_target", "sparsity", "r2_rest")
+
+
+def check_entry(sae: Any) -> None:
+    """What of an entry is shown. Raises BadData."""
+    members(sae, ("name", "arch", *NUMBERS), None)
+    text(sae["name"], "name")
+    text(sae["arch"], "arch")
+    for key in (*NUMBERS, *NUMBERS_OF_SOME):
+        if sae.get(key) is not None:
+            number(sae[key], key)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.commits import KEPT
 from shared.errors import DamagedError, UserError
@@ -23,7 +24,6 @@ from shared.manifest import INDEX
 from shared.store import STATE_FILE, Store
 
 FOLLOWS: Final = "follows "
-SHARDS_AT_A_TIME: Final = 4096
 EARLIER: Final = re.compile(r"[0-9a-f]{8}-[0-9]+")
 """A snapshot as an earlier sagsae named it: by all bytes of the manifest."""
 
@@ -58,15 +58,19 @@ def arrays_of(store: Store, hook: str) -> list[str]:
 
 def content_of(store: Store, hook: str, exact: bool = False) -> str:
     """A digest of the rows of one hookpoint in the committed shards. `exact`: of their encoding, too."""
+    paths = [*arrays_of(store, hook), *([hook] if exact else [])]
     digest = hashlib.blake2b(content_of_spec(store, hook).encode(), digest_size=16)
-    columns = store.commits.columns
-    places = [columns.places[path] for path in [*arrays_of(store, hook), *([hook] if exact else [])]]
-    for at in range(0, len(columns), SHARDS_AT_A_TIME):
-        rows = slice(at, at + SHARDS_AT_A_TIME)
-        files = np.stack([columns.sizes[rows][:, places], columns.crcs[rows][:, places].astype(np.int64)], axis=2)
-        numbers = columns.numbers[rows, :KEPT]  # shard, rows, start, stop
-        digest.update(np.hstack([numbers, files.reshape(len(numbers), -1)]).astype("<i8").tobytes())
+    digest.update(np.ascontiguousarray(table_of(store, paths).T, "<i8").tobytes())
     return digest.hexdigest()
+
+
+def table_of(store: Store, paths: Sequence[str]) -> NDArray[np.int64]:
+    """A line for each committed shard, sorted: its number, its rows, where they begin and end, and the length and
+    crc32 of each of its files. [shards, 4 + 2 * paths]."""
+    columns = store.commits.columns
+    places = [columns.places[path] for path in paths]
+    files = np.stack([columns.sizes[:, places], columns.crcs[:, places].astype(np.int64)], axis=2)
+    return np.hstack([columns.numbers[:, :KEPT], files.reshape(len(columns), -1)])
 
 
 def is_earlier(identity: dict[str, Any]) -> bool:
