@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Final, Protocol, runtime_checkable
+from typing import Final, Protocol, runtime_checkable
 
 from harvest.documents import BadDocument, Look, OnBad
 from shared.errors import UserError
@@ -51,7 +51,7 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"corpus {path}: is damaged or cut short ({error}); fetch or write it anew")
 
 
-def open_regular(path: Path) -> IO[bytes]:
+def open_regular(path: Path) -> io.BufferedReader:
     """The bytes of a file. Raises UserError for a pipe, a socket or a device, which may have no end; none is waited
     for."""
     try:
