@@ -864,3 +864,24 @@ def test_modes_of_new_files_are_the_users(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "file").stat().st_mode) == 0o640
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("gcc")), reason="needs Linux and gcc")
+@pytest.mark.parametrize("command", ["synth", "recode", "rm", "train"])
+def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: str) -> None:
+    """A fourth of the errors of a disk were tracebacks; a full disk, too, at every moment."""
+    here, library = Path(__file__).parent, tmp_path / "disk_errors.so"
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, here / "disk_errors.c", "-ldl"], check=True)
+    environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, "34"], env=environment,
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    points = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(points) == 34
+    for point in points:
+        killed = point["error"] == "kill"
+        assert point["first"] in ((-signal.SIGKILL,) if killed else (0, 2, 3)), point
+        assert "Traceback" not in point["said"] + point["said_again"], point
+        if (command, point["error"]) != ("rm", "ENOENT"):  # what is said to be gone is not deleted
+            assert (point["again"], point["same"]) == (0, True), point
