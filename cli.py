@@ -478,15 +478,14 @@ def store_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a store."""
-    from shared.create import remove_store
+    from shared.create import remove_store, what_is_deleted
     from shared.files import open_files
-    from shared.store import read_state
 
     files = open_files(path)
-    spec, _ = read_state(files)
+    what = what_is_deleted(files)
     if not yes:
-        typer.confirm(f"Delete {path} ({spec.n_tokens:,} tokens of {spec.model['name']})?", abort=True)
-    with files.explained():
+        typer.confirm(f"Delete {path} ({what})?", abort=True)
+    with files.explained("then run the same command again: it deletes what is left"):
         remove_store(files)
 
 

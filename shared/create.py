@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -29,6 +29,8 @@ from shared.store import STATE_FILE, Store, read_state, write_state
 BUILDING: Final = "tokens.building"
 SECONDS_BEHIND: Final = 10
 RECORD: Final = "record.json"
+DELETING: Final = "deleting.tmp"
+"""Says of a folder without zarr.json that a store in it was being deleted."""
 OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stats", "scale", "manifest"}
 
 
@@ -191,15 +193,29 @@ def all_commits(files: Files, spec: StoreSpec) -> Commits:
     )
 
 
+def what_is_deleted(files: Files) -> str:
+    """In words. Raises UserError when there is neither a store nor a rest of one."""
+    try:
+        files.read(DELETING)
+    except FileNotFoundError:
+        spec, _ = read_state(files)
+        return f"{spec.n_tokens:,} tokens of {spec.model['name']}"
+    return "what is left of a store"
+
+
 def remove_store(files: Files) -> None:
-    """Deletes a store that nobody is writing to. Its zarr.json goes first, so that a rest is never taken for one; a
-    local folder goes too, unless it holds anything else."""
-    read_state(files)
+    """Deletes a store that nobody is writing to or reading, or what is left of one whose deletion was broken off. Its
+    zarr.json goes first, so that a rest is never taken for a store, and the mark of a rest last; a local folder goes
+    too, unless it holds anything else."""
+    what_is_deleted(files)
     with files.lock(), files.unread():
         files.check_removable(is_ours)
+        with suppress(OSError, UserError):  # a full disk has no room for it, and yet the store can go
+            files.write(DELETING, [])
         files.remove(STATE_FILE)
-        clear_store(files)
+        clear_store(files, keep=(LOCK_FILE, DELETING))
     files.remove(LOCK_FILE)
+    files.remove(DELETING)
     if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
         files.root.rmdir()
 

@@ -26,6 +26,7 @@ from shared.locks import check_unread, folder_lock, held_for_reading, lock_file
 from shared.locks import is_locked as is_locked
 from shared.progress import say
 
+AGAIN: Final = "then run the same command again: what is committed is safe and stays"
 DOCUMENT_BYTES: Final = 64 << 20
 """The most that is read of a file that describes something: zarr.json, a record."""
 WHOLE_BYTES: Final = 1 << 30
@@ -143,8 +144,9 @@ class Files(Protocol):
         """One writer at a time, or one of each number. Raises UserError naming the holder."""
         ...
 
-    def explained(self) -> AbstractContextManager[None]:
-        """Turns what a disk or a server can do to a writer into a UserError; what is committed stays valid."""
+    def explained(self, after: str = ...) -> AbstractContextManager[None]:
+        """Turns what a disk or a server can do to a writer into a UserError; what is committed stays valid. `after` is
+        what to do when the cause is mended."""
         ...
 
 
@@ -279,8 +281,8 @@ class LocalFiles:
     def unread(self) -> AbstractContextManager[None]:
         return check_unread(self.root)
 
-    def explained(self) -> AbstractContextManager[None]:
-        return explained(self.root)
+    def explained(self, after: str = AGAIN) -> AbstractContextManager[None]:
+        return explained(self.root, after)
 
 
 def read_whole(file: Path, most: int) -> bytes:
@@ -471,6 +473,7 @@ REASONS: Final = {
     errno.EINVAL: "the file system refuses this. Use another disk",
     errno.EBUSY: "a file is in use by something else (EBUSY). Stop it",
     errno.ETXTBSY: "a file is in use by something else (ETXTBSY). Stop it",
+    errno.EBADF: "the disk reports an error when a file is closed. Check the disk",
     errno.ENOMEM: "memory does not suffice. Free some",
 }
 
@@ -481,7 +484,7 @@ def in_words(error: OSError) -> str:
 
 
 @contextmanager
-def explained(where: Any) -> Iterator[None]:
+def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
     """Turns a full disk or a read-only one, or whatever else a disk says, into a message; what is committed stays
     valid."""
     try:
@@ -489,6 +492,4 @@ def explained(where: Any) -> Iterator[None]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(
-            f"{where}: {in_words(error)}, then run the same command again: what is committed is safe and stays"
-        ) from error
+        raise UserError(f"{where}: {in_words(error)}, {after}") from error

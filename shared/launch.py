@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.errors import UserError
-from shared.progress import say
 
 NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -34,6 +33,8 @@ def settle() -> Place:
     if place.size == 1 and not os.environ.get("MASTER_ADDR"):
         left_over = [name for name in NAMES if os.environ.pop(name, "")]
         if "RANK" in left_over and "WORLD_SIZE" not in left_over:
+            from shared.progress import say
+
             say("RANK is set, but WORLD_SIZE is not: this is one process alone")
     elif place.size > 1:
         os.environ |= {name: str(value) for name, value in zip(NAMES, order(place), strict=True)}

@@ -16,7 +16,7 @@ from shared.cache import Key, RangeCache
 from shared.client import PART_BYTES, Client, ServerError
 from shared.connect import parse
 from shared.errors import DamagedError, UserError
-from shared.files import VERIFY, Buffer, Files, Mark, Write, most_bytes, safe
+from shared.files import AGAIN, VERIFY, Buffer, Files, Mark, Write, most_bytes, safe
 from shared.locks import lock_file
 from shared.object_lock import object_lock
 from shared.shard import crc32c
@@ -202,11 +202,11 @@ class RemoteFiles:
         return object_lock(self.client, *self.place(lock_file(writer)))
 
     @contextmanager
-    def explained(self) -> Iterator[None]:
+    def explained(self, after: str = AGAIN) -> Iterator[None]:
         try:
             yield
         except ServerError as error:
-            raise UserError(f"{error}; then run the same command again: what is committed is safe and stays") from error
+            raise UserError(f"{error}; {after}") from error
 
     def check_writable(self) -> None:
         if self.client.read_only:
