@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.documents import Corpus, Ids, Stream, cause, unknown_id
+from harvest.documents import Corpus, Ids, Look, Stream, cause, go_on, unknown_id
 from harvest.folder import all_below, described
 from harvest.source import check_regular, reading
 from shared.errors import UserError
@@ -24,7 +24,7 @@ MOST_IDS: Final = 1 << 27
 """Of one chunk, which is read whole."""
 
 
-def numpy_stream(path: Path, vocab_size: int) -> Stream:
+def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
     """The ids of a .npy file, which is mapped and not loaded. Raises UserError for anything else in it."""
     try:
         with reading(path):
@@ -36,10 +36,10 @@ def numpy_stream(path: Path, vocab_size: int) -> Stream:
         raise UserError(
             f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it anew with numpy.save"
         ) from error
-    return _stream(path, array, 1, described([path], path.parent)[0], vocab_size)
+    return _stream(path, array, 1, described([path], path.parent, look)[0], vocab_size)
 
 
-def zarr_stream(path: Path, vocab_size: int) -> Stream:
+def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
     """The ids of a folder that is a Zarr v3 array. Raises UserError for a group, which holds arrays."""
     import zarr
 
@@ -49,13 +49,13 @@ def zarr_stream(path: Path, vocab_size: int) -> Stream:
         raise UserError(
             f"corpus {path}: is not a Zarr array that can be read ({cause(error)}); give the folder of one array of ids"
         ) from error
-    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path), vocab_size)
+    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path, look), vocab_size)
 
 
-def _folder_described(path: Path) -> dict[str, Any]:
+def _folder_described(path: Path, look: Look) -> dict[str, Any]:
     """One identity for all files of a folder: their names and bytes, however many they are."""
     digest, size = hashlib.blake2b(digest_size=16), 0
-    for file in described(sorted(all_below(path)), path):
+    for file in described(sorted(all_below(path)), path, look):
         digest.update(f"{file['name']} {file['bytes']} {file['blake2b']}\n".encode())
         size += file["bytes"]
     return {"name": path.resolve().name, "bytes": size, "blake2b": digest.hexdigest()}

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from harvest.documents import Look, go_on
 from harvest.source import check_regular, open_regular, reading
 
 CARD: Final = re.compile(
@@ -23,6 +24,7 @@ SHEETS: Final = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
 """What the `datasets` library writes about one."""
 TEXTS: Final = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
 """A card is one of these. `notice.jsonl` is data."""
+HASHED_BYTES: Final = 1 << 20
 HIDDEN, ABOUT, OTHER = "hidden", "cards or licences", "of other formats"
 AGAIN: Final = "folders that are read already by another name"
 
@@ -131,12 +133,15 @@ def check_files(root: Path) -> None:
                 check_regular(path)
 
 
-def described(files: list[Path], root: Path) -> list[dict[str, Any]]:
+def described(files: list[Path], root: Path, look: Look = go_on) -> list[dict[str, Any]]:
     """The identity of files: name relative to `root`, size and hash."""
-    return [_described(file, root) for file in files]
+    return [_described(file, root, look) for file in files]
 
 
-def _described(file: Path, root: Path) -> dict[str, Any]:
+def _described(file: Path, root: Path, look: Look) -> dict[str, Any]:
+    digest = hashlib.blake2b(digest_size=16)
     with reading(file), open_regular(file) as stream:
-        digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
-        return {"name": file.relative_to(root).as_posix(), "bytes": stream.tell(), "blake2b": digest}
+        while block := stream.read(HASHED_BYTES):
+            look()
+            digest.update(block)
+        return {"name": file.relative_to(root).as_posix(), "bytes": stream.tell(), "blake2b": digest.hexdigest()}

@@ -11,7 +11,7 @@ import torch
 
 from harvest.arrays import takes_rows
 from harvest.corpus import open_corpus
-from harvest.documents import Corpus, Stream
+from harvest.documents import Corpus, Look, Stream, go_on
 from harvest.pack import Counts
 from shared.config import HarvestConfig
 from shared.configuration import ModelInfo
@@ -61,7 +61,7 @@ class Plan:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
 
 
-def make_plan(config: HarvestConfig) -> Plan:
+def make_plan(config: HarvestConfig, look: Look = go_on) -> Plan:
     """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
     source = resolve_model(config.model, config.revision)
     model_config = read_config(source)
@@ -87,7 +87,7 @@ def make_plan(config: HarvestConfig) -> Plan:
     dtype = native_dtype(computes) if config.dtype == "auto" else config.dtype
     encoder = open_encoder(source, config.tokenizer, config.eos, config.split_special_tokens)
     default = Path(source.location) / "corpus.jsonl" if source.local else None
-    corpus = open_corpus(config, default, info.vocab_size)
+    corpus = open_corpus(config, default, info.vocab_size, look)
     check_end(encoder, corpus, info)
     bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
     special = special_tokens(config, encoder, info)

@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.documents import BadDocument, Corpus, Document, Field, LongText, Look, OnBad, cause, missing, refuse
+from harvest.documents import BadDocument, Corpus, Document, Field, LongText, Look, OnBad, cause, go_on, missing, refuse
 from harvest.folder import described, files_below
 from harvest.source import BLOCK_BYTES, RECORD_BYTES, decoded, lines, open_regular, reading, text_blocks, unpacked
 from harvest.values import MOST_MEMBERS, Values, check_members, members
@@ -23,11 +23,13 @@ from shared.progress import say
 Reader = Callable[[Path, Field, OnBad, Look], Iterator[Document]]
 WHOLE: Final = 4 * BLOCK_BYTES
 """Characters of a text file that is read at once. A longer one is read while it is tokenised."""
+MUCH: Final = 4 << 30
+"""Bytes of files of which it is said that they are hashed, which takes some seconds."""
 ROWS: Final = 64
 """Of a parquet file, read at a time; fewer where they are large."""
 
 
-def files_corpus(path: Path, field: Field) -> Corpus:
+def files_corpus(path: Path, field: Field, look: Look = go_on) -> Corpus:
     """One file, or the files of known extension below a folder, by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
@@ -44,7 +46,10 @@ def files_corpus(path: Path, field: Field) -> Corpus:
         raise UserError(f"corpus {path}: its extension is not known; known are {KNOWN}")
     else:
         root, files = path.parent, [path]
-    description = {"kind": "files", "files": described(files, root), "text_field": field.name}
+    size = sum(file.stat().st_size for file in files if file.exists())  # what is not there is said when it is read
+    if size > MUCH:
+        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to tell this corpus from another")
+    description = {"kind": "files", "files": described(files, root, look), "text_field": field.name}
 
     def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
         return chain.from_iterable(READERS[extension(file)](file, field, on_bad, look) for file in files)

@@ -66,7 +66,7 @@ def harvest(config: HarvestConfig) -> Summary:
 
 def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
     """Rank 0: the beginning and the end, and a share of what is between them."""
-    plan = make_plan(config)
+    plan = make_plan(config, look)
     if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
         check_same(plan, store.spec)

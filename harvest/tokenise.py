@@ -55,6 +55,7 @@ def write_rows(plan: Plan, folder: Path, counts: Counts, look: Callable[[], None
         for block in token_rows(plan, counts, look_and_tell):
             writer.add(block)
             here = Place(counts)
+            look_and_tell()  # the documents may all be read by now
             complete = writer.rows + writer.filled == rows_wanted(plan)
             if not complete and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 save(plan, folder, writer, here)

@@ -753,6 +753,28 @@ def test_a_tokenisation_that_is_killed_goes_on(
     assert verify(Store.open(root), full=True).lines == []
 
 
+def test_a_signal_is_heard_between_calls_of_the_tokenizer(
+    tmp_path: Path, harvest_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Public report: SIGTERM was not heard while a corpus was tokenised. All documents are read by then."""
+    watched = Watched(monkeypatch)
+    heard: list[int] = []
+
+    def stop_asked() -> bool:
+        heard.append(watched.calls)
+        return watched.calls > 5
+
+    @contextlib.contextmanager
+    def requests() -> Any:
+        yield stop_asked
+
+    monkeypatch.setattr("harvest.run.stop_requests", requests)
+    with pytest.raises(Interrupted, match=r"stopped after [\d,]+ tokens\. To continue, run the same command again"):
+        run_harvest(harvest_config(tmp_path, tokens=None, **LARGE))
+    assert max(heard) == 6
+    assert (tmp_path / "s" / "tokens.building" / "progress.json").is_file()
+
+
 def test_arrays_go_on_too(tmp_path: Path, harvest_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(harvest.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
     ids = (np.arange(40_000) * 7 % 300).astype(np.uint16)
