@@ -47,6 +47,7 @@ SECONDS = 20
 """A case that takes longer hangs."""
 MEMORY = 3 << 30
 """Bytes of address space beyond what the process has at the start."""
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent), "OMP_NUM_THREADS": "1"}
 KINDS = ("zstd", "lz4", "none", "int8")
 
 
