@@ -93,7 +93,8 @@ def respec(root: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     document = json.loads((root / "zarr.json").read_bytes())
     about = document["attributes"]["sagsae"]
     about.pop("crc32c")
-    document["attributes"]["sagsae"] = seal(changed(about, change))
+    new = changed(about, change)
+    document["attributes"]["sagsae"] = seal(new) if isinstance(new, dict) else new
     (root / "zarr.json").write_bytes(as_bytes(document))
 
 
