@@ -138,17 +138,23 @@ def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, che
     """Checks (unless told not to) and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
     payload = without_crc(data, what, check)
     try:
-        if CODECS[layout.codec] is None:
-            if len(payload) != out.nbytes:  # one byte would be copied to every place
-                raise ValueError(f"{len(payload)} bytes instead of {out.nbytes}")
-            out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
-        else:
-            check_blosc(payload, layout.codec, layout.dtype.itemsize, out.nbytes)
-            blosc.decompress(payload, out)
+        unpack(payload, layout, out)
     except (RuntimeError, ValueError) as error:
         raise DamagedError(
             f"{what}: its bytes do not decode to {layout.chunk_shape} {layout.dtype} ({error})"
         ) from error
+
+
+def unpack(payload: memoryview, layout: Layout, out: NDArray[Any]) -> None:
+    """One inner chunk without its crc32c. Whatever the bytes are, it reads nothing but them and writes all of `out`, or
+    raises ValueError or RuntimeError."""
+    if CODECS[layout.codec] is not None:
+        check_blosc(payload, layout.codec, layout.dtype.itemsize, out.nbytes)
+        blosc.decompress(payload, out)
+        return
+    if len(payload) != out.nbytes:  # one byte would be copied to every place
+        raise ValueError(f"{len(payload)} bytes instead of {out.nbytes}")
+    out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
 
 
 def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> None:
