@@ -73,11 +73,14 @@ def by_rank(store: Store, hook: str, high: NDArray[np.int64], ranks: dict[float,
 
 def shards(store: Store, hook: str) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.uint16]]]:
     """Of each committed shard the rows' norms, whether they count, and their positions."""
-    keep = rows_that_count(store.tokens(), store.spec)
+    tokens, spec = store.token_rows(), store.spec
     readers = [open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position")]
     for shard in store.commits:
         values, contexts, positions = (read_shard(reader, shard) for reader in readers)
-        yield values, keep[contexts, positions], positions
+        start, stop = spec.shard_range(shard)
+        block = tokens[start // spec.context : -(-stop // spec.context)]
+        here = contexts.astype(np.int64) - start // spec.context
+        yield values, rows_that_count(block, spec)[here, positions], positions
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:
