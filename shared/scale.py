@@ -20,7 +20,7 @@ MOST_EXPONENT: Final = 1.1
 GROWN: Final = 0.25
 """A value tells of growth when it is above the smallest store's by this share of it, and by the following."""
 SECONDS_FLOOR: Final = 0.05
-BYTES_FLOOR: Final = 16_000_000
+BYTES_FLOOR: Final = 16e6
 BARS: Final = {
     ("shards", "open", "seconds"): 3.0,
     ("shards", "open", "bytes_each"): 2000.0,

@@ -73,6 +73,11 @@ class Marks:
         shards: list[int] = np.unique(np.concatenate([np.empty(0, np.int64), *found])).tolist()
         return shards
 
+    def at(self, places: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Of the rows at these places in the token stream."""
+        found: NDArray[np.bool_] = (self.bits[places >> 3] & (np.uint8(128) >> (places & 7).astype(np.uint8))) != 0
+        return found
+
     def of_contexts(self, contexts: NDArray[np.int64]) -> NDArray[np.bool_]:
         """[len(contexts), context]"""
         width = self.shape[1]
