@@ -273,12 +273,13 @@ def evaluate(
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of evaluated runs.")],
     out: Annotated[Path, typer.Option(help="The HTML file to write.")] = Path("report.html"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no report, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page that compares runs."""
     from train.report import write_report
 
-    page = write_report(runs, out)
+    page = write_report(runs, out, overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
 
 
@@ -293,8 +294,10 @@ def demo(
     from shared.progress import say
     from train.evaluate import evaluate as measure
     from train.report import write_report
+    from train.report.place import check_place
     from train.run import train as run_train
 
+    check_place(out / "report.html", overwrite=False)  # before the work of minutes
     started = time.monotonic()
     say("1 of 4: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
     store = run_harvest(demo_harvest(out)).store

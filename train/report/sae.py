@@ -73,6 +73,8 @@ class Sae(BaseModel):
     ce_recovered_mean: float | None = None
     tokens: int | None = None
     ce_tokens: int | None = None
+    begun_at: float | None = None
+    """The λ that steering to an L0 target began with, where it is not the usual one."""
 
     @field_validator("arch")
     @classmethod
@@ -83,7 +85,9 @@ class Sae(BaseModel):
 
     @property
     def key(self) -> Key:
-        return Key(self.arch, self.d_sae, variant(self.model_dump(include={"name", "seed"})))
+        special = variant(self.model_dump(include={"name", "seed"}))
+        begun = "" if self.begun_at is None else f"from-lambda-{self.begun_at:g}"
+        return Key(self.arch, self.d_sae, "-".join(filter(None, (special, begun))))
 
     @property
     def knob(self) -> Knob:
