@@ -4,8 +4,8 @@
     data -> figures ────────────┴─> settings -> page
 
 `data` reads and checks, `frontier` is the arithmetic, `answer` and `wording` put it into words, `figures` into plotly,
-`settings` keeps apart what cannot be compared (`comparable` says what decides that), `page` renders, and `place` says where
-the page may be written. It is about 5 MB, nearly all of it plotly.js.
+`settings` keeps apart what cannot be compared (`comparable` says what decides that), `page` renders, `place` says where
+it may be written. The page is about 5 MB, nearly all of it plotly.js.
 """
 
 from pathlib import Path
