@@ -246,6 +246,9 @@ def evaluate(
     peer_conventions: Annotated[
         bool, typer.Option("--peer-conventions", help="R², L0 and dead as other tools define them, too.")
     ] = False,
+    directions: Annotated[
+        bool, typer.Option("--directions/--no-directions", help="Set the decoder's directions against each other.")
+    ] = True,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -254,7 +257,7 @@ def evaluate(
 
     flags = {
         "run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device,
-        "peer_conventions": peer_conventions,
+        "peer_conventions": peer_conventions, "directions": directions,
     }  # fmt: skip
     resolved = resolve(EvalConfig, flags, None, None)
     from train.evaluate import evaluate as measure

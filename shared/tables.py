@@ -50,6 +50,11 @@ def share(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.1f}%"
 
 
+def number(value: float | None, digits: int) -> str:
+    """What was not measured, or is no number, is a dash."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
 def variant(sae: dict[str, Any]) -> str:
     """What its name says beyond architecture, width, λ and seed: settings that are not as they are by default."""
     found = re.search(rf"-seed{sae['seed']}-(.+)$", str(sae.get("name", "")))
@@ -59,19 +64,21 @@ def variant(sae: dict[str, Any]) -> str:
 def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
     """The numbers of every autoencoder, narrow enough for 80 columns; --json has all of them unrounded."""
     special = any(variant(sae) for sae in saes)
+    massive = any(sae.get("r2_rest") not in (None, sae["r2"]) for sae in saes)
     rows = [
         {
             "arch": sae["arch"],
             "width": sae["d_sae"],
             "λ": knob(sae),
             "seed": sae["seed"],
-            "R²": f"{sae['r2']:.4f}",
-            "L0": f"{sae['l0']:.1f}",
-            "L0+": f"{sae['l0_pos']:.1f}",
-            "L0-": f"{sae['l0_neg']:.1f}",
+            "R²": number(sae["r2"], 4),
+            **({"R² rest": number(sae.get("r2_rest"), 4)} if massive else {}),
+            "L0": number(sae["l0"], 1),
+            "L0+": number(sae["l0_pos"], 1),
+            "L0-": number(sae["l0_neg"], 1),
             "dead": share(sae["dead_fraction"]),
             "CE rec.": share(sae["ce_recovered"]),
-            **({"rec": share(sae["rec"]), "mcs": f"{sae['mcs']:.3f}"} if "rec" in sae else {}),
+            **({"rec": share(sae["rec"]), "mcs": number(sae["mcs"], 3)} if "rec" in sae else {}),
             "tokens": sae["tokens"],
             **({"settings": variant(sae)} if special else {}),
         }
@@ -91,9 +98,9 @@ def print_peers(title: str, saes: list[dict[str, Any]]) -> None:
                 {
                     "autoencoder": sae["name"],
                     "by": tool,
-                    "R²": "–" if numbers["r2"] is None else f"{numbers['r2']:.4f}",
-                    "R² legacy": "–" if legacy is None else f"{legacy:.4f}",
-                    "L0": f"{numbers['l0']:.1f}",
+                    "R²": number(numbers["r2"], 4),
+                    "R² legacy": number(legacy, 4),
+                    "L0": number(numbers["l0"], 1),
                     "dead": share(numbers["dead"]),
                 }
             )

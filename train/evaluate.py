@@ -3,6 +3,8 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +17,21 @@ from shared.errors import UserError
 from shared.files import explained, is_remote
 from shared.model import LanguageModel
 from shared.models import ModelSource, local_folder, resolve_model
-from shared.progress import progress
+from shared.norms import MASSIVE, WORTH_SAYING, share
+from shared.progress import progress, say
 from shared.record import write_json
 from shared.store import Store, find_hookpoint
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
-from train.metrics import Losses, entry, language_losses, measure, read_heldout
+from train.massive import left_out, statistics, without
+from train.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
 from train.peers import by_peers
 from train.recovery import Known
-from train.rows import Rows
+from train.rows import Rows, norms_and_places
+from train.useless import useless
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
     """Raises UserError for a folder that is no finished run, a store that changed, or another language model."""
     folder = RunFolder(config.run)
     trained = folder.config()
-    if not folder.finished():
+    if not folder.exists() or "finished" not in folder.read("record.json"):
         raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
+    check_replaceable(folder.evaluation)
     if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
@@ -66,12 +72,20 @@ def evaluate(config: EvalConfig) -> Evaluation:
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.tokens()
     parts = split(store.spec, tokens, trained)
+    limit = folder.read("config.json").get("norm_limit")
     losses = None
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
-        losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
+        left = left_out(store, hook, limit)
+        mean = statistics(store, hook, left).mean
+        losses = heldout_losses(model, store, hook, tokens, without(parts, left), saes(), config.ce_tokens, mean)
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions)
+    results = measure_all(
+        store, hook, parts, saes(), len(names), losses, device, silent, config.peer_conventions, limit,
+        config.directions,
+    )  # fmt: skip
+    for line in [*massive_text(results), *useless(results["saes"])]:
+        say(line)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
@@ -118,29 +132,63 @@ def measure_all(
     device: str,
     silent: Mapping[str, dict[str, Any]] | None = None,
     peer_conventions: bool = False,
+    norm_limit: float | None = None,
+    look_at_directions: bool = True,
 ) -> dict[str, Any]:
     """The content of evaluation.json. `many`: how many autoencoders come, one after another. `silent`: what training
-    logged of dead latents, by name (`last_silent`)."""
+    logged of dead latents, by name (`last_silent`). `norm_limit`: see `max_norm`."""
     rows = Rows.of(store, hook)
-    heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
-    if not len(heldout):
-        raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
-    entries = []
-    with progress("evaluate", many, "autoencoders") as advance:
+    heldout = read_heldout(rows, parts.heldout)
+    lengths, where = norms_and_places(rows, parts.heldout)
+    groups, counts = Groups.of(lengths, norm_limit), parts.heldout.copy()
+    counts.reshape(-1)[where[~groups.counted.numpy()]] = False
+    mine = heldout if groups.counted.all() else heldout[groups.counted]
+    if not len(mine):
+        raise UserError(f"{store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")
+    known, entries = Known.of(rows, counts), []
+    with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, sae in enumerate(saes):
-            fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
-            peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
-            found = asdict(known.recovery(sae, heldout, device)) if known else {}
+            name = sae.config.name
+            taken = partial(advance, note=name)
+            fit = measure(sae, heldout, device, (silent or {}).get(name), groups, look_at_directions, taken)
+            peers = {"peers": by_peers(sae, mine, device)} if peer_conventions else {}
+            found = asdict(known.recovery(sae, mine, device)) if known else {}
             entries.append({**entry(sae, fit, losses, index), **peers, **found})
-            advance(1, sae.config.name)
+            sampled = (fit.directions or {}).get("sampled")
+            if sampled:
+                say(f"{name}: of {fit.directions['latents']:,} directions {sampled:,} were set against all others")
     return {
-        "tokens": len(heldout),
+        "tokens": len(mine),
+        "massive": groups.about(heldout),
+        "norm_limit": norm_limit,
+        "left_out": len(heldout) - len(mine),
         "ce_tokens": losses.tokens if losses else None,
         "ce_clean": losses.clean if losses else None,
         "ce_zero": losses.zero if losses else None,
         "ce_mean": losses.mean if losses else None,
         "saes": entries,
     }
+
+
+def massive_text(results: dict[str, Any]) -> list[str]:
+    """A line where massive rows hold much of the variance and are measured with the others."""
+    found = results["massive"]
+    if found["variance"] < WORTH_SAYING or results["left_out"]:
+        return []
+    return [
+        f"{share(found['tokens'] / results['tokens'])} of the held-out tokens (norm above {MASSIVE:g} times the "
+        f"median) hold {share(found['variance'])} of the variance: R² measures little but these. R² on the rest is beside it"
+    ]
+
+
+def check_replaceable(evaluation: Path) -> None:
+    """Raises UserError for what no evaluation wrote. One that was cut short may be measured anew."""
+    if evaluation.is_symlink() or (evaluation.exists() and not evaluation.is_file()):
+        raise UserError(f"{evaluation}: is no ordinary file. Move it away, then run the same command again")
+    with evaluation.open("rb") if evaluation.exists() else BytesIO() as file:
+        begin = file.read(1024).lstrip()
+    if begin and not begin.startswith(b"{"):
+        raise UserError(f"{evaluation}: is no evaluation. Move it away, then run the same command again")
 
 
 def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
@@ -187,9 +235,9 @@ def heldout_losses(
     parts: Split,
     saes: Iterable[Autoencoder],
     at_most: int,
+    mean: NDArray[np.float64],
 ) -> Losses:
     contexts = np.flatnonzero(parts.heldout.any(axis=1))[: max(1, at_most // store.spec.context)]
-    mean = store.statistics(hook).mean
     name = store.spec.hookpoints[hook].name
     counted = parts.heldout[contexts]
     return language_losses(model, name, tokens[contexts], counted, store.spec.special_ids, mean, saes)

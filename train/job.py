@@ -24,6 +24,7 @@ from train.autoencoder import matmul_dtype
 from train.folder import FREE, RunFolder
 from train.follow import Segments
 from train.loader import Pass, Passes, Same
+from train.massive import LeftOut, left_out, norm_limit, statistics, without
 from train.order import Order, Split, make_order, rows_together, split
 from train.rows import Kept, Rows
 
@@ -53,6 +54,8 @@ class Job:
     """Which autoencoders are trained together, one wave after another (train/waves.py)."""
     wave: int = 1
     """Whose turn it is."""
+    left_out: LeftOut | None = None
+    """What `max_norm` leaves out. `parts.train` is without it, `parts.heldout` is not: both are measured."""
 
     @property
     def saes(self) -> tuple[SAEConfig, ...]:
@@ -74,9 +77,13 @@ class Job:
     def statistics(self) -> Statistics:
         """What the activations are normalised with: of the store, or of the first segment of one that grows. Waits for
         that segment, and writes it into the run's folder."""
-        found = self.passes.get(0).rows.store.statistics(self.hook)
+        found = statistics(self.passes.get(0).rows.store, self.hook, self.left_out)
         if not found.scale > 0:
-            raise UserError(f"{self.store.name}/{self.hook}: all activations are equal; there is nothing to learn")
+            raise UserError(
+                f"{self.store.name}/{self.hook}: all activations are equal, as far as {self.store.spec.dtype} tells "
+                "them apart; there is nothing to learn. Where they differ a little about a large mean, harvest with "
+                "--set store_dtype=float32"
+            )
         return found
 
     def heldout_store(self, stop_asked: Callable[[], bool]) -> Store:
@@ -100,7 +107,10 @@ def make_job(
     check_store(store, config)
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
-    parts = split(store.spec, store.tokens(), config)
+    limit = norm_limit(store, hook, config)
+    rows_left_out = left_out(store, hook, limit)
+    every = split(store.spec, store.tokens(), config)
+    parts = without(every, rows_left_out)
     there = np.zeros(parts.train.size, dtype=bool)
     for shard in range(store.spec.n_shards) if config.follow else store.commits:
         there[slice(*store.spec.shard_range(shard))] = True
@@ -131,12 +141,13 @@ def make_job(
         "snapshot": following(store) if config.follow else store.snapshot_id,
         "precision": "tf32" if config.precision == "tf32" else str(matmul).removeprefix("torch."),
         "run_chunks": run_chunks,
+        "norm_limit": limit,
     }
     folder = RunFolder(config.out or Path("runs") / run_name(store, hook, identity))
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     job = Job(
-        config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity,
-        device.type == "cpu", (config.saes,),
+        config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
+        matmul, folder, identity, device.type == "cpu", (config.saes,), left_out=rows_left_out,
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
@@ -193,6 +204,7 @@ def following(store: Store) -> str:
 
 def run_name(store: Store, hook: str, identity: dict[str, Any]) -> str:
     """The same command gives the same name; any setting that matters changes it."""
-    decides = {key: value for key, value in identity.items() if key not in FREE}
+    newer = {"max_norm", "norm_limit"}  # without them a run is called as it was before they existed
+    decides = {k: value for k, value in identity.items() if k not in FREE and not (k in newer and value is None)}
     digest = hashlib.blake2b(json.dumps(decides, sort_keys=True).encode(), digest_size=4).hexdigest()
     return f"{folder_name(store.files)}-{hook.replace('/', '-')}-{digest}"

@@ -50,6 +50,21 @@ class Rows:
         return dequantise(rows, self.row_scale.read(shard, chunk), self.dim_scale(shard))
 
 
+def norms_and_places(rows: Rows, keep: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Of the committed rows marked in `keep` [contexts, context], in stored order: the norms that they were harvested
+    with, and their places in the corpus (context x length of a context + position)."""
+    marked, spec = Kept(rows, keep), rows.store.spec
+    norms = open_reader(rows.store, f"stats/{rows.hook}/norm")
+    lengths, places = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+    shards = np.unique(np.flatnonzero(keep) // spec.shard_rows).tolist()
+    for shard in [shard for shard in shards if shard in rows.store.commits]:
+        marks = marked.marks(shard, 0, rows.store.commits[shard].rows)
+        contexts, positions = (read_shard(reader, shard)[marks] for reader in (rows.contexts, rows.positions))
+        lengths.append(read_shard(norms, shard)[marks])
+        places.append(contexts.astype(np.int64) * spec.context + positions)
+    return np.concatenate(lengths), np.concatenate(places)
+
+
 def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_in"]:
     """Stored rows as a tensor of their logical data type, without a copy. Float32 rows are that."""
     tensor = torch.from_numpy(rows)

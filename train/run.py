@@ -23,6 +23,7 @@ from shared.config import TrainConfig
 from shared.device import pick_device
 from shared.errors import Interrupted, UserError
 from shared.files import explained, folder_lock
+from shared.norms import sample
 from shared.progress import progress, say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
@@ -40,6 +41,7 @@ from train.sae.base import Step
 from train.stream import BatchStream, StopWaiting
 from train.sweep import dealt, shared_out
 from train.track import Tracking, check_installed
+from train.useless import useless
 from train.watch import LiveTable
 from train.waves import planned
 
@@ -186,6 +188,13 @@ def introduce(job: Job, device: torch.device) -> None:
         f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {tokens:,} tokens "
         f"({tokens / job.epoch_rows:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
+    if job.wave > 1 or job.config.follow:
+        return
+    found = sample(job.store, job.hook)
+    if job.left_out:
+        say(f"max_norm = {job.config.max_norm:g}: {job.left_out.text(job.parts)}")
+    elif found and found.massive.text:
+        say(f"{job.store.name}/{job.hook}: {found.massive.text}")
 
 
 def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
@@ -336,7 +345,11 @@ def finish(job: Job, at: Standing, ranks: Ranks) -> None:
     silent = last_silent(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    write_json(folder.evaluation, measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent))
+    limit = job.left_out.limit if job.left_out else None
+    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent, norm_limit=limit)
+    write_json(folder.evaluation, results)
+    for line in useless(results["saes"], steered=False):
+        say(line)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     ended = {"diverged": dict(at.diverged), "seconds": round(at.seconds, 2), "finished": finished}
     write_json(folder.path / "record.json", {**folder.read("record.json"), **ended})

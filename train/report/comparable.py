@@ -19,6 +19,7 @@ IMMATERIAL: Final = frozenset({
     "store", "verify", "memory",  # where rows come from (`snapshot` says which), how they are checked and kept
     "device", "parallel", "parts", "compile", "step",  # who computes the same numbers: other rounding at most
     "tokens",  # asked for; `training tokens` says how many there were
+    "norm_limit",  # follows from `max_norm` and the rows
     "saes",  # told apart one by one, within a setting
 })  # fmt: skip
 """Settings that do not decide what is trained and measured."""
