@@ -196,7 +196,8 @@ def train(
 ) -> None:
     """Train autoencoders on a store: every architecture, width, sparsity and seed in one pass."""
     from shared.config import TrainConfig
-    from shared.saes import sae_grid
+    from shared.progress import say
+    from shared.saes import sae_grid, shared_sparsity
 
     widths = [*(d_sae or []), *(multiples_of_d_in(store, hook, expansion) if expansion else [])]
     rates = lr if lr and len(lr) > 1 else None
@@ -206,6 +207,9 @@ def train(
         "reset_every": reset_every,
     }  # fmt: skip
     saes = sae_grid(arch or [], given(axes), given(options)) if arch or any(axes.values()) else None
+    warning = shared_sparsity(arch or [], sparsity or [])
+    if warning and not is_helper() and (processes == 1 or launched(processes)):
+        say(warning)
     flags = {
         "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "parallel": parallel,
         "lr": lr[0] if lr and not rates else None, "device": device, "out": out, "overwrite": overwrite or None,

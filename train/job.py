@@ -56,6 +56,8 @@ class Job:
     """Whose turn it is."""
     left_out: LeftOut | None = None
     """What `max_norm` leaves out. `parts.train` is without it, `parts.heldout` is not: both are measured."""
+    rows_left_out: int = 0
+    """Of those that would count."""
 
     @property
     def saes(self) -> tuple[SAEConfig, ...]:
@@ -108,9 +110,9 @@ def make_job(
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
     limit = norm_limit(store, hook, config)
-    rows_left_out = left_out(store, hook, limit)
+    massive = left_out(store, hook, limit)
     every = split(store.spec, store.tokens(), config)
-    parts = without(every, rows_left_out)
+    parts = without(every, massive)
     there = np.zeros(parts.train.size, dtype=bool)
     for shard in range(store.spec.n_shards) if config.follow else store.commits:
         there[slice(*store.spec.shard_range(shard))] = True
@@ -147,11 +149,16 @@ def make_job(
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     job = Job(
         config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
-        matmul, folder, identity, device.type == "cpu", (config.saes,), left_out=rows_left_out,
+        matmul, folder, identity, device.type == "cpu", (config.saes,), left_out=massive,
+        rows_left_out=marked(every) - marked(parts),
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
     return job
+
+
+def marked(parts: Split) -> int:
+    return int(parts.train.sum() + parts.heldout.sum())
 
 
 def seen_by_all(shards: list[list[int]]) -> list[int]:

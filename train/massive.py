@@ -41,12 +41,6 @@ class LeftOut:
         kept.reshape(-1)[self.all] = False
         return kept
 
-    def text(self, parts: Split) -> str:
-        """`parts`: before these rows were left out."""
-        mine = self.all
-        n = int((parts.train.reshape(-1)[mine] | parts.heldout.reshape(-1)[mine]).sum())
-        return f"{n:,} rows with a norm above {self.limit:.4g} are neither trained nor measured on"
-
 
 def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
     """The largest norm that is trained and measured on; None without `max_norm`. Reads all norms. Raises UserError for

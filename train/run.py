@@ -38,6 +38,7 @@ from train.order import Position, share
 from train.ranks import Ranks
 from train.resume import Checkpoints, Standing, restore, save_as_it_is, stands
 from train.sae.base import Step
+from train.settle import settle
 from train.stream import BatchStream, StopWaiting
 from train.sweep import dealt, shared_out
 from train.track import Tracking, check_installed
@@ -192,7 +193,10 @@ def introduce(job: Job, device: torch.device) -> None:
         return
     found = sample(job.store, job.hook)
     if job.left_out:
-        say(f"max_norm = {job.config.max_norm:g}: {job.left_out.text(job.parts)}")
+        say(
+            f"max_norm = {job.config.max_norm:g}: {job.rows_left_out:,} rows with a norm above "
+            f"{job.left_out.limit:.4g} are neither trained nor measured on"
+        )
     elif found and found.massive.text:
         say(f"{job.store.name}/{job.hook}: {found.massive.text}")
 
@@ -323,7 +327,8 @@ def log_line(
 def save_saes(job: Job, members: list[Member]) -> None:
     for member in members:
         if member.diverged is None:
-            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name))
+            about = settle(job, member)
+            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name), about)
             missed = member.sparsity.missed()
             if missed:
                 say(f"{member.config.name}: {missed}")
