@@ -54,6 +54,7 @@ def deciding(run: Run) -> dict[str, Any]:
         "rows": snapshot,
         "training tokens": run.tokens_trained,
         "held-out tokens": run.evaluation.tokens,
+        "seed of the order": found.pop("seed", None),
         **found,
     }
 

@@ -21,6 +21,16 @@ CURVE_POINTS = 400
 """A training curve is thinned to at most about this many of its logged steps."""
 
 
+class Massive(BaseModel):
+    """The held-out rows whose norm is so many times the median."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    times_median: float
+    tokens: int
+    variance: float | None
+
+
 class Evaluation(BaseModel):
     """`evaluation.json`: what was measured on the held-out split, for every autoencoder of the run."""
 
@@ -31,6 +41,9 @@ class Evaluation(BaseModel):
     ce_clean: float | None = None
     ce_zero: float | None = None
     ce_mean: float | None = None
+    massive: Massive | None = None
+    left_out: int = 0
+    """Rows that `max_norm` left out."""
     saes: tuple[Sae, ...]
 
 

@@ -57,7 +57,7 @@ class Provenance:
 
 COLUMNS = (
     Column("Architecture", number=False),
-    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "L0", "L0+", "L0−", "Dead")),
+    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
     *(Column(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
     *(Column(title) for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")),
     Column("Run / autoencoder", number=False),
@@ -108,11 +108,11 @@ def _row(run: Run, sae: Sae, several: tuple[bool, bool], setting: int) -> Row:
             _cell(str(sae.d_sae), sae.d_sae),
             _cell(wording.knob(sae.knob), sae.knob.value),
             _cell(str(sae.seed), sae.seed),
-            _cell(wording.fixed(sae.r2, 4), sae.r2),
+            *(_cell(wording.fixed(value, 4), value) for value in (sae.r2, sae.r2_rest)),
             *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
             *(_cell(wording.percent(v), v) for v in (sae.dead_fraction, sae.bipolar_fraction, sae.bipolar_mass)),
             _cell(wording.fixed(sae.rescaling, 3), sae.rescaling),
-            _cell(wording.count(pairs), pairs),
+            _cell(("≈" if sae.directions and sae.directions.sampled else "") + wording.count(pairs), pairs),
             _cell(wording.fixed(sae.ce_spliced, 4), sae.ce_spliced),
             *(_cell(wording.percent(value, 2), value) for value in (sae.ce_recovered, sae.ce_recovered_mean)),
             *(_cell(wording.count(value), value) for value in (sae.tokens, sae.ce_tokens)),

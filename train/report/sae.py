@@ -28,6 +28,7 @@ class Directions(BaseModel):
 
     latents: int
     antipodal_pairs: int
+    sampled: int | None = None
 
 
 class Key(NamedTuple):
@@ -59,6 +60,8 @@ class Sae(BaseModel):
     l0_target: float | None = None
     seed: int
     r2: float | None
+    r2_rest: float | None = None
+    r2_all: float | None = None
     l0: float | None
     l0_pos: float | None = None
     l0_neg: float | None = None
@@ -96,6 +99,11 @@ class Sae(BaseModel):
         if self.l0_target is not None:
             return Knob("l0", self.l0_target)
         return Knob("lambda", self.sparsity or 0.0)
+
+    @property
+    def has_massive(self) -> bool:
+        """Whether some of the rows that it was measured on are massive, so that R² on the rest is another."""
+        return self.r2_rest is not None and self.r2_rest != self.r2
 
     @property
     def signed(self) -> bool:

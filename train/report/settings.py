@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from shared.norms import WORTH_SAYING, share
 from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.answer import Answer, Series, answer
@@ -17,6 +18,7 @@ from train.report.comparable import Difference, differences, identity
 from train.report.data import Run
 from train.report.figures import Figure, figures
 from train.report.sae import Sae
+from train.useless import useless
 
 ARCH_ORDER = tuple(ARCHITECTURES)
 IN_A_TITLE = 4
@@ -130,7 +132,7 @@ def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
 
 def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     """What a figure cannot show, so that nothing is left out in silence."""
-    notes = []
+    notes = [*_massive(runs), *(f"{line}." for line in useless([sae.model_dump() for sae in saes]))]
     silent = sum(not sae.l0 for sae in saes)
     if silent:
         notes.append(
@@ -139,6 +141,14 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     if any(sae.ce_spliced is None for sae in saes):
         who = "any" if all(sae.ce_spliced is None for sae in saes) else "every"
         notes.append(f"Cross-entropy was not measured for {who} autoencoder here.")
+    predictions = {sae.ce_tokens for sae in saes if sae.ce_spliced is not None}
+    if len(predictions) > 1:
+        notes.append(
+            f"Cross-entropy was measured on {wording.span(predictions)} tokens: compare equal counts only, or measure "
+            "again with one `--ce-tokens`."
+        )
+    if any(sae.directions and sae.directions.sampled for sae in saes):
+        notes.append("Antipodal pairs of wide dictionaries are estimated from a sample of their directions.")
     notes += [
         f"{name} diverged: its loss is no number since step {step}. It was not measured and is nowhere on this page."
         for run in runs
@@ -146,6 +156,25 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     ]
     notes += [f"{run.folder} has no metrics.jsonl, so no training curves." for run in runs if not run.curves]
     return notes
+
+
+def _massive(runs: Sequence[Run]) -> list[str]:
+    """The runs of a setting were measured on the same rows."""
+    found, left_out = runs[0].evaluation.massive, runs[0].evaluation.left_out
+    if found is None or not found.tokens:
+        return []
+    counted = runs[0].evaluation.tokens + left_out
+    text = (
+        f"{found.tokens:,} of {counted:,} held-out tokens ({share(found.tokens / counted)}) have a norm above "
+        f"{found.times_median:g} times the median"
+    )
+    if found.variance is not None:
+        text += f" and hold {share(found.variance)} of the variance"
+    if left_out:
+        return [f"{text}. max_norm left {left_out:,} out of training and of all numbers here."]
+    if found.variance is not None and found.variance >= WORTH_SAYING:
+        text += ": R² measures little but these"
+    return [f"{text}. R² on the other tokens is beside it."]
 
 
 def _facts(runs: Sequence[Run], saes: Sequence[Sae]) -> tuple[tuple[str, str], ...]:
