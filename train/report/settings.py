@@ -159,11 +159,12 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
 
 
 def _massive(runs: Sequence[Run]) -> list[str]:
-    """The runs of a setting were measured on the same rows."""
-    found, left_out = runs[0].evaluation.massive, runs[0].evaluation.left_out
+    """The runs of a setting were measured on the same rows; an older evaluation does not say it."""
+    evaluation = next((run.evaluation for run in runs if run.evaluation.massive), runs[0].evaluation)
+    found, left_out = evaluation.massive, evaluation.left_out
     if found is None or not found.tokens:
         return []
-    counted = runs[0].evaluation.tokens + left_out
+    counted = evaluation.tokens + left_out
     text = (
         f"{found.tokens:,} of {counted:,} held-out tokens ({share(found.tokens / counted)}) have a norm above "
         f"{found.times_median:g} times the median"
