@@ -15,6 +15,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import DamagedError
+from shared.files import VERIFY
 from shared.reader import open_reader, read_shard
 from shared.spec import rows_that_count
 from shared.store import Statistics, Store
@@ -152,23 +154,19 @@ class Shard:
     tokens: NDArray[Any]
 
 
-def norms(store: Store, hook: str) -> Norms | None:
-    """Over the committed shards; None when no row counts."""
-    return measured(store, hook, store.commits)
-
-
 def sample(store: Store, hook: str) -> Norms | None:
     """Over some of the committed shards, evenly spread: enough to see massive rows, and soon done."""
     shards = sorted(store.commits)
-    return measured(
-        store, hook, [shards[i * len(shards) // SAMPLED] for i in range(SAMPLED)] if shards[SAMPLED:] else shards
-    )
+    if len(shards) > SAMPLED:
+        shards = [shards[i * len(shards) // SAMPLED] for i in range(SAMPLED)]
+    return norms(store.only(shards), hook)
 
 
-def measured(store: Store, hook: str, among: Iterable[int]) -> Norms | None:
+def norms(store: Store, hook: str) -> Norms | None:
+    """Over the committed shards; None when no row counts."""
     found, largest = Distribution(), Largest()
     first, n_first, nonfinite = 0.0, 0, 0
-    for shard in shards(store, hook, among):
+    for shard in shards(store, hook, store.commits):
         finite = np.isfinite(shard.norms)
         nonfinite += int((~finite).sum())
         at_first = shard.norms[(shard.positions == 0) & finite].astype(np.float64)
@@ -214,13 +212,18 @@ def share(value: float) -> str:
 
 
 def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[Shard]:
-    """Of each of these committed shards the rows' norms, whether they count, their positions and their tokens."""
-    tokens = store.tokens()
+    """Of each of these committed shards the rows' norms, whether they count, their positions and their tokens. Raises
+    DamagedError where the index of a shard names rows of another."""
+    tokens, spec = store.tokens(), store.spec
     readers = [open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position")]
-    keep = rows_that_count(tokens, store.spec)
     for shard in among:
         values, contexts, positions = (read_shard(reader, shard) for reader in readers)
-        yield Shard(values, keep[contexts, positions], positions, tokens[contexts, positions])
+        start, stop = spec.shard_range(shard)
+        block = tokens[start // spec.context : -(-stop // spec.context)]
+        here = contexts.astype(np.int64) - start // spec.context
+        if len(here) and not (here.min() >= 0 and here.max() < len(block) and positions.max() < spec.context):
+            raise DamagedError(f"{store.name}/index: shard {shard} says that its rows come from elsewhere. {VERIFY}")
+        yield Shard(values, rows_that_count(block, spec)[here, positions], positions, block[here, positions])
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:

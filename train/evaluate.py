@@ -30,7 +30,7 @@ from train.metrics import Groups, Losses, entry, language_losses, measure, read_
 from train.order import Split, split
 from train.peers import by_peers
 from train.recovery import Known
-from train.rows import Rows, norms_and_places
+from train.rows import Rows, norms_and_places, unmarked
 from train.useless import useless
 
 
@@ -140,8 +140,8 @@ def measure_all(
     rows = Rows.of(store, hook)
     heldout = read_heldout(rows, parts.heldout)
     lengths, where = norms_and_places(rows, parts.heldout)
-    groups, counts = Groups.of(lengths, norm_limit), parts.heldout.copy()
-    counts.reshape(-1)[where[~groups.counted.numpy()]] = False
+    groups = Groups.of(lengths, norm_limit)
+    counts = unmarked(parts.heldout, where[~groups.counted.numpy()])
     mine = heldout if groups.counted.all() else heldout[groups.counted]
     if not len(mine):
         raise UserError(f"{store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")

@@ -13,14 +13,13 @@ from numpy.typing import NDArray
 
 from shared.config import TrainConfig
 from shared.errors import UserError
-from shared.norms import norms
+from shared.norms import norms, shards
 from shared.progress import progress
 from shared.reader import open_reader, read_shard
 from shared.shard import as_float32
-from shared.spec import rows_that_count
 from shared.store import Statistics, Store
 from train.order import Split
-from train.rows import Kept, Rows
+from train.rows import Rows, unmarked
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,8 @@ class LeftOut:
     """By shard, only of shards that have some: context x length of a context + position, in stored order."""
 
     @property
-    def all(self) -> NDArray[np.int64]:
+    def everywhere(self) -> NDArray[np.int64]:
         return np.concatenate([np.empty(0, np.int64), *self.places.values()])
-
-    def without(self, mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """The same mask [contexts, context] with these rows unmarked."""
-        kept = mask.copy()
-        kept.reshape(-1)[self.all] = False
-        return kept
 
 
 def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
@@ -74,7 +67,9 @@ def left_out(store: Store, hook: str, limit: float | None) -> LeftOut | None:
 
 
 def without(parts: Split, rows: LeftOut | None) -> Split:
-    return parts if rows is None else Split(rows.without(parts.train), rows.without(parts.heldout))
+    if rows is None:
+        return parts
+    return Split(unmarked(parts.train, rows.everywhere), unmarked(parts.heldout, rows.everywhere))
 
 
 def statistics(store: Store, hook: str, rows: LeftOut | None) -> Statistics:
@@ -82,32 +77,32 @@ def statistics(store: Store, hook: str, rows: LeftOut | None) -> Statistics:
     in float64: to subtract rows from sums that are nearly theirs would leave few digits."""
     if rows is None:
         return store.statistics(hook)
-    mask = rows.without(rows_that_count(store.tokens(), store.spec))
-    kept = Kept(Rows.of(store, hook), mask)
-    d_in = store.spec.hookpoints[hook].d_in
+    d_in, source = store.spec.hookpoints[hook].d_in, Rows.of(store, hook)
     n, total, squares = 0, np.zeros(d_in), np.zeros(d_in)
     with progress("normalise without the rows left out", len(rows.places), "shards") as advance:
-        for shard, commit in store.commits.items():
-            if shard in rows.places:
-                found = moments(kept, shard)
-                advance(1, "")
-            else:
-                sums = [store.row_of_shard(f"stats/{hook}/{name}", shard) for name in ("sum", "sum_of_squares")]
-                found = commit.kept - commit.nonfinite.get(hook, 0), *sums
+        for number, shard in zip(rows.places, shards(store, hook, rows.places), strict=True):
+            left = shard.counts & np.isfinite(shard.norms) & (shard.norms <= rows.limit)
+            found = moments(source, number, left)
             n, total, squares = n + found[0], total + found[1], squares + found[2]
+            advance(1, "")
+    others = store.only([number for number in store.commits if number not in rows.places])
+    if others.commits:
+        n += others.kept(hook)
+        total = total + others.total(f"stats/{hook}/sum")
+        squares = squares + others.total(f"stats/{hook}/sum_of_squares")
     if n < 2:
         raise UserError(f"max_norm: only {n} rows of {store.name}/{hook} are left. Choose a larger one")
     mean = total / n
     return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
 
 
-def moments(kept: Kept, shard: int) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """How many rows of a shard are marked, their sum and sum of squares [d_in]."""
-    n, total, squares = 0, np.zeros(1), np.zeros(1)
-    chunk_rows = kept.rows.activations.layout.chunk_rows
-    for chunk in range(-(-kept.rows.store.commits[shard].rows // chunk_rows)):
-        values = kept.values(shard, chunk)
-        rows = values if kept.rows.store.spec.quantised else as_float32(values, kept.rows.store.spec.dtype)
-        x = rows.astype(np.float64)
-        n, total, squares = n + len(x), total + x.sum(0), squares + np.square(x).sum(0)
-    return n, total, squares
+def moments(rows: Rows, shard: int, left: NDArray[np.bool_]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """How many of a shard's rows are marked, their sum and sum of squares [d_in]."""
+    spec, chunk_rows = rows.store.spec, rows.activations.layout.chunk_rows
+    d_in = rows.activations.layout.row_shape[0]
+    total, squares = np.zeros(d_in), np.zeros(d_in)
+    for chunk, start in enumerate(range(0, len(left), chunk_rows)):
+        values = rows.values(shard, chunk)[left[start : start + chunk_rows]]
+        x = (values if spec.quantised else as_float32(values, spec.dtype)).astype(np.float64)
+        total, squares = total + x.sum(0), squares + np.square(x).sum(0)
+    return int(left.sum()), total, squares

@@ -50,6 +50,13 @@ class Rows:
         return dequantise(rows, self.row_scale.read(shard, chunk), self.dim_scale(shard))
 
 
+def unmarked(mask: NDArray[np.bool_], places: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """The same mask [contexts, context] without the marks of the rows at these places in the corpus."""
+    found = mask.copy()
+    found.reshape(-1)[places] = False
+    return found
+
+
 def norms_and_places(rows: Rows, keep: NDArray[np.bool_]) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Of the committed rows marked in `keep` [contexts, context], in stored order: the norms that they were harvested
     with, and their places in the corpus (context x length of a context + position)."""

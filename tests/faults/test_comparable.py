@@ -80,7 +80,8 @@ def test_every_setting_is_classified() -> None:
     from train.report.comparable import IMMATERIAL
 
     assert set(TrainConfig.model_fields) - IMMATERIAL == DECIDING
-    assert IMMATERIAL - {"norm_limit"} <= set(TrainConfig.model_fields)
+    beside = {"norm_limit", "shards", "keep_checkpoints"}
+    assert IMMATERIAL - beside <= set(TrainConfig.model_fields)
 
 
 def test_a_repetition_is_no_seed(tmp_path: Path) -> None:

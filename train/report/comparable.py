@@ -15,11 +15,12 @@ from shared.config import TrainConfig
 from train.report.data import Run
 
 IMMATERIAL: Final = frozenset({
-    "out", "overwrite", "track", "log_every", "checkpoint_every", "dead_after_tokens",  # what is written, and where
+    "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",  # what is written, and where
+    "dead_after_tokens",  # a count in the log
     "store", "verify", "memory",  # where rows come from (`snapshot` says which), how they are checked and kept
     "device", "parallel", "parts", "compile", "step",  # who computes the same numbers: other rounding at most
     "tokens",  # asked for; `training tokens` says how many there were
-    "norm_limit",  # follows from `max_norm` and the rows
+    "norm_limit", "shards",  # follow from `max_norm` and the rows, and are in `snapshot`
     "saes",  # told apart one by one, within a setting
 })  # fmt: skip
 """Settings that do not decide what is trained and measured."""

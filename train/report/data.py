@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
 from train.report.sae import Sae
 
@@ -76,7 +76,7 @@ class Run:
         """Which they are: the store's name, and what of it was committed."""
         name = str(self.store.get("path") or self.config.get("store") or "store not recorded").rstrip("/")
         snapshot = self.config.get("snapshot")
-        return name.rpartition("/")[2] + (f" ({snapshot})" if snapshot else "")
+        return name.rpartition("/")[2] + (f" ({str(snapshot)[:24]})" if snapshot else "")
 
     @property
     def diverged(self) -> dict[str, Any]:
@@ -137,7 +137,7 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[LeftOut]]:
     for folder in reversed(list(unique.values())):
         try:
             runs.append(read_run(folder))
-        except UserError as error:
+        except (UserError, DamagedError) as error:
             left_out.append(LeftOut(folder, str(error)))
     if not runs:
         more = f". The other {len(left_out) - 1} cannot be reported on either" if len(left_out) > 1 else ""
