@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -149,14 +148,17 @@ def measure_all(
     with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, sae in enumerate(saes):
             name = sae.config.name
-            taken = partial(advance, note=name)
+
+            def taken(n: int, name: str = name) -> None:
+                advance(n, name)
+
             fit = measure(sae, heldout, device, (silent or {}).get(name), groups, look_at_directions, taken)
             peers = {"peers": by_peers(sae, mine, device)} if peer_conventions else {}
             found = asdict(known.recovery(sae, mine, device)) if known else {}
             entries.append({**entry(sae, fit, losses, index), **peers, **found})
-            sampled = (fit.directions or {}).get("sampled")
-            if sampled:
-                say(f"{name}: of {fit.directions['latents']:,} directions {sampled:,} were set against all others")
+            if fit.directions and fit.directions["sampled"]:
+                few, all_of_them = fit.directions["sampled"], fit.directions["latents"]
+                say(f"{name}: of {all_of_them:,} directions {few:,} were set against all others")
     return {
         "tokens": len(mine),
         "massive": groups.about(heldout),

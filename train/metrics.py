@@ -7,7 +7,7 @@ either sign. What is read off counts of firings is in census.py, off the decoder
 and their predictions are not counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, Final
@@ -162,19 +162,8 @@ def measure(
 ) -> Fit:
     """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead).
     `groups`: by the rows' own norms, if not given. `advance` is told how many rows were taken."""
-    groups = groups or Groups.of(rows.double().norm(dim=1).numpy())
-    masks = groups.distinct()
-    errors = {name: Errors(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
-    firings, start = Firings.none(sae.config.d_sae, device), 0
-    for x, f, x_hat in reconstructions(sae, rows, device):
-        for name, mask in masks.items():
-            mine = mask[start : start + len(x)].to(device)
-            some = slice(None) if mine.all() else mine  # a copy of nearly all rows is saved where all are meant
-            errors[name].add_(x[some], x_hat[some])
-            if name == "counted":
-                firings.add_(f[some])
-        start += len(x)
-        advance(len(x))
+    groups = groups or Groups.of(lengths_of(rows))
+    errors, firings = sums(sae, rows, device, groups.distinct(), advance)
     mine, n = errors["counted"], int(groups.counted.sum())
     counted = census(firings) if sae.signed else None
     return Fit(
@@ -195,6 +184,34 @@ def measure(
         directions=directions(sae.weights.W_dec[firings.live], sae.config.seed) if look_at_directions else None,
         tokens=n,
     )
+
+
+def sums(
+    sae: Autoencoder,
+    rows: Float[Tensor, "rows d_in"],
+    device: str,
+    masks: Mapping[str, Bool[Tensor, " rows"]],
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Errors], Firings]:
+    """Errors on the rows of each mask, each about its own mean, and firings on those that count."""
+    errors = {name: Errors(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
+    firings, start = Firings.none(sae.config.d_sae, device), 0
+    for x, f, x_hat in reconstructions(sae, rows, device):
+        for name, mask in masks.items():
+            here = mask[start : start + len(x)].to(device)
+            some = slice(None) if here.all() else here  # a copy of nearly all rows is saved where all are meant
+            errors[name].add_(x[some], x_hat[some])
+            if name == "counted":
+                firings.add_(f[some])
+        start += len(x)
+        advance(len(x))
+    return errors, firings
+
+
+def lengths_of(rows: Float[Tensor, "rows d_in"]) -> NDArray[np.float64]:
+    """Norms, in float64."""
+    parts = [part.double().norm(dim=1) for part in torch.split(rows, ROWS_AT_A_TIME)]
+    return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
 
 
 def mean_row(rows: Float[Tensor, "rows d_in"], mask: Bool[Tensor, " rows"] | None = None) -> Float[Tensor, " d_in"]:
