@@ -24,7 +24,7 @@ from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.folder import RunFolder
 from train.job import following
-from train.massive import left_out, statistics, without
+from train.massive import left_out, recorded_limit, statistics, without
 from train.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split
 from train.peers import by_peers
@@ -71,7 +71,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.tokens()
     parts = split(store.spec, tokens, trained)
-    limit = folder.read("config.json").get("norm_limit")
+    limit = recorded_limit(folder.read("config.json"), f"{config.run}")
     losses = None
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])

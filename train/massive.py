@@ -5,14 +5,16 @@ is worked out when a run begins and goes into its config.json, so that what is m
 Mean and scale are then those of the rows that are left.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from shared.config import TrainConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.norms import norms, shards
 from shared.progress import progress
 from shared.reader import open_reader, read_shard
@@ -49,6 +51,16 @@ def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
     if found is None:
         raise UserError(f"{store.name}: no row of {hook} counts. Harvest more tokens")
     return config.max_norm * found.median
+
+
+def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
+    """`norm_limit` of a run's config.json. Raises DamagedError when it is no norm."""
+    limit = identity.get("norm_limit")
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise DamagedError(f"{what}/config.json: norm_limit is no norm. Restore it from a copy")
+    return float(limit)
 
 
 def left_out(store: Store, hook: str, limit: float | None) -> LeftOut | None:
