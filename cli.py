@@ -212,7 +212,8 @@ def train(
 ) -> None:
     """Train autoencoders on a store: every architecture, width, sparsity and seed in one pass."""
     from shared.config import TrainConfig
-    from shared.saes import sae_grid
+    from shared.progress import say
+    from shared.saes import sae_grid, shared_sparsity
 
     widths = [*(d_sae or []), *(multiples_of_d_in(store, hook, expansion) if expansion else [])]
     rates = lr if lr and len(lr) > 1 else None
@@ -222,6 +223,9 @@ def train(
         "reset_every": reset_every,
     }  # fmt: skip
     saes = sae_grid(arch or [], given(axes), given(options)) if arch or any(axes.values()) else None
+    warning = shared_sparsity(arch or [], sparsity or [])
+    if warning and not is_helper() and (processes == 1 or launched(processes)):
+        say(warning)
     flags = {
         "store": store, "hook": hook, "saes": saes, "tokens": tokens, "batch": batch, "parallel": parallel,
         "lr": lr[0] if lr and not rates else None, "device": device, "out": out, "overwrite": overwrite or None,
@@ -265,6 +269,9 @@ def evaluate(
     peer_conventions: Annotated[
         bool, typer.Option("--peer-conventions", help="R², L0 and dead as other tools define them, too.")
     ] = False,
+    directions: Annotated[
+        bool, typer.Option("--directions/--no-directions", help="Set the decoder's directions against each other.")
+    ] = True,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
@@ -273,7 +280,7 @@ def evaluate(
 
     flags = {
         "run": run, "store": store, "model": model, "ce": ce, "ce_tokens": ce_tokens, "device": device,
-        "peer_conventions": peer_conventions,
+        "peer_conventions": peer_conventions, "directions": directions,
     }  # fmt: skip
     resolved = resolve(EvalConfig, flags, None, None)
     from train.evaluate import evaluate as measure
@@ -294,12 +301,13 @@ def report(
     out: Annotated[Path, typer.Option(parser=at_home, metavar="PATH", help="The HTML file to write.")] = Path(
         "report.html"
     ),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is no report, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained HTML page that compares runs."""
     from train.report import write_report
 
-    page = write_report(runs, out)
+    page = write_report(runs, out, overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
 
 
@@ -316,8 +324,10 @@ def demo(
     from shared.progress import say
     from train.evaluate import evaluate as measure
     from train.report import write_report
+    from train.report.place import check_place
     from train.run import train as run_train
 
+    check_place(out / "report.html", overwrite=False)  # before the work of minutes
     started = time.monotonic()
     say("1 of 4: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
     store = run_harvest(demo_harvest(out)).store

@@ -20,6 +20,7 @@ from shared.errors import Interrupted, UserError
 from shared.files import LocalFiles, check_alone
 from shared.model import load_weights
 from shared.models import resolve_model, same_model
+from shared.norms import sample
 from shared.progress import say
 from shared.spec import DTYPES
 from shared.stop import stop_requests
@@ -99,7 +100,17 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         team.await_others(look)
         finish_store(plan.files, store.spec)
     seconds = time.monotonic() - filled.started
-    return summarise(Store.open(plan.files), seconds, rows_of(store.spec, work.todo), filled.waited)
+    store = Store.open(plan.files)
+    say_massive(store)
+    return summarise(store, seconds, rows_of(store.spec, work.todo), filled.waited)
+
+
+def say_massive(store: Store) -> None:
+    """A line for each hookpoint whose variance is that of a few tokens."""
+    for hook in store.spec.hookpoints:
+        found = sample(store, hook)
+        if found and found.massive.text:
+            say(f"{hook}: {found.massive.text}")
 
 
 def loaded(plan: Plan, device: str, look: Callable[[], None]) -> Any:

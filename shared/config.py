@@ -194,6 +194,9 @@ class TrainConfig(Frozen):
     """Positions in a context that are neither trained nor measured on. Default: the store's `skip_positions`."""
     exclude_special: bool = True
     """Neither train nor measure on the tokenizer's special tokens."""
+    max_norm: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
+    """Rows whose norm exceeds so many times the median are neither trained nor measured on. Default: all count. 5
+    leaves out massive activations: a few tokens that hold most of the variance (docs/method.md)."""
     follow: bool = False
     """Train while the store is still being harvested, on what is committed so far; waits for the harvest where it
     must. One epoch is all that is planned for the store."""
@@ -259,6 +262,8 @@ class EvalConfig(Frozen):
     device: str = "auto"
     ce_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
+    directions: bool = True
+    """Measure how the decoder's directions lie to each other; of a wide dictionary, those of a sample of latents."""
     peer_conventions: bool = False
     """R², L0 and dead as SAELens, dictionary_learning and SAEBench define them, beside ours."""
 

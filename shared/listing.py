@@ -75,6 +75,8 @@ def described(store: Store, location: str | Path) -> dict[str, Any]:
         row["variance"] = float(statistics.variance.sum())
         row["outlying_dimensions"] = outlying(statistics)
         row["norms"] = asdict(measured) if (measured := norms(store, hook)) else None
+        if measured and measured.massive.text:
+            say(f"{hook}: {measured.massive.text}")
         if cost:
             row |= {"snr_db": round(cost.snr_db, 2), "fvu_added": cost.fvu}
     return about

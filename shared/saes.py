@@ -15,6 +15,10 @@ from shared.errors import UserError
 from shared.schema import Frozen, build
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
+JUMPRELU_SPARSITIES = (0.001, 0.002, 0.005, 0.01, 0.02)
+"""λ of JumpReLU is the price of a latent, not of its size: with the others' grid all of them end at an L0 of 3."""
+DEFAULT_KS = (8, 16, 32, 64, 128)
+"""Those that are at most a quarter of the latents."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -112,6 +116,8 @@ class JumpRelu(Penalised):
     """JumpReLU with an L0 penalty and straight-through gradients (arXiv 2407.14435)."""
 
     arch: Literal["jumprelu"]
+    sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
+    """λ, the price of an active latent, for activations of unit variance. With an `l0_target`, where λ begins."""
     theta0: Positive = 0.4
     """Initial threshold, in units of 1/sqrt(d_in)."""
     bandwidth: Positive = 0.5
@@ -173,6 +179,23 @@ AnySAE = SerializeAsAny[Annotated[SAEConfig, BeforeValidator(known)]]
 """As a field of another configuration."""
 
 
+def usual_ks(d_sae: int) -> list[int]:
+    return [k for k in DEFAULT_KS if 4 * k <= d_sae] or [max(1, d_sae // 8)]
+
+
+def shared_sparsity(archs: Sequence[str], sparsity: Sequence[float]) -> str | None:
+    """What to say where one list of λ is asked for of architectures for which λ means different things."""
+    asked = {named.partition(":")[0] for named in archs}
+    penalised = {arch for arch in asked if "sparsity" in ARCHITECTURES[arch].model_fields}
+    if not sparsity or "jumprelu" not in penalised or len(penalised) < 2:
+        return None
+    return (
+        f"--sparsity goes to {', '.join(sorted(penalised))} alike, but λ of jumprelu is the price of a latent, about a "
+        f"hundredth of the others' for the same L0 (its own grid: {JUMPRELU_SPARSITIES[0]:g} to "
+        f"{JUMPRELU_SPARSITIES[-1]:g}). Give it a run of its own, or --l0-target"
+    )
+
+
 def sae_grid(
     archs: Sequence[str], axes: Mapping[str, Sequence[Any]], options: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -196,10 +219,13 @@ def sae_grid(
         if "d_sae" not in mine:
             raise UserError(f"--arch {named}: how wide? Give --d-sae, or {arch}:WIDTH")
         if "sparsity" in fields and not {"sparsity", "l0_target"} & set(mine):
-            mine["sparsity"] = list(DEFAULT_SPARSITIES)
+            mine["sparsity"] = list(JUMPRELU_SPARSITIES if arch == "jumprelu" else DEFAULT_SPARSITIES)
+        points = [dict(zip(mine, point, strict=True)) for point in product(*mine.values())]
+        if "k" in fields and "k" not in mine:
+            points = [{**point, "k": k} for point in points for k in usual_ks(point["d_sae"])]
         here = {key: value for key, value in options.items() if key in fields}
         used |= here.keys() | mine.keys()
-        grid += [{"arch": arch, **dict(zip(mine, point, strict=True)), **here} for point in product(*mine.values())]
+        grid += [{"arch": arch, **point, **here} for point in points]
     idle = [key for key in [*(key for key, values in axes.items() if values), *options] if key not in used]
     if idle:
         raise UserError(f"--{idle[0].replace('_', '-')}: none of the architectures asked for has it")

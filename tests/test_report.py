@@ -409,19 +409,19 @@ def test_a_failed_write_leaves_the_old_report(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    out = tmp_path / "r.html"
-    out.write_text("old", encoding="utf-8")
+    out = write_report(runs, tmp_path / "r.html")
+    old = out.read_bytes()
     monkeypatch.setattr("os.replace", full)
     with pytest.raises(UserError, match="No space left on device"):
         write_report(runs, out)
-    assert out.read_text(encoding="utf-8") == "old"
+    assert out.read_bytes() == old
     assert list(tmp_path.iterdir()) == [out]
 
 
 def test_the_file_is_replaced_whole(runs: list[Path], tmp_path: Path) -> None:
     out = tmp_path / "r.html"
     out.write_text("old", encoding="utf-8")
-    assert write_report(runs, out) == out
+    assert write_report(runs, out, overwrite=True) == out
     first = out.read_bytes()
     write_report(runs, out)
     assert out.read_bytes() == first

@@ -3,8 +3,12 @@
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
@@ -13,6 +17,7 @@ from shared.files import explained, is_remote
 from shared.gate import BadData, integer, number, parse_json, quoted
 from shared.model import LanguageModel
 from shared.models import ModelSource, in_words, local_place, resolve_model, same_model
+from shared.norms import MASSIVE, WORTH_SAYING, share
 from shared.progress import progress, say
 from shared.saes import SAEConfig
 from shared.store import Store, find_hookpoint
@@ -22,12 +27,14 @@ from train.autoencoder import Autoencoder
 from train.folder import RunFolder, read_sealed, write_sealed
 from train.follow import check_segments
 from train.marks import Marks
-from train.metrics import Losses, entry, language_losses, measure, read_heldout
+from train.massive import left_out, recorded_limit, statistics, without
+from train.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
 from train.order import Split, split_rows
 from train.peers import by_peers
 from train.recovery import Known
-from train.rows import Rows
+from train.rows import Rows, norms_and_places
 from train.snapshot import Watch, as_recorded, content_of
+from train.useless import useless
 
 
 @dataclass(frozen=True)
@@ -43,8 +50,9 @@ def evaluate(config: EvalConfig) -> Evaluation:
     """Raises UserError for a folder that is no finished run, a store that changed, or another language model."""
     folder = RunFolder(config.run)
     trained = folder.config()
-    if not folder.finished():
+    if not folder.exists() or "finished" not in folder.read("record.json"):
         raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
+    check_replaceable(folder.evaluation)
     if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
         raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
@@ -71,14 +79,22 @@ def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store
     next(saes(), None)  # what is wrong with the first is said before a language model is loaded
     tokens = store.token_rows(check=False)
     parts = split_rows(tokens, trained)
+    limit = recorded_limit(folder.read("config.json"), f"{config.run}")
     losses = None
     if source is not None:
         model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
-        losses = heldout_losses(model, store, hook, tokens, parts, saes(), config.ce_tokens)
+        left = left_out(store, hook, limit)
+        mean = statistics(store, hook, left).mean
+        losses = heldout_losses(model, store, hook, tokens, without(parts, left), saes(), config.ce_tokens, mean)
         if "ce_tokens" in config.model_fields_set and losses.tokens < config.ce_tokens:
             say(f"ce_tokens = {config.ce_tokens:,}: there are {losses.tokens:,} held-out predictions")
     silent = last_silent(folder, trained.dead_after_tokens)
-    results = measure_all(store, hook, parts, saes(), len(good), losses, device, silent, config.peer_conventions)
+    results = measure_all(
+        store, hook, parts, saes(), len(good), losses, device, silent, config.peer_conventions, limit,
+        config.directions,
+    )  # fmt: skip
+    for line in [*massive_text(results), *useless(results["saes"])]:
+        say(line)
     watch.check([store], thorough=True)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
@@ -140,29 +156,67 @@ def measure_all(
     device: str,
     silent: Mapping[str, dict[str, Any]] | None = None,
     peer_conventions: bool = False,
+    norm_limit: float | None = None,
+    look_at_directions: bool = True,
 ) -> dict[str, Any]:
     """The content of evaluation.json. `many`: how many autoencoders come, one after another. `silent`: what training
-    logged of dead latents, by name (`last_silent`)."""
+    logged of dead latents, by name (`last_silent`). `norm_limit`: see `max_norm`."""
     rows = Rows.of(store, hook)
-    heldout, known = read_heldout(rows, parts.heldout), Known.of(rows, parts.heldout)
-    if not len(heldout):
-        raise UserError(f"{store.name}: holds no row of the held-out contexts. Harvest more tokens")
-    entries = []
-    with progress("evaluate", many, "autoencoders") as advance:
+    heldout = read_heldout(rows, parts.heldout)
+    lengths, where = norms_and_places(rows, parts.heldout)
+    groups = Groups.of(lengths, norm_limit)
+    counts = Marks.of(parts.heldout).without(where[~groups.counted.numpy()])
+    mine = heldout if groups.counted.all() else heldout[groups.counted]
+    if not len(mine):
+        raise UserError(f"{store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")
+    known, entries = Known.of(rows, counts), []
+    with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, sae in enumerate(saes):
-            fit = measure(sae, heldout, device, (silent or {}).get(sae.config.name))
-            peers = {"peers": by_peers(sae, heldout, device)} if peer_conventions else {}
-            found = asdict(known.recovery(sae, heldout, device)) if known else {}
+            name = sae.config.name
+
+            def taken(n: int, name: str = name) -> None:
+                advance(n, name)
+
+            fit = measure(sae, heldout, device, (silent or {}).get(name), groups, look_at_directions, taken)
+            peers = {"peers": by_peers(sae, mine, device)} if peer_conventions else {}
+            found = asdict(known.recovery(sae, mine, device)) if known else {}
             entries.append({**entry(sae, fit, losses, index), **peers, **found})
-            advance(1, sae.config.name)
+            if fit.directions and fit.directions["sampled"]:
+                few, all_of_them = fit.directions["sampled"], fit.directions["latents"]
+                say(f"{name}: of {all_of_them:,} directions {few:,} were set against all others")
     return {
-        "tokens": len(heldout),
+        "tokens": len(mine),
+        "massive": groups.about(heldout),
+        "norm_limit": norm_limit,
+        "left_out": len(heldout) - len(mine),
         "ce_tokens": losses.tokens if losses else None,
         "ce_clean": losses.clean if losses else None,
         "ce_zero": losses.zero if losses else None,
         "ce_mean": losses.mean if losses else None,
         "saes": entries,
     }
+
+
+def massive_text(results: dict[str, Any]) -> list[str]:
+    """A line where massive rows hold much of the variance and are measured with the others."""
+    found = results["massive"]
+    if found["variance"] < WORTH_SAYING or results["left_out"]:
+        return []
+    return [
+        f"{share(found['tokens'] / results['tokens'])} of the held-out tokens (norm above {MASSIVE:g} times the "
+        f"median) hold {share(found['variance'])} of the variance: R² measures little but these. R² on the rest is "
+        "beside it"
+    ]
+
+
+def check_replaceable(evaluation: Path) -> None:
+    """Raises UserError for what no evaluation wrote. One that was cut short may be measured anew."""
+    if evaluation.is_symlink() or (evaluation.exists() and not evaluation.is_file()):
+        raise UserError(f"{evaluation}: is no ordinary file. Move it away, then run the same command again")
+    with evaluation.open("rb") if evaluation.exists() else BytesIO() as file:
+        begin = file.read(1024).lstrip()
+    if begin and not begin.startswith(b"{"):
+        raise UserError(f"{evaluation}: is no evaluation. Move it away, then run the same command again")
 
 
 def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
@@ -215,10 +269,10 @@ def heldout_losses(
     parts: Split,
     saes: Iterable[Autoencoder],
     at_most: int,
+    mean: NDArray[np.float64],
 ) -> Losses:
     heldout = Marks.of(parts.heldout)
     contexts = heldout.contexts()[: max(1, at_most // store.spec.context)]
-    mean = store.statistics(hook).mean
     name = store.spec.hookpoints[hook].name
     counted = heldout.of_contexts(contexts)
     return language_losses(model, name, tokens.take(contexts), counted, store.spec.special_ids, mean, saes)

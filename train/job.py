@@ -26,6 +26,7 @@ from train.folder import FREE, RunFolder
 from train.follow import Segments
 from train.loader import Pass, Passes, Same
 from train.marks import Marks
+from train.massive import LeftOut, left_out, norm_limit, recorded_limit, statistics, without
 from train.optim import usual_warmup
 from train.order import Order, Split, make_order, rows_in_shards, rows_together, split_rows
 from train.rows import Kept, Rows
@@ -60,6 +61,10 @@ class Job:
     watch: Watch
     wave: int = 1
     """Whose turn it is."""
+    left_out: LeftOut | None = None
+    """What `max_norm` leaves out. `parts.train` is without it, `parts.heldout` is not: both are measured."""
+    rows_left_out: int = 0
+    """Of those that would count."""
 
     @property
     def saes(self) -> tuple[SAEConfig, ...]:
@@ -81,9 +86,13 @@ class Job:
     def statistics(self) -> Statistics:
         """What the activations are normalised with: of the store, or of the first segment of one that grows. Waits for
         that segment, and writes it into the run's folder."""
-        found = self.passes.get(0).rows.store.statistics(self.hook)
+        found = statistics(self.passes.get(0).rows.store, self.hook, self.left_out)
         if not found.scale > 0:
-            raise UserError(f"{self.store.name}/{self.hook}: all activations are equal; there is nothing to learn")
+            raise UserError(
+                f"{self.store.name}/{self.hook}: all activations are equal, as far as {self.store.spec.dtype} tells "
+                "them apart; there is nothing to learn. Where they differ a little about a large mean, harvest with "
+                "--set store_dtype=float32"
+            )
         return found
 
     def check_unchanged(self, thorough: bool = False) -> None:
@@ -145,7 +154,10 @@ def make_job(
         store = of_the_run(store, hook, here, folder, config.follow)
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
-    parts = split_rows(store.token_rows(check=False), config)
+    limit = norm_limit(store, hook, config) if here is None else recorded_limit(here, f"{folder.path}")
+    massive = left_out(store, hook, limit)
+    every = split_rows(store.token_rows(check=False), config)
+    parts = without(every, massive)
     there = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
     heldout_rows = rows_in_shards(parts.heldout, store.spec, there)
     if not heldout_rows:
@@ -167,13 +179,14 @@ def make_job(
     rows = {"snapshot": follows(store, hook)} if config.follow else snapshot_of(store, hook)
     if here is not None:
         rows = {key: here[key] for key in ("snapshot", "shards") if key in here}
-    identity |= {**rows, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
+    identity |= {**rows, "norm_limit": limit, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     if leads:
         say_what_is_less(asked, store, hook, streams, run_chunks)
     job = Job(
-        config, store, hook, parts, passes, streams, steps, epoch_rows, heldout_rows, matmul, folder, identity,
-        device.type == "cpu", (config.saes,), asked, Watch(store, hook),
+        config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
+        matmul, folder, identity, device.type == "cpu", (config.saes,), asked, Watch(store, hook), left_out=massive,
+        rows_left_out=marked(every) - marked(parts),
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
@@ -267,6 +280,10 @@ def warmup(config: TrainConfig, steps: int, here: dict[str, Any] | None) -> int:
             f"warmup_steps = {asked:,}: the run has {steps:,} steps. Lower it, leave it out, or train on more --tokens"
         )
     return asked
+
+
+def marked(parts: Split) -> int:
+    return sum(every.count(0, len(every)) for every in map(Marks.of, (parts.train, parts.heldout)))
 
 
 def seen_by_all(shards: list[list[int]]) -> list[int]:

@@ -1,12 +1,13 @@
 """What an autoencoder is worth, measured on held-out tokens: one definition of every metric, sums in float64.
 
-R² = 1 - SSE/SST over the whole split, with the split's own mean per dimension. L0 = non-zero latents a token, of
+R² = 1 - SSE/SST over the whole split, with the split's own mean per dimension; on the rows that are not massive again,
+with theirs. L0 = non-zero latents a token, of
 either sign. What is read off counts of firings is in census.py, off the decoder in directions.py. CE recovered =
 (ablated - spliced) / (ablated - clean), with the hookpoint set to zero or to its mean; excluded positions stay clean
 and their predictions are not counted.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Final
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.model import LanguageModel
+from shared.norms import MASSIVE
 from train.autoencoder import Autoencoder
 from train.census import Firings, census, dead, densities, share
 from train.directions import directions
@@ -38,6 +40,10 @@ class Fit:
     """How well activations are reconstructed, and with how many latents."""
 
     r2: float
+    r2_rest: float
+    """R² on the rows that are not massive (shared/norms.py), about their own mean."""
+    r2_all: float
+    """R² on all rows, those too that `max_norm` leaves out of every other number."""
     rescaling: float | None
     """The factor on x̂ - mean that gives the best R²: above 1, reconstructions are too short (shrinkage)."""
     r2_rescaled: float | None
@@ -53,7 +59,8 @@ class Fit:
     """Of Σ|f|."""
     census: dict[str, Any] | None
     densities: dict[str, Any]
-    directions: dict[str, Any]
+    directions: dict[str, Any] | None
+    """None where they were not asked for."""
     tokens: int
 
 
@@ -92,6 +99,36 @@ class Errors:
 
 
 @dataclass(frozen=True)
+class Groups:
+    """Which of the held-out rows count, and which are not massive."""
+
+    counted: Bool[Tensor, " rows"]
+    rest: Bool[Tensor, " rows"]
+    limit: float
+    """The norm above which a row is massive."""
+
+    @classmethod
+    def of(cls, lengths: NDArray[np.floating[Any]], norm_limit: float | None = None) -> "Groups":
+        """By the norms of all held-out rows; `norm_limit`: see `max_norm`."""
+        limit = MASSIVE * float(np.median(lengths)) if len(lengths) else 0.0
+        counted = np.ones(len(lengths), bool) if norm_limit is None else lengths <= norm_limit
+        return cls(torch.from_numpy(counted), torch.from_numpy(lengths <= limit), limit)
+
+    def distinct(self) -> dict[str, Bool[Tensor, " rows"]]:
+        """The rows that count; and those that are not massive (rest) and all, where these are others."""
+        others = {"rest": self.rest, "all": torch.ones_like(self.counted)}
+        return {"counted": self.counted, **{name: m for name, m in others.items() if not m.equal(self.counted)}}
+
+    def about(self, rows: Float[Tensor, "rows d_in"]) -> dict[str, Any]:
+        """What evaluation.json says of massive rows: how many there are, and which share of E|x - mean|² they hold."""
+        mean, massive = mean_row(rows), rows[~self.rest]
+        parts = torch.split(rows, ROWS_AT_A_TIME) if len(massive) else ()
+        whole = sum((part.double() - mean).square().sum().item() for part in parts)
+        held = (massive.double() - mean).square().sum().item() / whole if whole else 0.0
+        return {"times_median": MASSIVE, "norm": self.limit, "tokens": len(massive), "variance": held}
+
+
+@dataclass(frozen=True)
 class Losses:
     """Next-token losses in nats, averaged over the same predictions."""
 
@@ -115,36 +152,74 @@ def read_heldout(rows: Rows, keep: NDArray[np.bool_] | Marks) -> Float[Tensor, "
 
 
 def measure(
-    sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str, silent: dict[str, Any] | None = None
+    sae: Autoencoder,
+    rows: Float[Tensor, "rows d_in"],
+    device: str,
+    silent: dict[str, Any] | None = None,
+    groups: Groups | None = None,
+    look_at_directions: bool = True,
+    advance: Callable[[int], None] = lambda _: None,
 ) -> Fit:
-    """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead)."""
-    errors = Errors(mean_row(rows).to(device))
-    firings = Firings.none(sae.config.d_sae, device)
-    for x, f, x_hat in reconstructions(sae, rows, device):
-        errors.add_(x, x_hat)
-        firings.add_(f)
+    """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead).
+    `groups`: by the rows' own norms, if not given. `advance` is told how many rows were taken."""
+    groups = groups or Groups.of(lengths_of(rows))
+    errors, firings = sums(sae, rows, device, groups.distinct(), advance)
+    mine, n = errors["counted"], int(groups.counted.sum())
     counted = census(firings) if sae.signed else None
     return Fit(
-        r2=errors.r2,
-        rescaling=errors.rescaling,
-        r2_rescaled=errors.r2_rescaled,
-        l0=firings.total.sum().item() / len(rows),
-        l0_pos=firings.positive.sum().item() / len(rows),
-        l0_neg=firings.negative.sum().item() / len(rows),
+        r2=mine.r2,
+        r2_rest=errors.get("rest", mine).r2,
+        r2_all=errors.get("all", mine).r2,
+        rescaling=mine.rescaling,
+        r2_rescaled=mine.r2_rescaled,
+        l0=firings.total.sum().item() / n,
+        l0_pos=firings.positive.sum().item() / n,
+        l0_neg=firings.negative.sum().item() / n,
         dead_fraction=share(~firings.live),
         dead=dead(firings, silent),
         bipolar_fraction=counted["bipolar"] if counted else None,
         bipolar_mass=counted["bipolar_mass"] if counted else None,
         census=counted,
         densities=densities(firings),
-        directions=directions(sae.weights.W_dec[firings.live]),
-        tokens=len(rows),
+        directions=directions(sae.weights.W_dec[firings.live], sae.config.seed) if look_at_directions else None,
+        tokens=n,
     )
 
 
-def mean_row(rows: Float[Tensor, "rows d_in"]) -> Float[Tensor, " d_in"]:
-    """In float64."""
-    return torch.stack([part.double().sum(0) for part in torch.split(rows, ROWS_AT_A_TIME)]).sum(0) / len(rows)
+def sums(
+    sae: Autoencoder,
+    rows: Float[Tensor, "rows d_in"],
+    device: str,
+    masks: Mapping[str, Bool[Tensor, " rows"]],
+    advance: Callable[[int], None],
+) -> tuple[dict[str, Errors], Firings]:
+    """Errors on the rows of each mask, each about its own mean, and firings on those that count."""
+    errors = {name: Errors(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
+    firings, start = Firings.none(sae.config.d_sae, device), 0
+    for x, f, x_hat in reconstructions(sae, rows, device):
+        for name, mask in masks.items():
+            here = mask[start : start + len(x)].to(device)
+            some = slice(None) if here.all() else here  # a copy of nearly all rows is saved where all are meant
+            errors[name].add_(x[some], x_hat[some])
+            if name == "counted":
+                firings.add_(f[some])
+        start += len(x)
+        advance(len(x))
+    return errors, firings
+
+
+def lengths_of(rows: Float[Tensor, "rows d_in"]) -> NDArray[np.float64]:
+    """Norms, in float64."""
+    parts = [part.double().norm(dim=1) for part in torch.split(rows, ROWS_AT_A_TIME)]
+    return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
+
+
+def mean_row(rows: Float[Tensor, "rows d_in"], mask: Bool[Tensor, " rows"] | None = None) -> Float[Tensor, " d_in"]:
+    """Of the marked rows, in float64."""
+    mask = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask
+    parts = zip(torch.split(rows, ROWS_AT_A_TIME), torch.split(mask, ROWS_AT_A_TIME), strict=True)
+    sums = [(part if mine.all() else part[mine]).double().sum(0) for part, mine in parts]
+    return torch.stack(sums).sum(0) / int(mask.sum())
 
 
 def reconstructions(

@@ -19,11 +19,10 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.reader import read_shard
 from shared.synthetic import Codes, Truth, truth_of
 from train.autoencoder import Autoencoder
 from train.marks import Marks
-from train.rows import Kept, Rows
+from train.rows import Rows, norms_and_places
 
 MATCHED: Final = 0.9
 FIRES: Final = 1e-4
@@ -99,13 +98,7 @@ class Known:
 
 def places(rows: Rows, keep: NDArray[np.bool_] | Marks) -> NDArray[np.int64]:
     """Positions in the token stream of the rows that `read_heldout` gives, in its order."""
-    marked, found = Kept(rows, keep), [np.empty(0, np.int64)]
-    shards = Marks.of(keep).shards(rows.store.spec.shard_rows, rows.store.spec.n_tokens)
-    for shard in [shard for shard in shards if shard in rows.store.commits]:
-        contexts, positions = read_shard(rows.contexts, shard), read_shard(rows.positions, shard)
-        stream = contexts.astype(np.int64) * rows.store.spec.context + positions
-        found.append(stream[marked.marks(shard, 0, len(stream))])
-    return np.concatenate(found)
+    return norms_and_places(rows, keep)[1]
 
 
 def encoded(sae: Autoencoder, rows: Tensor, device: str) -> Iterator[tuple[int, Float[Tensor, "part d_sae"]]]:

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
@@ -102,8 +103,11 @@ class Checkpoints:
         self.took = self.written - began
 
 
-def save_as_it_is(job: Job, member: Member, done: int, folder: Path) -> None:
-    """The autoencoder after `done` steps, with its normalisation folded in: `train.sae.load` takes the folder."""
+def save_as_it_is(
+    job: Job, member: Member, done: int, folder: Path, more: Mapping[str, Any] = MappingProxyType({})
+) -> None:
+    """The autoencoder after `done` steps, with its normalisation folded in: `train.sae.load` takes the folder. `more`
+    is said of it in cfg.json."""
     spec = job.store.spec
     about = {
         "model": spec.model,
@@ -111,6 +115,7 @@ def save_as_it_is(job: Job, member: Member, done: int, folder: Path) -> None:
         "context": spec.context,
         "bos_id": spec.bos_id,
         "lambda": float(member.sparsity.now(done)),
+        **more,
     }
     Autoencoder.of(member.config, member.weights, job.statistics.scale).save(folder, about)
 

@@ -52,6 +52,21 @@ class Rows:
         return dequantise(rows, self.row_scale.read(shard, chunk), self.dim_scale(shard))
 
 
+def norms_and_places(rows: Rows, keep: NDArray[np.bool_] | Marks) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Of the committed rows marked in `keep` [contexts, context], in stored order: the norms that they were harvested
+    with, and their places in the corpus (context x length of a context + position)."""
+    marked, spec = Kept(rows, keep), rows.store.spec
+    norms = open_reader(rows.store, f"stats/{rows.hook}/norm")
+    lengths, places = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
+    shards = Marks.of(keep).shards(spec.shard_rows, spec.n_tokens)
+    for shard in [shard for shard in shards if shard in rows.store.commits]:
+        start, stop = spec.shard_range(shard)
+        marks = marked.marks(shard, 0, stop - start)
+        lengths.append(read_shard(norms, shard)[marks])
+        places.append(start + read_places(rows.contexts, rows.positions, shard)[marks])
+    return np.concatenate(lengths), np.concatenate(places)
+
+
 def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_in"]:
     """Stored rows as a tensor of their logical data type, without a copy. Float32 rows are that."""
     tensor = torch.from_numpy(rows)

@@ -24,6 +24,7 @@ from shared.errors import DamagedError, Interrupted, UserError
 from shared.files import explained
 from shared.gate import BadData, members, number, text
 from shared.locks import folder_lock
+from shared.norms import sample
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.saes import SAEConfig
@@ -39,9 +40,11 @@ from train.order import Position, share
 from train.ranks import Ranks
 from train.resume import Checkpoints, Standing, restore, save_as_it_is, stands
 from train.sae.base import Step
+from train.settle import settle
 from train.stream import BatchStream, StopWaiting
 from train.sweep import dealt, shared_out
 from train.track import Tracking, check_installed
+from train.useless import useless
 from train.watch import LiveTable
 from train.waves import planned
 
@@ -193,6 +196,16 @@ def introduce(job: Job, device: torch.device) -> None:
         f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {tokens:,} tokens "
         f"({tokens / job.epoch_rows:.2f} epochs), {job.identity['precision']} products on {device_name(device)}"
     )
+    if job.wave > 1 or job.config.follow:
+        return
+    found = sample(job.store, job.hook)
+    if job.left_out:
+        say(
+            f"max_norm = {job.config.max_norm:g}: {job.rows_left_out:,} rows with a norm above "
+            f"{job.left_out.limit:.4g} are neither trained nor measured on"
+        )
+    elif found and found.massive.text:
+        say(f"{job.store.name}/{job.hook}: {found.massive.text}")
 
 
 def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
@@ -322,7 +335,8 @@ def save_saes(job: Job, members: list[Member]) -> None:
     for member in members:
         member.check_weights(job.steps)
         if member.diverged is None:
-            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name))
+            about = settle(job, member)
+            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name), about)
             missed = member.sparsity.missed()
             if missed:
                 say(f"{member.config.name}: {missed}")
@@ -344,9 +358,12 @@ def finish(job: Job, at: Standing, ranks: Ranks) -> None:
     silent = last_silent(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
-    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent)
+    limit = job.left_out.limit if job.left_out else None
+    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent, norm_limit=limit)
     job.check_unchanged(thorough=True)
     write_sealed(folder.evaluation, results)
+    for line in useless(results["saes"], steered=False):
+        say(line)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     ended = {"diverged": dict(at.diverged), "seconds": round(at.seconds, 2), "finished": finished}
     write_sealed(folder.path / "record.json", {**folder.read("record.json"), **ended})

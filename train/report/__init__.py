@@ -4,33 +4,33 @@
     data -> figures ────────────┴─> settings -> page
 
 `data` reads and checks, `frontier` is the arithmetic, `answer` and `wording` put it into words, `figures` into plotly,
-`settings` keeps apart what cannot be compared, and `page` renders. The page is about 5 MB, nearly all of it plotly.js.
+`settings` keeps apart what cannot be compared (`comparable` says what decides that), `page` renders, `place` says where
+it may be written. The page is about 5 MB, nearly all of it plotly.js.
 """
 
-import os
 from pathlib import Path
 
 from shared.errors import UserError
+from shared.progress import say
 from train.report.data import read_runs
 from train.report.page import render
+from train.report.place import check_place, write_page
 
 
-def write_report(runs: list[Path], out: Path) -> Path:
-    """Writes the report on evaluated runs to the file `out`, whole or not at all, and returns it.
+def write_report(runs: list[Path], out: Path, overwrite: bool = False) -> Path:
+    """Writes the report on evaluated runs to the file `out`, whole or not at all, and returns it. Says which runs were
+    left out because nothing could be reported on them.
 
-    Raises UserError for a folder that is no run or has not been evaluated, and where `out` cannot be written.
+    Raises UserError when no run is left, and where `out` cannot be written or is something else than a report
+    (`overwrite` replaces such a file).
     """
-    if os.path.isdir(out):
-        raise UserError(f"--out {out}: is a folder; name a file in it, such as {out / 'report.html'}")
-    html = render(read_runs(runs))
-    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    check_place(out, overwrite)
+    found, left_out = read_runs(runs)
+    for each in left_out:
+        say(f"left out: {each.reason}")
+    html = render(found, left_out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            temporary.write_text(html, encoding="utf-8", errors="replace")
-            os.replace(temporary, out)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_page(out, html)
     except OSError as error:
         raise UserError(
             f"--out {out}: cannot be written ({error.strerror}); name a file in a folder you own"

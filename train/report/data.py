@@ -7,17 +7,29 @@ diverged autoencoder) as not measured. Everything a person can get wrong ends in
 import json
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import DamagedError, UserError
+from shared.saes import sae_config
 from shared.spec import is_sealed
 from train.report.sae import Sae
 
 CURVE_POINTS = 400
 """A training curve is thinned to at most about this many of its logged steps."""
+
+
+class Massive(BaseModel):
+    """The held-out rows whose norm is so many times the median."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    times_median: float
+    tokens: int
+    variance: float | None
 
 
 class Evaluation(BaseModel):
@@ -30,6 +42,9 @@ class Evaluation(BaseModel):
     ce_clean: float | None = None
     ce_zero: float | None = None
     ce_mean: float | None = None
+    massive: Massive | None = None
+    left_out: int = 0
+    """Rows that `max_norm` left out."""
     saes: tuple[Sae, ...]
 
 
@@ -62,7 +77,7 @@ class Run:
         """Which they are: the store's name, and what of it was committed."""
         name = str(self.store.get("path") or self.config.get("store") or "store not recorded").rstrip("/")
         snapshot = self.config.get("snapshot")
-        return name.rpartition("/")[2] + (f" ({snapshot})" if snapshot else "")
+        return name.rpartition("/")[2] + (f" ({str(snapshot)[:24]})" if snapshot else "")
 
     @property
     def diverged(self) -> dict[str, Any]:
@@ -78,6 +93,20 @@ class Run:
     def hook(self) -> str:
         return str(self.store.get("hook") or self.config.get("hook") or "hookpoint not recorded")
 
+    @cached_property
+    def begun_at(self) -> dict[str, float]:
+        """By name, the λ that steering to an L0 target began with, where it is not the usual one: names do not say."""
+        saes, found = self.config.get("saes"), {}
+        for values in saes if isinstance(saes, list) else ():
+            try:
+                config = sae_config(**values)
+            except (TypeError, UserError):
+                continue
+            usual = type(config).model_fields
+            if "l0_target" in usual and config.l0_target and config.sparsity != usual["sparsity"].default:
+                found[config.name] = config.sparsity
+        return found
+
     @property
     def d_in(self) -> int | None:
         d_in = self.store.get("d_in")
@@ -92,28 +121,56 @@ class Run:
         return max([*logged, planned or 0]) or None
 
 
-def read_runs(folders: list[Path]) -> list[Run]:
-    """Every run once, in the order given."""
+@dataclass(frozen=True)
+class LeftOut:
+    """A folder that nothing could be reported on, and why: the reason names the folder and the way out."""
+
+    folder: Path
+    reason: str
+
+
+def read_runs(folders: list[Path]) -> tuple[list[Run], list[LeftOut]]:
+    """Every run once, in the order given, and what was left out. Raises UserError when no run is left."""
     if not folders:
         raise UserError("no run to report on: name at least one run folder, such as `sagsae report runs/NAME`")
     unique = {folder.resolve(): folder for folder in reversed(folders)}
-    return [read_run(folder) for folder in reversed(list(unique.values()))]
+    runs, left_out = [], []
+    for folder in reversed(list(unique.values())):
+        try:
+            runs.append(read_run(folder))
+        except (UserError, DamagedError) as error:
+            left_out.append(LeftOut(folder, str(error)))
+    if not runs:
+        more = f". The other {len(left_out) - 1} cannot be reported on either" if len(left_out) > 1 else ""
+        raise UserError(left_out[0].reason + more)
+    return runs, left_out
 
 
 def read_run(folder: Path) -> Run:
     """Raises UserError when the folder is not a run, is not evaluated, or holds something unreadable."""
-    for name in ("config.json", "record.json"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder} is not a run folder: it has no {name}. Give a folder that `sagsae train` wrote")
-    if not (folder / "evaluation.json").is_file():
-        raise UserError(f"{folder} has no evaluation.json: run `sagsae eval {folder}` first")
-    return Run(
-        folder=folder,
-        config=_read_object(folder / "config.json"),
-        record=_read_object(folder / "record.json"),
-        evaluation=_read_evaluation(folder),
-        curves=_curves(_read_metrics(folder / "metrics.jsonl")),
-    )
+    try:
+        for name in ("config.json", "record.json"):
+            if not (folder / name).is_file():
+                raise UserError(
+                    f"{folder} is not a run folder: it has no {name}. Give a folder that `sagsae train` wrote"
+                )
+        config, record = _read_object(folder / "config.json"), _read_object(folder / "record.json")
+        metrics = _read_metrics(folder / "metrics.jsonl")
+        if not (folder / "evaluation.json").is_file():
+            raise UserError(f"{folder} {_not_evaluated(folder, record, metrics)}")
+        return Run(folder, config, record, _read_evaluation(folder), _curves(metrics))
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read ({error.strerror}). Make it readable, or leave it out") from error
+
+
+def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
+    steps, made = record.get("steps"), metrics[-1].get("step") if metrics else 0
+    if "finished" not in record and isinstance(steps, int) and isinstance(made, int) and made < steps:
+        return (
+            f"is not finished: {made:,} of {steps:,} steps are logged. Its `sagsae train` command (record.json has it) "
+            "goes on with it and measures it at the end"
+        )
+    return f"has no evaluation.json: run `sagsae eval {folder}` first"
 
 
 def _read_evaluation(folder: Path) -> Evaluation:
@@ -142,7 +199,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
     """A JSON object, its NaN and infinities as None."""
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=lambda _: None)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not valid JSON ({error}). Restore the file or make the run again") from error
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a JSON object, found {type(value).__name__}")

@@ -61,8 +61,10 @@ def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
         plot = _frontier(of, field, axis, looks, f"{prefix}-{name}-plot")
         return Figure(f"{prefix}-{name}", f"{title} against L0", (plot,), captions[name])
 
+    massive = any(sae.has_massive for sae in saes)
     found = (
         against_l0("r2", series, "r2", "R²", "R²"),
+        *((against_l0("rest", series, "r2_rest", "R² on the rest", "R² without massive tokens"),) if massive else ()),
         against_l0("ce", series, "ce_recovered", "CE loss recovered", "CE loss recovered"),
         against_l0("dead", series, "dead_fraction", "Share of latents dead", "Dead latents"),
         against_l0("poles", signed, "bipolar_fraction", "Share of live latents", "Latents that use both poles"),
@@ -80,6 +82,7 @@ def _captions(saes: Sequence[Sae]) -> dict[str, str]:
     return {
         "r2": "Up and to the left is better. A point is one autoencoder, a line joins the means over seeds. "
         f"Measured on {rows}.",
+        "rest": "Only tokens whose norm is at most 5 times the median: what the autoencoder makes of ordinary tokens.",
         "ce": f"The reconstruction is spliced into the model: {whole} is the clean model, {none} the hookpoint set to "
         f"zero. Measured on the predictions of {ce_rows}.",
         "dead": f"Dead: did not fire, with either sign, on any of the {rows}. Fewer tokens make more look dead.",
@@ -152,7 +155,7 @@ def _frontier(series: Series, field: str, title: str, looks: Looks, name: str) -
             traces.append(_line([p.l0 for p in means], [p.value for p in means], meta, look))
             traces.append(_points(shown, field, meta, look))
     layout = _layout("L0, mean non-zero latents per token", title)
-    layout.yaxis.tickformat = ",.3~f" if field == "r2" else ",.2~%"
+    layout.yaxis.tickformat = ",.3~f" if field.startswith("r2") else ",.2~%"
     if field in ("dead_fraction", "bipolar_fraction"):
         layout.yaxis.rangemode = "tozero"
     layout.xaxis.update(_log_axis(value for trace in traces for value in trace.x))
@@ -205,7 +208,7 @@ def _hover(sae: Sae) -> str:
     zero, mean = wording.percent(sae.ce_recovered, 2), wording.percent(sae.ce_recovered_mean, 2)
     lines = [
         _head(sae),
-        f"R² {wording.fixed(sae.r2, 4)}",
+        f"R² {wording.fixed(sae.r2, 4)}" + (f" (rest {wording.fixed(sae.r2_rest, 4)})" if sae.has_massive else ""),
         f"L0 {wording.l0(sae.l0)} (L0+ {wording.l0(sae.l0_pos)}, L0− {wording.l0(sae.l0_neg)})",
         f"dead {wording.percent(sae.dead_fraction)}, both poles {wording.percent(sae.bipolar_fraction)}, "
         f"rescaling {wording.fixed(sae.rescaling, 3)}",

@@ -15,9 +15,10 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from train.report import wording
-from train.report.data import Run
+from train.report.comparable import differences
+from train.report.data import LeftOut, Run
 from train.report.sae import Sae
-from train.report.settings import measured, sections
+from train.report.settings import grouped, measured, sections
 
 HERE = Path(__file__).parent
 
@@ -56,25 +57,30 @@ class Provenance:
 
 COLUMNS = (
     Column("Architecture", number=False),
-    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "L0", "L0+", "L0−", "Dead")),
+    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
     *(Column(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
     *(Column(title) for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")),
     Column("Run / autoencoder", number=False),
 )
+SETTING = Column("Setting")
 SITE = Column("Model and hookpoint", number=False)
 
 
-def render(runs: Sequence[Run]) -> str:
+def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> str:
     """The whole page."""
-    parts, several = sections(runs), len({_site(run) for run in runs}) > 1
+    parts, groups = sections(runs), grouped(runs)
+    several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
+    setting_of = {run.folder: number for number, part in enumerate(parts, 1) for run in part.runs}
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     return environment.get_template("page.html").render(
         title=parts[0].title if len(parts) == 1 else f"Sparse autoencoders in {len(parts)} settings",
         sections=parts,
-        columns=(*COLUMNS, SITE) if several else COLUMNS,
-        rows=[_row(run, sae, several) for run in runs for sae in measured(run)],
+        differences=[each.text for each in differences(groups)],
+        left_out=[each.reason for each in left_out],
+        columns=(*COLUMNS, *(column for column, more in zip((SETTING, SITE), several, strict=True) if more)),
+        rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
         plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
         css=_own("page.css"),
@@ -91,8 +97,8 @@ def _site(run: Run) -> str:
     return f"{run.model} {run.hook}"
 
 
-def _row(run: Run, sae: Sae, several: bool) -> Row:
-    """In the order of COLUMNS, then SITE where the page has several."""
+def _row(run: Run, sae: Sae, several: tuple[bool, bool], setting: int) -> Row:
+    """In the order of COLUMNS, then SETTING and SITE where the page has several."""
     where = f"{run.folder.name}/{sae.name}"
     pairs = sae.directions.antipodal_pairs if sae.directions else None
     return Row(
@@ -102,16 +108,17 @@ def _row(run: Run, sae: Sae, several: bool) -> Row:
             _cell(str(sae.d_sae), sae.d_sae),
             _cell(wording.knob(sae.knob), sae.knob.value),
             _cell(str(sae.seed), sae.seed),
-            _cell(wording.fixed(sae.r2, 4), sae.r2),
+            *(_cell(wording.fixed(value, 4), value) for value in (sae.r2, sae.r2_rest)),
             *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
             *(_cell(wording.percent(v), v) for v in (sae.dead_fraction, sae.bipolar_fraction, sae.bipolar_mass)),
             _cell(wording.fixed(sae.rescaling, 3), sae.rescaling),
-            _cell(wording.count(pairs), pairs),
+            _cell(("≈" if sae.directions and sae.directions.sampled else "") + wording.count(pairs), pairs),
             _cell(wording.fixed(sae.ce_spliced, 4), sae.ce_spliced),
             *(_cell(wording.percent(value, 2), value) for value in (sae.ce_recovered, sae.ce_recovered_mean)),
             *(_cell(wording.count(value), value) for value in (sae.tokens, sae.ce_tokens)),
             _cell(where, where),
-            *([_cell(_site(run), _site(run))] if several else []),
+            *([_cell(str(setting), setting)] if several[0] else []),
+            *([_cell(_site(run), _site(run))] if several[1] else []),
         ),
     )
 

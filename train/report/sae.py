@@ -28,6 +28,7 @@ class Directions(BaseModel):
 
     latents: int
     antipodal_pairs: int
+    sampled: int | None = None
 
 
 class Key(NamedTuple):
@@ -59,6 +60,8 @@ class Sae(BaseModel):
     l0_target: float | None = None
     seed: int
     r2: float | None
+    r2_rest: float | None = None
+    r2_all: float | None = None
     l0: float | None
     l0_pos: float | None = None
     l0_neg: float | None = None
@@ -73,6 +76,8 @@ class Sae(BaseModel):
     ce_recovered_mean: float | None = None
     tokens: int | None = None
     ce_tokens: int | None = None
+    begun_at: float | None = None
+    """The λ that steering to an L0 target began with, where it is not the usual one."""
 
     @field_validator("arch")
     @classmethod
@@ -83,7 +88,9 @@ class Sae(BaseModel):
 
     @property
     def key(self) -> Key:
-        return Key(self.arch, self.d_sae, variant(self.model_dump(include={"name", "seed"})))
+        special = variant(self.model_dump(include={"name", "seed"}))
+        begun = "" if self.begun_at is None else f"from-lambda-{self.begun_at:g}"
+        return Key(self.arch, self.d_sae, "-".join(filter(None, (special, begun))))
 
     @property
     def knob(self) -> Knob:
@@ -92,6 +99,11 @@ class Sae(BaseModel):
         if self.l0_target is not None:
             return Knob("l0", self.l0_target)
         return Knob("lambda", self.sparsity or 0.0)
+
+    @property
+    def has_massive(self) -> bool:
+        """Whether some of the rows that it was measured on are massive, so that R² on the rest is another."""
+        return self.r2_rest is not None and self.r2_rest != self.r2
 
     @property
     def signed(self) -> bool:

@@ -1,24 +1,28 @@
 """Puts runs together for comparison.
 
-Autoencoders are compared within a *setting* only: the same model, hookpoint, rows, training tokens, learning rate,
-batch and number of held-out tokens. Runs of one setting (more λ, more seeds) share its figures; another setting gets a
-section of its own.
+Autoencoders are compared within a *setting* only: runs that are alike in all that decides a result (comparable.py).
+Runs of one setting (more λ, more seeds) share its figures; another setting gets a section of its own, which says in
+what it differs. An autoencoder that was trained twice counts once: a repetition is no seed.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from shared.norms import WORTH_SAYING, share
 from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.answer import Answer, Series, answer
+from train.report.comparable import Difference, differences, identity
 from train.report.data import Run
 from train.report.figures import Figure, figures
 from train.report.sae import Sae
+from train.useless import useless
 
 ARCH_ORDER = tuple(ARCHITECTURES)
+IN_A_TITLE = 4
+"""Differences that a section's title names."""
 
 
 @dataclass(frozen=True)
@@ -31,20 +35,34 @@ class Section:
     answer: Answer
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
+    runs: tuple[Run, ...]
+
+
+Pairs = list[tuple[Sae, Run]]
 
 
 def sections(runs: Sequence[Run]) -> list[Section]:
     """One for each setting, in the order in which the runs were named."""
-    groups: dict[tuple[Any, ...], list[Run]] = {}
+    groups = grouped(runs)
+    sites = [_site(group[0]) for group in groups]
+    parts = []
+    for index, group in enumerate(groups):
+        alike = [other for other, site in zip(groups, sites, strict=True) if site == sites[index]]
+        title = _title(group[0], differences(alike), alike.index(group) + 1)
+        parts.append(_section(f"setting-{index + 1}", title, group))
+    return parts
+
+
+def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+    """The runs of each setting, in the order in which they were named."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        commit, snapshot = run.store.get("commit"), run.config.get("snapshot")
-        trained = run.tokens_trained, run.config.get("lr"), run.config.get("batch"), run.evaluation.tokens
-        groups.setdefault((run.model, run.hook, str(commit), str(snapshot), *map(str, trained)), []).append(run)
-    sites = Counter(key[:2] for key in groups)
-    return [
-        _section(f"setting-{index}", _title(group[0], unique=sites[key[:2]] == 1), group)
-        for index, (key, group) in enumerate(groups.items(), 1)
-    ]
+        groups.setdefault(identity(run), []).append(run)
+    return list(groups.values())
+
+
+def _site(run: Run) -> tuple[str, str]:
+    return run.model, run.hook
 
 
 def in_order(saes: Iterable[Sae]) -> list[Sae]:
@@ -59,21 +77,42 @@ def measured(run: Run) -> list[Sae]:
         tokens = run.evaluation.tokens if sae.tokens is None else sae.tokens
         missing = sae.ce_tokens is None and sae.ce_spliced is not None
         ce_tokens = run.evaluation.ce_tokens if missing else sae.ce_tokens
-        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens}))
+        begun = run.begun_at.get(sae.name)
+        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens, "begun_at": begun}))
     return filled
 
 
-def _title(run: Run, unique: bool) -> str:
-    """Says no more than it takes to tell the settings apart."""
-    title = f"{run.model} · {run.hook}"
-    if unique:
-        return title
-    tokens, lr, batch = wording.count(run.tokens_trained), run.config.get("lr"), run.config.get("batch")
-    return f"{title} · {run.rows} · {tokens} tokens, learning rate {lr}, batch {batch}"
+def _title(run: Run, unlike: Sequence[Difference], number: int) -> str:
+    """Says no more than it takes to tell the settings of one model and hookpoint apart."""
+    own = [(each.name, value) for each in unlike for value, numbers in each.values if number in numbers]
+    told = [value if name == "rows" else f"{name} {value}" for name, value in own]
+    rest = [f"and {len(told) - IN_A_TITLE} more"] if len(told) > IN_A_TITLE else []
+    return " · ".join([*_site(run), ", ".join([*told[:IN_A_TITLE], *rest])]).removesuffix(" · ")
+
+
+def once(pairs: Pairs) -> tuple[Pairs, list[str]]:
+    """Each autoencoder of a setting once, the first of its kind; and of each repetition a sentence."""
+    first: dict[Any, tuple[Sae, Run]] = {}
+    said = []
+    for sae, run in pairs:
+        kept, owner = first.setdefault((sae.key, sae.knob, sae.seed), (sae, run))
+        if kept is sae:
+            continue
+        same = (kept.r2, kept.l0) == (sae.r2, sae.l0)
+        how = "with the same result" if same else f"and ended at another R² ({_number(kept.r2)} and {_number(sae.r2)})"
+        said.append(
+            f"{sae.name} was trained in {owner.folder} and in {run.folder} with the same settings and seed, {how}. "
+            "That is no other seed: the first alone is in the figures and means."
+        )
+    return list(first.values()), said
+
+
+def _number(value: float | None) -> str:
+    return wording.fixed(value, 4)
 
 
 def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
-    pairs = [(sae, run) for run in runs for sae in measured(run)]
+    pairs, repeated = once([(sae, run) for run in runs for sae in measured(run)])
     saes = in_order(sae for sae, _ in pairs)
     series: Series = {}
     for sae in saes:
@@ -86,13 +125,14 @@ def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
         facts=_facts(runs, saes),
         answer=answer(series, runs[0].d_in),
         figures=tuple(figures(series, curves, name)),
-        notes=tuple(_notes(runs, saes)),
+        notes=(*_notes(runs, saes), *repeated),
+        runs=tuple(runs),
     )
 
 
 def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     """What a figure cannot show, so that nothing is left out in silence."""
-    notes = []
+    notes = [*_massive(runs), *(f"{line}." for line in useless([sae.model_dump() for sae in saes]))]
     silent = sum(not sae.l0 for sae in saes)
     if silent:
         notes.append(
@@ -101,6 +141,14 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     if any(sae.ce_spliced is None for sae in saes):
         who = "any" if all(sae.ce_spliced is None for sae in saes) else "every"
         notes.append(f"Cross-entropy was not measured for {who} autoencoder here.")
+    predictions = {sae.ce_tokens for sae in saes if sae.ce_spliced is not None}
+    if len(predictions) > 1:
+        notes.append(
+            f"Cross-entropy was measured on {wording.span(predictions)} tokens: compare equal counts only, or measure "
+            "again with one `--ce-tokens`."
+        )
+    if any(sae.directions and sae.directions.sampled for sae in saes):
+        notes.append("Antipodal pairs of wide dictionaries are estimated from a sample of their directions.")
     notes += [
         f"{name} diverged: its loss is no number since step {step}. It was not measured and is nowhere on this page."
         for run in runs
@@ -108,6 +156,26 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     ]
     notes += [f"{run.folder} has no metrics.jsonl, so no training curves." for run in runs if not run.curves]
     return notes
+
+
+def _massive(runs: Sequence[Run]) -> list[str]:
+    """The runs of a setting were measured on the same rows; an older evaluation does not say it."""
+    evaluation = next((run.evaluation for run in runs if run.evaluation.massive), runs[0].evaluation)
+    found, left_out = evaluation.massive, evaluation.left_out
+    if found is None or not found.tokens:
+        return []
+    counted = evaluation.tokens + left_out
+    text = (
+        f"{found.tokens:,} of {counted:,} held-out tokens ({share(found.tokens / counted)}) have a norm above "
+        f"{found.times_median:g} times the median"
+    )
+    if found.variance is not None:
+        text += f" and hold {share(found.variance)} of the variance"
+    if left_out:
+        return [f"{text}. max_norm left {left_out:,} out of training and of all numbers here."]
+    if found.variance is not None and found.variance >= WORTH_SAYING:
+        text += ": R² measures little but these"
+    return [f"{text}. R² on the other tokens is beside it."]
 
 
 def _facts(runs: Sequence[Run], saes: Sequence[Sae]) -> tuple[tuple[str, str], ...]:

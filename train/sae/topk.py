@@ -6,9 +6,11 @@
 
 h is s·a of each token's `aux_k` largest among the latents that have been silent for `aux_after` tokens: without this
 term a fifth of an AbsTopK dictionary stays dead (docs/method.md). After training a latent is active above one threshold
-for all, the running mean of T: a Bi-JumpReLU without offsets.
+for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows trained on.
+While training goes on it is the running mean of T, which lags behind and belongs to weights that are no more.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
@@ -128,6 +130,19 @@ class TopKFamily(Family[TopKWeights]):
         assert step.threshold is not None
         mean = torch.lerp(step.threshold, w.threshold, THRESHOLD_MEMORY)
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
+
+    def settle_(self, w: TopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
+        """Sets the threshold above which k latents a token are active on these `rows` rows together. Gives how many
+        are: fewer than k where fewer are above zero, or where sizes are equal."""
+        wanted = self.config.k * rows
+        largest = w.W_enc.new_empty(0)
+        for x in batches:
+            a = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)[0].reshape(-1)
+            floor = largest.min() if len(largest) > wanted else 0.0
+            largest = torch.cat([largest, a[a > floor]])
+            largest = torch.topk(largest, min(len(largest), wanted + 1), sorted=False).values
+        w.threshold.copy_(largest.min() if len(largest) > wanted else torch.zeros_like(w.threshold))
+        return int((largest > w.threshold).sum()) / rows
 
     def fold(self, w: TopKWeights) -> Folded:
         threshold = w.threshold.expand_as(w.b_enc)
