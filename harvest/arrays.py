@@ -17,9 +17,13 @@ from harvest.documents import Corpus, Ids, Look, Stream, cause, go_on, unknown_i
 from harvest.folder import all_below, described
 from harvest.source import check_regular, reading
 from shared.errors import UserError
+from shared.files import read_whole
+from shared.gate import members, parse_json
 
 BLOCK_IDS: Final = 1 << 20
 """Ids read at a time, about."""
+MOST_METADATA: Final = 1 << 20
+"""Bytes of an array's description."""
 MOST_IDS: Final = 1 << 27
 """Of one chunk, which is read whole."""
 
@@ -43,8 +47,13 @@ def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
     """The ids of a folder that is a Zarr v3 array. Raises UserError for a group, which holds arrays."""
     import zarr
 
+    from shared.foreign import check_document, checked_codecs
+
     try:
-        array = zarr.open_array(str(path), mode="r", zarr_format=3)
+        document = members(parse_json(read_whole(path / "zarr.json", MOST_METADATA)), ("codecs",), None)
+        check_document(document, 1)
+        with checked_codecs():
+            array = zarr.open_array(str(path), mode="r", zarr_format=3)
     except Exception as error:  # a group, unknown codecs and bad metadata share no other base
         raise UserError(
             f"corpus {path}: is not a Zarr array that can be read ({cause(error)}); give the folder of one array of ids"
