@@ -33,6 +33,8 @@ DAMAGED: Final = "damaged."
 STEP: Final = re.compile(r"step-[0-9]{8,12}")
 MOST_HEADER: Final = SMALL
 """Bytes that describe the tensors of a file."""
+REPLACED: Final = "replaced."
+"""Before the name of a checkpoint that is about to be replaced by one of the same step."""
 READ_AT_ONCE: Final = 1 << 22
 TYPES: Final = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
 """What a state is made of, by safetensors' names."""
@@ -122,11 +124,25 @@ def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
     Whatever fails, and whenever, a checkpoint that was there before is whole."""
     write_file(folder / BUILDING / "state.json", sealed_json(state))
     final = folder / f"step-{number:08d}"
-    shutil.rmtree(final, ignore_errors=True)
+    before = folder / f"{REPLACED}{final.name}"
+    if final.exists():
+        final.rename(before)
     (folder / BUILDING).rename(final)
     sync(folder)
+    shutil.rmtree(before, ignore_errors=True)
     for old in newest_first(folder)[KEPT:]:
         shutil.rmtree(old)
+
+
+def tidy(folder: Path) -> None:
+    """After a process was killed: what was being written goes, and what was about to be replaced is there again."""
+    shutil.rmtree(folder / BUILDING, ignore_errors=True)
+    for before in folder.glob(f"{REPLACED}step-*"):
+        final = before.with_name(before.name.removeprefix(REPLACED))
+        if final.exists():
+            shutil.rmtree(before)
+        else:
+            before.rename(final)
 
 
 def newest_first(folder: Path) -> list[Path]:

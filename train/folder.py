@@ -34,6 +34,7 @@ from shared.handles import open_regular
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build
 from shared.spec import is_sealed
+from train import checkpoint
 
 FREE: Final = {
     "out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every", "keep_checkpoints",
@@ -61,7 +62,7 @@ RESULTS: Final = ("evaluation.json", "saes", "checkpoints")
 """What is worth something by itself."""
 INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
-    "checkpoints": r"(damaged\.)?(building|step-\d+)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
+    "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
 }
 """What a run puts into these folders, as patterns of paths in them."""
@@ -238,8 +239,7 @@ class RunFolder:
             for leftover in place.glob("*.tmp"):
                 if is_leftover(leftover.name):
                     leftover.unlink()
-        for leftover in self.checkpoints.glob("building*"):
-            shutil.rmtree(leftover)
+        checkpoint.tidy(self.checkpoints)
 
     def drop_checkpoints(self) -> None:
         """Of a run that is finished: nothing will go on from them. Left alone where something else is among them."""

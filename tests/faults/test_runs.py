@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import contents, rewrite, unfinished_run
+from conftest import contents, rewrite, unfinished_run, without
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import save_file
 from test_store import unfinished
 from variants import VARIANTS, batch, variant, weights
@@ -167,9 +169,29 @@ def test_identity_the_order_of_autoencoders_does_not_count(train_config: Config,
     assert len(names) == 1
 
 
-def test_identity_numbers_of_shards_as_a_text() -> None:
-    for numbers in ([0], [0, 1, 2, 7], [3, 5, 6], list(range(150_000))):
-        assert from_ranges(as_ranges(numbers), 150_000) == numbers
+def test_identity_a_run_of_an_earlier_version_goes_on(train_config: Config, store: Store, tmp_path: Path) -> None:
+    """It named its snapshot by all bytes of the manifest, cut its warm-up, and had no checksums."""
+    whole = run_train(train_config(out=tmp_path / "whole")).run
+    part = begun(train_config(out=tmp_path / "part"), 9)
+    earlier = {"snapshot": store.snapshot_id, "warmup_steps": 100}
+    for run in (whole, part):
+        rewrite(run / "config.json", lambda config: {**without("shards", "keep_checkpoints")(config), **earlier})
+        for path in (run / "record.json", *run.glob("*/*/cfg.json"), *run.glob("*/*/state.json")):
+            rewrite(path, without("blake2b"))
+    before = read_sealed(whole / "evaluation.json")
+    assert evaluate(EvalConfig(run=whole, ce=False, device="cpu")).results == before
+    assert run_train(train_config(out=part)).saes == before["saes"]
+    assert {key: data for key, data in weights_of(part).items() if key.endswith("safetensors")} == {
+        key: data for key, data in weights_of(whole).items() if key.endswith("safetensors")
+    }
+
+
+@given(st.sets(st.integers(0, 99), min_size=1))
+def test_identity_numbers_of_shards_as_a_text(numbers: set[int]) -> None:
+    assert from_ranges(as_ranges(numbers), 100) == sorted(numbers)
+
+
+def test_identity_text_that_names_no_shards() -> None:
     assert as_ranges(range(150_000)) == "0-149999"
     for text in ("", "1-0", "0,0", "3-9,4", "0-999999999999", "-1", "a", "0-", None, 7, "0," * 9):
         with pytest.raises(ValueError, match="shards is"):
@@ -333,6 +355,30 @@ def test_checkpoint_of_other_tensors(train_config: Config) -> None:
         save_file({name: tensor.contiguous().clone() for name, tensor in spoilt.items()}, path)
         with pytest.raises(DamagedError, match=r"step-00000005"):
             run_train(train_config(checkpoint_every=100))
+
+
+def test_checkpoint_replaced_by_one_of_the_same_step_is_never_absent(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Killed between the two renames, the only checkpoint would be gone."""
+    whole = run_train(train_config(checkpoint_every=100, out=tmp_path / "whole")).run
+    run = begun(train_config(checkpoint_every=100), 5)
+    end, (newest,) = train.resume.end_checkpoint, (run / "checkpoints").iterdir()
+    with monkeypatch.context() as patch:
+        rename = Path.rename
+
+        def killed(self: Path, target: Path) -> Path:
+            if self.name == "building":
+                raise KeyboardInterrupt
+            return rename(self, target)
+
+        patch.setattr(Path, "rename", killed)
+        shutil.copytree(newest, newest.with_name("building"))
+        with pytest.raises(KeyboardInterrupt):
+            end(newest.parent, 5, {"version": 4})
+    assert not newest.exists()
+    run_train(train_config(checkpoint_every=100))
+    assert weights_of(run) == weights_of(whole)
 
 
 def test_checkpoints_go_when_the_run_is_finished(train_config: Config, tmp_path: Path) -> None:
