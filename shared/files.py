@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from shared.errors import DamagedError, UserError
-from shared.handles import HANDLES, LocalFile, again, close, open_regular
+from shared.handles import HANDLES, LocalFile, again, close, open_regular, open_to_read
 from shared.handles import SCRATCH as SCRATCH
 from shared.handles import VERIFY as VERIFY
 from shared.handles import Buffer as Buffer
@@ -187,8 +187,7 @@ def too_large(what: str, size: int, most: int) -> DamagedError:
 
 def safe(path: str) -> str:
     """A path inside a folder, as it is. Raises DamagedError for one that leads out of it."""
-    parts = path.split("/")
-    if path and ("\0" in path or path.startswith("/") or ".." in parts or (len(parts) > 1 and "" in parts)):
+    if path[:1] == "/" or path[-1:] == "/" or "//" in path or "\0" in path or ".." in path.split("/"):
         raise DamagedError(f"{path!r}: leads out of the store: it was not written by sagsae. Do not use it")
     return path
 
@@ -287,18 +286,19 @@ class LocalFiles:
 
 def read_whole(file: Path, most: int) -> bytes:
     """All of a regular file. Raises DamagedError for one that is larger than `most` bytes, or no regular file."""
-    handle = open_regular(file)
+    handle, status = open_to_read(file)
     try:
-        size = os.fstat(handle).st_size
-        if size > most:
-            raise too_large(str(file), size, most)
+        if status.st_size > most:
+            raise too_large(str(file), status.st_size, most)
         parts, left = [], most + 1
-        while left and (part := os.read(handle, min(left, max(1 << 16, size)))):
+        while left and (part := os.read(handle, min(left, status.st_size + 1))):
             parts.append(part)
             left -= len(part)
+            if left <= most - status.st_size:  # as long as it was; what is added now comes next time
+                break
         if not left:
             raise too_large(str(file), most + 1, most)
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+        return b"".join(parts)
     finally:
         close(handle)
 

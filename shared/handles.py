@@ -25,6 +25,7 @@ VERIFY: Final = "List all damage with: sagsae store verify"
 MOST_OPEN: Final = 4096
 LEAST_OPEN: Final = 8
 TOO_MANY: Final = (errno.EMFILE, errno.ENFILE)
+SAFELY: Final = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 TRIES: Final = 100
 """Of a call that signals break off."""
 
@@ -47,23 +48,30 @@ def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int
     """A descriptor of a regular file. To write, the file may be no link and have no other name: what is written here
     never lands elsewhere. Closes files of the pool when the process may open no more. Raises DamagedError for what is
     no regular file, UserError for a link to be written to, OSError for the rest."""
-    if flags & (os.O_WRONLY | os.O_RDWR):
-        return open_to_write(path, flags, mode)
-    check_regular(path, again(os.stat, path).st_mode)  # opening a device can have effects
-    handle = open_safely(path, flags, mode)
+    return open_to_write(path, flags, mode) if flags & (os.O_WRONLY | os.O_RDWR) else open_to_read(path)[0]
+
+
+def open_to_read(path: Path) -> tuple[int, os.stat_result]:
+    """With what is known of the file. Raises as `open_regular` does."""
     try:
-        check_regular(path, os.fstat(handle).st_mode)
-    except BaseException:
+        handle = os.open(path, SAFELY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno not in (*TOO_MANY, errno.ELOOP, errno.EMLINK, errno.EINTR, errno.ENXIO):
+            raise
+        check_regular(path, again(os.stat, path).st_mode)  # opening a device that a link names can have effects
+        handle = HANDLES.with_room(lambda: again(os.open, path, SAFELY))
+    status = os.fstat(handle)
+    if not stat.S_ISREG(status.st_mode):
         close(handle)
-        raise
-    return handle
+        check_regular(path, status.st_mode)
+    return handle, status
 
 
 def open_to_write(path: Path, flags: int, mode: int) -> int:
     with contextlib.suppress(FileNotFoundError):
         check_own(path, again(os.lstat, path))
     try:
-        handle = open_safely(path, flags | os.O_NOFOLLOW, mode)
+        handle = HANDLES.with_room(lambda: again(os.open, path, flags | SAFELY | os.O_NOFOLLOW, mode))
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # it became a link just now
             raise no_place(path) from error
@@ -74,11 +82,6 @@ def open_to_write(path: Path, flags: int, mode: int) -> int:
         close(handle)
         raise
     return handle
-
-
-def open_safely(path: Path, flags: int, mode: int) -> int:
-    flags |= os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
-    return HANDLES.with_room(lambda: again(os.open, path, flags, mode))
 
 
 def check_own(path: Path, status: os.stat_result) -> None:
@@ -152,7 +155,8 @@ class Handles:
                 self.open.move_to_end(file.key)
                 found.users += 1
                 return found
-        self.close_idle(max(LEAST_OPEN, min(self.limit(), self.most)) - 1)
+        if len(self.open) >= LEAST_OPEN or self.left:
+            self.close_idle(max(LEAST_OPEN, min(self.limit(), self.most)) - 1)
         number = file.opened()
         with self.lock:
             other = self.open.get(file.key)
@@ -239,10 +243,9 @@ class LocalFile:
     def opened(self) -> int:
         """A new descriptor. Raises DamagedError when what has the name now is not what had it before."""
         try:
-            handle = open_regular(self.path)
+            handle, found = open_to_read(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise DamagedError(f"{self.path}: is committed but missing. {VERIFY}") from error
-        found = os.fstat(handle)
         if found.st_size == self.size and self.modified in (None, found.st_mtime_ns):
             self.modified = found.st_mtime_ns
             return handle
