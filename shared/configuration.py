@@ -12,7 +12,7 @@ from shared.errors import UserError
 from shared.weights import quantised
 
 BOUNDS: Final = {
-    (1, 4096): ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    (1, 1024): ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
     (1, 1 << 18): ("hidden_size", "n_embd", "d_model", "hidden_dim", "head_dim", "max_seq_len_cached"),
     (1, 1 << 20): ("intermediate_size", "n_inner", "ffn_dim", "moe_intermediate_size", "ffn_hidden_size"),
     (1, 1 << 14): ("num_attention_heads", "n_head", "num_key_value_heads", "num_kv_heads", "num_heads"),

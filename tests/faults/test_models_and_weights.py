@@ -30,8 +30,8 @@ from shared.model import load_weights
 from shared.models import read_config, resolve_model, same_model, sampled_digest
 from shared.outline import outline
 from shared.store import Store
-from shared.tokenizer import Encoder
-from shared.weights import INDEX, SINGLE
+from shared.tokenizer import Encoder, open_encoder
+from shared.weights import INDEX, SINGLE, weight_files
 
 Config = Callable[..., HarvestConfig]
 SHAPE: dict[str, Any] = {
@@ -678,3 +678,42 @@ def test_gemma_3_with_one_token_more(tmp_path: Path, ask: Config) -> None:
     add_token(folder, 300, "<image_soft_token>")
     save_corpus(folder / "corpus.jsonl", sentences(100))
     assert 300 not in Store.open(run_harvest(ask(folder)).store).spec.special_ids
+
+
+# Hostile bytes
+
+
+def mutated(data: bytes, changes: list[tuple[int, int]], end: int) -> bytes:
+    found = bytearray(data)
+    for place, byte in changes:
+        found[place % len(found)] = byte
+    return bytes(found[: max(1, end % (len(found) + 1))] if end else found)
+
+
+MUTATIONS = st.tuples(
+    st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), max_size=6), st.integers(0, 1 << 16) | st.just(0)
+)
+
+
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(change=MUTATIONS)
+def test_any_header_is_taken_or_refused_in_words(change: tuple[list[tuple[int, int]], int], llama: Path) -> None:
+    folder = llama.parent / "headers"
+    folder.mkdir(exist_ok=True)
+    (folder / SINGLE).write_bytes(mutated((llama / SINGLE).read_bytes(), *change))
+    with suppress(UserError):
+        weight_files(folder, "m")
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(change=MUTATIONS)
+def test_any_gguf_file_is_taken_or_refused_in_words(change: tuple[list[tuple[int, int]], int], llama: Path) -> None:
+    whole = llama.parent / "whole.gguf"
+    if not whole.exists():
+        save_gguf(llama, whole)
+    (llama.parent / "any.gguf").write_bytes(mutated(whole.read_bytes(), *change))
+    with suppress(UserError):
+        source = resolve_model(str(llama.parent / "any.gguf"), weights=False)
+        open_encoder(source)
+        outline(read_config(source), "sdpa", "m", [0])
+        load_weights(source, "cpu", "float32", "sdpa")
