@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from shared.commits import Commits
 from shared.errors import DamagedError, UserError
-from shared.files import Files, LocalFiles, is_remote, open_files, parent_of
+from shared.files import VERIFY, Files, LocalFiles, is_remote, open_files, parent_of
 from shared.gate import BadData, choice, members, parse_json, quoted
 from shared.manifest import AT_ONCE, METADATA, Manifest, Sizes
 from shared.shard import crc32c, without_crc
@@ -180,11 +180,16 @@ class Store:
         return rows.check() if check else rows
 
     def statistics(self, hook: str) -> Statistics:
-        """Of one hookpoint, over the committed shards. Raises UserError when too few rows count."""
+        """Of one hookpoint, over the committed shards. Raises UserError when too few rows count, DamagedError when its
+        sums are no numbers."""
         n = self.counted(hook)
         total, squares = (self.total(f"stats/{hook}/{name}") for name in ("sum", "sum_of_squares"))
-        mean = total / n
-        return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
+        with np.errstate(all="ignore"):
+            mean = total / n
+            square, most = squares / n, mean**2
+        if not (np.isfinite(most) & np.isfinite(square)).all():
+            raise DamagedError(f"{self.name}/stats/{hook}: its moments are no numbers. {VERIFY}")
+        return Statistics(n, mean, np.maximum(square - most, 0.0))
 
     def counted(self, hook: str) -> int:
         """Rows that the moments are over."""
