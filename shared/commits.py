@@ -326,8 +326,8 @@ class Parsed:
     """What some lines of a log say."""
 
     commits: Columns
-    bad: list[int]
-    """Numbers of the lines that are no commits of this store, from 1."""
+    bad: dict[int, str]
+    """Lines that are no commits of this store, by number from 1, and what is wrong with each."""
     lines: int
     torn: bool
     """Whether the last line is one that does not end, or that was altered: being written, or torn by a crash."""
@@ -378,7 +378,7 @@ class Reading:
         self.waiting: list[bytes] = []
         self.blocks: list[NDArray[np.int64]] = []
         self.numbers: list[int] = []
-        self.bad: list[int] = []
+        self.bad: dict[int, str] = {}
         self.nonfinite: dict[int, list[int]] = {}
         """By place among the lines that were read."""
 
@@ -393,8 +393,8 @@ class Reading:
             if text is None:
                 raise BadData("is torn or altered")
             values, nonfinite = values_of(members(parse_json(text, LINE_BYTES), (), None), self.arrays, self.hooks)
-        except BadData:
-            self.bad.append(number)
+        except BadData as error:
+            self.bad[number] = str(error)
             return
         if nonfinite is not None:
             self.nonfinite[len(self.numbers)] = nonfinite
@@ -406,8 +406,8 @@ class Reading:
             self.blocks.append(found.reshape(len(self.waiting), NUMBERS + 2 * len(self.arrays)))
             self.waiting = []
 
-    def result(self, empty: Columns) -> tuple[Columns, list[int]]:
-        """The commits, and the numbers of all bad lines, sorted."""
+    def result(self, empty: Columns) -> tuple[Columns, dict[int, str]]:
+        """The commits, and all bad lines in order."""
         self.flush()
         if not self.numbers:
             return empty, self.bad
@@ -420,7 +420,9 @@ class Reading:
         right = of_this_store(values, marked, self.spec, self.arrays)
         files = values[:, NUMBERS:].reshape(len(values), -1, 2)
         kept = np.flatnonzero(right)
-        bad = sorted(self.bad + np.array(self.numbers)[~right].tolist())
+        for row in np.flatnonzero(~right).tolist():
+            self.bad[self.numbers[row]] = what_is_wrong(values[row, :NUMBERS].tolist(), self.spec)
+        bad = dict(sorted(self.bad.items()))
         numbers, sizes = values[kept, :NUMBERS], files[kept, :, 0]
         crcs = files[kept, :, 1].astype(np.uint32)
         return Columns(self.arrays, self.hooks, numbers, sizes, crcs, None if marked is None else marked[kept]), bad
@@ -471,6 +473,18 @@ def of_this_store(
     right &= ((files[:, :, 0] >= low) & (files[:, :, 0] <= high)).all(axis=1)
     right &= ((files[:, :, 1] >= 0) & (files[:, :, 1] < 1 << 32)).all(axis=1)
     return right if marked is None else right & (marked <= kept[:, None]).all(axis=1)
+
+
+def what_is_wrong(numbers: list[int], spec: StoreSpec) -> str:
+    """Of a line that cannot be of this store, in words."""
+    shard, rows, start, stop, kept = numbers
+    if not 0 <= shard < spec.n_shards:
+        return f"shard {shard:,} is committed, of {spec.n_shards:,}"
+    if (start, stop) != spec.shard_range(shard) or rows != stop - start:
+        return f"shard {shard:,} is committed for other rows than it has"
+    if kept > rows:
+        return f"shard {shard:,} counts {kept:,} of its {rows:,} rows"
+    return f"shard {shard:,} has files, or rows with NaN, that it cannot have"
 
 
 def size_bounds(spec: StoreSpec, arrays: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -48,8 +48,8 @@ class Log:
     path: str
     commits: Columns
     """In the order of its lines."""
-    bad: list[int]
-    """Numbers of the lines that are no commits."""
+    bad: dict[int, str]
+    """Lines that are no commits, by number, and what is wrong with each."""
     lines: int
     torn: bool
     """Whether only its last line is bad, and does not end or was altered: being written, or torn by a crash."""
@@ -95,7 +95,7 @@ class Manifest:
         before = self.known.get(path)
         if before is not None and before.mark is not None and mark is not None and mark.continues(before.mark):
             more = parse_lines(self.files.read_from(path, before.whole), self.spec, before.lines - before.torn)
-            bad = [number for number in before.bad if not (before.torn and number == before.lines)] + more.bad
+            bad = ({} if before.torn else before.bad) | more.bad
             commits, whole = joined([before.commits, more.commits]), before.whole + more.whole
             return Log(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
         try:
@@ -117,9 +117,10 @@ class Manifest:
         logs = self.logs(final)
         for log in logs:
             if log.bad and not log.torn and not lenient:
+                number, what = next(iter(log.bad.items()))
                 raise DamagedError(
-                    f"{self.files.name}/{log.path}: line {log.bad[0]} of the manifest is damaged. Restore it from a "
-                    "copy, or give up its shard with: sagsae store verify --repair"
+                    f"{self.files.name}/{log.path}: line {number} of the manifest is damaged ({what}). Restore it from "
+                    "a copy, or give up its shard with: sagsae store verify --repair"
                 )
         if (
             self.found is None
@@ -130,8 +131,8 @@ class Manifest:
         return self.found
 
 
-def torn(path: str, bad: list[int], lines: int, last: bool) -> bool:
-    return last and bad == [lines] and path != INDEX
+def torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
+    return last and list(bad) == [lines] and path != INDEX
 
 
 def read_logs(files: Files, spec: StoreSpec, final: bool) -> list[Log]:
