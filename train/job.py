@@ -158,23 +158,8 @@ def make_job(
     massive = left_out(store, hook, limit)
     every = split_rows(store.token_rows(check=False), config)
     parts = without(every, massive)
-    there = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
-    heldout_rows = rows_in_shards(parts.heldout, store.spec, there)
-    if not heldout_rows:
-        raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest go on, then train")
-    epoch_rows = rows_in_shards(parts.train, store.spec, there)
-    steps = (config.tokens or epoch_rows) // config.batch
-    if steps < 1:
-        raise UserError(
-            f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
-            "Harvest or ask for more tokens, or lower --batch"
-        )
-    if (
-        config.compile
-        and device.type == "cpu"
-        and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++")))
-    ):
-        raise UserError("compile = true: there is no C++ compiler here. Install g++, or leave compile off")
+    heldout_rows, epoch_rows, steps = amounts(store, parts, config)
+    check_compiler(config, device)
     config = config.model_copy(update={"warmup_steps": warmup(config, steps, here)})
     rows = {"snapshot": follows(store, hook)} if config.follow else snapshot_of(store, hook)
     if here is not None:
@@ -191,6 +176,28 @@ def make_job(
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
     return job
+
+
+def amounts(store: Store, parts: Split, config: TrainConfig) -> tuple[int, int, int]:
+    """Held-out rows, training rows of an epoch, and steps of the run. Raises UserError where there are too few."""
+    there = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
+    heldout_rows, epoch_rows = (rows_in_shards(marks, store.spec, there) for marks in (parts.heldout, parts.train))
+    if not heldout_rows:
+        raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest go on, then train")
+    steps = (config.tokens or epoch_rows) // config.batch
+    if steps < 1:
+        raise UserError(
+            f"{config.tokens or epoch_rows:,} training tokens are less than one batch of {config.batch:,}. "
+            "Harvest or ask for more tokens, or lower --batch"
+        )
+    return heldout_rows, epoch_rows, steps
+
+
+def check_compiler(config: TrainConfig, device: torch.device) -> None:
+    """Raises UserError where steps are to be compiled and nothing can do it."""
+    needed = config.compile and device.type == "cpu"
+    if needed and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise UserError("compile = true: there is no C++ compiler here. Install g++, or leave compile off")
 
 
 def snapshot_of(store: Store, hook: str) -> dict[str, str]:
