@@ -93,9 +93,9 @@ def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store
         store, hook, parts, saes(), len(good), losses, device, silent, config.peer_conventions, limit,
         config.directions,
     )  # fmt: skip
+    watch.check([store], thorough=True)
     for line in [*massive_text(results), *useless(results["saes"])]:
         say(line)
-    watch.check([store], thorough=True)
     if losses is None:
         results = with_losses_of(earlier(folder), results)
     with explained(config.run):
