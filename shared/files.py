@@ -22,8 +22,10 @@ from shared.handles import Buffer as Buffer
 from shared.locks import HELD_FILE as HELD_FILE
 from shared.locks import LOCK_FILE as LOCK_FILE
 from shared.locks import check_alone as check_alone
-from shared.locks import check_unread, folder_lock, held_for_reading, lock_file
+from shared.locks import check_unread, held_for_reading
+from shared.locks import folder_lock as folder_lock
 from shared.locks import is_locked as is_locked
+from shared.locks import lock_file as lock_file
 from shared.progress import say
 
 AGAIN: Final = "then run the same command again: what is committed is safe and stays"
