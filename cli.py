@@ -719,6 +719,9 @@ def main() -> None:
             sys.exit(error.exit_code)
         typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
         sys.exit(error.exit_code)
+    except MemoryError as error:
+        typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)
+        sys.exit(UserError.exit_code)
 
 
 if __name__ == "__main__":

@@ -112,8 +112,8 @@ def fill(store: Store, done: Store) -> None:
 def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: NDArray[np.bool_]) -> None:
     """`keep` [contexts, context] marks the rows that the moments are over."""
     commit = store.commits[shard]
-    index = [open_reader(store, f"index/{name}") for name in ("context", "position")]
-    kept = keep[read_places(*index, shard)]
+    contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
+    kept = keep[read_places(contexts, positions, shard)]
     files: Sizes = {}
     with done.files.together() as write:
         for array in sorted(store.spec.arrays() - store.spec.hookpoints.keys()):

@@ -74,9 +74,10 @@ def by_rank(store: Store, hook: str, high: NDArray[np.int64], ranks: dict[float,
 def shards(store: Store, hook: str) -> Iterator[tuple[NDArray[np.float32], NDArray[np.bool_], NDArray[np.int64]]]:
     """Of each committed shard the rows' norms, whether they count, and their positions."""
     keep = rows_that_count(store.tokens(), store.spec)
-    norm, *index = (open_reader(store, array) for array in (f"stats/{hook}/norm", "index/context", "index/position"))
+    arrays = (f"stats/{hook}/norm", "index/context", "index/position")
+    norm, of_contexts, of_positions = (open_reader(store, array) for array in arrays)
     for shard in store.commits:
-        contexts, positions = read_places(*index, shard)
+        contexts, positions = read_places(of_contexts, of_positions, shard)
         yield read_shard(norm, shard), keep[contexts, positions], positions
 
 

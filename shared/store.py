@@ -163,7 +163,10 @@ class Store:
         """Token ids [n_contexts, context], in corpus order. Raises DamagedError when they are not what was written."""
         layout = token_layout(self.spec.context, self.spec.token_dtype)
         rows = -(-self.spec.n_contexts // layout.chunk_rows) * layout.chunk_rows
-        ids = np.empty((rows, self.spec.context), layout.dtype)
+        try:
+            ids = np.empty((rows, self.spec.context), layout.dtype)
+        except MemoryError as error:
+            raise UserError(f"{self.name}: its {self.spec.n_tokens:,} token ids do not fit into memory") from error
         for chunk in range(rows // layout.chunk_rows):
             path = shard_file("tokens", chunk, True)
             what = f"{self.name}/{path}"

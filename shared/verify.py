@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DamagedError
+from shared.errors import DamagedError, UserError
 from shared.files import Files
 from shared.gate import BadData, members, parse_json
 from shared.manifest import commits_of, read_logs, read_metadata
@@ -72,7 +72,7 @@ def recount_of(store: Store, damage: Damage) -> Recount:
     try:
         tokens = store.tokens()
         check_token_ids(store, tokens)
-    except DamagedError as error:
+    except (DamagedError, UserError) as error:
         damage.lines.append(str(error))
         damage.lasting.append(str(error))
     for array in store.spec.layouts():
