@@ -845,8 +845,8 @@ def main() -> None:
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
         sys.exit(UserError.exit_code)
-    except MemoryError:
-        typer.echo("error: memory does not suffice. Ask for less at a time, or use a machine with more", err=True)
+    except MemoryError as error:
+        typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)
         sys.exit(UserError.exit_code)
 
 

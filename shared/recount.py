@@ -394,7 +394,7 @@ def column_sums(x: NDArray[Any]) -> Floats:
     side = max(1, WIDE // d_in)
     whole = n // side * side
     wide = x[:whole].reshape(-1, side * d_in)
-    total = x[whole:].sum(axis=0, dtype=np.float64)
+    total: Floats = x[whole:].sum(axis=0, dtype=np.float64)
     for at in range(0, len(wide), AT_ONCE):
         total += wide[at : at + AT_ONCE].sum(axis=0).reshape(side, d_in).sum(axis=0, dtype=np.float64)
     return np.asarray(total)

@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from shared.errors import DamagedError
+from shared.errors import DamagedError, UserError
 from shared.files import Files
 from shared.gate import BadData, members, parse_json
 from shared.manifest import read_logs, read_metadata
@@ -68,7 +68,7 @@ def recount_of(store: Store, damage: Damage) -> Recount:
     readers: dict[str, Reader] = {}
     try:
         check_token_ids(store, rows)
-    except DamagedError as error:
+    except (DamagedError, UserError) as error:
         tokens = None
         damage.lines.append(str(error))
         damage.lasting.append(str(error))

@@ -556,3 +556,14 @@ def test_deep_values_are_quoted_briefly() -> None:
         assert quoted(value).isprintable()
     while deep:
         deep = deep.pop()
+
+
+def test_billions_of_tokens_that_are_not_there(copy: Make) -> None:
+    """The kind: sizes that are allowed, and that this store does not have."""
+    root = copy()
+    sizes = {"n_tokens": 2**36, "shard_rows": 2**28, "chunk_rows": 2**23, "context": 2**16, "skip_positions": 1}
+    respec(root, lambda about: about.update(sizes))
+    (root / INDEX).write_text("")
+    for act in (to_none, lambda root: Store.open(root).tokens()):
+        refused(root, act)
+    assert "metadata.json: does not name" in lines(root)
