@@ -103,7 +103,7 @@ def check_record(store: Store) -> None:
 
 
 def check_tokens(store: Store) -> None:
-    store.tokens()
+    store.token_rows()
 
 
 def check_file(store: Store, commit: Commit, array: str, full: bool) -> list[str]:
