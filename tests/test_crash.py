@@ -101,8 +101,10 @@ def test_two_writers_and_a_follower(undisturbed: tuple[Path, float], tmp_path: P
 def test_a_shard_that_two_logs_name(tmp_path: Path) -> None:
     """Nothing of ours commits a shard twice, but a store where it happened opens."""
     begin(LocalFiles(tmp_path), SMALL)
+    rows, arrays = Store.open(tmp_path).spec.rows_of_shards(), Store.open(tmp_path).spec.arrays()
+    files = {array: (rows[array][0] * rows[array][1].itemsize + 4 if array in rows else 1, 0) for array in arrays}
     for writer in (0, 1):
-        append_commit(LocalFiles(tmp_path), writer, Commit(0, 96, 0, 96, 93 + writer, {}))
+        append_commit(LocalFiles(tmp_path), writer, Commit(0, 96, 0, 96, 93 + writer, files))
     assert Store.open(tmp_path).commits[0].kept == 94
 
 
