@@ -150,7 +150,7 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
     except FileNotFoundError as error:
         raise UserError(f"{folder}: does not hold a trained autoencoder (there is no {SETTINGS})") from error
     except (BadData, UserError) as error:
-        raise UserError(f"{folder}: does not hold a trained autoencoder ({SETTINGS}: {error})") from error
+        raise UserError(f"{folder}: does not hold a trained autoencoder ({SETTINGS}: {str(error)[:500]})") from error
 
 
 def weights_of(path: Path, config: SAEConfig, d_in: int) -> NDArray[np.uint8]:

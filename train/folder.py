@@ -250,12 +250,14 @@ class RunFolder:
         with contextlib.suppress(OSError):  # a link to somewhere else stays
             self.checkpoints.rmdir()
 
+    def differs(self, identity: dict[str, Any]) -> list[str]:
+        """Every setting in which the run that is here differs from the one asked for, in words."""
+        here = self.read("config.json")
+        return [each for key in identity if key not in FREE for each in differences(key, here.get(key), identity[key])]
+
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raises UserError naming every setting in which the run that is here differs from the one asked for."""
-        here = self.read("config.json")
-        differ = [
-            each for key in identity if key not in FREE for each in differences(key, here.get(key), identity[key])
-        ]
+        differ = self.differs(identity)
         if differ:
             raise UserError(
                 f"{self.path}: holds a run with other settings. {'; '.join(differ)}. To go on with it, ask for what it "

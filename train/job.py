@@ -149,8 +149,11 @@ def make_job(
     }
     check_store(store, config, here is None)
     check_settings(config, store)
+    if here is not None and folder.differs(
+        {**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))}
+    ):
+        here = None  # another run: `train` says so
     if here is not None:
-        folder.check_same({**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))})
         store = of_the_run(store, hook, here, folder, config.follow)
     if not config.follow:
         store = store.only(seen_by_all(gather(list(store.commits))))
