@@ -230,7 +230,7 @@ def test_overwrite_removes_nothing_before_the_weights_are_loaded(
     run_harvest(ask(copied))
     before = contents(store)
     damage(copied)
-    monkeypatch.setattr("harvest.begin.token_rows", lambda *_: pytest.fail("the corpus was tokenised first"))
+    monkeypatch.setattr("harvest.begin.write_rows", lambda *_: pytest.fail("the corpus was tokenised first"))
     with pytest.raises(UserError, match=DAMAGES[damage]):
         run_harvest(ask(copied, overwrite=True, seed=1))
     assert contents(store) == before
