@@ -84,7 +84,7 @@ class HarvestConfig(Frozen):
     on_bad_document: Literal["refuse", "skip"] = "refuse"
     """What to do at a document that is not UTF-8, not JSON, lacks the field or holds something else in it."""
     shuffle_documents: bool = True
-    """Shuffle documents (seeded, a buffer of 100,000) before they are packed."""
+    """Shuffle documents (seeded, a buffer of 100,000 and 1 GiB) before they are packed."""
     context: Annotated[int, Field(ge=2)] | None = None
     """Tokens in a row. Default: the model's longest, at most 1024."""
     bos: Literal["auto", "true", "false"] = "auto"
