@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from shared.errors import UserError
 from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.handles import again
 from shared.manifest import (
     Commit,
     Sizes,
@@ -189,7 +190,8 @@ def remove_store(files: Files) -> None:
     files.remove(LOCK_FILE)
     files.remove(DELETING)
     if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
-        files.root.rmdir()
+        with suppress(OSError):  # an empty folder is no store
+            again(files.root.rmdir)
 
 
 def check_replaceable(files: Files) -> None:
