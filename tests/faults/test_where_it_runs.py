@@ -594,8 +594,7 @@ def test_alone_is_alone_for_libraries_too(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_processes_of_one_machine_meet_on_loopback() -> None:
-    """Where a machine's own name did not resolve, `--processes` waited for ever
-    (https://github.com/pytorch/pytorch/issues/74824 is the like)."""
+    """Where a machine's own name did not resolve, `--processes` waited for ever."""
     options = " ".join(cli.on_this_machine())
     assert "--local-addr=127.0.0.1" in options
     assert "--rdzv-endpoint=127.0.0.1:0" in options
