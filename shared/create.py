@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from shared.commits import Commits
 from shared.errors import DamagedError, UserError
 from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.handles import again
 from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
 from shared.shard import crc32, decode_chunk, encode_chunk, pad_chunk, with_crc
@@ -217,7 +218,8 @@ def remove_store(files: Files) -> None:
     files.remove(LOCK_FILE)
     files.remove(DELETING)
     if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
-        files.root.rmdir()
+        with suppress(OSError):  # an empty folder is no store
+            again(files.root.rmdir)
 
 
 def check_replaceable(files: Files) -> None:

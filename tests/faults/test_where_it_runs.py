@@ -594,8 +594,7 @@ def test_alone_is_alone_for_libraries_too(monkeypatch: pytest.MonkeyPatch, capsy
 
 
 def test_processes_of_one_machine_meet_on_loopback() -> None:
-    """Where a machine's own name did not resolve, `--processes` waited for ever
-    (https://github.com/pytorch/pytorch/issues/74824 is the like)."""
+    """Where a machine's own name did not resolve, `--processes` waited for ever."""
     options = " ".join(cli.on_this_machine())
     assert "--local-addr=127.0.0.1" in options
     assert "--rdzv-endpoint=127.0.0.1:0" in options
@@ -874,11 +873,11 @@ def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: 
     here, library = Path(__file__).parent, tmp_path / "disk_errors.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, here / "disk_errors.c", "-ldl"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, "34"], env=environment,
+    done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, "17"], env=environment,
                           capture_output=True, text=True, timeout=280)  # fmt: skip
     assert done.returncode == 0, done.stderr
     points = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(points) == 34
+    assert len(points) == 17
     for point in points:
         killed = point["error"] == "kill"
         assert point["first"] in ((-signal.SIGKILL,) if killed else (0, 2, 3)), point
