@@ -17,6 +17,8 @@ from train.order import Position, share
 from train.stream import BatchStream
 
 BATCH: Final = 16
+HELDOUT: Final = 4096
+"""So many that contexts of several shards are drawn: of the rows, a last shard is not committed."""
 WINDOW_ROWS: Final = 16_384
 """Few, so that what does not grow with the store is small beside what does."""
 
@@ -25,7 +27,7 @@ def start_training(place: str) -> Any:
     """All that `sagsae train` does up to and with its first batch."""
     sae = sae_config(arch="gated", d_sae=16, sparsity=0.1)
     config = TrainConfig(
-        store=place, saes=(sae,), batch=BATCH, window_rows=WINDOW_ROWS, heldout_tokens=BATCH, device="cpu",
+        store=place, saes=(sae,), batch=BATCH, window_rows=WINDOW_ROWS, heldout_tokens=HELDOUT, device="cpu",
         out=Path(place).parent / "run",
     )  # fmt: skip
     job = make_job(config, torch.device("cpu"))

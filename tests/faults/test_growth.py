@@ -696,8 +696,8 @@ def test_the_exponent_of_what_grows(power: float) -> None:
 
 def test_what_grows_too_fast_is_said() -> None:
     def points(power: float) -> list[Point]:
-        sizes = [10, 100, 1000, 10_000]
-        return [Point("shards", "open", n, Measured(1e-4 * n**power, 1e-4 * n**power, 200 * n)) for n in sizes]
+        sizes = [10, 100, 1000, 10_000, 100_000]
+        return [Point("shards", "open", n, Measured(1e-5 * n**power, 1e-5 * n**power, 200 * n)) for n in sizes]
 
     assert report(points(1.0))["holds"]
     assert [line.split(":")[0] for line in report(points(1.5))["failed"]] == ["open against shards"] * 2
@@ -713,4 +713,7 @@ def test_bench_scale(sagsae: Sagsae, tmp_path: Path) -> None:
         ("rows", "info"), ("rows", "verify"), ("rows", "train"), ("rows", "harvest"),
     }  # fmt: skip
     assert len(found["table"]) == 3 * 4 + 2 * 5
+    assert (found["holds"], found["failed"]) == (True, []), (
+        "what is promised of large stores is not asked of small ones"
+    )
     assert list(tmp_path.iterdir()) == []
