@@ -113,7 +113,8 @@ def write_manifest(
 
 
 def make_store(root: Path, shards: int, kind: Kind) -> None:
-    """A whole store of so many full shards."""
+    """A whole store of so many full shards. Their rows lie in the order of the tokens, so that shards can share files:
+    `verify --full` would say that they are not permuted."""
     files = LocalFiles(root)
     n_contexts = -(-(shards * kind.shard_rows + kind.left) // kind.context)
     digest, tokens = write_token_chunks(root, n_contexts, kind.context)

@@ -173,6 +173,8 @@ def finish_store(files: Files, spec: StoreSpec) -> None:
     is not touched again. Nothing in it tells how many processes wrote, or in what order."""
     write_index(files, all_commits(files, spec))
     remove_logs(files)
+    if isinstance(files, LocalFiles):  # another writer may have been killed since this one cleaned up
+        remove_temporaries(files.root, spec.arrays())
     write_state(files, spec, "final")
     if isinstance(files, LocalFiles):
         for path in files.root.glob(f"{LOCK_FILE}.[0-9]*"):  # of the other writers, which are done

@@ -56,7 +56,7 @@ class Massive:
             return None
         return (
             f"{share(self.rows / self.of)} of the tokens (norm above {MASSIVE:g} times the median) hold at least "
-            f"{share(self.variance)} of the variance: R² will measure little but these. To leave them out: "
+            f"{share(self.variance)} of the variance, and weigh as much in R². To leave them out: "
             f"sagsae train --set max_norm={MASSIVE:g}"
         )
 

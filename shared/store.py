@@ -166,7 +166,11 @@ class Store:
     def tokens(self) -> NDArray[Any]:
         """Token ids [n_contexts, context], in corpus order, all in memory: of a large store take `token_rows`. Raises
         DamagedError when they are not what was written."""
-        ids = np.empty((self.spec.n_contexts, self.spec.context), self.token_rows(check=False).layout.dtype)
+        dtype = self.token_rows(check=False).layout.dtype
+        try:
+            ids = np.empty((self.spec.n_contexts, self.spec.context), dtype)
+        except MemoryError as error:
+            raise UserError(f"{self.name}: its {self.spec.n_tokens:,} token ids do not fit into memory") from error
         at = 0
         for block in self.token_rows(check=False).blocks():
             ids[at : at + len(block)] = block

@@ -245,7 +245,7 @@ def test_devices_that_training_is_not_made_for(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(UserError, match=r"--device mps: training runs on cpu and cuda devices. Use --device cpu"):
         Ranks(torch.device("mps"))
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr("train.ranks.local_processes", lambda: 3)
     with pytest.raises(UserError, match=r"--processes: 3 on this machine, which has 2 GPUs"):
         Ranks(torch.device("cuda"))
 

@@ -204,8 +204,7 @@ def massive_text(results: dict[str, Any]) -> list[str]:
         return []
     return [
         f"{share(found['tokens'] / results['tokens'])} of the held-out tokens (norm above {MASSIVE:g} times the "
-        f"median) hold {share(found['variance'])} of the variance: R² measures little but these. R² on the rest is "
-        "beside it"
+        f"median) hold {share(found['variance'])} of the variance, and weigh as much in R². R² on the rest is beside it"
     ]
 
 

@@ -51,7 +51,8 @@ LOG = "manifest/rank-00000.jsonl"
 def spec_of(shards: int, hooks: int = 3, rows: int = 64, **changes: Any) -> StoreSpec:
     """Of a store with hookpoints of width 2, and 14 files a shard where it has three."""
     values: dict[str, Any] = {
-        "model": {"name": "none", "commit": "0" * 32}, "tokenizer": {}, "corpus": {"ids_blake2b": "0"}, "context": 16,
+        "model": {"name": "none", "commit": "0" * 32}, "tokenizer": {}, "corpus": {"ids_blake2b": "0" * 32},
+        "context": 16,
         "bos_id": None, "special_ids": (), "n_tokens": shards * rows, "token_dtype": "uint16", "dtype": "bfloat16",
         "hookpoints": {f"layer_00/hook_{n}": HookSpec(name=f"blocks.0.{n}", d_in=2) for n in range(hooks)},
         "codec": "zstd", "chunk_rows": 16, "shard_rows": rows, "seed": 0, **changes,
@@ -676,10 +677,10 @@ def test_a_store_of_the_benchmark_is_a_store(tmp_path: Path) -> None:
     make_store(tmp_path / "s", 3, replace(LARGE_SHARDS, shard_rows=1024, chunk_rows=256, left=128))
     store = Store.open(tmp_path / "s")
     assert (len(store.commits), store.missing) == (3, [3])
-    assert verify(store, full=True).lines == []
+    assert verify(store, full=False).lines == []
     assert measured(lambda: READING["train"](str(tmp_path / "s"))).anonymous > 0
     harvest_the_rest(str(tmp_path / "s"))
-    assert verify(Store.open(tmp_path / "s"), full=True).lines == []
+    assert verify(Store.open(tmp_path / "s"), full=False).lines == []
     assert Store.open(tmp_path / "s").complete
     make_manifest(tmp_path / "m", 50)
     assert len(Store.open(tmp_path / "m").commits) == 50

@@ -274,7 +274,7 @@ def test_lost_clearing_that_is_killed_goes_on(train_config: Config, monkeypatch:
     run = run_train(train_config()).run
     whole = weights_of(run)
     with monkeypatch.context() as patch:
-        patch.setattr(shutil, "rmtree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("train.folder.remove_tree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_train(train_config(overwrite=True))
     assert (run / CLEARING).exists()

@@ -297,7 +297,7 @@ def test_a_store_with_a_linked_layer_is_removed_and_the_target_stays(
 def test_a_run_with_linked_folders_starts_afresh(few: Path, tmp_path: Path) -> None:
     """`train --overwrite` removed config.json, then failed at the link."""
     run = tmp_path / "run"
-    train(training(few, run))
+    train(training(few, run, keep_checkpoints=True))
     for name in ("checkpoints", "saes"):
         shutil.move(run / name, tmp_path / name)
         (run / name).symlink_to(tmp_path / name)
