@@ -75,6 +75,17 @@ def test_what_does_not_decide_keeps_runs_together(tmp_path: Path) -> None:
     assert dict(part.facts)["Autoencoders"] == "12 in 2 runs"
 
 
+def test_a_model_under_another_name_is_no_other_setting(tmp_path: Path) -> None:
+    """A copied folder, or another spelling of its path, is the same model."""
+    one, other = (write_run(tmp_path / name, sweep((seed,))) for seed, name in enumerate(("one", "two")))
+    for run, name in ((one, "models/llama"), (other, "elsewhere/copy")):
+        record = json.loads((run / "record.json").read_text())
+        record["store"] |= {"model": name, "commit": "c" * 64}
+        (run / "record.json").write_text(json.dumps(record))
+    (part,) = sections([read_run(one), read_run(other)])
+    assert dict(part.facts)["Autoencoders"] == "12 in 2 runs"
+
+
 def test_every_setting_is_classified() -> None:
     """A setting that is added to TrainConfig decides, until it is listed as one that does not."""
     from train.report.comparable import IMMATERIAL
@@ -227,7 +238,7 @@ def test_massive_rows_are_said(massive: Store, tmp_path: Path, capsys: pytest.Ca
     print_saes("saes", done.results["saes"])
     assert "R² rest" in capsys.readouterr().out
     html = write_report([run], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "R² measures little but these" in html
+    assert "and weigh as much in R²" in html
     assert "R² without massive tokens" in html
 
 

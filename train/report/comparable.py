@@ -49,8 +49,7 @@ def deciding(run: Run) -> dict[str, Any]:
     found = {key: value for key, value in {**usual, **run.config}.items() if key not in IMMATERIAL | {"hook"}}
     snapshot = found.pop("snapshot", None) or run.config.get("store")
     return {
-        "model": run.model,
-        "model commit": run.store.get("commit"),
+        "model": run.store.get("commit") or run.model,  # whatever it is called
         "hookpoint": run.hook,
         "rows": snapshot,
         "training tokens": run.tokens_trained,
@@ -67,22 +66,24 @@ def identity(run: Run) -> str:
 
 def differences(groups: Sequence[Sequence[Run]]) -> list[Difference]:
     """In what the settings differ; each group holds the runs of one."""
-    each = [shown(group[0]) for group in groups]
-    names = dict.fromkeys(name for values in each for name in values)
+    each = [(deciding(group[0]), shown(group[0])) for group in groups]
+    names = dict.fromkeys(name for values, _ in each for name in values)
     found = []
     for name in names:
-        holders: dict[str, list[int]] = {}
-        for number, values in enumerate(each, 1):
-            holders.setdefault(values.get(name, "none"), []).append(number)
+        holders: dict[str, tuple[str, list[int]]] = {}
+        for number, (values, texts) in enumerate(each, 1):
+            value = json.dumps(values.get(name), sort_keys=True, default=str)
+            holders.setdefault(value, (texts.get(name, "none"), []))[1].append(number)
         if len(holders) > 1:
-            found.append(Difference(name, tuple((value, tuple(numbers)) for value, numbers in holders.items())))
+            found.append(Difference(name, tuple((text, tuple(numbers)) for text, numbers in holders.values())))
     return found
 
 
 def shown(run: Run) -> dict[str, str]:
     """`deciding`, for people."""
-    values = deciding(run)
-    return {name: run.rows if name == "rows" else written(value) for name, value in values.items()}
+    commit = str(run.store.get("commit") or "")
+    known = {"model": f"{run.model} ({commit[:12]})" if commit else run.model, "rows": run.rows}
+    return {name: known.get(name) or written(value) for name, value in deciding(run).items()}
 
 
 def written(value: Any) -> str:

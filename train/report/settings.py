@@ -174,7 +174,7 @@ def _massive(runs: Sequence[Run]) -> list[str]:
     if left_out:
         return [f"{text}. max_norm left {left_out:,} out of training and of all numbers here."]
     if found.variance is not None and found.variance >= WORTH_SAYING:
-        text += ": R² measures little but these"
+        text += ", and weigh as much in R²"
     return [f"{text}. R² on the other tokens is beside it."]
 
 
