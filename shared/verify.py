@@ -143,9 +143,9 @@ def check_missing(store: Store) -> None:
 def check_logs(store: Store) -> None:
     logs = read_logs(store.files, store.spec, store.state == "final")
     cure = "The same sagsae harvest command again, or --repair, gives up its shard and writes it anew"
-    bad = [(log.path, number) for log in logs for number in log.bad]
+    bad = [(f"{log.path}: line {number}", why) for log in logs for number, why in log.bad.items()]
     if bad:
-        lines = [f"{store.name}/{path}: line {number} is torn or damaged. {cure}" for path, number in bad]
+        lines = [f"{store.name}/{where} is torn or damaged ({why}). {cure}" for where, why in bad]
         raise DamagedError("\n".join(lines))
 
 
