@@ -41,7 +41,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 UNSEALED = ("metrics.jsonl", "run.toml")
 """Of which no checksum tells."""
-QUICK = 60
+QUICK = 20
 MANY = int(os.environ.get("SAGSAE_FUZZ_CASES", "2000"))
 
 

@@ -616,7 +616,7 @@ def test_processes_where_the_machines_name_does_not_resolve(many: Path, tmp_path
 # --- signals
 
 
-@pytest.mark.parametrize("pause", [0.0, 0.3])
+@pytest.mark.parametrize("pause", [0.0, pytest.param(0.3, marks=pytest.mark.slow)])
 def test_a_second_ctrl_c_ends_at_once_with_130(tmp_path: Path, pause: float) -> None:
     """The interpreter's end met threads of libraries: terminate called without an active exception, SIGABRT."""
     command = [sys.executable, str(ROOT / "cli.py"), "harvest", "--model", "tiny", "--layer", "1", "--hook", "mlp_out",
