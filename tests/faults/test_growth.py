@@ -706,7 +706,9 @@ def test_what_grows_too_fast_is_said() -> None:
 
 @pytest.mark.slow
 def test_bench_scale(sagsae: Sagsae, tmp_path: Path) -> None:
-    done = sagsae("bench", "scale", "--quick", "--folder", tmp_path, "--json")
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    done = sagsae("bench", "scale", "--quick", "--folder", folder, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert {(row["against"], row["what"]) for row in found["growth"]} == {
@@ -717,4 +719,4 @@ def test_bench_scale(sagsae: Sagsae, tmp_path: Path) -> None:
     assert (found["holds"], found["failed"]) == (True, []), (
         "what is promised of large stores is not asked of small ones"
     )
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
