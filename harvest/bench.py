@@ -28,7 +28,7 @@ from shared.store import Store, is_store
 
 CHUNKS_PER_SHARD: Final = 64
 HOOKS: Final = ("resid_post", "attn_out", "mlp_out")
-WIDE: Final = "wide"
+WIDE: Final = "layer_00/wide"
 
 
 @dataclass(frozen=True)
