@@ -245,9 +245,7 @@ class LocalFiles:
         return found
 
     def read_from(self, path: str, offset: int) -> bytes:
-        with os.fdopen(open_regular(self.root / safe(path)), "rb") as file:
-            file.seek(offset)
-            return file.read(most_bytes(path))
+        return read_whole(self.root / safe(path), most_bytes(path), offset)
 
     def join_logs(self, folder: str, prefix: str) -> None:
         pass  # a log is one file
@@ -286,19 +284,20 @@ class LocalFiles:
         return explained(self.root, after)
 
 
-def read_whole(file: Path, most: int) -> bytes:
-    """All of a regular file. Raises DamagedError for one that is larger than `most` bytes, or no regular file."""
+def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
+    """All of a regular file, or all from `offset` on. Raises DamagedError for one that is larger than `most` bytes, or
+    no regular file."""
     handle, status = open_to_read(file)
     try:
         if status.st_size > most:
             raise too_large(str(file), status.st_size, most)
-        parts, left = [], most + 1
-        while left and (part := os.read(handle, min(left, status.st_size + 1))):
+        parts, left = [], most + 1 - os.lseek(handle, offset, os.SEEK_SET)
+        while left > 0 and (part := os.read(handle, min(left, status.st_size + 1))):
             parts.append(part)
             left -= len(part)
             if left <= most - status.st_size:  # as long as it was; what is added now comes next time
                 break
-        if not left:
+        if left <= 0:
             raise too_large(str(file), most + 1, most)
         return b"".join(parts)
     finally:

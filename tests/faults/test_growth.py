@@ -285,7 +285,7 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(Interrupted):
         segments.next()
     assert opened[0] == 20
-    assert bytes_read() - before < 2 * 2900 * 1100, "once, not twenty times"
+    assert bytes_read() - before < 3 * 2900 * 1100, "once, not twenty times; modules may be imported meanwhile"
 
 
 def test_what_is_known_is_right_whatever_happens_to_the_logs(tmp_path: Path) -> None:
