@@ -7,7 +7,6 @@ is. Here neither is taken for an answer.
 import hashlib
 import os
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -80,12 +79,6 @@ class Encoder:
         """The first id that the tokenizer gives a text, its own special tokens included."""
         found = self("a", verbose=False)["input_ids"]
         return int(found[0]) if len(found) else None
-
-    def word(self, number: int) -> str:
-        """The token of an id."""
-        with suppress(Exception):  # a name for a message
-            return repr(self.tokenizer.convert_ids_to_tokens(number))[:80]
-        return "?"
 
     def listed(self) -> set[int]:
         """What the library lists as special ids: all that earlier versions knew of."""
