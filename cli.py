@@ -119,7 +119,7 @@ def harvest(
     }  # fmt: skip
     resolved = resolve(HarvestConfig, flags, config, settings)
     if dry_run:
-        from harvest.trial import trial
+        from harvest.dry_run import trial
 
         found = trial(resolved, processes)
         show(dataclasses.asdict(found), as_json, lambda: typer.echo(trial_text(found)))
@@ -243,7 +243,7 @@ def train(
 
 def multiples_of_d_in(store: str | None, hook: str | None, expansion: list[float]) -> list[int]:
     from shared.errors import UserError
-    from shared.store import find_hookpoint
+    from shared.store.opened import find_hookpoint
 
     if store is None:
         raise UserError("--expansion: is a multiple of the activations' width; say which with --store")
@@ -389,7 +389,7 @@ def store_ls(
     root: Annotated[str, typer.Argument(help="A folder (or URL) that holds stores.")] = "stores", as_json: Json = False
 ) -> None:
     """List the hookpoints in all stores of a folder."""
-    from shared.listing import list_stores
+    from shared.store.listing import list_stores
 
     rows = list_stores(root)
     show(rows, as_json, lambda: print_table(root, rows))
@@ -398,7 +398,7 @@ def store_ls(
 @store_app.command("info")
 def store_info(path: Place, as_json: Json = False) -> None:
     """What a store holds and where it came from."""
-    from shared.listing import describe_store
+    from shared.store.listing import describe_store
 
     about = describe_store(path)
     show(about, as_json, lambda: typer.echo(json.dumps(about, indent=2, default=str)))
@@ -417,8 +417,8 @@ def store_verify(
 ) -> None:
     """Check every byte of a store and list all that is damaged. Exit code 3 when something is and stays so."""
     from shared.progress import progress
-    from shared.store import Store
-    from shared.verify import repair, verify
+    from shared.store.opened import Store
+    from shared.store.verify import repair, verify
 
     store = Store.open(path, lenient=True)
     size = store.commits.n_bytes
@@ -471,8 +471,8 @@ def store_tail(
     as_json: Json = False,
 ) -> None:
     """Follow a running harvest: a line for whatever is committed, until the store is final."""
-    from shared.files import open_files
-    from shared.tail import describe, looks
+    from shared.files.local import open_files
+    from shared.store.tail import describe, looks
 
     first = last = None
     for last in looks(open_files(path), every):
@@ -488,8 +488,8 @@ def store_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a store."""
-    from shared.create import remove_store, what_is_deleted
-    from shared.files import open_files
+    from shared.files.local import open_files
+    from shared.store.create import remove_store, what_is_deleted
 
     files = open_files(path)
     what = what_is_deleted(files)
@@ -502,7 +502,7 @@ def store_rm(
 @app.command()
 def models(as_json: Json = False) -> None:
     """List the names that stand for a model."""
-    from shared.models import list_models
+    from shared.model.source import list_models
 
     table = list_models()
     show(table, as_json, lambda: print_table("--model also takes any Hugging Face id or folder", table))
@@ -521,7 +521,7 @@ def hooks(
 
     layers = [layer_number(text) for text in layer] if layer else None
     asked = resolve(HarvestConfig, {"model": model, "layers": layers, "attention": attention}, None, None)
-    from shared.hooks import hook_table
+    from shared.model.hooks import hook_table
 
     table = [dataclasses.asdict(hook) for hook in hook_table(model, revision, asked.layers, asked.attention)]
     show(table, as_json, lambda: print_table(f"{model}, --attention {attention}", table))
@@ -544,10 +544,10 @@ def bench_store(
     """Reading and writing a store against the codec alone, and against other Zarr readers, in one run."""
     import tempfile
 
-    from harvest.bench import WIDE, make_stores, writing
-    from shared.bench import Figure, interleaved, store_report
+    from harvest.bench.store import WIDE, make_stores, writing
+    from shared.bench.timing import Figure, interleaved, store_report
     from shared.progress import progress, say
-    from train.bench import reading, wait_share
+    from train.bench.store import reading, wait_share
 
     with tempfile.TemporaryDirectory() as folder:
         place = keep or Path(folder)
@@ -597,7 +597,7 @@ def bench_harvest(
         "layers": [layer_number(text) for text in layer] if layer else None, "device": device,
     }  # fmt: skip
     config = resolve(HarvestConfig, flags, None, settings)
-    from harvest.bench_harvest import bench_harvest as measure
+    from harvest.bench.harvest import bench_harvest as measure
 
     with tempfile.TemporaryDirectory(dir=folder) as place, progress("bench", (rounds + 1) * 4, "runs") as advance:
         report = measure(config, Path(place), rounds, advance)
@@ -639,9 +639,9 @@ def bench_train(
     from shared.device import pick_device
     from shared.errors import UserError
     from shared.progress import hush, progress
-    from train.bench_peers import find_peers
-    from train.bench_steps import Plan
-    from train.bench_train import bench_train as measure
+    from train.bench.peers import find_peers
+    from train.bench.steps import Plan
+    from train.bench.train import bench_train as measure
 
     if precision not in ("float32", "bfloat16"):
         raise UserError(f"--precision {precision}: expected float32 or bfloat16")
@@ -683,11 +683,11 @@ def bench_scale(
     """Seconds and memory to open, describe, check, train on and harvest into stores of growing size."""
     import tempfile
 
-    from harvest.bench_scale import LARGE_SHARDS, SHARD_ROWS, SMALL_SHARDS, harvest_the_rest, make_manifest, make_store
+    from harvest.bench.scale import LARGE_SHARDS, SHARD_ROWS, SMALL_SHARDS, harvest_the_rest, make_manifest, make_store
+    from shared.bench.scale import Point, in_a_process, measured, report
+    from shared.bench.scale import as_json as measured_json
     from shared.progress import hush, progress
-    from shared.scale import Point, in_a_process, measured, report
-    from shared.scale import as_json as measured_json
-    from train.bench_scale import READING
+    from train.bench.scale import READING
 
     if one is not None:
         with hush():
@@ -840,7 +840,7 @@ def main() -> None:
     except OSError as error:
         if error.errno is None:  # none of the operating system's: a fault of ours
             raise
-        from shared.files import in_words
+        from shared.files.local import in_words
 
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)

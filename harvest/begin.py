@@ -9,13 +9,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from harvest.documents import BadDocument
-from harvest.pack import Counts
+from harvest.corpus.documents import BadDocument
+from harvest.corpus.pack import Counts
+from harvest.corpus.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
+from harvest.disk_space import check_room
 from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
-from harvest.room import check_room
-from harvest.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
-from shared.commits import Commits
-from shared.create import (
+from shared.errors import DamagedError, UserError
+from shared.files.local import HELD_FILE, LOCK_FILE, Files, LocalFiles, open_files, touch
+from shared.progress import say
+from shared.record import provenance
+from shared.store.commits import Commits
+from shared.store.create import (
     BUILDING,
     Tokens,
     building,
@@ -26,12 +30,8 @@ from shared.create import (
     place_tokens,
     write_tokens,
 )
-from shared.errors import DamagedError, UserError
-from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, open_files, touch
-from shared.progress import say
-from shared.record import provenance
-from shared.spec import StoreSpec
-from shared.store import Store, is_store, read_state
+from shared.store.opened import Store, is_store, read_state
+from shared.store.spec import StoreSpec
 
 
 def make_folder(files: Files, overwrite: bool) -> None:

@@ -24,14 +24,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvest import behind
+from harvest import background as behind
 from harvest.moments import Part, on_the_device, on_the_host
 from harvest.writer import Ready, ShardRows
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
-from shared.model import LanguageModel
-from shared.spec import StoreSpec
-from shared.tokens import Mask, TokenRows, flat
+from shared.model.language_model import LanguageModel
+from shared.store.spec import StoreSpec
+from shared.store.tokens import Mask, TokenRows, flat
 
 BITS: Final = {torch.bfloat16: torch.uint16}
 """Stored data type where numpy has none: the bit pattern."""

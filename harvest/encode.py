@@ -12,13 +12,13 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import behind
+from harvest import background as behind
 from shared.device import usable_cores
-from shared.files import Buffer, Write
-from shared.manifest import Sizes
-from shared.quantise import dequantise, dim_scale, quantise
-from shared.shard import as_float32, crc32, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
-from shared.spec import DTYPES, StoreSpec, shard_file
+from shared.files.local import Buffer, Write
+from shared.store.manifest import Sizes
+from shared.store.quantise import dequantise, dim_scale, quantise
+from shared.store.shard import as_float32, crc32, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc
+from shared.store.spec import DTYPES, StoreSpec, shard_file
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

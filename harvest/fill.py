@@ -10,20 +10,20 @@ from typing import Any
 import torch
 
 from harvest.capture import Capture, Slot, make_slot
+from harvest.disk_space import check_progress
 from harvest.ring import Ring
-from harvest.room import check_progress
 from harvest.team import Team
 from harvest.writer import Ready, ShardWriter
 from shared.config import HarvestConfig
 from shared.device import reuse_memory
 from shared.errors import UserError
 from shared.memory import host_memory
-from shared.model import side_by_side
-from shared.models import ModelSource
+from shared.model.language_model import side_by_side
+from shared.model.source import ModelSource
 from shared.progress import progress, say
-from shared.spec import DTYPES, StoreSpec
-from shared.store import Store
-from shared.tokens import Counting
+from shared.store.opened import Store
+from shared.store.spec import DTYPES, StoreSpec
+from shared.store.tokens import Counting
 
 SLOTS = 3
 """Shards in memory: one that is captured, one that is written, one that waits in between."""

@@ -9,24 +9,24 @@ from typing import Any
 
 import torch
 
-from harvest.arrays import takes_rows
-from harvest.corpus import open_corpus
-from harvest.documents import Corpus, Look, Stream, go_on
-from harvest.pack import Counts
+from harvest.corpus.arrays import takes_rows
+from harvest.corpus.documents import Corpus, Look, Stream, go_on
+from harvest.corpus.open import open_corpus
+from harvest.corpus.pack import Counts
 from shared.config import HarvestConfig
-from shared.configuration import ModelInfo
-from shared.create import Tokens
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
-from shared.files import Files, join, open_files
-from shared.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
-from shared.models import ModelSource, in_words, model_info, read_config, resolve_model, same_model
-from shared.outline import outline
+from shared.files.local import Files, join, open_files
+from shared.model.configuration import ModelInfo
+from shared.model.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
+from shared.model.outline import outline
+from shared.model.source import ModelSource, in_words, model_info, read_config, resolve_model, same_model
+from shared.model.tokenizer import Encoder, open_encoder
 from shared.progress import say
 from shared.schema import build
-from shared.spec import DTYPES, HookSpec, StoreSpec, TokenType
-from shared.store import is_store, read_state
-from shared.tokenizer import Encoder, open_encoder
+from shared.store.create import Tokens
+from shared.store.opened import is_store, read_state
+from shared.store.spec import DTYPES, HookSpec, StoreSpec, TokenType
 
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128

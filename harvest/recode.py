@@ -12,18 +12,18 @@ from typing import Any
 from numpy.typing import NDArray
 
 from harvest.encode import Fetch, ShardFiles
-from shared.create import clean_up, create_store, finish_store, is_ours, reopen
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import Buffer, Files, LocalFiles, Write, open_files
-from shared.manifest import Sizes, append_commit, read_metadata
+from shared.files.local import Buffer, Files, LocalFiles, Write, open_files
 from shared.progress import progress, say
-from shared.reader import ArrayReader, Reader, open_reader, read_places, read_shard
 from shared.record import provenance
-from shared.shard import BLOCK_BYTES, crc32
-from shared.spec import Codec, StoreSpec, shard_file
 from shared.stop import stop_requests
-from shared.store import Store, check_metadata_paths, is_store
-from shared.tokens import Counting, Mask
+from shared.store.create import clean_up, create_store, finish_store, is_ours, reopen
+from shared.store.manifest import Sizes, append_commit, read_metadata
+from shared.store.opened import Store, check_metadata_paths, is_store
+from shared.store.reader import ArrayReader, Reader, open_reader, read_places, read_shard
+from shared.store.shard import BLOCK_BYTES, crc32
+from shared.store.spec import Codec, StoreSpec, shard_file
+from shared.store.tokens import Counting, Mask
 
 
 @dataclass(frozen=True)

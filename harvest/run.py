@@ -10,21 +10,21 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from harvest.begin import begin, leave_nothing, make_folder
+from harvest.disk_space import check_room
 from harvest.fill import Filled, fill, rows_of
 from harvest.plan import Plan, check_same, make_plan
-from harvest.room import check_room
 from harvest.team import Team, Work
 from shared.config import HarvestConfig
-from shared.create import clean_up, finish_store, reopen
 from shared.errors import Interrupted, UserError
-from shared.files import LocalFiles, check_alone
-from shared.model import load_weights
-from shared.models import resolve_model, same_model
-from shared.norms import sample
+from shared.files.local import LocalFiles, check_alone
+from shared.model.language_model import load_weights
+from shared.model.source import resolve_model, same_model
 from shared.progress import say
-from shared.spec import DTYPES
 from shared.stop import stop_requests
-from shared.store import Store, is_store
+from shared.store.create import clean_up, finish_store, reopen
+from shared.store.norms import sample
+from shared.store.opened import Store, is_store
+from shared.store.spec import DTYPES
 
 AGAIN: Final = "run the same command again"
 

@@ -18,14 +18,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harvest import behind
+from harvest import background as behind
 from harvest.begin import leave_nothing, make_folder
+from harvest.disk_space import INDEX_BYTES, Need, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
 from harvest.moments import Part, on_the_host
 from harvest.plan import shape_of
-from harvest.room import INDEX_BYTES, Need, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
 from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
-from shared.create import (
+from shared.device import torch_dtype, usable_cores
+from shared.errors import Interrupted, UserError
+from shared.files.local import Files, LocalFiles, check_alone, join, open_files
+from shared.progress import progress, say
+from shared.record import provenance
+from shared.schema import build
+from shared.stop import stop_requests
+from shared.store.create import (
     building,
     check_replaceable,
     clean_up,
@@ -36,17 +43,10 @@ from shared.create import (
     reopen,
     write_tokens,
 )
-from shared.device import torch_dtype, usable_cores
-from shared.errors import Interrupted, UserError
-from shared.files import Files, LocalFiles, check_alone, join, open_files
-from shared.progress import progress, say
-from shared.record import provenance
-from shared.schema import build
-from shared.spec import DTYPES, HookSpec, StoreSpec
-from shared.stop import stop_requests
-from shared.store import Store, is_store
+from shared.store.opened import Store, is_store
+from shared.store.spec import DTYPES, HookSpec, StoreSpec
+from shared.store.tokens import Counting, Mask
 from shared.synthetic import BLOCK, NAME, Synthetic, Truth
-from shared.tokens import Counting, Mask
 
 HOOK: Final = f"layer_00/{NAME}"
 AGAIN: Final = "run the same command again"

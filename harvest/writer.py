@@ -14,14 +14,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import behind
+from harvest import background as behind
 from harvest.encode import ShardFiles
 from shared.errors import UserError
-from shared.files import Files, Write
-from shared.manifest import Commit, Sizes, append_commit
+from shared.files.local import Files, Write
 from shared.permute import SHARD_ROWS, permutation
-from shared.spec import StoreSpec
-from shared.tokens import Mask, flat
+from shared.store.manifest import Commit, Sizes, append_commit
+from shared.store.spec import StoreSpec
+from shared.store.tokens import Mask, flat
 
 LATEST: Final = 16
 

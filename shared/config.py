@@ -13,7 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
-from shared.spec import MOST_SHARD_ROWS, MOST_TOKENS
+from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
 
@@ -46,7 +46,7 @@ class HarvestConfig(Frozen):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
     model: str
-    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/models.py), a Hugging Face id, a folder, or a GGUF file."""
+    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/model/source.py), a Hugging Face id, a folder or a GGUF file."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face model."""
     tokenizer: str | None = None

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from shared.files import write_file
-from shared.spec import as_bytes, seal
+from shared.files.local import write_file
+from shared.store.spec import as_bytes, seal
 
 PACKAGES: Final = ("sagsae", "torch", "transformers", "transformer-lens", "zarr", "numcodecs", "numpy", "accelerate")
 

@@ -17,11 +17,11 @@ from torch import Tensor
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
-from shared.files import Buffer, write_file
+from shared.files.local import Buffer, write_file
 from shared.gate import BadData, choice, integer, members, number, text
 from shared.saes import ARCHITECTURES, Gated, SAEConfig, SaGsae, sae_config
-from train.checkpoint import MOST_HEADER, pieces, read_tensors
-from train.folder import read_sealed, write_sealed
+from train.runs.checkpoint import MOST_HEADER, pieces, read_tensors
+from train.runs.folder import read_sealed, write_sealed
 from train.sae import family
 from train.sae.activation import Folded
 from train.sae.base import Weights, decode

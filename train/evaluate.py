@@ -13,28 +13,28 @@ from numpy.typing import NDArray
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
-from shared.files import explained, is_remote
+from shared.files.local import explained, is_remote
 from shared.gate import BadData, integer, number, parse_json, quoted
-from shared.model import LanguageModel
-from shared.models import ModelSource, in_words, local_place, resolve_model, same_model
-from shared.norms import MASSIVE, WORTH_SAYING, share
+from shared.model.language_model import LanguageModel
+from shared.model.source import ModelSource, in_words, local_place, resolve_model, same_model
 from shared.progress import progress, say
 from shared.saes import SAEConfig
-from shared.store import Store, find_hookpoint
+from shared.store.norms import MASSIVE, WORTH_SAYING, share
+from shared.store.opened import Store, find_hookpoint
+from shared.store.tokens import TokenRows
 from shared.synthetic import truth_of
-from shared.tokens import TokenRows
 from train.autoencoder import Autoencoder
-from train.folder import RunFolder, read_sealed, write_sealed
-from train.follow import check_segments
-from train.marks import Marks
-from train.massive import left_out, recorded_limit, statistics, without
-from train.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
-from train.order import Split, split_rows
-from train.peers import by_peers
-from train.recovery import Known
-from train.rows import Rows, norms_and_places
-from train.snapshot import Watch, as_recorded, content_of
-from train.useless import useless
+from train.data.follow import check_segments
+from train.data.norm_filter import left_out, recorded_limit, statistics, without
+from train.data.order import Split, split_rows
+from train.data.row_mask import Marks
+from train.data.rows import Rows, norms_and_places
+from train.data.snapshot import Watch, as_recorded, content_of
+from train.measure.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
+from train.measure.peers import by_peers
+from train.measure.recovery import Known
+from train.measure.useless import useless
+from train.runs.folder import RunFolder, read_sealed, write_sealed
 
 
 @dataclass(frozen=True)

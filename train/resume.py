@@ -11,7 +11,12 @@ from shared.errors import DamagedError, UserError
 from shared.gate import BadData, integer, members, number, quoted
 from shared.progress import say
 from train.autoencoder import Autoencoder
-from train.checkpoint import (
+from train.data.order import Position
+from train.data.stream import BatchStream
+from train.fit.member import Member
+from train.plan.job import Job
+from train.ranks import Ranks
+from train.runs.checkpoint import (
     BUILDING,
     DAMAGED,
     VERSION,
@@ -24,11 +29,6 @@ from train.checkpoint import (
     save_part,
     set_aside,
 )  # fmt: skip
-from train.job import Job
-from train.member import Member
-from train.order import Position
-from train.ranks import Ranks
-from train.stream import BatchStream
 
 MOST_PARTS: Final = 10_000
 AUTO_EVERY: Final = 1000

@@ -1,8 +1,8 @@
 """train(config): a store's activations to trained autoencoders.
 
 One pass over the store trains every autoencoder asked for: a batch is read and scaled once. Where they do not fit into
-memory together, each wave of them has a pass of its own (train/waves.py). A run that was stopped or killed goes on from
-its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
+memory together, each wave of them has a pass of its own (train/plan/waves.py). A run that was stopped or killed goes on
+from its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
 """
 
 import math
@@ -21,32 +21,32 @@ from torch import Tensor
 from shared.config import TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import explained
+from shared.files.local import explained
+from shared.files.locks import folder_lock
 from shared.gate import BadData, members, number, text
-from shared.locks import folder_lock
-from shared.norms import sample
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.saes import SAEConfig
 from shared.stop import stop_requests
+from shared.store.norms import sample
 from train.autoencoder import Autoencoder
+from train.data.loader import Loader
+from train.data.order import Position, share
+from train.data.stream import BatchStream, StopWaiting
 from train.evaluate import last_silent, measure_all
-from train.folder import RunFolder, read_sealed, write_sealed
-from train.job import Job, make_job
-from train.loader import Loader
-from train.member import Member
-from train.optim import learning_rate
-from train.order import Position, share
+from train.fit.member import Member
+from train.fit.optim import learning_rate
+from train.fit.thresholds import settle
+from train.measure.useless import useless
+from train.plan.job import Job, make_job
+from train.plan.sweep import dealt, shared_out
+from train.plan.waves import planned
 from train.ranks import Ranks
 from train.resume import Checkpoints, Standing, restore, save_as_it_is, stands
+from train.runs.folder import RunFolder, read_sealed, write_sealed
+from train.runs.live_table import LiveTable
+from train.runs.trackers import Tracking, check_installed
 from train.sae.base import Step
-from train.settle import settle
-from train.stream import BatchStream, StopWaiting
-from train.sweep import dealt, shared_out
-from train.track import Tracking, check_installed
-from train.useless import useless
-from train.watch import LiveTable
-from train.waves import planned
 
 AGREE_EVERY: Final = 10
 """Steps between the moments at which several ranks agree to stop."""

@@ -8,23 +8,23 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_report import measured, sweep, write_run
+from support.reports import measured, sweep, write_run
 
 import shared.synthetic
 from harvest.synth import synth
 from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.errors import UserError
-from shared.norms import norms
 from shared.saes import sae_config, sae_grid
-from shared.store import Store
+from shared.store.norms import norms
+from shared.store.opened import Store
 from shared.tables import print_saes
-from train.directions import directions
 from train.evaluate import evaluate
-from train.folder import RunFolder
+from train.measure.directions import directions
 from train.report import write_report
 from train.report.data import read_run
 from train.report.settings import sections
 from train.run import train
+from train.runs.folder import RunFolder
 
 DECIDING = {
     "hook", "batch", "lr", "warmup_steps", "decay_fraction", "clip_norm", "precision", "seed", "heldout_tokens",
@@ -244,13 +244,13 @@ def test_massive_rows_are_said(massive: Store, tmp_path: Path, capsys: pytest.Ca
 
 def test_massive_rows_can_be_left_out(massive: Store, tmp_path: Path) -> None:
     """There was no norm filter. Mean and scale are those of the rows that are left, computed anew in float64."""
-    from train.job import make_job
-    from train.rows import Rows, norms_and_places
+    from train.data.rows import Rows, norms_and_places
+    from train.plan.job import make_job
 
     config = massive_config(massive, tmp_path / "run", max_norm=5.0)
     job = make_job(config, torch.device("cpu"))
     every = np.ones(massive.tokens().shape, bool)
-    from train.metrics import read_heldout
+    from train.measure.metrics import read_heldout
 
     rows = read_heldout(Rows.of(massive, job.hook), every).double().numpy()
     lengths, _ = norms_and_places(Rows.of(massive, job.hook), every)
@@ -280,7 +280,7 @@ def test_a_median_that_is_not_known_yet_is_no_limit(massive: Store, tmp_path: Pa
 
 def test_norms_of_many_rows_are_counted_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each norm is read once, and memory does not grow with the store."""
-    import shared.norms as module
+    import shared.store.norms as module
 
     monkeypatch.setattr(module, "EXACT", 1000)
     values = np.random.default_rng(0).lognormal(3, 1, 20_000).astype(np.float32)
@@ -310,7 +310,7 @@ def test_a_hopeless_run_says_so(
 
 
 def test_a_missed_k_is_said() -> None:
-    from train.useless import useless
+    from train.measure.useless import useless
 
     entry = {"name": "x", "r2": 0.5, "l0": 106.0, "dead_fraction": 0.0, "k": 100}
     assert useless([entry]) == []
@@ -362,7 +362,7 @@ def test_tables_have_a_dash_for_what_is_no_number(capsys: pytest.CaptureFixture[
 
 def test_directions_of_wide_dictionaries_are_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     """All pairs of decoder rows were computed, whatever the width: it grows with its square."""
-    import train.directions as module
+    import train.measure.directions as module
 
     monkeypatch.setattr(module, "AT_MOST", 1 << 18)
     generator = torch.Generator().manual_seed(0)

@@ -19,24 +19,26 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from conftest import ROOT, contents, save_corpus, sentences
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.command import ROOT
+from support.folders import contents
+from support.models import save_corpus, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-import harvest.tokenise
-from harvest.corpus import open_corpus
-from harvest.documents import BadDocument, Corpus, LongText, Stream
-from harvest.pack import Counts, cut, pack, shuffled
-from harvest.pieces import pieces, tokenised
+import harvest.corpus.tokenise
+from harvest.corpus.documents import BadDocument, Corpus, LongText, Stream
+from harvest.corpus.open import open_corpus
+from harvest.corpus.pack import Counts, cut, pack, shuffled
+from harvest.corpus.raw_bytes import RECORD_BYTES
+from harvest.corpus.split_text import pieces, tokenised
 from harvest.run import harvest as run_harvest
-from harvest.source import RECORD_BYTES
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
-from shared.files import LocalFiles
-from shared.store import Store, is_store
-from shared.verify import verify
+from shared.files.local import LocalFiles
+from shared.store.opened import Store, is_store
+from shared.store.verify import verify
 
 MakeConfig = Callable[..., HarvestConfig]
 LARGE: dict[str, Any] = {"chunk_rows": 1024, "shard_rows": 4096, "batch_tokens": 2048, "hooks": ("mlp_out",)}
@@ -218,7 +220,7 @@ value = st.recursive(
     values=st.lists(value, max_size=8), indent=st.sampled_from([None, 1]), block=st.integers(1, 40), raw=st.booleans()
 )
 def test_values_do_not_depend_on_the_blocks(values: list[Any], indent: int | None, block: int, raw: bool) -> None:
-    from harvest.values import Values, members
+    from harvest.corpus.json_values import Values, members
 
     text = json.dumps(values, indent=indent, ensure_ascii=raw)
     blocks = (text[start : start + block] for start in range(0, len(text), block))
@@ -465,7 +467,7 @@ def test_a_long_file_is_the_same_as_the_same_text_in_a_record(tmp_path: Path, mo
 
 def test_only_the_text_that_is_needed_is_tokenised(tmp_path: Path, harvest_config: MakeConfig) -> None:
     seen: list[int] = []
-    real = harvest.tokenise.pack
+    real = harvest.corpus.tokenise.pack
 
     def counting(documents: Any, tokenizer: Any, **options: Any) -> Any:
         def count(texts: list[str], **more: Any) -> Any:
@@ -476,7 +478,7 @@ def test_only_the_text_that_is_needed_is_tokenised(tmp_path: Path, harvest_confi
 
     (tmp_path / "a.txt").write_text("\n".join(sentences(33_000)))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(harvest.tokenise, "pack", counting)
+        patch.setattr(harvest.corpus.tokenise, "pack", counting)
         run_harvest(harvest_config(tmp_path / "out", corpus=str(tmp_path / "a.txt"), tokens=500, **LARGE))
     assert sum(seen) < 1_100_000
 
@@ -486,7 +488,7 @@ import resource, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 import pyarrow  # before the limit: it maps a lot
-from harvest.corpus import open_corpus
+from harvest.corpus.open import open_corpus
 from shared.config import HarvestConfig
 from shared.errors import UserError
 used = int(Path("/proc/self/statm").read_text().split()[0]) * 4096
@@ -540,7 +542,7 @@ def test_what_unpacks_to_more_than_memory(tmp_path: Path, name: str, says: str) 
 
 
 def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.source.RECORD_BYTES", 1000)
+    monkeypatch.setattr("harvest.corpus.raw_bytes.RECORD_BYTES", 1000)
     save_corpus(tmp_path / "a.jsonl", ["a", "b" * 5000, "c"])
     refused(tmp_path / "a.jsonl", "a.jsonl:2: is longer than")
     bad: list[BadDocument] = []
@@ -552,19 +554,19 @@ def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_value_with_too_many_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.values.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.json_values.MOST_MEMBERS", 1000)
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(
             "[" * (name == "a.json") + json.dumps({"text": [[]] * 2000}) + "]" * (name == "a.json")
         )
         refused(tmp_path / name, f"{name}:1: is not JSON", "million values in one", ".npy")
     (tmp_path / "a.csv").write_text("text" + "," * 2000)
-    monkeypatch.setattr("harvest.readers.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.readers.MOST_MEMBERS", 1000)
     refused(tmp_path / "a.csv", "a.csv:1: has more than", "columns")
 
 
 def test_a_text_in_which_no_character_ends_with_its_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.source.BLOCK_BYTES", 7)
+    monkeypatch.setattr("harvest.corpus.raw_bytes.BLOCK_BYTES", 7)
     text = "naïve 😀😀😀 日本語 " * 20
     (tmp_path / "a.txt").write_text(text)
     assert texts_of(tmp_path / "a.txt") == [text]
@@ -619,12 +621,12 @@ class Watched:
     """Stops a harvest the n-th time that it looks, or saves all the time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(harvest.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
-        monkeypatch.setattr("harvest.pack.BATCH_DOCUMENTS", 8)
-        monkeypatch.setattr("harvest.pieces.LONGEST", 4000)
-        monkeypatch.setattr("shared.spec.TOKENS_PER_CHUNK", 1 << 10)
+        monkeypatch.setattr(harvest.corpus.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
+        monkeypatch.setattr("harvest.corpus.pack.BATCH_DOCUMENTS", 8)
+        monkeypatch.setattr("harvest.corpus.split_text.LONGEST", 4000)
+        monkeypatch.setattr("shared.store.spec.TOKENS_PER_CHUNK", 1 << 10)
         self.patch, self.calls, self.stop_at = monkeypatch, 0, -1
-        real = harvest.tokenise.pack
+        real = harvest.corpus.tokenise.pack
 
         def stopping(documents: Any, tokenizer: Any, **options: Any) -> Any:
             def call(texts: list[str], **more: Any) -> Any:
@@ -635,7 +637,7 @@ class Watched:
 
             return real(documents, call, **options)
 
-        monkeypatch.setattr(harvest.tokenise, "pack", stopping)
+        monkeypatch.setattr(harvest.corpus.tokenise, "pack", stopping)
 
 
 @pytest.mark.parametrize("tokens", [None, 9000])
@@ -715,9 +717,9 @@ def test_overwriting_goes_on_too(tmp_path: Path, harvest_config: MakeConfig, mon
 KILLED = """
 import sys
 sys.path.insert(0, sys.argv.pop(1))
-import harvest.tokenise, harvest.pack, shared.spec
-harvest.tokenise.SECONDS_BETWEEN_SAVES = 0.0
-shared.spec.TOKENS_PER_CHUNK = 1 << 14
+import harvest.corpus.tokenise, harvest.corpus.pack, shared.store.spec
+harvest.corpus.tokenise.SECONDS_BETWEEN_SAVES = 0.0
+shared.store.spec.TOKENS_PER_CHUNK = 1 << 14
 import cli
 cli.main()
 """
@@ -749,7 +751,7 @@ def test_a_tokenisation_that_is_killed_goes_on(
     assert len(set(sizes)) > 2
     subprocess.run([*command, "--out", str(tmp_path / "s")], check=True, capture_output=True)
     assert contents(root) == contents(whole)
-    monkeypatch.setattr("shared.spec.TOKENS_PER_CHUNK", 1 << 14)  # as they were written with
+    monkeypatch.setattr("shared.store.spec.TOKENS_PER_CHUNK", 1 << 14)  # as they were written with
     assert verify(Store.open(root), full=True).lines == []
 
 
@@ -776,7 +778,7 @@ def test_a_signal_is_heard_between_calls_of_the_tokenizer(
 
 
 def test_arrays_go_on_too(tmp_path: Path, harvest_config: MakeConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(harvest.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
+    monkeypatch.setattr(harvest.corpus.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
     ids = (np.arange(40_000) * 7 % 300).astype(np.uint16)
     np.save(tmp_path / "a.npy", ids)
     counts, whole = Counts(), list(cut([ids[:101].astype(np.int64), ids[101:300].astype(np.int64)], 16, 5, Counts()))

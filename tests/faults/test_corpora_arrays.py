@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import zarr
 
-from harvest.arrays import zarr_stream
+from harvest.corpus.arrays import zarr_stream
 from shared.errors import UserError
 
 

@@ -19,17 +19,17 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import rewrite, without
-from test_runs import begun
+from support.folders import rewrite, without
+from support.runs import begun
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.spec import seal
+from shared.store.spec import seal
 from shared.tables import print_saes
-from train.checkpoint import blake2b_of
 from train.evaluate import evaluate
 from train.report import write_report
 from train.run import train as run_train
+from train.runs.checkpoint import blake2b_of
 from train.sae import load
 
 Config = Callable[..., TrainConfig]

@@ -5,9 +5,9 @@ import json
 import subprocess
 import sys
 
-import hostile
 import pytest
-from conftest import ROOT
+from support import hostile
+from support.command import ROOT
 
 
 def run(script: str, *arguments: object) -> dict[str, object]:

@@ -13,38 +13,38 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_remote
-from conftest import Sagsae
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
-from test_remote import Server
+from support import servers
+from support.command import Sagsae
+from support.servers import Server
 
-import shared.spec
-import shared.store
-import train.follow
-from harvest.bench_scale import LARGE_SHARDS, harvest_the_rest, make_manifest, make_store
-from shared.commits import Columns, Commits, parse_lines
+import shared.store.opened
+import shared.store.spec
+import train.data.follow
+from harvest.bench.scale import LARGE_SHARDS, harvest_the_rest, make_manifest, make_store
+from shared.bench.scale import Measured, Point, exponent, measured, report
 from shared.config import TrainConfig
-from shared.create import clean_up, create_store, write_tokens
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import LocalFiles
-from shared.manifest import INDEX, Commit, append_commit, parse_commit, read_manifest, remove_logs, sealed
+from shared.files.local import LocalFiles
+from shared.files.remote import RemoteFiles
 from shared.permute import EPOCH_CHUNKS, HELDOUT, permutation
-from shared.remote import RemoteFiles
 from shared.saes import sae_config
-from shared.scale import Measured, Point, exponent, measured, report
-from shared.shard import crc32c, with_crc
-from shared.spec import HookSpec, StoreSpec, rows_that_count, shard_file
-from shared.store import Growing, Store, state_document, write_state
-from shared.tail import looks
-from shared.tokens import Counting, TokenRows
-from shared.verify import verify
-from train.bench_scale import READING
-from train.marks import Marks
-from train.order import Order, Run, heldout_contexts, rows_in_shards, runs, split, split_rows
+from shared.store.commits import Columns, Commits, parse_lines
+from shared.store.create import clean_up, create_store, write_tokens
+from shared.store.manifest import INDEX, Commit, append_commit, parse_commit, read_manifest, remove_logs, sealed
+from shared.store.opened import Growing, Store, state_document, write_state
+from shared.store.shard import crc32c, with_crc
+from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
+from shared.store.tail import looks
+from shared.store.tokens import Counting, TokenRows
+from shared.store.verify import verify
+from train.bench.scale import READING
+from train.data.order import Order, Run, heldout_contexts, rows_in_shards, runs, split, split_rows
+from train.data.row_mask import Marks
 
-moto, front, s3, alone = (getattr(test_remote, n) for n in ("moto", "front", "s3", "alone"))
+moto, front, s3, alone = (getattr(servers, n) for n in ("moto", "front", "s3", "alone"))
 LOG = "manifest/rank-00000.jsonl"
 
 
@@ -233,7 +233,7 @@ def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int
     array = "stats/layer_00/hook_0/sum"
     commits = {k: Commit(k, 64, 64 * k, 64 * k + 64, 64, {array: (8 * width + 4, 0)}) for k in range(shards)}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared.store, "ROWS_ADDED", at_once)
+        patch.setattr(shared.store.opened, "ROWS_ADDED", at_once)
         patch.setattr(Store, "row_of_shard", lambda _self, _path, shard: rows[shard])
         store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.of(commits))
         assert store.total(array).tobytes() == np.sum(list(rows), axis=0).tobytes()
@@ -268,19 +268,19 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     spec = spec_of(3000)
     store = manifest_only(tmp_path / "s", spec, [commit_of(spec, k).line() for k in range(2900)], "writing")
     opened = [0]
-    real = train.follow.Segments.waiting
+    real = train.data.follow.Segments.waiting
 
     def said(segments: Any, now: Store) -> str:
         opened[0] += 1
         segments.closed.set() if opened[0] == 20 else None
         return real(segments, now)
 
-    monkeypatch.setattr(train.follow, "POLL_SECONDS", 0.001)
-    monkeypatch.setattr(train.follow, "SAY_SECONDS", -100)
-    monkeypatch.setattr(train.follow.Segments, "waiting", said)
+    monkeypatch.setattr(train.data.follow, "POLL_SECONDS", 0.001)
+    monkeypatch.setattr(train.data.follow, "SAY_SECONDS", -100)
+    monkeypatch.setattr(train.data.follow.Segments, "waiting", said)
     fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "enough": str}
-    fields |= {name: str for name in ("content",) if name in train.follow.Segments.__dataclass_fields__}
-    segments = train.follow.Segments(**fields)
+    fields |= {name: str for name in ("content",) if name in train.data.follow.Segments.__dataclass_fields__}
+    segments = train.data.follow.Segments(**fields)
     before = bytes_read()
     with pytest.raises(Interrupted):
         segments.next()
@@ -443,7 +443,7 @@ def test_a_reader_beside_a_writer_in_a_bucket_misses_nothing(s3: RemoteFiles) ->
 
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared.spec, "TOKENS_PER_CHUNK", 64)
+    monkeypatch.setattr(shared.store.spec, "TOKENS_PER_CHUNK", 64)
 
 
 def token_store(root: Path, n_tokens: int, context: int, special: tuple[int, ...] = (3, 7), **changes: Any) -> Store:

@@ -9,23 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import hostile
 import numpy as np
 import pytest
-from hostile import joined, nest, refile, relines, remeta, respec
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import hostile
+from support.hostile import joined, nest, refile, relines, remeta, respec
 
 from harvest.recode import recode
 from shared.errors import DamagedError, UserError
 from shared.gate import BadData, parse_json, quoted, safe_path
-from shared.listing import describe_store, list_stores
-from shared.manifest import INDEX
-from shared.reader import open_reader, read_shard
-from shared.shard import crc32, encode_chunk, with_crc
-from shared.spec import rows_that_count
-from shared.store import Store
-from shared.verify import verify
+from shared.store.listing import describe_store, list_stores
+from shared.store.manifest import INDEX
+from shared.store.opened import Store
+from shared.store.reader import open_reader, read_shard
+from shared.store.shard import crc32, encode_chunk, with_crc
+from shared.store.spec import rows_that_count
+from shared.store.verify import verify
 
 HOOK = "layer_00/mlp_out"
 Make = Callable[[str], Path]
@@ -74,7 +74,7 @@ def to_none(root: Path) -> None:
 
 
 def used_by_training(root: Path) -> None:
-    from train.rows import Kept, Rows
+    from train.data.rows import Kept, Rows
 
     store = Store.open(root)
     kept = Kept(Rows.of(store, HOOK), rows_that_count(store.tokens(), store.spec))
@@ -127,7 +127,7 @@ def test_metadata_that_lacks_a_file(copy: Make) -> None:
 
 
 def test_names_of_hookpoints_that_are_harvested() -> None:
-    from shared.spec import hookpoint_path
+    from shared.store.spec import hookpoint_path
 
     names = ("layer_08/mlp_out", "layer_00/attn.hook_z", "layer_123/ln2.hook_scale", "layer_00/synthetic")
     assert [hookpoint_path(name) for name in names] == list(names)
@@ -408,7 +408,7 @@ def nested(root: Path, path: str) -> None:
     elif path in (INDEX, "manifest/metadata.json"):
         text = f'{{"v":1,"k":{deep}'
         (root / path).write_text(f'{text},"c":{hostile.seal({})["crc32c"]}}}\n')
-        from shared.shard import crc32c
+        from shared.store.shard import crc32c
 
         (root / path).write_text(f'{text},"c":{crc32c((text + "}").encode())}}}\n')
     elif path == "record.json":

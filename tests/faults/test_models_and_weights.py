@@ -13,25 +13,27 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import END, ROOT, contents, save_corpus, save_decoder, save_model, save_tokenizer, sentences
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.command import ROOT
+from support.folders import contents
+from support.models import END, save_corpus, save_decoder, save_model, save_tokenizer, sentences
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig
 
 import harvest.plan
-import shared.models
+import shared.model.source
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, RecodeConfig, SynthConfig, TrainConfig
-from shared.digest import file_digest, identity, remember, remembered
 from shared.errors import UserError
-from shared.hooks import hook_table
-from shared.model import load_weights
-from shared.models import read_config, resolve_model, same_model, sampled_digest
-from shared.outline import outline
-from shared.store import Store
-from shared.tokenizer import Encoder, open_encoder
-from shared.weights import INDEX, SINGLE, weight_files
+from shared.files.digest import file_digest, identity, remember, remembered
+from shared.model.hooks import hook_table
+from shared.model.language_model import load_weights
+from shared.model.outline import outline
+from shared.model.source import read_config, resolve_model, same_model, sampled_digest
+from shared.model.tokenizer import Encoder, open_encoder
+from shared.model.weights import INDEX, SINGLE, weight_files
+from shared.store.opened import Store
 
 Config = Callable[..., HarvestConfig]
 SHAPE: dict[str, Any] = {
@@ -280,7 +282,7 @@ def test_a_store_of_the_sampled_digest_goes_on(
 ) -> None:
     """A store of an earlier version names its model by samples; it is readable, resumable, and says what they are."""
     with monkeypatch.context() as patch:
-        patch.setattr(shared.models, "folder_digest", lambda folder, _name=None: sampled_digest(folder))
+        patch.setattr(shared.model.source, "folder_digest", lambda folder, _name=None: sampled_digest(folder))
         store = run_harvest(ask(copied)).store
     commit = Store.open(store).spec.model["commit"]
     assert len(commit) == 32
@@ -440,7 +442,7 @@ def test_a_store_with_fewer_special_ids_goes_on(
         found["added_tokens"].append({**found["added_tokens"][0], "id": number, "content": token})
     (copied / "tokenizer.json").write_text(json.dumps(found))
     with monkeypatch.context() as patch:
-        patch.setattr("shared.tokenizer.Encoder.special", lambda self: self.listed())
+        patch.setattr("shared.model.tokenizer.Encoder.special", lambda self: self.listed())
         old = Store.open(run_harvest(ask(copied)).store).spec.special_ids
     run_harvest(ask(copied))
     said = capsys.readouterr().err

@@ -4,38 +4,38 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import contents, rewrite, unfinished_run, without
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from test_store import unfinished
-from variants import VARIANTS, batch, variant, weights
+from support.folders import contents, rewrite, without
+from support.runs import begun, unfinished_run
+from support.stores import unfinished
+from support.variants import VARIANTS, batch, variant, weights
 
 import cli
 import train.autoencoder
-import train.job
+import train.plan.job
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
-from shared.errors import DamagedError, Interrupted, UserError
+from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
-from shared.spec import seal
-from shared.store import Store
+from shared.store.opened import Store
+from shared.store.spec import seal
 from train.autoencoder import Autoencoder
+from train.data.snapshot import as_ranges, from_ranges
 from train.evaluate import evaluate
-from train.folder import CLEARING, RunFolder, read_sealed
-from train.job import make_job
+from train.plan.job import make_job
 from train.run import train as run_train
-from train.snapshot import as_ranges, from_ranges
+from train.runs.folder import CLEARING, RunFolder, read_sealed
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -44,27 +44,6 @@ NAME = "sa-gsae-48-lambda0.2-seed0"
 
 def weights_of(run: Path) -> dict[str, bytes]:
     return {key: data for key, data in contents(run).items() if key.startswith("saes/")}
-
-
-def stopped_after(patch: pytest.MonkeyPatch, steps: int) -> None:
-    """A stop is asked for once so many steps are made."""
-    asked = iter(range(1, 10_000))
-
-    @contextmanager
-    def stop_requests() -> Iterator[Callable[[], bool]]:
-        yield lambda: next(asked) == steps
-
-    patch.setattr(train.run, "stop_requests", stop_requests)
-
-
-def begun(config: TrainConfig, steps: int) -> Path:
-    """The folder of a run that was stopped."""
-    with pytest.MonkeyPatch.context() as patch:
-        stopped_after(patch, steps)
-        with pytest.raises(Interrupted):
-            run_train(config)
-    assert config.out is not None
-    return config.out
 
 
 def resealed(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> None:
@@ -274,7 +253,7 @@ def test_lost_clearing_that_is_killed_goes_on(train_config: Config, monkeypatch:
     run = run_train(train_config()).run
     whole = weights_of(run)
     with monkeypatch.context() as patch:
-        patch.setattr("train.folder.remove_tree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr("train.runs.folder.remove_tree", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             run_train(train_config(overwrite=True))
     assert (run / CLEARING).exists()
@@ -343,7 +322,7 @@ def test_checkpoint_of_other_tensors(train_config: Config) -> None:
     run = begun(train_config(checkpoint_every=100), 5)
     folder = run / "checkpoints" / "step-00000005"
     path = folder / "tensors-0000.safetensors"
-    sound = train.checkpoint.load_tensors(folder, 1)
+    sound = train.runs.checkpoint.load_tensors(folder, 1)
     rewrite(folder / "state.json", lambda state: {key: item for key, item in state.items() if key != "blake2b"})
     key = f"{NAME}/W_enc"
     for spoilt in (
@@ -556,7 +535,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     train_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The last loss is a number, the last update is not: the autoencoder has diverged, and the others are saved."""
-    step = train.member.Member.step_
+    step = train.fit.member.Member.step_
 
     def spoil(self: Any, x: Any, number: int) -> Any:
         found = step(self, x, number)
@@ -564,7 +543,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
             self.weights.W_enc[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(train.member.Member, "step_", spoil)
+    monkeypatch.setattr(train.fit.member.Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
     assert "its weights are no numbers any more after step 20" in capsys.readouterr().err

@@ -23,31 +23,31 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
+from support.command import ROOT
 
 import cli
-import shared.client
-import shared.connect
-import shared.files
-import shared.handles
+import shared.files.client
+import shared.files.connect
+import shared.files.handles
+import shared.files.local
 from harvest.recode import recode
 from harvest.synth import synth
 from harvest.team import Team
 from shared.config import EvalConfig, SynthConfig, TrainConfig
-from shared.create import clean_up, remove_store
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
-from shared.files import LocalFiles, folder_lock, open_files, remove_temporaries, write_file
-from shared.handles import HANDLES, Handles, LocalFile
+from shared.files.handles import HANDLES, Handles, LocalFile
+from shared.files.local import LocalFiles, folder_lock, open_files, remove_temporaries, write_file
 from shared.launch import Place, read
-from shared.listing import describe_store, list_stores
-from shared.reader import ArrayReader, Indexes, open_reader, read_shard
 from shared.saes import sae_config
-from shared.store import Store
-from shared.tail import looks
-from shared.verify import repair, verify
+from shared.store.create import clean_up, remove_store
+from shared.store.listing import describe_store, list_stores
+from shared.store.opened import Store
+from shared.store.reader import ArrayReader, Indexes, open_reader, read_shard
+from shared.store.tail import looks
+from shared.store.verify import repair, verify
 from train.evaluate import evaluate
 from train.run import train
 
@@ -164,7 +164,7 @@ def numbered(tmp_path: Path) -> list[Path]:
 def test_a_file_that_is_being_read_is_never_closed(numbered: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight threads, forty files, eight of them open: always the right bytes."""
     pool = Handles(lambda: 8)
-    monkeypatch.setattr(shared.handles, "HANDLES", pool)
+    monkeypatch.setattr(shared.files.handles, "HANDLES", pool)
     files = [LocalFile(path, 400) for path in numbered]
 
     def look(seed: int) -> int:
@@ -192,7 +192,7 @@ def test_files_of_others_make_the_pool_shrink(numbered: list[Path], few_files: i
     finally:
         for handle in taken:
             os.close(handle)
-        HANDLES.most = shared.handles.MOST_OPEN
+        HANDLES.most = shared.files.handles.MOST_OPEN
     assert len(taken) < few_files
 
 
@@ -208,7 +208,7 @@ def test_a_file_that_was_replaced_meanwhile_is_noticed(numbered: list[Path]) -> 
 
 
 def test_indexes_are_bounded_in_bytes_over_all_readers(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.reader.INDEXES", Indexes(1200))
+    monkeypatch.setattr("shared.store.reader.INDEXES", Indexes(1200))
     readers = [open_reader(Store.open(few), HOOK) for _ in range(3)]
     for reader in readers:
         for shard in range(4):
@@ -264,7 +264,7 @@ def test_logs_and_temporaries_are_never_written_through_links(tmp_path: Path, ki
 def test_a_path_never_leads_out_of_its_folder(parts: list[str]) -> None:
     path = "/".join(parts)
     try:
-        safe = shared.files.safe(path)
+        safe = shared.files.local.safe(path)
     except DamagedError:
         return
     assert os.path.normpath(f"/top/{safe}").startswith("/top")
@@ -717,7 +717,7 @@ def liar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Callable[[
         if name.startswith(("AWS_", "GOOGLE_")) or name.lower() in ("http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("SAGSAE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(shared.client, "BACKOFF_SECONDS", 0.01)
+    monkeypatch.setattr(shared.files.client, "BACKOFF_SECONDS", 0.01)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Liar)
     server.daemon_threads = True
     server.handle_error = lambda *_: None  # type: ignore[method-assign]  # a client that hung up is no news
@@ -758,11 +758,11 @@ def test_more_bytes_than_asked_for_are_not_taken(liar: Any) -> None:
 
 def test_a_server_that_dawdles_is_told_within_a_minute(liar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A byte every 5 s kept a command for 361 s."""
-    connect = shared.connect
+    connect = shared.files.connect
     assert connect.TOTAL_SECONDS + 2 * connect.STALL_SECONDS <= 60
     assert connect.TOTAL_SECONDS + connect.ANSWER_SECONDS <= 60
     monkeypatch.setattr(connect, "STALL_SECONDS", 0.4)
-    monkeypatch.setattr(shared.client, "TOTAL_SECONDS", 0.5)
+    monkeypatch.setattr(shared.files.client, "TOTAL_SECONDS", 0.5)
 
     def dawdle(answer: Any) -> None:
         answer.begin(10_000)
@@ -778,7 +778,7 @@ def test_a_server_that_dawdles_is_told_within_a_minute(liar: Any, monkeypatch: p
 
 
 def test_a_slow_line_that_lives_is_waited_for(liar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared.connect, "STALL_SECONDS", 0.3)
+    monkeypatch.setattr(shared.files.connect, "STALL_SECONDS", 0.3)
 
     def slow(answer: Any) -> None:
         answer.begin(20 * 4096)
@@ -817,7 +817,7 @@ def test_names_that_a_server_lists_are_names(liar: Any, monkeypatch: pytest.Monk
 
 
 def test_a_listing_that_never_ends_is_told(liar: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shared.client, "LISTING_SECONDS", 0.5)
+    monkeypatch.setattr(shared.files.client, "LISTING_SECONDS", 0.5)
     pages = []
 
     def answer(request: Any) -> None:
@@ -870,7 +870,7 @@ def test_modes_of_new_files_are_the_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["synth", "recode", "rm", "train"])
 def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: str) -> None:
     """A fourth of the errors of a disk were tracebacks; a full disk, too, at every moment."""
-    here, library = Path(__file__).parent, tmp_path / "disk_errors.so"
+    here, library = Path(__file__).parents[1] / "support", tmp_path / "disk_errors.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, here / "disk_errors.c", "-ldl"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, "17"], env=environment,

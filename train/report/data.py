@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
-from shared.spec import is_sealed
+from shared.store.spec import is_sealed
 from train.report.sae import Sae
 
 CURVE_POINTS = 400

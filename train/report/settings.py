@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from shared.norms import WORTH_SAYING, share
 from shared.saes import ARCHITECTURES
+from shared.store.norms import WORTH_SAYING, share
+from train.measure.useless import useless
 from train.report import wording
 from train.report.answer import Answer, Series, answer
 from train.report.comparable import Difference, differences, identity
 from train.report.data import Run
 from train.report.figures import Figure, figures
 from train.report.sae import Sae
-from train.useless import useless
 
 ARCH_ORDER = tuple(ARCHITECTURES)
 IN_A_TITLE = 4

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.hooks import hook_table
-from shared.models import local_place
+from shared.model.hooks import hook_table
+from shared.model.source import local_place
 from shared.saes import SAEConfig, sae_config
 from train.reproduce.pilot import Choice
 from train.reproduce.preset import Request

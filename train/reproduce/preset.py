@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.errors import UserError
-from shared.hooks import SHORT_HOOKS
+from shared.model.hooks import SHORT_HOOKS
 
 CELLS: Final = ("resid_post", "attn_out", "mlp_out")
 

@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, Final
 
-from shared.files import write_file
+from shared.files.local import write_file
 from shared.record import write_json
 from train.reproduce.analysis import Arms, CellResult
 from train.reproduce.claims import Finding

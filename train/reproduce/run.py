@@ -17,7 +17,6 @@ from shared.progress import say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
 from train.evaluate import evaluate
-from train.folder import RunFolder
 from train.reproduce.analysis import Arms as Points
 from train.reproduce.analysis import analyse
 from train.reproduce.claims import judge_all
@@ -40,6 +39,7 @@ from train.reproduce.plan import (
 from train.reproduce.preset import Request
 from train.reproduce.render import Results, write_results
 from train.run import train
+from train.runs.folder import RunFolder
 
 PLAN: Final = "plan.json"
 Harvest = Callable[[HarvestConfig], str]

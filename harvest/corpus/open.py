@@ -1,0 +1,68 @@
+"""Which corpus a name means: a file, a folder, an array of ids or a Hugging Face data set.
+
+Every pass over a corpus gives the same documents in the same order. Opening a local corpus reads its files once, to
+hash them; only the name of a data set opens a connection.
+"""
+
+import os
+from pathlib import Path
+
+from harvest.corpus.arrays import numpy_stream, zarr_stream
+from harvest.corpus.documents import Corpus, Field, Look, Stream, go_on
+from harvest.corpus.hub import is_saved_set, named_set, repository_card, repository_set, saved_set
+from harvest.corpus.raw_bytes import reading
+from harvest.corpus.readers import extension, files_corpus
+from shared.config import HarvestConfig
+from shared.errors import UserError
+
+
+def open_corpus(config: HarvestConfig, default: Path | None, vocab_size: int, look: Look = go_on) -> Corpus | Stream:
+    """The corpus that `config.corpus` names, or else the file `default` (a `corpus.jsonl` beside a local model).
+
+    A file or folder that exists here wins over a data set of the same name. Raises UserError when there is nothing
+    to read; a local corpus is read once, to hash it, with a `look` now and then. Ids are refused outside 0 to
+    vocab_size - 1.
+    """
+    field = Field(config.text_field, vocab_size)
+    if config.corpus is None:
+        if default is None or not default.is_file():
+            raise UserError("this model comes with no corpus: pass --corpus FILE, FOLDER or the name of a data set")
+        return _local(default, config, field, look)
+    if not config.corpus.strip():
+        raise UserError("--corpus is empty: give a file, a folder or the name of a Hugging Face data set")
+    path = Path(os.path.expanduser(config.corpus))  # unlike Path.expanduser, leaves an unknown ~user alone
+    with reading(path):
+        exists = path.exists()
+    if exists:
+        return _local(path, config, field, look)
+    if _means_a_path(config.corpus):
+        raise UserError(
+            f"corpus {config.corpus}: there is no such file or folder. Check the path; "
+            "a Hugging Face data set is named NAME or OWNER/NAME"
+        )
+    return named_set(config.corpus, config, field)
+
+
+def _means_a_path(name: str) -> bool:
+    """Whether a name that does not exist here was meant as a path. A version (`owner/corpus-v1.5`) is no extension."""
+    has_extension = bool(extension(Path(name))) or name.lower().endswith(".npy")
+    shape = name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1 or "\\" in name
+    return shape or has_extension or ("/" in name and Path(name).suffix[1:].isalpha())
+
+
+def _local(path: Path, config: HarvestConfig, field: Field, look: Look) -> Corpus | Stream:
+    """What a file or a folder is, by what is in it."""
+    if config.corpus_revision is not None:
+        raise UserError(
+            f"corpus_revision {config.corpus_revision}: {path} is on this machine; revisions belong to data sets of "
+            "the hub"
+        )
+    with reading(path):
+        if path.is_file() and path.suffix.lower() == ".npy":
+            return numpy_stream(path, field.vocab_size, look)
+        if is_saved_set(path):
+            return saved_set(path, config, field)
+        if (path / "zarr.json").is_file():
+            return zarr_stream(path, field.vocab_size, look)
+        card = repository_card(path)
+        return files_corpus(path, field, look) if card is None else repository_set(path, card, config, field)

@@ -1,0 +1,274 @@
+"""Documents to rows of token ids: shuffle, tokenise, join, cut. No padding, no mask. Ids pass by the tokenizer.
+
+A row of tokens is a pure function of the documents, the tokenizer, the context, the BOS policy and the seed.
+Costs: the shuffle holds `buffer` documents of BUFFER_BYTES together, the packer 64 of BATCH_CHARACTERS; a call of the
+tokenizer takes CALL_CHARACTERS. Approximate: a corpus larger than the buffer is mixed over about one buffer, not
+uniformly. The last partial row is lost.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import Any, Final
+
+import numpy as np
+from jaxtyping import Int64
+
+from harvest.corpus.documents import BadDocument, Document, Ids, LongText, OnBad
+from harvest.corpus.split_text import blocks_of, pieces, tokenised
+from shared.errors import UserError
+from shared.permute import DOCUMENTS, philox
+from shared.progress import say
+
+BUFFER_BYTES: Final = 1 << 30
+"""Of documents that wait to be drawn, texts in UTF-8."""
+BATCH_DOCUMENTS: Final = 64
+BATCH_CHARACTERS: Final = 1 << 22
+"""Documents read together: so many, or fewer that have so many characters."""
+CALL_CHARACTERS: Final = 1 << 19
+"""Given to the tokenizer at a time."""
+RAW_WORDS = 1024
+"""Random words drawn at a time. Does not change which words they are."""
+
+Part = tuple[str | Ids, bool]
+"""A piece of a document's text, or its ids; and whether the document ends with it."""
+
+
+@dataclass
+class Counts:
+    """What `pack` has read so far; complete when its iterator is exhausted."""
+
+    documents: int = 0
+    """Documents with text."""
+    empty: int = 0
+    """Documents skipped: nothing but white space, no ids, or only EOS."""
+    bad: int = 0
+    """Documents skipped because they cannot be used."""
+    tokens: int = 0
+    """Ids of all documents with their EOS, without BOS."""
+    rows: int = 0
+    """Rows given out."""
+    dropped: int = 0
+    """Ids of the last partial row, known at the end."""
+    read: int = field(default=0, compare=False)
+    """Documents read so far, those that wait to be drawn among them."""
+    rough: int = 0
+    """Cuts in long texts that changed ids near them."""
+    calls: int = field(default=0, compare=False)
+    """Parts of the corpus that were joined: where a pass that begins with these counts goes on."""
+    leftover: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64), compare=False)
+    """Joined ids that do not fill a row yet."""
+
+
+def skipping(counts: Counts) -> OnBad:
+    """Counts bad documents in `counts` and says what is wrong with the first."""
+
+    def skip(error: BadDocument) -> None:
+        counts.bad += 1
+        if counts.bad == 1:
+            say(f"skipped: {error}")
+
+    return skip
+
+
+def shuffled(
+    documents: Iterator[Document], seed: int, buffer: int = 100_000, size: int = BUFFER_BYTES
+) -> Iterator[Document]:
+    """Every document once, in an order drawn from `seed` (at least 0): a uniform permutation of up to `buffer`
+    documents of `size` bytes, beyond that a buffer shuffle (each document drawn replaces itself by the next one
+    read; by more of them, or by none, as their sizes are)."""
+    below = _uniform(seed)
+    held: list[Document | bytes] = []
+    used = 0
+    for document in documents:
+        put, weight = _stored(document)
+        if not held or (len(held) < buffer and used + weight <= size):
+            held.append(put)
+            used += weight
+            continue
+        index = below(len(held))
+        drawn, held[index] = held[index], put
+        used += weight - _weight(drawn)
+        yield _restored(drawn)
+        while used > size and len(held) > 1:
+            drawn = _drawn(held, below)
+            used -= _weight(drawn)
+            yield _restored(drawn)
+    while held:  # Fisher-Yates, from the back
+        yield _restored(_drawn(held, below))
+
+
+def _drawn(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
+    index = below(len(held))
+    held[index], held[-1] = held[-1], held[index]
+    return held.pop()
+
+
+def _stored(document: Document) -> tuple[Document | bytes, int]:
+    """A document as the shuffle holds it, and its bytes."""
+    put = document.encode() if isinstance(document, str) else document
+    return put, _weight(put)
+
+
+def _restored(put: Document | bytes) -> Document:
+    return put.decode() if isinstance(put, bytes) else put
+
+
+def _weight(put: Document | bytes) -> int:
+    if isinstance(put, np.ndarray):
+        return put.nbytes
+    return len(put) if isinstance(put, bytes) else 0
+
+
+def pack(
+    documents: Iterable[Document],
+    tokenizer: Callable[..., Mapping[str, Any]] | None,
+    *,
+    context: int,
+    eos_id: int | None,
+    bos_id: int | None,
+    counts: Counts,
+    vocab_size: int | None = None,
+) -> Iterator[Int64[np.ndarray, "rows context"]]:
+    """Blocks [rows, context] of token ids, rows >= 1: documents, each followed by `eos_id`, joined and cut.
+
+    Every row begins with `bos_id` unless that is None. No padding. Documents of white space are skipped. `tokenizer`
+    is a Hugging Face tokenizer; special tokens spelt out in a text become their ids. A long text is tokenised in
+    pieces; a document of ids is taken as it is, and gets no second `eos_id`. None: without a tokenizer a text is
+    refused; without `eos_id` documents follow each other directly; without `vocab_size` any id is taken.
+    Goes on after the calls that `counts` has counted. Gives nothing when the corpus holds less than one row. Raises
+    UserError at the end when no document has text, and at an id of `vocab_size` or more.
+    """
+    filled = _with_text(documents, eos_id, counts)
+    calls = islice(_calls(filled, tokenizer, counts), counts.calls, None)
+    joined = (_joined(call, tokenizer, eos_id, vocab_size) for call in calls)
+    yield from cut(joined, context, bos_id, counts)
+    if not counts.documents:
+        bad = f", {counts.bad} bad ones" if counts.bad else ""
+        raise UserError(f"the corpus has no document with text ({counts.empty} empty ones{bad}): give another --corpus")
+
+
+def cut(
+    blocks: Iterable[Ids], context: int, bos_id: int | None, counts: Counts
+) -> Iterator[Int64[np.ndarray, "rows context"]]:
+    """Rows [rows, context], rows >= 1, of ids that are already joined, after those left over in `counts`. The last
+    partial row is lost."""
+    width = context - (bos_id is not None)
+    for block in blocks:
+        joined = np.concatenate([counts.leftover, block])
+        counts.calls += 1
+        counts.tokens += len(block)
+        rows = len(joined) // width
+        counts.rows += rows
+        counts.leftover = joined[rows * width :].copy()  # a copy, so as not to keep `joined`
+        if rows:
+            yield _begun(joined[: rows * width].reshape(rows, width), bos_id)
+    counts.dropped = len(counts.leftover)
+
+
+def _calls(documents: Iterator[Document], tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[list[Part]]:
+    """The parts of all documents, as many together as the tokenizer gets at a time."""
+    for batch in _batches(documents):
+        parts = chain.from_iterable(_parts(document, tokenizer, counts) for document in batch)
+        call: list[Part] = []
+        for part in parts:
+            if call and sum(len(content) for content, _ in call) + len(part[0]) > CALL_CHARACTERS:
+                yield call
+                call = []
+            call.append(part)
+        yield call
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += 0 if isinstance(document, LongText) else len(document)
+        if len(batch) == BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[Part]:
+    if isinstance(document, np.ndarray):
+        yield document, True
+        return
+
+    def rough() -> None:
+        counts.rough += 1
+
+    blocks = blocks_of(document) if isinstance(document, str) else document.blocks()
+    held = pieces(blocks, lambda texts: tokenised(texts, tokenizer), rough)
+    last = next(held)
+    for piece in held:
+        yield last, False
+        last = piece
+    yield last, True
+
+
+def _joined(
+    call: list[Part], tokenizer: Callable[..., Mapping[str, Any]] | None, eos_id: int | None, vocab_size: int | None
+) -> Ids:
+    """The ids of some parts, with `eos_id` after each document. All texts go to the tokenizer in one call."""
+    texts = [content for content, _ in call if isinstance(content, str)]
+    encoded = iter(tokenised(texts, tokenizer) if texts else [])
+    end = np.array([] if eos_id is None else [eos_id], dtype=np.int64)
+    joined: list[Ids] = []
+    for content, last in call:
+        if isinstance(content, str):
+            ids = np.array(next(encoded), dtype=np.int64)
+            check_known(ids, content, vocab_size)
+            joined += [ids, end] if last else [ids]
+        else:
+            joined += [content] if content[-1] == eos_id else [content, end]
+    return np.concatenate(joined)
+
+
+def check_known(ids: Ids, text: str, vocab_size: int | None) -> None:
+    """Raises UserError at an id that the model has no embedding for."""
+    if vocab_size is None or not len(ids) or ids.max() < vocab_size:
+        return
+    unknown = int(ids[ids >= vocab_size][0])
+    raise UserError(
+        f"the text that begins {text[:40]!r}: the tokenizer gives id {unknown}, and the model has "
+        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, say --set split_special_tokens=true, or give the "
+        "model's own tokenizer"
+    )
+
+
+def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
+    """The rows with `bos_id` in front of each; None: as they are."""
+    return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
+
+
+def _with_text(documents: Iterable[Document], eos_id: int | None, counts: Counts) -> Iterator[Document]:
+    for document in documents:
+        if _is_empty(document, eos_id):
+            counts.empty += 1
+        else:
+            counts.documents += 1
+            yield document
+
+
+def _is_empty(document: Document, eos_id: int | None) -> bool:
+    if isinstance(document, str):
+        return not document or document.isspace()
+    if isinstance(document, LongText):
+        return False
+    return document[:2].tolist() in ([], [eos_id])
+
+
+def _uniform(seed: int) -> Callable[[int], int]:
+    """A function n -> uniform integer below n. Philox's raw words and the rejection below are all there is to it, so
+    the order does not change with numpy's Generator methods."""
+    bits = philox(seed, DOCUMENTS)
+    stream: Iterator[int] = chain.from_iterable(iter(lambda: bits.random_raw(RAW_WORDS).tolist(), None))
+
+    def below(n: int) -> int:
+        limit = 2**64 - 2**64 % n
+        return next(word for word in stream if word < limit) % n
+
+    return below

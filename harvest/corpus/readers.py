@@ -1,0 +1,299 @@
+"""Files to documents: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
+
+One reader for each known extension. A reader tells `on_bad` of a document that cannot be used and goes on after it;
+a file that cannot be read, or is cut short, ends the pass with a UserError.
+"""
+
+import codecs
+import csv
+import functools
+import json
+from collections.abc import Callable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any, Final
+
+from harvest.corpus.documents import (
+    BadDocument,
+    Corpus,
+    Document,
+    Field,
+    LongText,
+    Look,
+    OnBad,
+    cause,
+    go_on,
+    missing,
+    refuse,
+)
+from harvest.corpus.folder import described, files_below
+from harvest.corpus.json_values import MOST_MEMBERS, Values, check_members, members
+from harvest.corpus.raw_bytes import (
+    BLOCK_BYTES,
+    RECORD_BYTES,
+    decoded,
+    lines,
+    open_regular,
+    reading,
+    text_blocks,
+    unpacked,
+)
+from shared.errors import UserError
+from shared.progress import say
+
+Reader = Callable[[Path, Field, OnBad, Look], Iterator[Document]]
+WHOLE: Final = 4 * BLOCK_BYTES
+"""Characters of a text file that is read at once. A longer one is read while it is tokenised."""
+MUCH: Final = 4 << 30
+"""Bytes of files of which it is said that they are hashed, which takes some seconds."""
+ROWS: Final = 64
+"""Of a parquet file, read at a time; fewer where they are large."""
+
+
+def files_corpus(path: Path, field: Field, look: Look = go_on) -> Corpus:
+    """One file, or the files of known extension below a folder, by relative path.
+
+    Every file is read once, to hash it. Raises UserError when there is nothing to read.
+    """
+    if path.is_dir():
+        found = files_below(path, extension)
+        if not found.files:
+            raise UserError(f"corpus {path}: this folder holds no file that can be read ({KNOWN}): {found}")
+        root, files = path, found.files
+        say(f"corpus {path}: {found}")
+    elif not path.is_file():
+        raise UserError(f"corpus {path}: is neither a regular file nor a folder; save the text to a file first")
+    elif not extension(path):
+        raise UserError(f"corpus {path}: its extension is not known; known are {KNOWN}")
+    else:
+        root, files = path.parent, [path]
+    size = sum(file.stat().st_size for file in files if file.exists())  # what is not there is said when it is read
+    if size > MUCH:
+        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to tell this corpus from another")
+    description = {"kind": "files", "files": described(files, root, look), "text_field": field.name}
+
+    def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
+        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, look) for file in files)
+
+    return Corpus(description, read)
+
+
+def _whole_file(path: Path, _field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    parts: list[str] = []
+    size, blank = 0, True
+    try:
+        for block in text_blocks(path, look):
+            size += len(block)
+            blank = blank and block.isspace()
+            parts = [*parts, block] if size <= WHOLE else []
+    except BadDocument as error:
+        return on_bad(error)
+    if size <= WHOLE:
+        yield "".join(parts)
+    else:
+        yield "" if blank else LongText(functools.partial(text_blocks, path, look))
+    return None
+
+
+def _json_lines(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    with unpacked(path) as stream:
+        for number, data in lines(stream, path, on_bad, look):
+            try:
+                line = decoded(data, path, number)
+                if line.isspace() or not line:
+                    continue
+                document = _of_line(line, field, f"{path}:{number}")
+            except BadDocument as error:
+                on_bad(error)
+            else:
+                yield document
+
+
+def _of_line(line: str, field: Field, where: str) -> Document:
+    try:
+        check_members(line)
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise BadDocument(f"{where}: is not JSON ({error}); one object a line is expected") from error
+    if not isinstance(record, dict):
+        kind = type(record).__name__
+        raise BadDocument(f'{where}: is a {kind}; one object a line, {{"{field.name}": ...}}, is expected')
+    return field.document(record, where)
+
+
+def _json(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    """An array; or objects on one line each; or on any number of lines."""
+    values = Values(text_blocks(path, look), str(path))
+    if _begins(path) == b"[":
+        found: Iterator[tuple[str, Any]] = _array(values)
+    elif _spans_lines(path, look):
+        found = _sequence(values)
+    else:
+        yield from _json_lines(path, field, on_bad, look)
+        return
+    for where, value in found:
+        try:
+            document = _of_member(value, field, where)
+        except BadDocument as error:
+            on_bad(error)
+        else:
+            yield document
+
+
+def _begins(path: Path) -> bytes:
+    """The first byte that is no white space, nor a byte order mark."""
+    with unpacked(path) as stream:
+        block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
+        while block and not block.strip():
+            block = stream.read(BLOCK_BYTES)
+        return block.lstrip()[:1]
+
+
+def _spans_lines(path: Path, look: Look) -> bool:
+    """Whether the first value is not on a line of its own. What is no JSON at all is left to the reader of lines."""
+    with unpacked(path) as stream:
+        first = next((line for _, line in lines(stream, path, lambda _: None, look) if line.strip()), b"")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        pass
+    else:
+        return False
+    try:
+        Values(text_blocks(path, look), str(path)).value()
+    except UserError:
+        return False
+    return True
+
+
+def _array(values: Values) -> Iterator[tuple[str, Any]]:
+    yield from members(values)
+    if values.peek():
+        raise UserError(f"{values.where}: goes on after the array; one array, or one object a line, is expected")
+
+
+def _sequence(values: Values) -> Iterator[tuple[str, Any]]:
+    while values.peek():
+        where = values.where
+        yield where, values.value()
+
+
+def _of_member(value: Any, field: Field, where: str) -> Document:
+    if isinstance(value, str | list):
+        return field.document({field.name: value}, where)
+    if not isinstance(value, dict):
+        kind = type(value).__name__
+        raise BadDocument(f"{where}: is a {kind}; an object, a text or a list of ids is expected")
+    return field.document(value, where)
+
+
+def _table(delimiter: str, path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    """A table with the names of its columns in the first row. Rows may go over several lines, in quotation marks."""
+    csv.field_size_limit(RECORD_BYTES)
+    with unpacked(path) as stream:
+        rows = csv.reader(_table_lines(stream, delimiter, path, look), delimiter=delimiter, strict=True)
+        header: list[str] = []
+        while True:
+            where = f"{path}:{rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                raise UserError(f"{where}: is not a table that can be read ({error}); write it anew") from error
+            if row is None:
+                return
+            if not header:
+                header = _checked_header(row, field, where) if row else []
+            elif row:
+                try:
+                    document = field.document(_checked_row(row, header, where), where)
+                except BadDocument as error:
+                    on_bad(error)
+                else:
+                    yield document
+
+
+def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterator[str]:
+    for number, data in lines(stream, path, refuse, look):
+        if len(data) > MOST_MEMBERS and data.count(delimiter.encode()) > MOST_MEMBERS:
+            raise UserError(f"{path}:{number}: has more than {MOST_MEMBERS >> 20} million columns")
+        yield data.decode(errors="surrogateescape")  # a bad byte counts where it is in the document
+
+
+def _checked_header(row: list[str], field: Field, where: str) -> list[str]:
+    if row.count(field.name) != 1:
+        if field.name in row:
+            raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
+        raise UserError(missing(field.name, row, where))
+    return row
+
+
+def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str]:
+    if len(row) != len(header):
+        raise BadDocument(
+            f"{where}: has {len(row)} columns, the first row {len(header)}. Put quotation marks around what has a "
+            "separator in it"
+        )
+    return dict(zip(header, row, strict=True))
+
+
+def _parquet(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    try:
+        with reading(path), open_regular(path) as source:
+            file = pa.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
+            if not field.is_among(file.schema_arrow.names):
+                raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+            row = 0
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
+                look()
+                if not batch.num_columns:
+                    raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+                for value in batch.column(0):
+                    row += 1
+                    try:
+                        document = _of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
+                    except BadDocument as error:
+                        on_bad(error)
+                    else:
+                        yield document
+    except pa.ArrowException as error:
+        raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it anew") from error
+
+
+def _rows_at_a_time(file: Any) -> int:
+    """So many that they take about four blocks, by what the file says of itself."""
+    groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
+    largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
+    return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
+
+
+def _of_value(value: Any, column: str, field: Field, where: str) -> Document:
+    try:
+        plain = value.as_py()
+    except UnicodeDecodeError as error:
+        raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it anew") from error
+    return field.document({column: plain}, where)
+
+
+PLAIN: Final[dict[str, Reader]] = {
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".json": _json,
+    ".csv": functools.partial(_table, ","),
+    ".tsv": functools.partial(_table, "\t"),
+    ".txt": _whole_file,
+    ".md": _whole_file,
+}
+READERS: Final[dict[str, Reader]] = {
+    **{kind + packed: reader for kind, reader in PLAIN.items() for packed in ("", ".gz", ".zst")},
+    ".parquet": _parquet,
+}
+"""How to read a file of each known extension."""
+KNOWN: Final = f"{', '.join(PLAIN)}, each also with .gz or .zst behind it; .parquet; .npy for one file"
+
+
+def extension(path: Path) -> str:
+    """The known extension that a file's name ends in; empty when there is none."""
+    return next((known for known in READERS if path.name.lower().endswith(known)), "")

@@ -1,0 +1,212 @@
+"""The corpus to rows of token ids in a folder; a harvest that is stopped or killed meanwhile goes on where it was.
+
+Every few seconds, and on a signal, a sealed file beside the rows says how many parts of the corpus were joined, which
+ids fill no chunk of rows yet, and what decides the rows. The same harvest reads the parts that were joined without
+tokenising them: the rows are those of one that was never stopped.
+"""
+
+import base64
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from harvest.corpus.documents import Document, Stream, refuse
+from harvest.corpus.pack import Counts, cut, pack, shuffled, skipping
+from harvest.plan import Plan, decides_the_tokens, identity
+from shared.errors import DamagedError, Interrupted, LostError
+from shared.files.local import LocalFiles
+from shared.progress import say
+from shared.record import sealed_json
+from shared.store.create import Tokens, TokenWriter
+from shared.store.spec import is_sealed
+
+Item = TypeVar("Item")
+OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
+"""What decides them, beside the corpus."""
+PROGRESS: Final = "progress.json"
+SECONDS_BETWEEN_SAVES: Final = 10.0
+SECONDS_BETWEEN_WORDS: Final = 30.0
+PACKING: Final = 1
+"""Changes when the same corpus is packed in another way."""
+
+
+def write_rows(plan: Plan, folder: Path, counts: Counts, look: Callable[[], None]) -> Tokens:
+    """Writes the rows into a folder of this machine, after those that an earlier try left there. Raises Interrupted
+    after a signal, with the progress saved."""
+    writer = resumed(plan, folder, counts) or begun(plan, folder)
+    if not writer.rows:
+        say(f"{plan.name}: tokenising")
+    teller = Teller(plan, counts)
+
+    def look_and_tell() -> None:
+        look()
+        teller.tell()
+
+    here, saved = Place(counts), time.monotonic()
+    try:
+        for block in token_rows(plan, counts, look_and_tell):
+            writer.add(block)
+            here = Place(counts)
+            look_and_tell()  # the documents may all be read by now
+            complete = writer.rows + writer.filled == rows_wanted(plan)
+            if not complete and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                save(plan, folder, writer, here)
+                saved = time.monotonic()
+    except (Interrupted, LostError) as error:
+        if here.calls:
+            save(plan, folder, writer, here)
+        if isinstance(error, LostError):
+            raise
+        again = "repeat it, --overwrite and all" if plan.config.overwrite else "run the same command again"
+        raise Interrupted(f"the harvest was stopped after {here.tokens:,} tokens. To continue, {again}") from error
+    return writer.close()
+
+
+class Teller:
+    """Says now and then how far it is."""
+
+    def __init__(self, plan: Plan, counts: Counts) -> None:
+        self.plan, self.counts = plan, counts
+        self.last = time.monotonic()
+
+    def tell(self) -> None:
+        if time.monotonic() - self.last < SECONDS_BETWEEN_WORDS:
+            return
+        self.last = time.monotonic()
+        counts, wanted = self.counts, self.plan.config.tokens
+        of = f" of {wanted:,}" if wanted else ""
+        say(f"{self.plan.name}: {counts.read:,} documents read, {counts.tokens:,}{of} tokens")
+
+
+def begun(plan: Plan, folder: Path) -> TokenWriter:
+    shutil.rmtree(folder, ignore_errors=True)
+    return TokenWriter(folder, plan.context, plan.info.vocab_size)
+
+
+class Place:
+    """How far the packing was when a block was given out."""
+
+    def __init__(self, counts: Counts) -> None:
+        self.calls, self.tokens, self.rows = counts.calls, counts.tokens, counts.rows
+        self.leftover = counts.leftover
+
+
+def key_of(plan: Plan) -> str:
+    """Of all that decides the rows, but for how many are wanted."""
+    asked = {key: value for key, value in decides_the_tokens(plan).items() if key != "whole"}
+    made = {key: identity(plan)[key] for key in OF_THE_TOKENS}
+    text = json.dumps({"packing": PACKING, **made, **asked}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def save(plan: Plan, folder: Path, writer: TokenWriter, place: Place) -> None:
+    state = {
+        "key": key_of(plan),
+        "calls": place.calls,
+        "tokens": place.tokens,
+        "rows": place.rows,
+        "leftover": as_text(place.leftover),
+        "held": as_text(writer.held),
+        "files": writer.files,
+    }
+    LocalFiles(folder).write(PROGRESS, [sealed_json(state)])
+
+
+def as_text(ids: NDArray[Any]) -> str:
+    return base64.b64encode(ids.astype("<u4").tobytes()).decode()
+
+
+def from_text(text: str) -> NDArray[Any]:
+    return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
+
+
+def resumed(plan: Plan, folder: Path, counts: Counts) -> TokenWriter | None:
+    """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
+    try:
+        data = (folder / PROGRESS).read_bytes()
+    except FileNotFoundError:
+        return None
+    writer = TokenWriter(folder, plan.context, plan.info.vocab_size)
+    try:
+        state = json.loads(data)
+        if not isinstance(state, dict) or not is_sealed(state):
+            raise ValueError("its checksum does not match")
+        if state["key"] != key_of(plan):
+            say(f"{plan.name}: an unfinished harvest of another corpus, or with other settings, is given up")
+            return None
+        writer.reopen({path: tuple(sizes) for path, sizes in state["files"].items()}, rows_of(state["held"], plan))
+        calls, tokens, rows, leftover = state["calls"], state["tokens"], state["rows"], from_text(state["leftover"])
+    except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        say(f"{plan.name}: what was tokenised before cannot be read ({error}); it is done again")
+        return None
+    if writer.rows + writer.filled != rows or rows >= (rows_wanted(plan) or rows + 1):
+        return None
+    counts.calls, counts.tokens, counts.rows, counts.leftover = calls, tokens, rows, leftover.astype(np.int64)
+    say(f"{plan.name}: tokenising goes on after {tokens:,} tokens; what comes before is read, not tokenised")
+    return writer
+
+
+def rows_of(text: str, plan: Plan) -> NDArray[Any]:
+    return from_text(text).reshape(-1, plan.context)
+
+
+def is_resumable(folder: Path) -> bool:
+    return (folder / PROGRESS).is_file()
+
+
+def forget_progress(folder: Path) -> None:
+    """For rows that are complete: what is in the folder is then nothing but their chunks."""
+    (folder / PROGRESS).unlink(missing_ok=True)
+
+
+def rows_wanted(plan: Plan) -> int | None:
+    return None if plan.config.tokens is None else -(-plan.config.tokens // plan.context)
+
+
+def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+    """Blocks of packed rows, after those in `counts`: all that the corpus gives, or just enough for the tokens asked
+    for."""
+    wanted, given = rows_wanted(plan), counts.rows
+    for block in packed_rows(plan, counts, look):
+        left = len(block) if wanted is None else wanted - given
+        given += len(block)
+        yield block[:left]
+        if wanted is not None and given >= wanted:
+            return
+
+
+def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+    if isinstance(plan.corpus, Stream):
+        blocks = islice(looking(plan.corpus.blocks(), look), counts.calls, None)
+        return cut(blocks, plan.context, plan.bos_id, counts)
+    on_bad = skipping(counts) if plan.config.on_bad_document == "skip" else refuse
+    documents = counted(plan.corpus.documents(on_bad, look), counts)
+    return pack(
+        shuffled(documents, plan.config.seed) if plan.shuffles else documents,
+        plan.tokenizer,
+        context=plan.context,
+        eos_id=plan.tokenizer.end,
+        bos_id=plan.bos_id,
+        counts=counts,
+        vocab_size=plan.info.vocab_size,
+    )
+
+
+def counted(documents: Iterator[Document], counts: Counts) -> Iterator[Document]:
+    for document in documents:
+        counts.read += 1
+        yield document
+
+
+def looking(items: Iterator[Item], look: Callable[[], None]) -> Iterator[Item]:
+    for item in items:
+        look()
+        yield item

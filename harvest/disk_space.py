@@ -1,0 +1,129 @@
+"""What a harvest writes and how long it takes: estimated before, measured as soon as a shard is committed."""
+
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Final
+
+from harvest.plan import Plan
+from shared.config import HarvestConfig
+from shared.errors import DamagedError, UserError
+from shared.files.local import Files, LocalFiles
+from shared.progress import say
+from shared.store.manifest import Commit
+from shared.store.opened import Store, is_store
+from shared.store.spec import DTYPES
+
+EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 2.0}
+"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
+INDEX_BYTES: Final = 8
+"""A token: its id, and where its row came from."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes of a harvest."""
+
+    hookpoints: dict[str, int]
+    """Of the whole store, by path."""
+    rest: int
+    """Tokens and indexes."""
+    stored: int
+    """Of all this, what is committed already."""
+    free: int | None
+    """On the disk; None where there is no such number."""
+
+    @property
+    def to_write(self) -> int:
+        return max(0, sum(self.hookpoints.values()) + self.rest - self.stored)
+
+    @property
+    def fits(self) -> bool:
+        return self.free is None or self.to_write <= self.free
+
+
+def raw_bytes(config: HarvestConfig, d_in: int) -> int:
+    """Of one row before the codec."""
+    return d_in * DTYPES[config.store_dtype][0].itemsize
+
+
+def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) -> Need:
+    """By the codec's usual ratio, or by ratios that were measured (raw bytes over stored ones)."""
+    usual = usual_ratio(plan.config.codec, plan.config.store_dtype)
+    found = ratios or dict.fromkeys(plan.hooks, usual)
+    each = {
+        path: int(tokens * (raw_bytes(plan.config, hook.d_in) / found[path] + 4)) for path, hook in plan.hooks.items()
+    }
+    stored, free = stored_size(plan.files), free_bytes(plan.files)
+    if plan.config.overwrite and free is not None:  # what is there goes first
+        free, stored = free + stored, 0
+    return Need(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
+
+
+def usual_ratio(codec: str, dtype: str) -> float:
+    """Of raw bytes to stored ones."""
+    if codec == "int8":
+        return 0.99 * DTYPES[dtype][0].itemsize
+    return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
+
+
+def check_room(plan: Plan, tokens: int | None) -> None:
+    """Says what the harvest will write, and raises UserError when the disk cannot take it."""
+    if tokens is None:
+        return
+    need = expected(plan, tokens)
+    say(f"{plan.config.model}: {tokens:,} tokens of {len(plan.hooks)} hookpoints into {plan.name}")
+    for path, size in need.hookpoints.items():
+        say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
+    say(f"  about {gigabytes(need.to_write)} to write{room(need)}")
+    refuse(plan.config.out, need)
+
+
+def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
+    """By what the first shards took: what is still to be written, in words. Raises UserError when it does not fit."""
+    commits = list(commits)
+    rows = sum(commit.rows for commit in commits)
+    left = max(0, store.spec.n_tokens - store.n_rows - rows)  # what other processes wrote meanwhile is not looked up
+    size = sum(size for commit in commits for size, _ in commit.files.values()) / rows
+    itemsize = DTYPES[store.spec.dtype][0].itemsize
+    ratios = [
+        f"{path} {rows * hook.d_in * itemsize / sum(commit.files[path][0] for commit in commits):.2f}"
+        for path, hook in store.spec.hookpoints.items()
+    ]
+    need = Need({"all": int(size * left)}, 0, 0, free_bytes(store.files))
+    refuse(out, need)
+    return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{room(need)}"
+
+
+def refuse(out: str, need: Need) -> None:
+    if not need.fits:
+        raise UserError(
+            f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
+            "Free space and run the same command again, ask for fewer --tokens or hookpoints, or choose another --out"
+        )
+
+
+def room(need: Need) -> str:
+    return "" if need.free is None else f", {gigabytes(need.free)} are free"
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"
+
+
+def free_bytes(files: Files) -> int | None:
+    """Of the disk that the store is on; None where there is no such number."""
+    if not isinstance(files, LocalFiles):
+        return None
+    folder = next(p for p in (files.root, *files.root.absolute().parents) if p.exists())
+    return shutil.disk_usage(folder).free
+
+
+def stored_size(files: Files) -> int:
+    """Of the store that is there; 0 when there is none, or none that can be read."""
+    try:
+        if not is_store(files):
+            return 0
+    except DamagedError:
+        return 0
+    return Store.open(files, lenient=True).commits.n_bytes

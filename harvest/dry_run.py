@@ -1,0 +1,162 @@
+"""`sagsae harvest --dry-run`: one batch through the model and the codec, to say what the whole harvest would take.
+
+Nothing is written. The batch is the beginning of the corpus, not shuffled, so that little of it has to be read.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from harvest.capture import BITS
+from harvest.corpus.pack import Counts
+from harvest.corpus.tokenise import token_rows
+from harvest.disk_space import expected, raw_bytes
+from harvest.fill import default_batch_tokens, forget_batch, no_memory
+from harvest.plan import Plan, check_same, default_chunk_rows, make_plan
+from harvest.team import Team
+from shared.config import HarvestConfig
+from shared.device import torch_dtype
+from shared.errors import UserError
+from shared.model.language_model import LanguageModel
+from shared.progress import say
+from shared.store.opened import Store, is_store
+from shared.store.quantise import dim_scale, quantise
+from shared.store.shard import as_float32, encode_chunk
+
+ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What one batch says about the whole."""
+
+    store: str
+    tokens: int | None
+    """None: all that the corpus gives, which only reading it would tell."""
+    hookpoints: dict[str, dict[str, Any]]
+    """By path: d_in, the measured ratio, bytes (of a million tokens where `tokens` is None)."""
+    bytes_to_write: int
+    bytes_free: int | None
+    fits: bool | None
+    """None where `tokens` is."""
+    model_tokens_per_second: float
+    codec_tokens_per_second: float
+    """On all cores of this machine."""
+    tokens_per_second: float
+    """Of the whole: the slower of the two on a GPU; on a CPU they share the cores."""
+    seconds: float | None
+    """Of what is not committed yet."""
+
+
+def trial(config: HarvestConfig, processes: int = 1) -> Trial:
+    """Raises UserError for what is wrong with the configuration, or when a store is there that was made differently."""
+    plan = make_plan(config)
+    left = rows_left(plan)
+    say(f"{plan.name}: a dry run on one batch")
+    model = LanguageModel(plan.source, plan.device, plan.dtype, config.attention)
+    batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
+    rows, model_seconds = captured(plan, model, first_rows(plan, max(1, batch // plan.context)))
+    n = len(next(iter(rows.values())))
+    threads = Team().threads
+    sizes, codec_seconds = encoded(config, rows, threads)
+    ratios = {path: n * raw_bytes(config, plan.hooks[path].d_in) / size for path, size in sizes.items()}
+    need = expected(plan, config.tokens or 1_000_000, ratios)
+    if config.tokens is None:
+        need = replace(need, stored=0)
+    shared = model_seconds + codec_seconds
+    together = shared if model.device.type == "cpu" else max(model_seconds / processes, codec_seconds)
+    return Trial(
+        plan.name,
+        config.tokens,
+        {
+            path: {"d_in": hook.d_in, "ratio": round(ratios[path], 3), "bytes": need.hookpoints[path]}
+            for path, hook in plan.hooks.items()
+        },
+        need.to_write,
+        need.free,
+        need.fits if config.tokens else None,
+        round(n / model_seconds, 1),
+        round(n / codec_seconds, 1),
+        round(n / together, 1),
+        round(left * together / n, 3) if left is not None else None,
+    )
+
+
+def rows_left(plan: Plan) -> int | None:
+    """That the harvest would still write; None where only reading the corpus would tell."""
+    if plan.config.overwrite or not is_store(plan.files):
+        return plan.config.tokens
+    store = Store.open(plan.files)
+    check_same(plan, store.spec)
+    return store.spec.n_tokens - store.n_rows
+
+
+def first_rows(plan: Plan, contexts: int) -> NDArray[Any]:
+    """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has not one row."""
+    config = plan.config.model_copy(update={"shuffle_documents": False, "tokens": None})
+    blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), Counts(), lambda: None)
+    found = list(islice(chain.from_iterable(blocks), contexts))
+    if not found:
+        raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
+    return np.stack(found)
+
+
+def captured(plan: Plan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
+    """Rows of every hookpoint as they are stored, on the host, and the median seconds that a batch takes."""
+    found: dict[str, torch.Tensor] = {}
+    dtype = torch_dtype(plan.config.store_dtype)
+
+    def sink(path: str, activations: torch.Tensor) -> None:
+        found[path] = activations.to(dtype).to("cpu", copy=True)
+
+    sinks = {hook.name: lambda x, path=path: sink(path, x) for path, hook in plan.hooks.items()}
+    while True:
+        try:
+            seconds = seconds_of_a_batch(model, sinks, ids)
+            break
+        except torch.OutOfMemoryError as error:
+            if len(ids) == 1:
+                raise no_memory(model.device, plan.context) from error
+        ids = ids[: len(ids) // 2]
+        found.clear()
+        forget_batch(model.device)  # the error that held its memory is gone here
+    return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, seconds
+
+
+def seconds_of_a_batch(model: LanguageModel, sinks: Mapping[str, Callable[[Tensor], None]], ids: NDArray[Any]) -> float:
+    """The median."""
+    seconds = []
+    with model.capturing(sinks) as run:
+        for _ in range(ROUNDS):
+            started = time.perf_counter()
+            run(torch.from_numpy(ids.astype("int64")))
+            seconds.append(time.perf_counter() - started)
+    return float(np.median(seconds))
+
+
+def encoded(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
+    """Bytes of every hookpoint's rows through the codec, and the seconds that it takes on so many threads."""
+    sizes: dict[str, int] = {}
+    at = config.chunk_rows or default_chunk_rows(max(x.shape[1] * x.itemsize for x in rows.values()))
+    started = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        for path, x in rows.items():
+            chunks = [x[i : i + at] for i in range(0, len(x), at)]
+            sizes[path] = sum(pool.map(lambda chunk: encoded_size(config, chunk), chunks))
+    return sizes, time.perf_counter() - started
+
+
+def encoded_size(config: HarvestConfig, rows: NDArray[Any]) -> int:
+    if config.codec != "int8":
+        return len(encode_chunk(rows, config.codec))
+    x = as_float32(rows, config.store_dtype)
+    q, scale = quantise(x, dim_scale(np.square(x.astype(np.float64)).sum(0), len(x)))
+    return q.nbytes + scale.nbytes

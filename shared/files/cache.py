@@ -1,0 +1,125 @@
+"""A bounded folder of byte ranges that were fetched before, for reading the same store again without its server.
+
+Several threads and processes may share the folder. Nothing is promised about what is in it: a file of another length
+counts as absent, the bytes are for the caller to check, and a full disk means no more than fetching again. Puts are
+one at a time, under a file lock, which is what keeps the folder's size below its limit.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Final
+
+from shared.errors import UserError
+from shared.files.local import SCRATCH, Buffer
+from shared.progress import say
+
+DEFAULT_GB: Final = 10.0
+KEPT: Final = 0.9
+"""When the folder is full, the least recently used files go until this fraction of the limit is left."""
+TOTAL_FILE: Final = "sagsae.total"
+TEMPORARY: Final = "sagsae.tmp"
+RANGE_FILE: Final = re.compile(r"[0-9a-f]{40}\.range")
+
+Key = tuple[str | int, ...]
+
+
+class RangeCache:
+    """At most `max_bytes` of ranges in a folder, least recently used first to go. 0 keeps nothing."""
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder, self.max_bytes = folder, max_bytes
+        self.told = False
+
+    @classmethod
+    def of_user(cls) -> "RangeCache":
+        """Where SAGSAE_CACHE says (else XDG_CACHE_HOME/sagsae, else ~/.cache/sagsae), SAGSAE_CACHE_GB large."""
+        text = os.environ.get("SAGSAE_CACHE_GB", str(DEFAULT_GB))
+        try:
+            max_bytes = int(float(text) * 1e9)
+        except (ValueError, OverflowError):
+            max_bytes = -1
+        if max_bytes < 0:
+            raise UserError(f"SAGSAE_CACHE_GB={text}: expected a number of gigabytes, 0 for no cache")
+        if folder := os.environ.get("SAGSAE_CACHE"):
+            return cls(Path(os.path.expanduser(folder)), max_bytes)
+        base = os.environ.get("XDG_CACHE_HOME", "")
+        return cls((Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sagsae", max_bytes)
+
+    def get(self, key: Key, length: int) -> Buffer | None:
+        """The range, valid until the same thread reads again; None when it has to be fetched."""
+        if not self.max_bytes:
+            return None
+        try:
+            with self.path(key).open("rb", buffering=0) as file:
+                if os.fstat(file.fileno()).st_size != length:
+                    return None
+                buffer = SCRATCH.take(length)
+                if file.readinto(buffer) != length:
+                    return None
+                with contextlib.suppress(OSError):
+                    os.utime(file.fileno())  # used now
+                return buffer
+        except OSError:
+            return None
+
+    def put(self, key: Key, data: Buffer) -> None:
+        """Keeps a range, as well as the disk allows."""
+        if len(data) > self.max_bytes:
+            return
+        temporary = self.folder / TEMPORARY
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with (self.folder / TOTAL_FILE).open("a+b", buffering=0) as total:
+                fcntl.flock(total, fcntl.LOCK_EX)
+                self.make_room(total.fileno(), len(data))
+                try:
+                    with temporary.open("wb") as file:
+                        file.write(data)
+                    temporary.rename(self.path(key))
+                except OSError:
+                    temporary.unlink(missing_ok=True)
+                    raise
+        except OSError as error:
+            if not self.told:
+                self.told = True
+                say(
+                    f"{self.folder}: cannot keep what was fetched ({error.strerror}). SAGSAE_CACHE names another folder"
+                )
+
+    def forget(self, key: Key) -> None:
+        """Drops a range, so that it is fetched again."""
+        with contextlib.suppress(OSError):
+            self.path(key).unlink(missing_ok=True)
+
+    def path(self, key: Key) -> Path:
+        return self.folder / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.range"
+
+    def make_room(self, total: int, length: int) -> None:
+        """Counts `length` bytes in before they are written: a crash leaves the count too high, never too low. A
+        count above the limit, or none, is put right by looking."""
+        text = os.pread(total, 32, 0)
+        size = int(text) if text.isdigit() else self.max_bytes
+        if size + length > self.max_bytes:
+            size = self.evict(min(int(self.max_bytes * KEPT), self.max_bytes - length))
+        os.ftruncate(total, 0)
+        os.write(total, b"%d" % (size + length))
+
+    def evict(self, limit: int) -> int:
+        """Deletes the least recently used files until at most `limit` bytes are left; how many are."""
+        found = []
+        for entry in os.scandir(self.folder):
+            with contextlib.suppress(FileNotFoundError):
+                if RANGE_FILE.fullmatch(entry.name):  # whatever else is here is not ours
+                    found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
+        size = sum(length for _, length, _ in found)
+        for _, length, path in sorted(found):
+            if size <= limit:
+                break
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+            size -= length
+        return size

@@ -1,0 +1,289 @@
+"""Requests to a bucket or a web server: how often each is tried, and what its failures mean.
+
+Reads and small requests are tried here, TRIES times; the parts of an upload are tried as often by obstore, and not
+again here. obstore names few kinds of failure, so its messages are searched: tests/store/test_remote.py holds it to
+them.
+"""
+
+import asyncio
+import itertools
+import random
+import re
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Final, NamedTuple, TypeVar
+from urllib.parse import SplitResult
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
+from obstore.store import HTTPStore
+
+from shared.errors import UserError
+from shared.files import connect
+from shared.files.connect import (
+    BACKOFF_SECONDS,
+    LISTING_SECONDS,
+    SLOWEST_RATE,
+    TOTAL_SECONDS,
+    TRIES,
+    Ways,
+    servers,
+)
+from shared.files.local import Buffer, too_large
+
+PART_BYTES: Final = 8 << 20
+"""The most that one request for a part of a large object carries, either way."""
+PARTS_AT_ONCE: Final = 8
+MOST_ENTRIES: Final = 10_000_000
+"""Of a listing: a store of 10^5 shards has a third of it."""
+
+Result = TypeVar("Result")
+
+
+class ServerError(UserError):
+    """A server cannot be reached, or does not do what it was asked to."""
+
+
+class IncompleteError(Exception):
+    """A server sent other bytes than it was asked for. Worth another try."""
+
+
+class Failure(NamedTuple):
+    sign: str
+    """A regular expression for obstore's message."""
+    final: bool
+    """Whether another try is of no use."""
+    words: str
+    advice: str
+
+
+LATER: Final = "Try again, or see to the server and the network"
+FAILURES: Final = (
+    Failure(
+        r"169\.254\.169\.254|metadata\.google|Missing\w*Key|Received None from session",
+        False,
+        "no credentials were found",
+        "For s3:// set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (profiles need boto3: pip install "
+        "boto3), or AWS_SKIP_SIGNATURE=true for a public bucket; for gs:// set GOOGLE_APPLICATION_CREDENTIALS, or "
+        "GOOGLE_SKIP_SIGNATURE=true",
+    ),
+    Failure("NoSuchBucket", True, "there is no such bucket", "Create it, or correct its name"),
+    Failure(
+        "BareRedirect|PermanentRedirect|AuthorizationHeaderMalformed",
+        True,
+        "the bucket is in another region",
+        "Set AWS_REGION to the bucket's region",
+    ),
+    Failure(
+        "NotPartial|RangeNotSupported|NotImplemented",
+        True,
+        "the server does not support this kind of request",
+        "Reading needs byte ranges (HTTP Range), writing needs If-None-Match: use a server that has them, or a disk",
+    ),
+    Failure(
+        r"status: 40[13]",
+        True,
+        "access was refused",
+        "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
+        "also say this of what does not exist",
+    ),
+    Failure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
+    Failure(r"status: \d", True, "the server refused the request", "Check the address"),
+    Failure(
+        "InvalidCertificate",
+        True,
+        "the server's certificate is not trusted",
+        "SSL_CERT_FILE names a file of the authorities to trust",
+    ),
+    Failure(
+        r"legacy::Error\(\s*Connect",
+        False,
+        "the server cannot be reached",
+        "Check the address (AWS_ENDPOINT_URL, if set) and the network",
+    ),
+    Failure("TimedOut|kind: Timeout", False, "the server took too long to answer", LATER),
+    Failure("kind: (Interrupted|Request)", False, "the connection broke off", LATER),
+    Failure("", False, "", LATER),
+)
+DETAILS: Final = r"status code: (\d+ [\w ]+)", r"<Code>(\w+)</Code>", r'message: "([^"]+)"', r'error: "([^"]+)"'
+
+
+def failure_of(error: Exception) -> tuple[Failure, str]:
+    """What kind of failure it is, and what happened in a few words."""
+    text = str(error)
+    failure = next(one for one in FAILURES if re.search(one.sign, text))
+    details = [found[1] for pattern in DETAILS if (found := re.search(pattern, text))]
+    plain = ", ".join(details) or ("" if failure.words else text.partition("\n")[0].rstrip("."))
+    return failure, f"{failure.words} ({plain})" if failure.words and plain else failure.words or plain
+
+
+class Client:
+    """One bucket or web server. `name` is what messages call the object; FileNotFoundError when it is not there."""
+
+    def __init__(self, where: str, ways: Ways) -> None:
+        self.where = where
+        self.reads, self.asks, self.uploads = ways
+        self.read_only = isinstance(self.reads, HTTPStore)
+
+    @classmethod
+    def connect(cls, parts: SplitResult) -> "Client":
+        """Sends nothing."""
+        try:
+            return cls(*servers(parts))
+        except (BaseError, ValueError) as error:
+            failure, words = failure_of(error)
+            raise ServerError(f"{parts.geturl()}: {words}. {failure.advice}") from error
+
+    def get(self, key: str, name: str, most: int) -> tuple[bytes, Any]:
+        """A whole object and what the server knows of it. Raises DamagedError when it says that there are more than
+        `most` bytes, before any is read."""
+
+        def request() -> tuple[bytes, Any]:
+            answer = obstore.get(self.reads, key)
+            size = answer.meta["size"]
+            if size > most:
+                raise too_large(name, size, most)
+            data = bytes(received(answer, size))
+            if len(data) != size:
+                raise IncompleteError(f"{len(data)} bytes came, {size} were announced")
+            return data, answer.meta
+
+        return tried(name, "read", request)
+
+    def get_range(self, key: str, name: str, offset: int, length: int, check: Callable[[int], None]) -> Buffer:
+        """These bytes. `check` is told the object's size."""
+
+        def request() -> Buffer:
+            try:
+                answer = obstore.get(self.reads, key, options={"range": (offset, offset + length)})
+            except BaseError as error:
+                if "UnexpectedRange" in str(error) or "status: 416" in str(error):  # are there fewer bytes?
+                    check(obstore.head(self.asks, key)["size"])
+                raise
+            check(answer.meta["size"])
+            data = received(answer, length)
+            if len(data) != length:
+                raise IncompleteError(f"{len(data)} bytes came, {length} were asked for")
+            return data
+
+        return tried(name, "read", request)
+
+    def put(self, key: str, name: str, data: bytes, mode: Any = "overwrite") -> None:
+        """One small object: in any case, or only if there is none (`create`), or one with these tags. Raises
+        AlreadyExistsError, PreconditionError."""
+        tried(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
+
+    def upload(self, key: str, name: str, pieces: Iterable[Buffer]) -> None:
+        """One object, all of it or nothing, as large as may be."""
+        parts = parts_of(pieces)
+        first, second = next(parts, bytearray()), next(parts, None)
+
+        def request() -> None:
+            if second is None:
+                obstore.put(self.uploads, key, first, use_multipart=False)
+            else:
+                every = itertools.chain([first, second], parts)
+                obstore.put(self.uploads, key, every, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+        tried(name, "written", request, tries=1)
+
+    def delete(self, keys: list[str], name: str) -> None:
+        for begin in range(0, len(keys), 1000):
+            tried(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
+
+    def listing(self, key: str, name: str) -> Any:
+        """`objects` and `common_prefixes` right below a key."""
+        end = time.monotonic() + LISTING_SECONDS
+
+        async def request() -> Any:
+            asked = obstore.list_with_delimiter_async(self.asks, key)
+            return await asyncio.wait_for(asked, max(0.01, end - time.monotonic()))
+
+        return tried(name, "listed", lambda: in_a_loop(request, name))
+
+    def everything(self, key: str, name: str) -> list[Any]:
+        """All objects below a key, however deep."""
+
+        def request() -> list[Any]:
+            found: list[Any] = []
+            for some in obstore.list(self.asks, key):
+                found += some
+                if len(found) > MOST_ENTRIES:
+                    raise ServerError(f"{name}: the server lists more than {MOST_ENTRIES:,} objects. See to the server")
+            return found
+
+        return tried(name, "listed", request)
+
+
+def received(answer: Any, most: int) -> Buffer:
+    """The body of an answer, read as it comes. Raises IncompleteError when there is more of it than `most`, and when
+    less than SLOWEST_RATE comes."""
+    parts, size = [], 0
+    since, before = time.monotonic(), 0
+    for part in answer.stream(min_chunk_size=1):
+        parts.append(part)
+        size += len(part)
+        if size > most:
+            raise IncompleteError(f"more than {most} bytes came")
+        seconds = time.monotonic() - since
+        if seconds > connect.STALL_SECONDS:
+            if size - before < SLOWEST_RATE * seconds:
+                raise IncompleteError(f"only {size - before} bytes came in {seconds:.0f} s")
+            since, before = time.monotonic(), size
+    return memoryview(parts[0]) if len(parts) == 1 else b"".join(parts)
+
+
+def in_a_loop(request: Callable[[], Any], name: str) -> Any:
+    """What a coroutine gives, also where a loop runs already (a notebook). Raises ServerError when it takes long."""
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            return pool.submit(lambda: asyncio.run(request())).result()
+        except TimeoutError as error:
+            raise ServerError(
+                f"{name}: could not be listed: the server did not come to an end in {LISTING_SECONDS:.0f} s. {LATER}"
+            ) from error
+
+
+def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
+    """The same bytes in parts of PART_BYTES. Copies: an upload still reads a part when the next is being made."""
+    part = bytearray()
+    for piece in pieces:
+        view = memoryview(piece)
+        while len(view):
+            room = PART_BYTES - len(part)
+            part += view[:room]
+            view = view[room:]
+            if len(part) == PART_BYTES:
+                yield part
+                part = bytearray()
+    if part:
+        yield part
+
+
+def tried(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
+    """The result of a request. Raises FileNotFoundError for what is not there, ServerError for all else."""
+    started, pause = time.monotonic(), BACKOFF_SECONDS
+    for attempt in itertools.count(1):
+        try:
+            return request()
+        except (AlreadyExistsError, PreconditionError):
+            raise
+        except (BaseError, FileNotFoundError, IncompleteError) as error:
+            if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
+                raise FileNotFoundError(f"{name}: is not there") from error
+            late = time.monotonic() - started > TOTAL_SECONDS
+            if attempt == tries or late or failure_of(error)[0].final:
+                raise ServerError(message(name, doing, error, attempt)) from error
+        time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
+        pause *= 2
+    raise AssertionError("counting ended")
+
+
+def message(name: str, doing: str, error: Exception, tries: int) -> str:
+    failure, words = failure_of(error)
+    if found := re.search(r"\bretries: (\d+)", str(error)):
+        tries += int(found[1])  # obstore's own, for uploads
+    after = f" after {tries} tries (last: {words})" if tries > 1 else f": {words}"
+    return f"{name}: could not be {doing}{after}. {failure.advice}"

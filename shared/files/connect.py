@@ -1,0 +1,134 @@
+"""How a bucket or a web server is reached: the URL, and then the standard places alone.
+
+For s3:// these are AWS_* variables and, with boto3, ~/.aws and whatever else boto3 knows (SSO, a machine's role); for
+gs:// GOOGLE_* variables, the files of gcloud and the machine's role. The server itself is asked
+nothing here.
+"""
+
+import importlib
+import importlib.util
+import os
+import re
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Final, NamedTuple
+from urllib.parse import SplitResult, urlsplit
+
+from obstore.store import GCSStore, HTTPStore, S3Store
+
+from shared.errors import UserError
+
+TRIES: Final = 5
+BACKOFF_SECONDS: Final = 0.2
+"""Before the second try, give or take a half; doubled before every further one."""
+CONNECT_SECONDS: Final = 1.5
+"""A server that cannot be reached fails after TRIES of these and the pauses: about ten seconds."""
+STALL_SECONDS: Final = 12.0
+"""A read fails when nothing arrives for so long, or less than SLOWEST_RATE."""
+SLOWEST_RATE: Final = 4096
+"""Bytes a second. What is slower is not waited for; what is not may take its time, up to READ_SECONDS a request."""
+READ_SECONDS: Final = 3600.0
+ANSWER_SECONDS: Final = 20.0
+"""A small request (a page of a listing, a head, a line of a log) fails when it is not finished by then."""
+TOTAL_SECONDS: Final = 25.0
+"""After this no further try of a read or a small request begins: a command ends within a minute."""
+LISTING_SECONDS: Final = 55.0
+"""A whole listing, which a server could go on with for ever."""
+PART_SECONDS: Final = 120.0
+UPLOAD_SECONDS: Final = 300.0
+"""A part of an upload, and after how long none is tried again."""
+
+Server = S3Store | GCSStore | HTTPStore
+
+
+def parse(url: str) -> SplitResult:
+    """The parts of a URL that can be a place of files. Raises UserError."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise UserError(f"{url}: is not a URL ({error})") from error
+    if parts.scheme not in ("s3", "gs", "http", "https"):
+        raise UserError(f"{url}: {parts.scheme}:// is not known. Expected a folder, s3://, gs://, http:// or https://")
+    if not parts.netloc:
+        what = "server" if parts.scheme.startswith("http") else "bucket"
+        raise UserError(f"{url}: names no {what}. Expected {parts.scheme}://{what.upper()}/PATH")
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise UserError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}: a URL here has no user, no ? and no #. Credentials "
+            "come from the environment"
+        )
+    return parts
+
+
+class Ways(NamedTuple):
+    """To one place."""
+
+    reads: Server
+    """Of objects: as slow as they may be, tried again by shared/files/client.py."""
+    asks: Server
+    """Small requests, tried again there, too."""
+    uploads: Server
+    """obstore tries their parts again."""
+
+
+def servers(parts: SplitResult) -> tuple[str, Ways]:
+    """What tells the place from any other, and the ways to it."""
+    return {"s3": s3, "gs": gcs, "http": web, "https": web}[parts.scheme](parts)
+
+
+def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Ways:
+    backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
+    retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
+
+    def way(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
+        client: dict[str, Any] = {"allow_http": True} if allow_http else {}
+        client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=seconds)}
+        return make(place, client_options=client | options, retry_config=retry, **config)
+
+    once, stall = retry | {"max_retries": 0}, timedelta(seconds=STALL_SECONDS)
+    return Ways(
+        reads=way(READ_SECONDS, once, read_timeout=stall),
+        asks=way(ANSWER_SECONDS, once, read_timeout=stall),
+        uploads=way(PART_SECONDS, retry),
+    )
+
+
+def s3(parts: SplitResult) -> tuple[str, Ways]:
+    config = s3_profile()
+    names = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
+    endpoint: str = next((os.environ[name] for name in names if os.environ.get(name)), config.get("endpoint", ""))
+    if endpoint:
+        if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
+            raise UserError(f"AWS_ENDPOINT_URL={endpoint}: expected http://HOST:PORT or https://HOST")
+        config["endpoint"] = endpoint
+    config["disable_bulk_delete"] = True  # not every server has S3's request for deleting many
+    return f"{endpoint} {parts.netloc}", ways(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
+
+
+def s3_profile() -> dict[str, Any]:
+    """What ~/.aws and, where the environment holds no keys, boto3's other places say. Needs boto3: {} without."""
+    if not importlib.util.find_spec("boto3"):
+        return {}
+    session = importlib.import_module("botocore.session").get_session()
+    try:
+        scoped = session.get_scoped_config()
+    except importlib.import_module("botocore.exceptions").BotoCoreError as error:
+        raise UserError(f"AWS_PROFILE, ~/.aws: {error}. Correct the profile's name, or the file") from error
+    config = {"endpoint": scoped["endpoint_url"]} if "endpoint_url" in scoped else {}
+    if "region" in scoped and not (os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")):
+        config["region"] = scoped["region"]
+    unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes", "y")
+    if not unsigned and not os.environ.get("AWS_ACCESS_KEY_ID"):
+        provider = importlib.import_module("obstore.auth.boto3").Boto3CredentialProvider
+        config["credential_provider"] = provider(session)  # ValueError where there are none
+    return config
+
+
+def gcs(parts: SplitResult) -> tuple[str, Ways]:
+    base = os.environ.get("GOOGLE_BASE_URL", "")
+    return f"{base} gs {parts.netloc}", ways(GCSStore, parts.netloc, base.startswith("http://"))
+
+
+def web(parts: SplitResult) -> tuple[str, Ways]:
+    server = f"{parts.scheme}://{parts.netloc}"
+    return server, ways(HTTPStore, server, parts.scheme == "http")

@@ -1,0 +1,110 @@
+"""What a file is, by all of its bytes: BLAKE2b, remembered for as long as the file stays as it is.
+
+What is remembered is in the user's cache folder, one small file each, under a name that is drawn from the path, the
+size, the inode and both times of the file. Whatever else is found there, or was put there by somebody else, is not
+believed. A file that changed within the last seconds is not remembered: its times could not tell the next change.
+"""
+
+import contextlib
+import hashlib
+import os
+import stat
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from shared.device import local_cores
+from shared.files.cache import RangeCache
+from shared.progress import say
+
+BLOCK: Final = 4 << 20
+"""Bytes read at a time."""
+SAY_BYTES: Final = 8e9
+"""More than this takes long enough to read that it is said."""
+SETTLED_SECONDS: Final = 3.0
+"""How long a file must have stayed as it is before its digest is remembered."""
+DIGEST_BYTES: Final = 32
+
+
+def file_digests(paths: Iterable[Path]) -> list[str]:
+    """Of each file 64 hex digits over all of its bytes, in the order given. Raises OSError where one cannot be read."""
+    found = list(paths)
+    unknown = [path for path in found if known(identity(path)) is None]
+    size = sum(path.stat().st_size for path in unknown)
+    if size > SAY_BYTES:
+        say(f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read once, to tell this model from any other")
+    with ThreadPoolExecutor(max(1, min(len(found), local_cores()))) as pool:  # hashlib lets the others run
+        return list(pool.map(file_digest, found))
+
+
+def file_digest(path: Path) -> str:
+    """As `file_digests`, of one file."""
+    before = identity(path)
+    if told := known(before):
+        return told
+    place = remembered(before)
+    digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    buffer = memoryview(bytearray(BLOCK))
+    with path.open("rb", buffering=0) as file:
+        while length := file.readinto(buffer):
+            digest.update(buffer[:length])
+    found = digest.hexdigest()
+    if place and identity(path) == before and time.time_ns() - max(before[3:]) > SETTLED_SECONDS * 1e9:
+        remember(place, before, found)
+    return found
+
+
+def identity(path: Path) -> tuple[str, int, int, int, int]:
+    """What tells a file from any other and from itself before a change: path, size, inode and times in ns."""
+    about = path.stat()
+    return os.path.realpath(path), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
+
+
+def known(file: tuple[str, int, int, int, int]) -> str | None:
+    place = remembered(file)
+    return recall(place, file) if place else None
+
+
+def remembered(file: tuple[str, int, int, int, int]) -> Path | None:
+    """Where the digest of a file is kept; None where the user wants no cache."""
+    cache = RangeCache.of_user()
+    return cache.folder / f"{seal(repr(file))}.digest" if cache.max_bytes else None
+
+
+def seal(text: str) -> str:
+    return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
+
+
+def recall(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
+    """A digest that this user wrote down; None for anything else."""
+    try:
+        handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        return None
+    with open(handle, "rb", buffering=0) as opened:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode) or about.st_uid != os.geteuid() or about.st_mode & 0o022:
+            return None
+        line = opened.read(256) or b""
+    found = line[: 2 * DIGEST_BYTES].decode("ascii", "replace")
+    return found if line == as_line(file, found) else None
+
+
+def remember(place: Path, file: tuple[str, int, int, int, int], digest: str) -> None:
+    """As well as the disk allows: without it, the file is read again next time."""
+    temporary = place.with_name(f"{place.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    with contextlib.suppress(OSError):
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            with open(handle, "wb", buffering=0) as opened:
+                opened.write(as_line(file, digest))
+            temporary.rename(place)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def as_line(file: tuple[str, int, int, int, int], digest: str) -> bytes:
+    return f"{digest} {seal(f'{digest} {file!r}')}\n".encode("utf-8", "surrogateescape")

@@ -1,0 +1,496 @@
+"""Where bytes are: one set of verbs for a local folder (here) and for an object store (shared/files/remote.py).
+
+Files are whole or absent, whatever is killed when: write to a temporary name, fsync, rename, fsync the folder. What was
+committed is read by position, with the length that was committed; a file of another length is damage. Paths are
+relative to the folder, with `/`.
+"""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
+
+from shared.errors import DamagedError, UserError
+from shared.files.handles import HANDLES, LocalFile, again, close, open_regular, open_to_read
+from shared.files.handles import SCRATCH as SCRATCH
+from shared.files.handles import VERIFY as VERIFY
+from shared.files.handles import Buffer as Buffer
+from shared.files.locks import HELD_FILE as HELD_FILE
+from shared.files.locks import LOCK_FILE as LOCK_FILE
+from shared.files.locks import check_alone as check_alone
+from shared.files.locks import check_unread, held_for_reading
+from shared.files.locks import folder_lock as folder_lock
+from shared.files.locks import is_locked as is_locked
+from shared.files.locks import lock_file as lock_file
+from shared.progress import say
+
+AGAIN: Final = "then run the same command again: what is committed is safe and stays"
+DOCUMENT_BYTES: Final = 64 << 20
+"""The most that is read of a file that describes something: zarr.json, a record."""
+WHOLE_BYTES: Final = 1 << 30
+"""The most that is read of any other file as a whole: a manifest of a million shards."""
+
+Write = Callable[[str, Iterable[Buffer]], None]
+"""Writes a file of all the pieces."""
+
+
+class Mark(NamedTuple):
+    """What a log was when it was looked at: equal marks mean equal content."""
+
+    identity: str
+    size: int
+    grows: bool
+    """Whether a log of the same identity that is larger has this one's bytes at its beginning."""
+
+    def continues(self, before: "Mark") -> bool:
+        return self.grows and self.identity == before.identity and self.size >= before.size
+
+
+@runtime_checkable
+class OpenFile(Protocol):
+    """A file that does not change, read by position from any thread."""
+
+    def read(self, offset: int, length: int) -> Buffer:
+        """Exactly these bytes, valid until the same thread reads again. Raises DamagedError when there are fewer."""
+        ...
+
+    def forget(self, offset: int, length: int) -> bool:
+        """Drops a copy of these bytes that turned out wrong; whether there was one, so that reading again may help."""
+        ...
+
+
+@runtime_checkable
+class Files(Protocol):
+    """A folder of files."""
+
+    name: str
+    """What the user calls it: for messages."""
+
+    def read(self, path: str) -> bytes:
+        """A whole file. Raises FileNotFoundError when there is none."""
+        ...
+
+    def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:
+        """A committed file of `size` bytes. Raises DamagedError when it is missing or of another length. With the
+        crc32 that was committed, a copy of what was read before may be used where reading is slow."""
+        ...
+
+    def write(self, path: str, pieces: Iterable[Buffer]) -> None:
+        """A file of all the pieces, durable when this returns; or, after any failure, what was there before."""
+        ...
+
+    def together(self) -> AbstractContextManager[Write]:
+        """Gives what writes files that belong together, from any thread: durable when the block is left, which costs a
+        disk far less than one by one. After a failure in the block none of them is there."""
+        ...
+
+    def append(self, path: str, line: bytes, number: int) -> None:
+        """Adds a line to a log, durable when this returns. Where nothing can be appended to, line `number` becomes a
+        file of its own beside it: see `logs`."""
+        ...
+
+    def logs(self, folder: str, prefix: str) -> list[str]:
+        """Paths of the logs in a folder whose name begins with `prefix`, sorted."""
+        ...
+
+    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+        """The same, each with a mark of what it is now."""
+        ...
+
+    def read_from(self, path: str, offset: int) -> bytes:
+        """A file from there to its end. Raises FileNotFoundError when there is none."""
+        ...
+
+    def join_logs(self, folder: str, prefix: str) -> None:
+        """Where a line is a file of its own: makes one log of many. No line is ever in none of them."""
+        ...
+
+    def remove(self, path: str) -> None:
+        """Deletes a file; none is fine."""
+        ...
+
+    def remove_all(self, paths: list[str]) -> None:
+        """Deletes many files."""
+        ...
+
+    def folders(self) -> list[str]:
+        """Names of the folders in this one, sorted."""
+        ...
+
+    def clear(self, unwanted: Callable[[str], bool]) -> None:
+        """Deletes the files and folders here whose name is unwanted, with all that is in them."""
+        ...
+
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:
+        """Before `clear`: raises UserError where it could not do all of it."""
+        ...
+
+    def at(self, path: str) -> "Files":
+        """A folder in this one."""
+        ...
+
+    def reading(self) -> AbstractContextManager[None]:
+        """While a store is read for long: who wants to delete it is told so. Writes nothing."""
+        ...
+
+    def unread(self) -> AbstractContextManager[None]:
+        """While a store is deleted or taken back. Raises UserError when somebody is reading it, as far as this can be
+        seen."""
+        ...
+
+    def lock(self, writer: int = 0) -> AbstractContextManager[None]:
+        """One writer at a time, or one of each number. Raises UserError naming the holder."""
+        ...
+
+    def explained(self, after: str = ...) -> AbstractContextManager[None]:
+        """Turns what a disk or a server can do to a writer into a UserError; what is committed stays valid. `after` is
+        what to do when the cause is mended."""
+        ...
+
+
+def is_remote(location: str | Path) -> bool:
+    return "://" in str(location)
+
+
+def open_files(location: str | Path) -> Files:
+    """The files at a folder (its `~` made whole) or a URL (s3://, gs://, http://, https://)."""
+    if not is_remote(location):
+        return LocalFiles(Path(os.path.expanduser(location)))
+    from shared.files.remote import RemoteFiles
+
+    return RemoteFiles.connect(str(location))
+
+
+def parent_of(location: str) -> str | None:
+    """The folder that a location is in; None at the top."""
+    head, slash, tail = location.rstrip("/").rpartition("/")
+    if is_remote(location):
+        return head if slash and tail and not head.endswith("/") and head.count("/") >= 2 else None
+    parent = os.path.dirname(location.rstrip("/")) or "."
+    return None if parent == location else parent
+
+
+def join(location: str, name: str) -> str:
+    return f"{location.rstrip('/')}/{name}" if is_remote(location) else str(Path(location) / name)
+
+
+def most_bytes(path: str) -> int:
+    """How large a file may be that is read as a whole."""
+    return DOCUMENT_BYTES if path.endswith((".json", ".toml")) else WHOLE_BYTES
+
+
+def too_large(what: str, size: int, most: int) -> DamagedError:
+    return DamagedError(f"{what}: has {size:,} bytes; a file of its kind has at most {most:,}. {VERIFY}")
+
+
+def safe(path: str) -> str:
+    """A path inside a folder, as it is. Raises DamagedError for one that leads out of it."""
+    if path[:1] == "/" or path[-1:] == "/" or "//" in path or "\0" in path or ".." in path.split("/"):
+        raise DamagedError(f"{path!r}: leads out of the store: it was not written by sagsae. Do not use it")
+    return path
+
+
+class LocalFiles:
+    """A folder on a disk."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.name = root, str(root)
+
+    def read(self, path: str) -> bytes:
+        try:
+            return read_whole(self.root / safe(path), most_bytes(path))
+        except NotADirectoryError as error:
+            raise FileNotFoundError(str(error)) from error
+
+    def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:  # noqa: ARG002 (a disk is fast)
+        return LocalFile(self.root / safe(path), size)
+
+    def write(self, path: str, pieces: Iterable[Buffer]) -> None:
+        write_file(self.place(path), pieces)
+
+    @contextmanager
+    def together(self) -> Iterator[Write]:
+        with written_together() as write:
+            yield lambda path, pieces: write(self.place(path), pieces)
+
+    def place(self, path: str) -> Path:
+        """Where a file is written. Raises UserError where a folder on the way is a link that leads out of here."""
+        file = self.root / safe(path)
+        real, top = os.path.realpath(file.parent), os.path.realpath(self.root)
+        if real != top and not real.startswith(f"{top.rstrip('/')}/"):
+            raise UserError(
+                f"{file.parent}: leads out of {self.name} ({real}). What is linked is read, never written to. Put the "
+                "folder itself in the link's place, or link the whole store"
+            )
+        return file
+
+    def append(self, path: str, line: bytes, number: int) -> None:  # noqa: ARG002 (a disk can append)
+        file = self.place(path)
+        append_line(file, line)
+        sync(file.parent)
+
+    def logs(self, folder: str, prefix: str) -> list[str]:
+        return sorted(path.relative_to(self.root).as_posix() for path in (self.root / folder).glob(f"{prefix}*.jsonl"))
+
+    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+        found = {}
+        for path in self.logs(folder, prefix):
+            with contextlib.suppress(FileNotFoundError):  # deleted since the listing
+                about = (self.root / path).stat()
+                found[path] = Mark(f"{about.st_dev} {about.st_ino}", about.st_size, True)
+        return found
+
+    def read_from(self, path: str, offset: int) -> bytes:
+        return read_whole(self.root / safe(path), most_bytes(path), offset)
+
+    def join_logs(self, folder: str, prefix: str) -> None:
+        pass  # a log is one file
+
+    def remove(self, path: str) -> None:
+        again((self.root / safe(path)).unlink, missing_ok=True)
+
+    def remove_all(self, paths: list[str]) -> None:
+        for path in paths:
+            self.remove(path)
+
+    def folders(self) -> list[str]:
+        return sorted(path.name for path in self.root.iterdir() if path.is_dir())
+
+    def clear(self, unwanted: Callable[[str], bool]) -> None:
+        for path in list(self.root.iterdir()):
+            if unwanted(path.name):
+                remove_tree(path)
+
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:
+        check_removable(path for path in self.root.iterdir() if unwanted(path.name))
+
+    def at(self, path: str) -> Files:
+        return LocalFiles(self.root / safe(path))
+
+    def lock(self, writer: int = 0) -> AbstractContextManager[None]:
+        return folder_lock(self.root, lock_file(writer))
+
+    def reading(self) -> AbstractContextManager[None]:
+        return held_for_reading(self.root)
+
+    def unread(self) -> AbstractContextManager[None]:
+        return check_unread(self.root)
+
+    def explained(self, after: str = AGAIN) -> AbstractContextManager[None]:
+        return explained(self.root, after)
+
+
+def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
+    """All of a regular file, or all from `offset` on. Raises DamagedError for one that is larger than `most` bytes, or
+    no regular file."""
+    handle, status = open_to_read(file)
+    try:
+        if status.st_size > most:
+            raise too_large(str(file), status.st_size, most)
+        parts, left = [], most + 1 - os.lseek(handle, offset, os.SEEK_SET)
+        while left > 0 and (part := os.read(handle, min(left, status.st_size + 1))):
+            parts.append(part)
+            left -= len(part)
+            if left <= most - status.st_size:  # as long as it was; what is added now comes next time
+                break
+        if left <= 0:
+            raise too_large(str(file), most + 1, most)
+        return b"".join(parts)
+    finally:
+        close(handle)
+
+
+def touch(file: Path) -> None:
+    """Makes the file, empty, where there is none. Raises UserError for a link."""
+    close(open_regular(file, os.O_WRONLY | os.O_CREAT))
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Adds a line to a log, durable when this returns. One before it that was torn goes. Raises UserError where the
+    log is a link."""
+    handle = open_regular(file, os.O_RDWR | os.O_CREAT)
+    try:
+        end = os.lseek(handle, 0, os.SEEK_END)
+        if end and os.pread(handle, 1, end - 1) != b"\n":  # torn by a crash: it was never a line
+            end = os.pread(handle, end, 0).rfind(b"\n") + 1
+            os.ftruncate(handle, end)
+        try:
+            if os.pwrite(handle, line, end) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+            os.fsync(handle)
+        except OSError:
+            os.ftruncate(handle, end)
+            raise
+    finally:
+        close(handle)
+
+
+def remove_tree(path: Path) -> None:
+    """Deletes a file or a folder with all in it. Of a link, the link: what it stands for stays, and is named."""
+    if path.is_symlink():
+        target = os.path.realpath(path)
+        again(path.unlink, missing_ok=True)
+        say(f"{path}: was a link and is removed; {target}, which it stood for, is left as it is")
+    elif path.is_dir():
+        again(shutil.rmtree, path)
+    else:
+        again(path.unlink, missing_ok=True)
+
+
+def check_removable(paths: Iterable[Path]) -> None:
+    """Before anything is deleted: raises UserError where it could not be. Looks at the folders, not into them."""
+    for path in paths:
+        holds = [path.parent, *([path] if path.is_dir() and not path.is_symlink() else [])]
+        for folder in holds:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise UserError(
+                    f"{path}: cannot be deleted, because {folder} may not be changed. Nothing was deleted. Make the "
+                    "folder writable"
+                )
+
+
+def sync(path: Path) -> None:
+    """fsync of a file or a folder."""
+    handle = HANDLES.with_room(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+    try:
+        os.fsync(handle)
+    finally:
+        close(handle)
+
+
+def write_file(path: Path, pieces: bytes | Iterable[Buffer]) -> None:
+    """A file of all the pieces, or nothing."""
+    with written_together() as write:
+        write(path, [pieces] if isinstance(pieces, bytes) else pieces)
+
+
+@contextmanager
+def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
+    """Files, or nothing: all to temporary names, then fsync of all, renames, and fsync of each folder once. The first
+    fsync takes the journal's part of the others with it."""
+    names: dict[Path, Path] = {}
+    folders: set[Path] = set()
+
+    def write(path: Path, pieces: Iterable[Buffer]) -> None:
+        folders.update(make_folders(path.parent), (path.parent,))
+        names[path] = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        write_new(names[path], pieces)
+
+    try:
+        yield write
+        for temporary in names.values():
+            sync(temporary)
+        for path, temporary in names.items():
+            again(temporary.rename, path)
+    except BaseException:
+        for temporary in names.values():
+            with contextlib.suppress(OSError):  # the first failure is the one to tell
+                again(temporary.unlink, missing_ok=True)
+        raise
+    for folder in folders:
+        sync(folder)
+
+
+def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
+    """A file that was not there: what has its name, a leftover or a link, goes."""
+    new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    again(path.unlink, missing_ok=True)
+    handle = open_regular(path, new)
+    try:
+        for piece in pieces:
+            view = memoryview(piece)
+            while len(view):
+                view = view[os.write(handle, view) :]
+    except BaseException:
+        with contextlib.suppress(OSError):  # the first failure is the one to tell
+            close(handle)
+        raise
+    close(handle)
+
+
+def make_folders(folder: Path) -> list[Path]:
+    """Like mkdir -p. Gives the folders that have a new name in them: to be synced."""
+    if folder.is_dir():
+        return []
+    above = make_folders(folder.parent)
+    again(folder.mkdir, exist_ok=True)
+    return [*above, folder.parent]
+
+
+def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collection[int] = ()) -> None:
+    """Deletes what was being written when a process was killed, in the places where it can be: beside documents and
+    logs, and among the files of shards that are not `written`. For whoever holds the lock."""
+    places = [root, root / "manifest"]
+    for array in arrays:
+        folder = root / array
+        places += [folder, *folder.parents[: array.count("/") + 1]]
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / "c") as found:
+            for entry in found:
+                number = entry.name.partition(".")[0]
+                if entry.name.endswith(".tmp"):
+                    again(Path(entry.path).unlink, missing_ok=True)
+                elif number.isdecimal() and int(number) not in written and entry.is_dir(follow_symlinks=False):
+                    places.append(Path(entry.path))
+    for place in dict.fromkeys(places):
+        for leftover in place.glob("*.tmp"):
+            again(leftover.unlink, missing_ok=True)
+
+
+WRITABLE: Final = "permission denied. Make the folder writable"
+LIMIT: Final = "Raise the limit (ulimit -n), or stop what else is running"
+MOUNT: Final = "the file system does not answer as it should. See to the disk or its server"
+REASONS: Final = {
+    errno.ENOSPC: "the disk is full. Free space",
+    errno.EDQUOT: "the disk quota is used up. Free space",
+    errno.EFBIG: "a file would be larger than is allowed here. Raise the limit (ulimit -f)",
+    errno.EROFS: "the file system is read-only. Make it writable",
+    errno.EACCES: WRITABLE,
+    errno.EPERM: WRITABLE,
+    errno.EIO: "the disk reports an error (I/O error). Check the disk",
+    errno.EMFILE: f"this process has too many open files. {LIMIT}",
+    errno.ENFILE: f"this machine has too many open files. {LIMIT}",
+    errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter --out or --name",
+    errno.ENOENT: "a file or folder that was there a moment ago is gone. Leave the folder alone while this runs",
+    errno.ENOTDIR: "what should be a folder is none. Leave the folder alone while this runs",
+    errno.EISDIR: "what should be a file is a folder. Remove it",
+    errno.ENOTEMPTY: "another process is writing into the folder. Leave the folder alone while this runs",
+    errno.EEXIST: "another process is writing into the folder. Leave the folder alone while this runs",
+    errno.ELOOP: "links lead round in a circle. Remove them",
+    errno.EXDEV: "the folder lies on two disks. Put all of it on one",
+    errno.EINTR: "the file system was interrupted again and again (EINTR)",
+    errno.ESTALE: f"{MOUNT} (stale file handle): mount it again",
+    errno.ETIMEDOUT: f"{MOUNT} (timed out)",
+    errno.EHOSTDOWN: f"{MOUNT} (its server is down)",
+    errno.ENOTCONN: f"{MOUNT} (not connected): mount it again",
+    errno.ENXIO: f"{MOUNT} (no such device)",
+    errno.ENODEV: f"{MOUNT} (no such device)",
+    errno.ENOLCK: "the file system has no locks left. See to its server",
+    errno.ENOSYS: "the file system cannot do this. Use another disk",
+    errno.EOPNOTSUPP: "the file system cannot do this. Use another disk",
+    errno.EINVAL: "the file system refuses this. Use another disk",
+    errno.EBUSY: "a file is in use by something else (EBUSY). Stop it",
+    errno.ETXTBSY: "a file is in use by something else (ETXTBSY). Stop it",
+    errno.EBADF: "the disk reports an error when a file is closed. Check the disk",
+    errno.ENOMEM: "memory does not suffice. Free some",
+}
+
+
+def in_words(error: OSError) -> str:
+    """What an operating system's error means, and what to do."""
+    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). See to the disk"
+
+
+@contextmanager
+def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
+    """Turns a full disk or a read-only one, or whatever else a disk says, into a message; what is committed stays
+    valid."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise UserError(f"{where}: {in_words(error)}, {after}") from error

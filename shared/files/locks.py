@@ -1,0 +1,268 @@
+"""Who may write into a folder, and who is reading it: locks that end with their process.
+
+`.lock` is held by a writer (flock). Where a file system has no flock (Lustre without `-o flock`, NFS without its lock
+service), a second file stands for it, which only one process can create; it stays when its process is killed, and then
+a message says which file to delete. Whoever reads a store for long holds a shared lock on its record.json: nothing is
+written for that, and who wants to delete the store is told.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+from shared.errors import UserError
+from shared.files.handles import again, close, open_regular
+from shared.progress import say
+
+LOCK_FILE: Final = ".lock"
+HELD_FILE: Final = ".lock.held"
+"""Stands for a lock where there is no flock."""
+READ_FILE: Final = "record.json"
+"""What readers lock: written once, never replaced."""
+NO_FLOCK: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
+WAIT_SECONDS: Final = 0.05
+"""`is_locked` holds a lock for a moment."""
+
+
+class NoFlockError(Exception):
+    """This file system has no flock."""
+
+
+def lock_file(writer: int) -> str:
+    return f"{LOCK_FILE}.{writer}" if writer else LOCK_FILE
+
+
+def flock(handle: int, how: int) -> bool:
+    """Whether the lock was free; it is not waited for. Raises NoFlockError."""
+    try:
+        again(fcntl.flock, handle, how | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in NO_FLOCK:
+            raise
+        raise NoFlockError(os.strerror(error.errno)) from error
+    return True
+
+
+@contextmanager
+def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
+    """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder, and where
+    the lock's file is a link."""
+    handle = open_regular(root / name, os.O_RDWR | os.O_CREAT)
+    try:
+        other = root / name.replace(LOCK_FILE, HELD_FILE, 1)
+        try:
+            take_flock(handle, root)
+        except NoFlockError:
+            with created(other, root):
+                check_name(handle, root / name, root)
+                yield
+            return
+        if other.exists():  # flock comes and goes on some servers
+            raise UserError(f"{root}: {held_by(other)}")
+        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, this_process().encode(), 0)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                os.ftruncate(handle, 0)
+    finally:
+        close(handle)
+
+
+def take_flock(handle: int, root: Path) -> None:
+    for last in (False, True):
+        if flock(handle, fcntl.LOCK_EX):
+            return
+        if not last:
+            time.sleep(WAIT_SECONDS)
+    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    raise UserError(f"{root}: {printable(holder) or 'another process'} is writing here; wait for it, or stop it first")
+
+
+def printable(text: str) -> str:
+    return "".join(letter for letter in text if letter.isprintable())
+
+
+@contextmanager
+def created(file: Path, root: Path) -> Iterator[None]:
+    """A lock without flock: a file that only one process can create. Raises UserError naming who holds it."""
+    mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "processes": process_space()}).encode()
+    try:
+        handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+    except FileExistsError as error:
+        raise UserError(f"{root}: {held_by(file)}") from error
+    try:
+        try:
+            os.write(handle, mine)
+        finally:
+            close(handle)
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            again(file.unlink, missing_ok=True)
+
+
+def check_name(handle: int, file: Path, root: Path) -> None:
+    """Where there is no flock now: raises UserError when the file names a holder that had it, and may still have."""
+    text = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    found = re.fullmatch(r"process (\d+) on (.+)", text)
+    if text and not (found and found[2] == socket.gethostname() and not is_alive(int(found[1]))):
+        raise UserError(
+            f"{root}: {printable(text)} is writing here; wait for it, or stop it first. If it is known to be dead, "
+            f"delete {file} (this file system has no flock)"
+        )
+
+
+def held_by(file: Path) -> str:
+    held = holder(text_of(file))
+    who = printable(f"process {held.get('pid')} on {held.get('host')}") if held else "another process"
+    if is_dead(held):
+        return f"{who} was writing here and was killed. Delete {file} (this file system has no flock), then try again"
+    return (
+        f"{who} is writing here; wait for it, or stop it first. If it is known to be dead, delete {file} (this file "
+        "system has no flock)"
+    )
+
+
+def text_of(file: Path) -> bytes:
+    try:
+        handle = open_regular(file)
+    except OSError:
+        return b""
+    try:
+        return os.read(handle, 4096)
+    finally:
+        close(handle)
+
+
+def check_alone(root: Path) -> None:
+    """For whoever holds the lock of writer 0. Raises UserError when another writer is still at work: the rest of a
+    harvest whose first process was killed."""
+    for path in sorted(root.glob(f"{LOCK_FILE}.[0-9]*")):
+        with folder_lock(root, path.name):
+            pass
+
+
+def this_process() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"
+
+
+def is_locked(root: Path) -> bool | None:
+    """Whether a process that is alive holds the folder's lock; None where that cannot be seen."""
+    if (root / LOCK_FILE).is_symlink() or (root / HELD_FILE).exists():
+        return None
+    try:
+        handle = open_regular(root / LOCK_FILE)
+    except FileNotFoundError:
+        return False
+    try:
+        return not flock(handle, fcntl.LOCK_SH)
+    except NoFlockError:
+        return None
+    finally:
+        close(handle)
+
+
+@contextmanager
+def held_for_reading(root: Path) -> Iterator[None]:
+    """Raises UserError when the store is being deleted. Where it cannot be locked, it is read without."""
+    try:
+        handle = open_regular(root / READ_FILE)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        with contextlib.suppress(NoFlockError):
+            for last in (False, True):
+                if flock(handle, fcntl.LOCK_SH):
+                    break
+                if last:
+                    raise UserError(f"{root}: is being deleted or taken back by another process. Wait for it")
+                time.sleep(WAIT_SECONDS)
+        yield
+    finally:
+        close(handle)
+
+
+@contextmanager
+def check_unread(root: Path) -> Iterator[None]:
+    """Raises UserError when somebody reads the store, and keeps new readers away."""
+    try:
+        handle = open_regular(root / READ_FILE)
+    except FileNotFoundError:
+        yield
+        return
+    try:
+        try:
+            if not flock(handle, fcntl.LOCK_EX):
+                raise UserError(
+                    f"{root}: {readers(handle)} reading it (a training, an evaluation, a verify …). Wait for it, or "
+                    "stop it first"
+                )
+        except NoFlockError as error:
+            say(f"{root}: whether somebody is reading it cannot be seen on this file system ({error})")
+        yield
+    finally:
+        close(handle)
+
+
+def readers(handle: int) -> str:
+    """Who holds a lock of this file, as far as this machine knows."""
+    status = os.fstat(handle)
+    wanted = f":{status.st_ino}"
+    try:
+        lines = Path("/proc/locks").read_text(encoding="ascii", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    found = {line.split()[4] for line in lines if "FLOCK" in line and line.split()[5].endswith(wanted)}
+    found -= {str(os.getpid()), "-1", "0"}
+    if not found:
+        return "another process is"
+    return f"process {', '.join(sorted(found))} is" if len(found) == 1 else f"processes {', '.join(sorted(found))} are"
+
+
+def holder(data: bytes) -> dict[str, Any]:
+    """What a lock's file says; {} when it says nothing."""
+    with contextlib.suppress(ValueError, RecursionError):
+        held = json.loads(data)
+        if isinstance(held, dict):
+            return held
+    return {}
+
+
+def is_dead(held: dict[str, Any]) -> bool:
+    """Whether it was a process of this machine, and is gone. No answer about any other machine."""
+    here = held.get("host") == socket.gethostname() and held.get("processes") == process_space()
+    pid = held.get("pid")
+    return here and isinstance(pid, int) and pid > 0 and not is_alive(pid)
+
+
+def is_alive(pid: int) -> bool:
+    """Of this machine; true when that is not known."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
+
+
+def process_space() -> str:
+    """Which numbering of processes ours are in: two containers can have one host name."""
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""

@@ -1,0 +1,57 @@
+"""One writer of a prefix at a time, in an object store: an object that only one process can create."""
+
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from obstore.exceptions import AlreadyExistsError, PreconditionError
+
+from shared.errors import UserError
+from shared.files.client import Client, ServerError
+from shared.files.locks import holder, is_dead, process_space
+
+LOCK_BYTES: Final = 1 << 16
+
+
+@contextmanager
+def object_lock(client: Client, key: str, name: str) -> Iterator[None]:
+    """Holds the lock that is the object `key`. It stays when its process is killed: then a process of the same
+    machine takes it over. Raises UserError naming the holder."""
+    mine = json.dumps({
+        "pid": os.getpid(), "host": socket.gethostname(), "processes": process_space(),
+        "since": datetime.now(UTC).isoformat(),
+    }).encode()  # fmt: skip
+    take_lock(client, key, name, mine)
+    try:
+        yield
+    finally:
+        with suppress(FileNotFoundError, ServerError):  # what else failed is the one to tell
+            if client.get(key, name, LOCK_BYTES)[0] == mine:
+                client.delete([key], name)
+
+
+def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
+    mode: Any = "create"
+    held: Any = {}
+    for _ in range(3):
+        try:
+            return client.put(key, name, mine, mode)
+        except (AlreadyExistsError, PreconditionError):
+            mode = "create"
+        with suppress(FileNotFoundError):  # given back in this moment
+            data, meta = client.get(key, name, LOCK_BYTES)
+            if data == mine:  # the first of two tries had come through
+                return None
+            held = holder(data)
+            if not is_dead(held):
+                break
+            mode = {tag: meta[tag] for tag in ("e_tag", "version") if meta[tag]}  # of the dead process's lock
+    who = f"process {held.get('pid')} on {held.get('host')} (since {held.get('since')})" if held else "another process"
+    raise UserError(
+        f"{name.rpartition('/')[0]}: {who} is writing here; wait for it, or stop it first. If it is known to be dead, "
+        f"delete the object {name}"
+    )

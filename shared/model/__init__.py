@@ -1,0 +1,1 @@
+"""Language models: which one a name means, its hookpoints, and running it."""

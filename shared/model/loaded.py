@@ -1,0 +1,103 @@
+"""Whether a model that was loaded is the one in its files: what the library found missing or left over, looked at.
+
+transformers draws weights at random where a file lacks them, and leaves out what the model does not have a place for;
+of both it only keeps lists.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from shared.errors import UserError
+from shared.model.weights import some
+from shared.progress import say
+
+WRAPPERS: Final = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel or DataParallel",
+    "_fsdp_wrapped_module.": "FSDP",
+    "_forward_module.": "Lightning",
+    "model.module.": "a training wrapper",
+    "base_model.model.": "PEFT: an adapter that was not merged",
+    "transformer.module.": "a training wrapper",
+}
+BUFFERS: Final = re.compile(
+    r"(inv_freq|\.(attn|attention|self_attn|self_attention)\.(bias|masked_bias)|masked_bias|causal_mask|position_ids|"
+    r"(cos|sin)_cached|freqs_cis|rope\.freqs|rotary_(pos_)?emb\S*|relative_position_index|num_batches_tracked|"
+    r"embed_positions\.(weights|_float_tensor)|alibi\w*|slopes|version)$"
+)
+"""What older checkpoints carry and newer models compute themselves."""
+NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+
+
+def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
+    """Raises UserError, naming tensors, when weights of the model were not in its files, or others were that belong
+    into it. What belongs to nothing that runs (vision towers, heads, further prediction layers) is said in a line."""
+    missing, unexpected = sorted(info.get("missing_keys", ())), sorted(info.get("unexpected_keys", ()))
+    mismatched = sorted(f"{key[0]} {list(key[1])} for {list(key[2])}" for key in info.get("mismatched_keys", ()))
+    if missing:
+        raise UserError(
+            f"--model {name}: its files lack {len(missing):,} of the model's weights: {some(missing)}."
+            f"{hint(missing, unexpected, model)} Nothing is drawn at random in their place"
+        )
+    if mismatched:
+        raise UserError(
+            f"--model {name}: {len(mismatched):,} weights have another shape in the files than config.json says: "
+            f"{some(mismatched)}. The configuration and the weights are not of the same model"
+        )
+    wrong = belonging(unexpected, model)
+    if wrong:
+        raise UserError(
+            f"--model {name}: its files hold {len(wrong):,} weights for which the model that config.json describes has "
+            f"no place: {some(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
+            "(architecture, number of layers, biases)"
+        )
+    zeros = [key for key, weight in model.named_parameters() if weight.dim() > 1 and is_zero(weight)]
+    if zeros:
+        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {some(zeros)}")
+    rest = [key for key in unexpected if not BUFFERS.search(key)]
+    if rest:
+        say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {some(rest)}")
+
+
+def is_zero(weight: Any) -> bool:
+    """Whether a weight in memory is zero throughout. The end is looked at first, so that others cost nothing."""
+    return weight.device.type != "meta" and not weight.flatten()[-4096:].any() and not weight.any()
+
+
+def belonging(unexpected: Iterable[str], model: Any) -> list[str]:
+    """Those of the tensors left over that the model would compute with, had it a place for them: all inside the part
+    that runs, but for buffers and for whole further layers of another kind than the model's own."""
+    inside = f"{model.base_model_prefix}."
+    own = {NUMBER.sub("#", key) for key in model.state_dict()}
+    left = [key for key in unexpected if not BUFFERS.search(key)]
+    blocks = {block_of(key) for key in model.state_dict()} - {None}
+    foreign = {block_of(key) for key in left if block_of(key) and NUMBER.sub("#", key) not in own} - blocks
+    wrapped = [key for key in left if any(key.startswith(wrapper) for wrapper in WRAPPERS) or ".lora_" in key]
+    runs = [key for key in left if key.startswith(inside) or {block_of(key), f"{inside}{block_of(key)}"} & blocks]
+    found = [key for key in runs if block_of(key) not in foreign]
+    return sorted({*wrapped, *found})
+
+
+def block_of(key: str) -> str | None:
+    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
+    match = NUMBER.search(key)
+    return key[: match.end()] if match else None
+
+
+def hint(missing: list[str], unexpected: list[str], model: Any) -> str:
+    """Where they may have gone."""
+    if unexpected:
+        told = prefix_hint(unexpected)
+        return told or f" They hold {len(unexpected):,} others instead: {some(unexpected)}."
+    output = model.get_output_embeddings()
+    if output is not None and all(model.get_submodule(key.rpartition(".")[0]) is output for key in missing):
+        return " It is the output layer alone: save the whole causal language model, or set tie_word_embeddings."
+    return " The download, the copy or the conversion is not complete."
+
+
+def prefix_hint(keys: list[str]) -> str:
+    for wrapper, who in WRAPPERS.items():
+        if any(key.startswith(wrapper) for key in keys):
+            return f" The files' names begin with {wrapper!r} ({who}): save the model inside the wrapper."
+    return ""

@@ -1,0 +1,115 @@
+"""What a model's hookpoints give, known from its configuration alone.
+
+The model is made and run without numbers: torch's fake tensors have a shape and no memory, so a model of any size goes
+through the same bridge as the real one in a fraction of a second. Only the layers asked for are kept.
+"""
+
+import copy
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+
+from shared.errors import UserError
+from shared.model.bridge import Attention, build_bridge, wants_sdpa
+from shared.model.source import cause
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Shapes = list[tuple[int, ...]]
+"""One shape for each time that a hookpoint fired in one forward pass."""
+
+N: Final = 3
+CONTEXT: Final = 61
+"""Of the batch that goes through: a number that no model has of heads, so that [n, context, ...] can be told apart."""
+
+
+def outline(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
+    """Every hookpoint of these layers, by all of its names -> the shapes it gives for N rows of CONTEXT tokens. Raises
+    UserError where TransformerLens cannot wrap or run the model with this attention; names the other where it can."""
+    try:
+        return traced(config, attention, name, layers)
+    except CannotRun as error:
+        other: Attention = "eager" if attention == "sdpa" else "sdpa"
+        try:
+            traced(config, other, name, layers)
+            hint = f"Use --attention {other}, with which it can"
+        except (CannotRun, UserError):
+            hint = "Nor can it with the other kind of attention: this model cannot be harvested"
+        raise UserError(f"--model {name}: {error}. {hint}") from error.__cause__
+
+
+class CannotRun(Exception):
+    """A model cannot be run without numbers; why is said in words."""
+
+
+def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
+    """As `outline`, with CannotRun where the model cannot be made or run."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    tokens = [[0] * CONTEXT] * N
+    shapes: dict[int, Shapes] = {}
+    what = f"the model that its config.json describes cannot be made with --attention {attention}"
+    try:
+        with without_numbers(), wants_sdpa(name, attention):
+            model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False
+            )
+            for module in model.eval().modules():
+                if hasattr(module, "config"):
+                    module.config._experts_implementation = "batched_mm"  # the one that runs without numbers
+            bridge = build_bridge(model, attention, name, layers)
+            points = bridge.hook_dict
+            for key, point in {id(point): point for point in points.values()}.items():
+                point.add_hook(noting(shapes.setdefault(key, [])))
+            what = f"{type(model).__name__} cannot be run with --attention {attention} to see what its hookpoints give"
+            with torch.inference_mode():
+                bridge.original_model.base_model(torch.tensor(tokens), use_cache=False)
+    except UserError:
+        raise
+    except Exception as error:  # what a configuration makes other libraries raise is of any type
+        raise CannotRun(f"{what} ({cause(error)})") from error
+    found = {}
+    for hook, point in points.items():
+        if hook.startswith("blocks."):
+            _, number, rest = hook.split(".", 2)
+            found[f"blocks.{layers[int(number)]}.{rest}"] = shapes[id(point)]
+    return found
+
+
+def noting(shapes: Shapes) -> Any:
+    def note(activations: "Tensor", hook: Any) -> None:  # noqa: ARG001 (TransformerLens passes it by name)
+        shapes.append(tuple(getattr(activations, "shape", ())))
+
+    return note
+
+
+@contextmanager
+def without_numbers() -> Iterator[None]:
+    """Every tensor made inside has a shape and no memory. Where code asks for a number, it is told 1 or true: padding
+    masks are full and what was compared is equal."""
+    import torch
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    aten = torch.ops.aten
+
+    class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if function in (aten.equal.default, aten.is_nonzero.default):
+                return True
+            if function in (aten._local_scalar_dense.default, aten.item.default):
+                dtype = args[0].dtype
+                return True if dtype == torch.bool else 1.0 if dtype.is_floating_point else 1
+            return function(*args, **(kwargs or {}))
+
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)  # it logs a traceback of every error that is raised as well
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True), Answers():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        log.setLevel(level)

@@ -1,0 +1,193 @@
+"""The tokenizer that turns a corpus into ids: found, read and looked at before it is believed.
+
+A library that finds no tokenizer makes an empty one, which knows no text; and what it lists as special is not all that
+is. Here neither is taken for an answer.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from shared.errors import UserError
+from shared.model.source import ALIASES, ModelSource, explained_loading, gguf_of, hub_commit, means_a_path
+from shared.model.weights import check_gguf, check_regular
+
+FILES: Final = (
+    "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
+    "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3",
+)  # fmt: skip
+"""One of these holds the vocabulary."""
+SAMPLES: Final = (
+    "The capital of France is Paris, and 12 of its bridges are old.",
+    "Die Katze saß auf der Straße.",
+    "今日は天気がいいです。",
+    "Сегодня хорошая погода.",
+    "def f(x): return x + 1",
+    "ACGTACGTNN",
+    "MKTAYIAKQR",
+    "1. e4 e5 2. Nf3",
+)
+"""Plain text of several kinds. A tokenizer that is any good knows some of it."""
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """A tokenizer as a harvest uses it. Without one, `tokenizer` is None: then a corpus has to hold ids."""
+
+    source: ModelSource
+    tokenizer: Any
+    split_special: bool = False
+    """Whether special tokens that are spelt out in a text stay text."""
+    eos_asked: int | None = None
+
+    @property
+    def eos_id(self) -> int | None:
+        return self.eos_asked if self.eos_asked is not None else getattr(self.tokenizer, "eos_token_id", None)
+
+    @property
+    def end(self) -> int:
+        """The id that ends a document. Raises UserError where none is known."""
+        if self.eos_id is None:
+            raise UserError("--eos: nothing says which id ends a document. Give the id, or the token")
+        return self.eos_id
+
+    @property
+    def bos_id(self) -> int | None:
+        return getattr(self.tokenizer, "bos_token_id", None)
+
+    def __call__(self, texts: str | list[str], **options: Any) -> Any:
+        """What the tokenizer says of texts. Raises UserError where there is none, or where it breaks down."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"--model {self.source.name}: comes with no tokenizer ({', '.join(FILES[:4])}, …), and this corpus "
+                "holds text. Name one with --tokenizer FOLDER_OR_ID, or give a corpus of token ids"
+            )
+        with explained_loading(self.source, "tokenizer, given this text,"):
+            if self.split_special:
+                options["split_special_tokens"] = True
+            return self.tokenizer(texts, **options)
+
+    def ids(self, text: str) -> list[int]:
+        found = self(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return [int(one) for one in found]
+
+    def starts_with(self) -> int | None:
+        """The first id that the tokenizer gives a text, its own special tokens included."""
+        found = self("a", verbose=False)["input_ids"]
+        return int(found[0]) if len(found) else None
+
+    def listed(self) -> set[int]:
+        """What the library lists as special ids: all that earlier versions knew of."""
+        return set() if self.tokenizer is None else set(self.tokenizer.all_special_ids)
+
+    def special(self) -> set[int]:
+        """All special ids: those, and every added token that is marked as special (Llama 3's chat tokens)."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {})
+        marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
+        return self.listed() | marked | (set() if self.eos_asked is None else {self.eos_asked})
+
+    @cached_property
+    def digest(self) -> str | None:
+        """What decides the ids of a text: the tokenizer as it is in memory, or else its files."""
+        if self.tokenizer is None:
+            return None
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        with explained_loading(self.source, "tokenizer"):
+            if backend is not None:
+                return hashlib.blake2b(backend.to_str().encode(), digest_size=16).hexdigest()
+            saved = getattr(self.tokenizer, "vocab_file", None)
+            data = Path(saved).read_bytes() if saved else repr(sorted(self.tokenizer.get_vocab().items())).encode()
+            return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+    def describe(self) -> dict[str, Any]:
+        """As a store records it."""
+        split = {"split_special_tokens": True} if self.split_special else {}
+        return {"blake2b": self.digest, "eos_id": self.eos_id, **split}
+
+
+def open_encoder(
+    model: ModelSource, name: str | None = None, eos: int | str | None = None, split_special: bool = False
+) -> Encoder:
+    """The model's tokenizer, or the one that `name` (--tokenizer) means. Raises UserError for one that knows no text
+    or gives only special ids, and for an `eos` that it does not have."""
+    source = model if name is None else resolve_tokenizer(name)
+    if source.local and source.gguf is None and not has_files(source):
+        if name is not None:
+            raise UserError(f"--tokenizer {name}: the folder holds no tokenizer ({', '.join(FILES[:4])}, …)")
+        return Encoder(source, None, split_special, eos_number(None, eos))
+    encoder = Encoder(source, load(source), split_special)
+    encoder = replace(encoder, eos_asked=eos_number(encoder.tokenizer, eos))
+    check_knows_text(encoder)
+    return encoder
+
+
+def load_tokenizer(source: ModelSource) -> Any:
+    """The library's object. Raises UserError for one that cannot be loaded or knows no text."""
+    encoder = open_encoder(source)
+    encoder([]) if encoder.tokenizer is None else None
+    return encoder.tokenizer
+
+
+def load(source: ModelSource) -> Any:
+    from transformers import AutoTokenizer
+
+    with explained_loading(source, "tokenizer"):
+        return AutoTokenizer.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
+
+
+def has_files(source: ModelSource) -> bool:
+    """Whether a folder holds a vocabulary. Raises UserError for one that Git LFS has not fetched."""
+    found = [path for path in (Path(source.location) / file for file in FILES) if path.exists()]
+    for path in found:
+        check_regular(path, source.name)
+    return bool(found)
+
+
+def resolve_tokenizer(name: str) -> ModelSource:
+    """Like a model, but no weights and no config.json are wanted."""
+    if not name.strip():
+        raise UserError("--tokenizer is empty: give a folder, a GGUF file or a Hugging Face id")
+    place = Path(os.path.expanduser(ALIASES.get(name, name) if not Path(name).exists() else name))
+    if place.is_dir() or place.is_file():
+        folder = place if place.is_dir() else place.parent
+        gguf = None if place.is_dir() and any((place / file).exists() for file in FILES) else gguf_of(name, place)
+        if gguf:
+            check_gguf(folder / gguf, name)
+        return ModelSource(name, str(folder), True, "", gguf=gguf)
+    if means_a_path(name) or "/" not in str(place):
+        raise UserError(f"--tokenizer {name}: is neither a folder, a GGUF file nor a Hugging Face id (owner/name)")
+    commit, cached = hub_commit(str(place), None)
+    return ModelSource(name, str(place), False, commit, cached)
+
+
+def eos_number(tokenizer: Any, eos: int | str | None) -> int | None:
+    """The id that `--eos` means: a number, or a token of the tokenizer's vocabulary."""
+    if eos is None or isinstance(eos, int):
+        return eos
+    if eos.isascii() and eos.isdigit():
+        return int(eos)
+    known = {} if tokenizer is None else tokenizer.get_vocab()
+    if eos not in known:
+        raise UserError(f"--eos {eos}: is neither an id nor a token of the tokenizer's vocabulary")
+    return int(known[eos])
+
+
+def check_knows_text(encoder: Encoder) -> None:
+    """Raises UserError where plain text becomes nothing, or only unknown and special ids."""
+    useless = encoder.special() | {getattr(encoder.tokenizer, "unk_token_id", None)}
+    given = set(numbers(encoder))
+    if not given - useless:
+        what = f"only unknown or special tokens (ids {sorted(given)[:5]})" if given else "no token at all"
+        raise UserError(
+            f"--model {encoder.source.name}: its tokenizer makes {what} of plain text, so its vocabulary is missing or "
+            "of something else. Copy the tokenizer's files beside the model, or name another with --tokenizer"
+        )
+
+
+def numbers(encoder: Encoder) -> Iterable[int]:
+    for text in SAMPLES:
+        yield from encoder.ids(text)

@@ -1,0 +1,1 @@
+"""The store on disk: its format, how it is written, read, listed and verified."""

@@ -1,0 +1,243 @@
+"""The life of a store on disk: its tokens, its empty arrays, its end. What is written once is written here.
+
+The order is what makes it safe: everything that no commit covers first, with its checksums; then the store's own
+zarr.json, with which it exists; the commits; and at the end one sorted index of them.
+"""
+
+import hashlib
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import DamagedError, UserError
+from shared.files.handles import again
+from shared.files.local import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.record import sealed_json
+from shared.store.commits import Commits
+from shared.store.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
+from shared.store.opened import STATE_FILE, Store, read_state, write_state
+from shared.store.shard import crc32, decode_chunk, encode_chunk, pad_chunk, with_crc
+from shared.store.spec import StoreSpec, TokenType, shard_file, token_layout
+
+BUILDING: Final = "tokens.building"
+SECONDS_BEHIND: Final = 10
+RECORD: Final = "record.json"
+DELETING: Final = "deleting.tmp"
+"""Says of a folder without zarr.json that a store in it was being deleted."""
+OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stats", "scale", "manifest"}
+
+
+def is_ours(name: str) -> bool:
+    """Whether a store puts something of this name into its folder. Nothing else is ever deleted there."""
+    return name in OURS or name.startswith(("layer_", f"{LOCK_FILE}.")) or name.endswith(".tmp")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Token rows that were written, not yet in their place."""
+
+    folder: Path
+    dtype: TokenType
+    rows: int
+    digest: str
+    files: Sizes
+
+
+@contextmanager
+def building(files: Files) -> Iterator[Path]:
+    """An empty folder for tokens that are being written: inside a local store, else a temporary one. Deleted at the
+    end unless `place_tokens` took it."""
+    if isinstance(files, LocalFiles):
+        folder = files.root / BUILDING
+        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    else:
+        with tempfile.TemporaryDirectory() as folder_name, explained(folder_name):
+            yield Path(folder_name) / BUILDING
+
+
+class TokenWriter:
+    """Writes rows [n, context] as the chunks of an array."""
+
+    def __init__(self, folder: Path, context: int, vocab_size: int) -> None:
+        self.folder, self.here = folder, LocalFiles(folder)
+        self.dtype: TokenType = "uint16" if vocab_size <= 1 << 16 else "uint32"
+        self.layout = token_layout(context, self.dtype)
+        self.digest, self.rows = hashlib.blake2b(digest_size=16), 0
+        self.files: Sizes = {}
+        self.chunk = np.empty(self.layout.chunk_shape, self.layout.dtype)
+        self.filled = 0
+        """Rows in `chunk` that are not written yet."""
+
+    @property
+    def held(self) -> NDArray[Any]:
+        return self.chunk[: self.filled]
+
+    def add(self, block: NDArray[Any]) -> None:
+        for start in range(0, len(block), self.layout.chunk_rows):
+            self._add(block[start : start + self.layout.chunk_rows])
+
+    def _add(self, block: NDArray[Any]) -> None:
+        """Of a chunk's rows at most."""
+        fitting = min(len(block), self.layout.chunk_rows - self.filled)
+        self.chunk[self.filled : self.filled + fitting] = block[:fitting]
+        self.filled += fitting
+        if self.filled == self.layout.chunk_rows:
+            self._write()
+            self.chunk[: len(block) - fitting] = block[fitting:]
+            self.filled = len(block) - fitting
+
+    def close(self) -> Tokens:
+        """Writes the last chunk, which may be short of rows."""
+        if self.filled:
+            self._write()
+        return Tokens(self.folder, self.dtype, self.rows, self.digest.hexdigest(), self.files)
+
+    def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
+        """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
+        for number, (path, (size, crc)) in enumerate(files.items()):
+            data = (self.folder / "c" / str(number) / "0").read_bytes()
+            if (path, len(data), crc32(data)) != (shard_file("tokens", number, True), size, crc):
+                raise DamagedError(f"{self.folder}: chunk {number} is not what was written")
+            decode_chunk(data, self.layout, self.chunk, str(self.folder))
+            self.digest.update(self.chunk.tobytes())
+        self.rows, self.files = len(files) * self.layout.chunk_rows, dict(files)
+        self.add(held)
+
+    def _write(self) -> None:
+        number, ids = len(self.files), self.held
+        data = with_crc(encode_chunk(pad_chunk(ids, self.layout), self.layout.codec))
+        self.here.write(f"c/{number}/0", [data])
+        self.files[shard_file("tokens", number, True)] = (len(data), crc32(data))
+        self.digest.update(ids.tobytes())
+        self.rows += len(ids)
+
+
+def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> Tokens:
+    """Writes rows [n, context] as the chunks of an array."""
+    writer = TokenWriter(folder, context, vocab_size)
+    for block in blocks:
+        writer.add(block)
+    return writer.close()
+
+
+def place_tokens(files: Files, tokens: Tokens) -> None:
+    """Gives the rows that `write_tokens` wrote their final name."""
+    if isinstance(files, LocalFiles):
+        tokens.folder.rename(files.root / "tokens")
+        sync(files.root)
+    else:
+        for path in tokens.files:
+            files.write(path, [(tokens.folder.parent / path.replace("tokens", BUILDING, 1)).read_bytes()])
+
+
+def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict[str, Any]) -> None:
+    """An empty store around tokens that are in their place. Its own zarr.json comes last: with it, it exists."""
+    documents = spec.documents()
+    for path, data in documents.items():
+        files.write(path, [data])
+    files.write(RECORD, [sealed_json(record)])
+    write_metadata(files, {**token_files, **{path: (len(data), crc32(data)) for path, data in documents.items()}})
+    write_state(files, spec, "writing")
+
+
+def clean_up(files: Files) -> None:
+    """After a crash, for whoever holds the lock: deletes files that were not yet renamed, and torn lines."""
+    if isinstance(files, LocalFiles):
+        cut_torn_lines(files)
+        spec, _ = read_state(files)
+        remove_temporaries(files.root, ["tokens"])
+        remove_temporaries(files.root, spec.arrays(), read_manifest(files, spec, final=False))
+    files.join_logs("manifest", "rank-")
+
+
+def reopen(store: Store) -> None:
+    """A final store that lost commits is being written again: until it is final, they are in more than the index."""
+    if store.state == "final":
+        write_state(store.files, store.spec, "writing")
+
+
+def finish_store(files: Files, spec: StoreSpec) -> None:
+    """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
+    is not touched again. Nothing in it tells how many processes wrote, or in what order."""
+    write_index(files, all_commits(files, spec))
+    remove_logs(files)
+    if isinstance(files, LocalFiles):  # another writer may have been killed since this one cleaned up
+        remove_temporaries(files.root, spec.arrays())
+    write_state(files, spec, "final")
+    if isinstance(files, LocalFiles):
+        for path in files.root.glob(f"{LOCK_FILE}.[0-9]*"):  # of the other writers, which are done
+            path.unlink(missing_ok=True)
+
+
+def all_commits(files: Files, spec: StoreSpec) -> Commits:
+    """Of every shard. A shared file system may be a few seconds behind what its other machines wrote; raises UserError
+    when it stays so."""
+    for last in (*[False] * SECONDS_BEHIND, True):
+        commits = read_manifest(files, spec, final=False)
+        if len(commits) == spec.n_shards:
+            return commits
+        if not last:
+            time.sleep(1)
+    raise UserError(
+        f"{files.name}: only {len(commits)} of {spec.n_shards} shards are in the manifest. Nothing is lost: run the "
+        "same command again"
+    )
+
+
+def what_is_deleted(files: Files) -> str:
+    """In words. Raises UserError when there is neither a store nor a rest of one."""
+    try:
+        files.read(DELETING)
+    except FileNotFoundError:
+        spec, _ = read_state(files)
+        return f"{spec.n_tokens:,} tokens of {spec.model['name']}"
+    return "what is left of a store"
+
+
+def remove_store(files: Files) -> None:
+    """Deletes a store that nobody is writing to or reading, or what is left of one whose deletion was broken off. Its
+    zarr.json goes first, so that a rest is never taken for a store, and the mark of a rest last; a local folder goes
+    too, unless it holds anything else."""
+    what_is_deleted(files)
+    with files.lock(), files.unread():
+        files.check_removable(is_ours)
+        with suppress(OSError, UserError):  # a full disk has no room for it, and yet the store can go
+            files.write(DELETING, [])
+        files.remove(STATE_FILE)
+        clear_store(files, keep=(LOCK_FILE, DELETING))
+    files.remove(LOCK_FILE)
+    files.remove(DELETING)
+    if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
+        with suppress(OSError):  # an empty folder is no store
+            again(files.root.rmdir)
+
+
+def check_replaceable(files: Files) -> None:
+    """Raises UserError where the store that is here could not be deleted, or is being read."""
+    with files.unread():
+        files.check_removable(is_ours)
+
+
+def make_way(files: Files, building: str) -> None:
+    """Deletes the store that is here, but for the folder of the tokens of the next one. Its zarr.json goes first."""
+    with files.unread():
+        files.check_removable(is_ours)
+        files.remove(STATE_FILE)
+        clear_store(files, keep=(LOCK_FILE, building))
+
+
+def clear_store(files: Files, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
+    """Deletes all that a store puts into its folder, but for `keep`, and for what stands for a lock that is held."""
+    files.clear(lambda name: is_ours(name) and name not in keep and not name.startswith(HELD_FILE))

@@ -1,0 +1,196 @@
+"""What exists in a store: the commits, one line each, and the checksums of the files that no commit covers.
+
+A shard is committed by one line in its writer's log, appended and synced after all its files are in place. The line
+carries the length and crc32 of every file and ends in its own crc32c, so a torn line is recognised. When a store is
+complete its lines are sorted into one index: then nothing in it tells how many writers there were.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from shared.errors import DamagedError
+from shared.files.local import Files, Mark
+from shared.gate import file_entry, members, passed, safe_path
+from shared.store.commits import (
+    MANIFEST_VERSION,
+    Columns,
+    Commits,
+    as_json,
+    check_version,
+    joined,
+    parse_lines,
+    under_seal,
+)
+from shared.store.commits import Commit as Commit
+from shared.store.commits import Sizes as Sizes
+from shared.store.commits import parse_commit as parse_commit
+from shared.store.commits import sealed as sealed
+from shared.store.commits import unsealed as unsealed
+from shared.store.spec import StoreSpec
+
+INDEX: Final = "manifest/index.jsonl"
+METADATA: Final = "manifest/metadata.json"
+AT_ONCE: Final = 16
+"""Small files read at once: from an object store each takes the time of a round trip."""
+LISTINGS: Final = 100
+"""Tries to read logs of which one is gone each time: writers join logs, and delete them at the end."""
+WRITTEN_AT_ONCE: Final = 4096
+"""Lines."""
+
+
+@dataclass(frozen=True)
+class Log:
+    """One file of the manifest as it is now."""
+
+    path: str
+    commits: Columns
+    """In the order of its lines."""
+    bad: dict[int, str]
+    """Lines that are no commits, by number, and what is wrong with each."""
+    lines: int
+    torn: bool
+    """Whether only its last line is bad, and does not end or was altered: being written, or torn by a crash."""
+    mark: Mark | None = None
+    """What the file was when it was read."""
+    whole: int = 0
+    """Bytes before a torn last line."""
+
+
+class Manifest:
+    """The manifest of one store, read as it grows: every look reads only what was not there at the last one."""
+
+    def __init__(self, files: Files, spec: StoreSpec) -> None:
+        self.files, self.spec = files, spec
+        self.known: dict[str, Log] = {}
+        self.found: Commits | None = None
+
+    def logs(self, final: bool) -> list[Log]:
+        """The whole manifest, the index first. A final store has it in one file, which can be read where files cannot
+        be listed. Otherwise the index is read last: a harvest that ends meanwhile writes it before it deletes the
+        logs."""
+        if final:
+            self.known = {INDEX: self.read(INDEX, None)}
+            return list(self.known.values())
+        for _ in range(LISTINGS):
+            try:
+                logs = self.look(self.files.marks("manifest", "rank-"))
+                self.known = self.look(self.files.marks("manifest", "index")) | logs
+            except FileNotFoundError:  # joined with others, or in the index, since the listing
+                continue
+            return list(self.known.values())
+        raise DamagedError(f"{self.files.name}/manifest: what is listed there cannot be read")
+
+    def look(self, marks: dict[str, Mark]) -> dict[str, Log]:
+        new = [path for path, mark in marks.items() if path not in self.known or self.known[path].mark != mark]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            read = dict(zip(new, pool.map(lambda path: self.read(path, marks[path]), new), strict=True))
+        return {path: read.get(path) or self.known[path] for path in marks}
+
+    def read(self, path: str, mark: Mark | None) -> Log:
+        """All of a log, or what was appended to it. Raises FileNotFoundError, for the index of a final store
+        DamagedError."""
+        before = self.known.get(path)
+        if before is not None and before.mark is not None and mark is not None and mark.continues(before.mark):
+            more = parse_lines(self.files.read_from(path, before.whole), self.spec, before.lines - before.torn)
+            bad = ({} if before.torn else before.bad) | more.bad
+            commits, whole = joined([before.commits, more.commits]), before.whole + more.whole
+            return Log(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
+        try:
+            data = self.files.read(path)
+        except FileNotFoundError:
+            if mark is None:
+                raise DamagedError(f"{self.files.name}/{path}: is missing; restore it from a copy") from None
+            raise
+        found = parse_lines(data, self.spec)
+        whole = found.whole
+        return Log(
+            path, found.commits, found.bad, found.lines, torn(path, found.bad, found.lines, found.torn), mark, whole
+        )
+
+    def commits(self, final: bool, lenient: bool = False) -> Commits:
+        """Every committed shard; the same object when nothing is new. A torn last line is not a commit; raises
+        DamagedError for any other bad line (unless `lenient`): no crash makes one."""
+        before = self.known
+        logs = self.logs(final)
+        for log in logs:
+            if log.bad and not log.torn and not lenient:
+                number, what = next(iter(log.bad.items()))
+                raise DamagedError(
+                    f"{self.files.name}/{log.path}: line {number} of the manifest is damaged ({what}). Restore it from "
+                    "a copy, or give up its shard with: sagsae store verify --repair"
+                )
+        if (
+            self.found is None
+            or before.keys() != self.known.keys()
+            or any(before[path] is not log for path, log in self.known.items())
+        ):
+            self.found = Commits(joined([log.commits for log in logs]) if logs else Columns.none(self.spec))
+        return self.found
+
+
+def torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
+    return last and list(bad) == [lines] and path != INDEX
+
+
+def read_logs(files: Files, spec: StoreSpec, final: bool) -> list[Log]:
+    """The whole manifest, as it is."""
+    return Manifest(files, spec).logs(final)
+
+
+def read_manifest(files: Files, spec: StoreSpec, final: bool) -> Commits:
+    """Every committed shard: see `Manifest.commits`."""
+    return Manifest(files, spec).commits(final)
+
+
+def append_commit(files: Files, writer: int, commit: Commit) -> None:
+    """Commits a shard: after this returns the shard exists, whatever happens next."""
+    files.append(f"manifest/rank-{writer:05d}.jsonl", commit.line().encode(), commit.shard)
+
+
+def cut_torn_lines(files: Files) -> None:
+    """Appending cuts a line that does not end. One that ends but was altered would be in the middle after that."""
+    for path in files.logs("manifest", "rank-"):
+        data = files.read(path)
+        last = data.rfind(b"\n", 0, -1) + 1
+        if data and under_seal(data[last:]) is None:
+            files.write(path, [data[:last]])
+
+
+def write_index(files: Files, commits: Commits) -> None:
+    files.write(INDEX, in_pieces(commits.lines()))
+
+
+def in_pieces(lines: Iterable[str]) -> Iterator[bytes]:
+    """Many lines a write."""
+    left = iter(lines)
+    while some := list(islice(left, WRITTEN_AT_ONCE)):
+        yield "".join(some).encode()
+
+
+def remove_logs(files: Files) -> None:
+    """After `write_index`: the writers' own logs say nothing more."""
+    files.remove_all(files.logs("manifest", "rank-"))
+
+
+def write_metadata(files: Files, sizes: Sizes) -> None:
+    """The checksums of what is written once, before the first commit."""
+    files.write(METADATA, [sealed({"v": MANIFEST_VERSION, "files": as_json(sizes)}).encode()])
+
+
+def read_metadata(files: Files) -> Sizes:
+    """Raises DamagedError when it is missing or altered."""
+    what = f"{files.name}/{METADATA}"
+    try:
+        data = files.read(METADATA)
+    except FileNotFoundError:
+        data = b""
+    with passed(what):
+        body = unsealed(data)
+        if body is None:
+            raise DamagedError(f"{what}: is missing or damaged; restore it from a copy")
+        check_version(body)
+        files_of = members(members(body, ("v", "files"))["files"], (), None)
+        return {safe_path(path): file_entry(entry, path) for path, entry in files_of.items()}

@@ -1,0 +1,92 @@
+"""Whose turn it is to read a window, and how far ahead; tests/train/test_order.py has it with real windows."""
+
+import random
+import threading
+from collections.abc import Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+
+import pytest
+from support.processes import until
+
+from train.data.read_ahead import Lead, Needed
+
+
+@pytest.fixture
+def lead() -> Lead:
+    return Lead()
+
+
+@pytest.fixture
+def threads(lead: Lead) -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(10) as pool:
+        yield pool
+        lead.close()  # nobody waits for ever
+
+
+def test_what_is_needed_first_is_read_first_and_alone(lead: Lead, threads: ThreadPoolExecutor) -> None:
+    read, reading = [], threading.Lock()
+
+    def wait(needed: Needed) -> None:
+        with lead.turn(needed):
+            assert reading.acquire(blocking=False), "two windows are read at once"
+            read.append(needed)
+            reading.release()
+
+    needed = [(rows, stream) for stream, rows in enumerate([70, 30, 30, 0, 90, 20, 50, 10])]
+    random.Random(3).shuffle(needed)
+    with lead.turn((0, 9)):
+        done = [threads.submit(wait, each) for each in needed]
+        until(lambda: len(lead.waiting) == len(needed))
+    for each in done:
+        each.result()
+    assert read == sorted(needed)
+
+
+def reading_without_room(lead: Lead, threads: ThreadPoolExecutor) -> Future[int]:
+    """In the middle of a window that is needed after 100 rows."""
+    lead.limit(8)
+    lead.read(9)
+
+    def read() -> int:
+        with lead.turn((100, 1)):
+            return lead.room(2, 4)
+
+    found = threads.submit(read)
+    until(lambda: lead.now == (100, 1))
+    return found
+
+
+def ask(lead: Lead, needed: Needed) -> None:
+    with lead.turn(needed):
+        pass
+
+
+def test_keeping_pace_is_over_when_another_window_is_needed_sooner(lead: Lead, threads: ThreadPoolExecutor) -> None:
+    held = reading_without_room(lead, threads)
+    later = threads.submit(ask, lead, (200, 2))
+    until(lambda: lead.waiting == [(200, 2)])
+    with pytest.raises(TimeoutError):
+        held.result(timeout=0.1)
+    sooner = threads.submit(ask, lead, (50, 3))
+    assert held.result(timeout=10) == 4
+    sooner.result(timeout=10)
+    later.result(timeout=10)
+
+
+def test_there_is_room_for_what_was_given_out(lead: Lead, threads: ThreadPoolExecutor) -> None:
+    held = reading_without_room(lead, threads)
+    lead.take(2)
+    with pytest.raises(TimeoutError):
+        held.result(timeout=0.1)
+    lead.take(3)
+    assert held.result(timeout=10) == 3
+
+
+def test_nobody_waits_for_a_turn_or_room_when_all_is_over(lead: Lead, threads: ThreadPoolExecutor) -> None:
+    held = reading_without_room(lead, threads)
+    later = threads.submit(ask, lead, (200, 2))
+    until(lambda: bool(lead.waiting))
+    lead.close()
+    for each in (held, later, threads.submit(ask, lead, (0, 0))):
+        with pytest.raises(CancelledError):
+            each.result(timeout=10)

@@ -1,0 +1,1 @@
+"""The benchmarks of reading and training, beside other tools."""

@@ -1,0 +1,185 @@
+"""The steps that `sagsae bench train` times: ours in three forms, their matrix products alone, other tools'."""
+
+import gc
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shared.config import TrainConfig
+from shared.device import reuse_memory
+from shared.errors import UserError
+from shared.saes import SAEConfig, sae_config
+from shared.store.opened import Store
+from train.bench.peers import Ask, Peers, running
+from train.data.order import split
+from train.data.rows import Rows
+from train.fit.member import Member
+from train.measure.metrics import read_heldout
+from train.ranks import Ranks
+from train.sae.base import Now
+from train.sae.gated import pre_activations
+
+Advance = Callable[[int, str], None]
+KINDS = ("sparse", "dense", "compiled", "autograd", "products")
+"""Steps of ours (compiled: the dense one through torch.compile), and the matrix products of the dense one without the
+rest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    widths: Sequence[int]
+    batch: int
+    l0: int
+    precision: str
+    rounds: int
+    together: int
+    """Autoencoders in the one pass."""
+    tokens: int
+    """Training tokens of each of them."""
+    device: str
+    peers: Peers
+    compiled: bool
+    """Whether the compiled step is measured, too."""
+
+    @property
+    def kinds(self) -> list[str]:
+        return [kind for kind in KINDS if kind != "compiled" or self.compiled]
+
+    @property
+    def runs(self) -> int:
+        steps = len(self.kinds) + len(self.peers.found)
+        return (self.rounds + 1) * len(self.widths) * steps + 2 * (self.rounds // 2 + 1)
+
+    @property
+    def matmul(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+def step_seconds(
+    store: Store, hook: str, folder: Path, plan: Plan, advance: Advance
+) -> dict[int, dict[str, list[float]]]:
+    """Seconds of one step by width and kind, round by round, after a round that does not count; the kinds take
+    turns."""
+    device = Ranks(torch.device(plan.device)).device
+    reuse_memory(device)  # as training does
+    x = rows(store, hook, plan.batch) / store.statistics(hook).scale
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file({"x": x}, folder / "rows.safetensors")
+    settings = {"rows": str(folder / "rows.safetensors"), "l0": plan.l0, "precision": plan.precision,
+                "device": plan.device, "threads": torch.get_num_threads()}  # fmt: skip
+    found: dict[int, dict[str, list[float]]] = {}
+    with ExitStack() as stack:
+        peers = {peer.name: stack.enter_context(running(peer, settings)) for peer in plan.peers.found}
+        for width in plan.widths:
+            for ask in peers.values():
+                ask(d_sae=width)
+            runs = our_steps(store, hook, width, x.to(device), plan)
+            runs |= {name: partial(their_step, ask) for name, ask in peers.items()}
+            found[width] = in_turns(runs, width, plan.rounds, advance)
+    return found
+
+
+def in_turns(
+    runs: dict[str, Callable[[int], float]], width: int, rounds: int, advance: Advance
+) -> dict[str, list[float]]:
+    found: dict[str, list[float]] = {kind: [] for kind in runs}
+    for number in range(rounds + 1):
+        for kind in list(runs) if number % 2 else list(runs)[::-1]:
+            gc.collect()
+            seconds = runs[kind](number)
+            if number:
+                found[kind].append(seconds)
+            advance(1, f"{kind}, d_sae {width}")
+    return found
+
+
+def their_step(ask: Ask, number: int) -> float:
+    return float(ask(step=number)["seconds"])
+
+
+def our_steps(
+    store: Store, hook: str, width: int, x: Float[Tensor, "batch d_in"], plan: Plan
+) -> dict[str, Callable[[int], float]]:
+    """What does one step on x, in units of unit variance, and gives its seconds."""
+    sae = sae_config(arch="sa-gsae", d_sae=width, sparsity=0.1)
+    members = {kind: make_member(store, hook, sae, kind, plan) for kind in plan.kinds if kind != "products"}
+    some = x[:: -(-len(x) // 512)]  # rows differ in how many latents they open
+    u = pre_activations(members["dense"].weights, some).abs().flatten()
+    theta = u.kthvalue(max(1, len(some) * (width - plan.l0))).values
+    for member in members.values():
+        member.weights.theta.fill_(theta)  # type: ignore[attr-defined]
+    work: dict[str, Callable[[], object]] = {
+        **{kind: partial(member.step_, x, 0) for kind, member in members.items()},
+        "autograd": partial(by_autograd, members["autograd"], x),
+        "products": products(x, width, plan.matmul),
+    }
+    return {kind: partial(clocked, work[kind], x.device) for kind in plan.kinds}
+
+
+def clocked(work: Callable[[], object], device: torch.device, number: int) -> float:  # noqa: ARG001 (in_turns calls it)
+    wait(device)
+    started = time.perf_counter()
+    work()
+    wait(device)
+    return time.perf_counter() - started
+
+
+def wait(device: torch.device) -> None:
+    """Until the device has done all that it was given."""
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize()
+
+
+def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) -> Callable[[], None]:
+    """What does the seven matrix products of the dense step (docs/method.md, gradients) and nothing else, on numbers
+    of the same shapes and type."""
+    low = x.to(matmul)
+    W_enc, W_dec = (torch.randn(d_sae, x.shape[1], device=x.device).to(matmul) for _ in range(2))
+    f = torch.randn(len(x), d_sae, device=x.device).to(matmul)
+
+    def work() -> None:
+        low @ W_enc.T
+        for _ in range(2):
+            f @ W_dec  # the reconstruction from the code, and from the gates alone
+            low @ W_dec.T  # what its error asks of the latents
+            f.T @ low  # the gradients of W_dec and of W_enc
+
+    return work
+
+
+def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: Plan) -> Member:
+    step = "sparse" if kind == "sparse" else "dense"
+    config = TrainConfig(
+        store=store.location, hook=hook, saes=(sae,), batch=plan.batch, streams=1, step=step, lr=1e-12,
+        precision=plan.precision, device=plan.device, compile=kind == "compiled",
+    )  # fmt: skip
+    return Member(sae, config, 1000, plan.matmul, store.statistics(hook), Ranks(torch.device(plan.device)))
+
+
+def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
+    """The same step from the loss as it is written, with PyTorch's own backward pass."""
+    weights = {name: tensor.detach().requires_grad_() for name, tensor in member.weights.named().items()}
+    with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=member.matmul == torch.bfloat16):
+        loss = member.family.loss(type(member.weights)(**weights), x, Now(0.1, member.matmul))
+    grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+    found = dict(zip(weights, grads, strict=True))
+    member.optimizer.step_({name: found[name] for name in member.weights.trained()}, 1e-12)
+    member.family.constrain_(member.weights)
+
+
+def rows(store: Store, hook: str, count: int) -> Float[Tensor, "count d_in"]:
+    config = TrainConfig(store=store.location, hook=hook, saes=(sae_config(arch="relu", d_sae=1),))
+    found = read_heldout(Rows.of(store, hook), split(store.spec, store.tokens(), config).train)[:count]
+    if len(found) < count:
+        raise UserError(f"{store.name}: holds {len(found):,} rows that count, fewer than a batch of {count:,}")
+    return found.float()

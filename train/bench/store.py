@@ -1,0 +1,191 @@
+"""`sagsae bench store`, the half that reads: from what decoding alone costs to batches, and other Zarr readers."""
+
+import importlib.util
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any
+
+import numpy as np
+import torch
+
+from shared.bench.timing import Run
+from shared.config import TrainConfig
+from shared.permute import permutation
+from shared.schema import build
+from shared.store.opened import Store
+from shared.store.reader import ArrayReader
+from shared.store.shard import decode_chunk
+from train.data.loader import Loader
+from train.data.order import Position, Split, share
+from train.data.stream import BatchStream
+from train.plan.job import make_passes
+
+BATCH_BYTES = 4 << 20
+"""1,024 rows of 2,048 in bfloat16: what a CPU trains on at a time."""
+
+
+def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
+    """Each reads every chunk of a hookpoint once, in random order, on one thread (but for "2 threads")."""
+    reader = ArrayReader(store, hook)
+    rows = reader.layout.chunk_rows
+    places = [(s, c) for s, commit in store.commits.items() for c in range(commit.rows // rows)]
+    places = [places[i] for i in permutation(len(places), 0, 99)]
+    codec = store.spec.codec
+    runs = {f"decode {codec}": decoding(reader, places), f"reader {codec}": chunks(reader, places, False)}
+    runs[f"reader with crc {codec}"] = chunks(reader, places, True)
+    runs[f"reader with crc, 2 threads {codec}"] = two_threads(reader, places)
+    for end, verify in (("", "off"), (" with crc", "always")):
+        runs[f"windows{end} {codec}"] = windows(store, hook, verify)
+        runs[f"batches{end} {codec}"] = batches(store, hook, verify)
+    if others:
+        starts = [(store.commits[s].start + c * rows, rows) for s, c in places]
+        runs |= {f"{name} {codec}": run for name, run in other_readers(store, hook, starts).items()}
+    return runs
+
+
+def decoding(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
+    """The limit: encoded chunks that lie in memory, decoded into one buffer, nothing checked."""
+    encoded = [encoded_chunk(reader, *place) for place in places]
+    out = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
+
+    def run() -> int:
+        for data in encoded:
+            decode_chunk(data, reader.layout, out, "chunk", check=False)
+        return len(encoded) * out.nbytes
+
+    return run
+
+
+def encoded_chunk(reader: ArrayReader, shard: int, chunk: int) -> bytes:
+    offset, length = (int(number) for number in reader.index(shard)[chunk])
+    return bytes(reader.file(shard).read(offset, length))
+
+
+def chunks(reader: ArrayReader, places: list[tuple[int, int]], check: bool) -> Run:
+    out = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
+
+    def run() -> int:
+        for shard, chunk in places:
+            reader.read(shard, chunk, out, check=check)
+        return len(places) * out.nbytes
+
+    return run
+
+
+def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
+    halves = [chunks(reader, part, True) for part in (places[::2], places[1::2])]
+    pool = ThreadPoolExecutor(2)
+
+    def run() -> int:
+        return sum(pool.map(lambda half: half(), halves))
+
+    return run
+
+
+def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **settings: int) -> BatchStream:
+    """What `sagsae train` reads with, all rows used: its memory is there after the first round, as in a long run."""
+    sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
+    batch = BATCH_BYTES // (2 * store.spec.hookpoints[hook].d_in)
+    given = {"store": store.location, "saes": [sae], "batch": batch, "verify": verify, **settings}
+    config = build(TrainConfig, given)
+    everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
+    passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
+    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1, paced=paced)
+    return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [Position()] * streams)
+
+
+def windows(store: Store, hook: str, verify: str) -> Run:
+    """Every window of an epoch, read and checked, not gathered: what goes to a GPU. Always the same epoch: in a large
+    store, working out its order is shared by thousands of windows, here it would be by eight."""
+    stream = open_stream(store, hook, verify)
+    settle(stream)
+    loader, row_bytes = stream.loader, bytes_of_a_row(store, hook)
+    order = loader.passes.get(0).order
+
+    def run() -> int:
+        moved = 0
+        for stream in range(order.streams):
+            for number in range(len(order.windows(0, stream))):
+                moved += loader.load(stream, 0, number, number % 2, 0).rows * row_bytes
+        return moved
+
+    return warmed(run)
+
+
+def batches(store: Store, hook: str, verify: str) -> Run:
+    """An epoch of batches, gathered on the CPU by one thread."""
+    stream = open_stream(store, hook, verify)
+
+    def run() -> int:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        rows = sum(len(stream.next_batch()) for _ in range(store.n_rows // stream.rows))
+        settle(stream)  # else what runs next would pay for them
+        torch.set_num_threads(threads)
+        return rows * bytes_of_a_row(store, hook)
+
+    return warmed(run)
+
+
+def wait_share(store: Store, hook: str) -> float:
+    """Share of its time for which a device waits that takes batches half as fast as they can be had: 0 where every
+    window is read before it is needed. Windows may have two thirds of an epoch, which leaves most to go wrong."""
+    stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
+    steps = store.n_rows // stream.rows
+
+    def epoch(step: float) -> float:
+        began = time.monotonic()
+        for _ in range(steps):
+            due = time.monotonic() + step - stream.waited
+            stream.next_batch()
+            time.sleep(max(0.0, due + stream.waited - time.monotonic()))
+        return time.monotonic() - began
+
+    for _ in range(3):
+        fastest = epoch(0.0)
+    before = stream.waited
+    seconds = sum(epoch(2 * fastest / steps) for _ in range(20))
+    return round((stream.waited - before) / seconds, 4)
+
+
+def settle(stream: BatchStream) -> None:
+    """Waits for the windows being read ahead."""
+    wait([virtual.following for virtual in stream.streams.values() if virtual.following])
+
+
+def bytes_of_a_row(store: Store, hook: str) -> int:
+    layout = store.spec.layouts()[hook]
+    return layout.row_shape[0] * layout.dtype.itemsize
+
+
+def warmed(run: Run) -> Run:
+    """After so many epochs that every window's memory has its size, as in a long run."""
+    for _ in range(3):
+        run()
+    return run
+
+
+def other_readers(store: Store, hook: str, starts: list[tuple[int, int]]) -> dict[str, Run]:
+    """The same chunks through whichever Zarr readers are installed."""
+    path = str(store.root / hook)
+    found: dict[str, Callable[[int, int], Any]] = {}
+    import zarr
+
+    plain = zarr.open_array(path, mode="r")
+    found["zarr-python"] = lambda start, n: plain[start : start + n]
+    if importlib.util.find_spec("zarrs"):
+        with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}):
+            rust = zarr.open_array(path, mode="r")
+        found["zarrs"] = lambda start, n: rust[start : start + n]
+    if importlib.util.find_spec("tensorstore"):
+        import tensorstore
+
+        spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": path}}
+        opened = tensorstore.open(spec, read=True, open=True).result()
+        found["tensorstore"] = lambda start, n: opened[start : start + n].read().result()
+
+    def reads(read: Callable[[int, int], Any]) -> Run:
+        return lambda: sum(np.asarray(read(start, n)).nbytes for start, n in starts)
+
+    return {name: reads(read) for name, read in found.items()}

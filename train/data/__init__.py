@@ -1,0 +1,1 @@
+"""From a store to batches: which rows, in which order, read ahead in windows."""

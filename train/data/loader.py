@@ -1,0 +1,300 @@
+"""Windows of rows from a store's committed shards into memory, read by threads in the background.
+
+A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
+windows of every stream that is read here, laid out once, and what is being decoded. The window that is needed first is
+read first, and for a GPU reading keeps pace with training (train/data/read_ahead.py); on a CPU it has the cores that
+training has.
+"""
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Final, Literal, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.device import local_cores, sent
+from train.data.order import Order, Run
+from train.data.read_ahead import Lead
+from train.data.rows import Kept, Rows, to_tensor
+
+Verify = Literal["always", "first-epoch", "off"]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One time through some committed shards."""
+
+    rows: Rows
+    kept: Kept
+    units: Sequence[Run]
+    unit_rows: int
+    """Of a whole unit."""
+    order: Order
+
+
+@runtime_checkable
+class Passes(Protocol):
+    """What is read in each epoch."""
+
+    def open(self) -> None:
+        """From here on `get` may wait, after a `close` too."""
+        ...
+
+    def get(self, epoch: int) -> Pass:
+        """May wait for a harvest that goes on."""
+        ...
+
+    def close(self) -> None:
+        """Ends a wait."""
+        ...
+
+
+@dataclass(frozen=True)
+class Same:
+    """The same snapshot in every epoch."""
+
+    whole: Pass
+
+    def open(self) -> None:
+        pass
+
+    def get(self, _epoch: int) -> Pass:
+        return self.whole
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass
+class Memory:
+    """Where windows lie: two for every stream that is read here, used in turn."""
+
+    data: Tensor
+    """[places, d_in] in the stored data type."""
+    scale: Tensor
+    """[places] float32, int8's for each row; empty otherwise."""
+    dims: Tensor
+    """[places / rows of a unit, d_in] float32, int8's for each dimension in a unit; empty otherwise."""
+
+    @classmethod
+    def of(cls, units: int, unit_rows: int, source: Rows, device: torch.device, pinned: bool = False) -> "Memory":
+        """Untouched memory of the host costs nothing yet."""
+        layout, spec = source.activations.layout, source.store.spec
+        rows, scaled = units * unit_rows, spec.quantised
+        if device.type == "cpu":
+            data = to_tensor(np.empty((rows, *layout.row_shape), layout.dtype), spec.dtype)
+        else:
+            data = torch.empty(rows, *layout.row_shape, dtype=DEVICE_TYPES[layout.dtype.name], device=device)
+        scale = torch.empty(rows if scaled else 0, dtype=torch.float32, device=device)
+        dims = torch.empty(units if scaled else 0, *layout.row_shape, dtype=torch.float32, device=device)
+        found = cls(data, scale, dims)
+        return cls(data.pin_memory(), scale.pin_memory(), dims.pin_memory()) if pinned else found
+
+    def part(self, first_unit: int, units: int, unit_rows: int) -> "Memory":
+        rows = slice(first_unit * unit_rows, (first_unit + units) * unit_rows)
+        return Memory(self.data[rows], self.scale[rows], self.dims[first_unit : first_unit + units])
+
+    def copy_(self, other: "Memory") -> None:
+        self.data.copy_(other.data, non_blocking=True)
+        self.scale.copy_(other.scale, non_blocking=True)
+        self.dims.copy_(other.dims, non_blocking=True)
+
+    def batch(self, rows: int) -> Float[Tensor, "rows d_in"]:
+        """Memory for so many rows as numbers. On a CPU it is numpy's, which asks for large pages."""
+        dtype, shape = torch.float32 if len(self.dims) else self.data.dtype, (rows, *self.data.shape[1:])
+        if self.data.device.type != "cpu":
+            return torch.empty(shape, dtype=dtype, device=self.data.device)
+        size = dtype.itemsize * rows * self.data.shape[1:].numel()
+        return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
+
+    def gather(self, places: Tensor, unit_rows: int, out: Float[Tensor, "rows d_in"]) -> None:
+        """The rows at these places, as numbers."""
+        if not len(self.dims):
+            torch.index_select(self.data, 0, places, out=out)
+            return
+        out.copy_(torch.index_select(self.data, 0, places))
+        out *= torch.index_select(self.scale, 0, places)[:, None]
+        out *= torch.index_select(self.dims, 0, places // unit_rows)
+
+
+DEVICE_TYPES: Final = {
+    "uint16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+    "int8": torch.int8,
+}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Rows in memory, in the order in which they are given out."""
+
+    order: Tensor
+    """[rows] int32: places in the memory of the rows that are kept."""
+    rows: int
+    ready: Any
+    """Passed when the copy to the device is complete."""
+
+
+class Loader:
+    """Reads windows, one after another for all streams, with threads that decode their chunks. Only streams that have
+    to wait for a harvest, or for their turn, wait side by side."""
+
+    def __init__(
+        self,
+        passes: Passes,
+        streams: Sequence[int],
+        verify: Verify,
+        device: torch.device,
+        threads: int | None = None,
+        paced: bool | None = None,
+    ) -> None:
+        """`streams`: those that are read here. `paced`: whether reading keeps pace with training. Default: on CUDA."""
+        self.passes, self.verify, self.device = passes, verify, device
+        self.slots = {stream: slot for slot, stream in enumerate(streams)}
+        """Where each stream's two windows lie."""
+        passes.open()
+        cuda = device.type == "cuda"
+        self.paced = cuda if paced is None else paced
+        self.lead = Lead()
+        self.threads = threads or decoding_threads(local_cores(), self.paced)
+        here = None
+        if cuda:  # a thread begins with the first GPU
+            index = torch.cuda.current_device() if device.index is None else device.index
+            here = partial(torch.cuda.set_device, index)
+        self.windows = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
+        self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
+        self.memory: Memory | None = None
+        self.staging: list[Memory] = []
+        self.staged: list[Any] = [None, None]
+        """Passed when what lies in a staging buffer is on the device."""
+        self.free: dict[tuple[int, int], Any] = {}
+        """Passed when the last batch was gathered from a stream's window: by stream and turn."""
+        self.unit_rows = self.full = 0
+
+    def prepare(self, part: Pass) -> Memory:
+        """Memory for two windows of every stream, and on CUDA two pinned windows on the host."""
+        if self.memory is None:
+            units = part.order.longest if isinstance(self.passes, Same) else part.order.window_units
+            self.unit_rows, self.full = part.unit_rows, units
+            if self.paced:
+                self.lead.limit(len(self.slots) * units * self.unit_rows)
+            self.memory = Memory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
+            if self.copies is not None:
+                host = torch.device("cpu")
+                self.staging = [Memory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
+        return self.memory
+
+    def load(self, stream: int, epoch: int, window: int, turn: int, needed: int) -> Window:
+        """Reads and places one window when it is its turn: `needed` is how many rows the stream gives out before. On a
+        CPU it is decoded where it stays; on CUDA in one of two pinned buffers. Raises CancelledError when the loader is
+        closed meanwhile."""
+        part = self.passes.get(epoch)
+        with self.lead.turn((needed, stream)):
+            return self.load_now(part, stream, epoch, window, turn)
+
+    def load_now(self, part: Pass, stream: int, epoch: int, window: int, turn: int) -> Window:
+        units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
+        check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
+        memory = self.prepare(part)
+        first = (2 * self.slots[stream] + turn) * self.full
+        there = memory.part(first, len(units), self.unit_rows)
+        host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
+        if self.staged[turn] is not None:
+            self.staged[turn].synchronize()
+        holds = self.read_units(part, units, host, check)
+        places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
+        kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
+        order = torch.from_numpy(kept)
+        self.lead.read(len(order))
+        if self.copies is None:
+            return Window(order, len(order), None)
+        return self.to_device(host, there, order, (stream, turn))
+
+    def read_units(self, part: Pass, units: list[Run], memory: Memory, check: bool) -> NDArray[np.bool_]:
+        """Decodes units into a window's memory. Gives which places hold a row that is kept."""
+        data, n = memory.data, self.unit_rows
+        rows = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
+        scale, dims, holds = memory.scale.numpy(), memory.dims.numpy(), np.zeros(len(data), np.bool_)
+
+        def read(slots: Iterator[int]) -> None:
+            """Units until none is left: a task for each would cost a few percent."""
+            for slot in slots:
+                if self.lead.closed:
+                    raise CancelledError
+                at = slice(slot * n, (slot + 1) * n)
+                read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
+                if part.rows.row_scale is not None:
+                    dims[slot] = part.rows.dim_scale(units[slot].shard)
+
+        done, count = 0, len(units)
+        while done < count:
+            more = -(-self.lead.room(done * n, (count - done) * n) // n)
+            slots = iter(range(done, done + more))
+            for _ in self.chunks.map(read, [slots] * min(more, self.threads)):
+                pass
+            done += more
+        return holds
+
+    def to_device(self, host: Memory, there: Memory, order: Tensor, key: tuple[int, int]) -> Window:
+        """Copies a window on a stream of its own, behind the last gather from the memory that it goes to. Waits for
+        nothing: the next window is decoded meanwhile."""
+        assert self.copies is not None
+        with torch.cuda.stream(self.copies):
+            if key in self.free:
+                self.copies.wait_event(self.free[key])
+            there.copy_(host)
+            window = Window(sent(order, self.device), len(order), new_event())
+            window.ready.record(self.copies)
+        self.staged[key[1]] = window.ready
+        return window
+
+    def await_copy(self, window: Window) -> None:
+        """What is asked of the device from now on comes after the window's copy."""
+        if window.ready is not None:
+            here = torch.cuda.current_stream(self.device)
+            here.wait_event(window.ready)
+            window.order.record_stream(here)  # it was made on the copies' stream
+
+    def release(self, key: tuple[int, int]) -> None:
+        """All gathers from a stream's memory of this turn have been asked of the device."""
+        if self.copies is not None:
+            self.free[key] = new_event()
+            self.free[key].record(torch.cuda.current_stream(self.device))
+
+    def close(self) -> None:
+        self.passes.close()
+        self.lead.close()
+        self.windows.shutdown(cancel_futures=True)
+        self.chunks.shutdown()
+        if self.copies is not None:
+            self.copies.synchronize()  # before the memory goes that they read and write
+
+
+def decoding_threads(cores: int, paced: bool) -> int:
+    """One a core. Where reading keeps pace with training, the thread that gives the GPU its work has a core to itself,
+    and eight threads read as fast as sixteen (docs/benchmarks.md)."""
+    return max(1, min(8, cores - 1), cores // 2) if paced else cores
+
+
+def read_unit(
+    part: Pass, unit: Run, rows: NDArray[Any], scale: NDArray[np.float32], holds: NDArray[np.bool_], check: bool
+) -> None:
+    """Decodes a unit into its part of a window, and marks the places that hold a row that is kept."""
+    where = unit.shard, unit.first, unit.count
+    start = unit.first * part.rows.activations.layout.chunk_rows
+    n = len(part.rows.activations.read_run(*where, rows, check=check))
+    if part.rows.row_scale is not None:
+        part.rows.row_scale.read_run(*where, scale, check=check)
+    holds[:n] = part.kept.marks(unit.shard, start, start + n)
+
+
+def new_event() -> Any:
+    return torch.cuda.Event()  # type: ignore[no-untyped-call]

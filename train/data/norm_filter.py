@@ -1,0 +1,123 @@
+"""Training and measuring without the rows of the largest norms (`max_norm`).
+
+Which rows those are is decided by the norms of the store: so many times the median of the rows that count. The limit
+is worked out when a run begins and goes into its config.json, so that what is measured later is what was trained on.
+Mean and scale are then those of the rows that are left.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.config import TrainConfig
+from shared.errors import DamagedError, UserError
+from shared.progress import progress
+from shared.store.norms import norms, shards
+from shared.store.opened import Statistics, Store
+from shared.store.reader import open_reader, read_places, read_shard
+from shared.store.shard import as_float32
+from train.data.order import Split
+from train.data.row_mask import Marks
+from train.data.rows import Rows
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """The committed rows whose norm exceeds a limit."""
+
+    limit: float
+    places: Mapping[int, NDArray[np.int64]]
+    """By shard, only of shards that have some: context x length of a context + position, in stored order."""
+
+    @property
+    def everywhere(self) -> NDArray[np.int64]:
+        return np.concatenate([np.empty(0, np.int64), *self.places.values()])
+
+
+def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
+    """The largest norm that is trained and measured on; None without `max_norm`. Reads all norms. Raises UserError for
+    a store that still grows."""
+    if config.max_norm is None:
+        return None
+    if config.follow:
+        raise UserError(
+            "max_norm: is a multiple of the median norm, which is not known before the harvest is complete. Leave out "
+            "--follow, or max_norm"
+        )
+    found = norms(store, hook)
+    if found is None:
+        raise UserError(f"{store.name}: no row of {hook} counts. Harvest more tokens")
+    return config.max_norm * found.median
+
+
+def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
+    """`norm_limit` of a run's config.json. Raises DamagedError when it is no norm."""
+    limit = identity.get("norm_limit")
+    if limit is None:
+        return None
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+        raise DamagedError(f"{what}/config.json: norm_limit is no norm. Restore it from a copy")
+    return float(limit)
+
+
+def left_out(store: Store, hook: str, limit: float | None) -> LeftOut | None:
+    """Reads all norms."""
+    if limit is None:
+        return None
+    norm = open_reader(store, f"stats/{hook}/norm")
+    contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
+    places = {}
+    for shard in store.commits:
+        lengths = read_shard(norm, shard)
+        above = (lengths > limit) & np.isfinite(lengths)
+        if above.any():
+            start, _ = store.spec.shard_range(shard)
+            places[shard] = start + read_places(contexts, positions, shard)[above]
+    return LeftOut(limit, places)
+
+
+def without(parts: Split, rows: LeftOut | None) -> Split:
+    if rows is None:
+        return parts
+    train, heldout = (Marks.of(mask).without(rows.everywhere) for mask in (parts.train, parts.heldout))
+    return Split(train, heldout)
+
+
+def statistics(store: Store, hook: str, rows: LeftOut | None) -> Statistics:
+    """Moments of the rows that count and are left. Shards with a row that is not are read as a whole and summed anew
+    in float64: to subtract rows from sums that are nearly theirs would leave few digits."""
+    if rows is None:
+        return store.statistics(hook)
+    d_in, source = store.spec.hookpoints[hook].d_in, Rows.of(store, hook)
+    n, total, squares = 0, np.zeros(d_in), np.zeros(d_in)
+    with progress("normalise without the rows left out", len(rows.places), "shards") as advance:
+        for number, shard in zip(rows.places, shards(store, hook, rows.places), strict=True):
+            left = shard.counts & np.isfinite(shard.norms) & (shard.norms <= rows.limit)
+            found = moments(source, number, left)
+            n, total, squares = n + found[0], total + found[1], squares + found[2]
+            advance(1, "")
+    others = store.only([number for number in store.commits if number not in rows.places])
+    if others.commits:
+        n += others.kept(hook)
+        total = total + others.total(f"stats/{hook}/sum")
+        squares = squares + others.total(f"stats/{hook}/sum_of_squares")
+    if n < 2:
+        raise UserError(f"max_norm: only {n} rows of {store.name}/{hook} are left. Choose a larger one")
+    mean = total / n
+    return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
+
+
+def moments(rows: Rows, shard: int, left: NDArray[np.bool_]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+    """How many of a shard's rows are marked, their sum and sum of squares [d_in]."""
+    spec, chunk_rows = rows.store.spec, rows.activations.layout.chunk_rows
+    d_in = rows.activations.layout.row_shape[0]
+    total, squares = np.zeros(d_in), np.zeros(d_in)
+    for chunk, start in enumerate(range(0, len(left), chunk_rows)):
+        values = rows.values(shard, chunk)[left[start : start + chunk_rows]]
+        x = (values if spec.quantised else as_float32(values, spec.dtype)).astype(np.float64)
+        total, squares = total + x.sum(0), squares + np.square(x).sum(0)
+    return int(left.sum()), total, squares

@@ -1,0 +1,1 @@
+"""One training step and what it changes: weights, optimiser, sparsity control, thresholds."""

@@ -1,0 +1,1 @@
+"""What an autoencoder is worth: metrics, latents, directions, recovery of known features."""

@@ -1,0 +1,158 @@
+"""The same autoencoder by other tools' definitions of R², L0 and dead, for reading numbers that those tools gave.
+
+Ours are in metrics.py. Each class states one tool's definitions, takes batches, and names the release it follows; where
+a definition depends on the batch, a batch is `metrics.ROWS_AT_A_TIME` rows here. The tests hold them against numbers
+that the tools' own code gave (tests/golden/peers.py).
+"""
+
+import math
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from train.autoencoder import Autoencoder
+from train.measure.metrics import reconstructions
+
+Numbers = dict[str, float | None]
+"""r2, l0, dead, and r2_legacy where a tool has two of them."""
+
+
+class Peer(ABC):
+    name: ClassVar[str]
+
+    @abstractmethod
+    def add(
+        self, x: Float[Tensor, "batch d_in"], f: Float[Tensor, "batch d_sae"], x_hat: Float[Tensor, "batch d_in"]
+    ) -> None: ...
+
+    @abstractmethod
+    def result(self) -> Numbers: ...
+
+
+class SAELens(Peer):
+    """SAELens 6.54.12, sae_lens/evals.py and sae_lens/training/sae_trainer.py.
+
+    r2         `explained_variance`: 1 - mean |x - x̂|² / (mean |x|² - |mean x|²) over all batches: our R²
+    r2_legacy  `explained_variance_legacy`: mean over tokens of 1 - |x - x̂|² / |x - batch mean|², a ratio a token
+    l0         non-zero latents a token
+    dead       `sparsity/below_1e-5`: latents that fire on less than 1e-5 of the tokens. (Its `dead_features` needs
+               training steps: silent for more than `dead_feature_window`, 1000 of them.)
+    """
+
+    name = "SAELens"
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.sum_x = self.fired = torch.zeros(())
+        self.squares = self.residuals = self.ratios = 0.0
+
+    def add(self, x: Tensor, f: Tensor, x_hat: Tensor) -> None:
+        self.rows += len(x)
+        self.sum_x = self.sum_x + x.sum(0, dtype=torch.float64)
+        self.squares += x.double().square().sum().item()
+        self.residuals += (x - x_hat).double().square().sum().item()
+        self.ratios += legacy_ratios(x, x_hat)
+        self.fired = self.fired + (f != 0).sum(0, dtype=torch.float64)
+
+    def result(self) -> Numbers:
+        variance = self.squares / self.rows - (self.sum_x / self.rows).square().sum().item()
+        return {
+            "r2": 1 - self.residuals / self.rows / variance if variance > 1e-10 else None,
+            "r2_legacy": self.ratios / self.rows,
+            "l0": self.fired.sum().item() / self.rows,
+            "dead": (self.fired / self.rows < 1e-5).double().mean().item(),
+        }
+
+
+class DictionaryLearning(Peer):
+    """dictionary_learning 0.1.0, dictionary_learning/evaluation.py.
+
+    r2    `frac_variance_explained`: mean over batches of 1 - Σ Var(x - x̂) / Σ Var(x). The variance of the residual
+          leaves its mean out, so a constantly biased reconstruction costs nothing
+    l0    mean over batches of the non-zero latents a token
+    dead  1 - `frac_alive`: latents whose activations sum to zero, which those of a signed latent may do alive
+    """
+
+    name = "dictionary_learning"
+
+    def __init__(self) -> None:
+        self.r2: list[float] = []
+        self.l0: list[float] = []
+        self.activity = torch.zeros(())
+
+    def add(self, x: Tensor, f: Tensor, x_hat: Tensor) -> None:
+        if len(x) > 1:  # the variance of one row is not defined
+            self.r2.append(1 - ((x - x_hat).double().var(0).sum() / x.double().var(0).sum()).item())
+        self.l0.append((f != 0).sum(1).double().mean().item())
+        self.activity = self.activity + f.sum(0)
+
+    def result(self) -> Numbers:
+        return {
+            "r2": sum(self.r2) / len(self.r2) if self.r2 else None,
+            "l0": sum(self.l0) / len(self.l0),
+            "dead": (self.activity == 0).double().mean().item(),
+        }
+
+
+class SAEBench(Peer):
+    """SAEBench 0.6.0, sae_bench/evals/core/main.py.
+
+    r2         `explained_variance`: 1 - A / (B - C²) with batch means A of |x - x̂|² and B of |x|², averaged over
+               batches, and C the mean over batches *and dimensions* of x²: squares where the mean of x belongs
+    r2_legacy  `explained_variance_legacy`: as SAELens's
+    l0         non-zero latents a token
+    dead       1 - `frac_alive`: latents that are never *positive*, those that only ever fire negatively among them
+    """
+
+    name = "SAEBench"
+
+    def __init__(self) -> None:
+        self.rows, self.ratios, self.active = 0, 0.0, 0.0
+        self.squares: list[float] = []
+        self.means: list[float] = []
+        self.residuals: list[float] = []
+        self.positive = torch.zeros(())
+
+    def add(self, x: Tensor, f: Tensor, x_hat: Tensor) -> None:
+        self.rows += len(x)
+        self.squares.append(x.double().square().sum(1).mean().item())
+        self.means.append(x.double().square().mean().item())
+        self.residuals.append((x - x_hat).double().square().sum(1).mean().item())
+        self.ratios += legacy_ratios(x, x_hat)
+        self.active += (f != 0).sum().item()
+        self.positive = self.positive + (f > 0).sum(0)
+
+    def result(self) -> Numbers:
+        batches = len(self.squares)
+        variance = sum(self.squares) / batches - (sum(self.means) / batches) ** 2
+        return {
+            "r2": 1 - sum(self.residuals) / batches / variance if variance else None,
+            "r2_legacy": self.ratios / self.rows,
+            "l0": self.active / self.rows,
+            "dead": (self.positive == 0).double().mean().item(),
+        }
+
+
+PEERS: tuple[type[Peer], ...] = (SAELens, DictionaryLearning, SAEBench)
+
+
+def legacy_ratios(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> float:
+    """Σ over tokens of 1 - |x - x̂|² / |x - batch mean|²."""
+    residuals = (x - x_hat).double().square().sum(1)
+    return (1 - residuals / (x - x.mean(0)).double().square().sum(1)).sum().item()
+
+
+def by_peers(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> dict[str, Numbers]:
+    """What each tool would say of an autoencoder on raw activations."""
+    peers = [peer() for peer in PEERS]
+    for x, f, x_hat in reconstructions(sae, rows, device):
+        for peer in peers:
+            peer.add(x, f, x_hat)
+    return {peer.name: {key: finite(value) for key, value in peer.result().items()} for peer in peers}
+
+
+def finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""What a training run will do, worked out before it begins: its job, memory, waves, ranks."""

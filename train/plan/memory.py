@@ -1,0 +1,197 @@
+"""What a training run takes of its device's memory, worked out from shapes before it begins.
+
+The autoencoders of a run are trained one after another within a step. Weights and moments of all of them are there all
+the time; gradients and activations are there for one at a time, so of these the largest counts. How many activations
+[batch, d_sae] are alive at once in each family's `gradients` was measured; tests/train/test_plan.py measures it again.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from shared.config import TrainConfig
+from shared.memory import in_words
+from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
+from train.data.loader import Same
+from train.data.order import share
+from train.plan.job import Job
+from train.sae import family
+from train.sae.base import Family
+from train.sae.gated import GatedFamily
+from train.sae.sparse.cpu import BLOCK, GPU_BLOCK, has_kernels
+
+FLOAT: Final = 4
+ROWS_ALIVE: Final = 6
+"""Tensors [batch, d_in] in a step: x - b_dec, the errors, and all of these rounded."""
+ROWS_KEPT: Final = 4
+"""The same of a recorded step: the batch, x - b_dec rounded, its errors."""
+AN_OPEN_ENTRY: Final = {True: 20, False: 15}
+"""Numbers of four bytes that the sparse step keeps for an open gate: where it is, in two orders, and what follows. By
+whether codes have signs."""
+A_BLOCK_ENTRY: Final = 4
+"""The same for an entry of the block of u in which open gates are looked for."""
+FOR_A_MEAN: Final = 2
+"""Copies of an autoencoder's gradients that a mean over the ranks needs: end to end, and that sent round."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes."""
+
+    weights: int = 0
+    moments: int = 0
+    gradients: int = 0
+    activations: int = 0
+    """And what else a step makes on its way."""
+    reader: int = 0
+    """Windows of rows, and the batch."""
+    recorded: int = 0
+    """What a GPU's recorded steps have on their way: theirs for as long as they may be replayed."""
+
+    @property
+    def step(self) -> int:
+        return self.gradients + self.activations
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.moments + self.step + self.reader + self.recorded
+
+    def __str__(self) -> str:
+        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients,
+                 "activations": self.activations, "reader": self.reader}  # fmt: skip
+        if self.recorded:
+            parts["recorded"] = self.recorded
+        return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a step's memory depends on beside the autoencoder."""
+
+    d_in: int
+    rows: int
+    """Of a batch that are computed at once, on this rank."""
+    rounded: bool = False
+    """Whether matrix products are taken in a type of two bytes."""
+    sparse: bool = False
+    """Whether gated architectures are trained from their open gates alone from the first step on."""
+    averaged: bool = False
+    """Whether several ranks share each batch."""
+    on_cpu: bool = True
+    parts: int = 1
+    """How often `rows` are computed for one update."""
+    kernels: bool = False
+    """Whether gated architectures may be trained by Triton kernels."""
+
+
+def circumstances(job: Job, sweep: bool, ranks: int) -> Circumstances:
+    config, d_in = job.config, job.store.spec.hookpoints[job.hook].d_in
+    sharing = 1 if sweep else ranks
+    parts = config.parts or sharing
+    return Circumstances(
+        d_in, config.batch // parts, job.matmul != torch.float32, config.step == "sparse", parts > 1, job.on_cpu,
+        parts // sharing, config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
+    )  # fmt: skip
+
+
+def need_of(config: SAEConfig, at: Circumstances) -> Need:
+    """Of one autoencoder, from its first update on."""
+    mathematics = family(config)
+    sizes = {name: FLOAT * math.prod(shape) for name, shape in mathematics.shapes(at.d_in).items()}
+    gradients = sum(size for name, size in sizes.items() if name not in mathematics.weights.KEPT)
+    matrix, code = FLOAT * config.d_sae * at.d_in, FLOAT * config.d_sae * at.rows
+    sparse = at.sparse and isinstance(mathematics, GatedFamily) and mathematics.unit_decoder
+    codes, matrices = (sparse_alive(config, at), 0.0) if sparse else alive(config, at.rounded)
+    during = int(codes * code + matrices * matrix) + ROWS_ALIVE * FLOAT * at.rows * at.d_in
+    radial = matrix if mathematics.unit_decoder else 0  # the part that is taken off the decoder's gradient
+    after = FOR_A_MEAN * gradients if at.averaged else radial
+    kept, recorded = kept_by_kernels(mathematics, at, matrix)
+    held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
+    return Need(
+        sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after),
+        recorded=recorded,
+    )  # fmt: skip
+
+
+def kept_by_kernels(mathematics: Family[Any], at: Circumstances, matrix: int) -> tuple[int, int]:
+    """From step to step: both matrices rounded and the rows of a recorded step; and the block of u that is recorded
+    ones' on their way. Lists of open entries are small beside these."""
+    if not at.kernels or not isinstance(mathematics, GatedFamily) or not mathematics.unit_decoder:
+        return 0, 0
+    number = 2 if at.rounded else FLOAT
+    block = number * min(mathematics.config.d_sae * at.rows, GPU_BLOCK)
+    if at.parts > 1 or at.averaged:  # such steps are not recorded
+        return (matrix if at.rounded else 0), 0
+    return (matrix if at.rounded else 0) + ROWS_KEPT * FLOAT * at.rows * at.d_in, block
+
+
+def alive(config: SAEConfig, rounded: bool) -> tuple[float, float]:
+    """At the peak of the dense step: tensors [batch, d_sae] of float32, and [d_sae, d_in] beside the gradients."""
+    match config:
+        case SaGsae(one_sided=False):
+            by_tie = {"symmetric": 0.0, "magnitude": 0.5, "none": 2.5}
+            return (12.1 if rounded else 13.1) + by_tie[config.tie], 1.5 if rounded else 0.0
+        case SaGsae() | Gated():
+            return (10.1, 1.5) if rounded else (9.1, 0.0)
+        case Relu():
+            return (4.1, 0.5) if rounded else (3.1, 0.0)
+        case JumpRelu():
+            return 6.1, 0.5 if rounded else 0.0
+        case TopK():
+            codes = (11.6 if rounded else 11.1) if family(config).signed else 9.1
+            return codes, 1.5 if rounded else 1.0
+    raise TypeError(f"{type(config).__name__}: what a step of it takes is not known")
+
+
+def sparse_alive(config: SAEConfig, at: Circumstances) -> float:
+    """The same for the step from open gates alone: as many as are open at first where pre-activations are normal, as
+    those of random directions nearly are."""
+    assert isinstance(config, SaGsae | Gated)
+    above = 0.5 * math.erfc(config.theta0 / math.sqrt(2))
+    signed = family(config).signed
+    share = 2 * above if signed else above
+    block = min(config.d_sae * at.rows, BLOCK if at.on_cpu else GPU_BLOCK)
+    return AN_OPEN_ENTRY[signed] * share + A_BLOCK_ENTRY * block / (config.d_sae * at.rows)
+
+
+def together(needs: Iterable[Need], reader: int) -> Need:
+    """Of several autoencoders that are trained in turn. Raises ValueError when there is none."""
+    needs = list(needs)
+    largest = max(needs, key=lambda need: need.step)
+    return Need(
+        sum(need.weights for need in needs), sum(need.moments for need in needs), largest.gradients,
+        largest.activations, reader, max(need.recorded for need in needs),
+    )  # fmt: skip
+
+
+def most_streams(batch: int, streams: int, ranks: int) -> int:
+    """That one of the ranks which share each batch reads."""
+    return max(len(share(batch, streams, rank, ranks)) for rank in range(ranks))
+
+
+def reader_bytes(job: Job, rows: int, streams: int) -> int:
+    """Two windows of every stream read with the order of their rows, the batch as it is stored, as numbers, and
+    scaled."""
+    spec = job.store.spec
+    layout, d_in = spec.layouts()[job.hook], spec.hookpoints[job.hook].d_in
+    unit_rows: int = job.identity["run_chunks"] * layout.chunk_rows
+    units = window_units(job, unit_rows)
+    row = layout.dtype.itemsize * d_in + FLOAT * (2 if spec.quantised else 1)
+    windows: int = 2 * streams * units * (unit_rows * row + (FLOAT * d_in if spec.quantised else 0))
+    stored = FLOAT if spec.quantised else layout.dtype.itemsize
+    return windows + rows * d_in * (stored + 2 * FLOAT)
+
+
+def window_units(job: Job, unit_rows: int) -> int:
+    """Of the longest window."""
+    if isinstance(job.passes, Same):
+        return job.passes.whole.order.longest
+    return max(1, job.config.window_rows // (job.streams * unit_rows))
+
+
+def needs_of(config: TrainConfig, at: Circumstances) -> Mapping[str, Need]:
+    """By name."""
+    return {sae.name: need_of(sae, at) for sae in config.saes}
