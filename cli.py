@@ -471,7 +471,7 @@ def store_tail(
     as_json: Json = False,
 ) -> None:
     """Follow a running harvest: a line for whatever is committed, until the store is final."""
-    from shared.files.local import open_files
+    from shared.files.open import open_files
     from shared.store.tail import describe, looks
 
     first = last = None
@@ -488,7 +488,7 @@ def store_rm(
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
 ) -> None:
     """Delete a store."""
-    from shared.files.local import open_files
+    from shared.files.open import open_files
     from shared.store.create import remove_store, what_is_deleted
 
     files = open_files(path)

@@ -15,7 +15,10 @@ from harvest.corpus.tokenise import OF_THE_TOKENS, forget_progress, is_resumable
 from harvest.disk_space import check_room
 from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from shared.errors import DamagedError, UserError
-from shared.files.local import HELD_FILE, LOCK_FILE, Files, LocalFiles, open_files, touch
+from shared.files.base import Files
+from shared.files.local import LocalFiles, touch
+from shared.files.locks import HELD_FILE, LOCK_FILE
+from shared.files.open import open_files
 from shared.progress import say
 from shared.record import provenance
 from shared.store.commits import Commits

@@ -8,7 +8,8 @@ from typing import Final
 from harvest.plan import Plan
 from shared.config import HarvestConfig
 from shared.errors import DamagedError, UserError
-from shared.files.local import Files, LocalFiles
+from shared.files.base import Files
+from shared.files.local import LocalFiles
 from shared.progress import say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from harvest import background as behind
 from shared.device import usable_cores
-from shared.files.local import Buffer, Write
+from shared.files.base import Write
+from shared.files.handles import Buffer
 from shared.store.manifest import Sizes
 from shared.store.quantise import dequantise, dim_scale, quantise
 from shared.store.shard import as_float32, crc32, encode_chunk, encode_shard, pad_chunk, shard_pieces, with_crc

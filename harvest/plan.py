@@ -16,7 +16,8 @@ from harvest.corpus.pack import Counts
 from shared.config import HarvestConfig
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
-from shared.files.local import Files, join, open_files
+from shared.files.base import Files, join
+from shared.files.open import open_files
 from shared.model.configuration import ModelInfo
 from shared.model.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
 from shared.model.outline import outline

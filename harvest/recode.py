@@ -13,7 +13,10 @@ from numpy.typing import NDArray
 
 from harvest.encode import Fetch, ShardFiles
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import Buffer, Files, LocalFiles, Write, open_files
+from shared.files.base import Files, Write
+from shared.files.handles import Buffer
+from shared.files.local import LocalFiles
+from shared.files.open import open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.stop import stop_requests

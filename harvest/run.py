@@ -16,7 +16,8 @@ from harvest.plan import Plan, check_same, make_plan
 from harvest.team import Team, Work
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
-from shared.files.local import LocalFiles, check_alone
+from shared.files.local import LocalFiles
+from shared.files.locks import check_alone
 from shared.model.language_model import load_weights
 from shared.model.source import resolve_model, same_model
 from shared.progress import say

@@ -27,7 +27,10 @@ from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
 from shared.device import torch_dtype, usable_cores
 from shared.errors import Interrupted, UserError
-from shared.files.local import Files, LocalFiles, check_alone, join, open_files
+from shared.files.base import Files, join
+from shared.files.local import LocalFiles
+from shared.files.locks import check_alone
+from shared.files.open import open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.schema import build

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from harvest import background as behind
 from harvest.encode import ShardFiles
 from shared.errors import UserError
-from shared.files.local import Files, Write
+from shared.files.base import Files, Write
 from shared.permute import SHARD_ROWS, permutation
 from shared.store.manifest import Commit, Sizes, append_commit
 from shared.store.spec import StoreSpec

@@ -17,14 +17,15 @@ from torch import Tensor
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
-from shared.files.local import Buffer, write_file
+from shared.files.handles import Buffer
+from shared.files.local import write_file
 from shared.gate import BadData, choice, integer, members, number, text
 from shared.saes import ARCHITECTURES, Gated, SAEConfig, SaGsae, sae_config
 from train.runs.checkpoint import MOST_HEADER, pieces, read_tensors
 from train.runs.folder import read_sealed, write_sealed
-from train.sae import family
 from train.sae.activation import Folded
 from train.sae.base import Weights, decode
+from train.sae.families import family
 from train.sae.gated import GatedWeights, join, split
 
 WEIGHTS: Final = "sae_weights.safetensors"

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
-from shared.files.local import explained, is_remote
+from shared.files.base import is_remote
+from shared.files.local import explained
 from shared.gate import BadData, integer, number, parse_json, quoted
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource, in_words, local_place, resolve_model, same_model

@@ -106,7 +106,7 @@ class Checkpoints:
 def save_as_it_is(
     job: Job, member: Member, done: int, folder: Path, more: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """The autoencoder after `done` steps, with its normalisation folded in: `train.sae.load` takes the folder. `more`
+    """The autoencoder after `done` steps, with its normalisation folded in: `train.load` takes the folder. `more`
     is said of it in cfg.json."""
     spec = job.store.spec
     about = {

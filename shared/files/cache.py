@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.errors import UserError
-from shared.files.local import SCRATCH, Buffer
+from shared.files.handles import SCRATCH, Buffer
 from shared.progress import say
 
 DEFAULT_GB: Final = 10.0

@@ -22,6 +22,7 @@ from obstore.store import HTTPStore
 
 from shared.errors import UserError
 from shared.files import connect
+from shared.files.base import too_large
 from shared.files.connect import (
     BACKOFF_SECONDS,
     LISTING_SECONDS,
@@ -31,7 +32,7 @@ from shared.files.connect import (
     Ways,
     servers,
 )
-from shared.files.local import Buffer, too_large
+from shared.files.handles import Buffer
 
 PART_BYTES: Final = 8 << 20
 """The most that one request for a part of a large object carries, either way."""

@@ -13,10 +13,11 @@ from typing import Final
 from urllib.parse import unquote
 
 from shared.errors import DamagedError, UserError
+from shared.files.base import AGAIN, Files, Mark, Write, most_bytes, safe
 from shared.files.cache import Key, RangeCache
 from shared.files.client import PART_BYTES, Client, ServerError
 from shared.files.connect import parse
-from shared.files.local import AGAIN, VERIFY, Buffer, Files, Mark, Write, most_bytes, safe
+from shared.files.handles import VERIFY, Buffer
 from shared.files.locks import lock_file
 from shared.files.object_lock import object_lock
 from shared.store.shard import crc32c

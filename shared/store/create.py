@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError, UserError
+from shared.files.base import Files
 from shared.files.handles import again
-from shared.files.local import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.files.local import LocalFiles, explained, remove_temporaries, sync
+from shared.files.locks import HELD_FILE, LOCK_FILE
 from shared.record import sealed_json
 from shared.store.commits import Commits
 from shared.store.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata

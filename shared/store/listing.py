@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from shared.errors import DamagedError, UserError
-from shared.files.local import Files, LocalFiles, open_files
+from shared.files.base import Files
+from shared.files.local import LocalFiles
+from shared.files.open import open_files
 from shared.progress import say
 from shared.store.norms import norms, outlying
 from shared.store.opened import Store, is_store

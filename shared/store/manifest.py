@@ -12,7 +12,7 @@ from itertools import islice
 from typing import Final
 
 from shared.errors import DamagedError
-from shared.files.local import Files, Mark
+from shared.files.base import Files, Mark
 from shared.gate import file_entry, members, passed, safe_path
 from shared.store.commits import (
     MANIFEST_VERSION,

@@ -16,7 +16,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError, UserError
-from shared.files.local import VERIFY, Files, LocalFiles, is_remote, open_files, parent_of
+from shared.files.base import Files, is_remote, parent_of
+from shared.files.handles import VERIFY
+from shared.files.local import LocalFiles
+from shared.files.open import open_files
 from shared.gate import BadData, choice, members, parse_json, quoted
 from shared.store.commits import Commits
 from shared.store.manifest import AT_ONCE, METADATA, Manifest, Sizes

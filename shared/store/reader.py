@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files.local import OpenFile
+from shared.files.base import OpenFile
 from shared.gate import BadData, members, parse_json
 from shared.store.opened import Store
 from shared.store.shard import Layout, check_index, decode_chunk, decode_index

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files.local import OpenFile
+from shared.files.base import OpenFile
 from shared.permute import SHARD_ROWS, permutation
 from shared.store.opened import Store
 from shared.store.quantise import LEVELS, dim_scale

@@ -17,7 +17,8 @@ from numcodecs import blosc
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files.local import Buffer, OpenFile
+from shared.files.base import OpenFile
+from shared.files.handles import Buffer
 
 blosc.use_threads = False  # parallelism is across chunks, in our own threads
 

@@ -5,7 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from shared.files.local import Files, LocalFiles, is_locked
+from shared.files.base import Files
+from shared.files.local import LocalFiles
+from shared.files.locks import is_locked
 from shared.store.commits import Commits
 from shared.store.opened import Growing, Store
 

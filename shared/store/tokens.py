@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
-from shared.files.local import Files
+from shared.files.base import Files
 from shared.store.shard import crc32, decode_chunk
 from shared.store.spec import StoreSpec, rows_that_count, shard_file, token_layout
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 
 from shared.errors import DamagedError, UserError
-from shared.files.local import Files
+from shared.files.base import Files
 from shared.gate import BadData, members, parse_json
 from shared.record import sealed_json
 from shared.store.manifest import read_logs, read_metadata

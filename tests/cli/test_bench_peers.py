@@ -23,8 +23,8 @@ from shared.store.opened import Store
 from train.bench.peers import find_peers, running
 from train.bench.steps import Plan, in_turns, products, rows, step_seconds
 from train.bench.train import against
-from train.sae import family
 from train.sae.base import Now
+from train.sae.families import family
 
 TOOLS = {"sae-lens": "9.8", "dictionary-learning": "7.6"}
 SAE_LENS = {

@@ -1,6 +1,7 @@
 """Who may import what. An import that points the wrong way is the first step of a tangle."""
 
 import ast
+import re
 import sys
 from pathlib import Path
 
@@ -35,6 +36,63 @@ def imports(path: Path) -> set[str]:
             assert node.level == 0, f"{path}: imports are written from the top, not relative"
             found.add((node.module or "").split(".")[0])
     return found
+
+
+def modules_used(path: Path, known: set[str]) -> set[str]:
+    """Modules of ours that a file imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names} & known
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = {f"{node.module}.{name.name}" for name in node.names}
+            found |= names & known or {node.module} & known
+    return found
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def circle(uses: dict[str, set[str]]) -> list[str]:
+    """Modules that import each other in a circle, the first one found; none: an empty list."""
+    done: set[str] = set()
+
+    def walk(name: str, above: list[str]) -> list[str]:
+        if name in above:
+            return [*above[above.index(name) :], name]
+        if name in done:
+            return []
+        for used in sorted(uses[name]):
+            if found := walk(used, [*above, name]):
+                return found
+        done.add(name)
+        return []
+
+    return next((found for name in uses if (found := walk(name, []))), [])
+
+
+def test_no_module_is_in_a_circle_of_imports() -> None:
+    names = {module_name(path): path for path in product()}
+    uses = {name: modules_used(path, set(names)) - {name} for name, path in names.items()}
+    assert circle(uses) == []
+
+
+def test_a_circle_is_found_wherever_it_is() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+def test_no_folder_holds_more_than_fifteen_modules() -> None:
+    folders = {path.parent for path in [*product(), *(ROOT / "tests").rglob("*.py")]}
+    crowded = {folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) for folder in folders}
+    assert {folder.relative_to(ROOT).as_posix(): count for folder, count in crowded.items() if count > 15} == {}
+
+
+def test_no_test_imports_another_test() -> None:
+    for path in (ROOT / "tests").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"^\s*(from|import) (test_\w+|conftest)\b", text, re.MULTILINE), path
 
 
 def product() -> list[Path]:

@@ -26,11 +26,11 @@ from shared.config import EvalConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.store.spec import seal
 from shared.tables import print_saes
+from train import load
 from train.evaluate import evaluate
 from train.report import write_report
 from train.run import train as run_train
 from train.runs.checkpoint import blake2b_of
-from train.sae import load
 
 Config = Callable[..., TrainConfig]
 Case = tuple[int, Path]

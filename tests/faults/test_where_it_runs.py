@@ -39,7 +39,9 @@ from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
 from shared.files.handles import HANDLES, Handles, LocalFile
-from shared.files.local import LocalFiles, folder_lock, open_files, remove_temporaries, write_file
+from shared.files.local import LocalFiles, remove_temporaries, write_file
+from shared.files.locks import folder_lock
+from shared.files.open import open_files
 from shared.launch import Place, read
 from shared.saes import sae_config
 from shared.store.create import clean_up, remove_store
@@ -264,7 +266,7 @@ def test_logs_and_temporaries_are_never_written_through_links(tmp_path: Path, ki
 def test_a_path_never_leads_out_of_its_folder(parts: list[str]) -> None:
     path = "/".join(parts)
     try:
-        safe = shared.files.local.safe(path)
+        safe = shared.files.base.safe(path)
     except DamagedError:
         return
     assert os.path.normpath(f"/top/{safe}").startswith("/top")

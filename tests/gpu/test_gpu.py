@@ -25,10 +25,12 @@ from shared.store.shard import as_float32
 from train.evaluate import evaluate
 from train.fit.optim import Optimizer
 from train.run import train as run_train
-from train.sae import family
 from train.sae.base import Now
+from train.sae.families import family
 from train.sae.gated import pole, pre_activations
-from train.sae.sparse.cpu import Sum, has_kernels, open_entries, sparse_gradients, summed
+from train.sae.sparse.cpu import open_entries
+from train.sae.sparse.open import Sum, has_kernels
+from train.sae.sparse.step import sparse_gradients, summed
 
 pytestmark = [
     pytest.mark.gpu,
@@ -110,7 +112,7 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     numbers that rounding puts on no other side of a threshold: a gate that opens changes a gradient at once."""
     if kernels and not has_kernels("cuda"):
         pytest.skip("triton is not installed here")
-    monkeypatch.setattr("train.sae.sparse.cpu.has_kernels", lambda device, _: kernels and device == "cuda")
+    monkeypatch.setattr("train.sae.sparse.step.has_kernels", lambda device, _: kernels and device == "cuda")
     config = variant(name, 37)
     for seed in range(100):
         w, x = weights(config, seed, 133), batch(seed, 301, 133)
@@ -182,7 +184,7 @@ def test_recorded_steps_on_cuda(matmul: torch.dtype, monkeypatch: pytest.MonkeyP
         pytest.skip("triton is not installed here")
     from train.sae.sparse import gpu as on_gpu
 
-    monkeypatch.setattr("train.sae.sparse.cpu.SPARE", 3)
+    monkeypatch.setattr("train.sae.sparse.open.SPARE", 3)
     members = []
     for name in ("untied", "gated"):
         config = variant(name, 37)

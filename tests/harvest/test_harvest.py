@@ -22,7 +22,8 @@ import harvest.run
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import LocalFiles, folder_lock
+from shared.files.local import LocalFiles
+from shared.files.locks import folder_lock
 from shared.store.opened import Store, is_store
 from shared.store.shard import as_float32
 from shared.store.verify import verify

@@ -36,7 +36,8 @@ from harvest.run import harvest as run_harvest
 from harvest.team import Team
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.files.local import LocalFiles, folder_lock
+from shared.files.local import LocalFiles
+from shared.files.locks import folder_lock
 from shared.model.language_model import LanguageModel
 from shared.store.opened import Store, is_store
 from shared.store.reader import open_reader, read_shard

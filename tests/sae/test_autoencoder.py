@@ -15,8 +15,8 @@ from support.variants import D_IN, D_SAE, VARIANTS, batch, variant, weights
 
 from shared.errors import DamagedError, UserError
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder
-from train.sae import family
 from train.sae.base import decode
+from train.sae.families import family
 
 SCALE = 7.5
 READER = """

@@ -15,7 +15,7 @@ import pytest
 from support.command import ROOT
 
 from train.fit.member import say_no_triton
-from train.sae.sparse.cpu import has_kernels
+from train.sae.sparse.open import has_kernels
 
 MISSING = importlib.util.find_spec("triton") is None
 OLD = not MISSING and tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
@@ -35,7 +35,7 @@ SIXTEEN_BYTES = r"ld\.global\S*\.v4\.b32"
     ],
 )
 def test_in_the_interpreter(which: str) -> None:
-    """tests/support/kernel_cases.py in a process of its own: the interpreter is all or nothing in one."""
+    """tests/sae/kernel_cases.py in a process of its own: the interpreter is all or nothing in one."""
     words = [
         sys.executable,
         "-m",
@@ -43,7 +43,7 @@ def test_in_the_interpreter(which: str) -> None:
         "-q",
         "-p",
         "no:cacheprovider",
-        "tests/support/kernel_cases.py",
+        "tests/sae/kernel_cases.py",
         "-k",
         which,
     ]

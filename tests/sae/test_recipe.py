@@ -17,7 +17,7 @@ from shared.saes import SAEConfig, sae_config
 from shared.synthetic import Truth
 from train.autoencoder import Autoencoder
 from train.run import train
-from train.sae import family
+from train.sae.families import family
 
 data = cache(known_features)
 

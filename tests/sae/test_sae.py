@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from support.variants import BATCH, D_IN, D_SAE, GATED, VARIANTS, batch, by_autograd, silences, update, variant, weights
 
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
-from train.sae import family
 from train.sae.activation import bi_jump_relu
 from train.sae.base import Now, decode
+from train.sae.families import family
 from train.sae.gated import join, split
 
 

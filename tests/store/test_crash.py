@@ -21,7 +21,8 @@ from support.command import ROOT, Sagsae
 from support.crash_writer import Size, begin, files_of, harvest_again, job, read_lines, result, unfinish, wrong_rows
 from support.folders import contents
 
-from shared.files.local import LocalFiles, folder_lock
+from shared.files.local import LocalFiles
+from shared.files.locks import folder_lock
 from shared.store.manifest import Commit, append_commit
 from shared.store.opened import Store, is_store
 from shared.store.reader import open_reader, read_shard

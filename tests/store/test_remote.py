@@ -22,7 +22,9 @@ from support.servers import DATA, SIZE, Server
 import shared.files.client
 import shared.files.connect
 from shared.errors import DamagedError, UserError
-from shared.files.local import Files, LocalFiles, open_files
+from shared.files.base import Files
+from shared.files.local import LocalFiles
+from shared.files.open import open_files
 from shared.files.remote import RemoteFiles
 
 

@@ -17,7 +17,7 @@ from harvest.run import harvest as run_harvest
 from harvest.synth import synth
 from shared.config import EvalConfig, HarvestConfig, SynthConfig, TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.files.local import open_files
+from shared.files.open import open_files
 from shared.files.remote import RemoteFiles
 from shared.store.listing import list_stores
 from shared.store.opened import Store

@@ -12,7 +12,8 @@ import zarr
 from support.stores import unfinished
 
 from shared.errors import DamagedError, UserError
-from shared.files.local import LocalFiles, folder_lock, write_file
+from shared.files.local import LocalFiles, write_file
+from shared.files.locks import folder_lock
 from shared.store.create import clean_up, remove_store
 from shared.store.manifest import append_commit, parse_commit, read_manifest
 from shared.store.opened import Store, find_hookpoint, is_store, read_state

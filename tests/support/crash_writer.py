@@ -25,7 +25,9 @@ import numpy as np
 
 from harvest.writer import ShardRows, ShardWriter
 from shared.errors import DamagedError, UserError
-from shared.files.local import LOCK_FILE, Files, LocalFiles
+from shared.files.base import Files
+from shared.files.local import LocalFiles
+from shared.files.locks import LOCK_FILE
 from shared.store.create import building, clean_up, clear_store, create_store, finish_store, place_tokens, write_tokens
 from shared.store.manifest import INDEX
 from shared.store.opened import STATE_FILE, Store, is_store, write_state

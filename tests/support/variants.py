@@ -8,8 +8,8 @@ from torch import Tensor
 
 from shared.saes import SAEConfig, sae_config
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
-from train.sae import family
 from train.sae.base import Now, Step, Weights, decode
+from train.sae.families import family
 
 D_IN, D_SAE, BATCH = 16, 48, 64
 

@@ -18,7 +18,8 @@ from support.stores import commit, in_steps, unfinished
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.files.local import LOCK_FILE, LocalFiles
+from shared.files.local import LocalFiles
+from shared.files.locks import LOCK_FILE
 from shared.store.create import finish_store
 from shared.store.opened import Store
 from train.data.follow import SEGMENTS

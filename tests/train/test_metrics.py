@@ -31,7 +31,7 @@ from train.measure.metrics import (
     reconstructions,
     recovered,
 )
-from train.sae import family
+from train.sae.families import family
 from train.sae.topk import TopKWeights
 
 D_IN, D_SAE = 32, 40

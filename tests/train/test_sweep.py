@@ -19,14 +19,14 @@ from support.variants import batch, variant, weights
 
 from shared.config import TrainConfig
 from shared.errors import UserError
-from shared.files.local import folder_lock
+from shared.files.locks import folder_lock
 from shared.saes import sae_config
 from shared.store.opened import Store
 from train.fit.optim import Optimizer
 from train.plan.sweep import latents, shared_out
 from train.runs.folder import RunFolder
-from train.sae import family
 from train.sae.base import Now
+from train.sae.families import family
 
 
 def config(widths: list[int], **changes: Any) -> TrainConfig:

@@ -27,18 +27,18 @@ import train.run
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import folder_lock
+from shared.files.locks import folder_lock
 from shared.model.source import ModelSource
 from shared.saes import sae_config
 from shared.store.opened import Store
 from shared.store.spec import shard_file
+from train import load
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.data.snapshot import content_of
 from train.evaluate import evaluate, find_model
 from train.plan.job import make_job
 from train.run import train as run_train
 from train.runs.folder import CLEARING, RunFolder, read_sealed
-from train.sae import load
 
 Config = Callable[..., TrainConfig]
 

@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import LocalFiles, is_locked
+from shared.files.local import LocalFiles
+from shared.files.locks import is_locked
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
 from shared.store.commits import sealed, unsealed

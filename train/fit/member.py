@@ -19,10 +19,11 @@ from shared.store.opened import Statistics
 from train.fit.control import Sparsity
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
 from train.ranks import Pairwise, Ranks
-from train.sae import family
 from train.sae.base import Now, Step, Weights
+from train.sae.families import family
 from train.sae.gated import GatedFamily
-from train.sae.sparse.cpu import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device, sparse_gradients, summed
+from train.sae.sparse.open import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device
+from train.sae.sparse.step import sparse_gradients, summed
 from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500

@@ -8,7 +8,8 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from train.sae.base import SMALLEST_NORM, Weights
-from train.sae.sparse.cpu import Gradients, Sum, has_kernels, summed
+from train.sae.sparse.open import Gradients, Sum, has_kernels
+from train.sae.sparse.step import summed
 
 USUAL_WARMUP: Final = 100
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.files.local import is_remote
+from shared.files.base import is_remote
 from shared.progress import say
 from shared.saes import SAEConfig, Thresholded
 from shared.store.listing import folder_name

@@ -18,10 +18,10 @@ from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
 from train.data.loader import Same
 from train.data.order import share
 from train.plan.job import Job
-from train.sae import family
 from train.sae.base import Family
+from train.sae.families import family
 from train.sae.gated import GatedFamily
-from train.sae.sparse.cpu import BLOCK, GPU_BLOCK, has_kernels
+from train.sae.sparse.open import BLOCK, GPU_BLOCK, has_kernels
 
 FLOAT: Final = 4
 ROWS_ALIVE: Final = 6

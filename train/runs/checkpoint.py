@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.files.local import Buffer, sync, write_file
+from shared.files.handles import Buffer
+from shared.files.local import sync, write_file
 from shared.gate import MOST, SMALL, BadData, members, parse_json, quoted
 from shared.record import sealed_json
 from shared.store.spec import is_sealed

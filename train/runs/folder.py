@@ -29,7 +29,8 @@ import tomli_w
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.handles import open_regular
-from shared.files.local import LOCK_FILE, check_removable, remove_tree, sync, touch, write_file
+from shared.files.local import check_removable, remove_tree, sync, touch, write_file
+from shared.files.locks import LOCK_FILE
 from shared.gate import BadData, parse_json, quoted
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build

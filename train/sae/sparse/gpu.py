@@ -18,9 +18,9 @@ from torch import Tensor
 
 from train.sae.base import Now, Step
 from train.sae.gated import GatedFamily, GatedWeights
-from train.sae.sparse.cpu import GPU_BLOCK, SPARE, Gradients, Open, Room, Sum, bounds, on_device
 from train.sae.sparse.entries import codes_of, latent_gradients, write_entries
 from train.sae.sparse.kernels import decode
+from train.sae.sparse.open import GPU_BLOCK, SPARE, Gradients, Open, Room, Sum, bounds, on_device
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from train.sae.sparse.adam import BETA1, BETA2, EPS, Update, updated
-from train.sae.sparse.cpu import Sum
+from train.sae.sparse.open import Sum
 
 CHUNK: Final = 256
 """Most entries that one program sums."""

@@ -1,5 +1,5 @@
 """The Triton kernels on CPU tensors. Only Triton's interpreter runs these, which has to be asked for before Triton is
-imported: `TRITON_INTERPRET=1 python -m pytest tests/support/kernel_cases.py`, as `test_kernels.py` does."""
+imported: `TRITON_INTERPRET=1 python -m pytest tests/sae/kernel_cases.py`, as `test_kernels.py` does."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,16 +9,17 @@ import torch
 import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.variants import batch, by_autograd, variant, weights
 from torch import Tensor
 
-from support.variants import batch, by_autograd, variant, weights
 from train.fit.optim import Optimizer
-from train.sae import family
 from train.sae.base import Now
+from train.sae.families import family
 from train.sae.sparse import entries, kernels
 from train.sae.sparse import gpu as on_gpu
 from train.sae.sparse.adam import Update, adam_rows_
-from train.sae.sparse.cpu import Room, Sum, sparse_gradients
+from train.sae.sparse.open import Room, Sum
+from train.sae.sparse.step import sparse_gradients
 
 FEW = settings(max_examples=4, deadline=None, derandomize=True)
 SHAPES = {
@@ -177,7 +178,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         monkeypatch.setattr(module, name, call)
 
-    monkeypatch.setattr("train.sae.sparse.cpu.has_kernels", lambda device, _: device == "cpu")
+    monkeypatch.setattr("train.sae.sparse.step.has_kernels", lambda device, _: device == "cpu")
     monkeypatch.setattr("train.fit.optim.has_kernels", lambda device, _: device == "cpu")
     spy(kernels, "sum_rows", 5)
     spy(kernels, "update_", 5)
@@ -221,7 +222,7 @@ def test_one_latent_that_is_active_on_the_whole_batch(on_kernels: list[str], nam
 def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Too little of it, and far too much: the same bits, and afterwards there is a little more than needed."""
     monkeypatch.setattr(on_gpu, "GPU_BLOCK", block)
-    monkeypatch.setattr("train.sae.sparse.cpu.SPARE", 3)
+    monkeypatch.setattr("train.sae.sparse.open.SPARE", 3)
     config = variant("untied", 13)
     w, x = weights(config, 2, 19), batch(2, 23, 19)
     w.theta.mul_(8)
