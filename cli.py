@@ -545,7 +545,7 @@ def bench_store(
     import tempfile
 
     from harvest.bench.store import WIDE, make_stores, writing
-    from shared.bench.timing import Figure, interleaved, store_report
+    from shared.bench.timing import TimedFigure, interleaved, store_report
     from shared.progress import progress, say
     from train.bench.store import reading, wait_share
 
@@ -553,7 +553,7 @@ def bench_store(
         place = keep or Path(folder)
         say(f"harvesting {tokens:,} tokens of {model}, and recoding them")
         stores = make_stores(place, model, tokens, width)
-        figures: dict[str, Figure] = {}
+        figures: dict[str, TimedFigure] = {}
         with progress("bench", (rounds + 1) * 47, "runs") as advance:
             with writing(stores, place / "written") as (runs, before):
                 figures |= interleaved(runs, rounds, advance, before)
@@ -640,14 +640,14 @@ def bench_train(
     from shared.errors import UserError
     from shared.progress import hush, progress
     from train.bench.peers import find_peers
-    from train.bench.steps import Plan
+    from train.bench.steps import StepBenchPlan
     from train.bench.train import bench_train as measure
 
     if precision not in ("float32", "bfloat16"):
         raise UserError(f"--precision {precision}: expected float32 or bfloat16")
     on = pick_device(device or "auto")
     peers = find_peers(peer_python or [], precision, on)
-    plan = Plan(
+    plan = StepBenchPlan(
         width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000, device=on, peers=peers,
         compiled=on != "cpu" if compiled is None else compiled,
     )  # fmt: skip
@@ -684,7 +684,7 @@ def bench_scale(
     import tempfile
 
     from harvest.bench.scale import LARGE_SHARDS, SHARD_ROWS, SMALL_SHARDS, harvest_the_rest, make_manifest, make_store
-    from shared.bench.scale import Point, in_a_process, measured, report
+    from shared.bench.scale import ScalePoint, in_a_process, measured, report
     from shared.bench.scale import as_json as measured_json
     from shared.progress import hush, progress
     from train.bench.scale import READING
@@ -703,7 +703,7 @@ def bench_scale(
     ):
 
         def measure(axis: str, size: int, store: Path, what: str) -> None:
-            points.append(Point(axis, what, size, in_a_process([*command, what, "--place", str(store)])))
+            points.append(ScalePoint(axis, what, size, in_a_process([*command, what, "--place", str(store)])))
             advance(1, f"{what}, {size:,} {axis}")
 
         for size in shards:

@@ -10,10 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from harvest.corpus.documents import BadDocument
-from harvest.corpus.pack import Counts
+from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
 from harvest.disk_space import check_room
-from harvest.plan import Plan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
+from harvest.plan import HarvestPlan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles, touch
@@ -24,7 +24,7 @@ from shared.record import provenance
 from shared.store.commits import Commits
 from shared.store.create import (
     BUILDING,
-    Tokens,
+    WrittenTokens,
     building,
     check_replaceable,
     create_store,
@@ -63,7 +63,7 @@ def there(files: Files, overwrite: bool) -> bool:
         raise
 
 
-def begin(plan: Plan, look: Callable[[], None]) -> None:
+def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
     beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
     check_replaceable(plan.files)
@@ -108,9 +108,9 @@ def leave_nothing(files: Files) -> None:
         files.root.rmdir()
 
 
-def tokenised(plan: Plan, folder: Path, look: Callable[[], None]) -> tuple[Tokens, StoreSpec]:
+def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
     """Raises UserError when the corpus does not give what was asked for."""
-    counts = Counts()
+    counts = PackCounts()
     tokens = write_rows(plan, folder, counts, look)
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
@@ -126,7 +126,7 @@ def tokenised(plan: Plan, folder: Path, look: Callable[[], None]) -> tuple[Token
     return tokens, make_spec(plan, counts, tokens, wanted or available)
 
 
-def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
+def lent(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
     """The tokens of a store beside this one, where it has those that this harvest would make."""
     lender = lender_of(plan)
     if lender is None:
@@ -148,7 +148,7 @@ def lent(plan: Plan, folder: Path) -> tuple[Tokens, StoreSpec] | None:
     return tokens, spec
 
 
-def lender_of(plan: Plan) -> Store | None:
+def lender_of(plan: HarvestPlan) -> Store | None:
     beside = open_files(plan.config.out)
     if isinstance(beside, LocalFiles) and not beside.root.is_dir():
         return None

@@ -25,13 +25,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harvest import background as behind
-from harvest.moments import Part, on_the_device, on_the_host
+from harvest.moments import MomentsPart, on_the_device, on_the_host
 from harvest.writer import Ready, ShardRows
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
 from shared.model.language_model import LanguageModel
 from shared.store.spec import StoreSpec
-from shared.store.tokens import Mask, TokenRows, flat
+from shared.store.tokens import TokenMask, TokenRows, flat
 
 BITS: Final = {torch.bfloat16: torch.uint16}
 """Stored data type where numpy has none: the bit pattern."""
@@ -40,7 +40,7 @@ BATCHES_AHEAD: Final = 2
 
 
 @dataclass(frozen=True)
-class Memory:
+class ShardMemory:
     """Host memory for one hookpoint of one shard, pinned where the model is on CUDA."""
 
     rows: Tensor
@@ -59,7 +59,7 @@ class Memory:
         return ShardRows(self.stored(n), self.norms[:n].numpy(), total, squares)
 
 
-Slot = dict[str, Memory]
+Slot = dict[str, ShardMemory]
 """Memory for one whole shard of every hookpoint."""
 
 
@@ -68,7 +68,7 @@ def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
     rows, pin = min(spec.shard_rows, spec.n_tokens), device.type == "cuda"
     try:
         return {
-            path: Memory(
+            path: ShardMemory(
                 torch.empty(rows, hook.d_in, dtype=torch_dtype(spec.dtype), pin_memory=pin),
                 torch.empty(rows, dtype=torch.float32, pin_memory=pin),
                 torch.empty(2, hook.d_in, dtype=torch.float64, pin_memory=pin),
@@ -86,7 +86,7 @@ def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
 class HookSink:
     """Takes one hookpoint's activations, batch after batch, and keeps the rows that belong to the shard."""
 
-    memory: Memory
+    memory: ShardMemory
     n: int
     """Rows of the shard."""
     keep: Tensor
@@ -148,7 +148,7 @@ class Capture:
         models: Sequence[LanguageModel],
         spec: StoreSpec,
         tokens: NDArray[Any] | TokenRows,
-        keep: NDArray[np.bool_] | Mask,
+        keep: NDArray[np.bool_] | TokenMask,
         batch_contexts: int,
         threads: int,
     ) -> None:
@@ -220,7 +220,7 @@ class Capture:
                 batch.result()
             if self.side is None:
                 kept = self.keep[start:stop]
-                parts = [Part(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
+                parts = [MomentsPart(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
                 for memory, total in zip(slot.values(), on_the_host(self.pool, parts), strict=True):
                     memory.moments.copy_(torch.from_numpy(total))
             return {path: slot[path].result(n) for path in sinks}

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final
 
-from harvest.plan import Plan
+from harvest.plan import HarvestPlan
 from shared.config import HarvestConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
@@ -22,7 +22,7 @@ INDEX_BYTES: Final = 8
 
 
 @dataclass(frozen=True)
-class Need:
+class DiskNeed:
     """Bytes of a harvest."""
 
     hookpoints: dict[str, int]
@@ -48,7 +48,7 @@ def raw_bytes(config: HarvestConfig, d_in: int) -> int:
     return d_in * DTYPES[config.store_dtype][0].itemsize
 
 
-def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) -> Need:
+def expected(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = None) -> DiskNeed:
     """By the codec's usual ratio, or by ratios that were measured (raw bytes over stored ones)."""
     usual = usual_ratio(plan.config.codec, plan.config.store_dtype)
     found = ratios or dict.fromkeys(plan.hooks, usual)
@@ -58,7 +58,7 @@ def expected(plan: Plan, tokens: int, ratios: dict[str, float] | None = None) ->
     stored, free = stored_size(plan.files), free_bytes(plan.files)
     if plan.config.overwrite and free is not None:  # what is there goes first
         free, stored = free + stored, 0
-    return Need(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
+    return DiskNeed(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
 
 
 def usual_ratio(codec: str, dtype: str) -> float:
@@ -68,7 +68,7 @@ def usual_ratio(codec: str, dtype: str) -> float:
     return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
 
 
-def check_room(plan: Plan, tokens: int | None) -> None:
+def check_room(plan: HarvestPlan, tokens: int | None) -> None:
     """Says what the harvest will write, and raises UserError when the disk cannot take it."""
     if tokens is None:
         return
@@ -91,12 +91,12 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
         f"{path} {rows * hook.d_in * itemsize / sum(commit.files[path][0] for commit in commits):.2f}"
         for path, hook in store.spec.hookpoints.items()
     ]
-    need = Need({"all": int(size * left)}, 0, 0, free_bytes(store.files))
+    need = DiskNeed({"all": int(size * left)}, 0, 0, free_bytes(store.files))
     refuse(out, need)
     return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{room(need)}"
 
 
-def refuse(out: str, need: Need) -> None:
+def refuse(out: str, need: DiskNeed) -> None:
     if not need.fits:
         raise UserError(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
@@ -104,7 +104,7 @@ def refuse(out: str, need: Need) -> None:
         )
 
 
-def room(need: Need) -> str:
+def room(need: DiskNeed) -> str:
     return "" if need.free is None else f", {gigabytes(need.free)} are free"
 
 

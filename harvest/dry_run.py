@@ -16,11 +16,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harvest.capture import BITS
-from harvest.corpus.pack import Counts
+from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import token_rows
 from harvest.disk_space import expected, raw_bytes
 from harvest.fill import default_batch_tokens, forget_batch, no_memory
-from harvest.plan import Plan, check_same, default_chunk_rows, make_plan
+from harvest.plan import HarvestPlan, check_same, default_chunk_rows, make_plan
 from harvest.team import Team
 from shared.config import HarvestConfig
 from shared.device import torch_dtype
@@ -35,7 +35,7 @@ ROUNDS = 3
 
 
 @dataclass(frozen=True)
-class Trial:
+class DryRunResult:
     """What one batch says about the whole."""
 
     store: str
@@ -56,7 +56,7 @@ class Trial:
     """Of what is not committed yet."""
 
 
-def trial(config: HarvestConfig, processes: int = 1) -> Trial:
+def trial(config: HarvestConfig, processes: int = 1) -> DryRunResult:
     """Raises UserError for what is wrong with the configuration, or when a store is there that was made differently."""
     plan = make_plan(config)
     left = rows_left(plan)
@@ -73,7 +73,7 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
         need = replace(need, stored=0)
     shared = model_seconds + codec_seconds
     together = shared if model.device.type == "cpu" else max(model_seconds / processes, codec_seconds)
-    return Trial(
+    return DryRunResult(
         plan.name,
         config.tokens,
         {
@@ -90,7 +90,7 @@ def trial(config: HarvestConfig, processes: int = 1) -> Trial:
     )
 
 
-def rows_left(plan: Plan) -> int | None:
+def rows_left(plan: HarvestPlan) -> int | None:
     """That the harvest would still write; None where only reading the corpus would tell."""
     if plan.config.overwrite or not is_store(plan.files):
         return plan.config.tokens
@@ -99,17 +99,17 @@ def rows_left(plan: Plan) -> int | None:
     return store.spec.n_tokens - store.n_rows
 
 
-def first_rows(plan: Plan, contexts: int) -> NDArray[Any]:
+def first_rows(plan: HarvestPlan, contexts: int) -> NDArray[Any]:
     """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has not one row."""
     config = plan.config.model_copy(update={"shuffle_documents": False, "tokens": None})
-    blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), Counts(), lambda: None)
+    blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), PackCounts(), lambda: None)
     found = list(islice(chain.from_iterable(blocks), contexts))
     if not found:
         raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
     return np.stack(found)
 
 
-def captured(plan: Plan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
+def captured(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
     """Rows of every hookpoint as they are stored, on the host, and the median seconds that a batch takes."""
     found: dict[str, torch.Tensor] = {}
     dtype = torch_dtype(plan.config.store_dtype)

@@ -23,7 +23,7 @@ from shared.model.source import ModelSource
 from shared.progress import progress, say
 from shared.store.opened import Store
 from shared.store.spec import DTYPES, StoreSpec
-from shared.store.tokens import Counting
+from shared.store.tokens import CountedMask
 
 SLOTS = 3
 """Shards in memory: one that is captured, one that is written, one that waits in between."""
@@ -34,7 +34,7 @@ MOST_STREAMS = 16
 
 
 @dataclass(frozen=True)
-class Filled:
+class FillResult:
     """How it went."""
 
     started: float
@@ -51,7 +51,7 @@ def fill(
     look: Callable[[], None],
     todo: list[int],
     loaded: Any = None,
-) -> Filled:
+) -> FillResult:
     """Captures and commits these shards. `look` is called between batches and may raise. `loaded`: what `load_weights`
     gave, if it is there already."""
     spec = store.spec
@@ -63,7 +63,7 @@ def fill(
     look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.token_rows(check=team.rank == 0)  # the others read those of their own shards
-    keep = Counting(tokens)
+    keep = CountedMask(tokens)
     reuse_memory(model.device)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
     ring: Ring[Slot] = Ring(partial(make_slot, spec, model.device), SLOTS, partial(finish_work, model.device))
@@ -75,14 +75,14 @@ def fill(
         ) as writer,
         progress(f"harvest {store.name}", rows_of(spec, todo), "tokens", shown=team.rank == 0) as advance,
     ):
-        watch = Watch(store, config, team, writer, ring, look, advance)
+        watch = HarvestWatch(store, config, team, writer, ring, look, advance)
         for shard in todo:
             slot = ring.take(watch.check)
             rows = capture_shard(capture, shard, slot, watch)
             writer.submit(shard, rows, partial(ring.give_back, slot))
         capture.finish(watch.after_batch)
         writer.wait()
-    return Filled(watch.started, ring.waited)
+    return FillResult(watch.started, ring.waited)
 
 
 def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
@@ -101,7 +101,7 @@ def finish_work(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "Watch") -> Ready:
+def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "HarvestWatch") -> Ready:
     """In smaller batches from here on when a GPU's memory does not suffice. Raises UserError when it does not suffice
     for one context."""
     while True:
@@ -131,7 +131,7 @@ def no_memory(device: torch.device, context: int) -> UserError:
     )
 
 
-class Watch:
+class HarvestWatch:
     """Looks after a harvest between batches: stops, failed commits, progress, room on the disk."""
 
     def __init__(

@@ -25,7 +25,7 @@ were as slow as one); for a GPU what keeps it busy."""
 
 
 @dataclass(frozen=True)
-class Part:
+class MomentsPart:
     """Rows whose moments are taken."""
 
     rows: NDArray[Any]
@@ -35,12 +35,12 @@ class Part:
     norms: NDArray[np.float32]
     """[n] is written."""
 
-    def cut(self) -> list["Part"]:
+    def cut(self) -> list["MomentsPart"]:
         slices = [slice(at, at + SEGMENT_ROWS) for at in range(0, len(self.rows), SEGMENT_ROWS)]
-        return [Part(self.rows[at], self.keep[at], self.norms[at]) for at in slices]
+        return [MomentsPart(self.rows[at], self.keep[at], self.norms[at]) for at in slices]
 
 
-class Block(threading.local):
+class MomentsScratch(threading.local):
     """A thread's memory for the rows that it works on."""
 
     def __init__(self) -> None:
@@ -54,10 +54,10 @@ class Block(threading.local):
         return self.numbers[:size], self.squares[:size], self.bits[:size]
 
 
-BLOCK: Final = Block()
+BLOCK: Final = MomentsScratch()
 
 
-def on_the_host(pool: Executor, parts: Sequence[Part]) -> list[NDArray[np.float64]]:
+def on_the_host(pool: Executor, parts: Sequence[MomentsPart]) -> list[NDArray[np.float64]]:
     """Of each part [2, d_in]: sum and sum of squares over the rows that count. A row with a NaN or an infinity does
     not."""
     cut = [part.cut() for part in parts]
@@ -65,7 +65,7 @@ def on_the_host(pool: Executor, parts: Sequence[Part]) -> list[NDArray[np.float6
     return [sum(islice(found, len(segments)), np.zeros((2, 1))) for segments in cut]
 
 
-def of_segment(part: Part) -> NDArray[np.float64]:
+def of_segment(part: MomentsPart) -> NDArray[np.float64]:
     n, d_in = part.rows.shape
     at_once = max(1, CPU_BLOCK // (8 * d_in))
     total = np.zeros((2, d_in))

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from harvest.corpus.arrays import takes_rows
-from harvest.corpus.documents import Corpus, Look, Stream, go_on
+from harvest.corpus.documents import Corpus, JoinedIds, Look, go_on
 from harvest.corpus.open import open_corpus
-from harvest.corpus.pack import Counts
+from harvest.corpus.pack import PackCounts
 from shared.config import HarvestConfig
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
@@ -25,7 +25,7 @@ from shared.model.source import ModelSource, in_words, model_info, read_config, 
 from shared.model.tokenizer import Encoder, open_encoder
 from shared.progress import say
 from shared.schema import build
-from shared.store.create import Tokens
+from shared.store.create import WrittenTokens
 from shared.store.opened import is_store, read_state
 from shared.store.spec import DTYPES, HookSpec, StoreSpec, TokenType
 
@@ -37,14 +37,14 @@ SHARDS_OF_A_SMALL_STORE = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class HarvestPlan:
     """A configuration with every question answered that needs no weights and writes nothing."""
 
     config: HarvestConfig
     source: ModelSource
     info: ModelInfo
     tokenizer: Encoder
-    corpus: Corpus | Stream
+    corpus: Corpus | JoinedIds
     device: str
     dtype: str
     context: int
@@ -62,7 +62,7 @@ class Plan:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
 
 
-def make_plan(config: HarvestConfig, look: Look = go_on) -> Plan:
+def make_plan(config: HarvestConfig, look: Look = go_on) -> HarvestPlan:
     """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
     source = resolve_model(config.model, config.revision)
     model_config = read_config(source)
@@ -92,7 +92,7 @@ def make_plan(config: HarvestConfig, look: Look = go_on) -> Plan:
     check_end(encoder, corpus, info)
     bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
     special = special_tokens(config, encoder, info)
-    return Plan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
+    return HarvestPlan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
 
 
 def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
@@ -111,7 +111,7 @@ def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestCon
     return config.model_copy(update=changes) if changes else config
 
 
-def check_end(encoder: Encoder, corpus: Corpus | Stream, info: ModelInfo) -> None:
+def check_end(encoder: Encoder, corpus: Corpus | JoinedIds, info: ModelInfo) -> None:
     """Raises UserError where documents are to be joined and nothing says with which id, or with one that the model does
     not know."""
     end, name = encoder.eos_id, encoder.source.name
@@ -163,7 +163,7 @@ def store_name(source: ModelSource) -> str:
     return place.name.removesuffix(".gguf") if source.gguf == place.name else place.name
 
 
-def identity(plan: Plan) -> dict[str, Any]:
+def identity(plan: HarvestPlan) -> dict[str, Any]:
     """The part of a store's spec that the configuration alone decides. A change in it is another store."""
     return {
         "model": {
@@ -186,7 +186,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     }
 
 
-def corpus_asked(plan: Plan) -> dict[str, Any]:
+def corpus_asked(plan: HarvestPlan) -> dict[str, Any]:
     """The part of a store's `corpus` that the configuration alone decides."""
     return {
         "source": plan.corpus.description,
@@ -195,7 +195,7 @@ def corpus_asked(plan: Plan) -> dict[str, Any]:
     }
 
 
-def decides_the_tokens(plan: Plan) -> dict[str, Any]:
+def decides_the_tokens(plan: HarvestPlan) -> dict[str, Any]:
     """What of a store's `corpus` is equal in all stores of the same tokens."""
     return {**corpus_asked(plan), "whole": plan.config.tokens is None, "vocab_size": plan.info.vocab_size}
 
@@ -205,7 +205,7 @@ def default_chunk_rows(row_bytes: int) -> int:
     return max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1)
 
 
-def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> StoreSpec:
+def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_tokens: int) -> StoreSpec:
     corpus = {
         **decides_the_tokens(plan),
         "documents": counts.documents,
@@ -218,13 +218,13 @@ def make_spec(plan: Plan, counts: Counts, tokens: Tokens, n_tokens: int) -> Stor
 
 
 def spec_of(
-    plan: Plan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
+    plan: HarvestPlan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
 ) -> StoreSpec:
     about = {"corpus": corpus, "n_tokens": n_tokens, "token_dtype": token_dtype}
     return build(StoreSpec, {**identity(plan), **about, "chunk_rows": chunk_rows, "shard_rows": shard_rows})
 
 
-def shape(plan: Plan, n_tokens: int) -> tuple[int, int]:
+def shape(plan: HarvestPlan, n_tokens: int) -> tuple[int, int]:
     """Rows of a chunk and of a shard: what was asked for, else chunks of 2 MiB, 128 of them or fewer."""
     widths = [hook.d_in * DTYPES[plan.config.store_dtype][0].itemsize for hook in plan.hooks.values()]
     return shape_of(widths, n_tokens, plan.config.chunk_rows, plan.config.shard_rows)
@@ -242,7 +242,7 @@ def shape_of(widths: list[int], n_tokens: int, chunk_rows: int | None, shard_row
     return chunk_rows, shard_rows
 
 
-def lent_shape(plan: Plan, lender: StoreSpec) -> tuple[int, int] | None:
+def lent_shape(plan: HarvestPlan, lender: StoreSpec) -> tuple[int, int] | None:
     """That of another store over the same tokens, which puts the rows in the same order; None where another was asked
     for, or where its shards would be too large for these hookpoints."""
     config, lent = plan.config, (lender.chunk_rows, lender.shard_rows)
@@ -251,7 +251,7 @@ def lent_shape(plan: Plan, lender: StoreSpec) -> tuple[int, int] | None:
     return lent if asked == lent and lent[1] * width <= 2 * SHARD_BYTES else None
 
 
-def check_same(plan: Plan, spec: StoreSpec) -> None:
+def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
     """Raises UserError, naming every field that differs, when the store was begun with another request. What a model is
     called and where it is do not count; what it is does."""
     wanted: dict[str, Any] = {**identity(plan), **corpus_asked(plan)}
@@ -295,12 +295,12 @@ def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, A
     return [f"model: the store has {stores}, this asks for {ours}"]
 
 
-def plan_of_old(plan: Plan) -> tuple[int, ...]:
+def plan_of_old(plan: HarvestPlan) -> tuple[int, ...]:
     """The special ids as earlier versions knew them."""
     return tuple(sorted(plan.tokenizer.listed()))
 
 
-def way_out(plan: Plan, spec: StoreSpec, changed: set[str], many: int) -> str:
+def way_out(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:
     """What to do about a request that differs in these fields, and loses nothing."""
     if changed == {"codec"} and many == 1 and "int8" not in (spec.codec, plan.config.codec):
         return (

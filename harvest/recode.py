@@ -26,11 +26,11 @@ from shared.store.opened import Store, check_metadata_paths, is_store
 from shared.store.reader import ArrayReader, Reader, open_reader, read_places, read_shard
 from shared.store.shard import BLOCK_BYTES, crc32
 from shared.store.spec import Codec, StoreSpec, shard_file
-from shared.store.tokens import Counting, Mask
+from shared.store.tokens import CountedMask, TokenMask
 
 
 @dataclass(frozen=True)
-class Summary:
+class RecodeSummary:
     """What a recode did."""
 
     store: str
@@ -40,7 +40,7 @@ class Summary:
     bytes_after: int
 
 
-def recode(source: str, target: str, codec: Codec) -> Summary:
+def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
     """Raises UserError for unusable input, DamagedError where the source is damaged, Interrupted after a signal."""
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
@@ -57,7 +57,7 @@ def recode(source: str, target: str, codec: Codec) -> Summary:
         write(store, files, spec)
     done = Store.open(files)
     before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
-    return Summary(target, codec, done.n_rows, before, after)
+    return RecodeSummary(target, codec, done.n_rows, before, after)
 
 
 def write(store: Store, files: Files, spec: StoreSpec) -> None:
@@ -98,7 +98,7 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
 def fill(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
-    keep = Counting(store.token_rows())
+    keep = CountedMask(store.token_rows())
     rows = store.commits.only(todo).n_rows
     with (
         stop_requests() as stop_asked,
@@ -112,7 +112,7 @@ def fill(store: Store, done: Store) -> None:
                 raise Interrupted(f"{done.name}: stopped. To continue, run the same command again")
 
 
-def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: Mask) -> None:
+def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: TokenMask) -> None:
     """`keep` marks the rows that the moments are over. Raises DamagedError."""
     commit = store.commits[shard]
     contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))

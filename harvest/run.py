@@ -11,9 +11,9 @@ from typing import Any, Final
 
 from harvest.begin import begin, leave_nothing, make_folder
 from harvest.disk_space import check_room
-from harvest.fill import Filled, fill, rows_of
-from harvest.plan import Plan, check_same, make_plan
-from harvest.team import Team, Work
+from harvest.fill import FillResult, fill, rows_of
+from harvest.plan import HarvestPlan, check_same, make_plan
+from harvest.team import RankWork, Team
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
 from shared.files.local import LocalFiles
@@ -31,7 +31,7 @@ AGAIN: Final = "run the same command again"
 
 
 @dataclass(frozen=True)
-class Summary:
+class HarvestSummary:
     """What a harvest did."""
 
     store: str
@@ -44,7 +44,7 @@ class Summary:
     """Share of the time that the model stood still because the writer was behind."""
 
 
-def harvest(config: HarvestConfig) -> Summary:
+def harvest(config: HarvestConfig) -> HarvestSummary:
     """Harvests until the store is complete; in a process that is not rank 0, until its share is. Raises UserError for
     unusable input, Interrupted after a signal."""
     team = Team.join()
@@ -66,14 +66,14 @@ def harvest(config: HarvestConfig) -> Summary:
             raise
 
 
-def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
+def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
     """Rank 0: the beginning and the end, and a share of what is between them."""
     plan = make_plan(config, look)
     if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
         check_same(plan, store.spec)
         if store.state == "final" and not store.missing:
-            team.begin(Work(store.location, ()))
+            team.begin(RankWork(store.location, ()))
             team.await_others(look)
             say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
             return summarise(store, 0.0, 0, 0.0)
@@ -92,9 +92,9 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary
         store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
         reopen(store)
-        work = Work(store.location, tuple(store.missing))
+        work = RankWork(store.location, tuple(store.missing))
         team.begin(work)
-        filled = Filled(time.monotonic(), 0.0)
+        filled = FillResult(time.monotonic(), 0.0)
         if team.mine(work):
             filled = fill(store, config, plan.source, team, look, team.mine(work), model)
         model = None
@@ -114,7 +114,7 @@ def say_massive(store: Store) -> None:
             say(f"{hook}: {found.massive.text}")
 
 
-def loaded(plan: Plan, device: str, look: Callable[[], None]) -> Any:
+def loaded(plan: HarvestPlan, device: str, look: Callable[[], None]) -> Any:
     """The model's weights, before anything is tokenised, written or removed: whatever is wrong with them is said now,
     and a folder that was made for the store goes again."""
     look()
@@ -125,10 +125,10 @@ def loaded(plan: Plan, device: str, look: Callable[[], None]) -> Any:
         raise
 
 
-def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Summary:
+def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
     """The others: a share of the shards. What the store is, they are told."""
     work = team.await_work(look)
-    todo, filled = team.mine(work), Filled(time.monotonic(), 0.0)
+    todo, filled = team.mine(work), FillResult(time.monotonic(), 0.0)
     store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
@@ -140,7 +140,7 @@ def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Sum
     return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
 
 
-def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary:
+def summarise(store: Store, seconds: float, rows: int, waited: float) -> HarvestSummary:
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     hookpoints = {}
     for path, hook in store.spec.hookpoints.items():
@@ -151,6 +151,6 @@ def summarise(store: Store, seconds: float, rows: int, waited: float) -> Summary
             "ratio": round(store.n_rows * hook.d_in * itemsize / max(1, stored), 3),
         }
     rate = rows / seconds if seconds else 0.0
-    return Summary(
+    return HarvestSummary(
         store.name, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), round(waited / (seconds or 1), 4)
     )

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 
 from harvest import background as behind
 from harvest.begin import leave_nothing, make_folder
-from harvest.disk_space import INDEX_BYTES, Need, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
-from harvest.moments import Part, on_the_host
+from harvest.disk_space import INDEX_BYTES, DiskNeed, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
+from harvest.moments import MomentsPart, on_the_host
 from harvest.plan import shape_of
 from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
@@ -48,8 +48,8 @@ from shared.store.create import (
 )
 from shared.store.opened import Store, is_store
 from shared.store.spec import DTYPES, HookSpec, StoreSpec
-from shared.store.tokens import Counting, Mask
-from shared.synthetic import BLOCK, NAME, Synthetic, Truth
+from shared.store.tokens import CountedMask, TokenMask
+from shared.synthetic import BLOCK, NAME, Synthetic, TrueFeatures
 
 HOOK: Final = f"layer_00/{NAME}"
 AGAIN: Final = "run the same command again"
@@ -58,7 +58,7 @@ ROWS_AT_A_TIME: Final = 1 << 20
 
 
 @dataclass(frozen=True)
-class Summary:
+class SynthSummary:
     """What was written."""
 
     store: str
@@ -68,7 +68,7 @@ class Summary:
     tokens_per_second: float
 
 
-def synth(config: SynthConfig) -> Summary:
+def synth(config: SynthConfig) -> SynthSummary:
     """Writes until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
     try:
         return write(config)
@@ -78,7 +78,7 @@ def synth(config: SynthConfig) -> Summary:
         raise
 
 
-def write(config: SynthConfig) -> Summary:
+def write(config: SynthConfig) -> SynthSummary:
     """All of the store, or all that is missing of it."""
     files, spec = open_files(join(config.out, config.name)), spec_of(config)
     if not config.overwrite and is_store(files):
@@ -99,7 +99,7 @@ def write(config: SynthConfig) -> Summary:
         store = Store.open(files)
         check_same(store, spec)  # again: another process may have been here meanwhile
         reopen(store)
-        written = fill(store, Truth(parameters_of(config)), stop_asked)
+        written = fill(store, TrueFeatures(parameters_of(config)), stop_asked)
         finish_store(files, spec)
     return summarise(Store.open(files), time.monotonic() - started, written)
 
@@ -176,7 +176,7 @@ def check_room(config: SynthConfig, files: Files) -> None:
     stored, free = stored_size(files), free_bytes(files)
     if config.overwrite and free is not None:  # what is there goes first
         free, stored = free + stored, 0
-    need = Need({HOOK: size}, config.tokens * INDEX_BYTES, stored, free)
+    need = DiskNeed({HOOK: size}, config.tokens * INDEX_BYTES, stored, free)
     say(f"{files.name}: {config.tokens:,} tokens of width {config.d_in}, about {gigabytes(need.to_write)}{room(need)}")
     refuse(config.out, need)
 
@@ -195,11 +195,11 @@ def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
     create_store(files, spec, tokens.files, {**provenance(), "config": config.model_dump(mode="json")})
 
 
-def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
+def fill(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> int:
     """Makes and commits the shards that are missing; a shard is made while the one before is written. Gives the number
     of rows."""
     spec, todo = store.spec, store.missing
-    keep = Counting(store.token_rows())
+    keep = CountedMask(store.token_rows())
     rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
     threads = usable_cores()
     _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
@@ -224,7 +224,7 @@ def fill(store: Store, truth: Truth, stop_asked: Callable[[], bool]) -> int:
 
 
 def shard_rows(
-    spec: StoreSpec, truth: Truth, keep: Mask, shard: int, pool: Executor, look: Callable[[int], None]
+    spec: StoreSpec, truth: TrueFeatures, keep: TokenMask, shard: int, pool: Executor, look: Callable[[int], None]
 ) -> ShardRows:
     """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
     told of every n rows and may raise to stop."""
@@ -241,15 +241,15 @@ def shard_rows(
         look(made)
     rows = (found.view(torch.uint16) if spec.dtype == "bfloat16" else found).numpy()
     norms = np.empty(len(rows), np.float32)
-    ((total, squares),) = on_the_host(pool, [Part(rows, keep[start:stop], norms)])
+    ((total, squares),) = on_the_host(pool, [MomentsPart(rows, keep[start:stop], norms)])
     return ShardRows(rows, norms, total, squares)
 
 
-def summarise(store: Store, seconds: float, rows: int) -> Summary:
+def summarise(store: Store, seconds: float, rows: int) -> SynthSummary:
     stored = store.stored_bytes(HOOK)
     raw = store.n_rows * store.spec.hookpoints[HOOK].d_in * DTYPES[store.spec.dtype][0].itemsize
     about = {
         "d_in": store.spec.hookpoints[HOOK].d_in, "bytes": stored, "ratio": round(raw / max(1, stored), 3),
     }  # fmt: skip
     rate = rows / seconds if seconds else 0.0
-    return Summary(store.name, store.n_rows, {HOOK: about}, round(seconds, 2), round(rate, 1))
+    return SynthSummary(store.name, store.n_rows, {HOOK: about}, round(seconds, 2), round(rate, 1))

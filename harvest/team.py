@@ -20,7 +20,7 @@ SECONDS_BETWEEN_LOOKS: Final = 0.2
 
 
 @dataclass(frozen=True)
-class Work:
+class RankWork:
     """What rank 0 tells the others when the store is there."""
 
     store: str
@@ -56,7 +56,7 @@ class Team:
             ) from error
         return cls(place.rank, place.size, place.local_rank, place.local_size, keys)
 
-    def mine(self, work: Work) -> list[int]:
+    def mine(self, work: RankWork) -> list[int]:
         return list(work.todo[self.rank :: self.size])
 
     @property
@@ -79,16 +79,16 @@ class Team:
             raise UserError(f"--processes {self.local_size}: this machine has {torch.cuda.device_count()} GPUs")
         return f"cuda:{self.local_rank}"
 
-    def begin(self, work: Work) -> None:
+    def begin(self, work: RankWork) -> None:
         """Rank 0: the store is there."""
         if self.keys is not None:
             self.keys.set("work", json.dumps([work.store, work.todo]))
 
-    def await_work(self, look: Callable[[], None]) -> Work:
+    def await_work(self, look: Callable[[], None]) -> RankWork:
         """The others: waits for rank 0. `look` is called now and then and may raise."""
         self.await_key("work", look)
         store, todo = json.loads(self.reach(lambda keys: keys.get("work")))
-        return Work(store, tuple(todo))
+        return RankWork(store, tuple(todo))
 
     def done(self) -> None:
         """The others: all my shards are committed."""

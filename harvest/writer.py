@@ -21,7 +21,7 @@ from shared.files.base import Files, Write
 from shared.permute import SHARD_ROWS, permutation
 from shared.store.manifest import Commit, Sizes, append_commit
 from shared.store.spec import StoreSpec
-from shared.store.tokens import Mask, flat
+from shared.store.tokens import TokenMask, flat
 
 LATEST: Final = 16
 
@@ -55,7 +55,7 @@ class ShardWriter:
         self,
         files: Files,
         spec: StoreSpec,
-        keep: NDArray[np.bool_] | Mask,
+        keep: NDArray[np.bool_] | TokenMask,
         *,
         writer: int = 0,
         threads: int | None = None,

@@ -17,7 +17,7 @@ CURE: Final = "Start with --processes, torchrun or accelerate launch; or unset {
 
 
 @dataclass(frozen=True)
-class Place:
+class ProcessPlace:
     """This process among all of its run."""
 
     rank: int = 0
@@ -26,7 +26,7 @@ class Place:
     local_size: int = 1
 
 
-def settle() -> Place:
+def settle() -> ProcessPlace:
     """Which process this is. Where it is alone, the environment says so afterwards: libraries look there, too. Raises
     UserError for an environment that contradicts itself."""
     place = read(os.environ)
@@ -41,19 +41,19 @@ def settle() -> Place:
     return place
 
 
-def order(place: Place) -> tuple[int, int, int, int]:
+def order(place: ProcessPlace) -> tuple[int, int, int, int]:
     """As in NAMES."""
     return place.rank, place.size, place.local_rank, place.local_size
 
 
-def read(environment: Mapping[str, str]) -> Place:
+def read(environment: Mapping[str, str]) -> ProcessPlace:
     """An empty variable counts as none; RANK without WORLD_SIZE means nothing. Raises UserError."""
     size = number(environment, "WORLD_SIZE", 1, at_least=1)
     if size == 1:
         check_mpi(environment)
         if environment.get("WORLD_SIZE") and environment.get("RANK"):
             number(environment, "RANK", 0, below=1, of="WORLD_SIZE")
-        return Place()
+        return ProcessPlace()
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not environment.get(name):
             raise UserError(f"WORLD_SIZE is {size}, but {name} is not set. {CURE.format('WORLD_SIZE')}")
@@ -61,7 +61,7 @@ def read(environment: Mapping[str, str]) -> Place:
     rank = number(environment, "RANK", 0, below=size, of="WORLD_SIZE")
     local_size = number(environment, "LOCAL_WORLD_SIZE", size, at_least=1, below=size + 1)
     local_rank = number(environment, "LOCAL_RANK", rank % local_size, below=local_size, of="LOCAL_WORLD_SIZE")
-    return Place(rank, size, local_rank, local_size)
+    return ProcessPlace(rank, size, local_rank, local_size)
 
 
 def check_mpi(environment: Mapping[str, str]) -> None:

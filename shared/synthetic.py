@@ -75,7 +75,7 @@ class Synthetic(Frozen):
                 f"l0: {self.l0:g} would have the first feature active more than once a row; with {self.features} "
                 f"features and zipf {self.zipf:g} it can be at most {int(most * 100) / 100:g}"
             )
-        truth = Truth(self)
+        truth = TrueFeatures(self)
         if not truth.limits.any():
             raise ValueError(f"l0: {self.l0:g} is so small that no feature would ever be active. Raise l0")
         if not truth.scale**2 > SMALLEST_VARIANCE:
@@ -91,7 +91,7 @@ def shares(features: int, zipf: float) -> NDArray[np.float64]:
 
 
 @dataclass(frozen=True)
-class Codes:
+class SyntheticCodes:
     """The active features of some rows, sorted by row."""
 
     rows: NDArray[np.int64]
@@ -103,7 +103,7 @@ class Codes:
 
 
 @dataclass(frozen=True)
-class Truth:
+class TrueFeatures:
     """The true features of a synthetic store, and the rows that they make."""
 
     parameters: Synthetic
@@ -146,7 +146,7 @@ class Truth:
         raw = philox(self.parameters.seed, SYNTHETIC, *purpose).random_raw(rows * columns)
         return raw.reshape(rows, columns)
 
-    def block_codes(self, block: int) -> Codes:
+    def block_codes(self, block: int) -> SyntheticCodes:
         """Of one block's rows. A word's upper half decides whether a feature is active, one bit its sign, the rest its
         size."""
         words = self.words(BLOCK, self.parameters.features, CODES, block)
@@ -154,7 +154,7 @@ class Truth:
         word, (low, high) = words[rows, features], self.parameters.coefficients
         sizes = low + (high - low) * ((word & np.uint64(0x7FFFFFFF)).astype(np.float64) + 0.5) / 2**31
         negative = self.bipolar[features] & ((word & np.uint64(0x80000000)) != 0)
-        return Codes(rows, features, np.where(negative, -sizes, sizes) / self.scale)
+        return SyntheticCodes(rows, features, np.where(negative, -sizes, sizes) / self.scale)
 
     @cached_property
     def limits(self) -> NDArray[np.uint64]:
@@ -177,9 +177,9 @@ class Truth:
             x[rows] += codes.values[at, None] * self.directions[codes.features[at]]
         return x
 
-    def codes(self, positions: NDArray[np.int64]) -> Codes:
+    def codes(self, positions: NDArray[np.int64]) -> SyntheticCodes:
         """Of the rows at these positions of the token stream, no two of them equal."""
-        parts = [Codes(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
+        parts = [SyntheticCodes(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0))]
         blocks, inside = np.divmod(positions, BLOCK)
         order = np.argsort(blocks, kind="stable")
         for group in np.split(order, np.flatnonzero(np.diff(blocks[order])) + 1) if len(order) else []:
@@ -187,19 +187,19 @@ class Truth:
             asked = np.full(BLOCK, -1)
             asked[inside[group]] = group
             rows = asked[codes.rows]
-            parts.append(Codes(rows[rows >= 0], codes.features[rows >= 0], codes.values[rows >= 0]))
+            parts.append(SyntheticCodes(rows[rows >= 0], codes.features[rows >= 0], codes.values[rows >= 0]))
         rows = np.concatenate([part.rows for part in parts])
         order = np.argsort(rows, kind="stable")
         features = np.concatenate([part.features for part in parts])
         values = np.concatenate([part.values for part in parts])
-        return Codes(rows[order], features[order], values[order])
+        return SyntheticCodes(rows[order], features[order], values[order])
 
     @cached_property
     def directed(self) -> NDArray[np.float64]:
         """[directed, d_in] unit vectors: +a_i of every feature, then -a_i of every bipolar one."""
         return np.concatenate([self.directions, -self.directions[self.bipolar]])
 
-    def directed_numbers(self, codes: Codes) -> NDArray[np.int64]:
+    def directed_numbers(self, codes: SyntheticCodes) -> NDArray[np.int64]:
         """[active] which directed feature each active one is."""
         negative = len(self.bipolar) + np.cumsum(self.bipolar) - 1
         return np.where(codes.values < 0, negative[codes.features], codes.features)
@@ -213,11 +213,11 @@ def normals(words: NDArray[np.uint64]) -> NDArray[np.float64]:
 
 
 @lru_cache(maxsize=4)
-def truth_with(parameters: Synthetic) -> Truth:
-    return Truth(parameters)
+def truth_with(parameters: Synthetic) -> TrueFeatures:
+    return TrueFeatures(parameters)
 
 
-def truth_of(model: dict[str, Any]) -> Truth | None:
+def truth_of(model: dict[str, Any]) -> TrueFeatures | None:
     """Of the store whose spec has this `model`; None where a language model was harvested."""
     parameters = model.get(NAME)
     return None if parameters is None else truth_with(build(Synthetic, parameters))

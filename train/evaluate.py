@@ -28,12 +28,12 @@ from train.autoencoder import Autoencoder
 from train.data.follow import check_segments
 from train.data.norm_filter import left_out, recorded_limit, statistics, without
 from train.data.order import Split, split_rows
-from train.data.row_mask import Marks
-from train.data.rows import Rows, norms_and_places
-from train.data.snapshot import Watch, as_recorded, content_of
-from train.measure.metrics import Groups, Losses, entry, language_losses, measure, read_heldout
+from train.data.row_mask import RowMask
+from train.data.rows import HookRows, norms_and_places
+from train.data.snapshot import SnapshotWatch, as_recorded, content_of
+from train.measure.metrics import ModelLosses, RowGroups, entry, language_losses, measure, read_heldout
 from train.measure.peers import by_peers
-from train.measure.recovery import Known
+from train.measure.recovery import KnownFeatures
 from train.measure.useless import useless
 from train.runs.folder import RunFolder, read_sealed, write_sealed
 
@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
 
 
 def evaluated(config: EvalConfig, folder: RunFolder, trained: TrainConfig, store: Store, hook: str) -> Evaluation:
-    watch = Watch(store, hook)
+    watch = SnapshotWatch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
     diverged = diverged_of(folder)
@@ -153,7 +153,7 @@ def measure_all(
     parts: Split,
     saes: Iterable[Autoencoder],
     many: int,
-    losses: Losses | None,
+    losses: ModelLosses | None,
     device: str,
     silent: Mapping[str, dict[str, Any]] | None = None,
     peer_conventions: bool = False,
@@ -162,15 +162,15 @@ def measure_all(
 ) -> dict[str, Any]:
     """The content of evaluation.json. `many`: how many autoencoders come, one after another. `silent`: what training
     logged of dead latents, by name (`last_silent`). `norm_limit`: see `max_norm`."""
-    rows = Rows.of(store, hook)
+    rows = HookRows.of(store, hook)
     heldout = read_heldout(rows, parts.heldout)
     lengths, where = norms_and_places(rows, parts.heldout)
-    groups = Groups.of(lengths, norm_limit)
-    counts = Marks.of(parts.heldout).without(where[~groups.counted.numpy()])
+    groups = RowGroups.of(lengths, norm_limit)
+    counts = RowMask.of(parts.heldout).without(where[~groups.counted.numpy()])
     mine = heldout if groups.counted.all() else heldout[groups.counted]
     if not len(mine):
         raise UserError(f"{store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")
-    known, entries = Known.of(rows, counts), []
+    known, entries = KnownFeatures.of(rows, counts), []
     with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, sae in enumerate(saes):
             name = sae.config.name
@@ -270,8 +270,8 @@ def heldout_losses(
     saes: Iterable[Autoencoder],
     at_most: int,
     mean: NDArray[np.float64],
-) -> Losses:
-    heldout = Marks.of(parts.heldout)
+) -> ModelLosses:
+    heldout = RowMask.of(parts.heldout)
     contexts = heldout.contexts()[: max(1, at_most // store.spec.context)]
     name = store.spec.hookpoints[hook].name
     counted = heldout.of_contexts(contexts)

@@ -89,7 +89,7 @@ class Ranks:
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers
-        that are powers of two, in the order of `Pairwise`."""
+        that are powers of two, in the order of `PairwiseSum`."""
         if self.count == 1:
             return list(parts)
         flat = torch.cat([part.reshape(-1) for part in parts])
@@ -161,7 +161,7 @@ def this_device(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
-class Pairwise:
+class PairwiseSum:
     """A sum of lists of tensors: neighbours first, then neighbouring pairs, and so on, whoever holds which. It keeps
     no more than one list for every doubling."""
 

@@ -11,10 +11,10 @@ from shared.errors import DamagedError, UserError
 from shared.gate import BadData, integer, members, number, quoted
 from shared.progress import say
 from train.autoencoder import Autoencoder
-from train.data.order import Position
+from train.data.order import StreamPosition
 from train.data.stream import BatchStream
 from train.fit.member import Member
-from train.plan.job import Job
+from train.plan.job import TrainJob
 from train.ranks import Ranks
 from train.runs.checkpoint import (
     BUILDING,
@@ -37,7 +37,7 @@ AUTO_SHARE: Final = 0.1
 
 
 @dataclass(frozen=True)
-class Standing:
+class ResumePoint:
     """How far a run has come."""
 
     wave: int = 1
@@ -45,7 +45,7 @@ class Standing:
     """Steps of this wave that are made."""
     seconds: float = 0.0
     """Of training, over all waves and sessions."""
-    positions: tuple[Position, ...] = ()
+    positions: tuple[StreamPosition, ...] = ()
     """Of each stream; none at the beginning of a wave."""
     diverged: Mapping[str, int] = field(default_factory=dict)
     """Autoencoders of earlier waves whose loss is no number any more, and since which step."""
@@ -58,7 +58,7 @@ class Checkpoints:
     """Of one wave's autoencoders. In a sweep each rank has autoencoders of its own."""
 
     def __init__(
-        self, job: Job, members: Sequence[Member], stream: BatchStream, ranks: Ranks, sweep: bool,
+        self, job: TrainJob, members: Sequence[Member], stream: BatchStream, ranks: Ranks, sweep: bool,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self.job, self.members, self.stream, self.ranks, self.sweep = job, members, stream, ranks, sweep
@@ -73,7 +73,7 @@ class Checkpoints:
             return False
         return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
 
-    def save(self, at: Standing) -> None:
+    def save(self, at: ResumePoint) -> None:
         """Of how far the run has come, but for the streams' positions. Raises DamagedError, and writes nothing, when
         the store was replaced since it was opened: what was read since may be of another one."""
         began = self.clock()
@@ -104,7 +104,7 @@ class Checkpoints:
 
 
 def save_as_it_is(
-    job: Job, member: Member, done: int, folder: Path, more: Mapping[str, Any] = MappingProxyType({})
+    job: TrainJob, member: Member, done: int, folder: Path, more: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
     """The autoencoder after `done` steps, with its normalisation folded in: `train.load` takes the folder. `more`
     is said of it in cfg.json."""
@@ -120,19 +120,19 @@ def save_as_it_is(
     Autoencoder.of(member.config, member.weights, job.statistics.scale).save(folder, about)
 
 
-def stands(job: Job) -> Standing:
+def stands(job: TrainJob) -> ResumePoint:
     """The newest checkpoint's that is whole; the beginning without one. Forgets what was logged after it. Raises
     DamagedError when there are checkpoints and none is whole."""
     at = newest_whole(job)
     if at is None:
         job.folder.cut_metrics(1, 0)
-        return Standing()
+        return ResumePoint()
     job.folder.cut_metrics(at.wave, at.step)
     say(f"{job.turn(at.wave).title}: going on after step {at.step}")
     return at
 
 
-def newest_whole(job: Job) -> Standing | None:
+def newest_whole(job: TrainJob) -> ResumePoint | None:
     """Damaged ones that are newer are set aside, and said to be. None when there is no checkpoint."""
     useless: list[tuple[Path, DamagedError]] = []
     for folder in newest_first(job.folder.checkpoints):
@@ -153,7 +153,7 @@ def newest_whole(job: Job) -> Standing | None:
     return None
 
 
-def standing(job: Job, folder: Path, state: dict[str, Any]) -> Standing:
+def standing(job: TrainJob, folder: Path, state: dict[str, Any]) -> ResumePoint:
     """What a state.json says, each number within what the run can have come to. Raises DamagedError for one that is
     not, UserError for another version's."""
     if state.get("version") != VERSION:
@@ -170,12 +170,12 @@ def standing(job: Job, folder: Path, state: dict[str, Any]) -> Standing:
         for name, since in diverged.items():
             integer(since, f"diverged of {name}", 1, job.steps)
         parts = integer(state["parts"], "parts", 1, MOST_PARTS)
-        return Standing(wave, step, number(state["seconds"], "seconds", 0.0), positions, diverged, folder, parts)
+        return ResumePoint(wave, step, number(state["seconds"], "seconds", 0.0), positions, diverged, folder, parts)
     except BadData as error:
         raise damaged(folder, error) from error
 
 
-def positions_of(job: Job, found: Any, step: int) -> tuple[Position, ...]:
+def positions_of(job: TrainJob, found: Any, step: int) -> tuple[StreamPosition, ...]:
     """One of each stream, inside its windows. Every stream gives out rows in one of three epochs. Raises BadData."""
     if not isinstance(found, list) or len(found) != job.streams:
         raise BadData(f"positions is {quoted(found)} instead of {job.streams} of them")
@@ -187,13 +187,13 @@ def positions_of(job: Job, found: Any, step: int) -> tuple[Position, ...]:
             raise BadData(f"a position is {quoted(place)} instead of three numbers")
         epoch, window, offset = place
         positions.append(
-            Position(integer(epoch, "epoch", 0, epochs), integer(window, "window", 0, windows),
+            StreamPosition(integer(epoch, "epoch", 0, epochs), integer(window, "window", 0, windows),
                      integer(offset, "offset", 0, rows))
         )  # fmt: skip
     return tuple(positions)
 
 
-def restore(members: Sequence[Member], at: Standing) -> None:
+def restore(members: Sequence[Member], at: ResumePoint) -> None:
     """Loads this wave's autoencoders as they were. Raises DamagedError when they cannot be read."""
     if at.folder is None:
         return

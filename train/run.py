@@ -31,29 +31,29 @@ from shared.stop import stop_requests
 from shared.store.norms import sample
 from train.autoencoder import Autoencoder
 from train.data.loader import Loader
-from train.data.order import Position, share
+from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream, StopWaiting
 from train.evaluate import last_silent, measure_all
 from train.fit.member import Member
 from train.fit.optim import learning_rate
 from train.fit.thresholds import settle
 from train.measure.useless import useless
-from train.plan.job import Job, make_job
+from train.plan.job import TrainJob, make_job
 from train.plan.sweep import dealt, shared_out
 from train.plan.waves import planned
 from train.ranks import Ranks
-from train.resume import Checkpoints, Standing, restore, save_as_it_is, stands
+from train.resume import Checkpoints, ResumePoint, restore, save_as_it_is, stands
 from train.runs.folder import RunFolder, read_sealed, write_sealed
 from train.runs.live_table import LiveTable
 from train.runs.trackers import Tracking, check_installed
-from train.sae.base import Step
+from train.sae.base import StepMetrics
 
 AGREE_EVERY: Final = 10
 """Steps between the moments at which several ranks agree to stop."""
 
 
 @dataclass(frozen=True)
-class Summary:
+class TrainSummary:
     """What a training run did. `saes` are the entries of evaluation.json, language-model losses not yet measured."""
 
     run: Path
@@ -69,7 +69,7 @@ class Summary:
     saes: list[dict[str, Any]]
 
 
-def train(config: TrainConfig) -> Summary:
+def train(config: TrainConfig) -> TrainSummary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
@@ -77,7 +77,7 @@ def train(config: TrainConfig) -> Summary:
         return train_together(config, ranks)
 
 
-def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
+def train_together(config: TrainConfig, ranks: Ranks) -> TrainSummary:
     """This rank's part of it. Raises LostError when another one ended without having come to its end."""
     sweep = shared_out(config, ranks.count) is not None
     job = make_job(config, ranks.device, ranks.leads, ranks.gather)
@@ -98,9 +98,9 @@ def train_together(config: TrainConfig, ranks: Ranks) -> Summary:
                 with explained(folder.path):
                     open_folder(job, ranks)
         while_open.enter_context(explained(folder.path))
-        started, made = time.monotonic(), Made()
+        started, made = time.monotonic(), TrainTotals()
         with ranks.agreed():
-            here = stands(job) if ranks.leads else Standing()
+            here = stands(job) if ranks.leads else ResumePoint()
         at = ranks.gather(here)[0]
         for wave in range(at.wave, len(job.waves) + 1):
             at = run_wave(job.turn(wave), at, made, ranks, sweep)
@@ -119,7 +119,7 @@ def set_up_torch(config: TrainConfig) -> None:
 
 
 @dataclass
-class Made:
+class TrainTotals:
     """What this call has done."""
 
     steps: int = 0
@@ -132,7 +132,7 @@ class Made:
         return self.waited / self.seconds if self.seconds else 0.0
 
 
-def run_wave(job: Job, at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
+def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sweep: bool) -> ResumePoint:
     """Trains the autoencoders of one wave to their end and saves them. Gives where the next wave begins."""
     mine, own = (dealt(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
     members = [make_member(sae, job, own) for sae in mine]
@@ -142,14 +142,14 @@ def run_wave(job: Job, at: Standing, made: Made, ranks: Ranks, sweep: bool) -> S
         save_saes(job, members)
     lost = {member.config.name: member.diverged for member in members if member.diverged is not None}
     diverged = {**at.diverged, **{name: step for part in ranks.gather(lost) for name, step in part.items()}}
-    return Standing(at.wave + 1, seconds=at.seconds, diverged=diverged)
+    return ResumePoint(at.wave + 1, seconds=at.seconds, diverged=diverged)
 
 
-def make_member(sae: SAEConfig, job: Job, ranks: Ranks) -> Member:
+def make_member(sae: SAEConfig, job: TrainJob, ranks: Ranks) -> Member:
     return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks)
 
 
-def open_folder(job: Job, ranks: Ranks) -> None:
+def open_folder(job: TrainJob, ranks: Ranks) -> None:
     """Begins the run, or checks that the one that is here is the one asked for."""
     folder = job.folder
     folder.tidy()
@@ -190,7 +190,7 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def introduce(job: Job, device: torch.device) -> None:
+def introduce(job: TrainJob, device: torch.device) -> None:
     tokens, many = job.steps * job.config.batch, len(job.saes)
     say(
         f"{job.title}: {many} autoencoder{'' if many == 1 else 's'}, {tokens:,} tokens "
@@ -208,16 +208,18 @@ def introduce(job: Job, device: torch.device) -> None:
         say(f"{job.store.name}/{job.hook}: {found.massive.text}")
 
 
-def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: Ranks, sweep: bool) -> Standing:
+def run_steps(
+    job: TrainJob, members: list[Member], at: ResumePoint, made: TrainTotals, ranks: Ranks, sweep: bool
+) -> ResumePoint:
     """The training loop of one wave, from where it stands to its end. Adds what it does to `made`."""
     config, device, start = job.config, ranks.device, at.step
-    positions = list(at.positions) or [Position()] * job.streams
+    positions = list(at.positions) or [StreamPosition()] * job.streams
     shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
     if ranks.leads:
         introduce(job, device)
     started = time.monotonic()
 
-    def after(done: int) -> Standing:
+    def after(done: int) -> ResumePoint:
         return replace(at, step=done, seconds=at.seconds + time.monotonic() - started)
 
     def rate(done: int) -> float:
@@ -275,7 +277,7 @@ def run_steps(job: Job, members: list[Member], at: Standing, made: Made, ranks: 
     return end
 
 
-def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks: Ranks) -> None:
+def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: TrainJob, ranks: Ranks) -> None:
     """Raises UserError on every rank where an autoencoder of any, or of a later wave, could never learn; the run's
     folder is then as if nothing had been begun."""
     mine = None
@@ -292,7 +294,7 @@ def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: Job, ranks
         raise UserError(problems[0])
 
 
-def interrupted(job: Job, done: int) -> Interrupted:
+def interrupted(job: TrainJob, done: int) -> Interrupted:
     return Interrupted(f"{job.title}: stopped after step {done}. To continue, run the same command again")
 
 
@@ -302,7 +304,7 @@ def agree(stop: bool, done: int, ranks: Ranks) -> bool:
 
 
 def log_line(
-    job: Job, measured: dict[Member, Step], done: int, seconds: float, ranks: Ranks, sweep: bool
+    job: TrainJob, measured: dict[Member, StepMetrics], done: int, seconds: float, ranks: Ranks, sweep: bool
 ) -> dict[str, Any]:
     """A line of metrics.jsonl, the same on every rank. Raises UserError when no loss is finite any more in a run of
     one wave."""
@@ -331,7 +333,7 @@ def log_line(
     }
 
 
-def save_saes(job: Job, members: list[Member]) -> None:
+def save_saes(job: TrainJob, members: list[Member]) -> None:
     for member in members:
         member.check_weights(job.steps)
         if member.diverged is None:
@@ -342,7 +344,7 @@ def save_saes(job: Job, members: list[Member]) -> None:
                 say(f"{member.config.name}: {missed}")
 
 
-def finish(job: Job, at: Standing, ranks: Ranks) -> None:
+def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
     """Measures the autoencoders on the held-out tokens, marks the run finished. Raises UserError when none is left."""
     torch.set_float32_matmul_precision("highest")  # measured as `sagsae eval` would
     folder, names = job.folder, [sae.name for sae in job.config.saes]
@@ -371,11 +373,11 @@ def finish(job: Job, at: Standing, ranks: Ranks) -> None:
         folder.drop_checkpoints()
 
 
-def summarise(job: Job, seconds: float, steps: int, waiting: float) -> Summary:
+def summarise(job: TrainJob, seconds: float, steps: int, waiting: float) -> TrainSummary:
     tokens = job.steps * job.config.batch
     saes = measured_of(job.folder)
     rate = steps * job.config.batch / seconds if seconds else 0.0
-    return Summary(
+    return TrainSummary(
         job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
         round(seconds, 2), round(rate, 1), round(waiting, 4), saes,
     )  # fmt: skip

@@ -44,14 +44,16 @@ BARE_BATCH: Final = 8_192
 
 
 @dataclass(frozen=True)
-class Report:
+class HarvestBenchReport:
     """Ratios of seconds: smaller is better, 1 is the limit."""
 
     ratios: dict[str, float | None]
     raw: dict[str, Any]
 
 
-def bench_harvest(config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]) -> Report:
+def bench_harvest(
+    config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]
+) -> HarvestBenchReport:
     """Every measure once a round, in turns, after a round that does not count; ratios are medians over the rounds.
     `config.tokens` must be given. Raises UserError for what a harvest would refuse."""
     if config.codec == "int8":
@@ -166,7 +168,9 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
     return time.perf_counter() - began
 
 
-def report(store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]) -> Report:
+def report(
+    store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]
+) -> HarvestBenchReport:
     rounds = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
     stored = sum(store.stored_bytes(hook) for hook in store.spec.hookpoints)
     raw = sum(rows.nbytes for rows in encodable(store))
@@ -193,7 +197,7 @@ def report(store: Store, device: torch.device, found: dict[str, list[float]], st
         "hookpoints": {path: hook.d_in for path, hook in store.spec.hookpoints.items()},
         "codec": store.spec.codec, "bytes": raw, "stored": stored,
     }  # fmt: skip
-    return Report(ratios, {**about, "figures": figures})
+    return HarvestBenchReport(ratios, {**about, "figures": figures})
 
 
 def device_name(device: torch.device) -> str:

@@ -20,7 +20,7 @@ from harvest.team import Team
 from shared.config import HarvestConfig
 from shared.files.local import LocalFiles, make_folders
 from shared.model.source import resolve_model
-from shared.store.commits import NUMBERS, Columns
+from shared.store.commits import NUMBERS, CommitColumns
 from shared.store.create import create_store
 from shared.store.manifest import INDEX, in_pieces
 from shared.store.opened import Store, write_state
@@ -41,7 +41,7 @@ LINKS: Final = 10_000
 
 
 @dataclass(frozen=True)
-class Kind:
+class ShardKind:
     """What the shards of a store look like."""
 
     context: int
@@ -53,15 +53,15 @@ class Kind:
     """Rows of a last shard that is not committed; the store is being written then."""
 
 
-MANIFEST: Final = Kind(
+MANIFEST: Final = ShardKind(
     CONTEXT, SHARD_ROWS, CHUNK_ROWS, 2048, ("layer_08/attn_out", "layer_08/mlp_out", "layer_08/resid_post")
 )
 """Three hookpoints as in Pythia-1b: fourteen files a shard."""
-SMALL_SHARDS: Final = Kind(8, 8, 8, NARROW)
-LARGE_SHARDS: Final = Kind(CONTEXT, SHARD_ROWS, CHUNK_ROWS, D_IN, left=LAST_ROWS)
+SMALL_SHARDS: Final = ShardKind(8, 8, 8, NARROW)
+LARGE_SHARDS: Final = ShardKind(CONTEXT, SHARD_ROWS, CHUNK_ROWS, D_IN, left=LAST_ROWS)
 
 
-def spec_of(kind: Kind, shards: int, digest: str) -> StoreSpec:
+def spec_of(kind: ShardKind, shards: int, digest: str) -> StoreSpec:
     hooks = {path: HookSpec(name=NAME, d_in=kind.d_in) for path in kind.hooks}
     return StoreSpec(
         model={
@@ -107,12 +107,12 @@ def write_manifest(
     numbers[:, 0], numbers[:, 1] = shard, spec.shard_rows
     numbers[:, 2], numbers[:, 3] = shard * spec.shard_rows, (shard + 1) * spec.shard_rows
     numbers[:, 4] = spec.shard_rows // spec.context * (spec.context - 1)
-    columns = Columns(tuple(sorted(spec.arrays())), tuple(sorted(spec.hookpoints)), numbers, sizes, crcs)
+    columns = CommitColumns(tuple(sorted(spec.arrays())), tuple(sorted(spec.hookpoints)), numbers, sizes, crcs)
     files.write(INDEX if state == "final" else "manifest/rank-00000.jsonl", in_pieces(columns.lines()))
     write_state(files, spec, state)
 
 
-def make_store(root: Path, shards: int, kind: Kind) -> None:
+def make_store(root: Path, shards: int, kind: ShardKind) -> None:
     """A whole store of so many full shards. Their rows lie in the order of the tokens, so that shards can share files:
     `verify --full` would say that they are not permuted."""
     files = LocalFiles(root)

@@ -32,7 +32,7 @@ WIDE: Final = "layer_00/wide"
 
 
 @dataclass(frozen=True)
-class Stores:
+class BenchStores:
     """Real activations, as harvested and as they are read."""
 
     narrow: Store
@@ -42,7 +42,7 @@ class Stores:
     as in the models that people harvest. A small model's own rows are too narrow to tell much."""
 
 
-def make_stores(folder: Path, model: str, tokens: int, width: int) -> Stores:
+def make_stores(folder: Path, model: str, tokens: int, width: int) -> BenchStores:
     """Raises UserError when the model has not enough hookpoints for the width."""
     config = HarvestConfig(model=model, tokens=tokens, hooks=HOOKS, out=str(folder), name="narrow")
     plan = make_plan(config)
@@ -60,7 +60,7 @@ def make_stores(folder: Path, model: str, tokens: int, width: int) -> Stores:
     stores = {"zstd": widened}
     for codec in ("lz4", "none", "int8"):
         stores[codec] = Store.open(recode(widened.name, str(folder / codec), codec).store)
-    return Stores(narrow, stores)
+    return BenchStores(narrow, stores)
 
 
 def widen(narrow: Store, hooks: list[str], files: LocalFiles) -> Store:
@@ -97,7 +97,7 @@ Prepare = Callable[[], None]
 
 
 @contextmanager
-def writing(stores: Stores, folder: Path) -> Iterator[tuple[dict[str, Run], dict[str, Prepare]]]:
+def writing(stores: BenchStores, folder: Path) -> Iterator[tuple[dict[str, Run], dict[str, Prepare]]]:
     """For zstd and lz4: encoding one shard's chunks that lie in memory, and committing that shard, files synced. What
     was written before is deleted first, which is not measured. The moments come with the rows, as in a harvest, where
     the model's device takes them."""

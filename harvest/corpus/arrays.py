@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.corpus.documents import Corpus, Ids, Look, Stream, cause, go_on, unknown_id
+from harvest.corpus.documents import Corpus, Ids, JoinedIds, Look, cause, go_on, unknown_id
 from harvest.corpus.folder import all_below, described
 from harvest.corpus.raw_bytes import check_regular, reading
 from shared.errors import UserError
@@ -28,7 +28,7 @@ MOST_IDS: Final = 1 << 27
 """Of one chunk, which is read whole."""
 
 
-def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
+def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
     """The ids of a .npy file, which is mapped and not loaded. Raises UserError for anything else in it."""
     try:
         with reading(path):
@@ -43,7 +43,7 @@ def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
     return _stream(path, array, 1, described([path], path.parent, look)[0], vocab_size)
 
 
-def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> Stream:
+def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
     """The ids of a folder that is a Zarr v3 array. Raises UserError for a group, which holds arrays."""
     import zarr
 
@@ -70,7 +70,7 @@ def _folder_described(path: Path, look: Look) -> dict[str, Any]:
     return {"name": path.resolve().name, "bytes": size, "blake2b": digest.hexdigest()}
 
 
-def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_size: int) -> Stream:
+def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_size: int) -> JoinedIds:
     if array.dtype.kind not in "iu":
         raise UserError(f"corpus {path}: is an array of {array.dtype}; whole numbers, the ids of tokens, are expected")
     if array.ndim not in (1, 2):
@@ -83,7 +83,7 @@ def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_
             f"corpus {path}: is to be read {whole:,} ids at a time; write it in smaller chunks, of 1 million ids or so"
         )
     description = {"kind": "ids", **identity, "shape": list(array.shape), "dtype": str(array.dtype)}
-    return Stream(description, functools.partial(_blocks, path, array, chunk, vocab_size), width)
+    return JoinedIds(description, functools.partial(_blocks, path, array, chunk, vocab_size), width)
 
 
 def _blocks(path: Path, array: Any, chunk: int, vocab_size: int) -> Iterator[Ids]:
@@ -106,7 +106,7 @@ def _flat(block: NDArray[Any]) -> Ids:
     return block.astype(np.int64).reshape(-1)
 
 
-def takes_rows(corpus: Corpus | Stream, context: int, bos: str) -> bool:
+def takes_rows(corpus: Corpus | JoinedIds, context: int, bos: str) -> bool:
     """Whether a corpus is rows to be taken as they are. Raises UserError when they cannot be."""
     if isinstance(corpus, Corpus) or corpus.width is None:
         return False

@@ -64,7 +64,7 @@ class Corpus:
 
 
 @dataclass(frozen=True)
-class Stream:
+class JoinedIds:
     """Ids that are already joined: nothing is shuffled and no EOS is put in."""
 
     description: dict[str, Any]
@@ -76,7 +76,7 @@ class Stream:
 
 
 @dataclass(frozen=True)
-class Field:
+class DocumentField:
     """Which field of a record holds the document, and which ids the model knows."""
 
     name: str

@@ -30,7 +30,7 @@ AGAIN: Final = "folders that are read already by another name"
 
 
 @dataclass
-class Found:
+class FolderListing:
     """What is below a folder."""
 
     files: list[Path] = field(default_factory=list)
@@ -50,9 +50,9 @@ class Found:
         return f"{read}, left out {self.left.total():,} ({'; '.join(left)})"
 
 
-def files_below(root: Path, extension: Callable[[Path], str]) -> Found:
+def files_below(root: Path, extension: Callable[[Path], str]) -> FolderListing:
     """The files of a corpus below a folder. `extension`: the known one that a name ends in, or nothing."""
-    found = Found()
+    found = FolderListing()
     for file in _walk(root, found):
         if file.name.startswith("."):
             found.left[HIDDEN] += 1
@@ -73,7 +73,7 @@ def is_card(name: str, extension: str) -> bool:
     return low in SHEETS or (extension in TEXTS and CARD.fullmatch(low.removesuffix(extension)) is not None)
 
 
-def _walk(root: Path, found: Found) -> Iterator[Path]:
+def _walk(root: Path, found: FolderListing) -> Iterator[Path]:
     """Every file below, real folders first, then those that links lead to, each folder once."""
     seen, waiting = {_inode(root)}, [root]
     while waiting:
@@ -90,7 +90,7 @@ def _walk(root: Path, found: Found) -> Iterator[Path]:
             waiting.pop(0)
 
 
-def _is_new(folder: Path, seen: set[tuple[int, int]], found: Found) -> bool:
+def _is_new(folder: Path, seen: set[tuple[int, int]], found: FolderListing) -> bool:
     """Whether a folder was not met yet, under whatever name. From now on it was."""
     inode = _inode(folder)
     if inode in seen:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import BadDocument, Corpus, Document, Field, Look, OnBad, cause, missing
+from harvest.corpus.documents import BadDocument, Corpus, Document, DocumentField, Look, OnBad, cause, missing
 from harvest.corpus.folder import check_files, described
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
@@ -21,7 +21,7 @@ BUILDERS: Final = ("arrow", "csv", "json", "parquet", "text")
 """How a repository on this machine may be stored. None of them unpickles or runs anything."""
 
 
-def named_set(name: str, config: HarvestConfig, field: Field) -> Corpus:
+def named_set(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
     """A data set of the hub, streamed at the commit that its revision means now; or of the local cache when the hub
     is out of reach. Raises UserError within seconds when there is neither."""
     commit, unreachable = _hub_commit(name, config.corpus_revision)
@@ -100,7 +100,7 @@ def is_saved_set(folder: Path) -> bool:
     )
 
 
-def saved_set(folder: Path, config: HarvestConfig, field: Field) -> Corpus:
+def saved_set(folder: Path, config: HarvestConfig, field: DocumentField) -> Corpus:
     """What `save_to_disk` wrote; of several splits the one that is asked for."""
     check_files(folder)
     library, split = _library(), config.corpus_split
@@ -133,7 +133,7 @@ def repository_card(folder: Path) -> dict[str, Any] | None:
     return card if card and ("configs" in card or "dataset_info" in card) else None
 
 
-def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, field: Field) -> Corpus:
+def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, field: DocumentField) -> Corpus:
     """A data-set repository on this machine, read where it is. Raises UserError when it names files elsewhere."""
     if (folder / ".huggingface.yaml").exists():
         raise UserError(f"corpus {folder}: its .huggingface.yaml is not read; write what it says into README.md")
@@ -185,14 +185,14 @@ def _library() -> Any:
     return datasets
 
 
-def _corpus(dataset: Any, name: str, field: Field, description: dict[str, Any]) -> Corpus:
+def _corpus(dataset: Any, name: str, field: DocumentField, description: dict[str, Any]) -> Corpus:
     if dataset.column_names is not None and not field.is_among(dataset.column_names):
         raise UserError(missing(field.name, dataset.column_names, f"corpus {name}"))
     return Corpus({**description, "text_field": field.name}, functools.partial(_documents, dataset, name, field))
 
 
 def _documents(
-    dataset: Iterable[dict[str, Any]], name: str, field: Field, on_bad: OnBad, look: Look
+    dataset: Iterable[dict[str, Any]], name: str, field: DocumentField, on_bad: OnBad, look: Look
 ) -> Iterator[Document]:
     try:
         for number, example in enumerate(dataset, 1):

@@ -24,7 +24,7 @@ def check_members(text: str, start: int = 0) -> None:
         raise ValueError(f"more than {MOST_MEMBERS >> 20} million values in one; save ids as a .npy array")
 
 
-class Values:
+class JsonCursor:
     """A cursor in a text of which only a part is there."""
 
     def __init__(self, blocks: Iterable[str], path: str) -> None:
@@ -94,7 +94,7 @@ class Values:
         return size > 0
 
 
-def members(values: Values) -> Iterator[tuple[str, Any]]:
+def members(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     """The members of the array that comes next, each with its place."""
     values.take("[")
     if values.peek() == "]":

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from harvest.corpus.arrays import numpy_stream, zarr_stream
-from harvest.corpus.documents import Corpus, Field, Look, Stream, go_on
+from harvest.corpus.documents import Corpus, DocumentField, JoinedIds, Look, go_on
 from harvest.corpus.hub import is_saved_set, named_set, repository_card, repository_set, saved_set
 from harvest.corpus.raw_bytes import reading
 from harvest.corpus.readers import extension, files_corpus
@@ -16,14 +16,14 @@ from shared.config import HarvestConfig
 from shared.errors import UserError
 
 
-def open_corpus(config: HarvestConfig, default: Path | None, vocab_size: int, look: Look = go_on) -> Corpus | Stream:
+def open_corpus(config: HarvestConfig, default: Path | None, vocab_size: int, look: Look = go_on) -> Corpus | JoinedIds:
     """The corpus that `config.corpus` names, or else the file `default` (a `corpus.jsonl` beside a local model).
 
     A file or folder that exists here wins over a data set of the same name. Raises UserError when there is nothing
     to read; a local corpus is read once, to hash it, with a `look` now and then. Ids are refused outside 0 to
     vocab_size - 1.
     """
-    field = Field(config.text_field, vocab_size)
+    field = DocumentField(config.text_field, vocab_size)
     if config.corpus is None:
         if default is None or not default.is_file():
             raise UserError("this model comes with no corpus: pass --corpus FILE, FOLDER or the name of a data set")
@@ -50,7 +50,7 @@ def _means_a_path(name: str) -> bool:
     return shape or has_extension or ("/" in name and Path(name).suffix[1:].isalpha())
 
 
-def _local(path: Path, config: HarvestConfig, field: Field, look: Look) -> Corpus | Stream:
+def _local(path: Path, config: HarvestConfig, field: DocumentField, look: Look) -> Corpus | JoinedIds:
     """What a file or a folder is, by what is in it."""
     if config.corpus_revision is not None:
         raise UserError(

@@ -35,7 +35,7 @@ Part = tuple[str | Ids, bool]
 
 
 @dataclass
-class Counts:
+class PackCounts:
     """What `pack` has read so far; complete when its iterator is exhausted."""
 
     documents: int = 0
@@ -60,7 +60,7 @@ class Counts:
     """Joined ids that do not fill a row yet."""
 
 
-def skipping(counts: Counts) -> OnBad:
+def skipping(counts: PackCounts) -> OnBad:
     """Counts bad documents in `counts` and says what is wrong with the first."""
 
     def skip(error: BadDocument) -> None:
@@ -127,7 +127,7 @@ def pack(
     context: int,
     eos_id: int | None,
     bos_id: int | None,
-    counts: Counts,
+    counts: PackCounts,
     vocab_size: int | None = None,
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
     """Blocks [rows, context] of token ids, rows >= 1: documents, each followed by `eos_id`, joined and cut.
@@ -149,7 +149,7 @@ def pack(
 
 
 def cut(
-    blocks: Iterable[Ids], context: int, bos_id: int | None, counts: Counts
+    blocks: Iterable[Ids], context: int, bos_id: int | None, counts: PackCounts
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
     """Rows [rows, context], rows >= 1, of ids that are already joined, after those left over in `counts`. The last
     partial row is lost."""
@@ -166,7 +166,9 @@ def cut(
     counts.dropped = len(counts.leftover)
 
 
-def _calls(documents: Iterator[Document], tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[list[Part]]:
+def _calls(
+    documents: Iterator[Document], tokenizer: Callable[..., Any] | None, counts: PackCounts
+) -> Iterator[list[Part]]:
     """The parts of all documents, as many together as the tokenizer gets at a time."""
     for batch in _batches(documents):
         parts = chain.from_iterable(_parts(document, tokenizer, counts) for document in batch)
@@ -192,7 +194,7 @@ def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
         yield batch
 
 
-def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Counts) -> Iterator[Part]:
+def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: PackCounts) -> Iterator[Part]:
     if isinstance(document, np.ndarray):
         yield document, True
         return
@@ -244,7 +246,7 @@ def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[n
     return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
-def _with_text(documents: Iterable[Document], eos_id: int | None, counts: Counts) -> Iterator[Document]:
+def _with_text(documents: Iterable[Document], eos_id: int | None, counts: PackCounts) -> Iterator[Document]:
     for document in documents:
         if _is_empty(document, eos_id):
             counts.empty += 1

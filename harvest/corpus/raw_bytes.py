@@ -24,7 +24,7 @@ TOO_LONG: Final = f"is longer than {RECORD_BYTES >> 20} MiB; split it, or save i
 
 
 @runtime_checkable
-class Bytes(Protocol):
+class BoundedBytes(Protocol):
     """What is read of a file or of an unpacker."""
 
     def read(self, size: int = -1, /) -> bytes: ...
@@ -81,7 +81,7 @@ def _check_mode(path: Path, mode: int) -> None:
 
 
 @contextmanager
-def unpacked(path: Path) -> Iterator[Bytes]:
+def unpacked(path: Path) -> Iterator[BoundedBytes]:
     """A file's bytes, unpacked where its name says that they are packed."""
     with reading(path), open_regular(path) as stream:
         suffix = path.suffix.lower()
@@ -97,7 +97,7 @@ def unpacked(path: Path) -> Iterator[Bytes]:
             yield stream
 
 
-def lines(stream: Bytes, path: Path, on_bad: OnBad, look: Look) -> Iterator[tuple[int, bytes]]:
+def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, look: Look) -> Iterator[tuple[int, bytes]]:
     """Lines with their numbers from 1, without a byte order mark. `on_bad` is told of one that is too long."""
     number = 0
     while line := stream.readline(RECORD_BYTES + 1):

@@ -17,7 +17,7 @@ from harvest.corpus.documents import (
     BadDocument,
     Corpus,
     Document,
-    Field,
+    DocumentField,
     LongText,
     Look,
     OnBad,
@@ -27,7 +27,7 @@ from harvest.corpus.documents import (
     refuse,
 )
 from harvest.corpus.folder import described, files_below
-from harvest.corpus.json_values import MOST_MEMBERS, Values, check_members, members
+from harvest.corpus.json_values import MOST_MEMBERS, JsonCursor, check_members, members
 from harvest.corpus.raw_bytes import (
     BLOCK_BYTES,
     RECORD_BYTES,
@@ -41,7 +41,7 @@ from harvest.corpus.raw_bytes import (
 from shared.errors import UserError
 from shared.progress import say
 
-Reader = Callable[[Path, Field, OnBad, Look], Iterator[Document]]
+Reader = Callable[[Path, DocumentField, OnBad, Look], Iterator[Document]]
 WHOLE: Final = 4 * BLOCK_BYTES
 """Characters of a text file that is read at once. A longer one is read while it is tokenised."""
 MUCH: Final = 4 << 30
@@ -50,7 +50,7 @@ ROWS: Final = 64
 """Of a parquet file, read at a time; fewer where they are large."""
 
 
-def files_corpus(path: Path, field: Field, look: Look = go_on) -> Corpus:
+def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus:
     """One file, or the files of known extension below a folder, by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
@@ -78,7 +78,7 @@ def files_corpus(path: Path, field: Field, look: Look = go_on) -> Corpus:
     return Corpus(description, read)
 
 
-def _whole_file(path: Path, _field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
     parts: list[str] = []
     size, blank = 0, True
     try:
@@ -95,7 +95,7 @@ def _whole_file(path: Path, _field: Field, on_bad: OnBad, look: Look) -> Iterato
     return None
 
 
-def _json_lines(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
     with unpacked(path) as stream:
         for number, data in lines(stream, path, on_bad, look):
             try:
@@ -109,7 +109,7 @@ def _json_lines(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator
                 yield document
 
 
-def _of_line(line: str, field: Field, where: str) -> Document:
+def _of_line(line: str, field: DocumentField, where: str) -> Document:
     try:
         check_members(line)
         record = json.loads(line)
@@ -121,9 +121,9 @@ def _of_line(line: str, field: Field, where: str) -> Document:
     return field.document(record, where)
 
 
-def _json(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _json(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
     """An array; or objects on one line each; or on any number of lines."""
-    values = Values(text_blocks(path, look), str(path))
+    values = JsonCursor(text_blocks(path, look), str(path))
     if _begins(path) == b"[":
         found: Iterator[tuple[str, Any]] = _array(values)
     elif _spans_lines(path, look):
@@ -160,25 +160,25 @@ def _spans_lines(path: Path, look: Look) -> bool:
     else:
         return False
     try:
-        Values(text_blocks(path, look), str(path)).value()
+        JsonCursor(text_blocks(path, look), str(path)).value()
     except UserError:
         return False
     return True
 
 
-def _array(values: Values) -> Iterator[tuple[str, Any]]:
+def _array(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     yield from members(values)
     if values.peek():
         raise UserError(f"{values.where}: goes on after the array; one array, or one object a line, is expected")
 
 
-def _sequence(values: Values) -> Iterator[tuple[str, Any]]:
+def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     while values.peek():
         where = values.where
         yield where, values.value()
 
 
-def _of_member(value: Any, field: Field, where: str) -> Document:
+def _of_member(value: Any, field: DocumentField, where: str) -> Document:
     if isinstance(value, str | list):
         return field.document({field.name: value}, where)
     if not isinstance(value, dict):
@@ -187,7 +187,7 @@ def _of_member(value: Any, field: Field, where: str) -> Document:
     return field.document(value, where)
 
 
-def _table(delimiter: str, path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
     """A table with the names of its columns in the first row. Rows may go over several lines, in quotation marks."""
     csv.field_size_limit(RECORD_BYTES)
     with unpacked(path) as stream:
@@ -219,7 +219,7 @@ def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterato
         yield data.decode(errors="surrogateescape")  # a bad byte counts where it is in the document
 
 
-def _checked_header(row: list[str], field: Field, where: str) -> list[str]:
+def _checked_header(row: list[str], field: DocumentField, where: str) -> list[str]:
     if row.count(field.name) != 1:
         if field.name in row:
             raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
@@ -236,7 +236,7 @@ def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str
     return dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path, field: Field, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -269,7 +269,7 @@ def _rows_at_a_time(file: Any) -> int:
     return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
 
 
-def _of_value(value: Any, column: str, field: Field, where: str) -> Document:
+def _of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:
     try:
         plain = value.as_py()
     except UnicodeDecodeError as error:

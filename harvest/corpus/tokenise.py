@@ -18,14 +18,14 @@ from typing import Any, Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.corpus.documents import Document, Stream, refuse
-from harvest.corpus.pack import Counts, cut, pack, shuffled, skipping
-from harvest.plan import Plan, decides_the_tokens, identity
+from harvest.corpus.documents import Document, JoinedIds, refuse
+from harvest.corpus.pack import PackCounts, cut, pack, shuffled, skipping
+from harvest.plan import HarvestPlan, decides_the_tokens, identity
 from shared.errors import DamagedError, Interrupted, LostError
 from shared.files.local import LocalFiles
 from shared.progress import say
 from shared.record import sealed_json
-from shared.store.create import Tokens, TokenWriter
+from shared.store.create import TokenWriter, WrittenTokens
 from shared.store.spec import is_sealed
 
 Item = TypeVar("Item")
@@ -38,23 +38,23 @@ PACKING: Final = 1
 """Changes when the same corpus is packed in another way."""
 
 
-def write_rows(plan: Plan, folder: Path, counts: Counts, look: Callable[[], None]) -> Tokens:
+def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, look: Callable[[], None]) -> WrittenTokens:
     """Writes the rows into a folder of this machine, after those that an earlier try left there. Raises Interrupted
     after a signal, with the progress saved."""
     writer = resumed(plan, folder, counts) or begun(plan, folder)
     if not writer.rows:
         say(f"{plan.name}: tokenising")
-    teller = Teller(plan, counts)
+    teller = TokeniseProgress(plan, counts)
 
     def look_and_tell() -> None:
         look()
         teller.tell()
 
-    here, saved = Place(counts), time.monotonic()
+    here, saved = PackingPlace(counts), time.monotonic()
     try:
         for block in token_rows(plan, counts, look_and_tell):
             writer.add(block)
-            here = Place(counts)
+            here = PackingPlace(counts)
             look_and_tell()  # the documents may all be read by now
             complete = writer.rows + writer.filled == rows_wanted(plan)
             if not complete and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
@@ -70,10 +70,10 @@ def write_rows(plan: Plan, folder: Path, counts: Counts, look: Callable[[], None
     return writer.close()
 
 
-class Teller:
+class TokeniseProgress:
     """Says now and then how far it is."""
 
-    def __init__(self, plan: Plan, counts: Counts) -> None:
+    def __init__(self, plan: HarvestPlan, counts: PackCounts) -> None:
         self.plan, self.counts = plan, counts
         self.last = time.monotonic()
 
@@ -86,20 +86,20 @@ class Teller:
         say(f"{self.plan.name}: {counts.read:,} documents read, {counts.tokens:,}{of} tokens")
 
 
-def begun(plan: Plan, folder: Path) -> TokenWriter:
+def begun(plan: HarvestPlan, folder: Path) -> TokenWriter:
     shutil.rmtree(folder, ignore_errors=True)
     return TokenWriter(folder, plan.context, plan.info.vocab_size)
 
 
-class Place:
+class PackingPlace:
     """How far the packing was when a block was given out."""
 
-    def __init__(self, counts: Counts) -> None:
+    def __init__(self, counts: PackCounts) -> None:
         self.calls, self.tokens, self.rows = counts.calls, counts.tokens, counts.rows
         self.leftover = counts.leftover
 
 
-def key_of(plan: Plan) -> str:
+def key_of(plan: HarvestPlan) -> str:
     """Of all that decides the rows, but for how many are wanted."""
     asked = {key: value for key, value in decides_the_tokens(plan).items() if key != "whole"}
     made = {key: identity(plan)[key] for key in OF_THE_TOKENS}
@@ -107,7 +107,7 @@ def key_of(plan: Plan) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def save(plan: Plan, folder: Path, writer: TokenWriter, place: Place) -> None:
+def save(plan: HarvestPlan, folder: Path, writer: TokenWriter, place: PackingPlace) -> None:
     state = {
         "key": key_of(plan),
         "calls": place.calls,
@@ -128,7 +128,7 @@ def from_text(text: str) -> NDArray[Any]:
     return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
 
 
-def resumed(plan: Plan, folder: Path, counts: Counts) -> TokenWriter | None:
+def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter | None:
     """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
     try:
         data = (folder / PROGRESS).read_bytes()
@@ -154,7 +154,7 @@ def resumed(plan: Plan, folder: Path, counts: Counts) -> TokenWriter | None:
     return writer
 
 
-def rows_of(text: str, plan: Plan) -> NDArray[Any]:
+def rows_of(text: str, plan: HarvestPlan) -> NDArray[Any]:
     return from_text(text).reshape(-1, plan.context)
 
 
@@ -167,11 +167,11 @@ def forget_progress(folder: Path) -> None:
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
-def rows_wanted(plan: Plan) -> int | None:
+def rows_wanted(plan: HarvestPlan) -> int | None:
     return None if plan.config.tokens is None else -(-plan.config.tokens // plan.context)
 
 
-def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+def token_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
     """Blocks of packed rows, after those in `counts`: all that the corpus gives, or just enough for the tokens asked
     for."""
     wanted, given = rows_wanted(plan), counts.rows
@@ -183,8 +183,8 @@ def token_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator
             return
 
 
-def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    if isinstance(plan.corpus, Stream):
+def packed_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+    if isinstance(plan.corpus, JoinedIds):
         blocks = islice(looking(plan.corpus.blocks(), look), counts.calls, None)
         return cut(blocks, plan.context, plan.bos_id, counts)
     on_bad = skipping(counts) if plan.config.on_bad_document == "skip" else refuse
@@ -200,7 +200,7 @@ def packed_rows(plan: Plan, counts: Counts, look: Callable[[], None]) -> Iterato
     )
 
 
-def counted(documents: Iterator[Document], counts: Counts) -> Iterator[Document]:
+def counted(documents: Iterator[Document], counts: PackCounts) -> Iterator[Document]:
     for document in documents:
         counts.read += 1
         yield document

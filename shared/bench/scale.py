@@ -32,7 +32,7 @@ PROMISED: Final = {"shards": 10**5, "rows": 10**9}
 
 
 @dataclass(frozen=True)
-class Measured:
+class ScaleMeasurement:
     """One thing done with one store in a process of its own."""
 
     seconds: float
@@ -42,14 +42,14 @@ class Measured:
 
 
 @dataclass(frozen=True)
-class Point:
+class ScalePoint:
     """The same with where it belongs."""
 
     axis: str
     """What is varied: shards or rows."""
     what: str
     size: int
-    measured: Measured
+    measured: ScaleMeasurement
 
 
 def anonymous_bytes() -> int:
@@ -61,7 +61,7 @@ def anonymous_bytes() -> int:
     return int(line.split()[1]) * 1024
 
 
-def measured(run: Callable[[], Any]) -> Measured:
+def measured(run: Callable[[], Any]) -> ScaleMeasurement:
     """Does it once. What it gives is held until the memory was looked at."""
     before, done, most = anonymous_bytes(), threading.Event(), [0]
 
@@ -78,15 +78,15 @@ def measured(run: Callable[[], Any]) -> Measured:
     done.set()
     sampler.join()
     del result
-    return Measured(wall, cpu, max(0, most[0] - before))
+    return ScaleMeasurement(wall, cpu, max(0, most[0] - before))
 
 
-def in_a_process(command: Sequence[str]) -> Measured:
+def in_a_process(command: Sequence[str]) -> ScaleMeasurement:
     """`measured` in another process, whose last line on stdout is what it found. Raises UserError when it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
-    return Measured(**json.loads(done.stdout.splitlines()[-1]))
+    return ScaleMeasurement(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float], floor: float) -> float | None:
@@ -107,7 +107,7 @@ def each(sizes: Sequence[int], values: Sequence[float]) -> float:
     return max(0.0, (values[-1] - values[-2]) / (sizes[-1] - sizes[-2]))
 
 
-def report(points: Sequence[Point]) -> dict[str, Any]:
+def report(points: Sequence[ScalePoint]) -> dict[str, Any]:
     """A row for every point, a row for the growth of every measure, and what is too much."""
     table = [
         {"against": p.axis, "size": p.size, "what": p.what, "s": round(p.measured.seconds, 2),
@@ -145,5 +145,5 @@ def shortened(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.3g}")
 
 
-def as_json(found: Measured) -> str:
+def as_json(found: ScaleMeasurement) -> str:
     return json.dumps(asdict(found))

@@ -21,7 +21,7 @@ Run = Callable[[], int]
 
 
 @dataclass(frozen=True)
-class Figure:
+class TimedFigure:
     """What one run did, round by round."""
 
     by_cpu: list[float]
@@ -43,7 +43,7 @@ def interleaved(
     rounds: int,
     advance: Callable[[int, str], None],
     before: Mapping[str, Callable[[], None]] | None = None,
-) -> dict[str, Figure]:
+) -> dict[str, TimedFigure]:
     """Every run once a round, after a round that is not counted. What comes first alternates. `before` is done before
     a run and not measured."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
@@ -58,10 +58,10 @@ def interleaved(
             if number:
                 found[name].append((moved / cpu, moved / wall))
             advance(1, name)
-    return {name: Figure([cpu for cpu, _ in pairs], [wall for _, wall in pairs]) for name, pairs in found.items()}
+    return {name: TimedFigure([cpu for cpu, _ in pairs], [wall for _, wall in pairs]) for name, pairs in found.items()}
 
 
-def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
+def ratio(figures: Mapping[str, TimedFigure], one: str, other: str) -> float | None:
     """Of CPU efficiencies, the median over the rounds: what disturbs a machine for a while disturbs both. None where
     one was not measured."""
     if one not in figures or other not in figures:
@@ -71,7 +71,7 @@ def ratio(figures: Mapping[str, Figure], one: str, other: str) -> float | None:
 
 
 def store_report(
-    narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, Figure], wait_share: float
+    narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, TimedFigure], wait_share: float
 ) -> dict[str, Any]:
     """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; all else is of
     the store that was read."""

@@ -22,7 +22,7 @@ Write = Callable[[str, Iterable[Buffer]], None]
 """Writes a file of all the pieces."""
 
 
-class Mark(NamedTuple):
+class LogMark(NamedTuple):
     """What a log was when it was looked at: equal marks mean equal content."""
 
     identity: str
@@ -30,7 +30,7 @@ class Mark(NamedTuple):
     grows: bool
     """Whether a log of the same identity that is larger has this one's bytes at its beginning."""
 
-    def continues(self, before: "Mark") -> bool:
+    def continues(self, before: "LogMark") -> bool:
         return self.grows and self.identity == before.identity and self.size >= before.size
 
 
@@ -81,7 +81,7 @@ class Files(Protocol):
         """Paths of the logs in a folder whose name begins with `prefix`, sorted."""
         ...
 
-    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+    def marks(self, folder: str, prefix: str) -> dict[str, LogMark]:
         """The same, each with a mark of what it is now."""
         ...
 

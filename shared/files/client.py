@@ -29,7 +29,7 @@ from shared.files.connect import (
     SLOWEST_RATE,
     TOTAL_SECONDS,
     TRIES,
-    Ways,
+    Connection,
     servers,
 )
 from shared.files.handles import Buffer
@@ -51,7 +51,7 @@ class IncompleteError(Exception):
     """A server sent other bytes than it was asked for. Worth another try."""
 
 
-class Failure(NamedTuple):
+class ServerFailure(NamedTuple):
     sign: str
     """A regular expression for obstore's message."""
     final: bool
@@ -62,7 +62,7 @@ class Failure(NamedTuple):
 
 LATER: Final = "Try again, or see to the server and the network"
 FAILURES: Final = (
-    Failure(
+    ServerFailure(
         r"169\.254\.169\.254|metadata\.google|Missing\w*Key|Received None from session",
         False,
         "no credentials were found",
@@ -70,48 +70,48 @@ FAILURES: Final = (
         "boto3), or AWS_SKIP_SIGNATURE=true for a public bucket; for gs:// set GOOGLE_APPLICATION_CREDENTIALS, or "
         "GOOGLE_SKIP_SIGNATURE=true",
     ),
-    Failure("NoSuchBucket", True, "there is no such bucket", "Create it, or correct its name"),
-    Failure(
+    ServerFailure("NoSuchBucket", True, "there is no such bucket", "Create it, or correct its name"),
+    ServerFailure(
         "BareRedirect|PermanentRedirect|AuthorizationHeaderMalformed",
         True,
         "the bucket is in another region",
         "Set AWS_REGION to the bucket's region",
     ),
-    Failure(
+    ServerFailure(
         "NotPartial|RangeNotSupported|NotImplemented",
         True,
         "the server does not support this kind of request",
         "Reading needs byte ranges (HTTP Range), writing needs If-None-Match: use a server that has them, or a disk",
     ),
-    Failure(
+    ServerFailure(
         r"status: 40[13]",
         True,
         "access was refused",
         "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
         "also say this of what does not exist",
     ),
-    Failure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
-    Failure(r"status: \d", True, "the server refused the request", "Check the address"),
-    Failure(
+    ServerFailure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
+    ServerFailure(r"status: \d", True, "the server refused the request", "Check the address"),
+    ServerFailure(
         "InvalidCertificate",
         True,
         "the server's certificate is not trusted",
         "SSL_CERT_FILE names a file of the authorities to trust",
     ),
-    Failure(
+    ServerFailure(
         r"legacy::Error\(\s*Connect",
         False,
         "the server cannot be reached",
         "Check the address (AWS_ENDPOINT_URL, if set) and the network",
     ),
-    Failure("TimedOut|kind: Timeout", False, "the server took too long to answer", LATER),
-    Failure("kind: (Interrupted|Request)", False, "the connection broke off", LATER),
-    Failure("", False, "", LATER),
+    ServerFailure("TimedOut|kind: Timeout", False, "the server took too long to answer", LATER),
+    ServerFailure("kind: (Interrupted|Request)", False, "the connection broke off", LATER),
+    ServerFailure("", False, "", LATER),
 )
 DETAILS: Final = r"status code: (\d+ [\w ]+)", r"<Code>(\w+)</Code>", r'message: "([^"]+)"', r'error: "([^"]+)"'
 
 
-def failure_of(error: Exception) -> tuple[Failure, str]:
+def failure_of(error: Exception) -> tuple[ServerFailure, str]:
     """What kind of failure it is, and what happened in a few words."""
     text = str(error)
     failure = next(one for one in FAILURES if re.search(one.sign, text))
@@ -123,7 +123,7 @@ def failure_of(error: Exception) -> tuple[Failure, str]:
 class Client:
     """One bucket or web server. `name` is what messages call the object; FileNotFoundError when it is not there."""
 
-    def __init__(self, where: str, ways: Ways) -> None:
+    def __init__(self, where: str, ways: Connection) -> None:
         self.where = where
         self.reads, self.asks, self.uploads = ways
         self.read_only = isinstance(self.reads, HTTPStore)

@@ -60,7 +60,7 @@ def parse(url: str) -> SplitResult:
     return parts
 
 
-class Ways(NamedTuple):
+class Connection(NamedTuple):
     """To one place."""
 
     reads: Server
@@ -71,12 +71,12 @@ class Ways(NamedTuple):
     """obstore tries their parts again."""
 
 
-def servers(parts: SplitResult) -> tuple[str, Ways]:
+def servers(parts: SplitResult) -> tuple[str, Connection]:
     """What tells the place from any other, and the ways to it."""
     return {"s3": s3, "gs": gcs, "http": web, "https": web}[parts.scheme](parts)
 
 
-def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Ways:
+def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
     retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
 
@@ -86,14 +86,14 @@ def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: An
         return make(place, client_options=client | options, retry_config=retry, **config)
 
     once, stall = retry | {"max_retries": 0}, timedelta(seconds=STALL_SECONDS)
-    return Ways(
+    return Connection(
         reads=way(READ_SECONDS, once, read_timeout=stall),
         asks=way(ANSWER_SECONDS, once, read_timeout=stall),
         uploads=way(PART_SECONDS, retry),
     )
 
 
-def s3(parts: SplitResult) -> tuple[str, Ways]:
+def s3(parts: SplitResult) -> tuple[str, Connection]:
     config = s3_profile()
     names = "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT"
     endpoint: str = next((os.environ[name] for name in names if os.environ.get(name)), config.get("endpoint", ""))
@@ -124,11 +124,11 @@ def s3_profile() -> dict[str, Any]:
     return config
 
 
-def gcs(parts: SplitResult) -> tuple[str, Ways]:
+def gcs(parts: SplitResult) -> tuple[str, Connection]:
     base = os.environ.get("GOOGLE_BASE_URL", "")
     return f"{base} gs {parts.netloc}", ways(GCSStore, parts.netloc, base.startswith("http://"))
 
 
-def web(parts: SplitResult) -> tuple[str, Ways]:
+def web(parts: SplitResult) -> tuple[str, Connection]:
     server = f"{parts.scheme}://{parts.netloc}"
     return server, ways(HTTPStore, server, parts.scheme == "http")

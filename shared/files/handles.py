@@ -126,7 +126,7 @@ class Scratch(threading.local):
 SCRATCH: Final = Scratch()
 
 
-class Handle:
+class PooledHandle:
     """An open file and how many threads read it now."""
 
     __slots__ = ("number", "users")
@@ -135,19 +135,19 @@ class Handle:
         self.number, self.users = number, 1
 
 
-class Handles:
+class HandlePool:
     """The open files of a process. `limit` says how many may be open; it is asked whenever one more is opened."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
         self.limit, self.most = limit, MOST_OPEN
         self.lock = threading.Lock()
-        self.open: OrderedDict[int, Handle] = OrderedDict()
+        self.open: OrderedDict[int, PooledHandle] = OrderedDict()
         """By the file's key, the least recently used first."""
         self.left: deque[int] = deque()
         """Keys of files that nobody has any more. Whoever takes the lock next closes them: an object can end in the
         middle of anything, also while this thread holds the lock."""
 
-    def take(self, file: "LocalFile") -> Handle:
+    def take(self, file: "LocalFile") -> PooledHandle:
         """The open file, which stays open until `give`."""
         with self.lock:
             found = self.open.get(file.key)
@@ -161,13 +161,13 @@ class Handles:
         with self.lock:
             other = self.open.get(file.key)
             if other is None:
-                made = self.open[file.key] = Handle(number)
+                made = self.open[file.key] = PooledHandle(number)
                 return made
             other.users += 1  # another thread was first
         close(number)
         return other
 
-    def give(self, handle: Handle) -> None:
+    def give(self, handle: PooledHandle) -> None:
         with self.lock:
             handle.users -= 1
 
@@ -182,7 +182,7 @@ class Handles:
             for handle in unused:
                 close(handle.number)
 
-    def take_left(self) -> list[Handle]:
+    def take_left(self) -> list[PooledHandle]:
         """Under the lock: takes out what nobody has any more."""
         found = []
         while self.left:
@@ -222,7 +222,7 @@ def half_of_the_limit() -> int:
     return MOST_OPEN if soft == resource.RLIM_INFINITY else min(MOST_OPEN, soft // 2)
 
 
-HANDLES: Final = Handles(half_of_the_limit)
+HANDLES: Final = HandlePool(half_of_the_limit)
 KEYS: Final = itertools.count()
 
 

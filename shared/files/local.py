@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.files.base import AGAIN, Files, Mark, OpenFile, Write, most_bytes, safe, too_large
+from shared.files.base import AGAIN, Files, LogMark, OpenFile, Write, most_bytes, safe, too_large
 from shared.files.handles import HANDLES, Buffer, LocalFile, again, close, open_regular, open_to_read
 from shared.files.locks import check_unread, folder_lock, held_for_reading, lock_file
 from shared.progress import say
@@ -61,12 +61,12 @@ class LocalFiles:
     def logs(self, folder: str, prefix: str) -> list[str]:
         return sorted(path.relative_to(self.root).as_posix() for path in (self.root / folder).glob(f"{prefix}*.jsonl"))
 
-    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+    def marks(self, folder: str, prefix: str) -> dict[str, LogMark]:
         found = {}
         for path in self.logs(folder, prefix):
             with contextlib.suppress(FileNotFoundError):  # deleted since the listing
                 about = (self.root / path).stat()
-                found[path] = Mark(f"{about.st_dev} {about.st_ino}", about.st_size, True)
+                found[path] = LogMark(f"{about.st_dev} {about.st_ino}", about.st_size, True)
         return found
 
     def read_from(self, path: str, offset: int) -> bytes:

@@ -13,7 +13,7 @@ from typing import Final
 from urllib.parse import unquote
 
 from shared.errors import DamagedError, UserError
-from shared.files.base import AGAIN, Files, Mark, Write, most_bytes, safe
+from shared.files.base import AGAIN, Files, LogMark, Write, most_bytes, safe
 from shared.files.cache import Key, RangeCache
 from shared.files.client import PART_BYTES, Client, ServerError
 from shared.files.connect import parse
@@ -139,14 +139,14 @@ class RemoteFiles:
     def logs(self, folder: str, prefix: str) -> list[str]:
         return list(self.marks(folder, prefix))
 
-    def marks(self, folder: str, prefix: str) -> dict[str, Mark]:
+    def marks(self, folder: str, prefix: str) -> dict[str, LogMark]:
         if self.client.read_only:
             raise UserError(
                 f"{self.name}: an unfinished store cannot be read over http. Finish it, or read it in place"
             )
         found = {last_name(meta["path"]): meta for meta in self.client.listing(*self.place(folder))["objects"]}
         return {
-            f"{folder}/{name}": Mark(
+            f"{folder}/{name}": LogMark(
                 f"{found[name]['e_tag']} {found[name]['last_modified']}", found[name]["size"], False
             )
             for name in sorted(found)

@@ -96,7 +96,7 @@ def without_numbers() -> Iterator[None]:
 
     aten = torch.ops.aten
 
-    class Answers(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    class OutlineAnswers(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function in (aten.equal.default, aten.is_nonzero.default):
                 return True
@@ -109,7 +109,7 @@ def without_numbers() -> Iterator[None]:
     level = log.level
     log.setLevel(logging.CRITICAL)  # it logs a traceback of every error that is raised as well
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True), Answers():  # type: ignore[no-untyped-call]
+        with FakeTensorMode(allow_non_fake_inputs=True), OutlineAnswers():  # type: ignore[no-untyped-call]
             yield
     finally:
         log.setLevel(level)

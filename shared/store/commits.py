@@ -97,7 +97,7 @@ def unsealed(line: str | bytes) -> dict[str, Any] | None:
 class FileSizes(Mapping[str, tuple[int, int]]):
     """The files of one commit, where they lie in the columns."""
 
-    def __init__(self, columns: "Columns", row: int) -> None:
+    def __init__(self, columns: "CommitColumns", row: int) -> None:
         self.columns, self.row = columns, row
 
     def __getitem__(self, array: str) -> tuple[int, int]:
@@ -118,7 +118,7 @@ class FileSizes(Mapping[str, tuple[int, int]]):
 
 
 @dataclass(frozen=True, eq=False)
-class Columns(Sequence[Commit]):
+class CommitColumns(Sequence[Commit]):
     """Commits one after another, as they were read. n of them, of A arrays and H hookpoints."""
 
     arrays: tuple[str, ...]
@@ -134,12 +134,12 @@ class Columns(Sequence[Commit]):
     """[n, H], ABSENT where a line does not name the hookpoint; None where no line names any."""
 
     @classmethod
-    def none(cls, spec: StoreSpec) -> "Columns":
+    def none(cls, spec: StoreSpec) -> "CommitColumns":
         arrays, hooks = tuple(sorted(spec.arrays())), tuple(sorted(spec.hookpoints))
         return cls(arrays, hooks, np.empty((0, NUMBERS), np.int64), *no_files(len(arrays)))
 
     @classmethod
-    def of(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "Columns":
+    def of(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "CommitColumns":
         """Of commits that all have a file in each of these arrays."""
         arrays, hooks = tuple(sorted(arrays)), tuple(sorted(hooks))
         numbers = [(c.shard, c.rows, c.start, c.stop, c.kept) for c in commits]
@@ -176,9 +176,9 @@ class Columns(Sequence[Commit]):
             hook: n for hook, n in zip(self.hooks, self.nonfinite[row].tolist(), strict=True) if n != ABSENT
         }  # fmt: skip
 
-    def take(self, rows: NDArray[np.int64]) -> "Columns":
+    def take(self, rows: NDArray[np.int64]) -> "CommitColumns":
         marked = None if self.nonfinite is None else self.nonfinite[rows]
-        return Columns(self.arrays, self.hooks, self.numbers[rows], self.sizes[rows], self.crcs[rows], marked)
+        return CommitColumns(self.arrays, self.hooks, self.numbers[rows], self.sizes[rows], self.crcs[rows], marked)
 
     def lines(self) -> Iterator[str]:
         """What `Commit.line` gives of each."""
@@ -195,7 +195,7 @@ def no_files(arrays: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     return np.empty((0, arrays), np.int64), np.empty((0, arrays), np.uint32)
 
 
-def joined(parts: Sequence[Columns]) -> Columns:
+def joined(parts: Sequence[CommitColumns]) -> CommitColumns:
     """One after another; at least one."""
     if len(parts) == 1:
         return parts[0]
@@ -208,13 +208,13 @@ def joined(parts: Sequence[Columns]) -> Columns:
     numbers, sizes, crcs = (
         np.concatenate([getattr(part, name) for part in parts]) for name in ("numbers", "sizes", "crcs")
     )
-    return Columns(first.arrays, first.hooks, numbers, sizes, crcs, marked)
+    return CommitColumns(first.arrays, first.hooks, numbers, sizes, crcs, marked)
 
 
 class Commits(Mapping[int, Commit]):
     """The commits of a store by shard, in order. Of a shard that is committed twice the last one counts."""
 
-    def __init__(self, columns: Columns) -> None:
+    def __init__(self, columns: CommitColumns) -> None:
         shards = columns.numbers[:, SHARD]
         if len(shards) > 1 and not (np.diff(shards) > 0).all():
             order = np.argsort(shards, kind="stable")
@@ -230,7 +230,7 @@ class Commits(Mapping[int, Commit]):
             return commits
         found = list(commits.values())
         arrays = set(found[0].files) if found else set[str]()
-        return cls(Columns.of(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
+        return cls(CommitColumns.of(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
 
     @cached_property
     def shards(self) -> NDArray[np.int64]:
@@ -322,10 +322,10 @@ class Commits(Mapping[int, Commit]):
 
 
 @dataclass(frozen=True)
-class Parsed:
+class ParsedLines:
     """What some lines of a log say."""
 
-    commits: Columns
+    commits: CommitColumns
     bad: dict[int, str]
     """Lines that are no commits of this store, by number from 1, and what is wrong with each."""
     lines: int
@@ -349,10 +349,10 @@ def pattern(arrays: Sequence[str]) -> re.Pattern[bytes]:
     return re.compile((f"({under})" + r",\"c\":([0-9]{1,10})\}\n").encode())
 
 
-def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> Parsed:
+def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> ParsedLines:
     """The lines of a log, after `before` others. What the writer makes is matched as a whole, anything else is read as
     JSON; either way all of it is checked against the spec. Raises UserError for a newer version."""
-    empty, read = Columns.none(spec), Reading(spec)
+    empty, read = CommitColumns.none(spec), CommitParser(spec)
     match, at, number, torn, whole = pattern(empty.arrays).match, 0, before, False, len(data)
     while at < len(data):
         number += 1
@@ -367,10 +367,10 @@ def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> Parsed:
         read.add_json(number, text)
         at = end
     commits, bad = read.result(empty)
-    return Parsed(commits, bad, number, torn, whole if torn else len(data))
+    return ParsedLines(commits, bad, number, torn, whole if torn else len(data))
 
 
-class Reading:
+class CommitParser:
     """Collects lines and makes columns of them."""
 
     def __init__(self, spec: StoreSpec) -> None:
@@ -406,7 +406,7 @@ class Reading:
             self.blocks.append(found.reshape(len(self.waiting), NUMBERS + 2 * len(self.arrays)))
             self.waiting = []
 
-    def result(self, empty: Columns) -> tuple[Columns, dict[int, str]]:
+    def result(self, empty: CommitColumns) -> tuple[CommitColumns, dict[int, str]]:
         """The commits, and all bad lines in order."""
         self.flush()
         if not self.numbers:
@@ -425,7 +425,9 @@ class Reading:
         bad = dict(sorted(self.bad.items()))
         numbers, sizes = values[kept, :NUMBERS], files[kept, :, 0]
         crcs = files[kept, :, 1].astype(np.uint32)
-        return Columns(self.arrays, self.hooks, numbers, sizes, crcs, None if marked is None else marked[kept]), bad
+        return CommitColumns(
+            self.arrays, self.hooks, numbers, sizes, crcs, None if marked is None else marked[kept]
+        ), bad
 
 
 def values_of(body: dict[str, Any], arrays: tuple[str, ...], hooks: tuple[str, ...]) -> tuple[list[int], Any]:

@@ -43,7 +43,7 @@ def is_ours(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Tokens:
+class WrittenTokens:
     """Token rows that were written, not yet in their place."""
 
     folder: Path
@@ -100,11 +100,11 @@ class TokenWriter:
             self.chunk[: len(block) - fitting] = block[fitting:]
             self.filled = len(block) - fitting
 
-    def close(self) -> Tokens:
+    def close(self) -> WrittenTokens:
         """Writes the last chunk, which may be short of rows."""
         if self.filled:
             self._write()
-        return Tokens(self.folder, self.dtype, self.rows, self.digest.hexdigest(), self.files)
+        return WrittenTokens(self.folder, self.dtype, self.rows, self.digest.hexdigest(), self.files)
 
     def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
         """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
@@ -126,7 +126,7 @@ class TokenWriter:
         self.rows += len(ids)
 
 
-def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> Tokens:
+def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, vocab_size: int) -> WrittenTokens:
     """Writes rows [n, context] as the chunks of an array."""
     writer = TokenWriter(folder, context, vocab_size)
     for block in blocks:
@@ -134,7 +134,7 @@ def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, voc
     return writer.close()
 
 
-def place_tokens(files: Files, tokens: Tokens) -> None:
+def place_tokens(files: Files, tokens: WrittenTokens) -> None:
     """Gives the rows that `write_tokens` wrote their final name."""
     if isinstance(files, LocalFiles):
         tokens.folder.rename(files.root / "tokens")

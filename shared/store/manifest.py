@@ -12,11 +12,11 @@ from itertools import islice
 from typing import Final
 
 from shared.errors import DamagedError
-from shared.files.base import Files, Mark
+from shared.files.base import Files, LogMark
 from shared.gate import file_entry, members, passed, safe_path
 from shared.store.commits import (
     MANIFEST_VERSION,
-    Columns,
+    CommitColumns,
     Commits,
     as_json,
     check_version,
@@ -42,18 +42,18 @@ WRITTEN_AT_ONCE: Final = 4096
 
 
 @dataclass(frozen=True)
-class Log:
+class ManifestLog:
     """One file of the manifest as it is now."""
 
     path: str
-    commits: Columns
+    commits: CommitColumns
     """In the order of its lines."""
     bad: dict[int, str]
     """Lines that are no commits, by number, and what is wrong with each."""
     lines: int
     torn: bool
     """Whether only its last line is bad, and does not end or was altered: being written, or torn by a crash."""
-    mark: Mark | None = None
+    mark: LogMark | None = None
     """What the file was when it was read."""
     whole: int = 0
     """Bytes before a torn last line."""
@@ -64,10 +64,10 @@ class Manifest:
 
     def __init__(self, files: Files, spec: StoreSpec) -> None:
         self.files, self.spec = files, spec
-        self.known: dict[str, Log] = {}
+        self.known: dict[str, ManifestLog] = {}
         self.found: Commits | None = None
 
-    def logs(self, final: bool) -> list[Log]:
+    def logs(self, final: bool) -> list[ManifestLog]:
         """The whole manifest, the index first. A final store has it in one file, which can be read where files cannot
         be listed. Otherwise the index is read last: a harvest that ends meanwhile writes it before it deletes the
         logs."""
@@ -83,13 +83,13 @@ class Manifest:
             return list(self.known.values())
         raise DamagedError(f"{self.files.name}/manifest: what is listed there cannot be read")
 
-    def look(self, marks: dict[str, Mark]) -> dict[str, Log]:
+    def look(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
         new = [path for path, mark in marks.items() if path not in self.known or self.known[path].mark != mark]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(new, pool.map(lambda path: self.read(path, marks[path]), new), strict=True))
         return {path: read.get(path) or self.known[path] for path in marks}
 
-    def read(self, path: str, mark: Mark | None) -> Log:
+    def read(self, path: str, mark: LogMark | None) -> ManifestLog:
         """All of a log, or what was appended to it. Raises FileNotFoundError, for the index of a final store
         DamagedError."""
         before = self.known.get(path)
@@ -97,7 +97,7 @@ class Manifest:
             more = parse_lines(self.files.read_from(path, before.whole), self.spec, before.lines - before.torn)
             bad = ({} if before.torn else before.bad) | more.bad
             commits, whole = joined([before.commits, more.commits]), before.whole + more.whole
-            return Log(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
+            return ManifestLog(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
         try:
             data = self.files.read(path)
         except FileNotFoundError:
@@ -106,7 +106,7 @@ class Manifest:
             raise
         found = parse_lines(data, self.spec)
         whole = found.whole
-        return Log(
+        return ManifestLog(
             path, found.commits, found.bad, found.lines, torn(path, found.bad, found.lines, found.torn), mark, whole
         )
 
@@ -127,7 +127,7 @@ class Manifest:
             or before.keys() != self.known.keys()
             or any(before[path] is not log for path, log in self.known.items())
         ):
-            self.found = Commits(joined([log.commits for log in logs]) if logs else Columns.none(self.spec))
+            self.found = Commits(joined([log.commits for log in logs]) if logs else CommitColumns.none(self.spec))
         return self.found
 
 
@@ -135,7 +135,7 @@ def torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
     return last and list(bad) == [lines] and path != INDEX
 
 
-def read_logs(files: Files, spec: StoreSpec, final: bool) -> list[Log]:
+def read_logs(files: Files, spec: StoreSpec, final: bool) -> list[ManifestLog]:
     """The whole manifest, as it is."""
     return Manifest(files, spec).logs(final)
 

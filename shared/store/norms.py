@@ -35,7 +35,7 @@ SAMPLED: Final = 32
 
 
 @dataclass(frozen=True)
-class Massive:
+class MassiveRows:
     """The rows whose norm exceeds `norm`, among those that count."""
 
     norm: float
@@ -73,7 +73,7 @@ class Norms:
     """Their mean over all contexts; None where none is finite."""
     nonfinite: int
     """Rows with a NaN or an infinity, whether they would count or not."""
-    massive: Massive
+    massive: MassiveRows
 
     @property
     def median(self) -> float:
@@ -124,7 +124,7 @@ class Distribution:
 
 
 @dataclass
-class Largest:
+class LargestNorms:
     """The largest norms so far, with their places."""
 
     norms: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))
@@ -143,7 +143,7 @@ class Largest:
 
 
 @dataclass(frozen=True)
-class Shard:
+class ShardNorms:
     """Of the rows of one shard, in stored order."""
 
     norms: NDArray[np.float32]
@@ -162,7 +162,7 @@ def sample(store: Store, hook: str) -> Norms | None:
 
 def norms(store: Store, hook: str) -> Norms | None:
     """Over the committed shards; None when no row counts."""
-    found, largest = Distribution(), Largest()
+    found, largest = Distribution(), LargestNorms()
     first, n_first, nonfinite = 0.0, 0, 0
     for shard in shards(store, hook, store.commits):
         finite = np.isfinite(shard.norms)
@@ -179,7 +179,7 @@ def norms(store: Store, hook: str) -> Norms | None:
     return Norms(found.n, found.total / found.n, quantiles, at, nonfinite, there)
 
 
-def massive(found: Distribution, largest: Largest, limit: float, statistics: Statistics | None) -> Massive:
+def massive(found: Distribution, largest: LargestNorms, limit: float, statistics: Statistics | None) -> MassiveRows:
     """|x - mean| is at least |x| - |mean|."""
     values, counts = found.counts()
     above = values > limit
@@ -189,7 +189,7 @@ def massive(found: Distribution, largest: Largest, limit: float, statistics: Sta
         beyond = np.maximum(values[above] - np.linalg.norm(statistics.mean), 0.0)
         held = min(1.0, float((beyond**2 * counts[above]).sum()) / found.n / variance)
     seen = largest.norms > limit
-    return Massive(
+    return MassiveRows(
         norm=limit,
         rows=int(counts[above].sum()),
         of=found.n,
@@ -209,7 +209,7 @@ def share(value: float) -> str:
     return f"{percent:.3g} %" if percent < 99.95 else "over 99.9 %"
 
 
-def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[Shard]:
+def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[ShardNorms]:
     """Of each of these committed shards the rows' norms, whether they count, their positions and their tokens. Raises
     DamagedError where the index of a shard names rows of another."""
     tokens, spec = store.token_rows(check=False), store.spec
@@ -221,7 +221,7 @@ def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[Shard]:
         block = tokens[first : -(-stop // spec.context)]
         places = read_places(contexts, positions, shard) + (start - first * spec.context)
         counts = rows_that_count(block, spec).reshape(-1)[places]
-        yield Shard(read_shard(norm, shard), counts, places % spec.context, block.reshape(-1)[places])
+        yield ShardNorms(read_shard(norm, shard), counts, places % spec.context, block.reshape(-1)[places])
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:

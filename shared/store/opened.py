@@ -114,7 +114,7 @@ class Store:
         """Raises UserError when there is no store, DamagedError when its description or manifest is damaged. `lenient`
         opens what is left of a damaged manifest."""
         files = open_files(location) if isinstance(location, str | Path) else location
-        return Growing(files).open(lenient=lenient)
+        return GrowingStore(files).open(lenient=lenient)
 
     @property
     def name(self) -> str:
@@ -265,7 +265,7 @@ class Store:
         return sum(self.commits.bytes_of(path) for path in paths)
 
 
-class Growing:
+class GrowingStore:
     """A store that is looked at again and again while it is written: each time only what is new is read."""
 
     def __init__(self, files: Files) -> None:

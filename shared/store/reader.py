@@ -19,7 +19,7 @@ from shared.errors import DamagedError
 from shared.files.base import OpenFile
 from shared.gate import BadData, members, parse_json
 from shared.store.opened import Store
-from shared.store.shard import Layout, check_index, decode_chunk, decode_index
+from shared.store.shard import ShardLayout, check_index, decode_chunk, decode_index
 from shared.store.spec import shard_file, sharded_document
 
 FILES: Final = 4096
@@ -37,7 +37,7 @@ class Reader(Protocol):
     """Inner chunks of one sharded array."""
 
     store: Store
-    layout: Layout
+    layout: ShardLayout
 
     def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:
         """The rows of one inner chunk. `out` (chunk_rows, *row_shape) is decoded into and a view of it returned.
@@ -73,7 +73,7 @@ def is_foreign(store: Store, array: str, document: dict[str, Any]) -> bool:
     return any(found[key] != written[key] for key in DECIDES_THE_BYTES)
 
 
-class Indexes:
+class IndexCache:
     """Counts the shard indexes that the readers of this process keep, and drops the oldest beyond `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
@@ -93,7 +93,7 @@ class Indexes:
                     there.indexes.pop(oldest, None)
 
 
-INDEXES: Final = Indexes(INDEX_BYTES)
+INDEXES: Final = IndexCache(INDEX_BYTES)
 
 
 class ArrayReader:
@@ -156,12 +156,12 @@ class ArrayReader:
         return out[: (count - 1) * rows + self.chunk_rows(shard, first + count - 1)]
 
 
-def open_shard(store: Store, array: str, layout: Layout, shard: int) -> OpenFile:
+def open_shard(store: Store, array: str, layout: ShardLayout, shard: int) -> OpenFile:
     """No method: a reader that is kept by what it keeps would end late, and its files with it."""
     return store.files.open(shard_file(array, shard, bool(layout.row_shape)), *store.commits[shard].files[array])
 
 
-def read_index(file: OpenFile, size: int, layout: Layout, rows: int, what: str) -> NDArray[np.uint64]:
+def read_index(file: OpenFile, size: int, layout: ShardLayout, rows: int, what: str) -> NDArray[np.uint64]:
     """The index at the end of a shard's file of `size` bytes that holds `rows` rows. Raises DamagedError."""
     end = size - layout.index_bytes
     index = decode_index(file.read(end, layout.index_bytes), layout, what)

@@ -43,7 +43,7 @@ Marks = NDArray[np.bool_]
 
 
 @dataclass(frozen=True)
-class Sums:
+class RowSums:
     """Of the rows of one hookpoint in one shard."""
 
     norms: Floats
@@ -84,7 +84,7 @@ class Recount:
             if hook not in self.readers or hook in broken:
                 continue
             try:
-                lines += Hookpoint(self, hook, shard).differences(found, kept, broken)
+                lines += HookpointRecount(self, hook, shard).differences(found, kept, broken)
             except DamagedError as error:
                 lines.append(str(error))
         return lines
@@ -135,7 +135,7 @@ def is_matrix(recount: Recount, array: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Hookpoint:
+class HookpointRecount:
     """One hookpoint in one shard."""
 
     recount: Recount
@@ -190,7 +190,7 @@ class Hookpoint:
 
     def unequal(
         self,
-        found: Sums,
+        found: RowSums,
         norms: NDArray[np.float32],
         total: Floats,
         squares: Floats,
@@ -349,7 +349,7 @@ def as_numbers(reader: Reader, shard: int, dtype: str, kind: type[Any]) -> Itera
 
 def sums_of_levels(
     parts: Iterable[NDArray[Any]], scales: NDArray[np.float32], dim: NDArray[np.float32], counted: Marks
-) -> tuple[Sums, NDArray[np.int16]]:
+) -> tuple[RowSums, NDArray[np.int16]]:
     """Of quantised rows in parts, as they are read back, in float32; and the largest absolute level of each row."""
     norms, levels, at = np.empty(len(counted)), np.empty(len(counted), np.int16), 0
     memory = np.empty(0, np.float32)
@@ -368,10 +368,10 @@ def sums_of_levels(
             norms[here] = np.sqrt(np.einsum("nd,d->n", x, wide)) * scales[here]
             at += len(q)
         total, squares = total * dim, squares * np.square(dim, dtype="f8")
-    return Sums(norms, total, squares), levels
+    return RowSums(norms, total, squares), levels
 
 
-def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> Sums:
+def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
     """Of rows [n, d_in] in parts, which are written over."""
     norms, at = np.empty(len(counted)), 0
     total: Floats | float = 0.0
@@ -385,7 +385,7 @@ def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> Sums:
             np.multiply(x, x, out=x)
             squares = squares + column_sums(x)
             at += len(x)
-    return Sums(norms, np.asarray(total), np.asarray(squares))
+    return RowSums(norms, np.asarray(total), np.asarray(squares))
 
 
 def column_sums(x: NDArray[Any]) -> Floats:

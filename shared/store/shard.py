@@ -59,7 +59,7 @@ BLOSC_MOST: Final = 2**31 - 1 - 16
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """How one array's rows become shards."""
 
     chunk_rows: int
@@ -135,7 +135,7 @@ def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
     return packed
 
 
-def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, check: bool = True) -> None:
+def decode_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str, check: bool = True) -> None:
     """Checks (unless told not to) and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
     payload = without_crc(data, what, check)
     try:
@@ -146,7 +146,7 @@ def decode_chunk(data: Buffer, layout: Layout, out: NDArray[Any], what: str, che
         ) from error
 
 
-def unpack(payload: memoryview, layout: Layout, out: NDArray[Any]) -> None:
+def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
     """One inner chunk without its crc32c. Whatever the bytes are, it reads nothing but them and writes all of `out`, or
     raises ValueError or RuntimeError."""
     if CODECS[layout.codec] is not None:
@@ -204,7 +204,7 @@ def check_header(payload: memoryview) -> tuple[int, int, int]:
     return flags >> 5, typesize, values
 
 
-def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
+def pad_chunk(rows: NDArray[Any], layout: ShardLayout) -> NDArray[Any]:
     """The rows of a chunk at the array's end, filled up to a whole chunk as Zarr asks."""
     if len(rows) == layout.chunk_rows:
         return rows
@@ -213,7 +213,7 @@ def pad_chunk(rows: NDArray[Any], layout: Layout) -> NDArray[Any]:
     return whole
 
 
-def shard_pieces(chunks: Iterable[bytes], layout: Layout) -> Iterator[bytes]:
+def shard_pieces(chunks: Iterable[bytes], layout: ShardLayout) -> Iterator[bytes]:
     """The file of a shard, piece by piece: its encoded chunks, each with its crc32c, then the index with its own.
     Chunks beyond the last are marked missing."""
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
@@ -226,7 +226,7 @@ def shard_pieces(chunks: Iterable[bytes], layout: Layout) -> Iterator[bytes]:
     yield with_crc(index.tobytes())
 
 
-def encode_shard(rows: NDArray[Any], layout: Layout) -> Iterator[bytes]:
+def encode_shard(rows: NDArray[Any], layout: ShardLayout) -> Iterator[bytes]:
     """The file of one shard for `rows` (n <= shard_rows, *row_shape), piece by piece."""
     if len(rows) > layout.shard_rows or rows.shape[1:] != layout.row_shape or rows.dtype != layout.dtype:
         raise ValueError(
@@ -236,7 +236,7 @@ def encode_shard(rows: NDArray[Any], layout: Layout) -> Iterator[bytes]:
     return shard_pieces((encode_chunk(np.ascontiguousarray(pad_chunk(p, layout)), layout.codec) for p in parts), layout)
 
 
-def decode_index(tail: Buffer, layout: Layout, what: str) -> NDArray[np.uint64]:
+def decode_index(tail: Buffer, layout: ShardLayout, what: str) -> NDArray[np.uint64]:
     """(chunks_per_shard, 2) offsets and lengths from a shard's last `layout.index_bytes` bytes."""
     payload = without_crc(tail, f"{what}: index")
     return np.frombuffer(payload, "<u8").reshape(layout.chunks_per_shard, 2).copy()  # the bytes may be a scratch buffer

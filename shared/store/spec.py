@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from shared.gate import BadData, integer, members, named, quoted, safe_path, text
 from shared.schema import Frozen
-from shared.store.shard import BLOSC_MOST, CODECS, Layout, crc32c
+from shared.store.shard import BLOSC_MOST, CODECS, ShardLayout, crc32c
 
 FORMAT_VERSION: Final = 2
 TOKENS_PER_CHUNK: Final = 1 << 20
@@ -130,7 +130,7 @@ class StoreSpec(Frozen):
     def quantised(self) -> bool:
         return self.codec == "int8"
 
-    def layouts(self) -> dict[str, Layout]:
+    def layouts(self) -> dict[str, ShardLayout]:
         """Every sharded array: hookpoints, int8's row scales, row norms, and where each row came from. What is read a
         shard at a time has one chunk a shard."""
         per_shard = self.shard_rows // self.chunk_rows
@@ -139,13 +139,13 @@ class StoreSpec(Frozen):
         float32, nan = np.dtype("<f4"), float("nan")
         layouts = {}
         for path, hook in self.hookpoints.items():
-            layouts[path] = Layout(self.chunk_rows, per_shard, (hook.d_in,), dtype, codec, fill)
-            layouts[f"stats/{path}/norm"] = Layout(self.shard_rows, 1, (), float32, "zstd", nan)
+            layouts[path] = ShardLayout(self.chunk_rows, per_shard, (hook.d_in,), dtype, codec, fill)
+            layouts[f"stats/{path}/norm"] = ShardLayout(self.shard_rows, 1, (), float32, "zstd", nan)
             if self.quantised:
-                layouts[f"scale/{path}/row"] = Layout(self.chunk_rows, per_shard, (), float32, "zstd", nan)
+                layouts[f"scale/{path}/row"] = ShardLayout(self.chunk_rows, per_shard, (), float32, "zstd", nan)
         for name, index_dtype in (("context", "<u4"), ("position", "<u2")):
             dtype = np.dtype(index_dtype)
-            layouts[f"index/{name}"] = Layout(self.shard_rows, 1, (), dtype, "zstd", int(np.iinfo(dtype).max))
+            layouts[f"index/{name}"] = ShardLayout(self.shard_rows, 1, (), dtype, "zstd", int(np.iinfo(dtype).max))
         return layouts
 
     def rows_of_shards(self) -> dict[str, tuple[int, np.dtype[Any]]]:
@@ -177,7 +177,7 @@ class StoreSpec(Frozen):
             about = {"logical_dtype": "int8" if self.quantised else self.dtype, "hook": hook.name} if hook else None
             found[path] = sharded_document(self.n_tokens, layout, {"sagsae": about} if about else {})
         for path, (d_in, dtype) in self.rows_of_shards().items():
-            row = Layout(1, 1, (d_in,), dtype, "none", float("nan"))
+            row = ShardLayout(1, 1, (d_in,), dtype, "none", float("nan"))
             found[path] = plain_document((self.n_shards, d_in), row, ("shard", "d_model"))
         group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
         found |= {parent: group for path in list(found) for parent in parents(path)}
@@ -237,9 +237,9 @@ def are_special(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[n
     return found
 
 
-def token_layout(context: int, dtype: TokenType) -> Layout:
+def token_layout(context: int, dtype: TokenType) -> ShardLayout:
     """Chunks of the token ids, [n_contexts, context]; each is a file of its own."""
-    return Layout(max(1, TOKENS_PER_CHUNK // context), 1, (context,), np.dtype(dtype).newbyteorder("<"), "zstd", 0)
+    return ShardLayout(max(1, TOKENS_PER_CHUNK // context), 1, (context,), np.dtype(dtype).newbyteorder("<"), "zstd", 0)
 
 
 def shard_file(array: str, shard: int, matrix: bool) -> str:
@@ -261,7 +261,7 @@ LITTLE: Final = {"name": "bytes", "configuration": {"endian": "little"}}
 CRC: Final = {"name": "crc32c"}
 
 
-def chunk_codecs(layout: Layout) -> list[dict[str, Any]]:
+def chunk_codecs(layout: ShardLayout) -> list[dict[str, Any]]:
     """How a chunk is encoded, in Zarr's words."""
     parameters = CODECS[layout.codec]
     raw = LITTLE if layout.dtype.itemsize > 1 else {"name": "bytes"}
@@ -274,7 +274,7 @@ def chunk_codecs(layout: Layout) -> list[dict[str, Any]]:
     ]
 
 
-def sharded_codecs(layout: Layout) -> list[dict[str, Any]]:
+def sharded_codecs(layout: ShardLayout) -> list[dict[str, Any]]:
     inside = {
         "chunk_shape": list(layout.chunk_shape),
         "codecs": chunk_codecs(layout),
@@ -284,13 +284,13 @@ def sharded_codecs(layout: Layout) -> list[dict[str, Any]]:
     return [{"name": "sharding_indexed", "configuration": inside}]
 
 
-def sharded_document(rows: int, layout: Layout, attributes: dict[str, Any]) -> dict[str, Any]:
+def sharded_document(rows: int, layout: ShardLayout, attributes: dict[str, Any]) -> dict[str, Any]:
     shape = (rows, *layout.row_shape)
     chunk = (layout.shard_rows, *layout.row_shape)
     return document(shape, chunk, layout, sharded_codecs(layout), ("token", "d_model")[: len(shape)], attributes)
 
 
-def plain_document(shape: tuple[int, ...], layout: Layout, names: tuple[str, ...]) -> dict[str, Any]:
+def plain_document(shape: tuple[int, ...], layout: ShardLayout, names: tuple[str, ...]) -> dict[str, Any]:
     """Of an array whose every chunk is a file."""
     return document(shape, layout.chunk_shape, layout, chunk_codecs(layout), names, {})
 
@@ -298,7 +298,7 @@ def plain_document(shape: tuple[int, ...], layout: Layout, names: tuple[str, ...
 def document(
     shape: tuple[int, ...],
     chunk: tuple[int, ...],
-    layout: Layout,
+    layout: ShardLayout,
     codecs: list[dict[str, Any]],
     names: tuple[str, ...],
     attributes: dict[str, Any],

@@ -9,13 +9,13 @@ from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.files.locks import is_locked
 from shared.store.commits import Commits
-from shared.store.opened import Growing, Store
+from shared.store.opened import GrowingStore, Store
 
 NOTHING: Final = Commits.of({})
 
 
 @dataclass(frozen=True)
-class Look:
+class StoreLook:
     """A store at one moment."""
 
     store: Store
@@ -27,22 +27,22 @@ class Look:
     """Whether a harvest is alive on this machine; None where that cannot be seen."""
 
 
-def looks(files: Files, every: float) -> Iterator[Look]:
+def looks(files: Files, every: float) -> Iterator[StoreLook]:
     """One look now and one whenever something was committed; ends when the store is final. Reads only."""
-    started, growing, seen = time.monotonic(), Growing(files), None
+    started, growing, seen = time.monotonic(), GrowingStore(files), None
     while True:
         store = growing.open()
         new = [] if seen is store.commits else store.commits.fresh(seen or NOTHING).tolist()
         at_work = is_locked(files.root) if isinstance(files, LocalFiles) else None
         if new or seen is None or store.state == "final":
-            yield Look(store, new if seen is not None else [], time.monotonic() - started, at_work)
+            yield StoreLook(store, new if seen is not None else [], time.monotonic() - started, at_work)
         if store.state == "final":
             return
         seen = store.commits
         time.sleep(every)
 
 
-def describe(look: Look, first: Look) -> str:
+def describe(look: StoreLook, first: StoreLook) -> str:
     """One line for a person."""
     store = look.store
     size = store.commits.n_bytes

@@ -23,7 +23,7 @@ CHUNKS_KEPT: Final = 4
 
 
 @runtime_checkable
-class Mask(Protocol):
+class TokenMask(Protocol):
     """Which rows of the token stream are marked, worked out when it is asked for."""
 
     def __getitem__(self, rows: slice) -> NDArray[np.bool_]:
@@ -31,7 +31,7 @@ class Mask(Protocol):
         ...
 
 
-def flat(mask: NDArray[np.bool_] | Mask) -> NDArray[np.bool_] | Mask:
+def flat(mask: NDArray[np.bool_] | TokenMask) -> NDArray[np.bool_] | TokenMask:
     """A mask [contexts, context] in memory, or one that is worked out, as one of the token stream."""
     return mask.reshape(-1) if isinstance(mask, np.ndarray) else mask
 
@@ -124,7 +124,7 @@ class TokenRows:
         return ids[: self.spec.n_contexts - number * self.layout.chunk_rows]
 
 
-class Counting:
+class CountedMask:
     """Which rows count in the moments, of any slice of the token stream."""
 
     def __init__(self, tokens: TokenRows) -> None:

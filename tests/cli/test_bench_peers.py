@@ -21,9 +21,9 @@ from shared.errors import UserError
 from shared.saes import sae_config
 from shared.store.opened import Store
 from train.bench.peers import find_peers, running
-from train.bench.steps import Plan, in_turns, products, rows, step_seconds
+from train.bench.steps import StepBenchPlan, in_turns, products, rows, step_seconds
 from train.bench.train import against
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.families import family
 
 TOOLS = {"sae-lens": "9.8", "dictionary-learning": "7.6"}
@@ -216,7 +216,9 @@ def test_no_process_is_left(tools: Path, settings: dict[str, Any]) -> None:  # n
 
 
 def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  # noqa: ARG001
-    plan = Plan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"), False)
+    plan = StepBenchPlan(
+        [16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"), False
+    )
     notes: list[str] = []
     found = step_seconds(store, "layer_01/mlp_out", tmp_path / "new", plan, lambda _, note: notes.append(note))
     kinds = ["sparse", "dense", "autograd", "products", "saelens", "dictionary_learning"]
@@ -243,7 +245,7 @@ def test_the_products_are_those_of_the_dense_step() -> None:
     config = sae_config(arch="sa-gsae", d_sae=40, sparsity=0.1)
     x = torch.randn(16, 12)
     weights = family(config).initial(12, torch.zeros(12), torch.Generator())
-    now = Now(0.1, torch.float32, torch.zeros(40, dtype=torch.int64))
+    now = StepInputs(0.1, torch.float32, torch.zeros(40, dtype=torch.int64))
     counts = []
     for work in (products(x, 40, torch.float32), lambda: family(config).gradients(weights, x, now)):
         with FlopCounterMode(display=False) as counter:

@@ -17,9 +17,9 @@ from train.reproduce.analysis import CellResult, analyse, certain, verdict
 from train.reproduce.claims import CLAIMS, NOT, NOT_MEASURED, PARTLY, REPRODUCED, judge, judge_all, mark
 from train.reproduce.cost import check_consent, estimate
 from train.reproduce.curves import (
+    ArmMeasurement,
     Frontiers,
     Interval,
-    Measured,
     against,
     compare,
     frontiers,
@@ -28,7 +28,7 @@ from train.reproduce.curves import (
     value_at,
 )
 from train.reproduce.figure import frontier_svg, round_values
-from train.reproduce.pilot import Choice, choose
+from train.reproduce.pilot import PilotChoice, choose
 from train.reproduce.plan import (
     GATED_FULL,
     LARGE,
@@ -62,10 +62,10 @@ def points(
     at: Sequence[float] = L0S,
     bipolar: float | None = None,
     loss: float | None = None,
-) -> list[Measured]:
+) -> list[ArmMeasurement]:
     """A curve over log2 L0 and its seeds, `spread` apart."""
     return [
-        Measured(
+        ArmMeasurement(
             arm, seed, f"{arm}-{seed}-{l0}", width, setting, l0, r2(math.log2(l0)) + spread * (seed - 1),
             dead(math.log2(l0)), bipolar, None if bipolar is None else 0.8 - bipolar, loss,
         )
@@ -78,7 +78,7 @@ def line(x: float) -> float:
     return 0.5 + 0.05 * x
 
 
-def curves(found: list[Measured], field: str = "r2") -> Frontiers:
+def curves(found: list[ArmMeasurement], field: str = "r2") -> Frontiers:
     return frontiers(found, field)
 
 
@@ -108,7 +108,9 @@ def test_matched_difference_agrees_with_the_reports() -> None:
     a = points("a", lambda x: 0.4 + 0.1 * x - 0.004 * x * x, seeds=1)
     b = points("b", line, seeds=1, at=(5.0, 20.0, 70.0, 300.0))
     ours = compare(curves(a), curves(b))
-    sides = [[frontier.Point(p.l0 or 0, p.r2 or 0) for p in sorted(side, key=lambda p: p.l0 or 0)] for side in (a, b)]
+    sides = [
+        [frontier.FrontierPoint(p.l0 or 0, p.r2 or 0) for p in sorted(side, key=lambda p: p.l0 or 0)] for side in (a, b)
+    ]
     theirs = frontier.compare(*sides)
     assert ours is not None
     assert theirs is not None
@@ -210,7 +212,7 @@ def cell(
     """A cell in which every claim can be made to hold or not."""
     one = L0S[1:2]
 
-    def alone(arm: str, shift: float, of_dead: float = 0.1) -> list[Measured]:
+    def alone(arm: str, shift: float, of_dead: float = 0.1) -> list[ArmMeasurement]:
         found = points(arm, lambda x: line(x) + shift, lambda _: of_dead, at=one)
         return [replace(p, setting=LAMBDAS[1]) for p in found]
 
@@ -300,9 +302,9 @@ def test_what_was_not_measured_says_so() -> None:
 
 
 def test_pilot_chooses_by_r2_at_one_l0_for_both_methods() -> None:
-    low, high, far = Choice(1e-3, 1.0), Choice(3e-3, 1.0), Choice(8e-3, 1.0)
+    low, high, far = PilotChoice(1e-3, 1.0), PilotChoice(3e-3, 1.0), PilotChoice(8e-3, 1.0)
 
-    def two(shift: float, at: tuple[float, float]) -> list[Measured]:
+    def two(shift: float, at: tuple[float, float]) -> list[ArmMeasurement]:
         return points("p", lambda x: line(x) + shift, seeds=1, spread=0, at=at)
 
     candidates = {
@@ -318,12 +320,12 @@ def test_pilot_chooses_by_r2_at_one_l0_for_both_methods() -> None:
 
 def test_plan_of_the_tiny_preset() -> None:
     request = make_request("tiny")
-    arms = main_arms(request, Choice(1e-3, 1.0), Choice(3e-3, 0.4))
+    arms = main_arms(request, PilotChoice(1e-3, 1.0), PilotChoice(3e-3, 0.4))
     assert len(arms[SA_HALF]) == len(arms[GATED_FULL]) == 15
     assert {sae.d_sae for sae in arms[SA_HALF]} == {1024}
     assert {sae.d_sae for sae in arms[GATED_FULL]} == {2048}
     assert {(sae.lr, sae.theta0) for sae in arms[GATED_FULL]} == {(3e-3, 0.4)}  # type: ignore[attr-defined]
-    for found in (arms, ablation_arms(request, Choice(1e-3, 1.0), Choice(3e-3, 0.4))):
+    for found in (arms, ablation_arms(request, PilotChoice(1e-3, 1.0), PilotChoice(3e-3, 0.4))):
         names = [sae.name for sae in every_sae(found)]
         assert len(set(names)) == len(names)
     candidates = [set(arm) for arm in pilot_arms(request).values()]

@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,16 @@ def test_no_folder_holds_more_than_fifteen_modules() -> None:
     folders = {path.parent for path in [*product(), *(ROOT / "tests").rglob("*.py")]}
     crowded = {folder: len([path for path in folder.glob("*.py") if path.name != "__init__.py"]) for folder in folders}
     assert {folder.relative_to(ROOT).as_posix(): count for folder, count in crowded.items() if count > 15} == {}
+
+
+def test_no_class_name_stands_twice() -> None:
+    names = Counter(
+        node.name
+        for path in product()
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.ClassDef)
+    )
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_no_test_imports_another_test() -> None:

@@ -200,7 +200,7 @@ def test_eval_replaces_evaluations_alone(train_config: Callable[..., TrainConfig
 @pytest.fixture(scope="module")
 def massive(tmp_path_factory: pytest.TempPathFactory) -> Store:
     """30,000 rows of which one in 128 has a dimension of 1000."""
-    block_rows = shared.synthetic.Truth.block_rows
+    block_rows = shared.synthetic.TrueFeatures.block_rows
 
     def outliers(self: Any, block: int) -> Any:
         x = block_rows(self, block).copy()
@@ -208,7 +208,7 @@ def massive(tmp_path_factory: pytest.TempPathFactory) -> Store:
         return x
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(shared.synthetic.Truth, "block_rows", outliers)
+        patch.setattr(shared.synthetic.TrueFeatures, "block_rows", outliers)
         place = tmp_path_factory.mktemp("massive")
         return Store.open(synth(SynthConfig(d_in=16, features=24, tokens=30_000, out=str(place))).store)
 
@@ -244,7 +244,7 @@ def test_massive_rows_are_said(massive: Store, tmp_path: Path, capsys: pytest.Ca
 
 def test_massive_rows_can_be_left_out(massive: Store, tmp_path: Path) -> None:
     """There was no norm filter. Mean and scale are those of the rows that are left, computed anew in float64."""
-    from train.data.rows import Rows, norms_and_places
+    from train.data.rows import HookRows, norms_and_places
     from train.plan.job import make_job
 
     config = massive_config(massive, tmp_path / "run", max_norm=5.0)
@@ -252,8 +252,8 @@ def test_massive_rows_can_be_left_out(massive: Store, tmp_path: Path) -> None:
     every = np.ones(massive.tokens().shape, bool)
     from train.measure.metrics import read_heldout
 
-    rows = read_heldout(Rows.of(massive, job.hook), every).double().numpy()
-    lengths, _ = norms_and_places(Rows.of(massive, job.hook), every)
+    rows = read_heldout(HookRows.of(massive, job.hook), every).double().numpy()
+    lengths, _ = norms_and_places(HookRows.of(massive, job.hook), every)
     left = rows[lengths <= job.identity["norm_limit"]]
     assert len(rows) - len(left) == 235 == job.rows_left_out
     assert job.statistics.n == len(left)

@@ -28,9 +28,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import harvest.corpus.tokenise
-from harvest.corpus.documents import BadDocument, Corpus, LongText, Stream
+from harvest.corpus.documents import BadDocument, Corpus, JoinedIds, LongText
 from harvest.corpus.open import open_corpus
-from harvest.corpus.pack import Counts, cut, pack, shuffled
+from harvest.corpus.pack import PackCounts, cut, pack, shuffled
 from harvest.corpus.raw_bytes import RECORD_BYTES
 from harvest.corpus.split_text import pieces, tokenised
 from harvest.run import harvest as run_harvest
@@ -44,7 +44,7 @@ MakeConfig = Callable[..., HarvestConfig]
 LARGE: dict[str, Any] = {"chunk_rows": 1024, "shard_rows": 4096, "batch_tokens": 2048, "hooks": ("mlp_out",)}
 
 
-def opened(corpus: Path, **settings: object) -> Corpus | Stream:
+def opened(corpus: Path, **settings: object) -> Corpus | JoinedIds:
     return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
 
 
@@ -220,11 +220,11 @@ value = st.recursive(
     values=st.lists(value, max_size=8), indent=st.sampled_from([None, 1]), block=st.integers(1, 40), raw=st.booleans()
 )
 def test_values_do_not_depend_on_the_blocks(values: list[Any], indent: int | None, block: int, raw: bool) -> None:
-    from harvest.corpus.json_values import Values, members
+    from harvest.corpus.json_values import JsonCursor, members
 
     text = json.dumps(values, indent=indent, ensure_ascii=raw)
     blocks = (text[start : start + block] for start in range(0, len(text), block))
-    assert [found for _, found in members(Values(blocks, "a.json"))] == values
+    assert [found for _, found in members(JsonCursor(blocks, "a.json"))] == values
 
 
 @pytest.mark.parametrize(
@@ -446,7 +446,7 @@ def test_a_call_of_the_tokenizer_is_bounded(tmp_path: Path) -> None:
     (document,) = texts_of(tmp_path / "a.txt")
     assert isinstance(document, LongText)
     for documents in ([document], [long], ["word " * 20_000] * 64):
-        list(pack(iter(documents), tokenizer, context=8, eos_id=0, bos_id=None, counts=Counts()))
+        list(pack(iter(documents), tokenizer, context=8, eos_id=0, bos_id=None, counts=PackCounts()))
     assert largest <= 1 << 19
 
 
@@ -461,7 +461,7 @@ def test_a_long_file_is_the_same_as_the_same_text_in_a_record(tmp_path: Path, mo
     rows = []
     for name in ("a.txt", "a.jsonl"):
         documents = opened(tmp_path / name).documents()
-        rows.append(list(pack(documents, tokenizer, context=64, eos_id=0, bos_id=None, counts=Counts())))
+        rows.append(list(pack(documents, tokenizer, context=64, eos_id=0, bos_id=None, counts=PackCounts())))
     assert all((one == other).all() for one, other in zip(*rows, strict=True))
 
 
@@ -587,7 +587,7 @@ def test_ids_beyond_the_embedding_are_refused_where_they_are_met() -> None:
 
     def rows(text: str) -> list[Any]:
         options: dict[str, Any] = {"context": 2, "eos_id": 0, "bos_id": None, "vocab_size": 128}
-        return list(pack(iter([text]), tokenizer, counts=Counts(), **options))
+        return list(pack(iter([text]), tokenizer, counts=PackCounts(), **options))
 
     assert len(rows("plain")) == 1
     with pytest.raises(UserError, match=r"text that begins 'naïve': the tokenizer gives id 239, .* 0 to 127"):
@@ -597,10 +597,10 @@ def test_ids_beyond_the_embedding_are_refused_where_they_are_met() -> None:
 def test_lists_of_ids_need_no_tokenizer_and_no_end() -> None:
     """Public report: a model without a tokenizer could not be harvested, not even from ids."""
     ids = [np.array(each, dtype=np.int64) for each in ([1, 2, 3], [4], [5, 6, 7, 8])]
-    rows = list(pack(iter(ids), None, context=2, eos_id=None, bos_id=None, counts=Counts()))
+    rows = list(pack(iter(ids), None, context=2, eos_id=None, bos_id=None, counts=PackCounts()))
     assert np.concatenate(rows).tolist() == [[1, 2], [3, 4], [5, 6], [7, 8]]
     with pytest.raises(UserError, match="the corpus has texts, and the model has no tokenizer"):
-        list(pack(iter(["a text"]), None, context=2, eos_id=0, bos_id=None, counts=Counts()))
+        list(pack(iter(["a text"]), None, context=2, eos_id=0, bos_id=None, counts=PackCounts()))
 
 
 def test_a_tokenizer_that_breaks_down_is_said_in_words() -> None:
@@ -611,7 +611,7 @@ def test_a_tokenizer_that_breaks_down_is_said_in_words() -> None:
         raise panic("backtracked")
 
     with pytest.raises(UserError, match=r"tokenizer fails on the text that begins 'a text' \(backtracked\)"):
-        list(pack(iter(["a text"]), tokenizer, context=2, eos_id=0, bos_id=None, counts=Counts()))
+        list(pack(iter(["a text"]), tokenizer, context=2, eos_id=0, bos_id=None, counts=PackCounts()))
 
 
 # --- nothing that was tokenised is lost
@@ -781,7 +781,10 @@ def test_arrays_go_on_too(tmp_path: Path, harvest_config: MakeConfig, monkeypatc
     monkeypatch.setattr(harvest.corpus.tokenise, "SECONDS_BETWEEN_SAVES", -1.0)
     ids = (np.arange(40_000) * 7 % 300).astype(np.uint16)
     np.save(tmp_path / "a.npy", ids)
-    counts, whole = Counts(), list(cut([ids[:101].astype(np.int64), ids[101:300].astype(np.int64)], 16, 5, Counts()))
+    counts, whole = (
+        PackCounts(),
+        list(cut([ids[:101].astype(np.int64), ids[101:300].astype(np.int64)], 16, 5, PackCounts())),
+    )
     first = list(cut([ids[:101].astype(np.int64)], 16, 5, counts))
     rest = list(cut([ids[101:300].astype(np.int64)], 16, 5, counts))
     assert np.concatenate([*first, *rest]).tolist() == np.concatenate(whole).tolist()

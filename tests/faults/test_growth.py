@@ -24,25 +24,25 @@ import shared.store.opened
 import shared.store.spec
 import train.data.follow
 from harvest.bench.scale import LARGE_SHARDS, harvest_the_rest, make_manifest, make_store
-from shared.bench.scale import Measured, Point, exponent, measured, report
+from shared.bench.scale import ScaleMeasurement, ScalePoint, exponent, measured, report
 from shared.config import TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.local import LocalFiles
 from shared.files.remote import RemoteFiles
 from shared.permute import EPOCH_CHUNKS, HELDOUT, permutation
 from shared.saes import sae_config
-from shared.store.commits import Columns, Commits, parse_lines
+from shared.store.commits import CommitColumns, Commits, parse_lines
 from shared.store.create import clean_up, create_store, write_tokens
 from shared.store.manifest import INDEX, Commit, append_commit, parse_commit, read_manifest, remove_logs, sealed
-from shared.store.opened import Growing, Store, state_document, write_state
+from shared.store.opened import GrowingStore, Store, state_document, write_state
 from shared.store.shard import crc32c, with_crc
 from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
 from shared.store.tail import looks
-from shared.store.tokens import Counting, TokenRows
+from shared.store.tokens import CountedMask, TokenRows
 from shared.store.verify import verify
 from train.bench.scale import READING
-from train.data.order import Order, Run, heldout_contexts, rows_in_shards, runs, split, split_rows
-from train.data.row_mask import Marks
+from train.data.order import ChunkRun, ReadOrder, heldout_contexts, rows_in_shards, runs, split, split_rows
+from train.data.row_mask import RowMask
 
 moto, front, s3, alone = (getattr(servers, n) for n in ("moto", "front", "s3", "alone"))
 LOG = "manifest/rank-00000.jsonl"
@@ -292,7 +292,7 @@ def test_what_is_known_is_right_whatever_happens_to_the_logs(tmp_path: Path) -> 
     """Torn lines that are completed, two writers, a repair that takes lines away, the end of a harvest."""
     spec = spec_of(12, hooks=1)
     store = manifest_only(tmp_path / "s", spec, [], "writing")
-    growing, files, root = Growing(store.files), store.files, tmp_path / "s"
+    growing, files, root = GrowingStore(store.files), store.files, tmp_path / "s"
     lines = [commit_of(spec, shard).line() for shard in range(12)]
 
     def check() -> Store:
@@ -356,7 +356,7 @@ def test_a_writing_store_in_a_bucket_opens_in_few_requests(
     assert list(store.commits) == list(range(290))
     assert store.commits[77] == commit_of(spec, 77)
     assert len(front.requests) <= 290 / 64 + 2 * 64 + 6
-    growing = Growing(files)
+    growing = GrowingStore(files)
     growing.open()
     append_commit(files, 0, commit_of(spec, 290))
     front.requests.clear()
@@ -420,7 +420,7 @@ def test_lines_that_are_being_joined_are_never_lost(
 def test_a_reader_beside_a_writer_in_a_bucket_misses_nothing(s3: RemoteFiles) -> None:
     """Logs that were listed are gone when they are read: joined, or in the index."""
     spec = spec_of(300, hooks=1)
-    files, reader = remote_store(s3, spec), Growing(RemoteFiles.connect(s3.name))
+    files, reader = remote_store(s3, spec), GrowingStore(RemoteFiles.connect(s3.name))
     done = [0]
 
     def write() -> None:
@@ -474,7 +474,7 @@ def test_tokens_by_the_chunk_are_all_tokens(tmp_path: Path, n_tokens: int, conte
     ids, rows = store.tokens(), store.token_rows()
     assert rows.shape == ids.shape
     keep = rows_that_count(ids, store.spec).reshape(-1)
-    counting, rng = Counting(rows), np.random.default_rng(0)
+    counting, rng = CountedMask(rows), np.random.default_rng(0)
     for _ in range(50):
         first, last = sorted(rng.integers(0, len(ids) + 1, 2).tolist())
         assert np.array_equal(rows[first:last], ids[first:last])
@@ -505,10 +505,10 @@ def test_masks_in_bits_are_the_masks(tmp_path_factory: pytest.TempPathFactory, d
         there[slice(*spec.shard_range(shard))] = True
     for mask, marks in ((whole.train, bits.train), (whole.heldout, bits.heldout)):
         assert isinstance(mask, np.ndarray)
-        assert isinstance(marks, Marks)
+        assert isinstance(marks, RowMask)
         flat = mask.reshape(-1)
         assert np.array_equal(marks[0 : flat.size], flat)
-        assert np.array_equal(marks.bits, Marks.of(mask).bits)
+        assert np.array_equal(marks.bits, RowMask.of(mask).bits)
         start, stop = sorted(data.draw(st.tuples(*[st.integers(0, flat.size)] * 2)))
         assert np.array_equal(marks[start:stop], flat[start:stop])
         assert marks.count(start, stop) == flat[start:stop].sum()
@@ -557,7 +557,7 @@ def test_no_process_holds_all_tokens(tmp_path: Path) -> None:
     tracemalloc.start()
     config = config_of(heldout_tokens=100_000)
     parts = split_rows(store.token_rows(check=False), config)
-    keep = Counting(store.token_rows())
+    keep = CountedMask(store.token_rows())
     assert keep[5 << 16 : 6 << 16].sum() > 0
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
@@ -577,7 +577,7 @@ def test_a_harvesting_process_reads_its_own_tokens(tmp_path: Path, monkeypatch: 
         return read_chunk(rows, number)
 
     monkeypatch.setattr(TokenRows, "read_chunk", noted)
-    keep = Counting(store.token_rows(check=False))
+    keep = CountedMask(store.token_rows(check=False))
     assert len(keep[640:704]) == 64
     assert seen == [10]
 
@@ -598,9 +598,9 @@ def test_tokens_that_are_replaced_meanwhile_are_noticed(tmp_path: Path) -> None:
 # Order
 
 
-def old_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -> list[Run]:
+def old_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -> list[ChunkRun]:
     return [
-        Run(shard, first, min(run_chunks, n_chunks - first))
+        ChunkRun(shard, first, min(run_chunks, n_chunks - first))
         for shard, n_chunks in sorted((shard, -(-rows // chunk_rows)) for shard, rows in rows_per_shard.items())
         for first in range(0, n_chunks, run_chunks)
     ]
@@ -622,7 +622,7 @@ def test_runs_in_numbers_are_the_list_of_runs(rows_per_shard: dict[int, int], ch
         found[len(expected)]
 
 
-def old_windows(order: Order, epoch: int, stream: int) -> list[NDArray[np.int64]]:
+def old_windows(order: ReadOrder, epoch: int, stream: int) -> list[NDArray[np.int64]]:
     units = permutation(order.n_units, order.seed, EPOCH_CHUNKS, epoch)
     units = units[(stream + epoch) % order.streams :: order.streams]
     parts = order.windows_full * order.streams
@@ -636,7 +636,7 @@ def old_windows(order: Order, epoch: int, stream: int) -> list[NDArray[np.int64]
     epoch=st.integers(0, 3),
 )  # fmt: skip
 def test_windows_are_those_that_they_were(n: int, streams: int, window: int, seed: int, epoch: int) -> None:
-    order = Order(n, streams, window, seed)
+    order = ReadOrder(n, streams, window, seed)
     for stream in range(streams):
         found, expected = order.windows(epoch, stream), old_windows(order, epoch, stream)
         assert len(found) == len(expected)
@@ -655,7 +655,7 @@ def test_the_windows_of_an_epoch_are_laid_out_once(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(np, "split", lambda *a, **o: counted(0, *a, **o))
     monkeypatch.setattr(np, "unique", lambda *a, **o: counted(1, *a, **o))
-    order = Order(8000, 8, 4, seed=3)
+    order = ReadOrder(8000, 8, 4, seed=3)
     seen = [unit for v in range(8) for k in range(len(order.windows(0, v))) for unit in order.windows(0, v)[k].tolist()]
     assert sorted(seen) == list(range(8000))
     assert cuts[0] <= 8
@@ -665,7 +665,7 @@ def test_a_row_of_a_shard_of_two_columns_has_one_length() -> None:
     """So that nothing of another length is read for it."""
     spec = spec_of(1, hooks=1)
     assert len(with_crc(np.zeros(2).tobytes())) == commit_of(spec, 0).files["stats/layer_00/hook_0/sum"][0]
-    columns = Columns.of([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
+    columns = CommitColumns.of([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
     assert [replace(c, files=dict(c.files)) for c in columns] == [commit_of(spec, 0)]
 
 
@@ -696,9 +696,11 @@ def test_the_exponent_of_what_grows(power: float) -> None:
 
 
 def test_what_grows_too_fast_is_said() -> None:
-    def points(power: float) -> list[Point]:
+    def points(power: float) -> list[ScalePoint]:
         sizes = [10, 100, 1000, 10_000, 100_000]
-        return [Point("shards", "open", n, Measured(1e-5 * n**power, 1e-5 * n**power, 200 * n)) for n in sizes]
+        return [
+            ScalePoint("shards", "open", n, ScaleMeasurement(1e-5 * n**power, 1e-5 * n**power, 200 * n)) for n in sizes
+        ]
 
     assert report(points(1.0))["holds"]
     assert [line.split(":")[0] for line in report(points(1.5))["failed"]] == ["open against shards"] * 2

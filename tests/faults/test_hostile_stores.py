@@ -74,10 +74,10 @@ def to_none(root: Path) -> None:
 
 
 def used_by_training(root: Path) -> None:
-    from train.data.rows import Kept, Rows
+    from train.data.rows import HookRows, KeptRows
 
     store = Store.open(root)
-    kept = Kept(Rows.of(store, HOOK), rows_that_count(store.tokens(), store.spec))
+    kept = KeptRows(HookRows.of(store, HOOK), rows_that_count(store.tokens(), store.spec))
     for shard in store.commits:
         kept.values(shard, 0)
     store.statistics(HOOK)

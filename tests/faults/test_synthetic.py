@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from shared.errors import UserError
 from shared.schema import build
-from shared.synthetic import Synthetic, Truth
+from shared.synthetic import Synthetic, TrueFeatures
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_rows_are_finite_or_refused(
 ) -> None:
     values = {"noise": noise, "coefficients": (low, high), "l0": l0, "zipf": zipf, "features": features, "d_in": d_in}
     try:
-        truth = Truth(build(Synthetic, values))
+        truth = TrueFeatures(build(Synthetic, values))
     except UserError:
         return
     assert np.isfinite(truth.block_rows(0)).all()

@@ -38,16 +38,16 @@ from harvest.team import Team
 from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
-from shared.files.handles import HANDLES, Handles, LocalFile
+from shared.files.handles import HANDLES, HandlePool, LocalFile
 from shared.files.local import LocalFiles, remove_temporaries, write_file
 from shared.files.locks import folder_lock
 from shared.files.open import open_files
-from shared.launch import Place, read
+from shared.launch import ProcessPlace, read
 from shared.saes import sae_config
 from shared.store.create import clean_up, remove_store
 from shared.store.listing import describe_store, list_stores
 from shared.store.opened import Store
-from shared.store.reader import ArrayReader, Indexes, open_reader, read_shard
+from shared.store.reader import ArrayReader, IndexCache, open_reader, read_shard
 from shared.store.tail import looks
 from shared.store.verify import repair, verify
 from train.evaluate import evaluate
@@ -165,7 +165,7 @@ def numbered(tmp_path: Path) -> list[Path]:
 
 def test_a_file_that_is_being_read_is_never_closed(numbered: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight threads, forty files, eight of them open: always the right bytes."""
-    pool = Handles(lambda: 8)
+    pool = HandlePool(lambda: 8)
     monkeypatch.setattr(shared.files.handles, "HANDLES", pool)
     files = [LocalFile(path, 400) for path in numbered]
 
@@ -210,7 +210,7 @@ def test_a_file_that_was_replaced_meanwhile_is_noticed(numbered: list[Path]) -> 
 
 
 def test_indexes_are_bounded_in_bytes_over_all_readers(few: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.store.reader.INDEXES", Indexes(1200))
+    monkeypatch.setattr("shared.store.reader.INDEXES", IndexCache(1200))
     readers = [open_reader(Store.open(few), HOOK) for _ in range(3)]
     for reader in readers:
         for shard in range(4):
@@ -544,18 +544,21 @@ MEET = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 @pytest.mark.parametrize(
     ("environment", "place"),
     [
-        ({}, Place()),
-        ({"WORLD_SIZE": ""}, Place()),
-        ({"RANK": "1"}, Place()),
-        ({"RANK": "1", "WORLD_SIZE": ""}, Place()),
-        ({"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, Place()),
-        ({"LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere"}, Place()),
-        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "PMI_SIZE": "1"}, Place()),
-        ({"RANK": "3", "WORLD_SIZE": "4", **MEET}, Place(3, 4, 3, 4)),
-        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEET}, Place(3, 4, 1, 2)),
+        ({}, ProcessPlace()),
+        ({"WORLD_SIZE": ""}, ProcessPlace()),
+        ({"RANK": "1"}, ProcessPlace()),
+        ({"RANK": "1", "WORLD_SIZE": ""}, ProcessPlace()),
+        ({"RANK": "", "WORLD_SIZE": "1", "LOCAL_RANK": "x"}, ProcessPlace()),
+        ({"LOCAL_RANK": "3", "MASTER_ADDR": "elsewhere"}, ProcessPlace()),
+        ({"SLURM_PROCID": "3", "SLURM_NTASKS": "4", "PMI_SIZE": "1"}, ProcessPlace()),
+        ({"RANK": "3", "WORLD_SIZE": "4", **MEET}, ProcessPlace(3, 4, 3, 4)),
+        (
+            {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", **MEET},
+            ProcessPlace(3, 4, 1, 2),
+        ),
     ],
 )
-def test_what_the_environment_says_of_processes(environment: dict[str, str], place: Place) -> None:
+def test_what_the_environment_says_of_processes(environment: dict[str, str], place: ProcessPlace) -> None:
     """RANK=1 left over from another job: rc 0, and nothing printed. WORLD_SIZE= (empty): a traceback."""
     assert read(environment) == place
 

@@ -25,11 +25,11 @@ from shared.store.shard import as_float32
 from train.evaluate import evaluate
 from train.fit.optim import Optimizer
 from train.run import train as run_train
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.families import family
 from train.sae.gated import pole, pre_activations
 from train.sae.sparse.cpu import open_entries
-from train.sae.sparse.open import Sum, has_kernels
+from train.sae.sparse.open import UnsummedGradient, has_kernels
 from train.sae.sparse.step import sparse_gradients, summed
 
 pytestmark = [
@@ -95,9 +95,9 @@ def test_gradients_on_cuda(name: str, matmul: torch.dtype, tolerance: float) -> 
     config = variant(name)
     w = weights(config)
     on_device = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
-    now = Now(0.3, matmul, silences().cuda())
+    now = StepInputs(0.3, matmul, silences().cuda())
     found, _ = family(config).gradients(on_device, batch().cuda(), now)
-    expected, _ = by_autograd(config, w, batch(), Now(0.3, matmul, silences()))
+    expected, _ = by_autograd(config, w, batch(), StepInputs(0.3, matmul, silences()))
     for key in w.trained():
         error = (getattr(found, key).cpu() - expected[key]).norm()
         loose = 3 if config.arch == "jumprelu" and key == "theta" else 1
@@ -122,9 +122,9 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     else:
         pytest.fail("no numbers with a margin")
     on_device = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
-    found, step = sparse_gradients(family(config), on_device, x.cuda(), Now(0.3))
-    again, _ = sparse_gradients(family(config), on_device, x.cuda(), Now(0.3))
-    expected, loss = by_autograd(config, w, x, Now(0.3))
+    found, step = sparse_gradients(family(config), on_device, x.cuda(), StepInputs(0.3))
+    again, _ = sparse_gradients(family(config), on_device, x.cuda(), StepInputs(0.3))
+    expected, loss = by_autograd(config, w, x, StepInputs(0.3))
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.named().items():
         error = (grad.cpu() - expected[key]).norm() / (expected[key].norm() + 1e-3 * size + 1e-9)
@@ -157,7 +157,7 @@ def check_sums(kernels: Any, device: str, d_in: int, dtype: torch.dtype, entries
     codes = torch.randn(2, entries, generator=generator)
     bounds = torch.searchsorted(segment, torch.arange(42))
     there = [tensor.to(device) for tensor in (index, segment.int(), bounds, codes[0], table)]
-    found = kernels.sum_rows(Sum(*there))
+    found = kernels.sum_rows(UnsummedGradient(*there))
     dense = torch.zeros(2, 41, 50, dtype=torch.float64)
     for of, code in zip(dense, codes, strict=True):
         of.index_put_((segment, index), code.double(), accumulate=True)
@@ -190,12 +190,12 @@ def test_recorded_steps_on_cuda(matmul: torch.dtype, monkeypatch: pytest.MonkeyP
         config = variant(name, 37)
         w = weights(config, 0, 133)
         w = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
-        members.append((w, Optimizer(w, unit_decoder=True), on_gpu.Steps(family(config), w)))  # type: ignore[arg-type]
+        members.append((w, Optimizer(w, unit_decoder=True), on_gpu.SparseSteps(family(config), w)))  # type: ignore[arg-type]
     replays = 0
     for number in range(24):
-        x, now = batch(number, 301, 133).cuda(), Now(0.1 + 0.01 * number, matmul)
+        x, now = batch(number, 301, 133).cuda(), StepInputs(0.1 + 0.01 * number, matmul)
         if number >= 12:
-            now = Now(torch.tensor(now.sparsity, device="cuda"), matmul)
+            now = StepInputs(torch.tensor(now.sparsity, device="cuda"), matmul)
         for w, optimizer, steps in members:
             w.theta.mul_({8: 0.3, 16: 8.0}.get(number, 1.0))
             rounded = optimizer.rounded(matmul)

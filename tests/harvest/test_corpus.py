@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from harvest.corpus.open import Corpus, open_corpus
-from harvest.corpus.pack import Counts, pack, shuffled
+from harvest.corpus.pack import PackCounts, pack, shuffled
 from shared.config import HarvestConfig
 from shared.errors import UserError
 
@@ -108,7 +108,7 @@ def test_rows_are_the_joined_ids_cut(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], context: int, bos_id: int | None
 ) -> None:
     texts = [*texts, "never empty"]
-    counts = Counts()
+    counts = PackCounts()
     blocks = list(pack(iter(texts), tokenizer, context=context, eos_id=EOS, bos_id=bos_id, counts=counts))
     rows = [row for block in blocks for row in block.tolist()]
     assert rows == naive_pack(texts, tokenizer, context, bos_id)
@@ -128,7 +128,7 @@ def test_packing_reads_one_batch_ahead_at_most(tokenizer: PreTrainedTokenizerFas
             read["documents"] += 1
             yield "the cat sat on the mat"
 
-    counts = Counts()
+    counts = PackCounts()
     blocks = pack(endless(), tokenizer, context=5, eos_id=EOS, bos_id=0, counts=counts)
     for batch in range(1, 4):
         assert (next(blocks)[:, 0] == 0).all()
@@ -143,7 +143,7 @@ def test_long_documents_are_neither_cut_nor_warned_about(tokenizer: PreTrainedTo
     logger.addHandler(handler)
     tokenizer.deprecation_warnings.clear()  # it warns once
     try:
-        blocks = list(pack(iter(["x" * 5000]), tokenizer, context=100, eos_id=EOS, bos_id=None, counts=Counts()))
+        blocks = list(pack(iter(["x" * 5000]), tokenizer, context=100, eos_id=EOS, bos_id=None, counts=PackCounts()))
     finally:
         logger.removeHandler(handler)
     assert np.concatenate(blocks).shape == (50, 100)
@@ -151,7 +151,7 @@ def test_long_documents_are_neither_cut_nor_warned_about(tokenizer: PreTrainedTo
 
 
 def test_less_than_one_row_gives_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
-    counts = Counts()
+    counts = PackCounts()
     assert not list(pack(iter(["ends"]), tokenizer, context=1000, eos_id=EOS, bos_id=None, counts=counts))
     assert counts.rows == 0
     assert counts.dropped == counts.tokens > 1
@@ -159,7 +159,7 @@ def test_less_than_one_row_gives_nothing(tokenizer: PreTrainedTokenizerFast) -> 
 
 @pytest.mark.parametrize("texts", [[], ["", " \n"] * 40])
 def test_a_corpus_without_text_is_an_error(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> None:
-    blocks = pack(iter(texts), tokenizer, context=8, eos_id=EOS, bos_id=None, counts=Counts())
+    blocks = pack(iter(texts), tokenizer, context=8, eos_id=EOS, bos_id=None, counts=PackCounts())
     with pytest.raises(UserError, match=rf"no document with text \({len(texts)} empty ones\).*--corpus"):
         next(blocks)
 

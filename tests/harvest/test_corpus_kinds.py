@@ -28,9 +28,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from typer.testing import CliRunner
 
 import cli
-from harvest.corpus.documents import BadDocument, Corpus, Stream
+from harvest.corpus.documents import BadDocument, Corpus, JoinedIds
 from harvest.corpus.open import open_corpus
-from harvest.corpus.pack import Counts, cut, pack
+from harvest.corpus.pack import PackCounts, cut, pack
 from harvest.run import harvest
 from shared.config import HarvestConfig
 from shared.errors import UserError
@@ -64,7 +64,7 @@ def tokenizer(model_folder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(model_folder)
 
 
-def opened(corpus: Path | str, **settings: object) -> Corpus | Stream:
+def opened(corpus: Path | str, **settings: object) -> Corpus | JoinedIds:
     return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, VOCABULARY)
 
 
@@ -253,10 +253,10 @@ def test_a_repository_of_something_else(tmp_path: Path) -> None:
 
 
 def packed(
-    corpus: Corpus | Stream, tokenizer: PreTrainedTokenizerBase, bos_id: int | None
-) -> tuple[list[list[int]], Counts]:
-    counts = Counts()
-    if isinstance(corpus, Stream):
+    corpus: Corpus | JoinedIds, tokenizer: PreTrainedTokenizerBase, bos_id: int | None
+) -> tuple[list[list[int]], PackCounts]:
+    counts = PackCounts()
+    if isinstance(corpus, JoinedIds):
         blocks = cut(corpus.blocks(), 5, bos_id, counts)
     else:
         blocks = pack(corpus.documents(), tokenizer, context=5, eos_id=EOS, bos_id=bos_id, counts=counts)
@@ -358,7 +358,7 @@ def test_one_stream(
     joined = [number for text in TEXTS if text for number in (*ids_of(tokenizer, [text])[0], EOS)]
     path = write_array(tmp_path, np.array(joined, dtype), kind)
     corpus = opened(path)
-    assert isinstance(corpus, Stream)
+    assert isinstance(corpus, JoinedIds)
     assert len(documents_of(path)) > 2, "several blocks"
     rows, counts = packed(corpus, tokenizer, bos_id)
     expected, counted = packed(opened(tmp_path / "texts.jsonl"), tokenizer, bos_id)

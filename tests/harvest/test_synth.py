@@ -27,12 +27,12 @@ from shared.store.opened import Store
 from shared.store.reader import open_reader, read_shard
 from shared.store.shard import as_float32
 from shared.store.verify import verify
-from shared.synthetic import BLOCK, Synthetic, Truth
+from shared.synthetic import BLOCK, Synthetic, TrueFeatures
 from train.autoencoder import Autoencoder
-from train.data.rows import Rows
+from train.data.rows import HookRows
 from train.evaluate import evaluate
 from train.measure.metrics import measure, read_heldout
-from train.measure.recovery import Known, best_poles, places
+from train.measure.recovery import KnownFeatures, best_poles, places
 from train.run import train
 from train.sae.gated import GatedWeights
 
@@ -69,7 +69,7 @@ def stream(store: Store) -> NDArray[np.float32]:
 
 def test_frequencies_signs_and_sizes_follow_the_closed_form() -> None:
     """Each within five standard errors, over 76,800 rows."""
-    truth = Truth(Synthetic(d_in=16, features=40, p_bipolar=0.3, l0=2.5, zipf=0.8, coefficients=(0.4, 2.0)))
+    truth = TrueFeatures(Synthetic(d_in=16, features=40, p_bipolar=0.3, l0=2.5, zipf=0.8, coefficients=(0.4, 2.0)))
     n = 300 * BLOCK
     codes = truth.codes(np.arange(n))
     p = truth.probabilities
@@ -91,14 +91,14 @@ def test_frequencies_signs_and_sizes_follow_the_closed_form() -> None:
 
 
 def test_rows_are_the_features_that_are_active() -> None:
-    truth = Truth(Synthetic(d_in=7, features=20, l0=3, noise=0))
+    truth = TrueFeatures(Synthetic(d_in=7, features=20, l0=3, noise=0))
     np.testing.assert_allclose(np.linalg.norm(truth.directions, axis=1), 1)
     codes = truth.codes(np.arange(2 * BLOCK))
     dense = np.zeros((2 * BLOCK, 20))
     dense[codes.rows, codes.features] = codes.values
     rows = np.concatenate([truth.block_rows(0), truth.block_rows(1)])
     np.testing.assert_allclose(rows, dense @ truth.directions, atol=1e-12)
-    noisy = Truth(Synthetic(d_in=7, features=20, l0=3, noise=0.1))
+    noisy = TrueFeatures(Synthetic(d_in=7, features=20, l0=3, noise=0.1))
     noise = (noisy.block_rows(0) * noisy.scale - truth.block_rows(0) * truth.scale).reshape(-1)
     assert noise.std() == pytest.approx(0.1, rel=0.08)
     assert abs(noise.mean()) < 0.01
@@ -106,14 +106,14 @@ def test_rows_are_the_features_that_are_active() -> None:
 
 @pytest.mark.parametrize("p_bipolar", [0, 0.5, 1])
 def test_unit_variance(p_bipolar: float) -> None:
-    truth = Truth(Synthetic(d_in=24, features=30, p_bipolar=p_bipolar, l0=4, noise=0.2))
+    truth = TrueFeatures(Synthetic(d_in=24, features=30, p_bipolar=p_bipolar, l0=4, noise=0.2))
     x = np.concatenate([truth.block_rows(block) for block in range(200)])
     assert x.var(axis=0).sum() == pytest.approx(1, abs=0.02)
 
 
 def test_any_rows_can_be_asked_for() -> None:
     """In any order and number, the codes are those of the whole."""
-    truth = Truth(Synthetic(d_in=8, features=30, l0=2))
+    truth = TrueFeatures(Synthetic(d_in=8, features=30, l0=2))
     whole = truth.codes(np.arange(5 * BLOCK))
     asked = permutation(5 * BLOCK, 0)[:300]
     part = truth.codes(asked)
@@ -127,7 +127,7 @@ def test_any_rows_can_be_asked_for() -> None:
 
 def test_golden_words() -> None:
     """Stores are only as reproducible as these numbers. They may change with a new kind of store, never by accident."""
-    codes = Truth(Synthetic()).codes(np.array([1, 5, 257]))
+    codes = TrueFeatures(Synthetic()).codes(np.array([1, 5, 257]))
     assert codes.rows.tolist() == GOLDEN_ROWS
     assert codes.features.tolist() == GOLDEN_FEATURES
     np.testing.assert_allclose(codes.values, GOLDEN_VALUES, rtol=1e-12)
@@ -145,7 +145,7 @@ GOLDEN_VALUES = [
 
 
 def test_a_store_holds_what_the_generator_gives(store: Store) -> None:
-    truth = Truth(Synthetic.model_validate(store.spec.model["synthetic"]))
+    truth = TrueFeatures(Synthetic.model_validate(store.spec.model["synthetic"]))
     x = np.concatenate([truth.block_rows(block) for block in range(20)])[:5000]
     np.testing.assert_allclose(stream(store), x, rtol=2**-8, atol=1e-30)
     statistics = store.statistics(HOOK)
@@ -169,10 +169,10 @@ def test_the_shape_of_a_store_does_not_change_its_rows(store: Store, synth_confi
 def test_other_types_of_numbers(synth_config: Callable[..., SynthConfig], dtype: str, codec: str, error: float) -> None:
     asked = synth_config(store_dtype=dtype, codec=codec, tokens=1000)
     found = Store.open(synth(asked).store)
-    rows = Rows.of(found, HOOK)
+    rows = HookRows.of(found, HOOK)
     keep = np.ones((found.spec.n_contexts, found.spec.context), dtype=bool)
     order = places(rows, keep)
-    truth = Truth(Synthetic.model_validate(found.spec.model["synthetic"]))
+    truth = TrueFeatures(Synthetic.model_validate(found.spec.model["synthetic"]))
     x = np.concatenate([truth.block_rows(block) for block in range(4)])[order]
     wrong = read_heldout(rows, keep).double().numpy() - x
     assert np.square(wrong).sum() / np.square(x).sum() < error**2
@@ -295,7 +295,9 @@ def test_a_disk_too_small(synth_config: Callable[..., SynthConfig], monkeypatch:
 
 def perfect(store: Store, arch: str, **changes: Tensor) -> Autoencoder:
     """The true features as a dictionary; the encoder is their dual basis, which gives the coefficients exactly."""
-    directions = torch.from_numpy(Truth(Synthetic.model_validate(store.spec.model["synthetic"])).directions).float()
+    directions = torch.from_numpy(
+        TrueFeatures(Synthetic.model_validate(store.spec.model["synthetic"])).directions
+    ).float()
     m, d_in = directions.shape
     scalars = {"theta": torch.full((1, m), 0.1), "r": torch.zeros(1, m), "b": torch.zeros(1, m)}
     weights = GatedWeights(
@@ -306,17 +308,17 @@ def perfect(store: Store, arch: str, **changes: Tensor) -> Autoencoder:
 
 
 @pytest.fixture(scope="module")
-def known(store: Store) -> tuple[Known, Tensor]:
+def known(store: Store) -> tuple[KnownFeatures, Tensor]:
     keep = np.zeros((store.spec.n_contexts, store.spec.context), dtype=bool)
     keep[::3] = True
     keep[:, 5] = False
-    rows = Rows.of(store, HOOK)
-    found = Known.of(rows, keep)
+    rows = HookRows.of(store, HOOK)
+    found = KnownFeatures.of(rows, keep)
     assert found is not None
     return found, read_heldout(rows, keep)
 
 
-def test_codes_belong_to_the_rows_that_are_measured(store: Store, known: tuple[Known, Tensor]) -> None:
+def test_codes_belong_to_the_rows_that_are_measured(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     truth, codes, x = known[0].truth, known[0].codes, known[1]
     dense = np.zeros((len(x), 24))
     dense[codes.rows, codes.features] = codes.values
@@ -324,10 +326,10 @@ def test_codes_belong_to_the_rows_that_are_measured(store: Store, known: tuple[K
     assert np.square(error).sum() / np.square(x.double().numpy()).sum() < 0.01
     keep = np.ones((store.spec.n_contexts, store.spec.context), dtype=bool)
     some = store.only([2, 7])
-    assert sorted(places(Rows.of(some, HOOK), keep)) == [*range(1024, 1536), *range(3584, 4096)]
+    assert sorted(places(HookRows.of(some, HOOK), keep)) == [*range(1024, 1536), *range(3584, 4096)]
 
 
-def test_a_perfect_signed_dictionary(store: Store, known: tuple[Known, Tensor]) -> None:
+def test_a_perfect_signed_dictionary(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     sae = perfect(store, "sa-gsae")
     found = known[0].recovery(sae, known[1], "cpu")
     assert measure(sae, known[1], "cpu").r2 > 0.99
@@ -336,7 +338,7 @@ def test_a_perfect_signed_dictionary(store: Store, known: tuple[Known, Tensor]) 
     assert found.slope == pytest.approx(1, abs=0.01)
 
 
-def test_an_unsigned_dictionary_of_that_width_has_half(store: Store, known: tuple[Known, Tensor]) -> None:
+def test_an_unsigned_dictionary_of_that_width_has_half(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     """And one of twice the width, with every negative, has all."""
     sae = perfect(store, "gated")
     found = known[0].recovery(sae, known[1], "cpu")
@@ -348,13 +350,13 @@ def test_an_unsigned_dictionary_of_that_width_has_half(store: Store, known: tupl
     assert whole.slope == pytest.approx(known[0].recovery(perfect(store, "sa-gsae"), known[1], "cpu").slope, abs=1e-6)
 
 
-def test_negated_latents_are_as_good(store: Store, known: tuple[Known, Tensor]) -> None:
+def test_negated_latents_are_as_good(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     sae = perfect(store, "sa-gsae")
     flipped = replace(sae, weights=replace(sae.weights, W_enc=-sae.weights.W_enc, W_dec=-sae.weights.W_dec))
     assert known[0].recovery(flipped, known[1], "cpu") == known[0].recovery(sae, known[1], "cpu")
 
 
-def test_shrinkage_and_silence(store: Store, known: tuple[Known, Tensor]) -> None:
+def test_shrinkage_and_silence(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     shrunk = perfect(store, "sa-gsae", r=torch.full((1, 24), 0.8).log())
     assert known[0].recovery(shrunk, known[1], "cpu").slope == pytest.approx(0.8, abs=0.01)
     theta = torch.full((1, 24), 0.1)

@@ -13,12 +13,12 @@ from support.variants import batch, by_autograd, variant, weights
 from torch import Tensor
 
 from train.fit.optim import Optimizer
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.families import family
 from train.sae.sparse import entries, kernels
 from train.sae.sparse import gpu as on_gpu
-from train.sae.sparse.adam import Update, adam_rows_
-from train.sae.sparse.open import Room, Sum
+from train.sae.sparse.adam import AdamUpdate, adam_rows_
+from train.sae.sparse.open import EntryRoom, UnsummedGradient
 from train.sae.sparse.step import sparse_gradients
 
 FEW = settings(max_examples=4, deadline=None, derandomize=True)
@@ -52,8 +52,8 @@ def summed(segment: Tensor, index: Tensor, segments: int, weight: Tensor, rows: 
     return dense.index_put_((segment, index), weight.double(), accumulate=True) @ rows.double()
 
 
-def sum_of(segment: Tensor, index: Tensor, segments: int, weight: Tensor, rows: Tensor) -> Sum:
-    return Sum(index, segment.int(), torch.searchsorted(segment, torch.arange(segments + 1)), weight, rows)
+def sum_of(segment: Tensor, index: Tensor, segments: int, weight: Tensor, rows: Tensor) -> UnsummedGradient:
+    return UnsummedGradient(index, segment.int(), torch.searchsorted(segment, torch.arange(segments + 1)), weight, rows)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -89,7 +89,7 @@ def test_no_entry_is_left_out_or_taken_twice(lengths: list[int], chunk: int) -> 
     index = torch.arange(len(segment))
     of = sum_of(segment, index, len(lengths), factor, rows)
     spare = torch.full((5,), 2**30, dtype=torch.int32)
-    padded = Sum(torch.cat([index, spare]), torch.cat([of.latent, spare]), of.bounds,
+    padded = UnsummedGradient(torch.cat([index, spare]), torch.cat([of.latent, spare]), of.bounds,
                  torch.cat([factor, torch.full((5,), torch.nan)]), rows)  # fmt: skip
     wanted = summed(segment, index, len(lengths), factor, rows)
     for found in (kernels.sum_rows(of, chunk), kernels.sum_rows(padded, chunk)):
@@ -156,8 +156,8 @@ def test_an_update_by_a_sum_is_adams_by_that_gradient(chunk: int, unit: bool, co
         segment = torch.randint(1, 6, (30,), generator=generator).sort().values
         index = torch.randint(0, 9, (30,), generator=generator)
         of = sum_of(segment, index, 6, normal(30), normal(9, 17))
-        kernels.update_(of, Update(both[0], *moments[0], copy, 0.01, step, unit), chunk)
-        adam_rows_(kernels.sum_rows(of, chunk), Update(both[1], *moments[1], None, 0.01, step, unit))
+        kernels.update_(of, AdamUpdate(both[0], *moments[0], copy, 0.01, step, unit), chunk)
+        adam_rows_(kernels.sum_rows(of, chunk), AdamUpdate(both[1], *moments[1], None, 0.01, step, unit))
         for found, wanted in zip([both[0], *moments[0]], [both[1], *moments[1]], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         if copy is not None:
@@ -228,14 +228,14 @@ def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatc
     w.theta.mul_(8)
     wanted: dict[str, Tensor] = {}
     for before in (10_000, 1, 60, 250):
-        room = Room(before)
-        gradients, step = on_gpu.kernel_gradients(family(config), w, x, Now(0.3), (w.W_enc, w.W_dec), room)
+        room = EntryRoom(before)
+        gradients, step = on_gpu.kernel_gradients(family(config), w, x, StepInputs(0.3), (w.W_enc, w.W_dec), room)
         count = opened(config, w, x)[1].item()
         assert 60 < count < 250
         assert room.entries == (250 if before == 250 else count + count // 4 + 3)
         found = {"l0": step.l0, "loss": step.reconstruction}
         for name, part in gradients.items():
-            found[name] = kernels.sum_rows(part) if isinstance(part, Sum) else part
+            found[name] = kernels.sum_rows(part) if isinstance(part, UnsummedGradient) else part
         wanted = wanted or found
         for name, value in found.items():
             assert torch.equal(value, wanted[name]), name
@@ -250,12 +250,14 @@ def test_steps_that_write_their_own_copies(on_kernels: list[str]) -> None:
     for kept in (True, False):
         w = weights(config, 2, 19)
         w.W_dec /= w.W_dec.norm(dim=1, keepdim=True)
-        optimizer, room = Optimizer(w, unit_decoder=True), Room()
+        optimizer, room = Optimizer(w, unit_decoder=True), EntryRoom()
         for _ in range(3):
             rounded = optimizer.rounded(torch.float16)  # the interpreter cuts bfloat16 off
-            gradients, _ = on_gpu.kernel_gradients(family(config), w, x, Now(0.3, torch.float16), rounded, room)
+            gradients, _ = on_gpu.kernel_gradients(family(config), w, x, StepInputs(0.3, torch.float16), rounded, room)
             if not kept:
-                gradients = {k: kernels.sum_rows(v) if isinstance(v, Sum) else v for k, v in gradients.items()}
+                gradients = {
+                    k: kernels.sum_rows(v) if isinstance(v, UnsummedGradient) else v for k, v in gradients.items()
+                }
                 optimizer.copies.clear()
             optimizer.step_(gradients, 0.01)
         ends.append(w)
@@ -265,8 +267,8 @@ def test_steps_that_write_their_own_copies(on_kernels: list[str]) -> None:
 
 
 def check_step(config: Any, w: Any, x: Tensor) -> None:
-    found, step = sparse_gradients(family(config), w, x, Now(0.3))
-    expected, loss = by_autograd(config, w, x, Now(0.3))
+    found, step = sparse_gradients(family(config), w, x, StepInputs(0.3))
+    expected, loss = by_autograd(config, w, x, StepInputs(0.3))
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.named().items():
         error = (grad - expected[key]).norm() / (expected[key].norm() + 1e-3 * size + 1e-9)
@@ -295,7 +297,7 @@ def test_adam_by_rows_equals_torchs(d_in: int, unit: bool) -> None:
             adam.step()
             if unit:
                 expected /= expected.norm(dim=1, keepdim=True)
-        adam_rows_(grad, Update(matrix, m, v, None, lr, step, unit))
+        adam_rows_(grad, AdamUpdate(matrix, m, v, None, lr, step, unit))
         state = adam.state[expected]
         for found, wanted in ((matrix, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):
             # one number of a unit row has no tangent: what is left of its gradient is rounding, and Adam enlarges it

@@ -14,7 +14,7 @@ from torch import Tensor
 from harvest.synth import synth
 from shared.config import SynthConfig, TrainConfig
 from shared.saes import SAEConfig, sae_config
-from shared.synthetic import Truth
+from shared.synthetic import TrueFeatures
 from train.autoencoder import Autoencoder
 from train.run import train
 from train.sae.families import family
@@ -147,10 +147,10 @@ def slope(true: Tensor, found: Tensor) -> float:
 
 def test_scale_of_the_data_does_not_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Eight times as long, the same dictionary to the bit: the recipe's numbers are for rows of unit variance."""
-    rows = Truth.block_rows
+    rows = TrueFeatures.block_rows
     found = []
     for factor in (1, 8):  # exact in any type
-        monkeypatch.setattr(Truth, "block_rows", lambda self, block, by=factor: by * rows(self, block))
+        monkeypatch.setattr(TrueFeatures, "block_rows", lambda self, block, by=factor: by * rows(self, block))
         made = SynthConfig(d_in=48, features=24, l0=2.0, tokens=5000, context=16, shard_rows=1024, chunk_rows=64,
                            out=str(tmp_path), name=str(factor))  # fmt: skip
         sae = sae_config(arch="sa-gsae", d_sae=48, sparsity=0.2)

@@ -10,13 +10,13 @@ from support.variants import BATCH, D_IN, D_SAE, GATED, VARIANTS, batch, by_auto
 
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
 from train.sae.activation import bi_jump_relu
-from train.sae.base import Now, decode
+from train.sae.base import StepInputs, decode
 from train.sae.families import family
 from train.sae.gated import join, split
 
 
-def now_of(d_sae: int = D_SAE, sparsity: float = 0.3) -> Now:
-    return Now(sparsity, torch.float32, silences(d_sae))
+def now_of(d_sae: int = D_SAE, sparsity: float = 0.3) -> StepInputs:
+    return StepInputs(sparsity, torch.float32, silences(d_sae))
 
 
 @pytest.mark.parametrize("name", VARIANTS)

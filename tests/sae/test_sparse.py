@@ -13,7 +13,7 @@ from support.variants import GATED, batch, by_autograd, variant, weights
 from shared.config import TrainConfig
 from shared.saes import sae_config
 from train.run import train as run_train
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.families import family
 from train.sae.sparse.cpu import open_entries
 from train.sae.sparse.step import sparse_gradients
@@ -32,7 +32,7 @@ def test_gradients_equal_autograd(
 ) -> None:
     """From every gate open to none, for any shape."""
     config = variant(name, d_sae)
-    w, x, now = weights(config, seed, d_in), batch(seed, n, d_in), Now(sparsity)
+    w, x, now = weights(config, seed, d_in), batch(seed, n, d_in), StepInputs(sparsity)
     w.theta.mul_(height)
     found, step = sparse_gradients(family(config), w, x, now)
     expected, loss = by_autograd(config, w, x, now)
@@ -57,8 +57,8 @@ def test_one_open_entry(name: str) -> None:
     second, largest = size.flatten().topk(2).values.flip(0)
     w.theta.fill_(float(second + largest) / 2)
     assert len(open_entries(family(config), w, x - w.b_dec).u) == 1
-    found, _ = sparse_gradients(family(config), w, x, Now(0.3))
-    expected, _ = by_autograd(config, w, x, Now(0.3))
+    found, _ = sparse_gradients(family(config), w, x, StepInputs(0.3))
+    expected, _ = by_autograd(config, w, x, StepInputs(0.3))
     for key, grad in found.named().items():
         torch.testing.assert_close(grad.double(), expected[key], rtol=1e-4, atol=1e-6)
 
@@ -79,8 +79,8 @@ def test_bfloat16_products(name: str) -> None:
     """Only u is rounded: nearer to the exact gradient than the dense form."""
     config = variant(name)
     w, x = weights(config), batch()
-    exact, _ = family(config).gradients(w, x, Now(0.3))
-    rounded, _ = sparse_gradients(family(config), w, x, Now(0.3, torch.bfloat16))
+    exact, _ = family(config).gradients(w, x, StepInputs(0.3))
+    rounded, _ = sparse_gradients(family(config), w, x, StepInputs(0.3, torch.bfloat16))
     for key, grad in exact.named().items():
         assert (getattr(rounded, key) - grad).norm() <= 0.08 * grad.norm(), key
 

@@ -46,11 +46,11 @@ from shared.store.manifest import Commit, parse_commit, read_metadata, write_ind
 from shared.store.opened import Store, write_state
 from shared.store.quantise import LEVELS, dequantise, dim_scale, quantise
 from shared.store.reader import ArrayReader, open_reader, read_shard
-from shared.store.shard import CODECS, Layout, as_float32, crc32, encode_shard
+from shared.store.shard import CODECS, ShardLayout, as_float32, crc32, encode_shard
 from shared.store.shard import crc32c as fast_crc32c
 from shared.store.spec import DTYPES, HookSpec, StoreSpec, rows_that_count, shard_file, token_layout
 from shared.store.verify import verify
-from train.data.rows import Kept, Rows
+from train.data.rows import HookRows, KeptRows
 
 HOOK = "layer_01/mlp_out"
 CODEC_NAMES = ("zstd", "lz4", "none", "int8")
@@ -90,7 +90,7 @@ def stored(store: Store, array: str) -> NDArray[Any]:
 
 def values(store: Store, hook: str) -> NDArray[np.float32]:
     """The numbers of a hookpoint, in stored order."""
-    rows = Rows.of(store, hook)
+    rows = HookRows.of(store, hook)
     chunks = {shard: -(-commit.rows // store.spec.chunk_rows) for shard, commit in store.commits.items()}
     parts = [rows.values(shard, chunk) for shard, n in chunks.items() for chunk in range(n)]
     return as_float32(np.concatenate(parts), "float32" if store.spec.quantised else store.spec.dtype)
@@ -400,7 +400,7 @@ def test_xarray_gives_the_numbers_by_the_documented_recipe(recoded: Callable[[st
     assert np.array_equal((q * scale["row"] * dim).values, values(store, HOOK))
 
 
-def as_zarr_python_describes(shape: tuple[int, ...], layout: Layout, sharded: bool, like: dict[str, Any]) -> Any:
+def as_zarr_python_describes(shape: tuple[int, ...], layout: ShardLayout, sharded: bool, like: dict[str, Any]) -> Any:
     parameters = CODECS[layout.codec]
     blosc = [] if parameters is None else [BloscCodec(typesize=layout.dtype.itemsize, **vars(parameters))]
     memory = MemoryStore()
@@ -417,7 +417,7 @@ def as_zarr_python_describes(shape: tuple[int, ...], layout: Layout, sharded: bo
 def test_arrays_are_described_as_zarr_python_describes_them(codec: str, dtype: Any) -> None:
     spec = golden_spec(codec).model_copy(update={"dtype": dtype})
     documents = {path.removesuffix("/zarr.json"): json.loads(data) for path, data in spec.documents().items()}
-    plain = {a: Layout(1, 1, (d_in,), kind, "none", np.nan) for a, (d_in, kind) in spec.rows_of_shards().items()}
+    plain = {a: ShardLayout(1, 1, (d_in,), kind, "none", np.nan) for a, (d_in, kind) in spec.rows_of_shards().items()}
     plain["tokens"] = token_layout(spec.context, spec.token_dtype)
     arrays = {path for path, document in documents.items() if document["node_type"] == "array"}
     assert arrays == {*spec.layouts(), *plain}
@@ -527,11 +527,11 @@ def test_an_array_encoded_by_another_tool_is_read(recoded: Callable[[str], Store
     assert verify(store, full=True).lines == []
     assert_equal(as_read_by_the_product(store), as_read_by_the_product(before))
 
-    rows = [Rows.of(s, HOOK) for s in (before, store)]
+    rows = [HookRows.of(s, HOOK) for s in (before, store)]
     assert rows[0].units(3) == rows[1].units(3)
     mask = np.random.default_rng(0).random(store.tokens().shape) < 0.3
     for shard in (0, 9):
-        expected, found = (Kept(r, mask).values(shard, 2) for r in rows)
+        expected, found = (KeptRows(r, mask).values(shard, 2) for r in rows)
         assert 0 < len(found) < 64
         assert found.tobytes() == expected.tobytes()
 

@@ -11,18 +11,18 @@ from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from shared.errors import DamagedError
-from shared.store.shard import CODECS, Layout, as_float32, decode_chunk, decode_index, encode_shard
+from shared.store.shard import CODECS, ShardLayout, as_float32, decode_chunk, decode_index, encode_shard
 
 FILLS = {"<u2": 0x7FC0, "<f2": float("nan"), "<f4": float("nan"), "<u4": 7}
 
 
 def layout(
     codec: str = "zstd", dtype: str = "<u2", chunk_rows: int = 8, chunks: int = 4, width: int | None = 5
-) -> Layout:
-    return Layout(chunk_rows, chunks, () if width is None else (width,), np.dtype(dtype), codec, FILLS[dtype])
+) -> ShardLayout:
+    return ShardLayout(chunk_rows, chunks, () if width is None else (width,), np.dtype(dtype), codec, FILLS[dtype])
 
 
-def decode_shard(data: bytes, shape: Layout, rows: int) -> NDArray[Any]:
+def decode_shard(data: bytes, shape: ShardLayout, rows: int) -> NDArray[Any]:
     index = decode_index(data[-shape.index_bytes :], shape, "shard")
     out = np.zeros((shape.shard_rows, *shape.row_shape), shape.dtype)
     for chunk in range(-(-rows // shape.chunk_rows)):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.store.shard import BLOSC_HEADER, Layout, encode_chunk, unpack
+from shared.store.shard import BLOSC_HEADER, ShardLayout, encode_chunk, unpack
 
 PROT_NONE, PROT_BOTH, PRIVATE, ANONYMOUS, PERTURB = 0, 3, 2, 32, -6
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -37,14 +37,14 @@ class Guarded:
         return self.bytes[len(self.bytes) - size :] if end else self.bytes[:size]
 
 
-def layouts(codec: str) -> list[tuple[Layout, bytes]]:
+def layouts(codec: str) -> list[tuple[ShardLayout, bytes]]:
     """Buffers to begin with: of one block and of several, stored and compressed, of each item size."""
     rng, found = np.random.default_rng(0), []
     for rows, width, dtype in ((64, 8, "<u2"), (3, 1, "<u2"), (32, 7, "<f4"), (1000, 1, "<u4"), (330, 1024, "<u2")):
         for words in (rng.integers(0, 256, (rows, width * 4)), np.arange(rows * width * 4) // 64):
             kind = np.dtype(dtype)
             values = words.astype("u1").reshape(-1)[: rows * width * kind.itemsize].view(kind).reshape(rows, width)
-            layout = Layout(rows, 1, (width,), kind, codec, 0)
+            layout = ShardLayout(rows, 1, (width,), kind, codec, 0)
             found.append((layout, encode_chunk(np.ascontiguousarray(values), codec)))
     return found
 

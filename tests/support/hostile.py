@@ -33,7 +33,7 @@ from shared.store.quantise import dequantise
 from shared.store.reader import open_reader, read_shard
 from shared.store.shard import (
     MISSING,
-    Layout,
+    ShardLayout,
     as_float32,
     crc32,
     encode_chunk,
@@ -245,7 +245,7 @@ def damage_bytes(rng: random.Random, root: Path) -> str:
     return path
 
 
-def joined(chunks: list[bytes], layout: Layout) -> bytes:
+def joined(chunks: list[bytes], layout: ShardLayout) -> bytes:
     """The file of a shard of encoded chunks."""
     index, parts, at = np.full((layout.chunks_per_shard, 2), MISSING, "<u8"), [], 0
     for number, chunk in enumerate(chunks):
@@ -445,11 +445,11 @@ def recoded(root: Path) -> None:
 
 
 def rows_for_training(root: Path) -> None:
-    from train.data.rows import Kept, Rows
+    from train.data.rows import HookRows, KeptRows
 
     store = Store.open(root)
     for hook in store.spec.hookpoints:
-        kept = Kept(Rows.of(store, hook), rows_that_count(store.tokens(), store.spec))
+        kept = KeptRows(HookRows.of(store, hook), rows_that_count(store.tokens(), store.spec))
         for shard in store.commits:
             kept.values(shard, 0)
         store.statistics(hook)

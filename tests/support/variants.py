@@ -8,7 +8,7 @@ from torch import Tensor
 
 from shared.saes import SAEConfig, sae_config
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
-from train.sae.base import Now, Step, Weights, decode
+from train.sae.base import StepInputs, StepMetrics, Weights, decode
 from train.sae.families import family
 
 D_IN, D_SAE, BATCH = 16, 48, 64
@@ -68,7 +68,7 @@ def silences(d_sae: int = D_SAE, seed: int = 0) -> Tensor:
     return 300 * (torch.rand(d_sae, generator=torch.Generator().manual_seed(seed)) < 0.33).long()
 
 
-def by_autograd(config: SAEConfig, w: Any, x: Tensor, now: Now) -> tuple[dict[str, Tensor], Tensor]:
+def by_autograd(config: SAEConfig, w: Any, x: Tensor, now: StepInputs) -> tuple[dict[str, Tensor], Tensor]:
     """(gradients, loss) in float64."""
     wide = {name: tensor.double().requires_grad_() for name, tensor in w.named().items()}
     loss = family(config).loss(type(w)(**wide), x.double(), now)
@@ -99,7 +99,7 @@ def known_coefficients(p_bipolar: float, generator: torch.Generator) -> tuple[Te
     return active * size * torch.where(negative, -1.0, 1.0), bipolar
 
 
-def update(config: SAEConfig, w: Any, optimizer: Optimizer, x: Tensor, now: Now, lr: float) -> Step:
+def update(config: SAEConfig, w: Any, optimizer: Optimizer, x: Tensor, now: StepInputs, lr: float) -> StepMetrics:
     mathematics = family(config)
     grads, step = mathematics.gradients(w, x, now)
     optimizer.step_({name: getattr(grads, name) for name in w.trained()}, lr)
@@ -118,7 +118,7 @@ def trained(
     silent = torch.zeros(config.d_sae, dtype=torch.int64)
     for step in range(steps):
         rows = torch.randint(len(x), (512,), generator=generator)
-        now = Now(getattr(config, "sparsity", 0.0), matmul, silent)
+        now = StepInputs(getattr(config, "sparsity", 0.0), matmul, silent)
         found = update(config, w, optimizer, x[rows], now, learning_rate(step, steps, lr, usual_warmup(steps), 0.3))
         silent += 512
         silent.masked_fill_(found.fired, 0)

@@ -22,7 +22,7 @@ from shared.saes import sae_config
 from shared.store.opened import Store, find_hookpoint
 from train.autoencoder import Autoencoder
 from train.evaluate import evaluate
-from train.fit.control import EVERY, SPAN, Sparsity
+from train.fit.control import EVERY, SPAN, SparsityController
 from train.fit.member import Member
 from train.plan.sweep import shared_out
 from train.ranks import Ranks
@@ -32,8 +32,8 @@ Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
 
 
-def control(steps: int = 1000, **changes: Any) -> Sparsity:
-    return Sparsity(sae_config(arch="sa-gsae", d_sae=512, **changes), steps, CPU)
+def control(steps: int = 1000, **changes: Any) -> SparsityController:
+    return SparsityController(sae_config(arch="sa-gsae", d_sae=512, **changes), steps, CPU)
 
 
 def test_every_architecture_trains_alone_as_in_company(train_config: Config, tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_sparsity_warms_up() -> None:
     ramp = control(sparsity=0.5, sparsity_warmup=0.1)
     assert [ramp.now(step) for step in (0, 49, 99, 100, 999)] == pytest.approx([0.005, 0.25, 0.5, 0.5, 0.5])
     assert control(sparsity=0.5).now(0) == 0.5
-    assert Sparsity(variant("abs-topk"), 1000, CPU).now(3) == 0
+    assert SparsityController(variant("abs-topk"), 1000, CPU).now(3) == 0
 
 
 @settings(max_examples=20, deadline=None)

@@ -21,9 +21,9 @@ from shared.model.source import resolve_model
 from shared.saes import ARCHITECTURES, SIGNED, sae_config
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
-from train.data.rows import Rows
+from train.data.rows import HookRows
 from train.measure.metrics import (
-    Errors,
+    ErrorSums,
     language_losses,
     measure,
     read_heldout,
@@ -151,7 +151,7 @@ def test_no_rescaling_is_better_than_the_one_given(seed: int, factor: float, noi
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(200, 8, generator=generator) + 3
     x_hat = factor * x + noise * torch.randn(200, 8, generator=generator)
-    errors = Errors(x.double().mean(0))
+    errors = ErrorSums(x.double().mean(0))
     errors.add_(x[:70], x_hat[:70])
     errors.add_(x[70:], x_hat[70:])
     best, reached = errors.rescaling, errors.r2_rescaled
@@ -159,7 +159,7 @@ def test_no_rescaling_is_better_than_the_one_given(seed: int, factor: float, noi
     assert reached is not None
     assert reached >= errors.r2 - 1e-12
     for other in (0.9 * best, 1.1 * best):
-        tried = Errors(errors.mean)
+        tried = ErrorSums(errors.mean)
         tried.add_(x, errors.mean + other * (x_hat - errors.mean))
         assert tried.r2 < reached
 
@@ -183,7 +183,7 @@ def test_held_out_contexts_over_many_shards_are_read_whole(
     store = Store.open(run_harvest(config).store)
     keep = np.zeros((20, 48), dtype=bool)
     keep[[3, 11]] = True
-    assert len(read_heldout(Rows.of(store, "layer_01/mlp_out"), keep)) == 2 * 48
+    assert len(read_heldout(HookRows.of(store, "layer_01/mlp_out"), keep)) == 2 * 48
 
 
 def test_the_share_recovered() -> None:

@@ -26,10 +26,10 @@ from shared.permute import permutation
 from shared.store.opened import Store
 from shared.store.shard import as_float32
 from train.data import loader as loading
-from train.data.loader import Loader, Pass, Same, Window, decoding_threads
-from train.data.order import Order, Position, heldout_contexts, make_order, split
-from train.data.read_ahead import SPARE, Lead
-from train.data.rows import Kept, Rows
+from train.data.loader import FixedSnapshot, Loader, StorePass, Window, decoding_threads
+from train.data.order import ReadOrder, StreamPosition, heldout_contexts, make_order, split
+from train.data.read_ahead import SPARE, ReadAhead
+from train.data.rows import HookRows, KeptRows
 from train.data.stream import VirtualStream
 
 Config = Callable[..., TrainConfig]
@@ -38,7 +38,7 @@ Config = Callable[..., TrainConfig]
 def test_golden_order() -> None:
     """The order is part of what a checkpoint means: it may change only together with the checkpoint's version."""
     assert permutation(10, 7, 2, 0).tolist() == [7, 3, 2, 0, 8, 4, 9, 5, 1, 6]
-    order = Order(n_units=11, streams=2, window_units=3, seed=7)
+    order = ReadOrder(n_units=11, streams=2, window_units=3, seed=7)
     assert [[w.tolist() for w in order.windows(1, v)] for v in (0, 1)] == [
         [[3], [6, 9], [8, 1]],
         [[5, 7, 10], [2, 4, 0]],
@@ -82,8 +82,8 @@ def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, 
     config = train_config(batch=4, streams=streams)
     keep = split(store.spec, store.tokens(), config).train
     n = int(keep.reshape(-1)[:5000].sum())
-    rows = Rows.of(store, HOOK)
-    kept = Kept(rows, keep)
+    rows = HookRows.of(store, HOOK)
+    kept = KeptRows(rows, keep)
     known = Counter(row.tobytes() for unit in rows.units(1) for row in kept.values(unit.shard, unit.first))
     given_out = Counter(row for batch, _ in batches(store, config, n // 4) for row in fingerprints(batch))
     twice, never = (given_out - known).total(), (known - given_out).total()
@@ -93,7 +93,7 @@ def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, 
     assert never <= twice + 3
 
 
-def positions_after(batch: tuple[torch.Tensor, dict[int, Position]]) -> list[Position]:
+def positions_after(batch: tuple[torch.Tensor, dict[int, StreamPosition]]) -> list[StreamPosition]:
     return [batch[1][stream] for stream in sorted(batch[1])]
 
 
@@ -141,15 +141,18 @@ def test_who_reads_what(store: Store, train_config: Config, ranks: int) -> None:
 def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: Config) -> None:
     """All that the streams give out before their second epoch: every kept row, each exactly once."""
     config = train_config(streams=4, window_rows=256)
-    rows, keep = Rows.of(store, HOOK), split(store.spec, store.tokens(), config).train
-    units, kept = rows.units(1), Kept(rows, keep)
+    rows, keep = HookRows.of(store, HOOK), split(store.spec, store.tokens(), config).train
+    units, kept = rows.units(1), KeptRows(rows, keep)
     order = make_order(len(units), store.spec.chunk_rows, 4, 256, config.seed)
     loader = Loader(
-        Same(Pass(rows, kept, units, store.spec.chunk_rows, order)), range(4), "always", torch.device("cpu")
+        FixedSnapshot(StorePass(rows, kept, units, store.spec.chunk_rows, order)),
+        range(4),
+        "always",
+        torch.device("cpu"),
     )
     given_out: Counter[bytes] = Counter()
     for number in range(4):
-        stream = VirtualStream(loader, number, Position())
+        stream = VirtualStream(loader, number, StreamPosition())
         while True:
             window = stream.enter(lambda future: future.result())
             assert window is not None
@@ -243,7 +246,7 @@ def test_a_store_without_usable_rows_is_an_error(store: Store, train_config: Con
 def test_rows_reach_the_batch_unchanged(store: Store, train_config: Config) -> None:
     batch, _ = next(batches(store, train_config(), 1))
     assert batch.dtype == torch.bfloat16
-    rows = Rows.of(store, HOOK)
+    rows = HookRows.of(store, HOOK)
     stored = np.concatenate([as_float32(rows.values(unit.shard, unit.first), "bfloat16") for unit in rows.units(1)])
     known = {row.tobytes() for row in stored}
     assert all(row.numpy().tobytes() in known for row in batch.float())
@@ -255,18 +258,18 @@ def test_reading_keeps_pace_with_training(
 ) -> None:
     """Left alone after each batch, the loader reads until it is as far ahead as it may be, or all is read."""
     config, reading = train_config(batch=24, streams=4, window_rows=2048), [0]
-    room, read = Lead.room, Lead.read
+    room, read = ReadAhead.room, ReadAhead.read
 
-    def begun(lead: Lead, rows: int, wanted: int) -> int:
+    def begun(lead: ReadAhead, rows: int, wanted: int) -> int:
         reading[0] = rows
         return room(lead, rows, wanted)
 
-    def complete(lead: Lead, rows: int) -> None:
+    def complete(lead: ReadAhead, rows: int) -> None:
         reading[0] = 0
         read(lead, rows)
 
-    monkeypatch.setattr(Lead, "room", begun)
-    monkeypatch.setattr(Lead, "read", complete)
+    monkeypatch.setattr(ReadAhead, "room", begun)
+    monkeypatch.setattr(ReadAhead, "read", complete)
     monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
     with closing(open_stream(store, config, (0, ranks), paced=True)) as stream:
         lead, unit, all_read = stream.loader.lead, store.spec.chunk_rows, 0
@@ -297,7 +300,7 @@ def test_windows_are_needed_where_the_ones_before_end(
         asked[stream, epoch, window] = needed
         return load(loader, stream, epoch, window, turn, needed)
 
-    at = [Position()] * 4
+    at = [StreamPosition()] * 4
     if begin:
         *_, last = batches(store, config, begin)
         at = positions_after(last)
@@ -326,7 +329,7 @@ def test_closing_ends_reading_with_the_chunks_that_are_being_read(
 
     monkeypatch.setattr(loading, "read_unit", held)
     monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
-    stream = open_stream(store, train_config(batch=24, streams=4, window_rows=2048), at=[Position(0, 1)] * 4)
+    stream = open_stream(store, train_config(batch=24, streams=4, window_rows=2048), at=[StreamPosition(0, 1)] * 4)
     assert len(stream.loader.passes.get(0).order.windows(0, 0)[1]) > 2
     until(lambda: len(begun) == 2)
     closed = threading.Thread(target=stream.close)
@@ -342,7 +345,7 @@ def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) 
     config = train_config(batch=96, streams=4, window_rows=256)
     direct = [batch for batch, _ in batches(store, config, 66)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Lead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
+        patch.setattr(ReadAhead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
         paced = [batch for batch, _ in batches(store, config, 66, paced=True)]
     assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))
 

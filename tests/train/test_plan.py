@@ -21,7 +21,7 @@ from shared.saes import ARCHITECTURES, SAEConfig, sae_config
 from shared.schema import build
 from shared.store.opened import Statistics
 from train.fit.member import Member
-from train.plan.memory import Circumstances, Need, need_of, together
+from train.plan.memory import MemoryNeed, StepConditions, need_of, together
 from train.ranks import Ranks
 from train.runs.checkpoint import begin_checkpoint, end_checkpoint, load_tensors, newest, save_part
 
@@ -113,7 +113,7 @@ def test_the_estimate_is_what_a_step_takes(dtype: str, form: str) -> None:
         cases += [(name, *shape, dtype, "dense", 3) for name in ("sa-gsae", "relu")]
     for case, (held, peak) in zip(cases, measured(cases), strict=True):
         name, d_in, d_sae, rows, _, step, count = case
-        about = Circumstances(d_in, rows, dtype == "bfloat16", step == "sparse", count > 1)
+        about = StepConditions(d_in, rows, dtype == "bfloat16", step == "sparse", count > 1)
         need = need_of(variant(name, d_sae), about)
         assert 0.9 < need.step / peak < 1.3, case
         if form == "deep" and dtype == "float32":
@@ -140,12 +140,12 @@ def test_the_estimate_on_cuda(matmul: torch.dtype) -> None:
             before = torch.cuda.memory_allocated()
             member.step_(x, 1)
         peak = torch.cuda.max_memory_allocated() - before
-        need = need_of(sae, Circumstances(d_in, rows, matmul != torch.float32, on_cpu=False))
+        need = need_of(sae, StepConditions(d_in, rows, matmul != torch.float32, on_cpu=False))
         assert 0.8 < need.step / peak < 1.6, name
 
 
 def test_every_architecture_is_known() -> None:
-    at = Circumstances(16, 64)
+    at = StepConditions(16, 64)
     for arch in ARCHITECTURES:
         need = need_of(sae_config(arch=arch, d_sae=48), at)
         assert min(need.weights, need.moments, need.gradients, need.activations) > 0
@@ -158,7 +158,7 @@ def test_what_kernels_keep_from_step_to_step() -> None:
     """On a GPU, of gated architectures with unit decoder rows: copies in bfloat16, and where a step is recorded."""
     rows, matrix = 4 * 64 * 16, 4 * 48 * 16
     for name, parts, rounded in [("sa-gsae", 1, True), ("gated", 1, False), ("sa-gsae", 4, True), ("relu", 1, True)]:
-        at = Circumstances(16, 64, rounded, on_cpu=False, parts=parts)
+        at = StepConditions(16, 64, rounded, on_cpu=False, parts=parts)
         without, found = need_of(variant(name, 48), at), need_of(variant(name, 48), replace(at, kernels=True))
         gated, recorded = name != "relu", name != "relu" and parts == 1
         assert found.weights - without.weights == gated * rounded * matrix + recorded * 4 * rows, name
@@ -170,10 +170,10 @@ def test_what_kernels_keep_from_step_to_step() -> None:
 
 def test_what_is_there_at_the_same_time() -> None:
     """Weights and moments of all, the largest step, one reader."""
-    needs = [Need(10, 20, 10, 100), Need(30, 60, 30, 40, 0, 5), Need(1, 2, 1, 3, 0, 4)]
-    assert together(needs, 7) == Need(41, 82, 10, 100, 7, 5)
+    needs = [MemoryNeed(10, 20, 10, 100), MemoryNeed(30, 60, 30, 40, 0, 5), MemoryNeed(1, 2, 1, 3, 0, 4)]
+    assert together(needs, 7) == MemoryNeed(41, 82, 10, 100, 7, 5)
     assert together(needs, 7).total == 245
-    assert str(Need(10, 2000)) == "weights 10 B, moments 2 KB, gradients 0 B, activations 0 B, reader 0 B"
+    assert str(MemoryNeed(10, 2000)) == "weights 10 B, moments 2 KB, gradients 0 B, activations 0 B, reader 0 B"
 
 
 def test_how_much_memory_may_be_taken() -> None:

@@ -8,22 +8,22 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 import pytest
 from support.processes import until
 
-from train.data.read_ahead import Lead, Needed
+from train.data.read_ahead import Needed, ReadAhead
 
 
 @pytest.fixture
-def lead() -> Lead:
-    return Lead()
+def lead() -> ReadAhead:
+    return ReadAhead()
 
 
 @pytest.fixture
-def threads(lead: Lead) -> Iterator[ThreadPoolExecutor]:
+def threads(lead: ReadAhead) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(10) as pool:
         yield pool
         lead.close()  # nobody waits for ever
 
 
-def test_what_is_needed_first_is_read_first_and_alone(lead: Lead, threads: ThreadPoolExecutor) -> None:
+def test_what_is_needed_first_is_read_first_and_alone(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
     read, reading = [], threading.Lock()
 
     def wait(needed: Needed) -> None:
@@ -42,7 +42,7 @@ def test_what_is_needed_first_is_read_first_and_alone(lead: Lead, threads: Threa
     assert read == sorted(needed)
 
 
-def reading_without_room(lead: Lead, threads: ThreadPoolExecutor) -> Future[int]:
+def reading_without_room(lead: ReadAhead, threads: ThreadPoolExecutor) -> Future[int]:
     """In the middle of a window that is needed after 100 rows."""
     lead.limit(8)
     lead.read(9)
@@ -56,12 +56,14 @@ def reading_without_room(lead: Lead, threads: ThreadPoolExecutor) -> Future[int]
     return found
 
 
-def ask(lead: Lead, needed: Needed) -> None:
+def ask(lead: ReadAhead, needed: Needed) -> None:
     with lead.turn(needed):
         pass
 
 
-def test_keeping_pace_is_over_when_another_window_is_needed_sooner(lead: Lead, threads: ThreadPoolExecutor) -> None:
+def test_keeping_pace_is_over_when_another_window_is_needed_sooner(
+    lead: ReadAhead, threads: ThreadPoolExecutor
+) -> None:
     held = reading_without_room(lead, threads)
     later = threads.submit(ask, lead, (200, 2))
     until(lambda: lead.waiting == [(200, 2)])
@@ -73,7 +75,7 @@ def test_keeping_pace_is_over_when_another_window_is_needed_sooner(lead: Lead, t
     later.result(timeout=10)
 
 
-def test_there_is_room_for_what_was_given_out(lead: Lead, threads: ThreadPoolExecutor) -> None:
+def test_there_is_room_for_what_was_given_out(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
     held = reading_without_room(lead, threads)
     lead.take(2)
     with pytest.raises(TimeoutError):
@@ -82,7 +84,7 @@ def test_there_is_room_for_what_was_given_out(lead: Lead, threads: ThreadPoolExe
     assert held.result(timeout=10) == 3
 
 
-def test_nobody_waits_for_a_turn_or_room_when_all_is_over(lead: Lead, threads: ThreadPoolExecutor) -> None:
+def test_nobody_waits_for_a_turn_or_room_when_all_is_over(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
     held = reading_without_room(lead, threads)
     later = threads.submit(ask, lead, (200, 2))
     until(lambda: bool(lead.waiting))

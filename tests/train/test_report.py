@@ -16,8 +16,8 @@ from shared.errors import UserError
 from train.report import write_report
 from train.report.answer import answer
 from train.report.data import read_run
-from train.report.frontier import Point, compare, mean_of_seeds, parameters, seed_spread
-from train.report.sae import Key, Sae
+from train.report.frontier import FrontierPoint, compare, mean_of_seeds, parameters, seed_spread
+from train.report.sae import FrontierKey, MeasuredSAE
 from train.report.settings import sections
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -78,7 +78,10 @@ def report(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_matched_l0_by_hand() -> None:
     """a is 0.5, 0.7 at L0 10, 1000; b is 0.55 at 1, 0.65 at 100: on 10..100, a - b goes from -0.1 to -0.05."""
-    a, b = [Point(10.0, 0.5), Point(1000.0, 0.7)], [Point(1.0, 0.55), Point(100.0, 0.65)]
+    a, b = (
+        [FrontierPoint(10.0, 0.5), FrontierPoint(1000.0, 0.7)],
+        [FrontierPoint(1.0, 0.55), FrontierPoint(100.0, 0.65)],
+    )
     matched = compare(a, b)
     assert matched is not None
     assert (matched.l0_low, matched.l0_high) == (10, 100)
@@ -90,27 +93,29 @@ def test_matched_l0_by_hand() -> None:
 
 
 def test_a_crossing_is_found_between_knots() -> None:
-    matched = compare([Point(1.0, 0.0), Point(100.0, 1.0)], [Point(1.0, 0.5), Point(100.0, 0.5)])
+    matched = compare(
+        [FrontierPoint(1.0, 0.0), FrontierPoint(100.0, 1.0)], [FrontierPoint(1.0, 0.5), FrontierPoint(100.0, 0.5)]
+    )
     assert matched is not None
     assert matched.crossings == pytest.approx((10.0,))
     assert matched.mean == pytest.approx(0.0)
-    flat = [Point(l0, 0.5) for l0 in (1.0, 10.0, 100.0)]
-    through_a_knot = compare([Point(1.0, 0.25), Point(10.0, 0.5), Point(100.0, 0.625)], flat)
+    flat = [FrontierPoint(l0, 0.5) for l0 in (1.0, 10.0, 100.0)]
+    through_a_knot = compare([FrontierPoint(1.0, 0.25), FrontierPoint(10.0, 0.5), FrontierPoint(100.0, 0.625)], flat)
     assert through_a_knot is not None
     assert through_a_knot.crossings == pytest.approx((10.0,))
 
 
 def test_frontiers_that_touch_or_miss() -> None:
-    touching = compare([Point(1.0, 0.1), Point(5.0, 0.2)], [Point(5.0, 0.5)])
+    touching = compare([FrontierPoint(1.0, 0.1), FrontierPoint(5.0, 0.2)], [FrontierPoint(5.0, 0.5)])
     assert touching is not None
     assert touching.mean == pytest.approx(-0.3)
-    assert compare([Point(1.0, 0.1), Point(4.0, 0.2)], [Point(5.0, 0.5)]) is None
-    assert compare([], [Point(5.0, 0.5)]) is None
+    assert compare([FrontierPoint(1.0, 0.1), FrontierPoint(4.0, 0.2)], [FrontierPoint(5.0, 0.5)]) is None
+    assert compare([], [FrontierPoint(5.0, 0.5)]) is None
 
 
 def test_seeds_are_averaged_and_silent_autoencoders_left_out() -> None:
     values = [(0.1, 0, 10.0, 0.8), (0.1, 1, 40.0, 0.9), (0.3, 0, 5.0, 0.6), (0.9, 0, 0.0, 0.0)]
-    saes = [Sae(**measured("gated", 8, lam, seed, l0=l0, r2=r2)) for lam, seed, l0, r2 in values]
+    saes = [MeasuredSAE(**measured("gated", 8, lam, seed, l0=l0, r2=r2)) for lam, seed, l0, r2 in values]
     low, high = mean_of_seeds(saes, "r2")
     assert (low.l0, low.value) == pytest.approx((5.0, 0.6))
     assert (high.l0, high.value) == pytest.approx((20.0, 0.85))
@@ -123,15 +128,15 @@ def test_parameters_of_a_small_autoencoder() -> None:
     assert parameters(2, 3) == 6 + 6 + 6 + 3
 
 
-def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[Key, list[Sae]]:
-    def one(arch: str, width: int, lam: float) -> Sae:
+def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[FrontierKey, list[MeasuredSAE]]:
+    def one(arch: str, width: int, lam: float) -> MeasuredSAE:
         own = arch == "sa-gsae"
         l0 = 4 / lam * (l0_factor if own else 1)
-        return Sae(**measured(arch, width, lam, l0=l0, r2=0.8 - lam / 2 + (r2_gain if own else 0)))
+        return MeasuredSAE(**measured(arch, width, lam, l0=l0, r2=0.8 - lam / 2 + (r2_gain if own else 0)))
 
     return {
         key: [one(key.arch, key.d_sae, lam) for lam in (0.1, 0.2, 0.4)]
-        for key in (Key("sa-gsae", 96), Key("gated", 192))
+        for key in (FrontierKey("sa-gsae", 96), FrontierKey("gated", 192))
     }
 
 
@@ -153,23 +158,23 @@ def test_the_answer_names_the_crossing_and_the_missing_pair() -> None:
     series = series_of(0.0)
     tilted = [
         sae.model_copy(update={"r2": sae.r2 + 0.1 * (0.2 - (sae.sparsity or 0))})
-        for sae in series[Key("sa-gsae", 96)]
+        for sae in series[FrontierKey("sa-gsae", 96)]
         if sae.r2
     ]
-    (verdict,) = answer(series | {Key("sa-gsae", 96): tilted}, d_in=None).verdicts
+    (verdict,) = answer(series | {FrontierKey("sa-gsae", 96): tilted}, d_in=None).verdicts
     assert re.search(r"higher by up to 0\.0100.*lower by up to 0\.0200.*cross at L0\s≈\s20\.0\.", verdict.text)
-    alone = answer({Key("sa-gsae", 96): tilted}, d_in=64)
+    alone = answer({FrontierKey("sa-gsae", 96): tilted}, d_in=64)
     assert not alone.verdicts
     assert "no pair" in alone.remarks[0]
 
 
 def test_a_series_is_what_differs_in_its_knob_and_seed_only() -> None:
     plain, tied = measured("sa-gsae", 96, 0.1), "sa-gsae-96-lambda0.1-seed0-tie-none-theta0-1.6"
-    assert Sae(**plain).key == Key("sa-gsae", 96, "")
-    assert Sae(**plain | {"name": tied}).key == Key("sa-gsae", 96, "tie-none-theta0-1.6")
-    top = Sae(**plain | {"arch": "abs-topk", "sparsity": None, "k": 32})
+    assert MeasuredSAE(**plain).key == FrontierKey("sa-gsae", 96, "")
+    assert MeasuredSAE(**plain | {"name": tied}).key == FrontierKey("sa-gsae", 96, "tie-none-theta0-1.6")
+    top = MeasuredSAE(**plain | {"arch": "abs-topk", "sparsity": None, "k": 32})
     assert (top.knob, top.signed) == (("k", 32), True)
-    steered = Sae(**plain | {"sparsity": 0.2, "l0_target": 20.0})
+    steered = MeasuredSAE(**plain | {"sparsity": 0.2, "l0_target": 20.0})
     assert steered.knob == ("l0", 20), "where λ began does not tell one from another"
     apart = [top, top.model_copy(update={"r2": 0.3, "seed": 1}), top.model_copy(update={"r2": 0.9, "k": 64})]
     assert seed_spread(apart) == pytest.approx((top.r2 or 0) - 0.3)
@@ -187,11 +192,11 @@ def test_a_series_is_what_differs_in_its_knob_and_seed_only() -> None:
     ],
 )
 def test_a_variant_is_set_against_its_like(mine: str, others: list[str], against: str) -> None:
-    def series(key: Key) -> list[Sae]:
+    def series(key: FrontierKey) -> list[MeasuredSAE]:
         names = [f"{key.arch}-{key.d_sae}-lambda{lam}-seed0-{key.variant}".rstrip("-") for lam in (0.1, 0.4)]
-        return [Sae(**measured(*key[:2], lam, name=name)) for lam, name in zip((0.1, 0.4), names, strict=True)]
+        return [MeasuredSAE(**measured(*key[:2], lam, name=name)) for lam, name in zip((0.1, 0.4), names, strict=True)]
 
-    keys = [Key("sa-gsae", 96, mine), *(Key("gated", 192, variant) for variant in others)]
+    keys = [FrontierKey("sa-gsae", 96, mine), *(FrontierKey("gated", 192, variant) for variant in others)]
     (verdict,) = answer({key: series(key) for key in keys}, d_in=64).verdicts
     label = "Gated 192" + (f" ({against})" if against else "")
     assert verdict.title.endswith(f"against {label}, half the width")

@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 from harvest.plan import CHUNK_BYTES, CHUNKS_PER_SHARD, default_chunk_rows
 from shared.config import TrainConfig
 from shared.permute import SHARD_ROWS, permutation
-from train.data.order import Order, Run, make_order, rows_together, runs, share
+from train.data.order import ChunkRun, ReadOrder, make_order, rows_together, runs, share
 
 DEFAULT = {name: field.default for name, field in TrainConfig.model_fields.items()}
 BATCH = DEFAULT["batch"]
@@ -83,7 +83,7 @@ def stored(chunk_rows: int, permuted: bool) -> list[NDArray[np.uint16]]:
     return [rows[permutation(len(rows), 0, SHARD_ROWS, k)] for k, rows in enumerate(shards)]
 
 
-def given_out(order: Order, units: list[NDArray[np.uint16]], stream: int) -> Iterator[NDArray[np.uint16]]:
+def given_out(order: ReadOrder, units: list[NDArray[np.uint16]], stream: int) -> Iterator[NDArray[np.uint16]]:
     """The rows of one stream, window after window, epoch after epoch."""
     full = order.window_units * len(units[0])
     for epoch in count():
@@ -176,7 +176,7 @@ def test_independent_rows_are_the_measure_of_one() -> None:
     assert mixing(corpus().document[rows]) == pytest.approx((1, 1), abs=0.03)
 
 
-def chunks_of(run: Run) -> list[tuple[int, int]]:
+def chunks_of(run: ChunkRun) -> list[tuple[int, int]]:
     return [(run.shard, chunk) for chunk in range(run.first, run.first + run.count)]
 
 
@@ -197,13 +197,19 @@ def test_runs_hold_every_chunk_once(rows_per_shard: dict[int, int], chunk_rows: 
 
 
 def test_runs_of_one_chunk_are_the_chunks() -> None:
-    assert runs({3: 5, 1: 4}, 2, 1) == [Run(1, 0, 1), Run(1, 1, 1), Run(3, 0, 1), Run(3, 1, 1), Run(3, 2, 1)]
-    assert runs({3: 5, 1: 4}, 2, 2) == [Run(1, 0, 2), Run(3, 0, 2), Run(3, 2, 1)]
+    assert runs({3: 5, 1: 4}, 2, 1) == [
+        ChunkRun(1, 0, 1),
+        ChunkRun(1, 1, 1),
+        ChunkRun(3, 0, 1),
+        ChunkRun(3, 1, 1),
+        ChunkRun(3, 2, 1),
+    ]
+    assert runs({3: 5, 1: 4}, 2, 2) == [ChunkRun(1, 0, 2), ChunkRun(3, 0, 2), ChunkRun(3, 2, 1)]
 
 
 @given(n=st.integers(0, 12), streams=st.integers(1, 8), window=st.integers(1, 4), epoch=st.integers(0, 3))
 def test_streams_without_a_unit_have_no_windows(n: int, streams: int, window: int, epoch: int) -> None:
-    order = Order(n, streams, window, seed=0)
+    order = ReadOrder(n, streams, window, seed=0)
     windows = [order.windows(epoch, stream) for stream in range(streams)]
     assert sorted(unit for stream in windows for part in stream for unit in part) == list(range(n))
     assert sum(not stream for stream in windows) == max(0, streams - n)

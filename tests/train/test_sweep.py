@@ -25,7 +25,7 @@ from shared.store.opened import Store
 from train.fit.optim import Optimizer
 from train.plan.sweep import latents, shared_out
 from train.runs.folder import RunFolder
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.families import family
 
 
@@ -174,7 +174,7 @@ def newest(run: Path) -> str:
 def test_gradients_are_clipped_to_a_length() -> None:
     config = variant("sa-gsae")
     w = weights(config)
-    found, _ = family(config).gradients(w, batch(), Now(0.3))
+    found, _ = family(config).gradients(w, batch(), StepInputs(0.3))
     grads = {key: tensor.clone() for key, tensor in found.named().items()}
     radial = (grads["W_dec"] * w.W_dec).sum(1, keepdim=True) * w.W_dec
     grads["W_dec"] = grads["W_dec"] - radial

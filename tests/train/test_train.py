@@ -174,7 +174,7 @@ def test_checkpoints_are_written_when_due(
             now[0] += 1
             return super().due(done)
 
-        def save(self, at: train.resume.Standing) -> None:
+        def save(self, at: train.resume.ResumePoint) -> None:
             steps.append(at.step)
             super().save(at)
 

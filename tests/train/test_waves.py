@@ -25,7 +25,7 @@ from shared.store.opened import Store
 from train.data.order import share
 from train.evaluate import evaluate, last_silent
 from train.fit.member import Member
-from train.plan.job import Job, make_job
+from train.plan.job import TrainJob, make_job
 from train.plan.memory import circumstances, most_streams, needs_of, reader_bytes, together
 from train.plan.waves import packed, planned
 from train.ranks import Ranks
@@ -339,7 +339,7 @@ def test_the_reader_takes_what_it_lays_out(train_config: Config) -> None:
         assert reader_bytes(job, rows, streams) - laid == pytest.approx(rows * 32 * 10 + laid / (2 * 32) * 4, rel=0.01)
 
 
-def laid_out(job: Job, streams: Sequence[int]) -> int:
+def laid_out(job: TrainJob, streams: Sequence[int]) -> int:
     from train.data.loader import Loader
 
     loader = Loader(job.passes, streams, "off", CPU, 1)

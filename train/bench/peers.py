@@ -27,7 +27,7 @@ Ask = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Peer:
+class PeerTool:
     """A tool, and where it can be run."""
 
     name: str
@@ -37,16 +37,16 @@ class Peer:
 
 
 @dataclass(frozen=True)
-class Peers:
-    found: tuple[Peer, ...] = ()
+class PeerTools:
+    found: tuple[PeerTool, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
     """Why a tool is not measured."""
 
 
-def find_peers(pythons: Sequence[str], precision: str, device: str) -> Peers:
+def find_peers(pythons: Sequence[str], precision: str, device: str) -> PeerTools:
     """Which tools these interpreters have. Raises UserError for an interpreter that cannot be used or has none of
     them, and when two have the same one."""
-    found: dict[str, Peer] = {}
+    found: dict[str, PeerTool] = {}
     for python in pythons:
         for peer in installed(python):
             if peer.name in found:
@@ -59,7 +59,7 @@ def find_peers(pythons: Sequence[str], precision: str, device: str) -> Peers:
     if precision == "bfloat16" and device == "cpu" and "dictionary_learning" in found:
         del found["dictionary_learning"]
         left_out["dictionary_learning"] = "on a CPU it computes in float32, whatever it is asked for"
-    return Peers(tuple(found[name] for name in PACKAGES if name in found), left_out)
+    return PeerTools(tuple(found[name] for name in PACKAGES if name in found), left_out)
 
 
 def missing(package: str, pythons: Sequence[str]) -> str:
@@ -68,7 +68,7 @@ def missing(package: str, pythons: Sequence[str]) -> str:
     return f"{package} is not installed for {' or '.join(pythons)}: {pythons[0]} -m pip install {package}"
 
 
-def installed(python: str) -> list[Peer]:
+def installed(python: str) -> list[PeerTool]:
     """The tools that an interpreter has."""
     try:
         asked = [python, str(RUNNER), "versions"]
@@ -91,11 +91,13 @@ def installed(python: str) -> list[Peer]:
     for also in ("torch", "safetensors"):
         if not versions[also]:
             raise UserError(f"--peer-python {python}: has no {also}. Install it: {python} -m pip install {also}")
-    return [Peer(name, python, str(versions[package]), str(versions["torch"])) for name, package in packages.items()]
+    return [
+        PeerTool(name, python, str(versions[package]), str(versions["torch"])) for name, package in packages.items()
+    ]
 
 
 @contextmanager
-def running(peer: Peer, settings: dict[str, Any]) -> Iterator[Ask]:
+def running(peer: PeerTool, settings: dict[str, Any]) -> Iterator[Ask]:
     """A process of bench_runner.py, and the function that asks it. Asking raises UserError with the last line that it
     wrote to stderr when it has ended."""
     command = [peer.python, str(RUNNER), peer.name, json.dumps(settings)]
@@ -116,7 +118,7 @@ def running(peer: Peer, settings: dict[str, Any]) -> Iterator[Ask]:
             process.kill()  # it has nothing to save
 
 
-def ask(peer: Peer, process: subprocess.Popen[bytes], errors: IO[bytes], **question: int) -> dict[str, Any]:
+def ask(peer: PeerTool, process: subprocess.Popen[bytes], errors: IO[bytes], **question: int) -> dict[str, Any]:
     assert process.stdin is not None
     assert process.stdout is not None
     try:

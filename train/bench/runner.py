@@ -25,7 +25,7 @@ L1, LR = 0.1, 1e-12
 """The learning rate is next to nothing, so that as many latents stay active."""
 
 
-class SAELens:
+class SAELensStep:
     """SAETrainer.step, which `fit` calls: forward and backward pass, gradients clipped, Adam, counts of firings."""
 
     def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
@@ -49,7 +49,7 @@ class SAELens:
         self.trainer.step(x)
 
 
-class DictionaryLearning:
+class DictionaryLearningStep:
     """GatedSAETrainer.update, in the surroundings that `trainSAE` gives it."""
 
     def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
@@ -72,9 +72,9 @@ class DictionaryLearning:
             self.trainer.update(number, x if self.low is None else x.to(self.low))
 
 
-TOOLS: dict[str, type[SAELens] | type[DictionaryLearning]] = {
-    "saelens": SAELens,
-    "dictionary_learning": DictionaryLearning,
+TOOLS: dict[str, type[SAELensStep] | type[DictionaryLearningStep]] = {
+    "saelens": SAELensStep,
+    "dictionary_learning": DictionaryLearningStep,
 }
 
 
@@ -105,7 +105,7 @@ def serve(name: str, settings: dict[str, Any], answers: Any) -> None:
     torch.manual_seed(0)
     device = torch.device(settings["device"])
     x = load_file(settings["rows"])["x"].to(device)
-    tool: SAELens | DictionaryLearning | None = None
+    tool: SAELensStep | DictionaryLearningStep | None = None
     for line in sys.stdin:
         asked = json.loads(line)
         if "d_sae" in asked:

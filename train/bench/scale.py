@@ -12,7 +12,7 @@ from shared.store.listing import describe_store
 from shared.store.opened import Store
 from shared.store.verify import verify
 from train.data.loader import Loader
-from train.data.order import Position, share
+from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream
 from train.plan.job import make_job
 
@@ -33,7 +33,7 @@ def start_training(place: str) -> Any:
     job = make_job(config, torch.device("cpu"))
     shares = share(config.batch, job.streams, 0, 1)
     loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, torch.device("cpu"))
-    stream = BatchStream(loader, shares, config.batch // job.streams, [Position()] * job.streams)
+    stream = BatchStream(loader, shares, config.batch // job.streams, [StreamPosition()] * job.streams)
     try:
         return job, stream, stream.next_batch()
     finally:

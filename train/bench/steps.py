@@ -18,13 +18,13 @@ from shared.device import reuse_memory
 from shared.errors import UserError
 from shared.saes import SAEConfig, sae_config
 from shared.store.opened import Store
-from train.bench.peers import Ask, Peers, running
+from train.bench.peers import Ask, PeerTools, running
 from train.data.order import split
-from train.data.rows import Rows
+from train.data.rows import HookRows
 from train.fit.member import Member
 from train.measure.metrics import read_heldout
 from train.ranks import Ranks
-from train.sae.base import Now
+from train.sae.base import StepInputs
 from train.sae.gated import pre_activations
 
 Advance = Callable[[int, str], None]
@@ -34,7 +34,7 @@ rest."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class StepBenchPlan:
     """What is measured."""
 
     widths: Sequence[int]
@@ -47,7 +47,7 @@ class Plan:
     tokens: int
     """Training tokens of each of them."""
     device: str
-    peers: Peers
+    peers: PeerTools
     compiled: bool
     """Whether the compiled step is measured, too."""
 
@@ -66,7 +66,7 @@ class Plan:
 
 
 def step_seconds(
-    store: Store, hook: str, folder: Path, plan: Plan, advance: Advance
+    store: Store, hook: str, folder: Path, plan: StepBenchPlan, advance: Advance
 ) -> dict[int, dict[str, list[float]]]:
     """Seconds of one step by width and kind, round by round, after a round that does not count; the kinds take
     turns."""
@@ -108,7 +108,7 @@ def their_step(ask: Ask, number: int) -> float:
 
 
 def our_steps(
-    store: Store, hook: str, width: int, x: Float[Tensor, "batch d_in"], plan: Plan
+    store: Store, hook: str, width: int, x: Float[Tensor, "batch d_in"], plan: StepBenchPlan
 ) -> dict[str, Callable[[int], float]]:
     """What does one step on x, in units of unit variance, and gives its seconds."""
     sae = sae_config(arch="sa-gsae", d_sae=width, sparsity=0.1)
@@ -157,7 +157,7 @@ def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) ->
     return work
 
 
-def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: Plan) -> Member:
+def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: StepBenchPlan) -> Member:
     step = "sparse" if kind == "sparse" else "dense"
     config = TrainConfig(
         store=store.location, hook=hook, saes=(sae,), batch=plan.batch, streams=1, step=step, lr=1e-12,
@@ -170,7 +170,7 @@ def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
     """The same step from the loss as it is written, with PyTorch's own backward pass."""
     weights = {name: tensor.detach().requires_grad_() for name, tensor in member.weights.named().items()}
     with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=member.matmul == torch.bfloat16):
-        loss = member.family.loss(type(member.weights)(**weights), x, Now(0.1, member.matmul))
+        loss = member.family.loss(type(member.weights)(**weights), x, StepInputs(0.1, member.matmul))
     grads = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
     found = dict(zip(weights, grads, strict=True))
     member.optimizer.step_({name: found[name] for name in member.weights.trained()}, 1e-12)
@@ -179,7 +179,7 @@ def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
 
 def rows(store: Store, hook: str, count: int) -> Float[Tensor, "count d_in"]:
     config = TrainConfig(store=store.location, hook=hook, saes=(sae_config(arch="relu", d_sae=1),))
-    found = read_heldout(Rows.of(store, hook), split(store.spec, store.tokens(), config).train)[:count]
+    found = read_heldout(HookRows.of(store, hook), split(store.spec, store.tokens(), config).train)[:count]
     if len(found) < count:
         raise UserError(f"{store.name}: holds {len(found):,} rows that count, fewer than a batch of {count:,}")
     return found.float()

@@ -17,7 +17,7 @@ from shared.store.opened import Store
 from shared.store.reader import ArrayReader
 from shared.store.shard import decode_chunk
 from train.data.loader import Loader
-from train.data.order import Position, Split, share
+from train.data.order import Split, StreamPosition, share
 from train.data.stream import BatchStream
 from train.plan.job import make_passes
 
@@ -92,7 +92,7 @@ def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **set
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
     passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
     loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1, paced=paced)
-    return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [Position()] * streams)
+    return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [StreamPosition()] * streams)
 
 
 def windows(store: Store, hook: str, verify: str) -> Run:

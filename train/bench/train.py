@@ -20,11 +20,11 @@ from shared.bench.timing import machine
 from shared.errors import UserError
 from shared.store.opened import find_hookpoint
 from train.bench.peers import PACKAGES
-from train.bench.steps import Advance, Plan, step_seconds
+from train.bench.steps import Advance, StepBenchPlan, step_seconds
 
 
 @dataclass(frozen=True)
-class Report:
+class TrainBenchReport:
     """Ratios of seconds, and what they were made of."""
 
     ratios: dict[str, float | None]
@@ -32,7 +32,9 @@ class Report:
     table: list[dict[str, Any]]
 
 
-def bench_train(place: str, hook: str, folder: Path, plan: Plan, command: Sequence[str], advance: Advance) -> Report:
+def bench_train(
+    place: str, hook: str, folder: Path, plan: StepBenchPlan, command: Sequence[str], advance: Advance
+) -> TrainBenchReport:
     """On the store at `place`; `command` is what starts sagsae, for the whole runs; `folder` is for what they and the
     other tools need. Raises UserError when the store holds fewer rows than a batch, or another tool fails."""
     store, hook = find_hookpoint(place, hook)
@@ -64,7 +66,7 @@ def bench_train(place: str, hook: str, folder: Path, plan: Plan, command: Sequen
              "precision": plan.precision, "one_pass_s": [round(r[0], 2) for r in rounds],
              "separate_s": [round(r[1], 2) for r in rounds], "peers": peers,
              "peers_left_out": plan.peers.left_out}  # fmt: skip
-    return Report(ratios, {**about, "figures": table}, table)
+    return TrainBenchReport(ratios, {**about, "figures": table}, table)
 
 
 def device_name(device: str) -> str:
@@ -79,7 +81,7 @@ def against(found: dict[str, list[float]], one: str, other: str) -> float | None
 
 
 def whole_runs(
-    place: str, hook: str, folder: Path, plan: Plan, command: Sequence[str], advance: Advance
+    place: str, hook: str, folder: Path, plan: StepBenchPlan, command: Sequence[str], advance: Advance
 ) -> tuple[float, float, float]:
     """Seconds of one run with all autoencoders, of as many runs with one each, as a user starts them; and the share of
     the first that was spent waiting for data."""
@@ -92,7 +94,7 @@ def whole_runs(
 
 
 def timed(
-    place: str, hook: str, out: Path, sparsities: Sequence[float], plan: Plan, command: Sequence[str]
+    place: str, hook: str, out: Path, sparsities: Sequence[float], plan: StepBenchPlan, command: Sequence[str]
 ) -> tuple[float, float]:
     options = [part for value in sparsities for part in ("--sparsity", str(value))]
     asked = [*command, "train", "--store", place, "--hook", hook, "--arch", "sa-gsae", "--d-sae", "1024", *options,

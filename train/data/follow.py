@@ -20,8 +20,8 @@ from shared.files.locks import is_locked
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
 from shared.store.commits import sealed, unsealed
-from shared.store.opened import Growing, Store
-from train.data.loader import Pass
+from shared.store.opened import GrowingStore, Store
+from train.data.loader import StorePass
 
 SEGMENTS: Final = "segments.jsonl"
 POLL_SECONDS: Final = 1.0
@@ -38,23 +38,23 @@ class Segments:
     """The run's, in which the segments are written down. Several nodes have to share it."""
     leads: bool
     """Whether this process freezes segments; the others wait for what it writes down."""
-    make_pass: Callable[[Store], Pass]
+    make_pass: Callable[[Store], StorePass]
     enough: Callable[[Store], bool]
     """Whether the new shards are enough for a segment."""
     content: Callable[[Store], str]
     """Names what is in the committed shards of a store (train/data/snapshot.py)."""
-    frozen: list[Pass] = field(default_factory=list)
-    growing: Growing = field(init=False)
+    frozen: list[StorePass] = field(default_factory=list)
+    growing: GrowingStore = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
-        self.growing = Growing(self.store.files)
+        self.growing = GrowingStore(self.store.files)
 
     def open(self) -> None:
         self.closed.clear()
 
-    def get(self, epoch: int) -> Pass:
+    def get(self, epoch: int) -> StorePass:
         if epoch < len(self.frozen):
             return self.frozen[epoch]
         with self.lock:
@@ -65,7 +65,7 @@ class Segments:
     def close(self) -> None:
         self.closed.set()
 
-    def next(self) -> Pass:
+    def next(self) -> StorePass:
         """The segment after those known, waiting until there is one."""
         said = time.monotonic() - SAY_SECONDS + 5
         while True:
@@ -119,7 +119,7 @@ class Segments:
 
     def complete(self, shards: set[int], stop_asked: Callable[[], bool]) -> Store:
         """The store once these shards are committed."""
-        said, growing = time.monotonic(), Growing(self.store.files)
+        said, growing = time.monotonic(), GrowingStore(self.store.files)
         while True:
             now = growing.open()
             if all(shard in now.commits for shard in shards):

@@ -19,34 +19,34 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.device import local_cores, sent
-from train.data.order import Order, Run
-from train.data.read_ahead import Lead
-from train.data.rows import Kept, Rows, to_tensor
+from train.data.order import ChunkRun, ReadOrder
+from train.data.read_ahead import ReadAhead
+from train.data.rows import HookRows, KeptRows, to_tensor
 
 Verify = Literal["always", "first-epoch", "off"]
 
 
 @dataclass(frozen=True)
-class Pass:
+class StorePass:
     """One time through some committed shards."""
 
-    rows: Rows
-    kept: Kept
-    units: Sequence[Run]
+    rows: HookRows
+    kept: KeptRows
+    units: Sequence[ChunkRun]
     unit_rows: int
     """Of a whole unit."""
-    order: Order
+    order: ReadOrder
 
 
 @runtime_checkable
-class Passes(Protocol):
+class PassSource(Protocol):
     """What is read in each epoch."""
 
     def open(self) -> None:
         """From here on `get` may wait, after a `close` too."""
         ...
 
-    def get(self, epoch: int) -> Pass:
+    def get(self, epoch: int) -> StorePass:
         """May wait for a harvest that goes on."""
         ...
 
@@ -56,15 +56,15 @@ class Passes(Protocol):
 
 
 @dataclass(frozen=True)
-class Same:
+class FixedSnapshot:
     """The same snapshot in every epoch."""
 
-    whole: Pass
+    whole: StorePass
 
     def open(self) -> None:
         pass
 
-    def get(self, _epoch: int) -> Pass:
+    def get(self, _epoch: int) -> StorePass:
         return self.whole
 
     def close(self) -> None:
@@ -72,7 +72,7 @@ class Same:
 
 
 @dataclass
-class Memory:
+class WindowMemory:
     """Where windows lie: two for every stream that is read here, used in turn."""
 
     data: Tensor
@@ -83,7 +83,9 @@ class Memory:
     """[places / rows of a unit, d_in] float32, int8's for each dimension in a unit; empty otherwise."""
 
     @classmethod
-    def of(cls, units: int, unit_rows: int, source: Rows, device: torch.device, pinned: bool = False) -> "Memory":
+    def of(
+        cls, units: int, unit_rows: int, source: HookRows, device: torch.device, pinned: bool = False
+    ) -> "WindowMemory":
         """Untouched memory of the host costs nothing yet."""
         layout, spec = source.activations.layout, source.store.spec
         rows, scaled = units * unit_rows, spec.quantised
@@ -96,11 +98,11 @@ class Memory:
         found = cls(data, scale, dims)
         return cls(data.pin_memory(), scale.pin_memory(), dims.pin_memory()) if pinned else found
 
-    def part(self, first_unit: int, units: int, unit_rows: int) -> "Memory":
+    def part(self, first_unit: int, units: int, unit_rows: int) -> "WindowMemory":
         rows = slice(first_unit * unit_rows, (first_unit + units) * unit_rows)
-        return Memory(self.data[rows], self.scale[rows], self.dims[first_unit : first_unit + units])
+        return WindowMemory(self.data[rows], self.scale[rows], self.dims[first_unit : first_unit + units])
 
-    def copy_(self, other: "Memory") -> None:
+    def copy_(self, other: "WindowMemory") -> None:
         self.data.copy_(other.data, non_blocking=True)
         self.scale.copy_(other.scale, non_blocking=True)
         self.dims.copy_(other.dims, non_blocking=True)
@@ -148,7 +150,7 @@ class Loader:
 
     def __init__(
         self,
-        passes: Passes,
+        passes: PassSource,
         streams: Sequence[int],
         verify: Verify,
         device: torch.device,
@@ -162,7 +164,7 @@ class Loader:
         passes.open()
         cuda = device.type == "cuda"
         self.paced = cuda if paced is None else paced
-        self.lead = Lead()
+        self.lead = ReadAhead()
         self.threads = threads or decoding_threads(local_cores(), self.paced)
         here = None
         if cuda:  # a thread begins with the first GPU
@@ -171,25 +173,25 @@ class Loader:
         self.windows = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
         self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
-        self.memory: Memory | None = None
-        self.staging: list[Memory] = []
+        self.memory: WindowMemory | None = None
+        self.staging: list[WindowMemory] = []
         self.staged: list[Any] = [None, None]
         """Passed when what lies in a staging buffer is on the device."""
         self.free: dict[tuple[int, int], Any] = {}
         """Passed when the last batch was gathered from a stream's window: by stream and turn."""
         self.unit_rows = self.full = 0
 
-    def prepare(self, part: Pass) -> Memory:
+    def prepare(self, part: StorePass) -> WindowMemory:
         """Memory for two windows of every stream, and on CUDA two pinned windows on the host."""
         if self.memory is None:
-            units = part.order.longest if isinstance(self.passes, Same) else part.order.window_units
+            units = part.order.longest if isinstance(self.passes, FixedSnapshot) else part.order.window_units
             self.unit_rows, self.full = part.unit_rows, units
             if self.paced:
                 self.lead.limit(len(self.slots) * units * self.unit_rows)
-            self.memory = Memory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
+            self.memory = WindowMemory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
             if self.copies is not None:
                 host = torch.device("cpu")
-                self.staging = [Memory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
+                self.staging = [WindowMemory.of(units, self.unit_rows, part.rows, host, pinned=True) for _ in range(2)]
         return self.memory
 
     def load(self, stream: int, epoch: int, window: int, turn: int, needed: int) -> Window:
@@ -200,7 +202,7 @@ class Loader:
         with self.lead.turn((needed, stream)):
             return self.load_now(part, stream, epoch, window, turn)
 
-    def load_now(self, part: Pass, stream: int, epoch: int, window: int, turn: int) -> Window:
+    def load_now(self, part: StorePass, stream: int, epoch: int, window: int, turn: int) -> Window:
         units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
         memory = self.prepare(part)
@@ -218,7 +220,9 @@ class Loader:
             return Window(order, len(order), None)
         return self.to_device(host, there, order, (stream, turn))
 
-    def read_units(self, part: Pass, units: list[Run], memory: Memory, check: bool) -> NDArray[np.bool_]:
+    def read_units(
+        self, part: StorePass, units: list[ChunkRun], memory: WindowMemory, check: bool
+    ) -> NDArray[np.bool_]:
         """Decodes units into a window's memory. Gives which places hold a row that is kept."""
         data, n = memory.data, self.unit_rows
         rows = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
@@ -243,7 +247,7 @@ class Loader:
             done += more
         return holds
 
-    def to_device(self, host: Memory, there: Memory, order: Tensor, key: tuple[int, int]) -> Window:
+    def to_device(self, host: WindowMemory, there: WindowMemory, order: Tensor, key: tuple[int, int]) -> Window:
         """Copies a window on a stream of its own, behind the last gather from the memory that it goes to. Waits for
         nothing: the next window is decoded meanwhile."""
         assert self.copies is not None
@@ -285,7 +289,12 @@ def decoding_threads(cores: int, paced: bool) -> int:
 
 
 def read_unit(
-    part: Pass, unit: Run, rows: NDArray[Any], scale: NDArray[np.float32], holds: NDArray[np.bool_], check: bool
+    part: StorePass,
+    unit: ChunkRun,
+    rows: NDArray[Any],
+    scale: NDArray[np.float32],
+    holds: NDArray[np.bool_],
+    check: bool,
 ) -> None:
     """Decodes a unit into its part of a window, and marks the places that hold a row that is kept."""
     where = unit.shard, unit.first, unit.count

@@ -21,12 +21,12 @@ from shared.store.opened import Statistics, Store
 from shared.store.reader import open_reader, read_places, read_shard
 from shared.store.shard import as_float32
 from train.data.order import Split
-from train.data.row_mask import Marks
-from train.data.rows import Rows
+from train.data.row_mask import RowMask
+from train.data.rows import HookRows
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class FilteredRows:
     """The committed rows whose norm exceeds a limit."""
 
     limit: float
@@ -64,7 +64,7 @@ def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
     return float(limit)
 
 
-def left_out(store: Store, hook: str, limit: float | None) -> LeftOut | None:
+def left_out(store: Store, hook: str, limit: float | None) -> FilteredRows | None:
     """Reads all norms."""
     if limit is None:
         return None
@@ -77,22 +77,22 @@ def left_out(store: Store, hook: str, limit: float | None) -> LeftOut | None:
         if above.any():
             start, _ = store.spec.shard_range(shard)
             places[shard] = start + read_places(contexts, positions, shard)[above]
-    return LeftOut(limit, places)
+    return FilteredRows(limit, places)
 
 
-def without(parts: Split, rows: LeftOut | None) -> Split:
+def without(parts: Split, rows: FilteredRows | None) -> Split:
     if rows is None:
         return parts
-    train, heldout = (Marks.of(mask).without(rows.everywhere) for mask in (parts.train, parts.heldout))
+    train, heldout = (RowMask.of(mask).without(rows.everywhere) for mask in (parts.train, parts.heldout))
     return Split(train, heldout)
 
 
-def statistics(store: Store, hook: str, rows: LeftOut | None) -> Statistics:
+def statistics(store: Store, hook: str, rows: FilteredRows | None) -> Statistics:
     """Moments of the rows that count and are left. Shards with a row that is not are read as a whole and summed anew
     in float64: to subtract rows from sums that are nearly theirs would leave few digits."""
     if rows is None:
         return store.statistics(hook)
-    d_in, source = store.spec.hookpoints[hook].d_in, Rows.of(store, hook)
+    d_in, source = store.spec.hookpoints[hook].d_in, HookRows.of(store, hook)
     n, total, squares = 0, np.zeros(d_in), np.zeros(d_in)
     with progress("normalise without the rows left out", len(rows.places), "shards") as advance:
         for number, shard in zip(rows.places, shards(store, hook, rows.places), strict=True):
@@ -111,7 +111,9 @@ def statistics(store: Store, hook: str, rows: LeftOut | None) -> Statistics:
     return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
 
 
-def moments(rows: Rows, shard: int, left: NDArray[np.bool_]) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
+def moments(
+    rows: HookRows, shard: int, left: NDArray[np.bool_]
+) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
     """How many of a shard's rows are marked, their sum and sum of squares [d_in]."""
     spec, chunk_rows = rows.store.spec, rows.activations.layout.chunk_rows
     d_in = rows.activations.layout.row_shape[0]

@@ -22,7 +22,7 @@ from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
 from shared.store.spec import StoreSpec, are_special
 from shared.store.tokens import TokenRows
-from train.data.row_mask import Marks
+from train.data.row_mask import RowMask
 
 BLOCK_BYTES: Final = 16_384
 CONTEXTS_AT_A_TIME: Final = 4096
@@ -31,7 +31,7 @@ UNITS_PER_STREAM: Final = 16
 
 
 @dataclass(frozen=True)
-class Run:
+class ChunkRun:
     """Consecutive chunks of one shard that are read together: one range request on an object store."""
 
     shard: int
@@ -42,7 +42,7 @@ class Run:
 
 
 @dataclass(frozen=True, eq=False)
-class Runs(Sequence[Run]):
+class ChunkRuns(Sequence[ChunkRun]):
     """Many runs, worked out when they are asked for: what is kept is a few numbers a shard."""
 
     shards: NDArray[np.int64]
@@ -57,12 +57,12 @@ class Runs(Sequence[Run]):
         return int(self.ends[-1]) if len(self.ends) else 0
 
     @overload
-    def __getitem__(self, number: int) -> Run: ...
+    def __getitem__(self, number: int) -> ChunkRun: ...
 
     @overload
-    def __getitem__(self, number: slice) -> list[Run]: ...
+    def __getitem__(self, number: slice) -> list[ChunkRun]: ...
 
-    def __getitem__(self, number: int | slice) -> Run | list[Run]:
+    def __getitem__(self, number: int | slice) -> ChunkRun | list[ChunkRun]:
         if isinstance(number, slice):
             return [self[one] for one in range(*number.indices(len(self)))]
         if not -len(self) <= number < len(self):
@@ -71,12 +71,12 @@ class Runs(Sequence[Run]):
         place = int(np.searchsorted(self.ends, number, side="right"))
         before = int(self.ends[place - 1]) if place else 0
         first = (number - before) * self.run_chunks
-        return Run(int(self.shards[place]), first, min(self.run_chunks, int(self.chunks[place]) - first))
+        return ChunkRun(int(self.shards[place]), first, min(self.run_chunks, int(self.chunks[place]) - first))
 
-    def __iter__(self) -> Iterator[Run]:
+    def __iter__(self) -> Iterator[ChunkRun]:
         for shard, chunks in zip(self.shards.tolist(), self.chunks.tolist(), strict=True):
             for first in range(0, chunks, self.run_chunks):
-                yield Run(shard, first, min(self.run_chunks, chunks - first))
+                yield ChunkRun(shard, first, min(self.run_chunks, chunks - first))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Sequence) and len(self) == len(other) and all(map(operator.eq, self, other))
@@ -84,7 +84,7 @@ class Runs(Sequence[Run]):
     __hash__ = None  # type: ignore[assignment]
 
 
-def runs(rows_per_shard: Mapping[int, int], chunk_rows: int, run_chunks: int) -> Runs:
+def runs(rows_per_shard: Mapping[int, int], chunk_rows: int, run_chunks: int) -> ChunkRuns:
     """Every chunk that exists, once, in runs of `run_chunks` that do not cross shards; a shard's last may be shorter,
     and its last chunk partly filled. By shard, whatever the order of the mapping: a run's place is its unit number."""
     shards = np.array(sorted(rows_per_shard), np.int64)
@@ -92,10 +92,10 @@ def runs(rows_per_shard: Mapping[int, int], chunk_rows: int, run_chunks: int) ->
     return runs_of(shards, rows, chunk_rows, run_chunks)
 
 
-def runs_of(shards: NDArray[np.int64], rows: NDArray[np.int64], chunk_rows: int, run_chunks: int) -> Runs:
+def runs_of(shards: NDArray[np.int64], rows: NDArray[np.int64], chunk_rows: int, run_chunks: int) -> ChunkRuns:
     """The same, of sorted shards and the rows of each."""
     chunks = -(-rows // chunk_rows)
-    return Runs(shards, chunks, run_chunks, np.cumsum(-(-chunks // run_chunks)))
+    return ChunkRuns(shards, chunks, run_chunks, np.cumsum(-(-chunks // run_chunks)))
 
 
 def share(batch: int, streams: int, rank: int, ranks: int) -> list[tuple[int, int, int]]:
@@ -116,7 +116,7 @@ def share(batch: int, streams: int, rank: int, ranks: int) -> list[tuple[int, in
 
 
 @dataclass(frozen=True)
-class Order:
+class ReadOrder:
     """How the units of a snapshot are read."""
 
     n_units: int
@@ -128,7 +128,7 @@ class Order:
     block_rows: int = 1
     """Rows that stay together: see `rows_together`."""
 
-    def windows(self, epoch: int, stream: int) -> "Windows":
+    def windows(self, epoch: int, stream: int) -> "WindowPlan":
         """The unit numbers of each window, in order; none where there are fewer units than streams and this stream has
         no part. All are of one length, because a long one cannot be read while a short one is used up; but the first
         and the last share one, by stream, so that refills do not all come at once. Together the windows of all streams
@@ -153,7 +153,7 @@ class Order:
 
 
 @dataclass(frozen=True, eq=False)
-class Windows(Sequence[NDArray[np.int64]]):
+class WindowPlan(Sequence[NDArray[np.int64]]):
     """Of one stream in one epoch."""
 
     units: NDArray[np.int64]
@@ -183,17 +183,17 @@ LAYING_OUT: Final = threading.Lock()
 
 
 @lru_cache(maxsize=2)  # an epoch and the next one, which some streams have begun
-def laid_out(order: Order, epoch: int) -> list[Windows]:
+def laid_out(order: ReadOrder, epoch: int) -> list[WindowPlan]:
     """Every stream's windows of an epoch."""
     every = permutation(order.n_units, order.seed, EPOCH_CHUNKS, epoch)
     return [windows_of(order, every[(v + epoch) % order.streams :: order.streams], v) for v in range(order.streams)]
 
 
-def windows_of(order: Order, units: NDArray[np.int64], stream: int) -> Windows:
+def windows_of(order: ReadOrder, units: NDArray[np.int64], stream: int) -> WindowPlan:
     """A stream's units cut into windows, of which none is empty."""
     parts = order.windows_full * order.streams
     cuts = len(units) * np.arange(stream + 1, parts, order.streams) // max(1, parts)
-    return Windows(units, np.unique(np.concatenate([[0], cuts, [len(units)]])))
+    return WindowPlan(units, np.unique(np.concatenate([[0], cuts, [len(units)]])))
 
 
 @lru_cache(maxsize=8)  # a window's costs as much as reading a few of its chunks
@@ -212,7 +212,7 @@ def rows_together(row_bytes: int, chunk_rows: int) -> int:
 
 
 @dataclass(frozen=True)
-class Position:
+class StreamPosition:
     """Where one stream stands: the next row it gives out."""
 
     epoch: int = 0
@@ -222,12 +222,12 @@ class Position:
 
 def make_order(
     n_units: int, rows_per_unit: int, streams: int, window_rows: int, seed: int, block_rows: int = 1
-) -> Order:
+) -> ReadOrder:
     """The order for a snapshot; `rows_per_unit` is a full run's. A small store is read in fewer streams (a divisor), so
     that each has enough units for all to end an epoch at about the same time."""
     most = max(1, n_units // UNITS_PER_STREAM)
     possible = max(v for v in range(1, streams + 1) if streams % v == 0 and v <= most)
-    return Order(n_units, possible, max(1, window_rows // (possible * rows_per_unit)), seed, block_rows)
+    return ReadOrder(n_units, possible, max(1, window_rows // (possible * rows_per_unit)), seed, block_rows)
 
 
 def heldout_contexts(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int64]:
@@ -251,8 +251,8 @@ def heldout_contexts(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int6
 class Split:
     """Which rows are trained on and which are measured on: [contexts, context] masks that share no context."""
 
-    train: NDArray[np.bool_] | Marks
-    heldout: NDArray[np.bool_] | Marks
+    train: NDArray[np.bool_] | RowMask
+    heldout: NDArray[np.bool_] | RowMask
 
 
 def split(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> Split:
@@ -266,9 +266,9 @@ def split(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> Split:
 def split_rows(tokens: TokenRows, config: TrainConfig) -> Split:
     """The same in bits, without all token ids in memory. Raises DamagedError when they are not what was written."""
     spec = tokens.spec
-    usable = Marks.packed(tokens.shape, (usable_rows(spec, block, config) for block in tokens.blocks()))
+    usable = RowMask.packed(tokens.shape, (usable_rows(spec, block, config) for block in tokens.blocks()))
     chosen, places = heldout_contexts(spec, config.heldout_tokens, config.seed), np.arange(spec.context)
-    train, heldout = usable, Marks(tokens.shape, np.zeros_like(usable.bits))
+    train, heldout = usable, RowMask(tokens.shape, np.zeros_like(usable.bits))
     for at in range(0, len(chosen), CONTEXTS_AT_A_TIME):
         some = chosen[at : at + CONTEXTS_AT_A_TIME]
         rows = (some[:, None] * spec.context + places)[usable.of_contexts(some)]
@@ -285,8 +285,8 @@ def usable_rows(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> N
     return usable
 
 
-def rows_in_shards(marks: NDArray[np.bool_] | Marks, spec: StoreSpec, shards: NDArray[np.int64]) -> int:
+def rows_in_shards(marks: NDArray[np.bool_] | RowMask, spec: StoreSpec, shards: NDArray[np.int64]) -> int:
     """How many rows of some shards are marked. `shards`: sorted."""
-    found = Marks.of(marks)
+    found = RowMask.of(marks)
     neighbours = np.split(shards, np.flatnonzero(np.diff(shards) > 1) + 1) if len(shards) else []
     return sum(found.count(spec.shard_range(int(s[0]))[0], spec.shard_range(int(s[-1]))[1]) for s in neighbours)

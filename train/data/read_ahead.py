@@ -23,7 +23,7 @@ Needed = tuple[int, int]
 """When a window is: after how many rows that a stream gives out, from where the run began; the stream's number."""
 
 
-class Lead:
+class ReadAhead:
     """Rows that are read and not yet given out, and whose turn it is. Nobody keeps pace while training waits for a
     window, or another window is needed sooner."""
 

@@ -11,7 +11,7 @@ AT_A_TIME = 1 << 22
 
 
 @dataclass(frozen=True, eq=False)
-class Marks:
+class RowMask:
     """A mask [contexts, context] over the token stream, in bits."""
 
     shape: tuple[int, int]
@@ -19,13 +19,13 @@ class Marks:
     """Eight rows each, the first in the highest bit; zeros after the last."""
 
     @classmethod
-    def of(cls, mask: "NDArray[np.bool_] | Marks") -> "Marks":
-        if isinstance(mask, Marks):
+    def of(cls, mask: "NDArray[np.bool_] | RowMask") -> "RowMask":
+        if isinstance(mask, RowMask):
             return mask
         return cls((mask.shape[0], mask.shape[1]), np.packbits(mask))
 
     @classmethod
-    def packed(cls, shape: tuple[int, int], blocks: Iterable[NDArray[np.bool_]]) -> "Marks":
+    def packed(cls, shape: tuple[int, int], blocks: Iterable[NDArray[np.bool_]]) -> "RowMask":
         """Of masks that come one after another."""
         bits, at, left = np.zeros(-(-shape[0] * shape[1] // 8), np.uint8), 0, np.empty(0, bool)
         for block in blocks:
@@ -92,8 +92,8 @@ class Marks:
         else:
             np.bitwise_and.at(self.bits, places >> 3, ~bits)
 
-    def without(self, places: NDArray[np.int64]) -> "Marks":
+    def without(self, places: NDArray[np.int64]) -> "RowMask":
         """The same without the rows at these places in the token stream."""
-        found = Marks(self.shape, self.bits.copy())
+        found = RowMask(self.shape, self.bits.copy())
         found.set_(places, False)
         return found

@@ -14,12 +14,12 @@ from shared.store.opened import Store
 from shared.store.quantise import dequantise
 from shared.store.reader import Reader, open_reader, read_places, read_shard
 from shared.store.tokens import flat
-from train.data.order import Runs, runs_of
-from train.data.row_mask import Marks
+from train.data.order import ChunkRuns, runs_of
+from train.data.row_mask import RowMask
 
 
 @dataclass(frozen=True)
-class Rows:
+class HookRows:
     """The activations of one hookpoint, each row with the place in the corpus it came from."""
 
     store: Store
@@ -33,13 +33,13 @@ class Rows:
     """Of int8, by shard."""
 
     @classmethod
-    def of(cls, store: Store, hook: str) -> "Rows":
+    def of(cls, store: Store, hook: str) -> "HookRows":
         scale = open_reader(store, f"scale/{hook}/row") if store.spec.quantised else None
         activations, contexts, positions = (open_reader(store, a) for a in (hook, "index/context", "index/position"))
         dim_scale = lru_cache(maxsize=4096)(partial(store.dim_scale, hook))
         return cls(store, hook, activations, contexts, positions, scale, dim_scale)
 
-    def units(self, run_chunks: int) -> Runs:
+    def units(self, run_chunks: int) -> ChunkRuns:
         """The units that an order permutes."""
         commits = self.store.commits
         return runs_of(commits.shards, commits.rows, self.activations.layout.chunk_rows, run_chunks)
@@ -52,13 +52,15 @@ class Rows:
         return dequantise(rows, self.row_scale.read(shard, chunk), self.dim_scale(shard))
 
 
-def norms_and_places(rows: Rows, keep: NDArray[np.bool_] | Marks) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+def norms_and_places(
+    rows: HookRows, keep: NDArray[np.bool_] | RowMask
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
     """Of the committed rows marked in `keep` [contexts, context], in stored order: the norms that they were harvested
     with, and their places in the corpus (context x length of a context + position)."""
-    marked, spec = Kept(rows, keep), rows.store.spec
+    marked, spec = KeptRows(rows, keep), rows.store.spec
     norms = open_reader(rows.store, f"stats/{rows.hook}/norm")
     lengths, places = [np.empty(0, np.float32)], [np.empty(0, np.int64)]
-    shards = Marks.of(keep).shards(spec.shard_rows, spec.n_tokens)
+    shards = RowMask.of(keep).shards(spec.shard_rows, spec.n_tokens)
     for shard in [shard for shard in shards if shard in rows.store.commits]:
         start, stop = spec.shard_range(shard)
         marks = marked.marks(shard, 0, stop - start)
@@ -74,14 +76,14 @@ def to_tensor(rows: NDArray[np.generic], dtype: str) -> Shaped[Tensor, "rows d_i
 
 
 @dataclass
-class Kept:
+class KeptRows:
     """Which rows of a store's shards are marked in a mask over the corpus. One with a NaN or an infinity never is.
 
     Worked out from the index arrays when a shard is first asked for, then kept: one bit a row.
     """
 
-    rows: Rows
-    mask: NDArray[np.bool_] | Marks
+    rows: HookRows
+    mask: NDArray[np.bool_] | RowMask
     """[contexts, context]"""
     shards: dict[int, NDArray[np.uint8]] = field(default_factory=dict)
 
@@ -102,7 +104,7 @@ class Kept:
         return bits[start - 8 * first : stop - 8 * first].view(np.bool_)
 
     def values(self, shard: int, chunk: int) -> NDArray[np.generic]:
-        """The marked rows of a chunk, as `Rows.values` gives them."""
+        """The marked rows of a chunk, as `HookRows.values` gives them."""
         rows = self.rows.values(shard, chunk)
         start = chunk * self.rows.activations.layout.chunk_rows
         return rows[self.marks(shard, start, start + len(rows))]

@@ -161,7 +161,7 @@ def another(store: Store) -> str:
 
 
 @dataclass
-class Watch:
+class SnapshotWatch:
     """Notices that a store was replaced, or lost shards, while rows of it were read. One that grew is fine."""
 
     store: Store

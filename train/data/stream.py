@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shared.errors import UserError
 from train.data.loader import Loader, Window
-from train.data.order import Position
+from train.data.order import StreamPosition
 
 
 class StopWaiting(Exception):
@@ -30,7 +30,7 @@ class VirtualStream:
     that they lie in: the next one is read ahead when `read_ahead` says that the gathers are done.
     """
 
-    def __init__(self, loader: Loader, number: int, at: Position) -> None:
+    def __init__(self, loader: Loader, number: int, at: StreamPosition) -> None:
         self.loader, self.number, self.at, self.turn = loader, number, at, 0
         self.offset, self.last_epoch = at.offset, at.epoch
         self.passed = 0
@@ -40,12 +40,12 @@ class VirtualStream:
         self.window: Window | None = None
         self.following: Future[Any] | None = loader.windows.submit(self.load_from, at, self.turn, self.until)
 
-    def load_from(self, at: Position, turn: int, needed: int) -> tuple[Position, Window]:
+    def load_from(self, at: StreamPosition, turn: int, needed: int) -> tuple[StreamPosition, Window]:
         """The window at a position, or the next one that there is: a stream may have no part in a small pass."""
         epoch, window, offset = at.epoch, at.window, at.offset
         while window >= len(self.loader.passes.get(epoch).order.windows(epoch, self.number)):
             epoch, window, offset = epoch + 1, 0, 0
-        return Position(epoch, window, offset), self.loader.load(self.number, epoch, window, turn, needed)
+        return StreamPosition(epoch, window, offset), self.loader.load(self.number, epoch, window, turn, needed)
 
     def enter(self, wait: Callable[[Future[Any]], Any]) -> Window | None:
         """The window that the stream stands in, waiting for it where it must; None when `read_ahead` has to come first.
@@ -62,7 +62,7 @@ class VirtualStream:
             elif self.at.epoch - self.last_epoch > 2:
                 raise UserError("too few activations are left to train on. Harvest more tokens, or lower streams")
             else:
-                self.at, self.offset = Position(self.at.epoch, self.at.window + 1), 0
+                self.at, self.offset = StreamPosition(self.at.epoch, self.at.window + 1), 0
         return self.window
 
     def advance(self, stop: int) -> None:
@@ -71,18 +71,18 @@ class VirtualStream:
         self.offset = stop
         assert self.window is not None
         if stop == self.window.rows:
-            self.at, self.window, self.offset = Position(self.at.epoch, self.at.window + 1), None, 0
+            self.at, self.window, self.offset = StreamPosition(self.at.epoch, self.at.window + 1), None, 0
 
     def read_ahead(self) -> None:
         """All rows that were taken are gathered: the memory of the window before this one is free."""
         if self.following is None:
-            after = self.at if self.window is None else Position(self.at.epoch, self.at.window + 1)
+            after = self.at if self.window is None else StreamPosition(self.at.epoch, self.at.window + 1)
             self.loader.release((self.number, self.turn))
             self.following = self.loader.windows.submit(self.load_from, after, self.turn, self.until)
 
-    def stands(self) -> Position:
+    def stands(self) -> StreamPosition:
         """The next row to give out."""
-        return Position(self.at.epoch, self.at.window, self.offset)
+        return StreamPosition(self.at.epoch, self.at.window, self.offset)
 
 
 class BatchStream:
@@ -94,7 +94,7 @@ class BatchStream:
         loader: Loader,
         shares: Sequence[tuple[int, int, int]],
         rows_per_stream: int,
-        positions: Sequence[Position],
+        positions: Sequence[StreamPosition],
         stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
         """`shares`: (stream, lo, hi), the part of a stream's piece that this rank gives out (train.data.order)."""
@@ -162,10 +162,10 @@ class BatchStream:
         finally:
             self.waited += time.monotonic() - started
 
-    def stands(self) -> dict[int, Position]:
+    def stands(self) -> dict[int, StreamPosition]:
         return {number: stream.stands() for number, stream in self.streams.items()}
 
-    def positions(self) -> dict[int, Position]:
+    def positions(self) -> dict[int, StreamPosition]:
         """Where each of this rank's streams stands after the last whole batch: all that is needed to go on."""
         return self.whole
 

@@ -23,7 +23,7 @@ MISSED: Final = 0.2
 """A run whose L0 ends further from the target than this share of it says so."""
 
 
-class Sparsity:
+class SparsityController:
     """λ of one autoencoder, on its device; zero for an architecture without a penalty."""
 
     def __init__(self, config: SAEConfig, steps: int, device: torch.device) -> None:

@@ -16,10 +16,10 @@ from shared.gate import BadData, quoted
 from shared.progress import say
 from shared.saes import SAEConfig, Thresholded
 from shared.store.opened import Statistics
-from train.fit.control import Sparsity
+from train.fit.control import SparsityController
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
-from train.ranks import Pairwise, Ranks
-from train.sae.base import Now, Step, Weights
+from train.ranks import PairwiseSum, Ranks
+from train.sae.base import StepInputs, StepMetrics, Weights
 from train.sae.families import family
 from train.sae.gated import GatedFamily
 from train.sae.sparse.open import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device
@@ -63,12 +63,12 @@ class Member:
             weights, **{name: value.to(ranks.device) for name, value in weights.named().items()}
         )
         self.optimizer = Optimizer(self.weights, self.family.unit_decoder, run.clip_norm)
-        self.sparsity = Sparsity(config, steps, ranks.device)
+        self.sparsity = SparsityController(config, steps, ranks.device)
         has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
         where = ranks.device.type
         self.kernels = has_sparse and has_kernels(where, len(mean))
         self.steps_on_gpu: Any = None
-        """See `Steps`, from the first sparse step on a GPU."""
+        """See `SparseSteps`, from the first sparse step on a GPU."""
         self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or self.kernels)
         self.sparse = has_sparse and run.step == "sparse"
         """Whether steps are computed from open gates alone."""
@@ -81,7 +81,7 @@ class Member:
 
     @property
     def needs_threshold(self) -> bool:
-        """See `Now.threshold`."""
+        """See `StepInputs.threshold`."""
         return self.parts > 1 and isinstance(self.family, TopKFamily)
 
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
@@ -99,7 +99,7 @@ class Member:
             "well below it, such as 0.4"
         )
 
-    def step_(self, x: Float[Tensor, "batch d_in"], step: int) -> Step:
+    def step_(self, x: Float[Tensor, "batch d_in"], step: int) -> StepMetrics:
         """Step number `step` on this rank's share of the batch, in units of unit variance."""
         trained, measured = self.gradients(x, step)
         self.optimizer.step_(trained, self.lr(step))
@@ -125,27 +125,27 @@ class Member:
         warmup = usual_warmup(self.steps) if self.run.warmup_steps is None else self.run.warmup_steps
         return learning_rate(step, self.steps, peak, warmup, self.run.decay_fraction)
 
-    def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[Gradients, Step]:
+    def gradients(self, x: Float[Tensor, "batch d_in"], step: int) -> tuple[Gradients, StepMetrics]:
         """Means over the batch's parts, here and on other ranks."""
         count, sparsity = self.parts, self.sparsity.now(step)
         if self.run.compile:  # a number would be a part of the program, and each other one a program of its own
             sparsity = on_device(sparsity, x.device)
-        now = Now(sparsity, self.matmul, self.silent, count)
+        now = StepInputs(sparsity, self.matmul, self.silent, count)
         parts = x.chunk(count // self.ranks.count)
         if self.needs_threshold:
             now = replace(now, threshold=self.threshold(self.family, parts, now))  # type: ignore[arg-type]
         if count == 1:
             return self.gradients_of(x, now)
-        sums = Pairwise()
+        sums = PairwiseSum()
         for part in parts:
             sums.add(tensors_of(*self.gradients_of(part, now)))
         *means, scalars, fired = self.ranks.sum(sums.total())
         means = [mean.div_(count) for mean in means]
         reconstruction, penalty, auxiliary, l0, threshold = scalars.div_(count).unbind()
-        measured = Step(reconstruction, penalty, auxiliary, l0, fired > 0, threshold)
+        measured = StepMetrics(reconstruction, penalty, auxiliary, l0, fired > 0, threshold)
         return dict(zip(self.weights.trained(), means, strict=True)), measured
 
-    def gradients_of(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step]:
+    def gradients_of(self, part: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics]:
         names = self.weights.trained()
         if self.sparse and self.kernels:
             unsummed, measured = self.by_kernels(part, now)
@@ -156,19 +156,19 @@ class Member:
             grads, measured = self.dense(self.weights, part, now)
         return {name: getattr(grads, name) for name in names}, measured
 
-    def by_kernels(self, part: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step]:
+    def by_kernels(self, part: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics]:
         """Of several parts, each one's gradients are kept for a while: these are not recorded."""
-        from train.sae.sparse.gpu import Steps, kernel_gradients
+        from train.sae.sparse.gpu import SparseSteps, kernel_gradients
 
         if self.steps_on_gpu is None:
-            self.steps_on_gpu = Steps(self.family, self.weights)  # type: ignore[arg-type]
+            self.steps_on_gpu = SparseSteps(self.family, self.weights)  # type: ignore[arg-type]
         rounded = self.optimizer.rounded(now.matmul)
         if self.parts == 1:
             return self.steps_on_gpu.gradients(part, now, rounded)  # type: ignore[no-any-return]
         return kernel_gradients(self.family, self.weights, part, now, rounded, self.steps_on_gpu.room)  # type: ignore[arg-type]
 
-    def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: Now) -> Callable[[Tensor], Tensor]:
-        """See `Now.threshold`. Several parts on one rank are computed twice: the first time for this alone."""
+    def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: StepInputs) -> Callable[[Tensor], Tensor]:
+        """See `StepInputs.threshold`. Several parts on one rank are computed twice: the first time for this alone."""
 
         def smallest(found: Tensor) -> Tensor:
             everywhere = self.ranks.all(found)
@@ -192,7 +192,7 @@ class Member:
         self.optimizer.refresh_(self.family.SCALARS, which)
         self.silent.masked_fill_(which, 0)
 
-    def progress(self, step: Step, tokens: int) -> dict[str, Any]:
+    def progress(self, step: StepMetrics, tokens: int) -> dict[str, Any]:
         """Its part of a line of metrics.jsonl after `tokens` training tokens. Waits for the device."""
         dead = (self.silent >= min(tokens, self.run.dead_after_tokens)).float().mean()
         value = torch.as_tensor(self.sparsity.now(tokens // self.run.batch - 1), device=step.l0.device)
@@ -254,7 +254,7 @@ class Member:
             raise BadData(f"{name}: its random generator's state is none") from error
 
 
-def tensors_of(gradients: Gradients, step: Step) -> list[Tensor]:
+def tensors_of(gradients: Gradients, step: StepMetrics) -> list[Tensor]:
     """What is summed over the parts of a batch."""
     threshold = torch.zeros_like(step.l0) if step.threshold is None else step.threshold
     scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0, threshold])

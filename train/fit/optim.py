@@ -8,7 +8,7 @@ from jaxtyping import Bool
 from torch import Tensor
 
 from train.sae.base import SMALLEST_NORM, Weights
-from train.sae.sparse.open import Gradients, Sum, has_kernels
+from train.sae.sparse.open import Gradients, UnsummedGradient, has_kernels
 from train.sae.sparse.step import summed
 
 USUAL_WARMUP: Final = 100
@@ -86,7 +86,7 @@ class Optimizer:
 
     def step_rows_(self, matrices: dict[str, Tensor], gradients: Gradients, lr: float) -> None:
         """The update of `matrices`, whose moments and step counts are kept where torch's Adam keeps them."""
-        from train.sae.sparse.adam import Update, adam_rows_
+        from train.sae.sparse.adam import AdamUpdate, adam_rows_
         from train.sae.sparse.kernels import update_
 
         for name, matrix in matrices.items():
@@ -96,9 +96,9 @@ class Optimizer:
                 state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(matrix), torch.zeros_like(matrix)
             state["step"] += 1
             unit, copy = self.unit_decoder and name == "W_dec", self.copies.get(name)
-            update = Update(matrix, state["exp_avg"], state["exp_avg_sq"], copy, lr, self.done + 1, unit)
+            update = AdamUpdate(matrix, state["exp_avg"], state["exp_avg_sq"], copy, lr, self.done + 1, unit)
             gradient = gradients[name]
-            if isinstance(gradient, Sum):
+            if isinstance(gradient, UnsummedGradient):
                 update_(gradient, update)
             else:
                 adam_rows_(gradient, update)

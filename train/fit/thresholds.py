@@ -8,10 +8,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.saes import TopK
-from train.data.loader import Pass
+from train.data.loader import StorePass
 from train.data.rows import to_tensor
 from train.fit.member import Member
-from train.plan.job import Job
+from train.plan.job import TrainJob
 from train.sae.topk import TopKFamily
 
 ROWS: Final = 1 << 14
@@ -20,7 +20,7 @@ SIZES: Final = 1 << 24
 CODES_AT_A_TIME: Final = 1 << 26
 
 
-def settle(job: Job, member: Member) -> dict[str, Any]:
+def settle(job: TrainJob, member: Member) -> dict[str, Any]:
     """Sets the threshold of a TopK autoencoder after its last step. Gives what its cfg.json says of it; nothing for
     other architectures."""
     if not isinstance(member.family, TopKFamily):
@@ -33,7 +33,7 @@ def settle(job: Job, member: Member) -> dict[str, Any]:
     return {"threshold_from": {"tokens": len(rows), "l0": l0}}
 
 
-def sample(part: Pass, wanted: int) -> Float[Tensor, "rows d_in"]:
+def sample(part: StorePass, wanted: int) -> Float[Tensor, "rows d_in"]:
     """So many of the rows trained on, from chunks that are evenly spread over the store; fewer in a small one."""
     rows, chunk_rows = part.rows, part.rows.activations.layout.chunk_rows
     chunks = [(unit.shard, unit.first + chunk) for unit in part.units for chunk in range(unit.count)]

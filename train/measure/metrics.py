@@ -22,8 +22,8 @@ from shared.errors import UserError
 from shared.model.language_model import LanguageModel
 from shared.store.norms import MASSIVE
 from train.autoencoder import Autoencoder
-from train.data.row_mask import Marks
-from train.data.rows import Kept, Rows, to_tensor
+from train.data.row_mask import RowMask
+from train.data.rows import HookRows, KeptRows, to_tensor
 from train.measure.census import Firings, census, dead, densities, share
 from train.measure.directions import directions
 
@@ -36,7 +36,7 @@ SMALLEST_GAP: Final = 1e-3
 
 
 @dataclass(frozen=True)
-class Fit:
+class ReconstructionFit:
     """How well activations are reconstructed, and with how many latents."""
 
     r2: float
@@ -65,7 +65,7 @@ class Fit:
 
 
 @dataclass
-class Errors:
+class ErrorSums:
     """Sums over rows, float64: SSE, SST about `mean`, and the products that the best rescaling needs."""
 
     mean: Float[Tensor, " d_in"]
@@ -99,7 +99,7 @@ class Errors:
 
 
 @dataclass(frozen=True)
-class Groups:
+class RowGroups:
     """Which of the held-out rows count, and which are not massive."""
 
     counted: Bool[Tensor, " rows"]
@@ -108,7 +108,7 @@ class Groups:
     """The norm above which a row is massive."""
 
     @classmethod
-    def of(cls, lengths: NDArray[np.floating[Any]], norm_limit: float | None = None) -> "Groups":
+    def of(cls, lengths: NDArray[np.floating[Any]], norm_limit: float | None = None) -> "RowGroups":
         """By the norms of all held-out rows; `norm_limit`: see `max_norm`."""
         limit = MASSIVE * float(np.median(lengths)) if len(lengths) else 0.0
         counted = np.ones(len(lengths), bool) if norm_limit is None else lengths <= norm_limit
@@ -129,7 +129,7 @@ class Groups:
 
 
 @dataclass(frozen=True)
-class Losses:
+class ModelLosses:
     """Next-token losses in nats, averaged over the same predictions."""
 
     clean: float
@@ -139,11 +139,11 @@ class Losses:
     tokens: int
 
 
-def read_heldout(rows: Rows, keep: NDArray[np.bool_] | Marks) -> Float[Tensor, "rows d_in"]:
+def read_heldout(rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> Float[Tensor, "rows d_in"]:
     """Every committed row marked in `keep` [contexts, context], in stored order and data type. Reads only the shards
     that hold such rows."""
-    spec, marked = rows.store.spec, Kept(rows, keep)
-    shards = [k for k in Marks.of(keep).shards(spec.shard_rows, spec.n_tokens) if k in rows.store.commits]
+    spec, marked = rows.store.spec, KeptRows(rows, keep)
+    shards = [k for k in RowMask.of(keep).shards(spec.shard_rows, spec.n_tokens) if k in rows.store.commits]
     part = replace(rows, store=rows.store.only(shards))
     found = [marked.values(unit.shard, unit.first) for unit in part.units(1)]
     dtype = np.dtype("<f4") if spec.quantised else rows.activations.layout.dtype
@@ -156,17 +156,17 @@ def measure(
     rows: Float[Tensor, "rows d_in"],
     device: str,
     silent: dict[str, Any] | None = None,
-    groups: Groups | None = None,
+    groups: RowGroups | None = None,
     look_at_directions: bool = True,
     advance: Callable[[int], None] = lambda _: None,
-) -> Fit:
+) -> ReconstructionFit:
     """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead).
     `groups`: by the rows' own norms, if not given. `advance` is told how many rows were taken."""
-    groups = groups or Groups.of(lengths_of(rows))
+    groups = groups or RowGroups.of(lengths_of(rows))
     errors, firings = sums(sae, rows, device, groups.distinct(), advance)
     mine, n = errors["counted"], int(groups.counted.sum())
     counted = census(firings) if sae.signed else None
-    return Fit(
+    return ReconstructionFit(
         r2=mine.r2,
         r2_rest=errors.get("rest", mine).r2,
         r2_all=errors.get("all", mine).r2,
@@ -192,9 +192,9 @@ def sums(
     device: str,
     masks: Mapping[str, Bool[Tensor, " rows"]],
     advance: Callable[[int], None],
-) -> tuple[dict[str, Errors], Firings]:
+) -> tuple[dict[str, ErrorSums], Firings]:
     """Errors on the rows of each mask, each about its own mean, and firings on those that count."""
-    errors = {name: Errors(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
+    errors = {name: ErrorSums(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
     firings, start = Firings.none(sae.config.d_sae, device), 0
     for x, f, x_hat in reconstructions(sae, rows, device):
         for name, mask in masks.items():
@@ -243,7 +243,7 @@ def language_losses(
     special_ids: Sequence[int],
     mean: NDArray[np.float64],
     saes: Iterable[Autoencoder],
-) -> Losses:
+) -> ModelLosses:
     """Losses of the language model on `tokens` [n, context] with the hookpoint left alone, set to zero, set to
     `mean` [d_in], and replaced by each autoencoder's reconstruction, at the positions marked in `counted`. A
     prediction counts where its position is marked and its target is not a special token. Autoencoders are taken one
@@ -269,7 +269,7 @@ def language_losses(
 
     ablated = loss(None), loss(torch.zeros_like)
     middle = loss(lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x))  # heads lie side by side
-    return Losses(*ablated, middle, [loss(partial(reconstructed, sae)) for sae in saes], int(predicted.sum()))
+    return ModelLosses(*ablated, middle, [loss(partial(reconstructed, sae)) for sae in saes], int(predicted.sum()))
 
 
 def reconstructed(sae: Autoencoder, x: Float[Tensor, "contexts context *shape"]) -> Tensor:
@@ -292,7 +292,7 @@ def recovered(ablated: float, spliced: float, clean: float) -> float | None:
     return (ablated - spliced) / (ablated - clean) if ablated - clean > SMALLEST_GAP else None
 
 
-def entry(sae: Autoencoder, fit: Fit, losses: Losses | None, index: int) -> dict[str, Any]:
+def entry(sae: Autoencoder, fit: ReconstructionFit, losses: ModelLosses | None, index: int) -> dict[str, Any]:
     """One autoencoder's part of evaluation.json; it is number `index` in `losses`. Of `sparsity`, `l0_target` and `k`
     the one that set its number of active latents is given, the others are null."""
     config = sae.config

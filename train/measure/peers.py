@@ -20,7 +20,7 @@ Numbers = dict[str, float | None]
 """r2, l0, dead, and r2_legacy where a tool has two of them."""
 
 
-class Peer(ABC):
+class PeerMetrics(ABC):
     name: ClassVar[str]
 
     @abstractmethod
@@ -32,7 +32,7 @@ class Peer(ABC):
     def result(self) -> Numbers: ...
 
 
-class SAELens(Peer):
+class SAELensMetrics(PeerMetrics):
     """SAELens 6.54.12, sae_lens/evals.py and sae_lens/training/sae_trainer.py.
 
     r2         `explained_variance`: 1 - mean |x - x̂|² / (mean |x|² - |mean x|²) over all batches: our R²
@@ -67,7 +67,7 @@ class SAELens(Peer):
         }
 
 
-class DictionaryLearning(Peer):
+class DictionaryLearningMetrics(PeerMetrics):
     """dictionary_learning 0.1.0, dictionary_learning/evaluation.py.
 
     r2    `frac_variance_explained`: mean over batches of 1 - Σ Var(x - x̂) / Σ Var(x). The variance of the residual
@@ -97,7 +97,7 @@ class DictionaryLearning(Peer):
         }
 
 
-class SAEBench(Peer):
+class SAEBench(PeerMetrics):
     """SAEBench 0.6.0, sae_bench/evals/core/main.py.
 
     r2         `explained_variance`: 1 - A / (B - C²) with batch means A of |x - x̂|² and B of |x|², averaged over
@@ -136,7 +136,7 @@ class SAEBench(Peer):
         }
 
 
-PEERS: tuple[type[Peer], ...] = (SAELens, DictionaryLearning, SAEBench)
+PEERS: tuple[type[PeerMetrics], ...] = (SAELensMetrics, DictionaryLearningMetrics, SAEBench)
 
 
 def legacy_ratios(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> float:

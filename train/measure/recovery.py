@@ -19,10 +19,10 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.synthetic import Codes, Truth, truth_of
+from shared.synthetic import SyntheticCodes, TrueFeatures, truth_of
 from train.autoencoder import Autoencoder
-from train.data.row_mask import Marks
-from train.data.rows import Rows, norms_and_places
+from train.data.row_mask import RowMask
+from train.data.rows import HookRows, norms_and_places
 
 MATCHED: Final = 0.9
 FIRES: Final = 1e-4
@@ -39,7 +39,7 @@ class Recovery:
 
 
 @dataclass(frozen=True)
-class Matches:
+class FeatureMatches:
     """The best pole for every directed feature."""
 
     cosine: Float[Tensor, " directed"]
@@ -50,15 +50,15 @@ class Matches:
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownFeatures:
     """The truth behind the held-out rows."""
 
-    truth: Truth
-    codes: Codes
+    truth: TrueFeatures
+    codes: SyntheticCodes
     """Of the rows, in the order in which `read_heldout` gives them."""
 
     @classmethod
-    def of(cls, rows: Rows, keep: NDArray[np.bool_] | Marks) -> "Known | None":
+    def of(cls, rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> "KnownFeatures | None":
         """Of the committed rows marked in `keep` [contexts, context]; None for a store that was harvested."""
         truth = truth_of(rows.store.spec.model)
         return None if truth is None else cls(truth, truth.codes(places(rows, keep)))
@@ -79,7 +79,7 @@ class Known:
         )
 
     def slope(
-        self, sae: Autoencoder, rows: Tensor, device: str, found: Matches, matched: Bool[Tensor, " directed"]
+        self, sae: Autoencoder, rows: Tensor, device: str, found: FeatureMatches, matched: Bool[Tensor, " directed"]
     ) -> float | None:
         lengths = sae.weights.W_dec.to(device).norm(dim=1)
         directed = torch.from_numpy(self.truth.directed_numbers(self.codes)).to(device)
@@ -96,7 +96,7 @@ class Known:
         return product / square if square else None
 
 
-def places(rows: Rows, keep: NDArray[np.bool_] | Marks) -> NDArray[np.int64]:
+def places(rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> NDArray[np.int64]:
     """Positions in the token stream of the rows that `read_heldout` gives, in its order."""
     return norms_and_places(rows, keep)[1]
 
@@ -109,7 +109,7 @@ def encoded(sae: Autoencoder, rows: Tensor, device: str) -> Iterator[tuple[int, 
 
 def best_poles(
     directed: Float[Tensor, "directed d_in"], W_dec: Float[Tensor, "d_sae d_in"], fires: Bool[Tensor, "2 d_sae"]
-) -> Matches:
+) -> FeatureMatches:
     """`fires`: the positive and the negative pole of each latent. One that does not fire matches nothing."""
     unit = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     poles = torch.cat([unit, -unit])
@@ -120,7 +120,7 @@ def best_poles(
         cosines.append(best.values)
         numbers.append(best.indices)
     cosine, number = torch.cat(cosines), torch.cat(numbers)
-    return Matches(
+    return FeatureMatches(
         cosine=torch.where(cosine < -1.5, 0.0, cosine),
         latent=number % len(unit),
         sign=torch.where(number < len(unit), 1.0, -1.0),

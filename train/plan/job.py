@@ -23,12 +23,12 @@ from shared.store.listing import folder_name
 from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
 from train.data.follow import Segments
-from train.data.loader import Pass, Passes, Same
-from train.data.norm_filter import LeftOut, left_out, norm_limit, recorded_limit, statistics, without
-from train.data.order import Order, Split, make_order, rows_in_shards, rows_together, split_rows
-from train.data.row_mask import Marks
-from train.data.rows import Kept, Rows
-from train.data.snapshot import Watch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
+from train.data.loader import FixedSnapshot, PassSource, StorePass
+from train.data.norm_filter import FilteredRows, left_out, norm_limit, recorded_limit, statistics, without
+from train.data.order import ReadOrder, Split, make_order, rows_in_shards, rows_together, split_rows
+from train.data.row_mask import RowMask
+from train.data.rows import HookRows, KeptRows
+from train.data.snapshot import SnapshotWatch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
 from train.fit.optim import usual_warmup
 from train.runs.folder import FREE, RunFolder
 
@@ -38,14 +38,14 @@ that of independent rows (tests/train/test_shuffle.py)."""
 
 
 @dataclass(frozen=True)
-class Job:
+class TrainJob:
     """A configuration with every question answered, before anything is written."""
 
     config: TrainConfig
     store: Store
     hook: str
     parts: Split
-    passes: Passes
+    passes: PassSource
     streams: int
     steps: int
     epoch_rows: int
@@ -58,10 +58,10 @@ class Job:
     """Which autoencoders are trained together, one wave after another (train/plan/waves.py)."""
     asked: TrainConfig
     """What was asked for. In `config`, what was left to be decided is as the run that is here began with."""
-    watch: Watch
+    watch: SnapshotWatch
     wave: int = 1
     """Whose turn it is."""
-    left_out: LeftOut | None = None
+    left_out: FilteredRows | None = None
     """What `max_norm` leaves out. `parts.train` is without it, `parts.heldout` is not: both are measured."""
     rows_left_out: int = 0
     """Of those that would count."""
@@ -76,10 +76,10 @@ class Job:
         """What this part of the run is called."""
         return f"{self.folder.path}" + (f", wave {self.wave} of {len(self.waves)}" if len(self.waves) > 1 else "")
 
-    def in_waves(self, waves: tuple[tuple[SAEConfig, ...], ...]) -> "Job":
+    def in_waves(self, waves: tuple[tuple[SAEConfig, ...], ...]) -> "TrainJob":
         return replace(self, waves=waves)
 
-    def turn(self, wave: int) -> "Job":
+    def turn(self, wave: int) -> "TrainJob":
         return replace(self, wave=wave)
 
     @cached_property
@@ -104,14 +104,14 @@ class Job:
     def longest_window(self) -> int:
         """Rows."""
         unit_rows: int = self.identity["run_chunks"] * self.store.spec.layouts()[self.hook].chunk_rows
-        if isinstance(self.passes, Same):
+        if isinstance(self.passes, FixedSnapshot):
             return self.passes.whole.order.longest * unit_rows
         return max(1, self.config.window_rows // (self.streams * unit_rows)) * unit_rows
 
     @property
     def most_windows(self) -> int:
         """In an epoch of a stream."""
-        if isinstance(self.passes, Same):
+        if isinstance(self.passes, FixedSnapshot):
             return self.passes.whole.order.windows_full + 1
         return self.store.spec.n_tokens
 
@@ -120,7 +120,7 @@ class Job:
         if not isinstance(self.passes, Segments):
             return self.store
         spec = self.store.spec
-        shards = Marks.of(self.parts.heldout).shards(spec.shard_rows, spec.n_tokens)
+        shards = RowMask.of(self.parts.heldout).shards(spec.shard_rows, spec.n_tokens)
         return self.passes.complete(set(shards), stop_asked)
 
 
@@ -129,7 +129,7 @@ def make_job(
     device: torch.device,
     leads: bool = True,
     gather: Callable[[list[int]], list[list[int]]] = lambda mine: [mine],
-) -> Job:
+) -> TrainJob:
     """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
     read next from a store that grows. `gather` gives every rank's value on every rank."""
     store, hook = find_hookpoint(config.store, config.hook)
@@ -171,10 +171,10 @@ def make_job(
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     if leads:
         say_what_is_less(asked, store, hook, streams, run_chunks)
-    job = Job(
+    job = TrainJob(
         config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
-        matmul, folder, identity, device.type == "cpu", (config.saes,), asked, Watch(store, hook), left_out=massive,
-        rows_left_out=marked(every) - marked(parts),
+        matmul, folder, identity, device.type == "cpu", (config.saes,), asked, SnapshotWatch(store, hook),
+        left_out=massive, rows_left_out=marked(every) - marked(parts),
     )  # fmt: skip
     if not config.follow:
         _ = job.statistics  # raises where there is nothing to learn
@@ -293,7 +293,7 @@ def warmup(config: TrainConfig, steps: int, here: dict[str, Any] | None) -> int:
 
 
 def marked(parts: Split) -> int:
-    return sum(every.count(0, len(every)) for every in map(Marks.of, (parts.train, parts.heldout)))
+    return sum(every.count(0, len(every)) for every in map(RowMask.of, (parts.train, parts.heldout)))
 
 
 def seen_by_all(shards: list[list[int]]) -> list[int]:
@@ -316,25 +316,25 @@ def check_store(store: Store, config: TrainConfig, new: bool) -> None:
 
 def make_passes(
     config: TrainConfig, store: Store, hook: str, parts: Split, run_chunks: int, folder: Path, leads: bool
-) -> tuple[Passes, int]:
+) -> tuple[PassSource, int]:
     """What is read in each epoch, and in how many streams."""
     layout = store.spec.layouts()[hook]
     unit_rows = run_chunks * layout.chunk_rows
     block_rows = rows_together(layout.dtype.itemsize * layout.row_shape[0], layout.chunk_rows)
     if not config.follow:
-        rows = Rows.of(store, hook)
+        rows = HookRows.of(store, hook)
         units = rows.units(run_chunks)
         order = make_order(len(units), unit_rows, config.streams, config.window_rows, config.seed, block_rows)
-        return Same(Pass(rows, Kept(rows, parts.train), units, unit_rows, order)), order.streams
+        return FixedSnapshot(StorePass(rows, KeptRows(rows, parts.train), units, unit_rows, order)), order.streams
     window_units = max(1, config.window_rows // (config.streams * unit_rows))
 
     known: dict[int, NDArray[np.uint8]] = {}  # a shard's rows are marked alike in every pass
 
-    def make_pass(part: Store) -> Pass:
-        rows = Rows.of(part, hook)
+    def make_pass(part: Store) -> StorePass:
+        rows = HookRows.of(part, hook)
         units = rows.units(run_chunks)
-        order = Order(len(units), config.streams, window_units, config.seed, block_rows)
-        return Pass(rows, Kept(rows, parts.train, known), units, unit_rows, order)
+        order = ReadOrder(len(units), config.streams, window_units, config.seed, block_rows)
+        return StorePass(rows, KeptRows(rows, parts.train, known), units, unit_rows, order)
 
     def enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows

@@ -15,9 +15,9 @@ import torch
 from shared.config import TrainConfig
 from shared.memory import in_words
 from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
-from train.data.loader import Same
+from train.data.loader import FixedSnapshot
 from train.data.order import share
-from train.plan.job import Job
+from train.plan.job import TrainJob
 from train.sae.base import Family
 from train.sae.families import family
 from train.sae.gated import GatedFamily
@@ -38,7 +38,7 @@ FOR_A_MEAN: Final = 2
 
 
 @dataclass(frozen=True)
-class Need:
+class MemoryNeed:
     """Bytes."""
 
     weights: int = 0
@@ -68,7 +68,7 @@ class Need:
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class StepConditions:
     """What a step's memory depends on beside the autoencoder."""
 
     d_in: int
@@ -87,17 +87,17 @@ class Circumstances:
     """Whether gated architectures may be trained by Triton kernels."""
 
 
-def circumstances(job: Job, sweep: bool, ranks: int) -> Circumstances:
+def circumstances(job: TrainJob, sweep: bool, ranks: int) -> StepConditions:
     config, d_in = job.config, job.store.spec.hookpoints[job.hook].d_in
     sharing = 1 if sweep else ranks
     parts = config.parts or sharing
-    return Circumstances(
+    return StepConditions(
         d_in, config.batch // parts, job.matmul != torch.float32, config.step == "sparse", parts > 1, job.on_cpu,
         parts // sharing, config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
     )  # fmt: skip
 
 
-def need_of(config: SAEConfig, at: Circumstances) -> Need:
+def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
     """Of one autoencoder, from its first update on."""
     mathematics = family(config)
     sizes = {name: FLOAT * math.prod(shape) for name, shape in mathematics.shapes(at.d_in).items()}
@@ -110,13 +110,13 @@ def need_of(config: SAEConfig, at: Circumstances) -> Need:
     after = FOR_A_MEAN * gradients if at.averaged else radial
     kept, recorded = kept_by_kernels(mathematics, at, matrix)
     held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
-    return Need(
+    return MemoryNeed(
         sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after),
         recorded=recorded,
     )  # fmt: skip
 
 
-def kept_by_kernels(mathematics: Family[Any], at: Circumstances, matrix: int) -> tuple[int, int]:
+def kept_by_kernels(mathematics: Family[Any], at: StepConditions, matrix: int) -> tuple[int, int]:
     """From step to step: both matrices rounded and the rows of a recorded step; and the block of u that is recorded
     ones' on their way. Lists of open entries are small beside these."""
     if not at.kernels or not isinstance(mathematics, GatedFamily) or not mathematics.unit_decoder:
@@ -146,7 +146,7 @@ def alive(config: SAEConfig, rounded: bool) -> tuple[float, float]:
     raise TypeError(f"{type(config).__name__}: what a step of it takes is not known")
 
 
-def sparse_alive(config: SAEConfig, at: Circumstances) -> float:
+def sparse_alive(config: SAEConfig, at: StepConditions) -> float:
     """The same for the step from open gates alone: as many as are open at first where pre-activations are normal, as
     those of random directions nearly are."""
     assert isinstance(config, SaGsae | Gated)
@@ -157,11 +157,11 @@ def sparse_alive(config: SAEConfig, at: Circumstances) -> float:
     return AN_OPEN_ENTRY[signed] * share + A_BLOCK_ENTRY * block / (config.d_sae * at.rows)
 
 
-def together(needs: Iterable[Need], reader: int) -> Need:
+def together(needs: Iterable[MemoryNeed], reader: int) -> MemoryNeed:
     """Of several autoencoders that are trained in turn. Raises ValueError when there is none."""
     needs = list(needs)
     largest = max(needs, key=lambda need: need.step)
-    return Need(
+    return MemoryNeed(
         sum(need.weights for need in needs), sum(need.moments for need in needs), largest.gradients,
         largest.activations, reader, max(need.recorded for need in needs),
     )  # fmt: skip
@@ -172,7 +172,7 @@ def most_streams(batch: int, streams: int, ranks: int) -> int:
     return max(len(share(batch, streams, rank, ranks)) for rank in range(ranks))
 
 
-def reader_bytes(job: Job, rows: int, streams: int) -> int:
+def reader_bytes(job: TrainJob, rows: int, streams: int) -> int:
     """Two windows of every stream read with the order of their rows, the batch as it is stored, as numbers, and
     scaled."""
     spec = job.store.spec
@@ -185,13 +185,13 @@ def reader_bytes(job: Job, rows: int, streams: int) -> int:
     return windows + rows * d_in * (stored + 2 * FLOAT)
 
 
-def window_units(job: Job, unit_rows: int) -> int:
+def window_units(job: TrainJob, unit_rows: int) -> int:
     """Of the longest window."""
-    if isinstance(job.passes, Same):
+    if isinstance(job.passes, FixedSnapshot):
         return job.passes.whole.order.longest
     return max(1, job.config.window_rows // (job.streams * unit_rows))
 
 
-def needs_of(config: TrainConfig, at: Circumstances) -> Mapping[str, Need]:
+def needs_of(config: TrainConfig, at: StepConditions) -> Mapping[str, MemoryNeed]:
     """By name."""
     return {sae.name: need_of(sae, at) for sae in config.saes}

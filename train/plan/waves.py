@@ -15,8 +15,8 @@ from shared.errors import UserError
 from shared.memory import free_memory, in_words
 from shared.progress import say
 from shared.saes import SAEConfig
-from train.plan.job import Job
-from train.plan.memory import Need, circumstances, most_streams, needs_of, reader_bytes, together
+from train.plan.job import TrainJob
+from train.plan.memory import MemoryNeed, circumstances, most_streams, needs_of, reader_bytes, together
 from train.plan.sweep import dealt
 from train.ranks import Ranks
 
@@ -30,7 +30,7 @@ made one wide run take 1.8 times as much (docs/benchmarks.md)."""
 Saes = tuple[SAEConfig, ...]
 
 
-def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
+def planned(job: TrainJob, ranks: Ranks, sweep: bool) -> TrainJob:
     """The job with its waves, said to the user: those of the run that is here, or as few as fit. Raises UserError on
     every rank, before anything is written, for an autoencoder that does not fit even alone, and for waves of a run that
     is here which do not fit any more. Where there is plenty, the process keeps from here on what it frees."""
@@ -39,7 +39,7 @@ def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
     each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts, streams)
     room = the_least(ranks.gather(room_of(job, ranks.device)))
 
-    def need(saes: Sequence[SAEConfig]) -> Need:
+    def need(saes: Sequence[SAEConfig]) -> MemoryNeed:
         """Of the rank that needs most."""
         shares = dealt(saes, ranks.count) if sweep else [list(saes)]
         return max(
@@ -63,7 +63,7 @@ def planned(job: Job, ranks: Ranks, sweep: bool) -> Job:
     return job.in_waves(tuple(waves))
 
 
-def room_of(job: Job, device: torch.device) -> int | None:
+def room_of(job: TrainJob, device: torch.device) -> int | None:
     """Bytes that this process may take; None where that is not known and nobody said. Processes on one host share its
     memory; a GPU is one process's."""
     if job.config.memory != "auto":
@@ -77,7 +77,7 @@ def the_least(rooms: Sequence[int | None]) -> int | None:
     return min((room for room in rooms if room is not None), default=None)
 
 
-def recorded(job: Job) -> list[Saes] | None:
+def recorded(job: TrainJob) -> list[Saes] | None:
     """The waves of the run that is here and goes on; None when a new one begins."""
     if job.config.overwrite or not job.folder.exists():
         return None
@@ -107,7 +107,7 @@ def packed(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes
     return sorted(ordered, key=lambda wave: place[wave[0].name])
 
 
-def in_short(job: Job, need: Need, room: int | None, ranks: Ranks) -> str:
+def in_short(job: TrainJob, need: MemoryNeed, room: int | None, ranks: Ranks) -> str:
     """What the whole run takes, part by part, against what there is."""
     each = " in a process" if ranks.count > 1 else ""
     there = "how much is free is not known" if room is None else f"{in_words(room)} {source(job)}"
@@ -120,11 +120,11 @@ def in_waves(waves: Sequence[Saes], begun: bool) -> str:
     return f"  {why}: {len(waves)} waves of {sizes} autoencoders, one after another, each in a pass over the store"
 
 
-def source(job: Job) -> str:
+def source(job: TrainJob) -> str:
     return "may be taken" + ("" if job.config.memory == "auto" else " (memory)")
 
 
-def too_large(job: Job, wave: Saes, need: Need, room: int, which: str) -> UserError:
+def too_large(job: TrainJob, wave: Saes, need: MemoryNeed, room: int, which: str) -> UserError:
     """`which`: of a run that is here."""
     names = ", ".join(sae.name for sae in wave)
     way = "have more memory free, or say how much to use: --set memory=BYTES"

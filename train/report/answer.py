@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.report import wording
-from train.report.frontier import Matched, Point, compare, mean_of_seeds, parameters, seed_spread
-from train.report.sae import Key, Sae
+from train.report.frontier import FrontierComparison, FrontierPoint, compare, mean_of_seeds, parameters, seed_spread
+from train.report.sae import FrontierKey, MeasuredSAE
 
-Series = dict[Key, list[Sae]]
+Series = dict[FrontierKey, list[MeasuredSAE]]
 """(architecture, width, variant) -> its autoencoders, all λ (or k, or L0 targets) and seeds."""
 
 NEGLIGIBLE = 0.0005
@@ -24,7 +24,7 @@ CAVEAT = (
 
 
 @dataclass(frozen=True)
-class Tile:
+class NumberTile:
     """One large number."""
 
     name: str
@@ -38,7 +38,7 @@ class Verdict:
 
     title: str
     text: str
-    tiles: tuple[Tile, ...]
+    tiles: tuple[NumberTile, ...]
 
 
 @dataclass(frozen=True)
@@ -56,23 +56,23 @@ def answer(series: Series, d_in: int | None) -> Answer:
     return Answer(verdicts, (*remarks, CAVEAT) if verdicts else tuple(remarks))
 
 
-def _pairs(series: Series) -> list[tuple[Key, Key]]:
+def _pairs(series: Series) -> list[tuple[FrontierKey, FrontierKey]]:
     """Each SA-GSAE with the Gated of twice its width, and of its own, that has the same other settings; with the
     default Gated where none has."""
     pairs = []
     for key in sorted(key for key in series if key.arch == "sa-gsae"):
         for width in (2 * key.d_sae, key.d_sae):
-            found = [other for v in (_other_settings(key), "") if (other := Key("gated", width, v)) in series]
+            found = [other for v in (_other_settings(key), "") if (other := FrontierKey("gated", width, v)) in series]
             pairs += [(key, other) for other in found[:1]]
     return pairs
 
 
-def _other_settings(key: Key) -> str:
+def _other_settings(key: FrontierKey) -> str:
     """Its variant without what a Gated one cannot have."""
     return re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
 
 
-def _verdict(series: Series, of: Key, against: Key, d_in: int | None) -> Verdict:
+def _verdict(series: Series, of: FrontierKey, against: FrontierKey, d_in: int | None) -> Verdict:
     a, b = series[of], series[against]
     h, other = of.d_sae, against.d_sae
     names = wording.label(of), wording.label(against)
@@ -88,7 +88,7 @@ def _verdict(series: Series, of: Key, against: Key, d_in: int | None) -> Verdict
     return Verdict(f"{names[0]} against {names[1]}, {relation}", text, tiles)
 
 
-def _sentence(names: tuple[str, str], matched: Matched) -> str:
+def _sentence(names: tuple[str, str], matched: FrontierComparison) -> str:
     """What the difference in R² is over the shared range, in words."""
     a, b = names
     where = f"At matched L0 ({wording.l0_range(matched.l0_low, matched.l0_high)})"
@@ -114,7 +114,7 @@ def _by(small: float, large: float) -> str:
     return f"throughout, by {high}" if low == high else f"throughout, by {low} to {high}"
 
 
-def _apart(names: tuple[str, str], a: list[Point], b: list[Point]) -> str:
+def _apart(names: tuple[str, str], a: list[FrontierPoint], b: list[FrontierPoint]) -> str:
     """Why there is no difference to state, and what would give one."""
     if not a or not b:
         missing = names[0] if not a else names[1]
@@ -127,25 +127,25 @@ def _apart(names: tuple[str, str], a: list[Point], b: list[Point]) -> str:
     )
 
 
-def _tiles(a: list[Sae], b: list[Sae], matched: Matched | None) -> tuple[Tile, ...]:
+def _tiles(a: list[MeasuredSAE], b: list[MeasuredSAE], matched: FrontierComparison | None) -> tuple[NumberTile, ...]:
     if matched is None:
-        return (Tile("R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
+        return (NumberTile("R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
     between = f"SA-GSAE minus Gated, {wording.signed(matched.lowest)} to {wording.signed(matched.highest)}"
-    tiles = [Tile("R² at matched L0", wording.signed(matched.mean), between)]
+    tiles = [NumberTile("R² at matched L0", wording.signed(matched.mean), between)]
     ce = compare(mean_of_seeds(a, "ce_recovered"), mean_of_seeds(b, "ce_recovered"))
     if ce:
         low, mean, high = (wording.signed(100 * value, 2) for value in (ce.lowest, ce.mean, ce.highest))
-        tiles.append(Tile("CE loss recovered at matched L0", mean, f"percentage points, {low} to {high}"))
+        tiles.append(NumberTile("CE loss recovered at matched L0", mean, f"percentage points, {low} to {high}"))
     dead = compare(mean_of_seeds(a, "dead_fraction"), mean_of_seeds(b, "dead_fraction"))
     if dead:
         note = f"Gated: {wording.percent(dead.mean_b)}, both means over the range"
-        tiles.append(Tile("Dead latents at matched L0", wording.percent(dead.mean_a), note))
+        tiles.append(NumberTile("Dead latents at matched L0", wording.percent(dead.mean_a), note))
     return tuple(tiles)
 
 
-def _parameter_tile(h: int, other: int, d_in: int) -> Tile:
+def _parameter_tile(h: int, other: int, d_in: int) -> NumberTile:
     a, b = parameters(h, d_in), parameters(other, d_in)
-    return Tile("Parameters", wording.short(a), f"Gated: {wording.short(b)}, a ratio of {a / b:.2f}")
+    return NumberTile("Parameters", wording.short(a), f"Gated: {wording.short(b)}, a ratio of {a / b:.2f}")
 
 
 def _no_pair(series: Series) -> str:
@@ -156,7 +156,7 @@ def _no_pair(series: Series) -> str:
     )
 
 
-def _known(saes: Sequence[Sae], field: str) -> list[float]:
+def _known(saes: Sequence[MeasuredSAE], field: str) -> list[float]:
     return sorted(value for sae in saes if (value := getattr(sae, field)) is not None)
 
 
@@ -165,7 +165,7 @@ def _shares(values: Sequence[float], start: str) -> str:
     return low if low == high else f"{start} {low} and {high}"
 
 
-def _bipolar(saes: Sequence[Sae]) -> str:
+def _bipolar(saes: Sequence[MeasuredSAE]) -> str:
     mass = _known(saes, "bipolar_mass")
     carried = f" They carry {_shares(mass, 'between')} of the activation mass." if mass else ""
     return (
@@ -174,11 +174,11 @@ def _bipolar(saes: Sequence[Sae]) -> str:
     )
 
 
-def _pairs_found(saes: Sequence[Sae]) -> list[int]:
+def _pairs_found(saes: Sequence[MeasuredSAE]) -> list[int]:
     return sorted(sae.directions.antipodal_pairs for sae in saes if sae.directions)
 
 
-def _antipodal(saes: Sequence[Sae]) -> str:
+def _antipodal(saes: Sequence[MeasuredSAE]) -> str:
     found, name = _pairs_found(saes), wording.label(saes[0].key)
     low, high = found[0], found[-1]
     if not high:
@@ -190,7 +190,7 @@ def _antipodal(saes: Sequence[Sae]) -> str:
     )
 
 
-def _spread(saes: Sequence[Sae]) -> str:
+def _spread(saes: Sequence[MeasuredSAE]) -> str:
     spread = seed_spread(saes)
     if spread is None:
         return (

@@ -12,7 +12,7 @@ from typing import Any, Final
 from pydantic_core import PydanticUndefined
 
 from shared.config import TrainConfig
-from train.report.data import Run
+from train.report.data import ReportedRun
 
 IMMATERIAL: Final = frozenset({
     "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",  # what is written, and where
@@ -42,7 +42,7 @@ class Difference:
         return f"{self.name}: " + ", ".join(f"{value} ({_settings(numbers)})" for value, numbers in self.values)
 
 
-def deciding(run: Run) -> dict[str, Any]:
+def deciding(run: ReportedRun) -> dict[str, Any]:
     """All that decides a run's results, by name. A setting that an older run did not have is what it is by default."""
     usual = {name: field.default for name, field in TrainConfig.model_fields.items()
              if field.default is not PydanticUndefined}  # fmt: skip
@@ -59,12 +59,12 @@ def deciding(run: Run) -> dict[str, Any]:
     }
 
 
-def identity(run: Run) -> str:
+def identity(run: ReportedRun) -> str:
     """Equal for runs whose autoencoders may be compared."""
     return json.dumps(deciding(run), sort_keys=True, default=str)
 
 
-def differences(groups: Sequence[Sequence[Run]]) -> list[Difference]:
+def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
     """In what the settings differ; each group holds the runs of one."""
     each = [(deciding(group[0]), shown(group[0])) for group in groups]
     names = dict.fromkeys(name for values, _ in each for name in values)
@@ -79,7 +79,7 @@ def differences(groups: Sequence[Sequence[Run]]) -> list[Difference]:
     return found
 
 
-def shown(run: Run) -> dict[str, str]:
+def shown(run: ReportedRun) -> dict[str, str]:
     """`deciding`, for people."""
     commit = str(run.store.get("commit") or "")
     known = {"model": f"{run.model} ({commit[:12]})" if commit else run.model, "rows": run.rows}

@@ -16,13 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
 from shared.store.spec import is_sealed
-from train.report.sae import Sae
+from train.report.sae import MeasuredSAE
 
 CURVE_POINTS = 400
 """A training curve is thinned to at most about this many of its logged steps."""
 
 
-class Massive(BaseModel):
+class HeldOutMassive(BaseModel):
     """The held-out rows whose norm is so many times the median."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -32,7 +32,7 @@ class Massive(BaseModel):
     variance: float | None
 
 
-class Evaluation(BaseModel):
+class EvaluationFile(BaseModel):
     """`evaluation.json`: what was measured on the held-out split, for every autoencoder of the run."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -42,10 +42,10 @@ class Evaluation(BaseModel):
     ce_clean: float | None = None
     ce_zero: float | None = None
     ce_mean: float | None = None
-    massive: Massive | None = None
+    massive: HeldOutMassive | None = None
     left_out: int = 0
     """Rows that `max_norm` left out."""
-    saes: tuple[Sae, ...]
+    saes: tuple[MeasuredSAE, ...]
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """One run folder."""
 
     folder: Path
     config: dict[str, Any]
     record: dict[str, Any]
-    evaluation: Evaluation
+    evaluation: EvaluationFile
     curves: dict[str, Curve]
 
     @property
@@ -122,14 +122,14 @@ class Run:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedFolder:
     """A folder that nothing could be reported on, and why: the reason names the folder and the way out."""
 
     folder: Path
     reason: str
 
 
-def read_runs(folders: list[Path]) -> tuple[list[Run], list[LeftOut]]:
+def read_runs(folders: list[Path]) -> tuple[list[ReportedRun], list[SkippedFolder]]:
     """Every run once, in the order given, and what was left out. Raises UserError when no run is left."""
     if not folders:
         raise UserError("no run to report on: name at least one run folder, such as `sagsae report runs/NAME`")
@@ -139,14 +139,14 @@ def read_runs(folders: list[Path]) -> tuple[list[Run], list[LeftOut]]:
         try:
             runs.append(read_run(folder))
         except (UserError, DamagedError) as error:
-            left_out.append(LeftOut(folder, str(error)))
+            left_out.append(SkippedFolder(folder, str(error)))
     if not runs:
         more = f". The other {len(left_out) - 1} cannot be reported on either" if len(left_out) > 1 else ""
         raise UserError(left_out[0].reason + more)
     return runs, left_out
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportedRun:
     """Raises UserError when the folder is not a run, is not evaluated, or holds something unreadable."""
     try:
         for name in ("config.json", "record.json"):
@@ -158,7 +158,7 @@ def read_run(folder: Path) -> Run:
         metrics = _read_metrics(folder / "metrics.jsonl")
         if not (folder / "evaluation.json").is_file():
             raise UserError(f"{folder} {_not_evaluated(folder, record, metrics)}")
-        return Run(folder, config, record, _read_evaluation(folder), _curves(metrics))
+        return ReportedRun(folder, config, record, _read_evaluation(folder), _curves(metrics))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}). Make it readable, or leave it out") from error
 
@@ -173,10 +173,10 @@ def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str,
     return f"has no evaluation.json: run `sagsae eval {folder}` first"
 
 
-def _read_evaluation(folder: Path) -> Evaluation:
+def _read_evaluation(folder: Path) -> EvaluationFile:
     values = _read_object(folder / "evaluation.json")
     try:
-        evaluation = Evaluation.model_validate(values)
+        evaluation = EvaluationFile.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])

@@ -18,12 +18,12 @@ from train.report import wording
 from train.report.answer import Series
 from train.report.data import Curve
 from train.report.frontier import mean_of_seeds
-from train.report.sae import Key, Sae
+from train.report.sae import FrontierKey, MeasuredSAE
 
 MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-Curves = Sequence[tuple[Sae, Curve]]
-Looks = dict[Key, int]
+Curves = Sequence[tuple[MeasuredSAE, Curve]]
+Looks = dict[FrontierKey, int]
 """Which marker and dash a series has: alike for equal widths (and other settings) of all architectures."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 FAINTEST = 0.4
@@ -74,7 +74,7 @@ def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
     return [figure for figure in found if all(plot.json["data"] for plot in figure.plots)]
 
 
-def _captions(saes: Sequence[Sae]) -> dict[str, str]:
+def _captions(saes: Sequence[MeasuredSAE]) -> dict[str, str]:
     """What to look for, and on how many tokens it was measured."""
     rows = wording.tokens((sae.tokens for sae in saes), "held-out tokens")
     ce_rows = wording.tokens(sae.ce_tokens for sae in saes)
@@ -181,7 +181,7 @@ def _curves(curves: Curves, field: str, title: str, looks: Looks, name: str) -> 
     return Plot(name, f"{title} against training tokens", go.Figure(traces, layout).to_plotly_json())
 
 
-def _meta(key: Key, entry: str) -> dict[str, str]:
+def _meta(key: FrontierKey, entry: str) -> dict[str, str]:
     return {"arch": key.arch, "group": wording.label(key), "entry": entry}
 
 
@@ -190,7 +190,7 @@ def _line(x: Sequence[float] | Sequence[int], y: Sequence[float | None], meta: d
     return go.Scatter(x=list(x), y=list(y), mode="lines", line=line, meta=meta, hoverinfo="skip", showlegend=False)
 
 
-def _points(saes: Sequence[Sae], field: str, meta: dict[str, str], look: int) -> go.Scatter:
+def _points(saes: Sequence[MeasuredSAE], field: str, meta: dict[str, str], look: int) -> go.Scatter:
     return go.Scatter(
         x=[sae.l0 for sae in saes],
         y=[getattr(sae, field) for sae in saes],
@@ -203,7 +203,7 @@ def _points(saes: Sequence[Sae], field: str, meta: dict[str, str], look: int) ->
     )
 
 
-def _hover(sae: Sae) -> str:
+def _hover(sae: MeasuredSAE) -> str:
     """Every number of one autoencoder."""
     zero, mean = wording.percent(sae.ce_recovered, 2), wording.percent(sae.ce_recovered_mean, 2)
     lines = [
@@ -220,11 +220,11 @@ def _hover(sae: Sae) -> str:
     return "<br>".join(lines)
 
 
-def _head(sae: Sae) -> str:
+def _head(sae: MeasuredSAE) -> str:
     return f"<b>{escape(wording.label(sae.key))}</b>, {wording.knob(sae.knob)}, seed {sae.seed}"
 
 
-def _curve_hover(sae: Sae, title: str) -> str:
+def _curve_hover(sae: MeasuredSAE, title: str) -> str:
     return f"{_head(sae)}<br>{title} %{{y:.4~g}} at %{{x:,}} tokens<extra></extra>"
 
 

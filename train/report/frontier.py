@@ -13,11 +13,11 @@ from itertools import groupby, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from train.report.sae import Key, Knob, Sae
+from train.report.sae import FrontierKey, MeasuredSAE, SparsityKnob
 
 
 @dataclass(frozen=True)
-class Point:
+class FrontierPoint:
     """The mean over the seeds of one λ, k or L0 target."""
 
     l0: float
@@ -25,7 +25,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Matched:
+class FrontierComparison:
     """Frontier a minus frontier b wherever both have an L0. Means are over log L0."""
 
     l0_low: float
@@ -38,18 +38,18 @@ class Matched:
     crossings: tuple[float, ...]
 
 
-def mean_of_seeds(saes: Sequence[Sae], field: str) -> list[Point]:
+def mean_of_seeds(saes: Sequence[MeasuredSAE], field: str) -> list[FrontierPoint]:
     """The frontier of autoencoders that differ in knob and seed only, by rising L0; on a log axis 0 has no place."""
     known = [sae for sae in saes if sae.l0 and sae.l0 > 0 and getattr(sae, field) is not None]
     points = []
     for _, group in groupby(sorted(known, key=lambda sae: sae.knob), key=lambda sae: sae.knob):
         seeds = list(group)
         log_l0 = sum(math.log(sae.l0) for sae in seeds if sae.l0) / len(seeds)
-        points.append(Point(math.exp(log_l0), sum(getattr(sae, field) for sae in seeds) / len(seeds)))
+        points.append(FrontierPoint(math.exp(log_l0), sum(getattr(sae, field) for sae in seeds) / len(seeds)))
     return sorted(points, key=lambda point: point.l0)
 
 
-def compare(a: Sequence[Point], b: Sequence[Point]) -> Matched | None:
+def compare(a: Sequence[FrontierPoint], b: Sequence[FrontierPoint]) -> FrontierComparison | None:
     """None where the two ranges of L0 do not touch. Both are straight between knots, so the knots hold the extremes."""
     if not a or not b:
         return None
@@ -60,7 +60,7 @@ def compare(a: Sequence[Point], b: Sequence[Point]) -> Matched | None:
     knots = np.log(sorted({low, high, *inside}))
     values_a, values_b = _interpolate(a, knots), _interpolate(b, knots)
     difference = values_a - values_b
-    return Matched(
+    return FrontierComparison(
         l0_low=low,
         l0_high=high,
         lowest=float(difference.min()),
@@ -72,9 +72,9 @@ def compare(a: Sequence[Point], b: Sequence[Point]) -> Matched | None:
     )
 
 
-def seed_spread(saes: Sequence[Sae]) -> float | None:
+def seed_spread(saes: Sequence[MeasuredSAE]) -> float | None:
     """The largest difference in R² between two autoencoders that differ in their seed only; None with one seed each."""
-    groups: dict[tuple[Key, Knob], list[float]] = {}
+    groups: dict[tuple[FrontierKey, SparsityKnob], list[float]] = {}
     for sae in saes:
         if sae.r2 is not None:
             groups.setdefault((sae.key, sae.knob), []).append(sae.r2)
@@ -86,7 +86,7 @@ def parameters(d_sae: int, d_in: int) -> int:
     return 2 * d_sae * d_in + 3 * d_sae + d_in
 
 
-def _interpolate(points: Sequence[Point], log_l0: NDArray[np.float64]) -> NDArray[np.float64]:
+def _interpolate(points: Sequence[FrontierPoint], log_l0: NDArray[np.float64]) -> NDArray[np.float64]:
     at, values = np.log([point.l0 for point in points]), np.array([point.value for point in points])
     return np.asarray(np.interp(log_l0, at, values), dtype=np.float64)
 

@@ -16,15 +16,15 @@ from plotly.offline import get_plotlyjs
 
 from train.report import wording
 from train.report.comparable import differences
-from train.report.data import LeftOut, Run
-from train.report.sae import Sae
+from train.report.data import ReportedRun, SkippedFolder
+from train.report.sae import MeasuredSAE
 from train.report.settings import grouped, measured, sections
 
 HERE = Path(__file__).parent
 
 
 @dataclass(frozen=True)
-class Column:
+class TableColumn:
     """A column of the table. Numbers are aligned on the right and sorted as numbers."""
 
     title: str
@@ -32,7 +32,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Cell:
+class TableCell:
     """`value` is what sorting compares, empty where nothing was measured."""
 
     text: str
@@ -40,9 +40,9 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     arch: str
-    cells: tuple[Cell, ...]
+    cells: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,20 @@ class Provenance:
 
 
 COLUMNS = (
-    Column("Architecture", number=False),
-    *(Column(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
-    *(Column(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
-    *(Column(title) for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")),
-    Column("Run / autoencoder", number=False),
+    TableColumn("Architecture", number=False),
+    *(TableColumn(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
+    *(TableColumn(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
+    *(
+        TableColumn(title)
+        for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")
+    ),
+    TableColumn("Run / autoencoder", number=False),
 )
-SETTING = Column("Setting")
-SITE = Column("Model and hookpoint", number=False)
+SETTING = TableColumn("Setting")
+SITE = TableColumn("Model and hookpoint", number=False)
 
 
-def render(runs: Sequence[Run], left_out: Sequence[LeftOut] = ()) -> str:
+def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) -> str:
     """The whole page."""
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
@@ -93,15 +96,15 @@ def _own(name: str) -> Markup:
     return Markup((HERE / name).read_text(encoding="utf-8"))
 
 
-def _site(run: Run) -> str:
+def _site(run: ReportedRun) -> str:
     return f"{run.model} {run.hook}"
 
 
-def _row(run: Run, sae: Sae, several: tuple[bool, bool], setting: int) -> Row:
+def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting: int) -> TableRow:
     """In the order of COLUMNS, then SETTING and SITE where the page has several."""
     where = f"{run.folder.name}/{sae.name}"
     pairs = sae.directions.antipodal_pairs if sae.directions else None
-    return Row(
+    return TableRow(
         sae.arch,
         (
             _cell(wording.architecture(sae.key), sae.arch),
@@ -123,11 +126,11 @@ def _row(run: Run, sae: Sae, several: tuple[bool, bool], setting: int) -> Row:
     )
 
 
-def _cell(text: str, value: float | int | str | None) -> Cell:
-    return Cell(text, "" if value is None else str(value))
+def _cell(text: str, value: float | int | str | None) -> TableCell:
+    return TableCell(text, "" if value is None else str(value))
 
 
-def _provenance(run: Run) -> Provenance:
+def _provenance(run: ReportedRun) -> Provenance:
     versions = run.record.get("versions")
     references: dict[str, Any] = run.evaluation.model_dump(exclude={"saes"})
     return Provenance(

@@ -31,7 +31,7 @@ class Directions(BaseModel):
     sampled: int | None = None
 
 
-class Key(NamedTuple):
+class FrontierKey(NamedTuple):
     """What autoencoders of one frontier have in common: they differ in λ (or k, or L0 target) and seed only."""
 
     arch: str
@@ -40,14 +40,14 @@ class Key(NamedTuple):
     """The other settings that are not as they are by default, as its name tells them."""
 
 
-class Knob(NamedTuple):
+class SparsityKnob(NamedTuple):
     """What set the number of active latents: `lambda`, `k` or `l0`, and its value."""
 
     name: str
     value: float
 
 
-class Sae(BaseModel):
+class MeasuredSAE(BaseModel):
     """One autoencoder as `sagsae eval` measured it."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -87,18 +87,18 @@ class Sae(BaseModel):
         return arch
 
     @property
-    def key(self) -> Key:
+    def key(self) -> FrontierKey:
         special = variant(self.model_dump(include={"name", "seed"}))
         begun = "" if self.begun_at is None else f"from-lambda-{self.begun_at:g}"
-        return Key(self.arch, self.d_sae, "-".join(filter(None, (special, begun))))
+        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, begun))))
 
     @property
-    def knob(self) -> Knob:
+    def knob(self) -> SparsityKnob:
         if self.k is not None:
-            return Knob("k", self.k)
+            return SparsityKnob("k", self.k)
         if self.l0_target is not None:
-            return Knob("l0", self.l0_target)
-        return Knob("lambda", self.sparsity or 0.0)
+            return SparsityKnob("l0", self.l0_target)
+        return SparsityKnob("lambda", self.sparsity or 0.0)
 
     @property
     def has_massive(self) -> bool:

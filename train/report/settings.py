@@ -16,9 +16,9 @@ from train.measure.useless import useless
 from train.report import wording
 from train.report.answer import Answer, Series, answer
 from train.report.comparable import Difference, differences, identity
-from train.report.data import Run
+from train.report.data import ReportedRun
 from train.report.figures import Figure, figures
-from train.report.sae import Sae
+from train.report.sae import MeasuredSAE
 
 ARCH_ORDER = tuple(ARCHITECTURES)
 IN_A_TITLE = 4
@@ -26,7 +26,7 @@ IN_A_TITLE = 4
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """One setting, ready for the page."""
 
     name: str
@@ -35,13 +35,13 @@ class Section:
     answer: Answer
     figures: tuple[Figure, ...]
     notes: tuple[str, ...]
-    runs: tuple[Run, ...]
+    runs: tuple[ReportedRun, ...]
 
 
-Pairs = list[tuple[Sae, Run]]
+Pairs = list[tuple[MeasuredSAE, ReportedRun]]
 
 
-def sections(runs: Sequence[Run]) -> list[Section]:
+def sections(runs: Sequence[ReportedRun]) -> list[ReportSection]:
     """One for each setting, in the order in which the runs were named."""
     groups = grouped(runs)
     sites = [_site(group[0]) for group in groups]
@@ -53,24 +53,24 @@ def sections(runs: Sequence[Run]) -> list[Section]:
     return parts
 
 
-def grouped(runs: Sequence[Run]) -> list[list[Run]]:
+def grouped(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
     """The runs of each setting, in the order in which they were named."""
-    groups: dict[str, list[Run]] = {}
+    groups: dict[str, list[ReportedRun]] = {}
     for run in runs:
         groups.setdefault(identity(run), []).append(run)
     return list(groups.values())
 
 
-def _site(run: Run) -> tuple[str, str]:
+def _site(run: ReportedRun) -> tuple[str, str]:
     return run.model, run.hook
 
 
-def in_order(saes: Iterable[Sae]) -> list[Sae]:
+def in_order(saes: Iterable[MeasuredSAE]) -> list[MeasuredSAE]:
     """SA-GSAE first, then by width, variant, λ and seed."""
     return sorted(saes, key=lambda sae: (ARCH_ORDER.index(sae.arch), *sae.key[1:], sae.knob, sae.seed))
 
 
-def measured(run: Run) -> list[Sae]:
+def measured(run: ReportedRun) -> list[MeasuredSAE]:
     """The run's autoencoders in order, each saying on how many tokens it was measured, if only by its run."""
     filled = []
     for sae in in_order(run.evaluation.saes):
@@ -82,7 +82,7 @@ def measured(run: Run) -> list[Sae]:
     return filled
 
 
-def _title(run: Run, unlike: Sequence[Difference], number: int) -> str:
+def _title(run: ReportedRun, unlike: Sequence[Difference], number: int) -> str:
     """Says no more than it takes to tell the settings of one model and hookpoint apart."""
     own = [(each.name, value) for each in unlike for value, numbers in each.values if number in numbers]
     told = [value if name == "rows" else f"{name} {value}" for name, value in own]
@@ -92,7 +92,7 @@ def _title(run: Run, unlike: Sequence[Difference], number: int) -> str:
 
 def once(pairs: Pairs) -> tuple[Pairs, list[str]]:
     """Each autoencoder of a setting once, the first of its kind; and of each repetition a sentence."""
-    first: dict[Any, tuple[Sae, Run]] = {}
+    first: dict[Any, tuple[MeasuredSAE, ReportedRun]] = {}
     said = []
     for sae, run in pairs:
         kept, owner = first.setdefault((sae.key, sae.knob, sae.seed), (sae, run))
@@ -111,7 +111,7 @@ def _number(value: float | None) -> str:
     return wording.fixed(value, 4)
 
 
-def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
+def _section(name: str, title: str, runs: Sequence[ReportedRun]) -> ReportSection:
     pairs, repeated = once([(sae, run) for run in runs for sae in measured(run)])
     saes = in_order(sae for sae, _ in pairs)
     series: Series = {}
@@ -119,7 +119,7 @@ def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
         series.setdefault(sae.key, []).append(sae)
     curves = [(sae, run.curves[sae.name]) for sae, run in pairs if sae.name in run.curves]
     curves.sort(key=lambda pair: saes.index(pair[0]))
-    return Section(
+    return ReportSection(
         name=name,
         title=title,
         facts=_facts(runs, saes),
@@ -130,7 +130,7 @@ def _section(name: str, title: str, runs: Sequence[Run]) -> Section:
     )
 
 
-def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
+def _notes(runs: Sequence[ReportedRun], saes: Sequence[MeasuredSAE]) -> list[str]:
     """What a figure cannot show, so that nothing is left out in silence."""
     notes = [*_massive(runs), *(f"{line}." for line in useless([sae.model_dump() for sae in saes]))]
     silent = sum(not sae.l0 for sae in saes)
@@ -158,7 +158,7 @@ def _notes(runs: Sequence[Run], saes: Sequence[Sae]) -> list[str]:
     return notes
 
 
-def _massive(runs: Sequence[Run]) -> list[str]:
+def _massive(runs: Sequence[ReportedRun]) -> list[str]:
     """The runs of a setting were measured on the same rows; an older evaluation does not say it."""
     evaluation = next((run.evaluation for run in runs if run.evaluation.massive), runs[0].evaluation)
     found, left_out = evaluation.massive, evaluation.left_out
@@ -178,7 +178,7 @@ def _massive(runs: Sequence[Run]) -> list[str]:
     return [f"{text}. R² on the other tokens is beside it."]
 
 
-def _facts(runs: Sequence[Run], saes: Sequence[Sae]) -> tuple[tuple[str, str], ...]:
+def _facts(runs: Sequence[ReportedRun], saes: Sequence[MeasuredSAE]) -> tuple[tuple[str, str], ...]:
     """What a reader wants to know before any number."""
     records = [run.record for run in runs]
     dimensions = "" if runs[0].d_in is None else f", {runs[0].d_in:,} dimensions"

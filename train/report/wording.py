@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from train.report.sae import Key, Knob
+from train.report.sae import FrontierKey, SparsityKnob
 
 ARCH_LABELS = {
     "sa-gsae": "SA-GSAE", "gated": "Gated", "relu": "ReLU", "jumprelu": "JumpReLU", "batch-topk": "BatchTopK",
@@ -11,16 +11,16 @@ ARCH_LABELS = {
 ABSENT = "–"
 
 
-def label(key: Key) -> str:
+def label(key: FrontierKey) -> str:
     """`Gated 512`, or `SA-GSAE 256 (tie-none)`."""
     return f"{ARCH_LABELS[key.arch]} {key.d_sae}{special(key)}"
 
 
-def architecture(key: Key) -> str:
+def architecture(key: FrontierKey) -> str:
     return f"{ARCH_LABELS[key.arch]}{special(key)}"
 
 
-def special(key: Key) -> str:
+def special(key: FrontierKey) -> str:
     return f" ({key.variant})" if key.variant else ""
 
 
@@ -39,7 +39,7 @@ def percent(value: float | None, digits: int = 1) -> str:
     return ABSENT if value is None else fixed(100 * value, digits) + "\N{NO-BREAK SPACE}%"
 
 
-def knob(setting: Knob) -> str:
+def knob(setting: SparsityKnob) -> str:
     """`λ 0.2`, `k 32`, or `target 20` where λ was steered to an L0."""
     return f"{ {'lambda': 'λ', 'l0': 'target'}.get(setting.name, setting.name) } {setting.value:g}"
 

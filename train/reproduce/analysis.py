@@ -8,9 +8,9 @@ from typing import Final
 import numpy as np
 
 from train.reproduce.curves import (
+    ArmMeasurement,
     Interval,
-    Matched,
-    Measured,
+    MatchedArms,
     against,
     compare,
     frontiers,
@@ -22,7 +22,7 @@ from train.reproduce.curves import (
 )
 from train.reproduce.plan import GATED_FULL, GATED_HALF, SA_FULL, SA_HALF, TIE_R, UNTIED
 
-Arms = Mapping[str, Sequence[Measured]]
+Arms = Mapping[str, Sequence[ArmMeasurement]]
 
 MATCHED_L0: Final = 64.0
 """Where dead latents are compared, or at the nearest L0 that both arms have."""
@@ -32,7 +32,7 @@ NO_OVERLAP: Final = "no overlap"
 
 
 @dataclass(frozen=True)
-class Dead:
+class DeadComparison:
     """Dead latents of both arms at one L0."""
 
     l0: float
@@ -43,7 +43,7 @@ class Dead:
 
 
 @dataclass(frozen=True)
-class Ratio:
+class DeadRatio:
     """Dead latents of Gated over those of SA-GSAE, geometric mean over the overlap."""
 
     ratio: Interval
@@ -52,7 +52,7 @@ class Ratio:
 
 
 @dataclass(frozen=True)
-class Changed:
+class ChangeEffect:
     """An ablation or a baseline."""
 
     width: int
@@ -72,26 +72,26 @@ class CellResult:
 
     cell: str
     hook: str
-    r2: Matched | None
+    r2: MatchedArms | None
     """SA-GSAE at H minus Gated at 2H."""
     verdict: str
     certain: bool
     """The verdict holds for the whole interval at every L0, not for the mean alone."""
-    dead: Dead | None
-    dead_ratio: Ratio | None
+    dead: DeadComparison | None
+    dead_ratio: DeadRatio | None
     bipolar: Interval | None
     """Share of the live latents of SA-GSAE at H that use both poles, at `dead.l0`."""
     concentration: Interval | None
     """The same share of the tenth that fires most, minus `bipolar`."""
-    equal_width: Matched | None
+    equal_width: MatchedArms | None
     """SA-GSAE at H minus Gated at H."""
-    full_width: Matched | None
+    full_width: MatchedArms | None
     """SA-GSAE at 2H minus SA-GSAE at H."""
     tied_r: Interval | None
     """R² with r tied minus untied, each against SA-GSAE at H at matched L0."""
     tied: Interval | None
     """R² of SA-GSAE, all tied, minus untied."""
-    changed: dict[str, Changed]
+    changed: dict[str, ChangeEffect]
 
 
 def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
@@ -120,7 +120,7 @@ def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
     )
 
 
-def verdict(r2: Matched | None, tolerance: float = TOLERANCE) -> str:
+def verdict(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> str:
     """By the seeds' mean at its worst L0 of the overlap: above zero, it dominates; not below minus the tolerance, it is
     within it; else it is worse."""
     if r2 is None:
@@ -130,7 +130,7 @@ def verdict(r2: Matched | None, tolerance: float = TOLERANCE) -> str:
     return f"within {tolerance:g}" if r2.lowest.mean >= -tolerance else "worse"
 
 
-def certain(r2: Matched | None, tolerance: float = TOLERANCE) -> bool:
+def certain(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> bool:
     """Whether the verdict would be the same at either end of the intervals. Never with one seed."""
     if r2 is None or r2.floor is None or r2.lowest.high is None:
         return False
@@ -142,7 +142,9 @@ def certain(r2: Matched | None, tolerance: float = TOLERANCE) -> bool:
     return r2.floor >= -tolerance and r2.lowest.high <= 0
 
 
-def dead_at(sa: Sequence[Measured], gated: Sequence[Measured], target: float = MATCHED_L0) -> Dead | None:
+def dead_at(
+    sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement], target: float = MATCHED_L0
+) -> DeadComparison | None:
     """At the target L0, or at the nearest that every seed of both has."""
     a, b = frontiers(sa, "dead"), frontiers(gated, "dead")
     span = overlap(a, b)
@@ -151,19 +153,19 @@ def dead_at(sa: Sequence[Measured], gated: Sequence[Measured], target: float = M
     at = nearest(target, span)
     found, other = value_at(a, at), value_at(b, at)
     gap = interval([float(a[seed].at(np.array(at)) - b[seed].at(np.array(at))) for seed in a if seed in b])
-    return Dead(math.exp(at), found, other, gap) if found and other and gap else None
+    return DeadComparison(math.exp(at), found, other, gap) if found and other and gap else None
 
 
-def dead_ratio(sa: Sequence[Measured], gated: Sequence[Measured]) -> Ratio | None:
+def dead_ratio(sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement]) -> DeadRatio | None:
     """Half a latent of the narrower dictionary is the least that counts, for both."""
     widths = [point.d_sae for point in (*sa, *gated)]
     if not widths:
         return None
     found = geometric_ratio(frontiers(gated, "dead"), frontiers(sa, "dead"), 0.5 / min(widths))
-    return Ratio(*found) if found else None
+    return DeadRatio(*found) if found else None
 
 
-def changed(points: Sequence[Measured], sa: Sequence[Measured]) -> Changed:
+def changed(points: Sequence[ArmMeasurement], sa: Sequence[ArmMeasurement]) -> ChangeEffect:
     """The means of a seed, then over seeds."""
     same = {(point.seed, point.setting): point.dead for point in sa}
     more = [
@@ -171,7 +173,7 @@ def changed(points: Sequence[Measured], sa: Sequence[Measured]) -> Changed:
         for point in points
         if point.dead is not None and (before := same.get((point.seed, point.setting))) is not None
     ]
-    return Changed(
+    return ChangeEffect(
         width=max((point.d_sae for point in points), default=0),
         l0=over_seeds(points, "l0"),
         r2=over_seeds(points, "r2"),
@@ -182,7 +184,7 @@ def changed(points: Sequence[Measured], sa: Sequence[Measured]) -> Changed:
     )
 
 
-def over_seeds(points: Sequence[Measured], field: str) -> Interval | None:
+def over_seeds(points: Sequence[ArmMeasurement], field: str) -> Interval | None:
     by_seed: dict[int, list[float]] = {}
     for point in points:
         value = getattr(point, field)
@@ -191,7 +193,9 @@ def over_seeds(points: Sequence[Measured], field: str) -> Interval | None:
     return interval([math.fsum(values) / len(values) for values in by_seed.values()])
 
 
-def difference(a: Sequence[Measured], b: Sequence[Measured], sa: Sequence[Measured]) -> Interval | None:
+def difference(
+    a: Sequence[ArmMeasurement], b: Sequence[ArmMeasurement], sa: Sequence[ArmMeasurement]
+) -> Interval | None:
     """R² of a minus b, each against the frontier of SA-GSAE at H, seed by seed."""
     reference = frontiers(sa, "r2")
     gaps = []

@@ -7,8 +7,8 @@ from typing import Any, Final
 from shared.device import pick_device, usable_cores
 from shared.errors import UserError
 from shared.saes import SAEConfig
-from train.reproduce.pilot import Choice
-from train.reproduce.plan import Cell, ablation_arms, every_sae, harvest_config, main_arms, pilot_arms
+from train.reproduce.pilot import PilotChoice
+from train.reproduce.plan import ReproductionCell, ablation_arms, every_sae, harvest_config, main_arms, pilot_arms
 from train.reproduce.preset import Request
 
 GPU_RATE: Final = 1.5e14
@@ -28,7 +28,7 @@ ASK_BYTES: Final = 50e9
 
 
 @dataclass(frozen=True)
-class Cost:
+class ReproductionCost:
     cells: int
     autoencoders: int
     harvested_tokens: int
@@ -64,9 +64,9 @@ def many(count: int, thing: str) -> str:
     return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
-def estimate(request: Request, cells: Sequence[Cell]) -> Cost:
+def estimate(request: Request, cells: Sequence[ReproductionCell]) -> ReproductionCost:
     """From the plan's own configurations; which candidates the pilot will choose does not matter to it."""
-    any_choice = Choice(1e-3, 1.0)
+    any_choice = PilotChoice(1e-3, 1.0)
     pilot = [sae for arm in pilot_arms(request).values() for saes in arm.values() for sae in saes]
     main = every_sae(main_arms(request, any_choice, any_choice))
     ablations = every_sae(ablation_arms(request, any_choice, any_choice))
@@ -77,7 +77,7 @@ def estimate(request: Request, cells: Sequence[Cell]) -> Cost:
     rate = CORE_RATE * usable_cores() if cpu else GPU_RATE
     harvested = harvest_config(request, request.models[0]).tokens or 0
     width = max(cell.d_in for cell in cells)
-    return Cost(
+    return ReproductionCost(
         cells=len(cells),
         autoencoders=len(cells) * (len(pilot) + len(main) + len(ablations)),
         harvested_tokens=harvested,
@@ -94,7 +94,7 @@ def latents(saes: Sequence[SAEConfig]) -> int:
     return sum(sae.d_sae for sae in saes)
 
 
-def check_consent(cost: Cost, yes: bool) -> None:
+def check_consent(cost: ReproductionCost, yes: bool) -> None:
     """Raises UserError for what is long or large and was not agreed to."""
     if not yes and (cost.hours > ASK_HOURS or cost.store_bytes > ASK_BYTES):
         raise UserError(f"this is a large job: {cost.text}. To start it, run the same command again with --yes")

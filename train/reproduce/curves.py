@@ -25,7 +25,7 @@ NORMAL: Final = 1.96
 
 
 @dataclass(frozen=True)
-class Measured:
+class ArmMeasurement:
     """One autoencoder on held-out tokens. What diverged or was not measured is None."""
 
     arm: str
@@ -54,7 +54,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Matched:
+class MatchedArms:
     """Arm a minus arm b over the overlap. At each L0 there is an interval over seeds."""
 
     l0_low: float
@@ -73,7 +73,7 @@ class Matched:
 
 
 @dataclass(frozen=True)
-class Frontier:
+class SeedFrontier:
     """One seed's values over log L0."""
 
     log_l0: Floats
@@ -83,7 +83,7 @@ class Frontier:
         return np.asarray(np.interp(log_l0, self.log_l0, self.value), dtype=np.float64)
 
 
-Frontiers = Mapping[int, Frontier]
+Frontiers = Mapping[int, SeedFrontier]
 """By seed."""
 
 
@@ -115,7 +115,7 @@ def size(found: Interval) -> Interval:
     return Interval(abs(found.mean), nearest, max(abs(found.low), abs(found.high)), found.n)
 
 
-def frontiers(points: Sequence[Measured], field: str) -> dict[int, Frontier]:
+def frontiers(points: Sequence[ArmMeasurement], field: str) -> dict[int, SeedFrontier]:
     """A frontier for each seed that has a point. L0 = 0 has no place on a log axis; equal L0s are averaged."""
     known: dict[int, dict[float, list[float]]] = {}
     for point in points:
@@ -123,7 +123,7 @@ def frontiers(points: Sequence[Measured], field: str) -> dict[int, Frontier]:
         if point.l0 and point.l0 > 0 and value is not None and math.isfinite(value) and math.isfinite(point.l0):
             known.setdefault(point.seed, {}).setdefault(math.log(point.l0), []).append(value)
     return {
-        seed: Frontier(np.array(sorted(at)), np.array([np.mean(at[x]) for x in sorted(at)]))
+        seed: SeedFrontier(np.array(sorted(at)), np.array([np.mean(at[x]) for x in sorted(at)]))
         for seed, at in sorted(known.items())
     }
 
@@ -138,7 +138,7 @@ def overlap(*arms: Frontiers) -> tuple[float, float] | None:
     return (low, high) if low <= high else None
 
 
-def paired(a: Frontiers, b: Frontiers) -> tuple[dict[int, Frontier], dict[int, Frontier]]:
+def paired(a: Frontiers, b: Frontiers) -> tuple[dict[int, SeedFrontier], dict[int, SeedFrontier]]:
     """Of both, the seeds that both have."""
     return {seed: a[seed] for seed in a if seed in b}, {seed: b[seed] for seed in b if seed in a}
 
@@ -150,7 +150,7 @@ def knots(span: tuple[float, float], *arms: Frontiers) -> Floats:
     return np.array(sorted({low, high} | inside))
 
 
-def compare(a: Frontiers, b: Frontiers) -> Matched | None:
+def compare(a: Frontiers, b: Frontiers) -> MatchedArms | None:
     """Arm a minus arm b at matched L0, seed by seed. None where they have no seed or no L0 in common."""
     a, b = paired(a, b)
     span = overlap(a, b)
@@ -164,7 +164,7 @@ def compare(a: Frontiers, b: Frontiers) -> Matched | None:
     worst, best = int(means.argmin()), int(means.argmax())
     overall = interval([average(row, at) for row in differences])
     assert overall is not None  # there is a seed
-    return Matched(
+    return MatchedArms(
         l0_low=math.exp(span[0]),
         l0_high=math.exp(span[1]),
         mean=overall,
@@ -229,7 +229,7 @@ def geometric_ratio(over: Frontiers, under: Frontiers, floor: float) -> tuple[In
     return None if found is None else (mapped(found, math.exp), sign)
 
 
-def against(points: Sequence[Measured], reference: Frontiers, field: str) -> Interval | None:
+def against(points: Sequence[ArmMeasurement], reference: Frontiers, field: str) -> Interval | None:
     """Points minus the reference frontier of their own seed at their own L0: the mean of a seed, then over seeds.
     Points whose L0 the reference does not reach are left out."""
     by_seed: dict[int, list[float]] = {}

@@ -6,7 +6,7 @@ from html import escape
 from typing import Final
 
 from train.reproduce.analysis import Arms
-from train.reproduce.curves import Measured
+from train.reproduce.curves import ArmMeasurement
 
 WIDTH: Final = 720.0
 HEIGHT: Final = 420.0
@@ -63,7 +63,7 @@ def frontier_svg(title: str, arms: Arms) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def known(points: Sequence[Measured]) -> list[tuple[float, float, float]]:
+def known(points: Sequence[ArmMeasurement]) -> list[tuple[float, float, float]]:
     """Setting, L0 and R² of what has both."""
     return [(p.setting, p.l0, p.r2) for p in points if p.l0 and p.l0 > 0 and p.r2 is not None]
 

@@ -9,21 +9,21 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from train.reproduce.curves import Measured, frontiers, nearest
+from train.reproduce.curves import ArmMeasurement, frontiers, nearest
 
 
 @dataclass(frozen=True)
-class Choice:
+class PilotChoice:
     lr: float
     theta0: float
     """In units of 1/sqrt(d_in)."""
 
 
 @dataclass(frozen=True)
-class Trial:
+class PilotTrial:
     """A candidate, and why it was chosen or not."""
 
-    choice: Choice
+    choice: PilotChoice
     r2: float | None
     """At the pilot's L0; at the candidate's nearest when it does not reach it."""
     reaches: bool
@@ -36,14 +36,14 @@ class Pilot:
     """What was chosen for each method."""
 
     l0: float
-    trials: dict[str, list[Trial]]
+    trials: dict[str, list[PilotTrial]]
     """The best first."""
 
-    def choice(self, arm: str) -> Choice:
+    def choice(self, arm: str) -> PilotChoice:
         return self.trials[arm][0].choice
 
 
-Candidates = Mapping[str, Mapping[Choice, Sequence[Measured]]]
+Candidates = Mapping[str, Mapping[PilotChoice, Sequence[ArmMeasurement]]]
 """Method -> candidate -> its points."""
 
 
@@ -56,17 +56,17 @@ def choose(measured: Candidates) -> Pilot:
     return Pilot(target, {arm: sorted(found, key=rank) for arm, found in trials.items()})
 
 
-def trial(choice: Choice, points: Sequence[Measured], target: float) -> Trial:
+def trial(choice: PilotChoice, points: Sequence[ArmMeasurement], target: float) -> PilotTrial:
     found = frontiers(points, "r2")
     if not found:
-        return Trial(choice, None, False, None, None)
+        return PilotTrial(choice, None, False, None, None)
     (frontier,) = found.values()  # of the one seed
     low, high = float(frontier.log_l0[0]), float(frontier.log_l0[-1])
     at = nearest(target, (low, high))
     r2 = float(frontier.at(frontier.log_l0[:1] * 0 + at)[0])
-    return Trial(choice, r2, low <= math.log(target) <= high, math.exp(low), math.exp(high))
+    return PilotTrial(choice, r2, low <= math.log(target) <= high, math.exp(low), math.exp(high))
 
 
-def rank(found: Trial) -> tuple[bool, float, float, float]:
+def rank(found: PilotTrial) -> tuple[bool, float, float, float]:
     worst = math.inf if found.r2 is None else -found.r2
     return not found.reaches, worst, found.choice.lr, found.choice.theta0

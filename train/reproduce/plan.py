@@ -14,7 +14,7 @@ from shared.errors import UserError
 from shared.model.hooks import hook_table
 from shared.model.source import local_place
 from shared.saes import SAEConfig, sae_config
-from train.reproduce.pilot import Choice
+from train.reproduce.pilot import PilotChoice
 from train.reproduce.preset import Request
 
 SA_HALF: Final = "SA-GSAE, H"
@@ -39,7 +39,7 @@ Arms = dict[str, tuple[SAEConfig, ...]]
 
 
 @dataclass(frozen=True)
-class Cell:
+class ReproductionCell:
     """One hookpoint of one model."""
 
     model: str
@@ -67,9 +67,9 @@ def store_name(model: str) -> str:
     return slug(model if local_place(model) is None else Path(model).name)
 
 
-def make_cells(request: Request) -> list[Cell]:
+def make_cells(request: Request) -> list[ReproductionCell]:
     """Raises UserError for a model that does not have the layer or one of the hookpoints."""
-    cells: list[Cell] = []
+    cells: list[ReproductionCell] = []
     if len({store_name(model) for model in request.models}) < len(request.models):
         raise UserError(f"--model {' --model '.join(request.models)}: two of them have the same name")
     for model in request.models:
@@ -82,7 +82,7 @@ def make_cells(request: Request) -> list[Cell]:
                     f"--cells {name}: {model} has no such hookpoint in layer {layer}. It has {', '.join(here)}"
                 )
             hook = here[name]
-            cells.append(Cell(model, name, f"layer_{hook.layer:02d}/{name}", hook.width))
+            cells.append(ReproductionCell(model, name, f"layer_{hook.layer:02d}/{name}", hook.width))
     return cells
 
 
@@ -103,7 +103,9 @@ def harvest_config(request: Request, model: str) -> HarvestConfig:
     )
 
 
-def train_config(request: Request, cell: Cell, store: str, stage: str, saes: Iterable[SAEConfig]) -> TrainConfig:
+def train_config(
+    request: Request, cell: ReproductionCell, store: str, stage: str, saes: Iterable[SAEConfig]
+) -> TrainConfig:
     """One pass over a cell's activations for all of these autoencoders."""
     preset = request.preset
     tokens = min(request.tokens, preset.pilot_tokens) if stage == "pilot" else request.tokens
@@ -126,10 +128,10 @@ def method(arm: str, request: Request) -> dict[str, Any]:
     return {"arch": METHODS[arm], "d_sae": request.preset.width * (2 if arm == GATED_FULL else 1)}
 
 
-def pilot_arms(request: Request) -> dict[str, dict[Choice, tuple[SAEConfig, ...]]]:
+def pilot_arms(request: Request) -> dict[str, dict[PilotChoice, tuple[SAEConfig, ...]]]:
     """For both methods the same candidates, the same λ, one seed."""
     preset = request.preset
-    choices = [Choice(lr, theta0) for lr in preset.pilot_lrs for theta0 in preset.pilot_theta0s]
+    choices = [PilotChoice(lr, theta0) for lr in preset.pilot_lrs for theta0 in preset.pilot_theta0s]
     return {
         arm: {
             choice: tuple(
@@ -142,12 +144,12 @@ def pilot_arms(request: Request) -> dict[str, dict[Choice, tuple[SAEConfig, ...]
     }
 
 
-def main_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
+def main_arms(request: Request, sa: PilotChoice, gated: PilotChoice) -> Arms:
     """SA-GSAE and Gated at H and at 2H. The two that are compared have every λ and seed; the others, which only show
     what width does, a thinner grid and one seed."""
     preset, seeds = request.preset, range(request.seeds)
 
-    def arm(arch: str, width: int, choice: Choice, sparsities: Iterable[float], of: Iterable[int]) -> Any:
+    def arm(arch: str, width: int, choice: PilotChoice, sparsities: Iterable[float], of: Iterable[int]) -> Any:
         fixed = {"arch": arch, "d_sae": width, "lr": choice.lr, "theta0": choice.theta0}
         return tuple(sae_config(**fixed, sparsity=sparsity, seed=seed) for seed in of for sparsity in sparsities)
 
@@ -159,7 +161,7 @@ def main_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
     }
 
 
-def ablation_arms(request: Request, sa: Choice, gated: Choice) -> Arms:
+def ablation_arms(request: Request, sa: PilotChoice, gated: PilotChoice) -> Arms:
     """SA-GSAE at H with one thing changed, at one λ and every seed; and the baselines, one seed: signed ones at H,
     one-sided ones at 2H, with the learning rate of the method of their kind."""
     preset, width = request.preset, request.preset.width

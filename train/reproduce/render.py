@@ -14,7 +14,7 @@ from train.reproduce.figure import frontier_svg
 from train.reproduce.pilot import Pilot
 from train.reproduce.plan import FRONTIERS, slug
 from train.reproduce.tables import (
-    Table,
+    ReproductionTable,
     cells_table,
     changed_table,
     claims_table,
@@ -74,7 +74,7 @@ class Results:
             },
         }
 
-    def tables(self) -> list[Table]:
+    def tables(self) -> list[ReproductionTable]:
         return [
             claims_table(self.findings),
             cells_table(self.cells),

@@ -21,13 +21,13 @@ from train.reproduce.analysis import Arms as Points
 from train.reproduce.analysis import analyse
 from train.reproduce.claims import judge_all
 from train.reproduce.cost import check_consent, estimate
-from train.reproduce.curves import Measured
+from train.reproduce.curves import ArmMeasurement
 from train.reproduce.pilot import Candidates, Pilot, choose
 from train.reproduce.plan import (
     GATED_FULL,
     SA_HALF,
     Arms,
-    Cell,
+    ReproductionCell,
     ablation_arms,
     every_sae,
     harvest_config,
@@ -74,7 +74,7 @@ def reproduce(request: Request, harvest: Harvest, yes: bool = False) -> Results:
     return found
 
 
-def run_pilot(request: Request, cell: Cell, store: str) -> Pilot:
+def run_pilot(request: Request, cell: ReproductionCell, store: str) -> Pilot:
     """Every candidate of both methods in one short pass."""
     arms = pilot_arms(request)
     saes = [sae for candidates in arms.values() for group in candidates.values() for sae in group]
@@ -91,7 +91,7 @@ def run_pilot(request: Request, cell: Cell, store: str) -> Pilot:
     return found
 
 
-def run_arms(request: Request, cell: Cell, store: str, stage: str, arms: Arms) -> Points:
+def run_arms(request: Request, cell: ReproductionCell, store: str, stage: str, arms: Arms) -> Points:
     """All arms in one pass; for the ablations, the language model's loss too."""
     run = train(train_config(request, cell, store, stage, every_sae(arms))).run
     if stage == "ablations" and read_evaluation(run).get("ce_tokens") is None:
@@ -108,16 +108,16 @@ def read_entries(run: Path) -> dict[str, dict[str, Any]]:
     return {entry["name"]: entry for entry in read_evaluation(run)["saes"]}
 
 
-def measured_of(arm: str, saes: Iterable[SAEConfig], entries: Mapping[str, Mapping[str, Any]]) -> list[Measured]:
+def measured_of(arm: str, saes: Iterable[SAEConfig], entries: Mapping[str, Mapping[str, Any]]) -> list[ArmMeasurement]:
     """What was measured; nothing of one that diverged."""
     return [point(arm, sae, entries) for sae in saes if sae.name in entries]
 
 
-def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> Measured:
+def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> ArmMeasurement:
     entry = entries[sae.name]
     every = entry.get("bipolar_fraction")
     top = entry["census"]["deciles"]["bipolar"][0] if entry.get("census") else None
-    return Measured(
+    return ArmMeasurement(
         arm=arm,
         seed=sae.seed,
         name=sae.name,

@@ -7,14 +7,14 @@ from train.report.wording import ABSENT, fixed, l0_range, signed
 from train.report.wording import l0 as short_l0
 from train.reproduce.analysis import Arms, CellResult, over_seeds
 from train.reproduce.claims import Finding
-from train.reproduce.curves import Interval, Measured
+from train.reproduce.curves import ArmMeasurement, Interval
 from train.reproduce.pilot import Pilot
 
 Row = tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class Table:
+class ReproductionTable:
     title: str
     note: str
     header: Row
@@ -34,7 +34,7 @@ def number(found: Interval | None, digits: int = 4, sign: bool = False) -> str:
     return f"{text(found.mean)} [{text(found.low)}, {text(found.high)}]"
 
 
-def claims_table(findings: Sequence[Finding]) -> Table:
+def claims_table(findings: Sequence[Finding]) -> ReproductionTable:
     rows = []
     for found in findings:
         values = [
@@ -48,10 +48,10 @@ def claims_table(findings: Sequence[Finding]) -> Table:
         "In brackets the 95 % t interval over seeds. Reproduced: the whole interval passes the rule's bound in as many "
         "cells as it says; partly: the mean passes the weaker bound. One seed has no interval."
     )
-    return Table("Claims", note, ("Claim", "Paper", "Here", "Rule", "Mark"), tuple(rows))
+    return ReproductionTable("Claims", note, ("Claim", "Paper", "Here", "Rule", "Mark"), tuple(rows))
 
 
-def cells_table(cells: Sequence[CellResult]) -> Table:
+def cells_table(cells: Sequence[CellResult]) -> ReproductionTable:
     rows = []
     for cell in cells:
         r2 = cell.r2
@@ -63,10 +63,10 @@ def cells_table(cells: Sequence[CellResult]) -> Table:
         rows.append((cell.cell, span, mean, lowest, highest, f"{r2.ahead:.0%}" if r2 else ABSENT, verdict))
     header = ("Cell", "L0", "ΔR², mean", "ΔR², lowest", "ΔR², highest", "Ahead over", "Verdict")
     note = "R² of SA-GSAE at H minus R² of Gated at 2H at matched L0, over the L0 that every seed of both has."
-    return Table("R² at matched L0", note, header, tuple(rows))
+    return ReproductionTable("R² at matched L0", note, header, tuple(rows))
 
 
-def dead_table(cells: Sequence[CellResult]) -> Table:
+def dead_table(cells: Sequence[CellResult]) -> ReproductionTable:
     rows = []
     for cell in cells:
         dead, ratio = cell.dead, cell.dead_ratio
@@ -82,10 +82,10 @@ def dead_table(cells: Sequence[CellResult]) -> Table:
         "dead(SA-GSAE) over the overlap, where fewer than half a latent counts as half (≥, ≤: a lower, an upper "
         "bound; ≈: neither); and the share of SA-GSAE's live latents that use both poles, at the same L0."
     )
-    return Table("Dead latents", note, header, tuple(rows))
+    return ReproductionTable("Dead latents", note, header, tuple(rows))
 
 
-def changed_table(cells: Sequence[CellResult]) -> Table:
+def changed_table(cells: Sequence[CellResult]) -> ReproductionTable:
     rows = [
         (
             cell.cell, arm, str(found.width), number(found.r2), number(found.l0, 2), number(found.dead, 3),
@@ -99,10 +99,10 @@ def changed_table(cells: Sequence[CellResult]) -> Table:
         "Ablations of SA-GSAE at H, and baselines (means over their settings). The difference is to SA-GSAE at H at "
         "the same L0, a dash where it has no such L0. Loss recovered is against zero ablation."
     )
-    return Table("Ablations and baselines", note, header, tuple(rows))
+    return ReproductionTable("Ablations and baselines", note, header, tuple(rows))
 
 
-def widths_table(cells: Sequence[CellResult]) -> Table:
+def widths_table(cells: Sequence[CellResult]) -> ReproductionTable:
     rows = []
     for cell in cells:
         for name, found in (
@@ -115,10 +115,10 @@ def widths_table(cells: Sequence[CellResult]) -> Table:
         rows.append((cell.cell, "r tied − untied", "", number(cell.tied_r, 4, True), "", ""))
         rows.append((cell.cell, "all tied − untied", "", number(cell.tied, 4, True), "", ""))
     header = ("Cell", "Difference", "L0", "ΔR², mean", "Lowest", "Highest")
-    return Table("Widths and ties", "R² at matched L0.", header, tuple(rows))
+    return ReproductionTable("Widths and ties", "R² at matched L0.", header, tuple(rows))
 
 
-def pilot_table(pilots: Mapping[str, Pilot]) -> Table:
+def pilot_table(pilots: Mapping[str, Pilot]) -> ReproductionTable:
     rows = [
         (
             cell, arm, f"{trial.choice.lr:g}", f"{trial.choice.theta0:g}", short_l0(pilot.l0), fixed(trial.r2, 4),
@@ -130,18 +130,18 @@ def pilot_table(pilots: Mapping[str, Pilot]) -> Table:
     ]  # fmt: skip
     header = ("Cell", "Method", "Learning rate", "θ0·√d_in", "L0", "R² there", "")
     note = "Both methods are tuned by R² at the same L0: the geometric mean of all that the cell's pilot has."
-    return Table("Pilot", note, header, tuple(rows))
+    return ReproductionTable("Pilot", note, header, tuple(rows))
 
 
-def frontier_table(points: Mapping[str, Arms]) -> Table:
+def frontier_table(points: Mapping[str, Arms]) -> ReproductionTable:
     rows = []
     for cell, arms in points.items():
         for arm, found in arms.items():
             for setting in sorted({point.setting for point in found}):
-                same: list[Measured] = [point for point in found if point.setting == setting]
+                same: list[ArmMeasurement] = [point for point in found if point.setting == setting]
                 values = (over_seeds(same, field) for field in ("l0", "r2", "dead"))
                 l0, r2, dead = values
                 seeds = str(len(same))
                 rows.append((cell, arm, f"{setting:g}", seeds, number(l0, 2), number(r2), number(dead, 3)))
     header = ("Cell", "Arm", "λ or k", "Seeds", "L0", "R²", "Dead")
-    return Table("All autoencoders", "Means over seeds.", header, tuple(rows))
+    return ReproductionTable("All autoencoders", "Means over seeds.", header, tuple(rows))

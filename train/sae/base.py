@@ -48,7 +48,7 @@ W = TypeVar("W", bound=Weights)
 
 
 @dataclass(frozen=True)
-class Now:
+class StepInputs:
     """What a step is told beside the weights and the batch."""
 
     sparsity: float | Float[Tensor, ""]
@@ -65,7 +65,7 @@ class Now:
 
 
 @dataclass(frozen=True)
-class Step:
+class StepMetrics:
     """What a step measured, as device tensors (reading one waits for the device)."""
 
     reconstruction: Float[Tensor, ""]
@@ -102,11 +102,11 @@ class Family(ABC, Generic[W]):
         """The code f, as it is used after training. A row with a NaN in it gives a row of NaN."""
 
     @abstractmethod
-    def loss(self, w: W, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+    def loss(self, w: W, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         """The training loss, written to be read and differentiated by autograd. `gradients` is what training uses."""
 
     @abstractmethod
-    def gradients(self, w: W, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[W, Step]:
+    def gradients(self, w: W, x: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[W, StepMetrics]:
         """∂loss/∂weights in closed form, and what the step measured."""
 
     @abstractmethod
@@ -124,7 +124,7 @@ class Family(ABC, Generic[W]):
         return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names)
                 for name, names in axes.items()}  # fmt: skip
 
-    def absorb_(self, w: W, step: Step) -> None:
+    def absorb_(self, w: W, step: StepMetrics) -> None:
         """Takes what the step measured into the weights that are not trained."""
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from shared.saes import Gated, SaGsae
 from train.sae.activation import Folded
-from train.sae.base import Family, Now, Step, Weights, decode, first_weights
+from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
 
 AT_ONCE: Final = 1 << 24
 """Pre-activations that a reset looks at."""
@@ -72,7 +72,7 @@ class GatedFamily(Family[GatedWeights]):
         magnitude = torch.relu(torch.exp(pole(w.r, u)) * a + pole(w.b, u))
         return times(torch.where(a <= pole(w.theta, u), 0.0, magnitude), s)
 
-    def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+    def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         u = pre_activations(w, x)
         a, s = self.size(u)
         g = torch.relu(a - pole(w.theta, u))
@@ -84,7 +84,9 @@ class GatedFamily(Family[GatedWeights]):
         aux = (x - (times(g, s) @ W_dec + b_dec)).square().sum(1)
         return (main + now.sparsity * penalty + aux).mean()
 
-    def gradients(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[GatedWeights, Step]:
+    def gradients(
+        self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[GatedWeights, StepMetrics]:
         """Seven matrix products (docs/method.md, gradients); thresholds and sums stay float32. b_dec is subtracted
         before rounding to `now.matmul`: activations have a mean much longer than their spread."""
         batch = len(x)
@@ -132,7 +134,7 @@ class GatedFamily(Family[GatedWeights]):
             b=by_pole(to_magnitude, u, len(w.b)),
         )
         penalty = (g_size if norm is None else g_size * norm).sum() / batch
-        step = Step(error.square().sum() / batch, penalty, auxiliary, active.sum() / batch, active.amax(0) > 0)
+        step = StepMetrics(error.square().sum() / batch, penalty, auxiliary, active.sum() / batch, active.amax(0) > 0)
         return grads, step
 
     def constrain_(self, w: GatedWeights) -> None:

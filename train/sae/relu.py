@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shared.saes import JumpRelu, Relu
 from train.sae.activation import Folded, one_sided
-from train.sae.base import Family, Now, Step, Weights, decode, first_weights
+from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
 
 
 @dataclass
@@ -53,11 +53,13 @@ class ReluFamily(Family[ReluWeights]):
     def encode(self, w: ReluWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         return torch.relu(pre_activations(w, x))
 
-    def loss(self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+    def loss(self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         f = self.encode(w, x)
         return ((x - decode(w, f)).square().sum(1) + now.sparsity * f.sum(1)).mean()
 
-    def gradients(self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[ReluWeights, Step]:
+    def gradients(
+        self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[ReluWeights, StepMetrics]:
         batch = len(x)
         centred, low, u = products(w, x, now)
         f = torch.relu_(u)
@@ -95,7 +97,7 @@ class JumpReluFamily(Family[JumpReluWeights]):
         """ε."""
         return self.config.bandwidth / math.sqrt(w.W_dec.shape[1])
 
-    def loss(self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+    def loss(self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         """Its value is exact; what autograd makes of it are the straight-through gradients."""
         u = pre_activations(w, x)
         gate = (u > w.theta).to(u.dtype)
@@ -104,7 +106,9 @@ class JumpReluFamily(Family[JumpReluWeights]):
         f = u * gate + w.theta.detach() * smooth
         return ((x - decode(w, f)).square().sum(1) + now.sparsity * (gate + smooth).sum(1)).mean()
 
-    def gradients(self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[JumpReluWeights, Step]:
+    def gradients(
+        self, w: JumpReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[JumpReluWeights, StepMetrics]:
         batch, width = len(x), self.width(w)
         centred, low, u = products(w, x, now)
         active = (u > w.theta).to(u.dtype)
@@ -123,7 +127,7 @@ class JumpReluFamily(Family[JumpReluWeights]):
         return one_sided(w.W_enc, w.b_enc - w.W_enc @ w.b_dec, w.W_dec, w.b_dec, w.theta)
 
 
-def products(w: Weights, x: Tensor, now: Now) -> tuple[Tensor, Tensor, Tensor]:
+def products(w: Weights, x: Tensor, now: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(x - b_dec, the same rounded, u [batch, d_sae] float32). b_dec is subtracted before rounding."""
     centred = x - w.b_dec
     low = centred.to(now.matmul)
@@ -132,7 +136,7 @@ def products(w: Weights, x: Tensor, now: Now) -> tuple[Tensor, Tensor, Tensor]:
     return centred, low, u if b_enc is None else u.add_(b_enc)
 
 
-def reconstruct(w: Weights, f: Tensor, centred: Tensor, now: Now) -> tuple[Tensor, Tensor, Tensor]:
+def reconstruct(w: Weights, f: Tensor, centred: Tensor, now: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
     """(x̂ - x, ∂/∂f, ∂/∂W_dec) of |x - x̂|², mean over the batch."""
     batch, W_dec, code = len(f), w.W_dec.to(now.matmul), f.to(now.matmul)
     error = (code @ W_dec).float() - centred
@@ -141,14 +145,14 @@ def reconstruct(w: Weights, f: Tensor, centred: Tensor, now: Now) -> tuple[Tenso
     return error, to_f, (code.T @ error_low).float().mul_(2 / batch)
 
 
-def backward(w: Weights, to_u: Tensor, low: Tensor, error: Tensor, now: Now) -> dict[str, Tensor]:
+def backward(w: Weights, to_u: Tensor, low: Tensor, error: Tensor, now: StepInputs) -> dict[str, Tensor]:
     """∂/∂W_enc and ∂/∂b_dec: that of the reconstruction, and through x - b_dec."""
     to_b_dec = error.sum(0).mul_(2 / len(error)) - to_u.sum(0) @ w.W_enc
     return {"W_enc": (to_u.to(now.matmul).T @ low).float(), "b_dec": to_b_dec}
 
 
-def measured(error: Tensor, penalty: Tensor, active: Tensor) -> Step:
+def measured(error: Tensor, penalty: Tensor, active: Tensor) -> StepMetrics:
     batch = len(error)
-    return Step(
+    return StepMetrics(
         error.square().sum() / batch, penalty, torch.zeros_like(penalty), active.sum() / batch, active.amax(0) > 0
     )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from shared.saes import AbsTopK, TopK
 from train.sae.activation import Folded, one_sided
-from train.sae.base import Family, Now, Step, Weights, decode, first_weights
+from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
 from train.sae.gated import times
 from train.sae.relu import backward, products, reconstruct
 
@@ -59,20 +59,20 @@ class TopKFamily(Family[TopKWeights]):
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
         return times(torch.where(a <= w.threshold, 0.0, a), s)
 
-    def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, " n"]:
+    def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, " n"]:
         """The sizes in this part of a batch that may be among the active ones of the whole."""
         return self.candidates(self.size(products(w, x, now)[2])[0], now)
 
-    def candidates(self, a: Float[Tensor, "batch d_sae"], now: Now) -> Float[Tensor, " n"]:
+    def candidates(self, a: Float[Tensor, "batch d_sae"], now: StepInputs) -> Float[Tensor, " n"]:
         """The largest sizes in this part, k for each token of the whole batch."""
         return torch.topk(a.reshape(-1), min(a.numel(), self.config.k * len(a) * now.parts), sorted=False).values
 
-    def smallest(self, a: Float[Tensor, "batch d_sae"], now: Now) -> Float[Tensor, ""]:
+    def smallest(self, a: Float[Tensor, "batch d_sae"], now: StepInputs) -> Float[Tensor, ""]:
         """T: of the largest sizes in the batch, k a token."""
         found = self.candidates(a, now)
         return found.min() if now.threshold is None else now.threshold(found)
 
-    def silent_code(self, a: Tensor, s: Tensor | None, d_in: int, now: Now) -> tuple[Tensor, Tensor] | None:
+    def silent_code(self, a: Tensor, s: Tensor | None, d_in: int, now: StepInputs) -> tuple[Tensor, Tensor] | None:
         """h and the 0/1 mask of its entries; None when no latent is silent."""
         aux_k = max(16, d_in // 8) if self.config.aux_k is None else self.config.aux_k
         dead = None if now.silent is None else now.silent >= self.config.aux_after
@@ -83,7 +83,7 @@ class TopKFamily(Family[TopKWeights]):
         mask = torch.zeros_like(a).scatter_(1, chosen, 1.0)
         return times(a * mask, s), mask
 
-    def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> Float[Tensor, ""]:
+    def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
         active = (a >= self.smallest(a.detach(), now)) & (a > 0)
         rest = x - decode(w, times(torch.where(active, a, 0.0), s))
@@ -94,7 +94,9 @@ class TopKFamily(Family[TopKWeights]):
         aux = (rest.detach() - silent[0] @ w.W_dec).square().sum(1)
         return (main + AUX_WEIGHT * aux).mean()
 
-    def gradients(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[TopKWeights, Step]:
+    def gradients(
+        self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[TopKWeights, StepMetrics]:
         """Five matrix products, and three more while a latent is silent. Asks the device whether one is."""
         batch = len(x)
         centred, low, u = products(w, x, now)
@@ -119,14 +121,14 @@ class TopKFamily(Family[TopKWeights]):
         )
         fired = active.amax(0) > 0
         nothing = torch.zeros_like(threshold)
-        return grads, Step(
+        return grads, StepMetrics(
             error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired, threshold
         )  # fmt: skip
 
     def constrain_(self, w: TopKWeights) -> None:
         pass
 
-    def absorb_(self, w: TopKWeights, step: Step) -> None:
+    def absorb_(self, w: TopKWeights, step: StepMetrics) -> None:
         assert step.threshold is not None
         mean = torch.lerp(step.threshold, w.threshold, THRESHOLD_MEMORY)
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))

@@ -19,7 +19,7 @@ EPS: Final = 1e-8
 
 
 @dataclass(frozen=True)
-class Update:
+class AdamUpdate:
     """Update number `step`, from 1, as torch's Adam(0.9, 0.999) has it, in place. All tensors are contiguous, float32
     but for `copy`."""
 
@@ -42,7 +42,7 @@ class Update:
         return self.lr / (1 - BETA1**self.step), 1 / math.sqrt(1 - BETA2**self.step)
 
 
-def adam_rows_(grad: Float[Tensor, "d_sae d_in"], update: Update) -> None:
+def adam_rows_(grad: Float[Tensor, "d_sae d_in"], update: AdamUpdate) -> None:
     """One program holds a row in registers."""
     height, d_in = grad.shape
     block = triton.next_power_of_2(d_in)

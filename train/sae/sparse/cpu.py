@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from train.sae.base import Now, Step
+from train.sae.base import StepInputs, StepMetrics
 from train.sae.gated import GatedFamily, GatedWeights
-from train.sae.sparse.open import BLOCK, GPU_BLOCK, Open, above, bounds, of_entries
+from train.sae.sparse.open import BLOCK, GPU_BLOCK, OpenEntries, above, bounds, of_entries
 
 
-def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch d_in"]) -> Open:
+def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch d_in"]) -> OpenEntries:
     """`low` is x - b_dec, in the type that products are taken in."""
     batch, d_sae = len(low), len(w.W_enc)
     block = max(1, (BLOCK if low.device.type == "cpu" else GPU_BLOCK) // batch)
@@ -21,12 +21,12 @@ def open_entries(family: GatedFamily, w: GatedWeights, low: Float[Tensor, "batch
         found.append((latent + first if first else latent, token, u[latent, token]))
     latent, token, values = found[0] if len(found) == 1 else (torch.cat(parts) for parts in zip(*found, strict=True))
     ordered, by_token = torch.sort(token, stable=True)
-    return Open(latent, token, values, by_token, bounds(ordered, batch), bounds(latent, d_sae))
+    return OpenEntries(latent, token, values, by_token, bounds(ordered, batch), bounds(latent, d_sae))
 
 
 def cpu_gradients(
-    family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: Now
-) -> tuple[GatedWeights, Step]:
+    family: GatedFamily, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+) -> tuple[GatedWeights, StepMetrics]:
     """What `family.gradients` gives."""
     batch = len(x)
     centred = x - w.b_dec
@@ -58,5 +58,5 @@ def cpu_gradients(
         b=at.total_by_pole(to_magnitude, len(w.b)),
     )
     fired = at.total(active) > 0
-    step = Step(error.square().sum() / batch, g.sum() / batch, auxiliary, active.sum() / batch, fired)
+    step = StepMetrics(error.square().sum() / batch, g.sum() / batch, auxiliary, active.sum() / batch, fired)
     return grads, step

@@ -5,7 +5,7 @@ the last step had and some more, and if that was too little, the step is put tog
 So a GPU always has work in its queue. A step in the circumstances of the one before is recorded as CUDA graphs, and
 those that follow replay them. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense
 form's products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as
-sums to be taken (`Sum`): Adam's update takes them in the same pass (`train/sae/sparse/kernels.py`).
+sums to be taken (`UnsummedGradient`): Adam's update takes them in the same pass (`train/sae/sparse/kernels.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -16,22 +16,31 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from train.sae.base import Now, Step
+from train.sae.base import StepInputs, StepMetrics
 from train.sae.gated import GatedFamily, GatedWeights
 from train.sae.sparse.entries import codes_of, latent_gradients, write_entries
 from train.sae.sparse.kernels import decode
-from train.sae.sparse.open import GPU_BLOCK, SPARE, Gradients, Open, Room, Sum, bounds, on_device
+from train.sae.sparse.open import (
+    GPU_BLOCK,
+    SPARE,
+    EntryRoom,
+    Gradients,
+    OpenEntries,
+    UnsummedGradient,
+    bounds,
+    on_device,
+)
 
 
 @dataclass(frozen=True)
-class Count:
+class DeviceCount:
     """A number on its way from the device."""
 
     value: Int[Tensor, "1"]
     arrived: "torch.cuda.Event | None"
 
     @classmethod
-    def of(cls, number: Int[Tensor, "1"]) -> "Count":
+    def of(cls, number: Int[Tensor, "1"]) -> "DeviceCount":
         if number.device.type != "cuda":
             return cls(number, None)
         value, arrived = number.to("cpu", non_blocking=True), torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -51,7 +60,7 @@ def open_entries(
     low: Float[Tensor, "batch d_in"],
     W_enc: Float[Tensor, "d_sae d_in"],
     room: int,
-) -> tuple[Open, Int[Tensor, "1"]]:
+) -> tuple[OpenEntries, Int[Tensor, "1"]]:
     """The entries whose gate is open, or the first `room` of them, at the beginning of lists that have `room` places;
     and how many there are, on the device. `low` (x - b_dec) and `W_enc` are in the type that products are taken in."""
     batch, d_sae, device = len(low), len(W_enc), low.device
@@ -69,17 +78,17 @@ def open_entries(
     count = latent_bounds[-1:].clone()
     latent_bounds.clamp_(max=room)
     ordered, by_token = torch.sort(token, stable=True)  # places without an entry come last
-    return Open(latent, token, u, by_token, bounds(ordered, batch), latent_bounds), count
+    return OpenEntries(latent, token, u, by_token, bounds(ordered, batch), latent_bounds), count
 
 
 def kernel_gradients(
     family: GatedFamily,
     w: GatedWeights,
     x: Float[Tensor, "batch d_in"],
-    now: Now,
+    now: StepInputs,
     rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    room: Room,
-) -> tuple[Gradients, Step]:
+    room: EntryRoom,
+) -> tuple[Gradients, StepMetrics]:
     """What `family.gradients` gives, by name, with W_enc's and W_dec's not summed yet. `rounded` are these two in
     `now.matmul`; `room` is what was found to be needed, and is changed."""
     if not room.entries:
@@ -88,7 +97,7 @@ def kernel_gradients(
     low = centred.to(now.matmul)
     while True:
         at, number = open_entries(family, w.theta, low, rounded[0], room.entries)
-        count = Count.of(number)
+        count = DeviceCount.of(number)
         found = of_entries(family, w, centred, low, now, rounded[1], at)
         if room.held(count.read()):
             return found
@@ -99,10 +108,10 @@ def of_entries(
     w: GatedWeights,
     centred: Float[Tensor, "batch d_in"],
     low: Float[Tensor, "batch d_in"],
-    now: Now,
+    now: StepInputs,
     W_dec: Float[Tensor, "d_sae d_in"],
-    at: Open,
-) -> tuple[Gradients, Step]:
+    at: OpenEntries,
+) -> tuple[Gradients, StepMetrics]:
     """The gradients from these open entries."""
     batch = len(centred)
     (f, g), ordered, latent = codes_of(
@@ -119,18 +128,18 @@ def of_entries(
     to_u, _, active = of_latents.total
     loss, (_, penalty, l0) = decoded.squares.sum(1) / batch, of_latents.total.sum(1) / batch
     gradients: Gradients = {
-        "W_enc": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_u, low),
-        "W_dec": Sum(at.token, at.latent, at.latent_bounds, of_latents.to_rows, decoded.low[0]),
+        "W_enc": UnsummedGradient(at.token, at.latent, at.latent_bounds, of_latents.to_u, low),
+        "W_dec": UnsummedGradient(at.token, at.latent, at.latent_bounds, of_latents.to_rows, decoded.low[0]),
         "b_dec": decoded.error.sum(0) * (2 / batch) - to_u @ w.W_enc,
         "theta": of_latents.theta,
         "r": of_latents.r,
         "b": of_latents.b,
     }
     auxiliary = loss[1] if family.config.aux else torch.zeros((), device=centred.device)
-    return gradients, Step(loss[0], penalty, auxiliary, l0, active > 0)
+    return gradients, StepMetrics(loss[0], penalty, auxiliary, l0, active > 0)
 
 
-class Recorded:
+class RecordedStep:
     """A step from a batch to its gradients as two CUDA graphs: sixty orders to the GPU in two. The number of open
     entries is on its way to the host from the end of the first, while the GPU works on the second. What these give is
     written over when they are replayed."""
@@ -140,7 +149,7 @@ class Recorded:
         family: GatedFamily,
         w: GatedWeights,
         x: Float[Tensor, "batch d_in"],
-        now: Now,
+        now: StepInputs,
         rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
         room: int,
     ) -> None:
@@ -158,7 +167,7 @@ class Recorded:
             self.found = of_entries(family, w, centred, low, fixed, rounded[1], at)
         ALL_RECORDED.add(self)
 
-    def replay(self, x: Float[Tensor, "batch d_in"], now: Now) -> tuple[Gradients, Step, int]:
+    def replay(self, x: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics, int]:
         """And how many entries were open: with more than there was room for, the rest is worth nothing."""
         self.x.copy_(x)
         if isinstance(now.sparsity, Tensor):
@@ -171,12 +180,12 @@ class Recorded:
         gradients, step = self.found
         scalars = torch.stack([step.reconstruction, step.sparsity, step.auxiliary, step.l0])
         loss, penalty, auxiliary, l0 = scalars.unbind()
-        measured = Step(loss, penalty, auxiliary, l0, step.fired.clone())
+        measured = StepMetrics(loss, penalty, auxiliary, l0, step.fired.clone())
         self.counted.synchronize()
         return gradients, measured, int(self.count)
 
 
-ALL_RECORDED: Final = WeakSet[Recorded]()
+ALL_RECORDED: Final = WeakSet[RecordedStep]()
 """All have their memory from one pool: they are replayed one after another, so what one has on its way is free for the
 next."""
 
@@ -186,25 +195,25 @@ def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 
-class Steps:
+class SparseSteps:
     """The sparse steps of one autoencoder. Where nothing has changed since the last one, they are recorded."""
 
     def __init__(self, family: GatedFamily, w: GatedWeights) -> None:
-        self.family, self.w, self.room = family, w, Room()
-        self.recorded: Recorded | None = None
+        self.family, self.w, self.room = family, w, EntryRoom()
+        self.recorded: RecordedStep | None = None
         self.last: object = None
         """The circumstances of the last step."""
 
     def gradients(
         self,
         x: Float[Tensor, "batch d_in"],
-        now: Now,
+        now: StepInputs,
         rounded: tuple[Float[Tensor, "d_sae d_in"], Float[Tensor, "d_sae d_in"]],
-    ) -> tuple[Gradients, Step]:
+    ) -> tuple[Gradients, StepMetrics]:
         """What `kernel_gradients` gives; to be used before the next step."""
         if self.circumstances(x, now, rounded) == self.last and x.device.type == "cuda":
             if self.recorded is None:
-                self.recorded = Recorded(self.family, self.w, x, now, rounded, self.room.entries)
+                self.recorded = RecordedStep(self.family, self.w, x, now, rounded, self.room.entries)
             gradients, step, entries = self.recorded.replay(x, now)
             if self.room.held(entries):
                 return gradients, step
@@ -213,6 +222,6 @@ class Steps:
         self.last = self.circumstances(x, now, rounded)
         return found
 
-    def circumstances(self, x: Tensor, now: Now, rounded: tuple[Tensor, Tensor]) -> object:
+    def circumstances(self, x: Tensor, now: StepInputs, rounded: tuple[Tensor, Tensor]) -> object:
         """What a recording takes for granted."""
         return x.shape, x.dtype, now.matmul, self.room.entries, [tensor.data_ptr() for tensor in rounded]

@@ -19,8 +19,8 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from train.sae.sparse.adam import BETA1, BETA2, EPS, Update, updated
-from train.sae.sparse.open import Sum
+from train.sae.sparse.adam import BETA1, BETA2, EPS, AdamUpdate, updated
+from train.sae.sparse.open import UnsummedGradient
 
 CHUNK: Final = 256
 """Most entries that one program sums."""
@@ -80,14 +80,14 @@ def decode(
     return Decoded(error, low, squares, dots)
 
 
-def sum_rows(of: Sum, chunk: int = CHUNK) -> Float[Tensor, "d_sae d_in"]:
+def sum_rows(of: UnsummedGradient, chunk: int = CHUNK) -> Float[Tensor, "d_sae d_in"]:
     """Σ over each latent's entries of weight · the token's row. Never waits for the device."""
     out = torch.empty(len(of.bounds) - 1, of.rows.shape[1], device=of.rows.device)
     launch(of, out, None, chunk)
     return out
 
 
-def update_(of: Sum, update: Update, chunk: int = CHUNK) -> None:
+def update_(of: UnsummedGradient, update: AdamUpdate, chunk: int = CHUNK) -> None:
     """Adam's update by that sum, in one pass over the weights: the gradient is never in memory."""
     tune(of.rows.shape[1], of.rows.dtype, of.rows.device, update.unit, update.copy is not None)
     launch(of, update.weight, update, chunk)
@@ -106,10 +106,15 @@ def tune(d_in: int, dtype: torch.dtype, device: torch.device, unit: bool, copies
     weight, m, v = (torch.rand(height, d_in, device=device) for _ in range(3))
     copy = torch.empty_like(weight, dtype=dtype) if copies else None
     weights = torch.randn(len(index), device=device)
-    launch(Sum(index, latent, bounds, weights, rows), weight, Update(weight, m, v, copy, 1e-3, 1, unit), CHUNK)
+    launch(
+        UnsummedGradient(index, latent, bounds, weights, rows),
+        weight,
+        AdamUpdate(weight, m, v, copy, 1e-3, 1, unit),
+        CHUNK,
+    )
 
 
-def launch(of: Sum, out: Float[Tensor, "d_sae d_in"], update: Update | None, chunk: int) -> None:
+def launch(of: UnsummedGradient, out: Float[Tensor, "d_sae d_in"], update: AdamUpdate | None, chunk: int) -> None:
     d_in, entries, rows = of.rows.shape[1], len(of.index), of.rows.contiguous()
     moments = (out, out, out) if update is None else (update.exp_avg, update.exp_avg_sq, update.copied)
     pace, widen = (0.0, 0.0) if update is None else update.scales()

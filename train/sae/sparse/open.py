@@ -23,7 +23,7 @@ LONGEST_ROW: Final = 16384
 
 
 @dataclass(frozen=True)
-class Open:
+class OpenEntries:
     """The entries of u [batch, d_sae] whose gate is open, ordered by latent, then token."""
 
     latent: Int[Tensor, " n"]
@@ -73,7 +73,7 @@ class Open:
 
 
 @dataclass(frozen=True)
-class Sum:
+class UnsummedGradient:
     """A gradient [d_sae, d_in] that is not summed yet: over each latent's entries, weight · the token's row."""
 
     index: Int[Tensor, " n"]
@@ -84,12 +84,12 @@ class Sum:
     rows: Float[Tensor, "batch d_in"]
 
 
-Gradients = dict[str, Tensor | Sum]
+Gradients = dict[str, Tensor | UnsummedGradient]
 """By the weights' names."""
 
 
 @dataclass
-class Room:
+class EntryRoom:
     """For how many open entries the kernels' lists have room: what the last step needed and more; 0: not known yet."""
 
     entries: int = 0
@@ -135,7 +135,7 @@ def bounds(ordered: Int[Tensor, " n"], size: int) -> Int[Tensor, " size_and_1"]:
     return torch.searchsorted(ordered, torch.arange(size + 1, dtype=ordered.dtype, device=ordered.device))
 
 
-def of_entries(scalars: Float[Tensor, "poles d_sae"], entries: Open) -> Float[Tensor, " n"]:
+def of_entries(scalars: Float[Tensor, "poles d_sae"], entries: OpenEntries) -> Float[Tensor, " n"]:
     """The row of `pole`, entry by entry."""
     return pole(scalars[:, entries.latent], entries.u)
 
