@@ -554,7 +554,7 @@ def bench_store(
         say(f"harvesting {tokens:,} tokens of {model}, and recoding them")
         stores = make_stores(place, model, tokens, width)
         figures: dict[str, TimedFigure] = {}
-        with progress("bench", (rounds + 1) * 47, "runs") as advance:
+        with progress("bench", (rounds + 1) * 50, "runs") as advance:
             with writing(stores, place / "written") as (runs, before):
                 figures |= interleaved(runs, rounds, advance, before)
             for codec, store in stores.wide.items():  # what is compared is measured in turns, and nothing else then

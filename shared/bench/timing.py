@@ -74,7 +74,7 @@ def store_report(
     narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, TimedFigure], wait_share: float
 ) -> dict[str, Any]:
     """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; all else is of
-    the store that was read."""
+    the store that was read. `checksums_vs_verify_full` is how many times as long verifying takes."""
 
     def against(one: str, other: str, codec: str = "zstd") -> float | None:
         return ratio(figures, f"{one} {codec}", f"{other} {codec}")
@@ -88,6 +88,7 @@ def store_report(
         ratios[f"batches_vs_decode{end}"] = against("batches", "decode", codec)
         ratios[f"windows_crc_vs_decode{end}"] = against("windows with crc", "decode", codec)
         ratios[f"batches_crc_vs_decode{end}"] = against("batches with crc", "decode", codec)
+        ratios[f"checksums_vs_verify_full{end}"] = against("checksums", "verify --full", codec)
         ratios[f"two_threads_vs_one{end}"] = against("reader with crc, 2 threads", "reader with crc", codec)
     for codec in ("zstd", "lz4"):
         for end, other in (("zarr", "zarr-python"), ("zarrs", "zarrs"), ("tensorstore", "tensorstore")):

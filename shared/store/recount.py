@@ -35,8 +35,8 @@ AT_ONCE: Final = 256
 """Rows that are summed in float32 before float64 takes over."""
 WIDE: Final = 512
 """Narrower rows are summed several side by side."""
-CACHED: Final = 1 << 19
-"""Numbers that are worked on at a time."""
+CACHED: Final = 1 << 18
+"""Numbers that are worked on at a time: 1 MB of float32, about a core's cache."""
 
 Floats = NDArray[np.float64]
 Marks = NDArray[np.bool_]
@@ -352,18 +352,19 @@ def sums_of_levels(
 ) -> tuple[RowSums, NDArray[np.int16]]:
     """Of quantised rows in parts, as they are read back, in float32; and the largest absolute level of each row."""
     norms, levels, at = np.empty(len(counted)), np.empty(len(counted), np.int16), 0
-    memory = np.empty(0, np.float32)
+    memory, absolute = np.empty(0, np.float32), np.empty(0, np.int8)
     total, squares, wide = np.zeros(len(dim)), np.zeros(len(dim)), np.square(dim, dtype="f4")
     weights = np.where(counted, scales, np.float32(0))
     with np.errstate(all="ignore"):
         for q in parts:
             if memory.size < q.size:
-                memory = np.empty(q.size, np.float32)
+                memory, absolute = np.empty(q.size, np.float32), np.empty(q.size, np.int8)
             here, x = slice(at, at + len(q)), memory[: q.size].reshape(q.shape)
+            positive = np.abs(q, out=absolute[: q.size].reshape(q.shape))
+            levels[here] = positive.view(np.uint8).max(axis=1)  # -128 is its own absolute value, and 128 as uint8
             x[...] = q
-            levels[here] = np.maximum(q.max(axis=1), -q.min(axis=1).astype(np.int16))
             total += np.einsum("nd,n->d", x, weights[here])
-            np.multiply(x, x, out=x)
+            np.square(x, out=x)
             squares += np.einsum("nd,n->d", x, np.square(weights[here]))
             norms[here] = np.sqrt(np.einsum("nd,d->n", x, wide)) * scales[here]
             at += len(q)

@@ -188,8 +188,12 @@ def test_bench_store_prints_its_ratios(sagsae: Sagsae) -> None:
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     promised = ("reader_vs_decode reader_crc_vs_decode windows_vs_decode batches_vs_decode reader_vs_zarr_zstd "
-                "reader_vs_zarr_lz4 writer_vs_encode_zstd writer_vs_encode_lz4").split()  # fmt: skip
+                "reader_vs_zarr_lz4 writer_vs_encode_zstd writer_vs_encode_lz4 checksums_vs_verify_full "
+                "checksums_vs_verify_full_lz4 checksums_vs_verify_full_none "
+                "checksums_vs_verify_full_int8").split()  # fmt: skip
     assert all(found[key] > 0 for key in promised)
     assert found["ratio_zstd"] > 1.43
     assert 0 <= found["wait_share_at_half_speed"] < 1
-    assert {"decode zstd", "windows lz4", "writer zstd"} <= {row["what"] for row in found["figures"]}
+    assert {"decode zstd", "windows lz4", "writer zstd", "checksums none", "verify --full int8"} <= {
+        row["what"] for row in found["figures"]
+    }

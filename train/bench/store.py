@@ -1,4 +1,4 @@
-"""`sagsae bench store`, the half that reads: from what decoding alone costs to batches, and other Zarr readers."""
+"""`sagsae bench store`, the half that reads: from what decoding alone costs to batches, other readers, verifying."""
 
 import importlib.util
 import time
@@ -11,11 +11,13 @@ import torch
 
 from shared.bench.timing import Run
 from shared.config import TrainConfig
+from shared.errors import DamagedError
 from shared.permute import permutation
 from shared.schema import build
 from shared.store.opened import Store
 from shared.store.reader import ArrayReader
-from shared.store.shard import decode_chunk
+from shared.store.shard import decode_chunk, file_crc
+from shared.store.verify import verify
 from train.data.loader import Loader
 from train.data.order import Split, StreamPosition, share
 from train.data.stream import BatchStream
@@ -26,7 +28,8 @@ BATCH_BYTES = 4 << 20
 
 
 def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
-    """Each reads every chunk of a hookpoint once, in random order, on one thread (but for "2 threads")."""
+    """Each reads every chunk of a hookpoint once, in random order, on one thread (but for "2 threads" and verifying,
+    which take the whole store in its own order)."""
     reader = ArrayReader(store, hook)
     rows = reader.layout.chunk_rows
     places = [(s, c) for s, commit in store.commits.items() for c in range(commit.rows // rows)]
@@ -35,9 +38,11 @@ def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
     runs = {f"decode {codec}": decoding(reader, places), f"reader {codec}": chunks(reader, places, False)}
     runs[f"reader with crc {codec}"] = chunks(reader, places, True)
     runs[f"reader with crc, 2 threads {codec}"] = two_threads(reader, places)
-    for end, verify in (("", "off"), (" with crc", "always")):
-        runs[f"windows{end} {codec}"] = windows(store, hook, verify)
-        runs[f"batches{end} {codec}"] = batches(store, hook, verify)
+    for end, checked in (("", "off"), (" with crc", "always")):
+        runs[f"windows{end} {codec}"] = windows(store, hook, checked)
+        runs[f"batches{end} {codec}"] = batches(store, hook, checked)
+    runs[f"checksums {codec}"] = checksums(store, hook)
+    runs[f"verify --full {codec}"] = verifying(store, hook)
     if others:
         starts = [(store.commits[s].start + c * rows, rows) for s, c in places]
         runs |= {f"{name} {codec}": run for name, run in other_readers(store, hook, starts).items()}
@@ -147,6 +152,30 @@ def wait_share(store: Store, hook: str) -> float:
     before = stream.waited
     seconds = sum(epoch(2 * fastest / steps) for _ in range(20))
     return round((stream.waited - before) / seconds, 4)
+
+
+def checksums(store: Store, hook: str) -> Run:
+    """The least that verifying can cost: every byte of the store's files, read and checksummed once."""
+    files = [path for path in sorted(store.root.rglob("*")) if path.is_file()]
+    sizes = {path.relative_to(store.root).as_posix(): path.stat().st_size for path in files}
+
+    def run() -> int:
+        for path, size in sizes.items():
+            file_crc(store.files.open(path, size), size)
+        return store.n_rows * bytes_of_a_row(store, hook)
+
+    return run
+
+
+def verifying(store: Store, hook: str) -> Run:
+    """`sagsae store verify --full`. Raises DamagedError when it finds something: nothing would then be compared."""
+
+    def run() -> int:
+        if lines := verify(store, full=True).lines:
+            raise DamagedError("\n".join(lines))
+        return store.n_rows * bytes_of_a_row(store, hook)
+
+    return run
 
 
 def settle(stream: BatchStream) -> None:
