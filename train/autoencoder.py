@@ -80,8 +80,15 @@ class Autoencoder:
         return self.weights.named()
 
     def fold(self) -> Folded:
-        """The same function in its inference form: one activation, Bi-JumpReLU, between two matrix products."""
-        return family(self.config).fold(self.weights)
+        """The same function in its inference form: one activation, Bi-JumpReLU, between two matrix products. Raises
+        UserError for an architecture that has no such form."""
+        mathematics = family(self.config)
+        if not mathematics.folds:
+            raise UserError(
+                f"{self.config.name}: does not fold, since no threshold of a latent alone decides whether it is "
+                "active. Use encode and decode"
+            )
+        return mathematics.fold(self.weights)
 
     def split(self) -> "Autoencoder":
         """An SA-GSAE as the Gated SAE of twice the width that does the same: latent i becomes i and i + d_sae, its
@@ -143,8 +150,8 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
         about = read_sealed(folder / SETTINGS)
         members(about, ("arch", "d_in", "scale", "sha256"), None)
         arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
-        fields = members(about, ARCHITECTURES[arch].model_fields, None)
-        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].model_fields})
+        fields = members(about, ARCHITECTURES[arch].config.model_fields, None)
+        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].config.model_fields})
         d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
         scale = number(about["scale"], "scale", sys.float_info.min)
         return config, d_in, scale, text(about["sha256"], "sha256", 64)

@@ -18,7 +18,7 @@ from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import is_remote
 from shared.progress import say
-from shared.saes import SAEConfig, Thresholded
+from shared.saes import ARCHITECTURES, SAEConfig
 from shared.store.listing import folder_name
 from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
@@ -246,10 +246,11 @@ def check_settings(config: TrainConfig, store: Store) -> None:
             raise UserError(
                 f"exclude_positions: {position} is no position of a context of {context}; the last one is {context - 1}"
             )
-    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+    sparse = [name for name, architecture in ARCHITECTURES.items() if architecture.sparse_step]
+    if config.step == "sparse" and not any(sae.arch in sparse for sae in config.saes):
         raise UserError(
-            "step = sparse: is a way to compute gated architectures (sa-gsae, gated), and none is asked for. Leave it "
-            "out"
+            f"step = sparse: is a way to compute gated architectures ({', '.join(sparse)}), and none is asked for. "
+            "Leave it out"
         )
 
 
