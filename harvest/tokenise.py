@@ -23,7 +23,7 @@ from harvest.pack import Counts, cut, pack, shuffled, skipping
 from harvest.plan import Plan, decides_the_tokens, identity
 from shared.create import Tokens, TokenWriter
 from shared.errors import DamagedError, Interrupted, LostError
-from shared.files import LocalFiles
+from shared.files import WHOLE_BYTES, LocalFiles, read_whole
 from shared.progress import say
 from shared.record import sealed_json
 from shared.spec import is_sealed
@@ -131,7 +131,7 @@ def from_text(text: str) -> NDArray[Any]:
 def resumed(plan: Plan, folder: Path, counts: Counts) -> TokenWriter | None:
     """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
     try:
-        data = (folder / PROGRESS).read_bytes()
+        data = read_whole(folder / PROGRESS, WHOLE_BYTES)
     except FileNotFoundError:
         return None
     writer = TokenWriter(folder, plan.context, plan.info.vocab_size)

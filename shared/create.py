@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from shared.commits import Commits
 from shared.errors import DamagedError, UserError
-from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, remove_temporaries, sync
+from shared.files import HELD_FILE, LOCK_FILE, Files, LocalFiles, explained, read_whole, remove_temporaries, sync
 from shared.handles import again
 from shared.manifest import Sizes, cut_torn_lines, read_manifest, remove_logs, write_index, write_metadata
 from shared.record import sealed_json
@@ -107,7 +107,7 @@ class TokenWriter:
     def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
         """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
         for number, (path, (size, crc)) in enumerate(files.items()):
-            data = (self.folder / "c" / str(number) / "0").read_bytes()
+            data = read_whole(self.folder / "c" / str(number) / "0", size)
             if (path, len(data), crc32(data)) != (shard_file("tokens", number, True), size, crc):
                 raise DamagedError(f"{self.folder}: chunk {number} is not what was written")
             decode_chunk(data, self.layout, self.chunk, str(self.folder))

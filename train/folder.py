@@ -28,8 +28,8 @@ import tomli_w
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.files import LOCK_FILE, check_removable, remove_tree, sync, touch, write_file
-from shared.gate import BadData, parse_json, quoted
+from shared.files import LOCK_FILE, WHOLE_BYTES, check_removable, read_whole, remove_tree, sync, touch, write_file
+from shared.gate import SMALL, BadData, parse_json, quoted
 from shared.handles import open_regular
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build
@@ -73,11 +73,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """An object of JSON, without its checksum. A file of an earlier sagsae has none. Raises BadData for anything else,
     FileNotFoundError when there is none."""
     try:
-        data = path.read_bytes()
+        data = read_whole(path, SMALL)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(error)) from error
     except OSError as error:
         raise BadData(f"cannot be read ({error.strerror})") from error
+    except DamagedError as error:
+        raise BadData(f"is no ordinary file of at most {SMALL >> 20} MiB") from error
     value = parse_json(data)
     if not isinstance(value, dict):
         raise BadData(f"is {quoted(value)} instead of an object")
@@ -269,7 +271,7 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_bytes().splitlines(keepends=True):
+        for line in read_whole(self.metrics, WHOLE_BYTES).splitlines(keepends=True):
             try:
                 logged = parse_json(line)
                 if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):

@@ -16,7 +16,7 @@ import numpy as np
 
 from shared.commits import sealed, unsealed
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files import LocalFiles, is_locked
+from shared.files import WHOLE_BYTES, LocalFiles, is_locked, read_whole
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
 from shared.store import Growing, Store
@@ -135,7 +135,7 @@ def segments_of(folder: Path) -> list[tuple[list[int], str]]:
     """The shards of each segment that is written down, and what names their content. A last line that was torn is not
     written yet. Raises DamagedError for any other that was altered."""
     try:
-        lines = (folder / SEGMENTS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_whole(folder / SEGMENTS, WHOLE_BYTES).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     found = []

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,9 +32,12 @@ from shared.saes import sae_config
 from shared.spec import seal
 from shared.store import Store
 from train.autoencoder import Autoencoder
-from train.evaluate import evaluate
+from train.checkpoint import read_state
+from train.evaluate import evaluate, last_silent
 from train.folder import CLEARING, RunFolder, read_sealed
+from train.follow import segments_of
 from train.job import make_job
+from train.report.data import read_run
 from train.run import train as run_train
 from train.snapshot import as_ranges, from_ranges
 
@@ -569,3 +573,61 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
     assert "its weights are no numbers any more after step 20" in capsys.readouterr().err
     assert os.listdir(summary.run / "saes") == [NAME]
+
+
+# A run that was downloaded is hostile, too
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where it takes longer."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def put_there(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 42)  # a hole
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+@pytest.mark.parametrize("name", ["config.json", "record.json", "evaluation.json", "metrics.jsonl", "segments.jsonl"])
+def test_hostile_files_of_a_run_are_ordinary_and_bounded(train_config: Config, name: str, kind: str) -> None:
+    """Cold review: a pipe in a run was waited for, /dev/zero was read until memory was full, a hole of 8 GB whole."""
+    run = run_train(train_config()).run
+    (run / name).touch()
+    put_there(run / name, kind)
+    with within(60):
+        with pytest.raises((UserError, DamagedError)):
+            read_run(run) if name != "segments.jsonl" else segments_of(run)
+        if name in ("config.json", "record.json"):
+            with pytest.raises(DamagedError, match=rf"{name}: is no ordinary file of at most 16 MiB"):
+                run_train(train_config())
+        elif name == "metrics.jsonl":
+            assert last_silent(RunFolder(run), 1) == {}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["state.json", "tensors-0000.safetensors"])
+def test_hostile_files_of_a_checkpoint_are_ordinary(train_config: Config, name: str, kind: str) -> None:
+    """Kind of: a pipe in a run was waited for."""
+    run = begun(train_config(checkpoint_every=4), 9)
+    newest = max((run / "checkpoints").glob("step-*"))
+    put_there(newest / name, kind)
+    with within(60), pytest.raises(DamagedError):
+        read_state(newest)
