@@ -9,6 +9,8 @@ from typing import Final
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from shared.gate import printable
+
 SECONDS_BETWEEN_LINES: Final = 30.0
 
 
@@ -30,7 +32,7 @@ def say(message: str) -> None:
     """One plain line of information."""
     if hushed:
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    Console(stderr=True, highlight=False, soft_wrap=True).print(printable(message), markup=False)
 
 
 class BarAbove(Progress):

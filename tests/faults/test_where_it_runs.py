@@ -43,6 +43,7 @@ from shared.files import LocalFiles, folder_lock, open_files, remove_temporaries
 from shared.handles import HANDLES, Handles, LocalFile
 from shared.launch import Place, read
 from shared.listing import describe_store, list_stores
+from shared.progress import say
 from shared.reader import ArrayReader, Indexes, open_reader, read_shard
 from shared.saes import sae_config
 from shared.store import Store
@@ -363,6 +364,35 @@ def test_a_file_that_is_too_large_is_not_read(copy: Path) -> None:
     os.truncate(copy / "zarr.json", 1 << 40)  # a hole
     with pytest.raises(DamagedError, match=r"zarr\.json: has 1,099,511,627,776 bytes; a file of its kind"):
         Store.open(copy)
+
+
+# --- what a terminal is told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_write_is_an_escape(encoding: str) -> None:
+    """Cold review: where the locale has no λ, a training that was finished ended in a traceback, as did --help."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u03bb" in done.stdout
+
+
+def test_words_of_others_do_not_move_the_cursor(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold review: the first line of a CSV file was repeated as it was, with what clears a terminal or writes into its
+    title."""
+    (tmp_path / "a.csv").write_text("a\x1b[2J\x1b]0;title\x07\u202eb,c\n1,2\n")
+    asked = ["--tokens", "64", "--context", "16", "--device", "cpu", "--out", str(tmp_path)]
+    command = ["sagsae", "harvest", "--model", "tiny", "--corpus", str(tmp_path / "a.csv"), *asked]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert r"there are: a\x1b[2J\x1b]0;title\x07\u202eb, c" in said
+    say("\x1b[31m")
+    assert r"\x1b[31m" in capsys.readouterr().err
 
 
 # --- without flock
