@@ -28,7 +28,7 @@ from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.saes import sae_config
+from shared.saes import sae_config, sae_grid
 from shared.spec import seal
 from shared.store import Store
 from train.autoencoder import Autoencoder
@@ -454,6 +454,39 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
     ):
         with pytest.raises(UserError, match=message):
             make_job(train_config(**settings), CPU)
+
+
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ({"arch": "batch-topk", "k": 4, "aux_k": 49}, "aux_k: 49 of 48 latents cannot be active"),
+        ({"arch": "abs-topk", "k": 4, "aux_k": 10**9}, "aux_k: 1,000,000,000 of 48 latents"),
+        ({"arch": "gated", "theta0": 1e300}, r"theta0: 1e\+300 is too large for float32"),
+        ({"arch": "jumprelu", "bandwidth": 1e39}, r"bandwidth: 1e\+39 is too large"),
+        ({"arch": "relu", "sparsity": 1e300}, r"sparsity: 1e\+300 is too large"),
+    ],
+)
+def test_setting_of_an_autoencoder_that_cannot_be_kept(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch, sae: dict[str, Any], message: str
+) -> None:
+    """Cold review: aux_k above d_sae was cut without a word, theta0 of 1e300 ended in a traceback. A run of an earlier
+    version, which cut it, still goes on."""
+    config = train_config(saes=(sae_config(d_sae=48, **sae),))
+    with pytest.raises(UserError, match=message):
+        make_job(config, CPU)
+    if "aux_k" in sae:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.job, "check_saes", lambda _: None)
+            run_train(config)
+        run_train(config)
+
+
+def test_setting_a_width_that_no_architecture_takes() -> None:
+    """Cold review: --arch gated:32 --d-sae 64 trained 32 latents without a word."""
+    with pytest.raises(UserError, match=r"--d-sae: every --arch has a width of its own \(gated:32\)"):
+        sae_grid(["gated:32"], {"d_sae": [64]}, {})
+    widths = [sae["d_sae"] for sae in sae_grid(["gated:32", "relu"], {"d_sae": [64], "sparsity": [0.1]}, {})]
+    assert widths == [32, 64]
 
 
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
