@@ -806,8 +806,17 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def whatever_the_locale() -> None:
-    """What cannot be written in the terminal's encoding is written as an escape (λ as \\u03bb): no run ends for it."""
+def whatever_the_streams() -> None:
+    """A stream that is closed becomes /dev/null: the next file that is opened would have its number, and what libraries
+    print would be written into it. What cannot be written in the terminal's encoding is written as an escape (λ as
+    \\u03bb): no run ends for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -832,7 +841,7 @@ def main() -> None:
         raise Interrupted("stopped. To continue, run the same command again")
 
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
-    whatever_the_locale()
+    whatever_the_streams()
     wait_briefly()
     heed_quota()
     try:

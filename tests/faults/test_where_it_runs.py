@@ -395,6 +395,25 @@ def test_words_of_others_do_not_move_the_cursor(tmp_path: Path, capsys: Any, mon
     assert r"\x1b[31m" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(tmp_path: Path, closed: str) -> None:
+    """Cold review: a command that was started without a stderr, or with one on a full disk, ended with 1; and the next
+    file that it opened would have had the number of stderr."""
+    command = f"{sys.executable} {ROOT / 'cli.py'} synth --tokens 500 --d-in 8 --out {tmp_path} {closed}"
+    assert subprocess.run(["bash", "-c", command], timeout=100).returncode == 0
+    assert not verify(Store.open(tmp_path / "synthetic"), full=True).lines
+
+
+def test_rm_without_a_terminal_deletes_nothing(few: Path, tmp_path: Path) -> None:
+    """Cold review: without a stdin the question ended in a traceback."""
+    store = shutil.copytree(few, tmp_path / "store")
+    command = f"{sys.executable} {ROOT / 'cli.py'} store rm {store} 0<&-"
+    done = subprocess.run(["bash", "-c", command], timeout=100, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert Store.open(store).commits
+
+
 # --- without flock
 
 
@@ -897,7 +916,7 @@ def test_modes_of_new_files_are_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("gcc")), reason="needs Linux and gcc")
-@pytest.mark.parametrize("command", ["synth", "recode", "rm", "train"])
+@pytest.mark.parametrize("command", ["synth", "recode", "rm", "train", "harvest"])
 def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: str) -> None:
     """A fourth of the errors of a disk were tracebacks; a full disk, too, at every moment."""
     here, library = Path(__file__).parent, tmp_path / "disk_errors.so"
