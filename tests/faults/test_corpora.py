@@ -779,3 +779,13 @@ def test_arrays_go_on_too(tmp_path: Path, harvest_config: MakeConfig, monkeypatc
     assert np.concatenate([*first, *rest]).tolist() == np.concatenate(whole).tolist()
     config = harvest_config(tmp_path / "out", corpus=str(tmp_path / "a.npy"), tokens=None, **LARGE)
     assert run_harvest(config).tokens == 40_000
+
+
+def test_columns_of_parquet_that_are_not_what_they_seem(tmp_path: Path) -> None:
+    """Cold review: of two columns of one name the first was taken without a word, where a CSV file is refused; a date
+    that no calendar has was a traceback."""
+    both = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    pq.write_table(both, tmp_path / "two.parquet")
+    refused(tmp_path / "two.parquet", "has more than one column 'text'; rename all but one")
+    pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "date.parquet")
+    refused(tmp_path / "date.parquet", "date.parquet, row 1: 'text' is a timestamp[us] that cannot be read")
