@@ -177,6 +177,12 @@ def text(value: Any, name: str, longest: int = 1024) -> str:
 UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 
 
+def printable(message: str) -> str:
+    """A message in which whatever moves a terminal's cursor, colours it or cannot be printed is an escape (`\\x1b`):
+    names of files and columns, and what libraries say of them, are others' words."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message)
+
+
 def choice(value: Any, name: str, choices: tuple[Value, ...]) -> Value:
     """One of `choices`. Raises BadData."""
     for known in choices:

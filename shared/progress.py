@@ -1,5 +1,6 @@
 """What a person sees while a command works, all of it on stderr: a live bar on a terminal, else a line every 30 s."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -8,6 +9,8 @@ from typing import Final
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from shared.gate import printable
 
 SECONDS_BETWEEN_LINES: Final = 30.0
 
@@ -30,7 +33,8 @@ def say(message: str) -> None:
     """One plain line of information."""
     if hushed:
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    with contextlib.suppress(OSError):  # work goes on where its log cannot be written, on a full disk
+        Console(stderr=True, highlight=False, soft_wrap=True).print(printable(message), markup=False)
 
 
 class BarAbove(Progress):

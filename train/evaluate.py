@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
-from shared.files.base import is_remote
-from shared.files.local import explained
+from shared.files.base import WHOLE_BYTES, is_remote
+from shared.files.local import explained, read_whole
 from shared.gate import BadData, integer, number, parse_json, quoted
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource, in_words, local_place, resolve_model, same_model
@@ -223,7 +223,7 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
     """By name, the share of latents that had not fired for `window` training tokens (or in all of them, if they were
     fewer) when training last logged it."""
     try:
-        lines = [parse_json(line) for line in folder.metrics.read_bytes().splitlines()]
+        lines = [parse_json(line) for line in read_whole(folder.metrics, WHOLE_BYTES).splitlines()]
         last = {line.get("wave", 1): line for line in lines}.values()
         return {
             name: {
@@ -233,7 +233,7 @@ def last_silent(folder: RunFolder, window: int) -> dict[str, dict[str, Any]]:
             for line in last
             for name, sae in line["saes"].items()
         }
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, DamagedError, ValueError, LookupError, TypeError, AttributeError):
         return {}  # no log, or its last line was torn: not known
 
 

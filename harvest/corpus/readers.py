@@ -222,9 +222,13 @@ def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterato
 def _checked_header(row: list[str], field: DocumentField, where: str) -> list[str]:
     if row.count(field.name) != 1:
         if field.name in row:
-            raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
+            raise UserError(f"{where}: {twice(field.name)}")
         raise UserError(missing(field.name, row, where))
     return row
+
+
+def twice(column: str) -> str:
+    return f"has more than one column {column!r}; rename all but one"
 
 
 def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str]:
@@ -245,6 +249,8 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Ite
             file = pa.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
             if not field.is_among(file.schema_arrow.names):
                 raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+            if file.schema_arrow.names.count(field.name) > 1:
+                raise UserError(f"{path}: {twice(field.name)}")
             row = 0
             for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
                 look()
@@ -274,6 +280,8 @@ def _of_value(value: Any, column: str, field: DocumentField, where: str) -> Docu
         plain = value.as_py()
     except UnicodeDecodeError as error:
         raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it anew") from error
+    except (ArithmeticError, ValueError, LookupError) as error:  # a date in the year 147,000, an unknown time zone
+        raise BadDocument(f"{where}: {field.name!r} is a {value.type} that cannot be read ({cause(error)})") from error
     return field.document({column: plain}, where)
 
 

@@ -22,7 +22,8 @@ from harvest.corpus.documents import Document, JoinedIds, refuse
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled, skipping
 from harvest.plan import HarvestPlan, decides_the_tokens, identity
 from shared.errors import DamagedError, Interrupted, LostError
-from shared.files.local import LocalFiles
+from shared.files.base import WHOLE_BYTES
+from shared.files.local import LocalFiles, read_whole
 from shared.progress import say
 from shared.record import sealed_json
 from shared.store.create import TokenWriter, WrittenTokens
@@ -131,7 +132,7 @@ def from_text(text: str) -> NDArray[Any]:
 def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter | None:
     """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
     try:
-        data = (folder / PROGRESS).read_bytes()
+        data = read_whole(folder / PROGRESS, WHOLE_BYTES)
     except FileNotFoundError:
         return None
     writer = TokenWriter(folder, plan.context, plan.info.vocab_size)

@@ -180,7 +180,8 @@ class HandlePool:
             finally:
                 self.lock.release()
             for handle in unused:
-                close(handle.number)
+                with contextlib.suppress(OSError):  # it was only read: nothing is lost, and nobody could be told
+                    close(handle.number)
 
     def take_left(self) -> list[PooledHandle]:
         """Under the lock: takes out what nobody has any more."""

@@ -20,7 +20,7 @@ from typing import Any, Final
 from shared.errors import DamagedError, Interrupted, LostError, UserError
 from shared.files.digest import file_digests
 from shared.model.configuration import ModelInfo, checked_config, checked_raw, info_of
-from shared.model.weights import CONFIG, check_gguf, read_json, some, weight_files
+from shared.model.weights import CONFIG, check_gguf, check_small, read_json, some, weight_files
 from shared.progress import say
 
 SHIPPED: Final = Path(__file__).parents[1] / "tiny"
@@ -96,6 +96,7 @@ def local_model(name: str, place: Path, weights: bool) -> ModelSource:
     if not (folder / CONFIG).exists():
         hint = " It holds an adapter: merge that into its model and save the result" * has_adapter(folder)
         raise UserError(f"--model {name}: the folder holds no config.json, so it is not a Hugging Face model.{hint}")
+    check_small(folder, name)
     checked_raw(read_json(folder / CONFIG, name), name)
     return ModelSource(name, str(folder), True, folder_digest(folder, name) if weights else "")
 

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shared.errors import UserError
 from shared.model.source import ALIASES, ModelSource, explained_loading, gguf_of, hub_commit, means_a_path
-from shared.model.weights import check_gguf, check_regular
+from shared.model.weights import check_gguf, check_regular, check_small
 
 FILES: Final = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
@@ -154,6 +154,8 @@ def resolve_tokenizer(name: str) -> ModelSource:
     place = Path(os.path.expanduser(ALIASES.get(name, name) if not Path(name).exists() else name))
     if place.is_dir() or place.is_file():
         folder = place if place.is_dir() else place.parent
+        if place.is_dir():
+            check_small(place, name)
         gguf = None if place.is_dir() and any((place / file).exists() for file in FILES) else gguf_of(name, place)
         if gguf:
             check_gguf(folder / gguf, name)

@@ -19,6 +19,15 @@ CONFIG: Final = "config.json"
 MOST_HEADER: Final = 100 << 20
 MOST_JSON: Final = 64 << 20
 """Bytes. The first is safetensors' own limit."""
+DESCRIPTIONS: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""What transformers reads beside the weights: configurations, vocabularies, templates."""
+MOST_DESCRIPTION: Final = 128 << 20
+"""Bytes. The largest tokenizers have 40 MB."""
 POINTER: Final = b"version https://git-lfs"
 ITEMSIZE: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -174,6 +183,17 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
             f"({str(error)[:200]}). Download or save the model again"
         ) from error
     return found
+
+
+def check_small(folder: Path, name: str) -> None:
+    """Raises UserError for a file beside the weights that is larger than any of its kind: transformers would read it
+    whole."""
+    for path in (folder / file for file in DESCRIPTIONS):
+        if path.is_file() and path.stat().st_size > MOST_DESCRIPTION:
+            raise UserError(
+                f"--model {name}: {path.name} has {path.stat().st_size:,} bytes; a file of its kind has at most "
+                f"{MOST_DESCRIPTION:,}. Download or save the model again"
+            )
 
 
 def no_weights(path: Path, name: str, why: str) -> UserError:

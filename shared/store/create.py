@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.handles import again
-from shared.files.local import LocalFiles, explained, remove_temporaries, sync
+from shared.files.local import LocalFiles, explained, read_whole, remove_temporaries, sync
 from shared.files.locks import HELD_FILE, LOCK_FILE
 from shared.record import sealed_json
 from shared.store.commits import Commits
@@ -109,7 +109,7 @@ class TokenWriter:
     def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
         """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
         for number, (path, (size, crc)) in enumerate(files.items()):
-            data = (self.folder / "c" / str(number) / "0").read_bytes()
+            data = read_whole(self.folder / "c" / str(number) / "0", size)
             if (path, len(data), crc32(data)) != (shard_file("tokens", number, True), size, crc):
                 raise DamagedError(f"{self.folder}: chunk {number} is not what was written")
             decode_chunk(data, self.layout, self.chunk, str(self.folder))

@@ -226,7 +226,7 @@ def test_a_snapshot_is_named_as_before(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(shards=st.integers(1, 40), width=st.integers(1, 4), seed=st.integers(0, 5), at_once=st.integers(1, 7))
 def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int, at_once: int) -> None:
-    """A row of each of 100,000 shards was in memory at once. The sum keeps its bits."""
+    """The sum keeps its bits, however many rows are added at once."""
     rows = np.random.default_rng(seed).standard_normal((shards, width)) * 1e3
     spec = spec_of(shards, hooks=1)
     spec = spec.model_copy(update={"hookpoints": {"layer_00/hook_0": HookSpec(name="x", d_in=width)}})
@@ -237,6 +237,20 @@ def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int
         patch.setattr(Store, "row_of_shard", lambda _self, _path, shard: rows[shard])
         store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.of(commits))
         assert store.total(array).tobytes() == np.sum(list(rows), axis=0).tobytes()
+
+
+def test_a_sum_over_shards_holds_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of each of 100,000 shards was in memory at once."""
+    spec, n = spec_of(3000, hooks=1), 3000
+    manifest_only(tmp_path / "s", spec, [commit_of(spec, shard).line() for shard in range(n)])
+    store = Store.open(tmp_path / "s")
+    monkeypatch.setattr(Store, "row_of_shard", lambda *_: np.ones(1024))
+    tracemalloc.start()
+    total = store.total("stats/layer_00/hook_0/sum")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total.tolist() == [n] * 1024
+    assert peak < 8192 * n, "they were there twice"
 
 
 # What is looked at again and again
@@ -544,9 +558,19 @@ def old_heldout(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int64]:
     wanted=st.integers(1, 999), seed=st.integers(0, 3),
 )  # fmt: skip
 def test_the_same_contexts_are_held_out(n_tokens: int, context: int, shard_rows: int, wanted: int, seed: int) -> None:
-    """Every context was looked at for every shard that was drawn."""
     spec = spec_of(1, n_tokens=n_tokens, context=context, shard_rows=16 * shard_rows)
     assert np.array_equal(heldout_contexts(spec, wanted, seed), old_heldout(spec, wanted, seed))
+
+
+def test_what_is_held_out_does_not_take_a_number_for_every_context() -> None:
+    """All contexts were numbered, and looked at again for every shard that was drawn."""
+    spec = spec_of(1 << 15, hooks=1, rows=1 << 16, context=128, chunk_rows=1 << 12)
+    tracemalloc.start()
+    chosen = heldout_contexts(spec, 100_000, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == -(-100_000 // 128)
+    assert peak < spec.n_contexts
 
 
 def test_no_process_holds_all_tokens(tmp_path: Path) -> None:
@@ -612,7 +636,6 @@ def old_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -
     chunk_rows=st.integers(1, 20), run_chunks=st.integers(1, 12),
 )  # fmt: skip
 def test_runs_in_numbers_are_the_list_of_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -> None:
-    """A list of objects for 10^10 rows took gigabytes."""
     found, expected = runs(rows_per_shard, chunk_rows, run_chunks), old_runs(rows_per_shard, chunk_rows, run_chunks)
     assert found == expected
     assert len(found) == len(expected)
@@ -620,6 +643,17 @@ def test_runs_in_numbers_are_the_list_of_runs(rows_per_shard: dict[int, int], ch
     assert found[1:-1] == expected[1:-1]
     with pytest.raises(IndexError):
         found[len(expected)]
+
+
+def test_the_runs_of_a_store_are_no_objects() -> None:
+    """A list of an object a run took 4 GB for 10^10 rows."""
+    rows_per_shard = dict.fromkeys(range(20_000), 4096)
+    tracemalloc.start()
+    found = runs(rows_per_shard, 64, 8)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(found) == 160_000
+    assert held < 160_000 * 16
 
 
 def old_windows(order: ReadOrder, epoch: int, stream: int) -> list[NDArray[np.int64]]:

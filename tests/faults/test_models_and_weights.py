@@ -31,7 +31,7 @@ from shared.model.hooks import hook_table
 from shared.model.language_model import load_weights
 from shared.model.outline import outline
 from shared.model.source import read_config, resolve_model, same_model, sampled_digest
-from shared.model.tokenizer import Encoder, open_encoder
+from shared.model.tokenizer import Encoder, open_encoder, resolve_tokenizer
 from shared.model.weights import INDEX, SINGLE, weight_files
 from shared.store.opened import Store
 
@@ -719,3 +719,15 @@ def test_any_gguf_file_is_taken_or_refused_in_words(change: tuple[list[tuple[int
         open_encoder(source)
         outline(read_config(source), "sdpa", "m", [0])
         load_weights(source, "cpu", "float32", "sdpa")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"])
+def test_descriptions_of_a_model_are_bounded(file: str, copied: Path) -> None:
+    """Cold review: a hole of 8 GB beside the weights was read whole by the library, into memory."""
+    (copied / file).touch()
+    os.truncate(copied / file, 8 << 30)
+    with pytest.raises(UserError, match=rf"{file} has 8,589,934,592 bytes"):
+        resolve_model(str(copied))
+    if file != "config.json":
+        with pytest.raises(UserError, match=rf"{file} has 8,589,934,592 bytes"):
+            resolve_tokenizer(str(copied))

@@ -43,6 +43,7 @@ from shared.files.local import LocalFiles, remove_temporaries, write_file
 from shared.files.locks import folder_lock
 from shared.files.open import open_files
 from shared.launch import ProcessPlace, read
+from shared.progress import say
 from shared.saes import sae_config
 from shared.store.create import clean_up, remove_store
 from shared.store.listing import describe_store, list_stores
@@ -365,6 +366,54 @@ def test_a_file_that_is_too_large_is_not_read(copy: Path) -> None:
     os.truncate(copy / "zarr.json", 1 << 40)  # a hole
     with pytest.raises(DamagedError, match=r"zarr\.json: has 1,099,511,627,776 bytes; a file of its kind"):
         Store.open(copy)
+
+
+# --- what a terminal is told
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_what_a_terminal_cannot_write_is_an_escape(encoding: str) -> None:
+    """Cold review: where the locale has no λ, a training that was finished ended in a traceback, as did --help."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, str(ROOT / "cli.py"), "train", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"\u03bb" in done.stdout
+
+
+def test_words_of_others_do_not_move_the_cursor(tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cold review: the first line of a CSV file was repeated as it was, with what clears a terminal or writes into its
+    title."""
+    (tmp_path / "a.csv").write_text("a\x1b[2J\x1b]0;title\x07\u202eb,c\n1,2\n")
+    asked = ["--tokens", "64", "--context", "16", "--device", "cpu", "--out", str(tmp_path)]
+    command = ["sagsae", "harvest", "--model", "tiny", "--corpus", str(tmp_path / "a.csv"), *asked]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert r"there are: a\x1b[2J\x1b]0;title\x07\u202eb, c" in said
+    say("\x1b[31m")
+    assert r"\x1b[31m" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "1>&- 2>&-", "0<&- 1>&- 2>&-", "2>/dev/full"])
+def test_streams_that_are_closed_or_full(tmp_path: Path, closed: str) -> None:
+    """Cold review: a command that was started without a stderr, or with one on a full disk, ended with 1; and the next
+    file that it opened would have had the number of stderr."""
+    command = f"{sys.executable} {ROOT / 'cli.py'} synth --tokens 500 --d-in 8 --out {tmp_path} {closed}"
+    assert subprocess.run(["bash", "-c", command], timeout=100).returncode == 0
+    assert not verify(Store.open(tmp_path / "synthetic"), full=True).lines
+
+
+def test_rm_without_a_terminal_deletes_nothing(few: Path, tmp_path: Path) -> None:
+    """Cold review: without a stdin the question ended in a traceback."""
+    store = shutil.copytree(few, tmp_path / "store")
+    command = f"{sys.executable} {ROOT / 'cli.py'} store rm {store} 0<&-"
+    done = subprocess.run(["bash", "-c", command], timeout=100, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert Store.open(store).commits
 
 
 # --- without flock
@@ -872,7 +921,7 @@ def test_modes_of_new_files_are_the_users(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (sys.platform == "linux" and shutil.which("gcc")), reason="needs Linux and gcc")
-@pytest.mark.parametrize("command", ["synth", "recode", "rm", "train"])
+@pytest.mark.parametrize("command", ["synth", "recode", "rm", "train", "harvest"])
 def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: str) -> None:
     """A fourth of the errors of a disk were tracebacks; a full disk, too, at every moment."""
     here, library = Path(__file__).parents[1] / "support", tmp_path / "disk_errors.so"

@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import LocalFiles
+from shared.files.base import WHOLE_BYTES
+from shared.files.local import LocalFiles, read_whole
 from shared.files.locks import is_locked
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
@@ -136,7 +137,7 @@ def segments_of(folder: Path) -> list[tuple[list[int], str]]:
     """The shards of each segment that is written down, and what names their content. A last line that was torn is not
     written yet. Raises DamagedError for any other that was altered."""
     try:
-        lines = (folder / SEGMENTS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_whole(folder / SEGMENTS, WHOLE_BYTES).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     found = []

@@ -18,7 +18,7 @@ from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import is_remote
 from shared.progress import say
-from shared.saes import ARCHITECTURES, SAEConfig
+from shared.saes import ARCHITECTURES, FixedL0, SAEConfig
 from shared.store.listing import folder_name
 from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
@@ -35,6 +35,9 @@ from train.runs.folder import FREE, RunFolder
 ROWS_PER_RUN_CHUNK: Final = 262_144
 """So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times
 that of independent rows (tests/train/test_shuffle.py)."""
+
+SCALARS: Final = {"theta0", "bandwidth", "sparsity"}
+"""Settings of an autoencoder that become numbers of float32."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,8 @@ def make_job(
     }
     check_store(store, config, here is None)
     check_settings(config, store)
+    if here is None:
+        check_saes(config.saes)
     if here is not None and folder.differs(
         {**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))}
     ):
@@ -252,6 +257,17 @@ def check_settings(config: TrainConfig, store: Store) -> None:
             f"step = sparse: is a way to compute gated architectures ({', '.join(sparse)}), and none is asked for. "
             "Leave it out"
         )
+
+
+def check_saes(saes: tuple[SAEConfig, ...]) -> None:
+    """Raises UserError for a setting of an autoencoder that could not be kept. Those of earlier versions may have one:
+    they cut it."""
+    for sae in saes:
+        if isinstance(sae, FixedL0) and (sae.aux_k or 0) > sae.d_sae:
+            raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
+        for key in SCALARS & dict(sae).keys():
+            if getattr(sae, key) > torch.finfo(torch.float32).max:
+                raise UserError(f"{key}: {getattr(sae, key):g} is too large for float32 ({sae.name})")
 
 
 def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import DamagedError, UserError
+from shared.files.base import most_bytes
+from shared.files.local import read_whole
 from shared.saes import sae_config
 from shared.store.spec import is_sealed
 from train.report.sae import MeasuredSAE
@@ -190,7 +192,9 @@ def _read_evaluation(folder: Path) -> EvaluationFile:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, most_bytes(path.name)).decode()
+    except DamagedError as error:
+        raise UserError(f"{path}: is no ordinary file, or too large for a run. Restore it from a copy") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 

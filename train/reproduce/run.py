@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.config import EvalConfig, HarvestConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
+from shared.files.local import read_whole
+from shared.gate import SMALL, parse_json
 from shared.progress import say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
@@ -149,12 +151,12 @@ def check_folder(out: Path, protocol: dict[str, Any]) -> None:
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file. Name a folder")
     try:
-        here = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        here = parse_json(read_whole(out / PLAN, SMALL))
     except FileNotFoundError:
         if any(out.iterdir()):
             raise UserError(f"--out {out}: exists and is not a reproduction. Choose another --out") from None
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DamagedError) as error:
         raise UserError(f"--out {out}: its {PLAN} cannot be read ({error}). Choose another --out") from error
     if not isinstance(here, dict) or here.keys() != protocol.keys():
         raise UserError(f"--out {out}: its {PLAN} is not a reproduction's. Choose another --out")

@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.files.handles import Buffer
-from shared.files.local import sync, write_file
+from shared.files.handles import Buffer, open_to_read
+from shared.files.local import read_whole, sync, write_file
 from shared.gate import MOST, SMALL, BadData, members, parse_json, quoted
 from shared.record import sealed_json
 from shared.store.spec import is_sealed
@@ -162,7 +162,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json, once its parts were compared with what it says of them. Raises DamagedError. One that an earlier
     sagsae wrote has no checksums."""
     try:
-        state = parse_json((checkpoint / "state.json").read_bytes())
+        state = parse_json(read_whole(checkpoint / "state.json", SMALL))
         if not isinstance(state, dict):
             raise BadData(f"state.json is {quoted(state)} instead of an object")
         if state.get("version") != VERSION and "version" in state:
@@ -172,14 +172,14 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         for rank, digest in enumerate(state.get("blake2b") or ()):
             if blake2b_of(checkpoint / part_name(rank)) != digest:
                 raise BadData(f"{part_name(rank)} is not what was written (another BLAKE2b)")
-    except (OSError, BadData) as error:
+    except (OSError, BadData, DamagedError) as error:
         raise damaged(checkpoint, error) from error
     return {key: value for key, value in state.items() if key != "crc32c"}
 
 
 def blake2b_of(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb", buffering=0) as file:
+    with open(open_to_read(path)[0], "rb", buffering=0) as file:
         while block := file.read(READ_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()

@@ -28,10 +28,11 @@ import tomli_w
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
+from shared.files.base import WHOLE_BYTES
 from shared.files.handles import open_regular
-from shared.files.local import check_removable, remove_tree, sync, touch, write_file
+from shared.files.local import check_removable, read_whole, remove_tree, sync, touch, write_file
 from shared.files.locks import LOCK_FILE
-from shared.gate import BadData, parse_json, quoted
+from shared.gate import SMALL, BadData, parse_json, quoted
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build
 from shared.store.spec import is_sealed
@@ -74,11 +75,13 @@ def read_sealed(path: Path) -> dict[str, Any]:
     """An object of JSON, without its checksum. A file of an earlier sagsae has none. Raises BadData for anything else,
     FileNotFoundError when there is none."""
     try:
-        data = path.read_bytes()
+        data = read_whole(path, SMALL)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(error)) from error
     except OSError as error:
         raise BadData(f"cannot be read ({error.strerror})") from error
+    except DamagedError as error:
+        raise BadData(f"is no ordinary file of at most {SMALL >> 20} MiB") from error
     value = parse_json(data)
     if not isinstance(value, dict):
         raise BadData(f"is {quoted(value)} instead of an object")
@@ -270,7 +273,7 @@ class RunFolder:
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_bytes().splitlines(keepends=True):
+        for line in read_whole(self.metrics, WHOLE_BYTES).splitlines(keepends=True):
             try:
                 logged = parse_json(line)
                 if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):
