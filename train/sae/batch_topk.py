@@ -73,12 +73,15 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         found = self.candidates(a, now)
         return found.min() if now.threshold is None else now.threshold(found)
 
+    def aux_k(self, d_in: int) -> int:
+        return max(16, d_in // 8) if self.config.aux_k is None else self.config.aux_k
+
     def loss(self, w: BatchTopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
         active = (a >= self.smallest(a.detach(), now)) & (a > 0)
         rest = x - decode(w, times(torch.where(active, a, 0.0), s))
         main = rest.square().sum(1)
-        silent = silent_code(self.config, a, s, x.shape[1], now)
+        silent = silent_code(a, s, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is None:
             return main.mean()
         aux = (rest.detach() - silent[0] @ w.W_dec).square().sum(1)
@@ -97,7 +100,7 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         error, to_f, to_W_dec = reconstruct(w, f, centred, now)
         to_a = times(to_f, s).mul_(active)
         auxiliary = torch.zeros_like(threshold)
-        silent = silent_code(self.config, a, s, x.shape[1], now)
+        silent = silent_code(a, s, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is not None:
             h, mask = silent
             aux_error, to_h, to_W_dec_too = reconstruct(w, h, -error, now)  # the target is what is left: x - x̂
@@ -146,11 +149,11 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
 
 
 def silent_code(
-    config: FixedL0, a: Tensor, s: Tensor | None, d_in: int, now: StepInputs
+    a: Tensor, s: Tensor | None, now: StepInputs, aux_k: int, aux_after: int
 ) -> tuple[Tensor, Tensor] | None:
-    """h and the 0/1 mask of its entries; None when no latent is inactive for long."""
-    aux_k = max(16, d_in // 8) if config.aux_k is None else config.aux_k
-    dead = None if now.silent is None else now.silent >= config.aux_after
+    """h and the 0/1 mask of its entries: of each token, the `aux_k` largest latents among those that were inactive for
+    `aux_after` tokens. None where no latent is."""
+    dead = None if now.silent is None else now.silent >= aux_after
     if dead is None or aux_k == 0 or not dead.any():
         return None
     many = min(aux_k, int(dead.sum()))
