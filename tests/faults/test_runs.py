@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from support.folders import contents, rewrite, without
 from support.runs import begun, unfinished_run
 from support.stores import unfinished
-from support.variants import VARIANTS, batch, variant, weights
+from support.variants import FOLDING, VARIANTS, batch, variant, weights
 
 import cli
 import train.autoencoder
@@ -553,7 +553,7 @@ def test_nan_stays_nan(name: str) -> None:
     sae, x = Autoencoder.of(variant(name), weights(variant(name)), 7.5), 7.5 * batch()
     spoilt = x.clone()
     spoilt[1, 3] = float("nan")
-    for function in (sae, sae.fold()):
+    for function in (sae, *([sae.fold()] if name in FOLDING else [])):
         f = function.encode(spoilt)
         assert f[1].isnan().all()
         assert function.decode(f)[1].isnan().all()

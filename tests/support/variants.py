@@ -37,6 +37,9 @@ def variant(name: str, d_sae: int = D_SAE, **changes: Any) -> SAEConfig:
     return config
 
 
+FOLDING = [name for name in VARIANTS if family(variant(name)).folds]
+
+
 def weights(config: SAEConfig, seed: int = 0, d_in: int = D_IN) -> Any:
     """No term of a gradient vanishes by accident."""
     generator = torch.Generator().manual_seed(seed)
