@@ -13,10 +13,9 @@ from shared.files.local import LocalFiles
 from shared.progress import say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store
+from shared.store.shard import CODECS, CodecName
 from shared.store.spec import DTYPES
 
-EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 2.0}
-"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
 INDEX_BYTES: Final = 8
 """A token: its id, and where its row came from."""
 
@@ -61,11 +60,9 @@ def expected(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = N
     return DiskNeed(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
 
 
-def usual_ratio(codec: str, dtype: str) -> float:
-    """Of raw bytes to stored ones."""
-    if codec == "int8":
-        return 0.99 * DTYPES[dtype][0].itemsize
-    return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
+def usual_ratio(codec: CodecName, dtype: str) -> float:
+    """Raw bytes for each stored one, before any was measured."""
+    return CODECS[codec].expected_ratio(dtype, DTYPES[dtype][0].itemsize)
 
 
 def check_room(plan: HarvestPlan, tokens: int | None) -> None:

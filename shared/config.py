@@ -13,6 +13,7 @@ from pydantic import BeforeValidator, Field, model_validator
 from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen
+from shared.store.shard import CODECS, CodecName, codec_help
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
@@ -38,6 +39,7 @@ def memory_of(value: object) -> object:
     return value
 
 
+CodecChoice = Annotated[CodecName, Field(description=codec_help())]
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
 DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
 
@@ -101,8 +103,8 @@ class HarvestConfig(Frozen):
     """Keep rows with NaN or infinities instead of stopping; they are left out of statistics and training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Shuffles documents and permutes rows inside a shard."""
-    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
-    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
+    codec: CodecChoice = "zstd"
+    """How rows are stored."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
@@ -117,8 +119,8 @@ class HarvestConfig(Frozen):
     def check(self) -> "HarvestConfig":
         if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
-        if self.allow_nonfinite and self.codec == "int8":
-            raise ValueError("allow_nonfinite: int8 has no NaN and no infinity. Choose another codec")
+        if self.allow_nonfinite and CODECS[self.codec].lossy:
+            raise ValueError(f"allow_nonfinite: {self.codec} has no NaN and no infinity. Choose another codec")
         return self
 
 
@@ -130,7 +132,8 @@ class SynthConfig(Synthetic):
     context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
     """Rows that are held out together. Otherwise they have nothing to do with each other."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    codec: CodecChoice = "zstd"
+    """How rows are stored."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
@@ -244,7 +247,8 @@ class RecodeConfig(Frozen):
 
     source: Location
     target: Location
-    codec: Literal["zstd", "lz4", "none", "int8"]
+    codec: CodecChoice
+    """How rows are stored."""
 
 
 class EvalConfig(Frozen):
