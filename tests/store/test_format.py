@@ -126,7 +126,7 @@ def assert_equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_RECORD = {"command": "none: written by tests/store/test_format.py", "naïve": [1.5, None, True]}
+GOLDEN_RECORD = {"command": "none: written by tests/test_format.py", "naïve": [1.5, None, True]}
 
 
 def golden_spec(codec: Any) -> StoreSpec:

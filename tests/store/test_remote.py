@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import servers
 from support.servers import DATA, SIZE, Server
 
 import shared.files.client
@@ -26,6 +27,8 @@ from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.files.open import open_files
 from shared.files.remote import RemoteFiles
+
+moto, front, s3, server, alone = (getattr(servers, n) for n in ("moto", "front", "s3", "server", "alone"))
 
 
 def pieces(total: int, size: int) -> Iterator[memoryview]:
