@@ -28,7 +28,15 @@ from train.data.norm_filter import FilteredRows, left_out, norm_limit, recorded_
 from train.data.order import ReadOrder, Split, make_order, rows_in_shards, rows_together, split_rows
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows, KeptRows
-from train.data.snapshot import SnapshotWatch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
+from train.data.snapshot import (
+    SnapshotWatch,
+    as_ranges,
+    as_recorded,
+    content_of,
+    content_of_spec,
+    followed_snapshot,
+    is_earlier,
+)
 from train.fit.optim import usual_warmup
 from train.runs.folder import FREE, RunFolder
 
@@ -121,7 +129,7 @@ class TrainJob:
             return self.store
         spec = self.store.spec
         shards = RowMask.of(self.parts.heldout).shards(spec.shard_rows, spec.n_tokens)
-        return self.passes.complete(set(shards), stop_asked)
+        return self.passes.wait_for_shards(set(shards), stop_asked)
 
 
 def make_job(
@@ -164,7 +172,7 @@ def make_job(
     heldout_rows, epoch_rows, steps = amounts(store, parts, config)
     check_compiler(config, device)
     config = config.model_copy(update={"warmup_steps": warmup(config, steps, here)})
-    rows = {"snapshot": follows(store, hook)} if config.follow else snapshot_of(store, hook)
+    rows = {"snapshot": followed_snapshot(store, hook)} if config.follow else snapshot_of(store, hook)
     if here is not None:
         rows = {key: here[key] for key in ("snapshot", "shards") if key in here}
     identity |= {**rows, "norm_limit": limit, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
@@ -336,10 +344,10 @@ def make_passes(
         order = ReadOrder(len(units), config.streams, window_units, config.seed, block_rows)
         return StorePass(rows, KeptRows(rows, parts.train, known), units, unit_rows, order)
 
-    def enough(part: Store) -> bool:
+    def has_enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows
 
-    return Segments(store, folder, leads, make_pass, enough, partial(content_of, hook=hook)), config.streams
+    return Segments(store, folder, leads, make_pass, has_enough, partial(content_of, hook=hook)), config.streams
 
 
 def default_folder(store: Store, hook: str, config: TrainConfig) -> Path:
