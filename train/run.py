@@ -179,7 +179,7 @@ def open_folder(job: TrainJob, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
-    folder.begin(job.asked, job.identity, {**provenance(), **about})
+    folder.create(job.asked, job.identity, {**provenance(), **about})
 
 
 def device_name(device: torch.device) -> str:

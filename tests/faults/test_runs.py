@@ -130,7 +130,9 @@ def test_identity_precision_auto_is_what_the_run_began_with(
     assert run_train(config).run == first
     assert weights_of(first) == weights_of(whole)
     assert "goes on with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for what it has"):
+    with pytest.raises(
+        UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for its settings"
+    ):
         run_train(train_config(out=first, precision="bfloat16"))
     assert store.spec.n_tokens
 
