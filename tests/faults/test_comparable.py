@@ -188,7 +188,7 @@ def test_a_report_does_not_go_through_links(tmp_path: Path) -> None:
 def test_eval_replaces_evaluations_alone(train_config: Callable[..., TrainConfig]) -> None:
     run = train(train_config()).run
     (run / "evaluation.json").write_text("<!doctype html>")
-    with pytest.raises(UserError, match=r"is no evaluation\. Move it away"):
+    with pytest.raises(UserError, match=r"is not an evaluation\. Move it away"):
         evaluate(EvalConfig(run=run, ce=False, device="cpu"))
     (run / "evaluation.json").write_text('{"tokens": 3, "sa')  # cut short: measured anew
     assert evaluate(EvalConfig(run=run, ce=False, device="cpu")).results["saes"]
@@ -314,9 +314,9 @@ def test_a_missed_k_is_said() -> None:
 
     entry = {"name": "x", "r2": 0.5, "l0": 106.0, "dead_fraction": 0.0, "k": 100}
     assert useless([entry]) == []
-    assert useless([{**entry, "l0": 130.0}]) == ["x: its L0 is 130, k 100 was asked for"]
+    assert useless([{**entry, "l0": 130.0}]) == ["x: its L0 is 130, but k is 100"]
     assert useless([{**entry, "r2": None, "dead_fraction": 0.95}]) == [
-        "x: its R² is no number, 95 % of its latents are dead"
+        "x: its R² is NaN or infinite, 95 % of its latents are dead"
     ]
     assert len(useless([{**entry, "r2": -1.0}] * 30)) == 9
 

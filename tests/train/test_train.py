@@ -318,12 +318,12 @@ def test_a_broken_checkpoint_is_named(train_config: Config, capsys: Any) -> None
     os.truncate(run / "checkpoints" / "step-00000020" / "tensors-0000.safetensors", 100)
     assert run_train(train_config()).steps == 20
     said = capsys.readouterr().err
-    assert re.search(r"step-00000020: cannot be read .*going on from step-00000016, the one before", said)
+    assert re.search(r"step-00000020: cannot be read .*resuming from step-00000016, the one before", said)
     assert weights_of(run) == whole
     unfinished_run(run)
     for path in run.glob("checkpoints/step-*/tensors-0000.safetensors"):
         os.truncate(path, 100)
-    with pytest.raises(DamagedError, match=r"cannot be read .* no whole checkpoint before it.*--overwrite"):
+    with pytest.raises(DamagedError, match=r"cannot be read .* no undamaged checkpoint before it.*--overwrite"):
         run_train(train_config())
 
 

@@ -2,8 +2,8 @@
 
 run.toml          the settings, for `sagsae train --config`
 config.json       everything that decides the result: the configuration, the rows that are read, the precision
-record.json       how it was produced: command, versions, device, times. "finished" is added at the end; "diverged" names
-                  autoencoders whose loss became NaN or infinite, with the step at which this was seen
+record.json       how it was produced: command, versions, device, times. "finished" is added at the end; "diverged"
+                  names autoencoders whose loss became NaN or infinite, with the step at which this was seen
 metrics.jsonl     one line every `log_every` steps for the autoencoders of one wave; "wave" counts from 1
 segments.jsonl    with --follow: the shards that were read in each pass
 checkpoints/      the two newest states, from which an interrupted run resumes, each with saes/NAME as it was then. They
@@ -211,7 +211,7 @@ class RunFolder:
         return [path.name for path in self.path.iterdir() if path.name not in OURS and not is_leftover(path.name)]
 
     def foreign_paths(self) -> list[str]:
-        """Returns the paths that `clear` would delete although no run wrote them. Trackers' folders are not searched."""
+        """Returns the paths that `clear` would delete although no run wrote them; trackers' folders are left out."""
         found = []
         for name, pattern in INSIDE.items():
             root = self.path / name
