@@ -81,8 +81,8 @@ class Checkpoints:
         return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
 
     def save(self, at: ResumePoint) -> None:
-        """Writes a checkpoint at `at`; the positions come from the stream. Raises DamagedError, and writes nothing, when
-        the store was replaced since it was opened, because rows read since may be another store's."""
+        """Writes a checkpoint at `at`; the positions come from the stream. Raises DamagedError, and writes nothing,
+        when the store was replaced since it was opened, because rows read since may be another store's."""
         began = self.clock()
         job, ranks = self.job, self.ranks
         with ranks.failing_together():

@@ -16,6 +16,7 @@ from shared.progress import say
 from shared.saes import SAEConfig
 from train.plan.job import TrainJob
 from train.plan.memory import MemoryNeed, circumstances, most_streams, needs_of, reader_bytes, together
+from train.plan.sweep import deal_out
 from train.ranks import Ranks
 
 KEPT_FREE: Final = 0.1
