@@ -350,7 +350,7 @@ def test_paper_preset_is_two_models_six_cells_three_seeds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "--preset huge: is none of smoke, tiny, paper"),
+        ({"preset": "huge"}, "--preset huge: is unknown. Choose from smoke, tiny, paper"),
         ({"cells": "mlp_out,nope"}, "--cells nope: is not a hookpoint"),
         ({"seeds": 0}, "--seeds 0: at least one"),
         ({"tokens": 10}, "--tokens 10: fewer than"),

@@ -219,8 +219,8 @@ def rows_identity(
     if recorded is not None:
         rows = {key: recorded[key] for key in ("snapshot", "shards") if key in recorded}
         return {**rows, "norm_limit": limit, "warmup_steps": recorded.get("warmup_steps")}
-    rows = {"snapshot": followed_snapshot(store, hook)} if config.follow else snapshot_of(store, hook)
-    return {**rows, "norm_limit": limit, "warmup_steps": config.warmup_steps}
+    read = {"snapshot": followed_snapshot(store, hook)} if config.follow else snapshot_of(store, hook)
+    return {**read, "norm_limit": limit, "warmup_steps": config.warmup_steps}
 
 
 def count_rows_and_steps(store: Store, parts: Split, config: TrainConfig) -> tuple[int, int, int]:
