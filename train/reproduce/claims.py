@@ -72,8 +72,8 @@ def changed(arm: str, field: str) -> Value:
 
 
 def lowest(cell: CellResult) -> Interval | None:
-    """Returns the lowest difference in R². Its lower end is the lowest of the intervals at any L0, because a claim about
-    it means that every interval passes."""
+    """Returns the lowest difference in R². Its lower end is the lowest of the intervals at any L0, because a claim
+    about it means that every interval passes."""
     return replace(cell.r2.lowest, low=cell.r2.floor) if cell.r2 else None
 
 

@@ -1,8 +1,9 @@
 """The rule that tunes both methods: it chooses learning rate and initial threshold by R² at one L0.
 
-The pilot trains one seed on few tokens. The L0 is the geometric mean over all pilot autoencoders of the cell, of both methods: one number for both. A
-candidate's R² at this L0 is interpolated linearly in log L0 between its points. Candidates whose points do not enclose
-the L0 rank after all others. Ties go to the smaller learning rate, then to the smaller threshold.
+The pilot trains one seed on few tokens. The L0 is the geometric mean over all pilot autoencoders of the cell, of both
+methods: one number for both. A candidate's R² at this L0 is interpolated linearly in log L0 between its points.
+Candidates whose points do not enclose the L0 rank after all others. Ties go to the smaller learning rate, then to the
+smaller threshold.
 """
 
 import math
