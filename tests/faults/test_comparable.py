@@ -60,7 +60,7 @@ def test_another_configuration_is_no_seed(tmp_path: Path, other: dict[str, Any])
     parts = sections([read_run(one), read_run(two)])
     assert len(parts) == 2
     html = write_report([one, two], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "Seeds of the same setting differ" not in html
+    assert "Seeds of the same autoencoder differ" not in html
     (name,) = other
     label = {"snapshot": "rows", "seed": "seed of the order"}.get(name, name)
     assert f"<li>{label}: " in html
@@ -100,7 +100,7 @@ def test_a_repetition_is_no_seed(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", sweep((0,)))
     again = write_run(tmp_path / "again", [{**sae, "r2": sae["r2"] + 1e-3} for sae in sweep((0,))])
     (part,) = sections([read_run(one), read_run(again)])
-    assert "One seed for each setting" in " ".join(part.answer.remarks)
+    assert "was trained with one seed only" in " ".join(part.answer.remarks)
     assert "was trained in" in " ".join(part.notes)
     assert "That is no other seed" in " ".join(part.notes)
     assert dict(part.facts)["Autoencoders"] == "6 in 2 runs"
@@ -117,7 +117,7 @@ def test_where_steering_began_decides(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "saes": saes}))
         runs.append(read_run(folder))
     (part,) = sections(runs)
-    assert "One seed for each setting" in " ".join(part.answer.remarks)
+    assert "was trained with one seed only" in " ".join(part.answer.remarks)
 
 
 def test_one_bad_run_does_not_end_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
