@@ -28,7 +28,7 @@ from train.runs.checkpoint import (
     read_state,
     save_part,
     set_aside,
-)  # fmt: skip
+)
 
 MOST_PARTS: Final = 10_000
 AUTO_EVERY: Final = 1000
@@ -193,7 +193,7 @@ def resume_point_of(job: TrainJob, folder: Path, state: dict[str, Any]) -> Resum
 
 def positions_of(job: TrainJob, found: Any, step: int) -> tuple[StreamPosition, ...]:
     """Returns the position of each stream. Raises BadData unless there is one per stream, each inside the stream's
-    windows. After n epochs' worth of rows, no stream can be past epoch 3 * (n + 1)."""
+    windows. A stream gives out at least one row in any three epochs, which bounds its epoch."""
     if not isinstance(found, list) or len(found) != job.streams:
         raise BadData(f"positions is {quoted(found)} instead of {job.streams} of them")
     epochs = 3 * (step * job.config.batch // job.streams + 1)

@@ -5,7 +5,7 @@ All decoding threads work on one window at a time: of the windows that wait, the
 On CUDA, reading is paced. The thread that launches the GPU's kernels needs a core and, between any two launches, the
 GIL, which every decoding thread holds now and then. Without a limit, all next windows would be decoded at once as soon
 as the last ones are in use: on a machine with sixteen cores, steps then took three times as long for half of the time
-(docs/benchmarks.md). So reading stays 1/8 of a window ahead of what training needs, and no further.
+(docs/benchmarks.md). So the rows that are read and not yet used are limited to 9/8 of one window per stream.
 """
 
 import math
@@ -17,7 +17,7 @@ from heapq import heappop, heappush
 from typing import Final
 
 SPARE: Final = 0.125
-"""How far reading is ahead of need, as a share of the next windows."""
+"""The share of the next windows that may be read before it would have to be."""
 
 Priority = tuple[int, int]
 """When a window is needed: the rows that its stream gives out before it, counted from where the run began; then the

@@ -37,7 +37,7 @@ SMALLEST_GAP: Final = 1e-3
 
 @dataclass(frozen=True)
 class ReconstructionFit:
-    """How well activations are reconstructed, and with how many latents."""
+    """The measurements of one autoencoder: how well it reconstructs activations, and with how many latents."""
 
     r2: float
     r2_rest: float
