@@ -7,9 +7,6 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from shared.config import EvalConfig, TrainConfig
 from shared.device import pick_device
 from shared.errors import DamagedError, UserError
@@ -26,7 +23,7 @@ from shared.store.tokens import TokenRows
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder
 from train.data.follow import check_segments
-from train.data.norm_filter import left_out, recorded_limit, statistics, without
+from train.data.norm_filter import FilteredRows, left_out, recorded_limit, statistics, without
 from train.data.order import Split, split_rows
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows, norms_and_places
@@ -85,12 +82,8 @@ def evaluate_on(store: Store, hook: str, config: EvalConfig, folder: RunFolder, 
     limit = recorded_limit(folder.read("config.json"), f"{config.run}")
     losses = None
     if source is not None:
-        model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
         left = left_out(store, hook, limit)
-        mean = statistics(store, hook, left).mean
-        losses = heldout_losses(model, store, hook, tokens, without(parts, left), saes(), config.ce_tokens, mean)
-        if "ce_tokens" in config.model_fields_set and losses.tokens < config.ce_tokens:
-            say(f"ce_tokens = {config.ce_tokens:,}: there are {losses.tokens:,} held-out predictions")
+        losses = heldout_losses(source, device, store, hook, tokens, without(parts, left), left, saes(), config)
     inactive = last_logged_inactive(folder, trained.dead_after_tokens)
     results = measure_all(
         store,
@@ -273,18 +266,24 @@ def with_prefix(values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def heldout_losses(
-    model: LanguageModel,
+    source: ModelSource,
+    device: str,
     store: Store,
     hook: str,
     tokens: TokenRows,
     parts: Split,
+    left: FilteredRows | None,
     saes: Iterable[Autoencoder],
-    at_most: int,
-    mean: NDArray[np.float64],
+    config: EvalConfig,
 ) -> ModelLosses:
-    """Returns the language model's losses on held-out contexts: as many as hold `at_most` tokens, at least one."""
+    """Loads the language model and returns its losses on held-out contexts: as many as hold `ce_tokens` tokens, at
+    least one. `left`: the rows that `max_norm` leaves out, which are not in `parts` either."""
+    model = LanguageModel(source, device, store.spec.model["dtype"], store.spec.model["attention"])
     heldout = RowMask.of(parts.heldout)
-    contexts = heldout.contexts()[: max(1, at_most // store.spec.context)]
-    name = store.spec.hookpoints[hook].name
-    counted = heldout.of_contexts(contexts)
-    return language_losses(model, name, tokens.take(contexts), counted, store.spec.special_ids, mean, saes)
+    contexts = heldout.contexts()[: max(1, config.ce_tokens // store.spec.context)]
+    counted, special = heldout.of_contexts(contexts), store.spec.special_ids
+    mean, name = statistics(store, hook, left).mean, store.spec.hookpoints[hook].name
+    losses = language_losses(model, name, tokens.take(contexts), counted, special, mean, saes)
+    if "ce_tokens" in config.model_fields_set and losses.tokens < config.ce_tokens:
+        say(f"ce_tokens = {config.ce_tokens:,}: there are {losses.tokens:,} held-out predictions")
+    return losses

@@ -140,8 +140,8 @@ class Ranks:
         """Starts the experiment trackers named in `settings`, each with its own settings; only for rank 0.
         `log(values, step)` of the returned object logs to all of them. To end them, call `finish` of each of its
         `trackers`: `end_training` would also end the process group, which is still needed."""
-        made = [TRACKERS[name](**values) for name, values in settings.items()]
-        accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=made, project_dir=folder)
+        trackers = [TRACKERS[name](**values) for name, values in settings.items()]
+        accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=trackers, project_dir=folder)
         accelerator.init_trackers("sagsae")
         return accelerator
 

@@ -80,8 +80,8 @@ class Checkpoints:
             return False
         return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
 
-    def save(self, at: ResumePoint) -> None:
-        """Writes a checkpoint at `at`; the positions come from the stream. Raises DamagedError, and writes nothing,
+    def save(self, point: ResumePoint) -> None:
+        """Writes a checkpoint at `point`; the positions come from the stream. Raises DamagedError, and writes nothing,
         when the store was replaced since it was opened, because rows read since may be another store's."""
         began = self.clock()
         job, ranks = self.job, self.ranks
@@ -89,7 +89,7 @@ class Checkpoints:
             if ranks.leads:
                 job.check_unchanged()
         folder, parts = job.folder.checkpoints, ranks.count if self.sweep else 1
-        mine = {v: [at.epoch, at.window, at.offset] for v, at in self.stream.positions().items()}
+        mine = {v: [place.epoch, place.window, place.offset] for v, place in self.stream.positions().items()}
         if ranks.leads:
             begin_checkpoint(folder)
         positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
@@ -98,21 +98,21 @@ class Checkpoints:
             tensors = {key: value for member in self.members for key, value in member.state().items()}
             digest = save_part(folder, ranks.index, tensors)
             for member in (member for member in self.members if member.diverged is None):
-                save_autoencoder(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
+                save_autoencoder(job, member, point.step, folder / BUILDING / "saes" / member.config.name)
         digests = ranks.gather(digest)
         if ranks.leads:
             places = [positions[v] for v in sorted(positions)]
             state = {
                 "version": VERSION,
-                "wave": at.wave,
-                "step": at.step,
-                "seconds": at.seconds,
+                "wave": point.wave,
+                "step": point.step,
+                "seconds": point.seconds,
                 "positions": places,
-                "diverged": dict(at.diverged),
+                "diverged": dict(point.diverged),
                 "parts": parts,
                 "blake2b": digests[:parts],
             }
-            end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
+            end_checkpoint(folder, (point.wave - 1) * job.steps + point.step, state)
         ranks.wait()
         self.written = self.clock()
         self.took = self.written - began
@@ -138,13 +138,13 @@ def save_autoencoder(
 def find_resume_point(job: TrainJob) -> ResumePoint:
     """Returns the state of the newest undamaged checkpoint, or the beginning when there is none, and deletes what was
     logged after it. Raises DamagedError when there are checkpoints but all are damaged."""
-    at = newest_whole(job)
-    if at is None:
+    point = newest_whole(job)
+    if point is None:
         job.folder.cut_metrics(1, 0)
         return ResumePoint()
-    job.folder.cut_metrics(at.wave, at.step)
-    say(f"{job.for_wave(at.wave).title}: resuming after step {at.step}")
-    return at
+    job.folder.cut_metrics(point.wave, point.step)
+    say(f"{job.for_wave(point.wave).title}: resuming after step {point.step}")
+    return point
 
 
 def newest_whole(job: TrainJob) -> ResumePoint | None:
@@ -153,14 +153,14 @@ def newest_whole(job: TrainJob) -> ResumePoint | None:
     unusable: list[tuple[Path, DamagedError]] = []
     for folder in newest_first(job.folder.checkpoints):
         try:
-            at = resume_point_of(job, folder, read_state(folder))
+            point = resume_point_of(job, folder, read_state(folder))
         except DamagedError as error:
             unusable.append((folder, error))
             continue
         for path, why in unusable:
             set_aside(path)
             say(f"{why}. It is set aside as {DAMAGED}{path.name}; resuming from {folder.name}, the one before")
-        return at
+        return point
     if unusable:
         raise DamagedError(
             f"{unusable[0][1]}. There is no undamaged checkpoint before it. Restore it from a copy, or restart the run "
@@ -213,14 +213,14 @@ def positions_of(job: TrainJob, found: Any, step: int) -> tuple[StreamPosition, 
     return tuple(positions)
 
 
-def restore(members: Sequence[Member], at: ResumePoint) -> None:
+def restore(members: Sequence[Member], point: ResumePoint) -> None:
     """Loads this wave's autoencoders from the checkpoint, if there is one. Raises DamagedError when it cannot be
     read."""
-    if at.folder is None:
+    if point.folder is None:
         return
-    tensors = load_tensors(at.folder, at.parts)
+    tensors = load_tensors(point.folder, point.parts)
     try:
         for member in members:
             member.load_(tensors)
     except BadData as error:
-        raise damaged(at.folder, error) from error
+        raise damaged(point.folder, error) from error

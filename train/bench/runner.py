@@ -145,8 +145,8 @@ def wait(device: Any) -> None:
 
 
 def main() -> None:
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = [place for place in sys.path if place != here]  # sagsae's modules must not hide the tool's
+    folder = str(Path(__file__).resolve().parent)
+    sys.path[:] = [place for place in sys.path if place != folder]  # sagsae's modules must not hide the tool's
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the tools print goes to stderr
     if sys.argv[1] == "versions":

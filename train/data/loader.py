@@ -169,11 +169,11 @@ class Loader:
         self.paced = cuda if paced is None else paced
         self.pace = ReadAhead()
         self.threads = threads or decoding_threads(local_cores(), self.paced)
-        here = None
+        initializer = None
         if cuda:  # a new thread would use the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
-            here = partial(torch.cuda.set_device, index)
-        self.window_pool = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
+            initializer = partial(torch.cuda.set_device, index)
+        self.window_pool = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=initializer)
         self.decode_pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self.memory: WindowMemory | None = None
@@ -211,8 +211,8 @@ class Loader:
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
         memory = self.prepare(part)
         first = (2 * self.slots[stream] + turn) * self.full
-        there = memory.part(first, len(units), self.unit_rows)
-        host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
+        target = memory.part(first, len(units), self.unit_rows)
+        host = target if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
         if self.staged[turn] is not None:
             self.staged[turn].synchronize()
         holds = self.read_units(part, units, host, check)
@@ -222,7 +222,7 @@ class Loader:
         self.pace.add(len(order))
         if self.copies is None:
             return Window(order, len(order), None)
-        return self.to_device(host, there, order, (stream, turn))
+        return self.to_device(host, target, order, (stream, turn))
 
     def read_units(
         self, part: StorePass, units: list[ChunkRun], memory: WindowMemory, check: bool
@@ -237,8 +237,8 @@ class Loader:
             for slot in slots:
                 if self.pace.closed:
                     raise CancelledError
-                at = slice(slot * n, (slot + 1) * n)
-                read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
+                span = slice(slot * n, (slot + 1) * n)
+                read_unit(part, units[slot], rows[span], scale[span], holds[span], check)
                 if part.rows.row_scale is not None:
                     dims[slot] = part.rows.dim_scale(units[slot].shard)
 
@@ -251,14 +251,14 @@ class Loader:
             done += more
         return holds
 
-    def to_device(self, host: WindowMemory, there: WindowMemory, order: Tensor, key: tuple[int, int]) -> Window:
+    def to_device(self, host: WindowMemory, target: WindowMemory, order: Tensor, key: tuple[int, int]) -> Window:
         """Starts the copy of a window on a separate CUDA stream, after the last gather from the memory that it
         overwrites. Does not wait: the next window is decoded meanwhile."""
         assert self.copies is not None
         with torch.cuda.stream(self.copies):
             if key in self.free:
                 self.copies.wait_event(self.free[key])
-            there.copy_(host)
+            target.copy_(host)
             window = Window(sent(order, self.device), len(order), new_event())
             window.ready.record(self.copies)
         self.staged[key[1]] = window.ready
@@ -267,9 +267,9 @@ class Loader:
     def await_copy(self, window: Window) -> None:
         """Makes all later work on the current CUDA stream wait for the window's copy."""
         if window.ready is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(window.ready)
-            window.order.record_stream(here)  # it was allocated on the copy stream
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(window.ready)
+            window.order.record_stream(current)  # it was allocated on the copy stream
 
     def release(self, key: tuple[int, int]) -> None:
         """Marks a window's memory as free once all gathers queued so far are done. `key`: stream and turn."""

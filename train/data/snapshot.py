@@ -184,8 +184,8 @@ class SnapshotWatch:
         except UserError as error:
             raise DamagedError(f"{self.store.name}: is gone while it was read. {AGAIN} ({error})") from error
         for part in parts:
-            there = all(shard in now.commits for shard in part.commits)
-            if not there or exact_content(now.only(list(part.commits)), self.hook) != exact_content(part, self.hook):
+            kept = all(shard in now.commits for shard in part.commits)
+            if not kept or exact_content(now.only(list(part.commits)), self.hook) != exact_content(part, self.hook):
                 raise DamagedError(f"{self.store.name}: was replaced, or lost shards, while it was read. {AGAIN}")
         self.seen = signature
 

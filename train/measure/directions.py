@@ -47,8 +47,8 @@ def extremes(
 
 def mutual_pairs(partner: Int[Tensor, " n"], counts: Tensor) -> int:
     """Returns the number of pairs whose members are each other's `partner` and both marked in `counts`."""
-    here = torch.arange(len(partner), device=partner.device)
-    return int(((partner[partner] == here) & counts & counts[partner]).sum()) // 2
+    numbers = torch.arange(len(partner), device=partner.device)
+    return int(((partner[partner] == numbers) & counts & counts[partner]).sum()) // 2
 
 
 def directions(W_dec: Float[Tensor, "n d_in"], seed: int = 0) -> dict[str, Any]:

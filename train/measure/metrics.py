@@ -200,8 +200,8 @@ def sum_errors(
     firings, start = Firings.none(sae.config.d_sae, device), 0
     for x, f, x_hat in reconstructions(sae, rows, device):
         for name, mask in masks.items():
-            here = mask[start : start + len(x)].to(device)
-            some = slice(None) if here.all() else here  # indexing by a mask would copy the rows
+            marked = mask[start : start + len(x)].to(device)
+            some = slice(None) if marked.all() else marked  # indexing by a mask would copy the rows
             errors[name].add_(x[some], x_hat[some])
             if name == "counted":
                 firings.add_(f[some])

@@ -217,7 +217,7 @@ def rows_identity(
     """Returns the rest of it: which rows are read, the norm limit and the warm-up. A resumed run keeps what it
     recorded."""
     if recorded is not None:
-        rows = {key: recorded[key] for key in ("snapshot", "shards") if key in recorded}
+        rows: dict[str, Any] = {key: recorded[key] for key in ("snapshot", "shards") if key in recorded}
         return {**rows, "norm_limit": limit, "warmup_steps": recorded.get("warmup_steps")}
     read = {"snapshot": followed_snapshot(store, hook)} if config.follow else snapshot_of(store, hook)
     return {**read, "norm_limit": limit, "warmup_steps": config.warmup_steps}

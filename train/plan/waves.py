@@ -34,9 +34,9 @@ def plan_waves(job: TrainJob, ranks: Ranks, sweep: bool) -> TrainJob:
     recorded, or as few as fit. Raises UserError on every rank, before anything is written, when an autoencoder does not
     fit even alone or a recorded wave no longer fits. When memory is plentiful, this process keeps freed memory from now
     on."""
-    at = circumstances(job, sweep, ranks.count)
+    conditions = circumstances(job, sweep, ranks.count)
     streams = most_streams(job.config.batch, job.streams, 1 if sweep else ranks.count)
-    each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts, streams)
+    each, reader = needs_of(job.config, conditions), reader_bytes(job, conditions.rows * conditions.parts, streams)
     limit = smallest_known(ranks.gather(memory_limit(job, ranks.device)))
 
     def need(saes: Sequence[SAEConfig]) -> MemoryNeed:

@@ -167,11 +167,11 @@ def read_run(folder: Path) -> ReportedRun:
 
 
 def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    steps, made = record.get("steps"), metrics[-1].get("step") if metrics else 0
-    if "finished" not in record and isinstance(steps, int) and isinstance(made, int) and made < steps:
+    steps, logged = record.get("steps"), metrics[-1].get("step") if metrics else 0
+    if "finished" not in record and isinstance(steps, int) and isinstance(logged, int) and logged < steps:
         return (
-            f"is not finished: {made:,} of {steps:,} steps are logged. Run its `sagsae train` command again (it is in "
-            "record.json) to resume and evaluate it"
+            f"is not finished: {logged:,} of {steps:,} steps are logged. Run its `sagsae train` command again to "
+            "resume and evaluate it (record.json has the command)"
         )
     return f"has no evaluation.json: run `sagsae eval {folder}` first"
 

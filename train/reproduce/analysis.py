@@ -152,10 +152,10 @@ def dead_at(
     span = overlap(a, b)
     if span is None:
         return None
-    at = nearest(target, span)
-    found, other = value_at(a, at), value_at(b, at)
-    gap = interval([float(a[seed].at(np.array(at)) - b[seed].at(np.array(at))) for seed in a if seed in b])
-    return DeadComparison(math.exp(at), found, other, gap) if found and other and gap else None
+    log_l0 = nearest(target, span)
+    found, other = value_at(a, log_l0), value_at(b, log_l0)
+    gap = interval([float(a[seed].at(np.array(log_l0)) - b[seed].at(np.array(log_l0))) for seed in a if seed in b])
+    return DeadComparison(math.exp(log_l0), found, other, gap) if found and other and gap else None
 
 
 def dead_ratio(sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement]) -> DeadRatio | None:

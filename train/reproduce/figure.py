@@ -55,12 +55,16 @@ def frontier_svg(title: str, arms: Arms) -> str:
             f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"/>'
         )
         parts += [f'<circle cx="{x(l0):.1f}" cy="{y(r2):.1f}" r="3" fill="{colour}"/>' for _, l0, r2 in points]
-        at = TOP + 12 + 18 * index
-        parts.append(
-            f'<circle cx="{WIDTH - RIGHT + 14:g}" cy="{at - 4:g}" r="4" fill="{colour}"/>'
-            f'<text x="{WIDTH - RIGHT + 24:g}" y="{at:g}">{escape(arm)}</text>'
-        )
+        parts.append(legend_entry(arm, colour, index))
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def legend_entry(arm: str, colour: str, index: int) -> str:
+    y = TOP + 12 + 18 * index
+    return (
+        f'<circle cx="{WIDTH - RIGHT + 14:g}" cy="{y - 4:g}" r="4" fill="{colour}"/>'
+        f'<text x="{WIDTH - RIGHT + 24:g}" y="{y:g}">{escape(arm)}</text>'
+    )
 
 
 def known(points: Sequence[ArmMeasurement]) -> list[tuple[float, float, float]]:

@@ -65,8 +65,8 @@ def trial(choice: PilotChoice, points: Sequence[ArmMeasurement], target: float) 
         return PilotTrial(choice, None, False, None, None)
     (frontier,) = found.values()  # of the one seed
     low, high = float(frontier.log_l0[0]), float(frontier.log_l0[-1])
-    at = nearest(target, (low, high))
-    r2 = float(frontier.at(frontier.log_l0[:1] * 0 + at)[0])
+    log_l0 = nearest(target, (low, high))
+    r2 = float(frontier.at(frontier.log_l0[:1] * 0 + log_l0)[0])
     return PilotTrial(choice, r2, low <= math.log(target) <= high, math.exp(low), math.exp(high))
 
 

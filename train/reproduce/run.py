@@ -150,16 +150,20 @@ def check_folder(out: Path, protocol: dict[str, Any]) -> None:
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file. Name a folder")
     try:
-        here = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        recorded = json.loads((out / PLAN).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if any(out.iterdir()):
             raise UserError(f"--out {out}: exists and is not a reproduction. Choose another --out") from None
         return
     except (OSError, ValueError) as error:
         raise UserError(f"--out {out}: its {PLAN} cannot be read ({error}). Choose another --out") from error
-    if not isinstance(here, dict) or here.keys() != protocol.keys():
+    if not isinstance(recorded, dict) or recorded.keys() != protocol.keys():
         raise UserError(f"--out {out}: its {PLAN} is not a reproduction's. Choose another --out")
-    differ = [f"{key}: it has {here[key]}, this asks for {protocol[key]}" for key in here if here[key] != protocol[key]]
+    differ = [
+        f"{key}: it has {recorded[key]}, this asks for {protocol[key]}"
+        for key in recorded
+        if recorded[key] != protocol[key]
+    ]
     if differ:
         raise UserError(f"--out {out}: holds another reproduction. {'; '.join(differ)}. Choose another --out")
 

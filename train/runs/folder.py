@@ -237,15 +237,15 @@ class RunFolder:
                 f"{self.path}: {others[0]} was not put there by a run, and would be deleted with it. Move it away, or "
                 "choose another --out"
             )
-        here = [self.path / name for name in sorted(OURS - {LOCK_FILE, CLEARING, "config.json"})]
-        here = [path for path in here if os.path.lexists(path)]
-        check_removable(here)
+        present = [self.path / name for name in sorted(OURS - {LOCK_FILE, CLEARING, "config.json"})]
+        present = [path for path in present if os.path.lexists(path)]
+        check_removable(present)
         with contextlib.suppress(FileNotFoundError):
             (self.path / "config.json").rename(self.path / CLEARING)
             sync(self.path)
-        if here and not (self.path / CLEARING).exists():
+        if present and not (self.path / CLEARING).exists():
             (self.path / CLEARING).touch()
-        for path in here:
+        for path in present:
             remove_tree(path)
         (self.path / CLEARING).unlink(missing_ok=True)
 
@@ -268,8 +268,10 @@ class RunFolder:
 
     def differs(self, identity: dict[str, Any]) -> list[str]:
         """Describes every setting in which the run in this folder differs from the one asked for."""
-        here = self.read("config.json")
-        return [each for key in identity if key not in FREE for each in differences(key, here.get(key), identity[key])]
+        recorded = self.read("config.json")
+        return [
+            each for key in identity if key not in FREE for each in differences(key, recorded.get(key), identity[key])
+        ]
 
     def check_same(self, identity: dict[str, Any]) -> None:
         """Raises UserError that names every setting in which this run differs from the one asked for."""
