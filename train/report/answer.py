@@ -133,23 +133,24 @@ def _no_overlap(names: tuple[str, str], a: list[FrontierPoint], b: list[Frontier
 def _tiles(a: list[MeasuredSAE], b: list[MeasuredSAE], matched: FrontierComparison | None) -> tuple[NumberTile, ...]:
     if matched is None:
         return (NumberTile("Difference in R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
-    between = f"SA-GSAE minus Gated: mean; from {wording.signed(matched.lowest)} to {wording.signed(matched.highest)}"
+    low, high = wording.signed(matched.lowest), wording.signed(matched.highest)
+    between = f"SA-GSAE minus Gated, mean over the range of L0 (lowest {low}, highest {high})"
     tiles = [NumberTile("Difference in R² at matched L0", wording.signed(matched.mean), between)]
     ce = compare(mean_of_seeds(a, "ce_recovered"), mean_of_seeds(b, "ce_recovered"))
     if ce:
         low, mean, high = (wording.signed(100 * value, 2) for value in (ce.lowest, ce.mean, ce.highest))
-        note = f"percentage points, SA-GSAE minus Gated: mean; from {low} to {high}"
+        note = f"percentage points, SA-GSAE minus Gated, mean over the range of L0 (lowest {low}, highest {high})"
         tiles.append(NumberTile("Difference in CE recovered at matched L0", mean, note))
     dead = compare(mean_of_seeds(a, "dead_fraction"), mean_of_seeds(b, "dead_fraction"))
     if dead:
-        note = f"SA-GSAE; Gated: {wording.percent(dead.mean_b)} (means over the range of L0)"
+        note = f"of SA-GSAE, {wording.percent(dead.mean_b)} of Gated (means over the range of L0)"
         tiles.append(NumberTile("Dead latents at matched L0", wording.percent(dead.mean_a), note))
     return tuple(tiles)
 
 
 def _parameter_tile(h: int, other: int, d_in: int) -> NumberTile:
     a, b = parameters(h, d_in), parameters(other, d_in)
-    return NumberTile("Parameters", wording.short(a), f"SA-GSAE; Gated: {wording.short(b)} (ratio {a / b:.2f})")
+    return NumberTile("Parameters", wording.short(a), f"of SA-GSAE, {wording.short(b)} of Gated (ratio {a / b:.2f})")
 
 
 def _no_pair(series: Series) -> str:

@@ -90,8 +90,9 @@ def _captions(saes: Sequence[MeasuredSAE]) -> dict[str, str]:
         "poles": "The share of live latents that fire with both signs: the rarer sign makes up more than "
         f"{ten} of the latent’s firings. Measured on {rows}.",
         "census": "The live latents are divided into ten equal groups, from those that fire most often (1) to those "
-        "that fire least (10). Left: the share of each group that uses both poles. Right: the share of the group’s "
-        "activation mass Σ|f| that those latents carry. Means over seeds; fainter lines have a smaller λ (or k). A "
+        "that fire least (10). The first plot shows the share of each group that uses both poles, the second the share "
+        "of the group’s activation mass Σ|f| that those latents carry. Means over seeds; fainter lines have a smaller "
+        "λ (or k). A "
         f"latent that fired only a few times looks one-sided. Measured on {rows}.",
     }
 
@@ -117,7 +118,7 @@ def _deciles(series: Series, field: str, title: str, looks: Looks, name: str) ->
                 head = f"<b>{escape(wording.label(key))}</b>, {entry}"
                 trace.hoverinfo, trace.hovertemplate = None, f"{head}<br>group %{{x}}: %{{y:.1%}}<extra></extra>"
                 traces.append(trace)
-    layout = _layout("tenth of the live latents, most frequent first", title)
+    layout = _layout("tenth of live latents, 1 = fires most", title)
     layout.yaxis.update(tickformat=",.0%", range=[-0.03, 1.03])
     layout.xaxis.dtick = 1
     return Plot(name, f"{title}, by tenths of the live latents", go.Figure(traces, layout).to_plotly_json())
