@@ -128,7 +128,7 @@ class Autoencoder:
         config, d_in, scale, digest = settings_of(folder)
         data = weights_of(folder / WEIGHTS, config, d_in)
         if hashlib.sha256(data.data).hexdigest() != digest:
-            raise DamagedError(f"{folder / WEIGHTS}: is not what {SETTINGS} was written with (another SHA-256)")
+            raise DamagedError(f"{folder / WEIGHTS}: is not the file that {SETTINGS} describes (its SHA-256 differs)")
         try:
             tensors = read_tensors(data)
         except BadData as error:
@@ -191,6 +191,6 @@ def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
     float32. Raises UserError for tf32 on another device than CUDA."""
     if precision == "tf32":
         if device.type != "cuda":
-            raise UserError(f"precision = tf32: is a format of CUDA devices, and this is {device}. Use float32")
+            raise UserError(f"precision = tf32: works on CUDA devices only, and this is {device}. Use float32")
         return torch.float32
     return torch_dtype(native_dtype(device) if precision == "auto" else precision)

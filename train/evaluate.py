@@ -53,7 +53,7 @@ def evaluate(config: EvalConfig) -> Evaluation:
         raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
     check_replaceable(folder.evaluation)
     if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
-        raise UserError(f"{config.run}: its store {trained.store} is not there. Say where it is now: --store")
+        raise UserError(f"{config.run}: its store {trained.store} does not exist. Name its new place with --store")
     store, hook = find_hookpoint(config.store or trained.store, trained.hook)
     store = as_recorded(store, hook, folder.read("config.json"), f"{config.run}")
     if trained.follow:
@@ -131,7 +131,7 @@ def wants_ce(config: EvalConfig, store: Store) -> bool:
     """Whether to measure the language model's loss. Raises UserError when it is asked for on a synthetic store."""
     synthetic = truth_of(store.spec.model) is not None
     if synthetic and config.ce:
-        raise UserError(f"--ce: {store.name} is synthetic; no language model stands behind it. Leave --ce out")
+        raise UserError(f"--ce: {store.name} is synthetic and has no language model. Leave --ce out")
     return not synthetic if config.ce is None else config.ce
 
 
@@ -139,7 +139,7 @@ def find_model(store: Store, name: str | None) -> ModelSource:
     """Returns the language model that the store was harvested from. Raises UserError when the one found is another."""
     harvested = store.spec.model
     if lacking := [key for key in ("commit", "dtype", "attention") if harvested.get(key) is None]:
-        raise UserError(f"{store.name}: does not say what it was harvested with ({', '.join(lacking)}). Use --no-ce")
+        raise UserError(f"{store.name}: does not record its language model's {', '.join(lacking)}. Use --no-ce")
     name = name or harvested["name"]
     source = resolve_model(name, None if local_place(name) else harvested["commit"])
     if not same_model(source, harvested["commit"]):

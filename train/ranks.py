@@ -153,7 +153,7 @@ def check_device(device: torch.device) -> None:
     beside = local_processes()
     if device.type == "cuda" and beside > max(1, torch.cuda.device_count()):
         raise UserError(
-            f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each takes one of its "
+            f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each needs its "
             "own. Start fewer, or use --device cpu"
         )
 

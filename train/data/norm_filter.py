@@ -62,7 +62,7 @@ def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-        raise DamagedError(f"{what}/config.json: norm_limit is no norm. Restore it from a copy")
+        raise DamagedError(f"{what}/config.json: norm_limit is not a positive number. Restore it from a copy")
     return float(limit)
 
 

@@ -132,8 +132,8 @@ def as_recorded(store: Store, hook: str, identity: dict[str, Any], what: str) ->
     if "shards" not in identity and EARLIER.fullmatch(snapshot):
         if snapshot != store.snapshot_id:
             raise UserError(
-                f"{what}: was not trained on what {store.name} holds now: it grew since, or it is another store. Say "
-                "where the right one is: --store"
+                f"{what}: was not trained on what {store.name} holds now: it grew since, or it is another store. Name "
+                "the right one with --store"
             )
         return store
     try:
@@ -144,7 +144,7 @@ def as_recorded(store: Store, hook: str, identity: dict[str, Any], what: str) ->
     if gone:
         raise UserError(
             f"{what}: was trained on shards {identity['shards']} of its store; {store.name} does not have "
-            f"{len(gone):,} of them, such as shard {gone[0]}. Say where the right store is: --store"
+            f"{len(gone):,} of them, such as shard {gone[0]}. Name the right store with --store"
         )
     part = store.only(shards)
     if content_of(part, hook) != snapshot:
@@ -156,7 +156,7 @@ def other_store_text(store: Store) -> str:
     lossy = ". It is quantised to int8, which changes rows; lossless codecs keep them" if store.spec.quantised else ""
     return (
         f"was not trained on the rows that {store.name} holds now: it is another store, or was harvested again{lossy}. "
-        "Say where the right one is: --store"
+        "Name the right store with --store"
     )
 
 
@@ -182,7 +182,7 @@ class SnapshotWatch:
         try:
             now = Store.open(self.store.files)
         except UserError as error:
-            raise DamagedError(f"{self.store.name}: is gone while it was read. {AGAIN} ({error})") from error
+            raise DamagedError(f"{self.store.name}: disappeared while it was read. {AGAIN} ({error})") from error
         for part in parts:
             kept = all(shard in now.commits for shard in part.commits)
             if not kept or exact_content(now.only(list(part.commits)), self.hook) != exact_content(part, self.hook):

@@ -104,9 +104,8 @@ class TrainJob:
         found = statistics(self.passes.get(0).rows.store, self.hook, self.left_out)
         if not found.scale > 0:
             raise UserError(
-                f"{self.store.name}/{self.hook}: all activations are equal, as far as {self.store.spec.dtype} tells "
-                "them apart; there is nothing to learn. Where they differ a little about a large mean, harvest with "
-                "--set store_dtype=float32"
+                f"{self.store.name}/{self.hook}: all activations are equal in {self.store.spec.dtype}, so there is "
+                "nothing to learn. If they differ a little around a large mean, harvest with --set store_dtype=float32"
             )
         return found
 

@@ -87,16 +87,16 @@ def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
     anything is allocated."""
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > min(MOST_HEADER, len(data) - 8):
-        raise BadData("is cut short, or no safetensors file")
+        raise BadData("is cut short, or is not a safetensors file")
     header = parse_json(data[8 : 8 + length].tobytes(), MOST_HEADER)
     if not isinstance(header, dict):
-        raise BadData(f"has {quoted(header)} for a header")
+        raise BadData(f"has the header {quoted(header)}, which is not an object")
     header.pop("__metadata__", None)
     body, expected, tensors = data[8 + length :], 0, {}
     entries = [(name, *tensor_entry(name, entry)) for name, entry in header.items()]
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
         if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or end > len(body):
-            raise BadData(f"has its tensor {quoted(name)} in a place where it cannot be")
+            raise BadData(f"has an impossible place of its tensor {quoted(name)}")
         part = body[begin:end] if body[begin:end].ctypes.data % dtype.itemsize == 0 else body[begin:end].copy()
         tensors[name] = torch.from_numpy(part).view(dtype).view(shape)
         expected = end
@@ -111,13 +111,13 @@ def tensor_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, in
     dtype = next((dtype for dtype, known in TYPES.items() if known == entry["dtype"]), None)
     if dtype is None:
         raise BadData(
-            f"has its tensor {quoted(name)} in {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
+            f"has its tensor {quoted(name)} in the type {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
         )
     shape, place = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(place, list) and len(shape) <= 4 and len(place) == 2):
-        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+        raise BadData(f"has an invalid shape or place of its tensor {quoted(name)}")
     if not all(type(number) is int and 0 <= number < MOST for number in (*shape, *place)):
-        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+        raise BadData(f"has an invalid shape or place of its tensor {quoted(name)}")
     return dtype, shape, place[0], place[1]
 
 
@@ -173,7 +173,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise BadData("state.json was altered: its checksum does not match")
         for rank, digest in enumerate(state.get("blake2b") or ()):
             if blake2b_of(checkpoint / part_name(rank)) != digest:
-                raise BadData(f"{part_name(rank)} is not what was written (another BLAKE2b)")
+                raise BadData(f"{part_name(rank)} was altered: its BLAKE2b does not match")
     except (OSError, BadData) as error:
         raise damaged(checkpoint, error) from error
     return {key: value for key, value in state.items() if key != "crc32c"}
