@@ -297,7 +297,7 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     segments = train.data.follow.Segments(**fields)
     before = bytes_read()
     with pytest.raises(Interrupted):
-        segments.next()
+        segments.next_segment()
     assert opened[0] == 20
     assert bytes_read() - before < 3 * 2900 * 1100, "once, not twenty times; modules may be imported meanwhile"
 
@@ -534,7 +534,7 @@ def test_masks_in_bits_are_the_masks(tmp_path_factory: pytest.TempPathFactory, d
         assert rows_in_shards(marks, spec, shards) == (flat[:n_tokens] & there).sum()
         some = marks.places()[::3]
         anywhere = np.arange(0, flat.size, 3)
-        assert np.array_equal(marks.at(anywhere), flat[anywhere])
+        assert np.array_equal(marks.marked_at(anywhere), flat[anywhere])
         without = flat.copy()
         without[some] = False
         assert np.array_equal(marks.without(some)[0 : flat.size], without)

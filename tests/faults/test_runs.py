@@ -35,7 +35,7 @@ from shared.store.spec import seal
 from train.autoencoder import Autoencoder
 from train.data.follow import segments_of
 from train.data.snapshot import as_ranges, from_ranges
-from train.evaluate import evaluate, last_silent
+from train.evaluate import evaluate, last_logged_inactive
 from train.plan.job import make_job
 from train.report.data import read_run
 from train.run import train as run_train
@@ -134,8 +134,10 @@ def test_identity_precision_auto_is_what_the_run_began_with(
     native = "bfloat16"
     assert run_train(config).run == first
     assert weights_of(first) == weights_of(whole)
-    assert "goes on with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for what it has"):
+    assert "resumes with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for its settings"
+    ):
         run_train(train_config(out=first, precision="bfloat16"))
     assert store.spec.n_tokens
 
@@ -294,13 +296,13 @@ def test_checkpoint_damaged_goes_on_from_the_one_before(train_config: Config, tm
         newest = run / "checkpoints" / "step-00000013"
         flip(newest / what, (newest / what).stat().st_size // 2)
         run_train(train_config(out=run))
-        assert "going on from step-00000008, the one before" in capsys.readouterr().err
+        assert "resuming from step-00000008, the one before" in capsys.readouterr().err
         assert weights_of(run) == weights_of(whole)
         unfinished_run(run)
         for folder in (run / "checkpoints").glob("step-*"):
             flip(folder / what, (folder / what).stat().st_size // 2)
         before = contents(run)
-        with pytest.raises(DamagedError, match="There is no whole checkpoint before it"):
+        with pytest.raises(DamagedError, match="There is no undamaged checkpoint before it"):
             run_train(train_config(out=run))
         assert contents(run) == before
 
@@ -428,7 +430,7 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
     assert "heldout_tokens = 100,000: at most a tenth of the store is held out, here 496" in said
     assert "window_rows = 1: a window of a stream has at least one run, here 64 rows" in said
     for settings, message in (
-        ({"exclude_positions": (99,)}, "99 is no position of a context of 16"),
+        ({"exclude_positions": (99,)}, "a context of 16 has no position 99"),
         ({"exclude_positions": (-1,)}, "-1 is no position"),
         ({"step": "sparse", "saes": (sae_config(arch="relu", d_sae=8),)}, "none is asked for"),
     ):
@@ -632,7 +634,7 @@ def test_hostile_files_of_a_run_are_ordinary_and_bounded(train_config: Config, n
             with pytest.raises(DamagedError, match=rf"{name}: is no ordinary file of at most 16 MiB"):
                 run_train(train_config())
         elif name == "metrics.jsonl":
-            assert last_silent(RunFolder(run), 1) == {}
+            assert last_logged_inactive(RunFolder(run), 1) == {}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])
