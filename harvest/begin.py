@@ -1,7 +1,7 @@
-"""The beginning of a store: the corpus to rows of token ids, once, and the empty arrays around them.
+"""Begins a store: turns the corpus into rows of token ids, once, and creates the empty arrays around them.
 
-A store beside the new one that was made from the same corpus in the same way lends its tokens: another layer of a model
-is harvested without tokenising again, and its rows are in the same order.
+If a store beside the new one was made from the same corpus in the same way, its tokens are copied. You harvest another
+layer of a model without tokenising again, and its rows are in the same order.
 """
 
 import shutil
@@ -38,8 +38,8 @@ from shared.store.spec import StoreSpec
 
 
 def make_folder(files: Files, overwrite: bool) -> None:
-    """Raises UserError when the folder cannot be made or written to, or when something else is there; DamagedError when
-    that is a store that cannot be read, unless it goes."""
+    """Makes the store's folder. Raises UserError when it cannot be made or written to, or when something else is there;
+    DamagedError when an unreadable store is there and `overwrite` is False."""
     if not isinstance(files, LocalFiles):
         return  # an object store has no folders
     root = files.root
@@ -64,8 +64,8 @@ def there(files: Files, overwrite: bool) -> bool:
 
 
 def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
-    """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
-    beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
+    """Writes the token rows, then the empty store. The old content (a store to overwrite, or an unfinished beginning)
+    is removed only when nothing can be refused any longer. `check_stop` is called now and then and may raise."""
     check_replaceable(plan.files)
     with token_folder(plan.files) as folder:
         tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
@@ -78,8 +78,8 @@ def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
 
 @contextmanager
 def token_folder(files: Files) -> Iterator[Path]:
-    """The folder for tokens that are being written. In a local store it is as an earlier try left it, and stays when
-    this one ends early, for the next to go on; unless nothing can be made of the corpus."""
+    """The folder in which tokens are written. In a local store it keeps what an earlier attempt left, and is kept when
+    this attempt ends early, so that the next one resumes. It is removed when the corpus itself is unusable."""
     if not isinstance(files, LocalFiles):
         with building(files) as folder:
             yield folder
@@ -97,11 +97,11 @@ def token_folder(files: Files) -> Iterator[Path]:
 
 
 class TooLittle(UserError):
-    """The corpus gives fewer tokens than were asked for."""
+    """The corpus has fewer tokens than were asked for."""
 
 
 def leave_nothing(files: Files) -> None:
-    """A folder that was made for a store that did not come to be goes again."""
+    """Removes the folder of a store that was never created."""
     if isinstance(files, LocalFiles) and {path.name for path in files.root.iterdir()} <= {LOCK_FILE, HELD_FILE}:
         for path in list(files.root.iterdir()):
             path.unlink()
@@ -109,7 +109,8 @@ def leave_nothing(files: Files) -> None:
 
 
 def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
-    """Raises UserError when the corpus does not give what was asked for."""
+    """Returns the tokens of the corpus and the new store's spec. Raises UserError when the corpus has too few
+    tokens."""
     counts = PackCounts()
     tokens = write_rows(plan, folder, counts, look)
     if counts.bad:
@@ -127,22 +128,23 @@ def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tupl
 
 
 def lent(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
-    """The tokens of a store beside this one, where it has those that this harvest would make."""
+    """Copies the tokens of a store beside this one that has the tokens this harvest would make. Returns None when there
+    is none."""
     lender = lender_of(plan)
     if lender is None:
         return None
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try that did not find them
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt that found no such store
     try:
         tokens = write_tokens(folder, lender.token_rows().blocks(), plan.context, plan.info.vocab_size)
     except (DamagedError, OSError) as error:
         say(f"{lender.name} has the same tokens, but they cannot be read ({error})")
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    say(f"{plan.name}: the tokens are those of {lender.name}")
+    say(f"{plan.name}: copied the tokens of {lender.name}")
     check_room(plan, lender.spec.n_tokens)
     shaped = lent_shape(plan, lender.spec)
     if shaped is None:
-        say(f"{plan.name}: its shards have another size, and so its rows another order than those of {lender.name}")
+        say(f"{plan.name}: its shards have another size, so its rows are in another order than in {lender.name}")
     n_tokens = lender.spec.n_tokens
     spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(shaped or shape(plan, n_tokens)))
     return tokens, spec
@@ -160,7 +162,7 @@ def lender_of(plan: HarvestPlan) -> Store | None:
             if files.name == plan.name or not is_store(files):
                 continue
             spec, state = read_state(files)
-        except (UserError, DamagedError, OSError):  # whatever it is, it lends nothing
+        except (UserError, DamagedError, OSError):  # an unreadable neighbour has no tokens to copy
             continue
         same = {key: getattr(spec, key) for key in OF_THE_TOKENS} == wanted
         same = same and {key: spec.corpus.get(key) for key in asked} == asked

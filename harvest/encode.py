@@ -1,6 +1,6 @@
-"""One shard's files: chunks encoded on every core and written in order as they come, counted and checksummed.
+"""Encodes the files of one shard: chunks are encoded on every core and written in order, counted and checksummed.
 
-Memory is a few chunks, whatever the shard's size.
+Memory is a few chunks, whatever the size of the shard.
 """
 
 import threading
@@ -24,11 +24,11 @@ from shared.store.spec import DTYPES, StoreSpec, shard_file
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Fetch = Callable[[slice, NDArray[Any]], None]
-"""Puts the rows of a slice of the shard, in stored order, at the beginning of a chunk's memory."""
+"""Copies the rows of a slice of the shard, in stored order, to the beginning of a chunk's memory."""
 
 
 class ShardFiles:
-    """Makes the files of shards, from any number of threads. `close` ends its own."""
+    """Writes the files of shards; safe to call from any number of threads. `close` ends its encoding threads."""
 
     def __init__(self, spec: StoreSpec, threads: int | None = None) -> None:
         self.spec, self.layouts = spec, spec.layouts()
@@ -49,8 +49,8 @@ class ShardFiles:
         squares: NDArray[np.float64],
         kept: NDArray[np.bool_],
     ) -> Sizes:
-        """A hookpoint's n rows through the store's codec. `squares` [d_in] are summed over the rows `kept` [n] in
-        stored order; int8 takes its scales from them and measures its error over these rows."""
+        """Writes a hookpoint's n rows through the store's codec. `squares` [d_in] is the sum of squares over the rows
+        `kept` [n], in stored order. int8 derives its scales from it and measures its error over these rows."""
         layout = self.layouts[hook]
         slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
         if self.spec.quantised:
@@ -74,7 +74,7 @@ class ShardFiles:
         dim: NDArray[np.float32],
         kept: NDArray[np.bool_],
     ) -> Sizes:
-        """Quantised rows, their scales, and the squared error in each dimension."""
+        """Writes quantised rows, their scales, and the squared error in each dimension."""
         layout, dtype = self.layouts[hook], DTYPES[self.spec.dtype][0]
         scales = np.empty(slices[-1].stop, "<f4")
         error = np.zeros(len(dim))
@@ -102,7 +102,7 @@ class ShardFiles:
         }
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order, only a few of which wait to be taken. The first are begun at once."""
+        """Yields results in order; only a few are computed ahead. The first ones start at once."""
         left = iter(items)
         waiting = deque(self.pool.submit(function, item) for item in islice(left, 2 * self.threads + 1))
 
@@ -118,7 +118,7 @@ class ShardFiles:
         return results()
 
     def memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Memory for one chunk, the same for every chunk of a thread."""
+        """Returns memory for one chunk, which each thread reuses for all its chunks."""
         if getattr(self.local, "key", None) != (shape, dtype):
             self.local.key, self.local.chunk = (shape, dtype), np.empty(shape, dtype)
         chunk: NDArray[Any] = self.local.chunk

@@ -1,4 +1,4 @@
-"""The loop of a harvest: a shard is captured while the one before is written."""
+"""The main loop of a harvest: one shard is captured while the previous one is written."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -26,19 +26,20 @@ from shared.store.spec import DTYPES, StoreSpec
 from shared.store.tokens import CountedMask
 
 SLOTS = 3
-"""Shards in memory: one that is captured, one that is written, one that waits in between."""
+"""Shards in memory: one being captured, one being written, one waiting in between."""
 CPU_BATCH = 2_048
-"""Tokens."""
+"""Tokens per batch on a CPU."""
 MOST_STREAMS = 16
-"""Each is a wrapper around the model, which takes a moment to make; more cores than that share the batches."""
+"""Largest number of batches side by side. Each needs its own wrapper around the model, which takes a moment to make;
+further cores share the batches."""
 
 
 @dataclass(frozen=True)
 class FillResult:
-    """How it went."""
+    """The timing of a fill."""
 
     started: float
-    """When the model was loaded and the first batch began, by the monotonic clock."""
+    """Time on the monotonic clock at which the model was loaded and the first batch began."""
     waited: float
     """Seconds in which the model waited for the writer."""
 
@@ -52,8 +53,8 @@ def fill(
     todo: list[int],
     loaded: Any = None,
 ) -> FillResult:
-    """Captures and commits these shards. `look` is called between batches and may raise. `loaded`: what `load_weights`
-    gave, if it is there already."""
+    """Captures and commits the shards `todo`. `check_stop` is called between batches and may raise. `loaded` is what
+    `load_weights` returned, if the weights are in memory already."""
     spec = store.spec
     look()
     device = team.device(config.device)
@@ -62,7 +63,7 @@ def fill(
     model = models[0]
     look()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
-    tokens = store.token_rows(check=team.rank == 0)  # the others read those of their own shards
+    tokens = store.token_rows(check=team.rank == 0)  # ranks 1 and up check only what their own shards read
     keep = CountedMask(tokens)
     reuse_memory(model.device)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
@@ -86,8 +87,8 @@ def fill(
 
 
 def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
-    """Batches that are computed side by side. On a CPU one a core, or as many as fit into a quarter of the memory that
-    is free, at some 40 numbers of a row's width a token."""
+    """The number of batches computed side by side. On a CPU it is one per core, or as many as fit into a quarter of the
+    free memory, at about 40 float32 numbers of the widest row per token. Elsewhere it is 1."""
     if not device.startswith("cpu"):
         return 1
     tokens = max(spec.context, config.batch_tokens or CPU_BATCH)
@@ -96,14 +97,14 @@ def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> 
 
 
 def finish_work(device: torch.device) -> None:
-    """Waits until the model has computed what it was asked to."""
+    """Waits until the device has finished the model's queued work."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "HarvestWatch") -> Ready:
-    """In smaller batches from here on when a GPU's memory does not suffice. Raises UserError when it does not suffice
-    for one context."""
+    """Captures one shard. When a GPU runs out of memory, this shard is captured again and this and all later batches
+    are halved. Raises UserError when one context does not fit."""
     while True:
         before = watch.rows
         try:
@@ -113,12 +114,12 @@ def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "HarvestWatch
             if capture.batch == 1:
                 raise no_memory(capture.model.device, capture.spec.context) from error
         capture.batch = -(-capture.batch // 2)
-        say(f"out of memory: going on with {capture.batch * capture.spec.context:,} tokens in a batch")
+        say(f"out of memory: continuing with {capture.batch * capture.spec.context:,} tokens per batch")
         forget_batch(capture.model.device)
 
 
 def forget_batch(device: torch.device) -> None:
-    """After one for which memory did not suffice: nothing of it is in use any more, and its memory is free."""
+    """Frees CUDA memory after a batch that ran out of it. Nothing refers to the batch by then."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -126,13 +127,13 @@ def forget_batch(device: torch.device) -> None:
 
 def no_memory(device: torch.device, context: int) -> UserError:
     return UserError(
-        f"--device {device}: its memory does not suffice for one context of {context} tokens. Lower --context, or use "
-        "a larger GPU"
+        f"--device {device}: its memory is too small for one context of {context} tokens. Lower --context, or use a "
+        "larger GPU"
     )
 
 
 class HarvestWatch:
-    """Looks after a harvest between batches: stops, failed commits, progress, room on the disk."""
+    """Checks between batches: stop requests, failed commits, progress, disk space."""
 
     def __init__(
         self,
@@ -153,7 +154,7 @@ class HarvestWatch:
         self.measured = False
 
     def check(self) -> None:
-        """Raises what stops a harvest: a signal, a commit that failed, a disk that turns out too small."""
+        """Raises the reason to stop: a signal, a failed commit, or a disk that turns out to be too small."""
         self.look()
         self.writer.check()
         if self.writer.commits and not self.measured:
@@ -176,8 +177,8 @@ class HarvestWatch:
 
 
 def default_batch_tokens(device: torch.device, d_model: int) -> int:
-    """On a GPU what takes about a quarter of its memory, by 40 numbers of d_model a token; on a CPU what a core's
-    caches hold a fair part of."""
+    """The default number of tokens per batch. On a GPU they take about a quarter of its memory, at 40 numbers of
+    d_model per token; on a CPU a core's caches hold a good part of them."""
     if device.type != "cuda":
         return CPU_BATCH
     memory = torch.cuda.get_device_properties(device).total_memory

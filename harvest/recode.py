@@ -1,7 +1,7 @@
-"""A store written anew with another codec, shard by shard. Everything else stays byte for byte what it was.
+"""Rewrites a store with another codec, shard by shard. Everything else stays the same, byte for byte.
 
 The result is the store that a harvest with that codec would have written: the same rows in the same order with the same
-moments, and for int8 the same scales. A recode that was interrupted goes on where it was.
+moments, and for int8 the same scales. An interrupted recode resumes when you run it again.
 """
 
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ from shared.store.tokens import CountedMask, TokenMask
 
 @dataclass(frozen=True)
 class RecodeSummary:
-    """What a recode did."""
+    """The result of a recode."""
 
     store: str
     codec: str
@@ -41,7 +41,8 @@ class RecodeSummary:
 
 
 def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
-    """Raises UserError for unusable input, DamagedError where the source is damaged, Interrupted after a signal."""
+    """Rewrites the store `source` at `target`. Raises UserError for unusable input, DamagedError where the source is
+    damaged, Interrupted after a signal."""
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
@@ -61,7 +62,7 @@ def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
 
 
 def write(store: Store, files: Files, spec: StoreSpec) -> None:
-    """All of the new store, or all that is missing of it."""
+    """Writes the new store, or the part of it that is missing."""
     with files.lock():
         if not is_store(files):
             begin(store, files, spec)
@@ -76,7 +77,7 @@ def write(store: Store, files: Files, spec: StoreSpec) -> None:
 
 
 def check_target(files: Files, spec: StoreSpec) -> None:
-    """Raises UserError when something else is there."""
+    """Raises UserError when something else is at the target."""
     if is_store(files):
         if Store.open(files).spec != spec:
             raise UserError(f"{files.name}: is another store, or was recoded differently. Choose another DST")
@@ -113,7 +114,8 @@ def fill(store: Store, done: Store) -> None:
 
 
 def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: TokenMask) -> None:
-    """`keep` marks the rows that the moments are over. Raises DamagedError."""
+    """Rewrites one shard. `keep` marks the rows that the moments are over. Raises DamagedError where the source is
+    damaged."""
     commit = store.commits[shard]
     contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
     kept = keep[commit.start : commit.stop][read_places(contexts, positions, shard)]
@@ -142,7 +144,7 @@ def fetch_from(reader: Reader, shard: int) -> Fetch:
 
 
 def copy(source: Files, write: Write, path: str, size: int, crc: int) -> tuple[int, int]:
-    """A committed file, checked on the way."""
+    """Copies a committed file and checks it on the way. Raises DamagedError where its checksum is wrong."""
     file, found = source.open(path, size), 0
 
     def pieces() -> Iterator[Buffer]:

@@ -1,7 +1,8 @@
-"""harvest(config): a model and a corpus to a committed store. Resumes by itself: the same call goes on where it was.
+"""harvest(config): runs a corpus through a model and commits the activations to a store. The same call resumes an
+interrupted harvest.
 
-Everything that can be refused is refused before anything is written. Then rank 0 writes the tokens, once, and every
-process captures and commits its share of the shards that are not committed yet; at the end the state becomes "final".
+Everything that can be refused is refused before anything is written. Then rank 0 writes the tokens once, and every
+process captures and commits its share of the missing shards. At the end the state becomes "final".
 """
 
 import time
@@ -32,21 +33,21 @@ AGAIN: Final = "run the same command again"
 
 @dataclass(frozen=True)
 class HarvestSummary:
-    """What a harvest did."""
+    """The result of a harvest."""
 
     store: str
     tokens: int
     hookpoints: dict[str, dict[str, Any]]
     seconds: float
-    """Of capturing and writing: loading the model is not counted."""
+    """Seconds of capturing and writing; loading the model is not counted."""
     tokens_per_second: float
     waiting_for_writer: float
-    """Share of the time that the model stood still because the writer was behind."""
+    """Share of the time in which the model waited because the writer was behind."""
 
 
 def harvest(config: HarvestConfig) -> HarvestSummary:
-    """Harvests until the store is complete; in a process that is not rank 0, until its share is. Raises UserError for
-    unusable input, Interrupted after a signal."""
+    """Harvests until the store is complete; on ranks 1 and up, until this rank's share is committed. Raises UserError
+    for unusable input, Interrupted after a signal."""
     team = Team.join()
     with stop_requests() as stop_asked:
 
@@ -61,13 +62,13 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
             if team.rank:
                 team.fail()
             if isinstance(error, UserError | Interrupted) and config.overwrite and AGAIN in str(error):
-                # the same command would begin afresh once more
+                # the same command would overwrite the store once more
                 raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
             raise
 
 
 def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
-    """Rank 0: the beginning and the end, and a share of what is between them."""
+    """Runs rank 0: it begins and finishes the store, and captures its own share of the shards."""
     plan = make_plan(config, look)
     if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
@@ -75,7 +76,7 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Harvest
         if store.state == "final" and not store.missing:
             team.begin(RankWork(store.location, ()))
             team.await_others(look)
-            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
             return summarise(store, 0.0, 0, 0.0)
         check_room(plan, store.spec.n_tokens)
     else:
@@ -107,7 +108,7 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Harvest
 
 
 def say_massive(store: Store) -> None:
-    """A line for each hookpoint whose variance is that of a few tokens."""
+    """Prints a line for each hookpoint in which a few tokens make up most of the variance."""
     for hook in store.spec.hookpoints:
         found = sample(store, hook)
         if found and found.massive.text:
@@ -115,8 +116,8 @@ def say_massive(store: Store) -> None:
 
 
 def loaded(plan: HarvestPlan, device: str, look: Callable[[], None]) -> Any:
-    """The model's weights, before anything is tokenised, written or removed: whatever is wrong with them is said now,
-    and a folder that was made for the store goes again."""
+    """Returns the model's weights. They are loaded before anything is tokenised, written or removed, so that their
+    errors come first. On an error, a folder that was made for the store is removed."""
     look()
     try:
         return load_weights(plan.source, device, plan.dtype, plan.config.attention)
@@ -126,14 +127,14 @@ def loaded(plan: HarvestPlan, device: str, look: Callable[[], None]) -> Any:
 
 
 def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
-    """The others: a share of the shards. What the store is, they are told."""
+    """Runs ranks 1 and up: captures their shards of the store that rank 0 announced."""
     work = team.await_work(look)
     todo, filled = team.mine(work), FillResult(time.monotonic(), 0.0)
     store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
         if not same_model(source, store.spec.model["commit"]):
-            raise UserError(f"--model {config.model}: is another model here than on rank 0's machine")
+            raise UserError(f"--model {config.model}: this machine has another model than rank 0's machine")
         with store.files.explained(), store.files.lock(team.rank):
             filled = fill(store, config, source, team, look, todo)
     team.done()

@@ -1,7 +1,7 @@
-"""synth(config): a store of synthetic activations, whose true features are known (shared/synthetic.py).
+"""synth(config): writes a store of synthetic activations whose true features are known (shared/synthetic.py).
 
-The same writer, moments and commits as a harvest's; only the rows come from a generator instead of a language model.
-Resumes by itself: every row can be made without the others, so that the same call writes the shards that are missing.
+Writer, moments and commits are those of a harvest; only the rows come from a generator instead of a language model. The
+same call resumes an interrupted one: every row can be made without the others, so it writes the missing shards.
 """
 
 import hashlib
@@ -59,7 +59,7 @@ ROWS_AT_A_TIME: Final = 1 << 20
 
 @dataclass(frozen=True)
 class SynthSummary:
-    """What was written."""
+    """The result of `synth`."""
 
     store: str
     tokens: int
@@ -73,19 +73,19 @@ def synth(config: SynthConfig) -> SynthSummary:
     try:
         return write(config)
     except (UserError, Interrupted) as error:
-        if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+        if config.overwrite and AGAIN in str(error):  # the same command would overwrite the store once more
             raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
         raise
 
 
 def write(config: SynthConfig) -> SynthSummary:
-    """All of the store, or all that is missing of it."""
+    """Writes the store, or the part of it that is missing."""
     files, spec = open_files(join(config.out, config.name)), spec_of(config)
     if not config.overwrite and is_store(files):
         store = Store.open(files)
         check_same(store, spec)
         if store.state == "final" and not store.missing:
-            say(f"{files.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            say(f"{files.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
             return summarise(store, 0.0, 0)
     check_room(config, files)
     make_folder(files, config.overwrite)
@@ -109,7 +109,7 @@ def parameters_of(config: SynthConfig) -> Synthetic:
 
 
 def spec_of(config: SynthConfig) -> StoreSpec:
-    """All of it follows from the configuration: the token ids are zeros."""
+    """The spec of the store. All of it follows from the configuration: the token ids are zeros."""
     parameters = parameters_of(config).model_dump(mode="json")
     digest = hashlib.blake2b(json.dumps(parameters, sort_keys=True).encode(), digest_size=16).hexdigest()
     ids = hashlib.blake2b(digest_size=16)
@@ -155,13 +155,13 @@ def check_same(store: Store, spec: StoreSpec) -> None:
     if keys:
         differ = "; ".join(f"{key}: the store has {here.get(key)}, this asks for {asked.get(key)}" for key in keys)
         raise UserError(
-            f"{store.name}: holds another store. {differ}. Choose another --name or --out, or start afresh with "
+            f"{store.name}: holds another store. {differ}. Choose another --name or --out, or start again with "
             "--overwrite"
         )
 
 
 def flat(spec: dict[str, Any]) -> dict[str, Any]:
-    """What a person can have asked for, by name: the parameters, not the digests that follow from them."""
+    """The values that you can have asked for, by name: the parameters, not the digests that follow from them."""
     model = spec["model"]
     parameters = model.get(NAME, {})
     rest = {key: value for key, value in spec.items() if key not in ("model", "tokenizer", "corpus", "hookpoints")}
@@ -170,11 +170,11 @@ def flat(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_room(config: SynthConfig, files: Files) -> None:
-    """Says what will be written, and raises UserError when the disk cannot take it."""
+    """Prints what will be written, and raises UserError when the disk is too small."""
     raw = config.d_in * DTYPES[config.store_dtype][0].itemsize
     size = int(config.tokens * (raw / usual_ratio(config.codec, config.store_dtype) + 4))
     stored, free = stored_size(files), free_bytes(files)
-    if config.overwrite and free is not None:  # what is there goes first
+    if config.overwrite and free is not None:  # the old store is deleted first
         free, stored = free + stored, 0
     need = DiskNeed({HOOK: size}, config.tokens * INDEX_BYTES, stored, free)
     say(f"{files.name}: {config.tokens:,} tokens of width {config.d_in}, about {gigabytes(need.to_write)}{room(need)}")
@@ -182,7 +182,7 @@ def check_room(config: SynthConfig, files: Files) -> None:
 
 
 def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
-    """The token rows, then the empty store. What was there before goes only when the tokens are written."""
+    """Writes the token rows, then the empty store. The old content is removed only when the tokens are written."""
     check_replaceable(files)
     with building(files) as folder:
         try:
@@ -196,13 +196,13 @@ def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
 
 
 def fill(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> int:
-    """Makes and commits the shards that are missing; a shard is made while the one before is written. Gives the number
-    of rows."""
+    """Makes and commits the missing shards; a shard is made while the previous one is written. Returns the number of
+    rows."""
     spec, todo = store.spec, store.missing
     keep = CountedMask(store.token_rows())
     rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
     threads = usable_cores()
-    _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
+    _ = truth.directions, truth.scale, truth.limits  # computed once, before threads share them
     with (
         behind.pool(threads, "synth") as pool,
         closing(ShardWriter(store.files, spec, keep)) as writer,
@@ -226,8 +226,8 @@ def fill(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> i
 def shard_rows(
     spec: StoreSpec, truth: TrueFeatures, keep: TokenMask, shard: int, pool: Executor, look: Callable[[int], None]
 ) -> ShardRows:
-    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
-    told of every n rows and may raise to stop."""
+    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `after_block`
+    is called with the number of rows of each block and may raise to stop."""
     start, stop = spec.shard_range(shard)
     found = torch.empty(stop - start, truth.parameters.d_in, dtype=torch_dtype(spec.dtype))
 

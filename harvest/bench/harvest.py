@@ -1,9 +1,10 @@
-"""`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
+"""`sagsae bench harvest`: the cost of capture over a forward pass, and of the whole harvest over the slower of its two
+halves.
 
-Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that and
-are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off
-after the layer that is harvested, without TransformerLens and without hooks. Encoding is the codec alone, on every
-core, on the very rows that are harvested.
+Capture is the model with hooks that write into a shard's memory. On a CPU the moments are computed afterwards and are a
+figure of their own; on a GPU they are part of capture. The bare forward pass is Hugging Face's own model, cut off after
+the harvested layer, without TransformerLens and without hooks. Encoding is the codec alone, on every core, on the very
+rows that are harvested.
 """
 
 import shutil
@@ -40,7 +41,8 @@ from shared.store.shard import encode_chunk
 from shared.store.spec import rows_that_count
 
 BARE_BATCH: Final = 8_192
-"""Tokens: what suits a forward pass on all cores of a CPU best, where a harvest gives each core a batch of its own."""
+"""Tokens per batch that suit a forward pass on all cores of a CPU best. A harvest gives each core its own, smaller
+batch."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class HarvestBenchReport:
 def bench_harvest(
     config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]
 ) -> HarvestBenchReport:
-    """Every measure once a round, in turns, after a round that does not count; ratios are medians over the rounds.
+    """Runs every measurement once per round, in turns, after one warm-up round; ratios are medians over the rounds.
     `config.tokens` must be given. Raises UserError for what a harvest would refuse."""
     if config.codec == "int8":
         raise UserError("--codec int8: encodes nothing. Measure zstd, lz4 or none")
@@ -112,18 +114,18 @@ def bench_harvest(
 
 @contextmanager
 def enough_memory(device: torch.device, contexts: int) -> Iterator[None]:
-    """Raises UserError when there is not."""
+    """Raises UserError when the device runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--device {device}: its memory does not suffice for {contexts} contexts at once beside three copies of "
-            "the model. Set fewer: --set batch_tokens=N"
+            f"--device {device}: its memory is too small for {contexts} contexts at once beside three copies of the "
+            "model. Set fewer: --set batch_tokens=N"
         ) from error
 
 
 def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[Any], contexts: int) -> None:
-    """Every shard, so many contexts at a time."""
+    """Runs the bare model over every shard, `contexts` contexts at a time."""
     context = store.spec.context
     with torch.inference_mode():
         for shard in store.commits:
@@ -136,8 +138,8 @@ def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[
 
 
 def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
-    """On a GPU as in a harvest: the rest of a shard while the next one is computed. On a CPU moments are taken when all
-    shards are captured: gives their seconds."""
+    """Captures all shards. On a GPU, as in a harvest, a shard is finished while the next one is computed. On a CPU the
+    moments are computed after all shards are captured; returns the seconds that this takes."""
     waiting: list[Future[None]] = []
     later: list[Ready] = []
 
@@ -156,7 +158,7 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
             ready = capture.shard(shard, slot, lambda _: None)
             if capture.side is None:
                 later.append(ready)
-                ring.give_back(slot)  # it comes round again when all of this shard's batches are done
+                ring.give_back(slot)  # taken again only after all batches of this shard are done
             else:
                 waiting.append(behind.submit(finish, ready, slot))
         capture.finish(lambda _: None)
@@ -219,7 +221,7 @@ def cut_off(source: ModelSource, device: torch.device, dtype: str, last: int) ->
 
 
 def encodable(store: Store) -> list[NDArray[Any]]:
-    """All rows of all hookpoints in the chunks that they are stored in."""
+    """All rows of all hookpoints in the chunks in which they are stored."""
     chunks = []
     for hook in store.spec.hookpoints:
         for shard in store.commits:

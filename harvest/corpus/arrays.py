@@ -1,7 +1,7 @@
-"""Corpora that are arrays of token ids: a .npy file, or a folder that is a Zarr v3 array, read a block at a time.
+"""Corpora that are arrays of token ids: a .npy file, or a folder that is a Zarr v3 array, read block by block.
 
-[n]: one stream, already joined. [rows, width]: rows of a context, taken as they are. No document can be told from
-another, so an id that the model does not know is always refused.
+An array [n] is one stream that is already joined; [rows, width] are rows of a context, used as they are. Documents
+cannot be told apart, so an id that the model does not know is always refused.
 """
 
 import functools
@@ -21,24 +21,24 @@ from shared.files.local import read_whole
 from shared.gate import members, parse_json
 
 BLOCK_IDS: Final = 1 << 20
-"""Ids read at a time, about."""
+"""Ids read at a time, approximately."""
 MOST_METADATA: Final = 1 << 20
-"""Bytes of an array's description."""
+"""Largest description of an array, in bytes."""
 MOST_IDS: Final = 1 << 27
-"""Of one chunk, which is read whole."""
+"""Largest chunk, in ids; a chunk is read whole."""
 
 
 def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
-    """The ids of a .npy file, which is mapped and not loaded. Raises UserError for anything else in it."""
+    """The ids of a .npy file, which is memory-mapped, not loaded. Raises UserError for any other content."""
     try:
         with reading(path):
             check_regular(path)
             array = np.lib.format.open_memmap(path, mode="r")  # cannot hold pickled objects
     except UserError:
         raise
-    except Exception as error:  # the header is a Python literal, and fails as any of Python's parts does
+    except Exception as error:  # the header is a Python literal, which can raise almost any exception
         raise UserError(
-            f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it anew with numpy.save"
+            f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it again with numpy.save"
         ) from error
     return _stream(path, array, 1, described([path], path.parent, look)[0], vocab_size)
 
@@ -62,7 +62,7 @@ def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
 
 
 def _folder_described(path: Path, look: Look) -> dict[str, Any]:
-    """One identity for all files of a folder: their names and bytes, however many they are."""
+    """One identity for all files of a folder: a hash of their names and bytes, of fixed size."""
     digest, size = hashlib.blake2b(digest_size=16), 0
     for file in described(sorted(all_below(path)), path, look):
         digest.update(f"{file['name']} {file['bytes']} {file['blake2b']}\n".encode())
@@ -80,20 +80,20 @@ def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_
     width = int(array.shape[1]) if array.ndim == 2 else None
     if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MOST_IDS:
         raise UserError(
-            f"corpus {path}: is to be read {whole:,} ids at a time; write it in smaller chunks, of 1 million ids or so"
+            f"corpus {path}: its chunks have {whole:,} ids each; write it in smaller chunks, of about 1 million ids"
         )
     description = {"kind": "ids", **identity, "shape": list(array.shape), "dtype": str(array.dtype)}
     return JoinedIds(description, functools.partial(_blocks, path, array, chunk, vocab_size), width)
 
 
 def _blocks(path: Path, array: Any, chunk: int, vocab_size: int) -> Iterator[Ids]:
-    """The ids in order, flat, whole chunks at a time. Raises UserError at one outside 0 to vocab_size - 1."""
+    """The ids in order, flat, in whole chunks. Raises UserError at an id outside 0 to vocab_size - 1."""
     step = chunk * max(1, BLOCK_IDS // max(1, chunk * int(np.prod(array.shape[1:]))))
     for start in range(0, array.shape[0], step):
         try:
             block = np.asarray(array[start : start + step])
         except Exception as error:  # codecs and checksums fail in many types
-            raise UserError(f"corpus {path}: cannot be read at {start} ({cause(error)}); write it anew") from error
+            raise UserError(f"corpus {path}: cannot be read at {start} ({cause(error)}); write it again") from error
         outside = np.argwhere((block < 0) | (block >= vocab_size))
         if len(outside):
             first = tuple(outside[0].tolist())
@@ -107,7 +107,8 @@ def _flat(block: NDArray[Any]) -> Ids:
 
 
 def takes_rows(corpus: Corpus | JoinedIds, context: int, bos: str) -> bool:
-    """Whether a corpus is rows to be taken as they are. Raises UserError when they cannot be."""
+    """Whether the corpus consists of rows that are used as they are. Raises UserError when they do not fit the
+    settings."""
     if isinstance(corpus, Corpus) or corpus.width is None:
         return False
     if corpus.width != context:

@@ -1,7 +1,7 @@
-"""Which corpus a name means: a file, a folder, an array of ids or a Hugging Face data set.
+"""Decides what a corpus name means: a file, a folder, an array of ids or a Hugging Face dataset.
 
-Every pass over a corpus gives the same documents in the same order. Opening a local corpus reads its files once, to
-hash them; only the name of a data set opens a connection.
+Every pass over a corpus yields the same documents in the same order. Opening a local corpus reads its files once, to
+hash them. Only the name of a dataset opens a connection.
 """
 
 import os
@@ -19,17 +19,17 @@ from shared.errors import UserError
 def open_corpus(config: HarvestConfig, default: Path | None, vocab_size: int, look: Look = go_on) -> Corpus | JoinedIds:
     """The corpus that `config.corpus` names, or else the file `default` (a `corpus.jsonl` beside a local model).
 
-    A file or folder that exists here wins over a data set of the same name. Raises UserError when there is nothing
-    to read; a local corpus is read once, to hash it, with a `look` now and then. Ids are refused outside 0 to
-    vocab_size - 1.
+    A file or folder that exists here wins over a dataset of the same name. A local corpus is read once, to hash it;
+    `check_stop` is called meanwhile. Raises UserError when there is nothing to read. Ids outside 0 to vocab_size - 1
+    are refused.
     """
     field = DocumentField(config.text_field, vocab_size)
     if config.corpus is None:
         if default is None or not default.is_file():
-            raise UserError("this model comes with no corpus: pass --corpus FILE, FOLDER or the name of a data set")
+            raise UserError("this model comes with no corpus: pass --corpus FILE, FOLDER or the name of a dataset")
         return _local(default, config, field, look)
     if not config.corpus.strip():
-        raise UserError("--corpus is empty: give a file, a folder or the name of a Hugging Face data set")
+        raise UserError("--corpus is empty: give a file, a folder or the name of a Hugging Face dataset")
     path = Path(os.path.expanduser(config.corpus))  # unlike Path.expanduser, leaves an unknown ~user alone
     with reading(path):
         exists = path.exists()
@@ -38,7 +38,7 @@ def open_corpus(config: HarvestConfig, default: Path | None, vocab_size: int, lo
     if _means_a_path(config.corpus):
         raise UserError(
             f"corpus {config.corpus}: there is no such file or folder. Check the path; "
-            "a Hugging Face data set is named NAME or OWNER/NAME"
+            "a Hugging Face dataset is named NAME or OWNER/NAME"
         )
     return named_set(config.corpus, config, field)
 
@@ -51,11 +51,11 @@ def _means_a_path(name: str) -> bool:
 
 
 def _local(path: Path, config: HarvestConfig, field: DocumentField, look: Look) -> Corpus | JoinedIds:
-    """What a file or a folder is, by what is in it."""
+    """The corpus in a file or a folder, whose kind follows from the content."""
     if config.corpus_revision is not None:
         raise UserError(
-            f"corpus_revision {config.corpus_revision}: {path} is on this machine; revisions belong to data sets of "
-            "the hub"
+            f"corpus_revision {config.corpus_revision}: {path} is on this machine; revisions belong to datasets of the "
+            "hub"
         )
     with reading(path):
         if path.is_file() and path.suffix.lower() == ".npy":

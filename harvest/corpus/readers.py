@@ -1,7 +1,7 @@
-"""Files to documents: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
+"""Reads documents from files: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
 
-One reader for each known extension. A reader tells `on_bad` of a document that cannot be used and goes on after it;
-a file that cannot be read, or is cut short, ends the pass with a UserError.
+There is one reader per known extension. A reader passes a document that cannot be used to `on_bad` and continues after
+it. A file that cannot be read, or is cut short, ends the pass with a UserError.
 """
 
 import codecs
@@ -43,15 +43,15 @@ from shared.progress import say
 
 Reader = Callable[[Path, DocumentField, OnBad, Look], Iterator[Document]]
 WHOLE: Final = 4 * BLOCK_BYTES
-"""Characters of a text file that is read at once. A longer one is read while it is tokenised."""
+"""Characters up to which a text file is read at once. A longer one is read while it is tokenised."""
 MUCH: Final = 4 << 30
-"""Bytes of files of which it is said that they are hashed, which takes some seconds."""
+"""Bytes of files above which a message announces the hashing, because it takes some seconds."""
 ROWS: Final = 64
-"""Of a parquet file, read at a time; fewer where they are large."""
+"""Rows of a parquet file read at a time; fewer where they are large."""
 
 
 def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus:
-    """One file, or the files of known extension below a folder, by relative path.
+    """A corpus of one file, or of the files of known extension below a folder, sorted by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
     """
@@ -67,9 +67,9 @@ def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus
         raise UserError(f"corpus {path}: its extension is not known; known are {KNOWN}")
     else:
         root, files = path.parent, [path]
-    size = sum(file.stat().st_size for file in files if file.exists())  # what is not there is said when it is read
+    size = sum(file.stat().st_size for file in files if file.exists())  # a missing file raises when it is read
     if size > MUCH:
-        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to tell this corpus from another")
+        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to identify this corpus by its hash")
     description = {"kind": "files", "files": described(files, root, look), "text_field": field.name}
 
     def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
@@ -114,15 +114,15 @@ def _of_line(line: str, field: DocumentField, where: str) -> Document:
         check_members(line)
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadDocument(f"{where}: is not JSON ({error}); one object a line is expected") from error
+        raise BadDocument(f"{where}: is not JSON ({error}); one object per line is expected") from error
     if not isinstance(record, dict):
         kind = type(record).__name__
-        raise BadDocument(f'{where}: is a {kind}; one object a line, {{"{field.name}": ...}}, is expected')
+        raise BadDocument(f'{where}: is a {kind}; one object per line, {{"{field.name}": ...}}, is expected')
     return field.document(record, where)
 
 
 def _json(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
-    """An array; or objects on one line each; or on any number of lines."""
+    """Reads an array; or one object per line; or objects that span lines."""
     values = JsonCursor(text_blocks(path, look), str(path))
     if _begins(path) == b"[":
         found: Iterator[tuple[str, Any]] = _array(values)
@@ -141,7 +141,7 @@ def _json(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterat
 
 
 def _begins(path: Path) -> bytes:
-    """The first byte that is no white space, nor a byte order mark."""
+    """The first byte that is neither white space nor part of a byte order mark."""
     with unpacked(path) as stream:
         block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
         while block and not block.strip():
@@ -150,7 +150,7 @@ def _begins(path: Path) -> bytes:
 
 
 def _spans_lines(path: Path, look: Look) -> bool:
-    """Whether the first value is not on a line of its own. What is no JSON at all is left to the reader of lines."""
+    """Whether the first value spans more than one line. Text that is no JSON at all is left to the reader of lines."""
     with unpacked(path) as stream:
         first = next((line for _, line in lines(stream, path, lambda _: None, look) if line.strip()), b"")
     try:
@@ -169,7 +169,7 @@ def _spans_lines(path: Path, look: Look) -> bool:
 def _array(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     yield from members(values)
     if values.peek():
-        raise UserError(f"{values.where}: goes on after the array; one array, or one object a line, is expected")
+        raise UserError(f"{values.where}: has more text after the array; one array, or one object per line, is expected")
 
 
 def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
@@ -188,7 +188,7 @@ def _of_member(value: Any, field: DocumentField, where: str) -> Document:
 
 
 def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
-    """A table with the names of its columns in the first row. Rows may go over several lines, in quotation marks."""
+    """Reads a table with the names of its columns in the first row. A quoted field may span several lines."""
     csv.field_size_limit(RECORD_BYTES)
     with unpacked(path) as stream:
         rows = csv.reader(_table_lines(stream, delimiter, path, look), delimiter=delimiter, strict=True)
@@ -198,7 +198,7 @@ def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise UserError(f"{where}: is not a table that can be read ({error}); write it anew") from error
+                raise UserError(f"{where}: is not a table that can be read ({error}); write it again") from error
             if row is None:
                 return
             if not header:
@@ -216,7 +216,7 @@ def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterato
     for number, data in lines(stream, path, refuse, look):
         if len(data) > MOST_MEMBERS and data.count(delimiter.encode()) > MOST_MEMBERS:
             raise UserError(f"{path}:{number}: has more than {MOST_MEMBERS >> 20} million columns")
-        yield data.decode(errors="surrogateescape")  # a bad byte counts where it is in the document
+        yield data.decode(errors="surrogateescape")  # a bad byte is reported later, if it is in the document
 
 
 def _checked_header(row: list[str], field: DocumentField, where: str) -> list[str]:
@@ -259,11 +259,11 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Ite
                     else:
                         yield document
     except pa.ArrowException as error:
-        raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it anew") from error
+        raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it again") from error
 
 
 def _rows_at_a_time(file: Any) -> int:
-    """So many that they take about four blocks, by what the file says of itself."""
+    """The number of rows that take about four blocks, from the sizes in the file's metadata."""
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
@@ -273,7 +273,7 @@ def _of_value(value: Any, column: str, field: DocumentField, where: str) -> Docu
     try:
         plain = value.as_py()
     except UnicodeDecodeError as error:
-        raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it anew") from error
+        raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it again") from error
     return field.document({column: plain}, where)
 
 
@@ -290,7 +290,7 @@ READERS: Final[dict[str, Reader]] = {
     **{kind + packed: reader for kind, reader in PLAIN.items() for packed in ("", ".gz", ".zst")},
     ".parquet": _parquet,
 }
-"""How to read a file of each known extension."""
+"""The reader of each known extension."""
 KNOWN: Final = f"{', '.join(PLAIN)}, each also with .gz or .zst behind it; .parquet; .npy for one file"
 
 

@@ -1,8 +1,8 @@
-"""The corpus to rows of token ids in a folder; a harvest that is stopped or killed meanwhile goes on where it was.
+"""Turns the corpus into rows of token ids in a folder; a harvest that was stopped or killed meanwhile resumes here.
 
-Every few seconds, and on a signal, a sealed file beside the rows says how many parts of the corpus were joined, which
-ids fill no chunk of rows yet, and what decides the rows. The same harvest reads the parts that were joined without
-tokenising them: the rows are those of one that was never stopped.
+Every few seconds, and on a signal, a sealed file beside the rows records three things: how many parts of the corpus
+were joined, which ids do not fill a chunk of rows yet, and what decides the rows. A resumed harvest reads the joined
+parts without tokenising them. Its rows are those of a harvest that was never stopped.
 """
 
 import base64
@@ -30,17 +30,17 @@ from shared.store.spec import is_sealed
 
 Item = TypeVar("Item")
 OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
-"""What decides them, beside the corpus."""
+"""The fields of a store's spec that decide its tokens, beside the corpus."""
 PROGRESS: Final = "progress.json"
 SECONDS_BETWEEN_SAVES: Final = 10.0
 SECONDS_BETWEEN_WORDS: Final = 30.0
 PACKING: Final = 1
-"""Changes when the same corpus is packed in another way."""
+"""Version of the packing: raised when the same corpus is packed in another way."""
 
 
 def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, look: Callable[[], None]) -> WrittenTokens:
-    """Writes the rows into a folder of this machine, after those that an earlier try left there. Raises Interrupted
-    after a signal, with the progress saved."""
+    """Writes the rows into a local folder, after those that an earlier attempt left there. Raises Interrupted after a
+    signal, with the progress saved."""
     writer = resumed(plan, folder, counts) or begun(plan, folder)
     if not writer.rows:
         say(f"{plan.name}: tokenising")
@@ -71,7 +71,7 @@ def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, look: Callab
 
 
 class TokeniseProgress:
-    """Says now and then how far it is."""
+    """Prints the progress now and then."""
 
     def __init__(self, plan: HarvestPlan, counts: PackCounts) -> None:
         self.plan, self.counts = plan, counts
@@ -92,7 +92,7 @@ def begun(plan: HarvestPlan, folder: Path) -> TokenWriter:
 
 
 class PackingPlace:
-    """How far the packing was when a block was given out."""
+    """The state of the packing at the moment when a block was yielded."""
 
     def __init__(self, counts: PackCounts) -> None:
         self.calls, self.tokens, self.rows = counts.calls, counts.tokens, counts.rows
@@ -100,7 +100,7 @@ class PackingPlace:
 
 
 def key_of(plan: HarvestPlan) -> str:
-    """Of all that decides the rows, but for how many are wanted."""
+    """A hash of everything that decides the rows, except how many are wanted."""
     asked = {key: value for key, value in decides_the_tokens(plan).items() if key != "whole"}
     made = {key: identity(plan)[key] for key in OF_THE_TOKENS}
     text = json.dumps({"packing": PACKING, **made, **asked}, sort_keys=True, default=str)
@@ -129,7 +129,8 @@ def from_text(text: str) -> NDArray[Any]:
 
 
 def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter | None:
-    """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
+    """A writer with the rows that an earlier attempt left, with `counts` set to their place. None where there are none,
+    or where they belong to another corpus or other settings."""
     try:
         data = (folder / PROGRESS).read_bytes()
     except FileNotFoundError:
@@ -140,17 +141,17 @@ def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter 
         if not isinstance(state, dict) or not is_sealed(state):
             raise ValueError("its checksum does not match")
         if state["key"] != key_of(plan):
-            say(f"{plan.name}: an unfinished harvest of another corpus, or with other settings, is given up")
+            say(f"{plan.name}: an unfinished harvest of another corpus, or with other settings, is discarded")
             return None
         writer.reopen({path: tuple(sizes) for path, sizes in state["files"].items()}, rows_of(state["held"], plan))
         calls, tokens, rows, leftover = state["calls"], state["tokens"], state["rows"], from_text(state["leftover"])
     except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        say(f"{plan.name}: what was tokenised before cannot be read ({error}); it is done again")
+        say(f"{plan.name}: the tokens of an earlier attempt cannot be read ({error}); tokenising them again")
         return None
     if writer.rows + writer.filled != rows or rows >= (rows_wanted(plan) or rows + 1):
         return None
     counts.calls, counts.tokens, counts.rows, counts.leftover = calls, tokens, rows, leftover.astype(np.int64)
-    say(f"{plan.name}: tokenising goes on after {tokens:,} tokens; what comes before is read, not tokenised")
+    say(f"{plan.name}: tokenising resumes after {tokens:,} tokens; the corpus before them is read, not tokenised")
     return writer
 
 
@@ -163,7 +164,7 @@ def is_resumable(folder: Path) -> bool:
 
 
 def forget_progress(folder: Path) -> None:
-    """For rows that are complete: what is in the folder is then nothing but their chunks."""
+    """Removes the progress file once the rows are complete: only their chunks remain in the folder."""
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -172,7 +173,7 @@ def rows_wanted(plan: HarvestPlan) -> int | None:
 
 
 def token_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    """Blocks of packed rows, after those in `counts`: all that the corpus gives, or just enough for the tokens asked
+    """Yields blocks of packed rows, after those in `counts`: the whole corpus, or just enough for the tokens asked
     for."""
     wanted, given = rows_wanted(plan), counts.rows
     for block in packed_rows(plan, counts, look):

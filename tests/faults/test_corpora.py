@@ -232,7 +232,7 @@ def test_values_do_not_depend_on_the_blocks(values: list[Any], indent: int | Non
     [
         ('[{"text": "a"},\n {"text": "b"\n', ["a.json:2: is not JSON"]),
         ('[{"text": "a"}\n{"text": "b"}]', ["a.json:2: is not JSON", "',' or ']' is expected"]),
-        ('[{"text": "a"}]\n[1]', ["a.json:2: goes on after the array"]),
+        ('[{"text": "a"}]\n[1]', ["a.json:2: has more text after the array"]),
         ('[{"text": "a"},\n 7]', ["a.json:2: is a int; an object, a text or a list of ids"]),
         ('[{"text": "a"},\n {"body": "b"}]', ["a.json:2: has no field 'text'; there are: body."]),
         ("[" * 100_000, ["a.json:1: is not JSON that can be read"]),
@@ -330,7 +330,7 @@ def test_headers_of_npy_files(tmp_path: Path, data: bytes) -> None:
 
 def test_a_zarr_array_of_one_huge_chunk(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a", shape=(1 << 40,), chunks=(1 << 40,), dtype="u2")
-    refused(tmp_path / "a", "is to be read 1,099,511,627,776 ids at a time", "smaller chunks")
+    refused(tmp_path / "a", "its chunks have 1,099,511,627,776 ids each", "smaller chunks")
 
 
 # --- memory is bounded by bytes
@@ -684,7 +684,7 @@ def test_what_was_left_by_another_harvest_is_not_used(
         changed = config.model_copy(update=changes)
         with pytest.raises(Interrupted, match="To continue, run the same command again"):
             run_harvest(changed)
-        assert "or with other settings, is given up" in " ".join(capsys.readouterr().err.split())
+        assert "or with other settings, is discarded" in " ".join(capsys.readouterr().err.split())
         apart = run_harvest(changed.model_copy(update={"out": str(tmp_path / name)}))
         assert (tmp_path / "s" / "tokens.building" / "progress.json").is_file()
     progress = tmp_path / "s" / "tokens.building" / "progress.json"

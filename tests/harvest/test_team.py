@@ -262,7 +262,7 @@ def test_out_of_memory_halves_the_batch(
     found = Store.open(run_harvest(harvest_config(tmp_path, name="halved", batch_tokens=128, **exact)).store)
     said = capsys.readouterr().err
     assert said.count("out of memory") == 2
-    assert "going on with 32 tokens in a batch" in said
+    assert "continuing with 32 tokens per batch" in said
     assert {path: file for path, file in contents(found.root).items() if "/c/" in path} == {
         path: file for path, file in contents(expected.root).items() if "/c/" in path
     }
@@ -271,7 +271,7 @@ def test_out_of_memory_halves_the_batch(
         "capturing",
         lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")),
     )
-    with pytest.raises(UserError, match=r"does not suffice for one context of 16 tokens\. Lower --context"):
+    with pytest.raises(UserError, match=r"its memory is too small for one context of 16 tokens\. Lower --context"):
         run_harvest(harvest_config(tmp_path, name="none"))
 
 
@@ -334,7 +334,7 @@ def test_a_second_layer_over_the_same_tokens(
     other = {"chunk_rows": None, "shard_rows": None, "layers": (2,), "hooks": ("mlp_out", "blocks.0.mlp.hook_post")}
     second = Store.open(run_harvest(harvest_config(tmp_path, name="second", **other)).store)
     said = capsys.readouterr().err
-    assert "the tokens are those of" in said
+    assert "copied the tokens of" in said
     assert "tokenising" not in said
     assert set(second.spec.hookpoints) == {"layer_02/mlp_out", "layer_00/mlp.hook_post"}
     for name in ("context", "position"):
@@ -420,7 +420,7 @@ def test_a_store_beside_it_is_no_hindrance(
         monkeypatch.setattr(harvest.plan, "SHARD_BYTES", 8192)
     store = Store.open(run_harvest(harvest_config(tmp_path, **changes)).store)
     said = capsys.readouterr().err
-    assert ("cannot be read" if what == "damage" else "rows another order") in said
+    assert ("cannot be read" if what == "damage" else "rows are in another order") in said
     alone = Store.open(run_harvest(harvest_config(tmp_path / "alone", **changes)).store)
     assert store.spec == alone.spec
     assert contents(store.root) == contents(alone.root)
