@@ -10,10 +10,10 @@ NICENESS: Final = 5
 
 
 def pool(threads: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=come_second)
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=lower_priority)
 
 
-def come_second() -> None:
+def lower_priority() -> None:
     """Lowers this thread's priority. A matrix product on every core waits for its slowest thread, so one thread that
     shares its core delays all. Linux has a priority per thread; other systems are left alone."""
     if sys.platform == "linux":

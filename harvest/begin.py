@@ -11,9 +11,9 @@ from pathlib import Path
 
 from harvest.corpus.documents import BadDocument
 from harvest.corpus.pack import PackCounts
-from harvest.corpus.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
-from harvest.disk_space import check_room
-from harvest.plan import HarvestPlan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
+from harvest.corpus.tokenise import TOKEN_FIELDS, forget_progress, is_resumable, write_rows
+from harvest.disk_space import check_space
+from harvest.plan import HarvestPlan, identity, lent_shape, make_spec, shape, spec_of, token_identity
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles, touch
@@ -45,7 +45,7 @@ def make_folder(files: Files, overwrite: bool) -> None:
     root = files.root
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is a file. Choose another --out or --name")
-    if root.exists() and not there(files, overwrite) and any(not is_ours(path.name) for path in root.iterdir()):
+    if root.exists() and not holds_store(files, overwrite) and any(not is_ours(path.name) for path in root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def make_folder(files: Files, overwrite: bool) -> None:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
 
-def there(files: Files, overwrite: bool) -> bool:
+def holds_store(files: Files, overwrite: bool) -> bool:
     try:
         return is_store(files)
     except DamagedError:
@@ -63,12 +63,12 @@ def there(files: Files, overwrite: bool) -> bool:
         raise
 
 
-def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
+def begin_store(plan: HarvestPlan, check_stop: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. The old content (a store to overwrite, or an unfinished beginning)
     is removed only when nothing can be refused any longer. `check_stop` is called now and then and may raise."""
     check_replaceable(plan.files)
     with token_folder(plan.files) as folder:
-        tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
+        tokens, spec = lent_tokens(plan, folder) or corpus_tokens(plan, folder, check_stop)
         make_way(plan.files, folder.name)
         forget_progress(folder)
         place_tokens(plan.files, tokens)
@@ -92,7 +92,7 @@ def token_folder(files: Files) -> Iterator[Path]:
     except BaseException as error:
         if isinstance(error, BadDocument | TooLittle) or not is_resumable(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        leave_nothing(files)
+        remove_empty_folder(files)
         raise
 
 
@@ -100,7 +100,7 @@ class TooLittle(UserError):
     """The corpus has fewer tokens than were asked for."""
 
 
-def leave_nothing(files: Files) -> None:
+def remove_empty_folder(files: Files) -> None:
     """Removes the folder of a store that was never created."""
     if isinstance(files, LocalFiles) and {path.name for path in files.root.iterdir()} <= {LOCK_FILE, HELD_FILE}:
         for path in list(files.root.iterdir()):
@@ -108,11 +108,11 @@ def leave_nothing(files: Files) -> None:
         files.root.rmdir()
 
 
-def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
+def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
     """Returns the tokens of the corpus and the new store's spec. Raises UserError when the corpus has too few
     tokens."""
     counts = PackCounts()
-    tokens = write_rows(plan, folder, counts, look)
+    tokens = write_rows(plan, folder, counts, check_stop)
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
     if counts.rough:
@@ -123,14 +123,14 @@ def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tupl
         given = max(available, counts.tokens)
         raise TooLittle(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
     if wanted is None:
-        check_room(plan, available)
+        check_space(plan, available)
     return tokens, make_spec(plan, counts, tokens, wanted or available)
 
 
-def lent(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
+def lent_tokens(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
     """Copies the tokens of a store beside this one that has the tokens this harvest would make. Returns None when there
     is none."""
-    lender = lender_of(plan)
+    lender = find_lender(plan)
     if lender is None:
         return None
     shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt that found no such store
@@ -141,21 +141,21 @@ def lent(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | N
         shutil.rmtree(folder, ignore_errors=True)
         return None
     say(f"{plan.name}: copied the tokens of {lender.name}")
-    check_room(plan, lender.spec.n_tokens)
-    shaped = lent_shape(plan, lender.spec)
-    if shaped is None:
+    check_space(plan, lender.spec.n_tokens)
+    same_shape = lent_shape(plan, lender.spec)
+    if same_shape is None:
         say(f"{plan.name}: its shards have another size, so its rows are in another order than in {lender.name}")
     n_tokens = lender.spec.n_tokens
-    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(shaped or shape(plan, n_tokens)))
+    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(same_shape or shape(plan, n_tokens)))
     return tokens, spec
 
 
-def lender_of(plan: HarvestPlan) -> Store | None:
+def find_lender(plan: HarvestPlan) -> Store | None:
     beside = open_files(plan.config.out)
     if isinstance(beside, LocalFiles) and not beside.root.is_dir():
         return None
-    wanted = {key: identity(plan)[key] for key in OF_THE_TOKENS}
-    asked = decides_the_tokens(plan)
+    wanted = {key: identity(plan)[key] for key in TOKEN_FIELDS}
+    asked = token_identity(plan)
     for name in beside.folders():
         files = beside.at(name)
         try:
@@ -164,7 +164,7 @@ def lender_of(plan: HarvestPlan) -> Store | None:
             spec, state = read_state(files)
         except (UserError, DamagedError, OSError):  # an unreadable neighbour has no tokens to copy
             continue
-        same = {key: getattr(spec, key) for key in OF_THE_TOKENS} == wanted
+        same = {key: getattr(spec, key) for key in TOKEN_FIELDS} == wanted
         same = same and {key: spec.corpus.get(key) for key in asked} == asked
         if same and plan.config.tokens in (None, spec.n_tokens):
             return Store(files, spec, state, Commits.of({}))

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harvest import background as behind
-from harvest.moments import MomentsPart, on_the_device, on_the_host
+from harvest.moments import MomentsPart, add_moments_on_device, moments_on_host
 from harvest.writer import Ready, ShardRows
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
@@ -102,11 +102,11 @@ class HookSink:
                 self.norms = torch.empty(self.n, dtype=torch.float32, device=self.keep.device)
                 self.moments = torch.zeros_like(self.memory.moments, device=self.keep.device)
 
-    def push(self, begin: int, activations: Tensor) -> None:
+    def push(self, first_row: int, activations: Tensor) -> None:
         """Takes a batch [rows, d_in]. `first_row` is its place in the shard; it is negative when the batch begins with
         rows of the previous shard."""
-        first, last = max(0, -begin), min(len(activations), self.n - begin)
-        target = slice(begin + first, begin + last)
+        first, last = max(0, -first_row), min(len(activations), self.n - first_row)
+        target = slice(first_row + first, first_row + last)
         if self.side is None:
             self.memory.rows[target].copy_(activations[first:last])
             return
@@ -116,7 +116,7 @@ class HookSink:
         stored.record_stream(self.side)
         with torch.cuda.stream(self.side):
             self.memory.rows[target].copy_(stored, non_blocking=True)
-            on_the_device(stored, self.keep[target], self.norms[target], self.moments)
+            add_moments_on_device(stored, self.keep[target], self.norms[target], self.moments)
 
     def finish(self) -> None:
         """Called after the last batch. On CUDA it copies norms and moments to the host too."""
@@ -129,13 +129,13 @@ class HookSink:
 def model_threads(count: int, cores: int) -> ThreadPoolExecutor:
     """A pool of `count` threads, each with `cores` cores for its matrix products."""
 
-    def begin() -> None:
+    def use_own_cores() -> None:
         torch.set_num_threads(cores)
         torch.get_num_threads()  # otherwise this thread's first product would read the global number again
         started.wait()
 
     here, started = torch.get_num_threads(), threading.Barrier(count + 1)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="model", initializer=begin)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="model", initializer=use_own_cores)
     for _ in range(count):
         pool.submit(lambda: None)
     started.wait()
@@ -197,7 +197,7 @@ class Capture:
         keep = sent(torch.from_numpy(self.keep[start:stop]), self.model.device)
         sinks = {path: HookSink(slot[path], n, keep, self.side) for path in self.spec.hookpoints}
         context, last = self.spec.context, -(-stop // self.spec.context)
-        asked: deque[Any] = deque()
+        queued: deque[Any] = deque()
         batches: list[Future[None]] = []
         for first in range(start // context, last, self.batch):
             batch = self.tokens[first : min(first + self.batch, last)]
@@ -205,9 +205,9 @@ class Capture:
             rows = min(begin + batch.size, stop) - max(begin, start)
             if self.streams is None:
                 self.compute(batch, sinks, begin - start)
-                asked.append(self.event())
-                if len(asked) > BATCHES_AHEAD:
-                    asked.popleft()()
+                queued.append(self.done_event())
+                if len(queued) > BATCHES_AHEAD:
+                    queued.popleft()()
                 after_batch(rows)
             else:
                 batches.append(self.streams.submit(self.compute, batch, sinks, begin - start))
@@ -215,7 +215,7 @@ class Capture:
         self.finish(after_batch, self.ahead)
         for sink in sinks.values():
             sink.finish()
-        complete = self.event()
+        complete = self.done_event()
 
         def result() -> dict[str, ShardRows]:
             complete()
@@ -224,24 +224,24 @@ class Capture:
             if self.side is None:
                 kept = self.keep[start:stop]
                 parts = [MomentsPart(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
-                for memory, total in zip(slot.values(), on_the_host(self.pool, parts), strict=True):
+                for memory, total in zip(slot.values(), moments_on_host(self.pool, parts), strict=True):
                     memory.moments.copy_(torch.from_numpy(total))
             return {path: slot[path].result(n) for path in sinks}
 
         return result
 
-    def compute(self, tokens: NDArray[Any], sinks: Mapping[str, HookSink], begin: int) -> None:
+    def compute(self, tokens: NDArray[Any], sinks: Mapping[str, HookSink], first_row: int) -> None:
         """Runs one batch, whose first row is row `first_row` of the shard."""
         hooks = self.spec.hookpoints
         model = self.free.get()
         try:
-            names = {hooks[path].name: partial(sink.push, begin) for path, sink in sinks.items()}
+            names = {hooks[path].name: partial(sink.push, first_row) for path, sink in sinks.items()}
             with model.capturing(names, {hook.name: hook.d_in for hook in hooks.values()}) as run:
                 run(torch.from_numpy(tokens.astype("int64")))
         finally:
             self.free.put(model)
 
-    def event(self) -> Callable[[], None]:
+    def done_event(self) -> Callable[[], None]:
         """Returns a function that waits until the device has finished the work queued so far."""
         if self.side is None:
             return lambda: None

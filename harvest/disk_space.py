@@ -49,7 +49,7 @@ def raw_bytes(config: HarvestConfig, d_in: int) -> int:
     return d_in * DTYPES[config.store_dtype][0].itemsize
 
 
-def expected(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = None) -> DiskNeed:
+def estimate(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = None) -> DiskNeed:
     """Estimates the space by the codec's usual ratio, or by measured `ratios` (raw bytes over stored bytes, by
     path)."""
     usual = usual_ratio(plan.config.codec, plan.config.store_dtype)
@@ -70,16 +70,16 @@ def usual_ratio(codec: str, dtype: str) -> float:
     return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
 
 
-def check_room(plan: HarvestPlan, tokens: int | None) -> None:
+def check_space(plan: HarvestPlan, tokens: int | None) -> None:
     """Prints what the harvest will write, and raises UserError when the disk is too small."""
     if tokens is None:
         return
-    need = expected(plan, tokens)
+    need = estimate(plan, tokens)
     say(f"{plan.config.model}: {tokens:,} tokens of {len(plan.hooks)} hookpoints into {plan.name}")
     for path, size in need.hookpoints.items():
         say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
-    say(f"  about {gigabytes(need.to_write)} to write{room(need)}")
-    refuse(plan.config.out, need)
+    say(f"  about {gigabytes(need.to_write)} to write{free_text(need)}")
+    check_fits(plan.config.out, need)
 
 
 def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
@@ -95,11 +95,11 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
         for path, hook in store.spec.hookpoints.items()
     ]
     need = DiskNeed({"all": int(size * left)}, 0, 0, free_bytes(store.files))
-    refuse(out, need)
-    return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{room(need)}"
+    check_fits(out, need)
+    return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{free_text(need)}"
 
 
-def refuse(out: str, need: DiskNeed) -> None:
+def check_fits(out: str, need: DiskNeed) -> None:
     if not need.fits:
         raise UserError(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
@@ -107,7 +107,7 @@ def refuse(out: str, need: DiskNeed) -> None:
         )
 
 
-def room(need: DiskNeed) -> str:
+def free_text(need: DiskNeed) -> str:
     return "" if need.free is None else f", {gigabytes(need.free)} are free"
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from harvest.capture import BITS
 from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import token_rows
-from harvest.disk_space import expected, raw_bytes
+from harvest.disk_space import estimate, raw_bytes
 from harvest.fill import default_batch_tokens, forget_batch, no_memory
 from harvest.plan import HarvestPlan, check_same, default_chunk_rows, make_plan
 from harvest.team import Team
@@ -64,12 +64,12 @@ def trial(config: HarvestConfig, processes: int = 1) -> DryRunResult:
     say(f"{plan.name}: a dry run on one batch")
     model = LanguageModel(plan.source, plan.device, plan.dtype, config.attention)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
-    rows, model_seconds = captured(plan, model, first_rows(plan, max(1, batch // plan.context)))
+    rows, model_seconds = capture_batch(plan, model, first_rows(plan, max(1, batch // plan.context)))
     n = len(next(iter(rows.values())))
     threads = Team().threads
-    sizes, codec_seconds = encoded(config, rows, threads)
+    sizes, codec_seconds = encode_rows(config, rows, threads)
     ratios = {path: n * raw_bytes(config, plan.hooks[path].d_in) / size for path, size in sizes.items()}
-    need = expected(plan, config.tokens or 1_000_000, ratios)
+    need = estimate(plan, config.tokens or 1_000_000, ratios)
     if config.tokens is None:
         need = replace(need, stored=0)
     shared = model_seconds + codec_seconds
@@ -111,7 +111,7 @@ def first_rows(plan: HarvestPlan, contexts: int) -> NDArray[Any]:
     return np.stack(found)
 
 
-def captured(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
+def capture_batch(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
     """Rows of every hookpoint as they are stored, on the host, and the median seconds per batch."""
     found: dict[str, torch.Tensor] = {}
     dtype = torch_dtype(plan.config.store_dtype)
@@ -144,7 +144,7 @@ def seconds_of_a_batch(model: LanguageModel, sinks: Mapping[str, Callable[[Tenso
     return float(np.median(seconds))
 
 
-def encoded(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
+def encode_rows(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
     """Encoded bytes of every hookpoint's rows, and the seconds that encoding takes on `threads` threads."""
     sizes: dict[str, int] = {}
     at = config.chunk_rows or default_chunk_rows(max(x.shape[1] * x.itemsize for x in rows.values()))

@@ -29,7 +29,7 @@ SLOTS = 3
 """Shards in memory: one being captured, one being written, one waiting in between."""
 CPU_BATCH = 2_048
 """Tokens per batch on a CPU."""
-MOST_STREAMS = 16
+MAX_STREAMS = 16
 """Largest number of batches side by side. Each needs its own wrapper around the model, which takes a moment to make;
 further cores share the batches."""
 
@@ -49,19 +49,19 @@ def fill(
     config: HarvestConfig,
     source: ModelSource,
     team: Team,
-    look: Callable[[], None],
+    check_stop: Callable[[], None],
     todo: list[int],
     loaded: Any = None,
 ) -> FillResult:
     """Captures and commits the shards `todo`. `check_stop` is called between batches and may raise. `loaded` is what
     `load_weights` returned, if the weights are in memory already."""
     spec = store.spec
-    look()
+    check_stop()
     device = team.device(config.device)
-    beside = streams(device, spec, config, team.threads)
-    models = side_by_side(source, device, spec.model["dtype"], spec.model["attention"], beside, loaded)
+    n_models = stream_count(device, spec, config, team.threads)
+    models = side_by_side(source, device, spec.model["dtype"], spec.model["attention"], n_models, loaded)
     model = models[0]
-    look()
+    check_stop()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
     tokens = store.token_rows(check=team.rank == 0)  # ranks 1 and up check only what their own shards read
     keep = CountedMask(tokens)
@@ -76,7 +76,7 @@ def fill(
         ) as writer,
         progress(f"harvest {store.name}", rows_of(spec, todo), "tokens", shown=team.rank == 0) as advance,
     ):
-        watch = HarvestWatch(store, config, team, writer, ring, look, advance)
+        watch = HarvestWatch(store, config, team, writer, ring, check_stop, advance)
         for shard in todo:
             slot = ring.take(watch.check)
             rows = capture_shard(capture, shard, slot, watch)
@@ -86,14 +86,14 @@ def fill(
     return FillResult(watch.started, ring.waited)
 
 
-def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
+def stream_count(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
     """The number of batches computed side by side. On a CPU it is one per core, or as many as fit into a quarter of the
     free memory, at about 40 float32 numbers of the widest row per token. Elsewhere it is 1."""
     if not device.startswith("cpu"):
         return 1
     tokens = max(spec.context, config.batch_tokens or CPU_BATCH)
     each, free = 160 * tokens * max(hook.d_in for hook in spec.hookpoints.values()), host_memory()
-    return max(1, min(cores, MOST_STREAMS, cores if free is None else free // 4 // each))
+    return max(1, min(cores, MAX_STREAMS, cores if free is None else free // 4 // each))
 
 
 def finish_work(device: torch.device) -> None:
@@ -142,11 +142,11 @@ class HarvestWatch:
         team: Team,
         writer: ShardWriter,
         ring: Ring[Slot],
-        look: Callable[[], None],
+        check_stop: Callable[[], None],
         advance: Callable[[int, str], None],
     ) -> None:
         self.store, self.config, self.team, self.writer, self.ring = store, config, team, writer, ring
-        self.look, self.advance = look, advance
+        self.check_stop, self.advance = check_stop, advance
         spec = store.spec
         self.row_bytes = sum(hook.d_in for hook in spec.hookpoints.values()) * DTYPES[spec.dtype][0].itemsize
         self.started = time.monotonic()
@@ -155,13 +155,13 @@ class HarvestWatch:
 
     def check(self) -> None:
         """Raises the reason to stop: a signal, a failed commit, or a disk that turns out to be too small."""
-        self.look()
+        self.check_stop()
         self.writer.check()
         if self.writer.commits and not self.measured:
             self.measured = True
-            said = check_progress(self.store, self.writer.commits, self.config.out)
+            message = check_progress(self.store, self.writer.commits, self.config.out)
             if self.team.rank == 0:
-                say(f"measured on the first shard: {said}")
+                say(f"measured on the first shard: {message}")
 
     def after_batch(self, rows: int) -> None:
         self.rows += rows

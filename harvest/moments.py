@@ -57,15 +57,15 @@ class MomentsScratch(threading.local):
 BLOCK: Final = MomentsScratch()
 
 
-def on_the_host(pool: Executor, parts: Sequence[MomentsPart]) -> list[NDArray[np.float64]]:
+def moments_on_host(pool: Executor, parts: Sequence[MomentsPart]) -> list[NDArray[np.float64]]:
     """Returns, for each part, [2, d_in]: the sum and the sum of squares over the rows that count. A row with a NaN or
     an infinity does not count."""
     cut = [part.cut() for part in parts]
-    found = pool.map(of_segment, chain.from_iterable(cut))
+    found = pool.map(segment_moments, chain.from_iterable(cut))
     return [sum(islice(found, len(segments)), np.zeros((2, 1))) for segments in cut]
 
 
-def of_segment(part: MomentsPart) -> NDArray[np.float64]:
+def segment_moments(part: MomentsPart) -> NDArray[np.float64]:
     n, d_in = part.rows.shape
     at_once = max(1, CPU_BLOCK // (8 * d_in))
     total = np.zeros((2, d_in))
@@ -88,7 +88,7 @@ def of_segment(part: MomentsPart) -> NDArray[np.float64]:
     return total
 
 
-def on_the_device(stored: Tensor, keep: Tensor, norms: Tensor, moments: Tensor) -> None:
+def add_moments_on_device(stored: Tensor, keep: Tensor, norms: Tensor, moments: Tensor) -> None:
     """Adds the same sums as `moments_on_host` to `moments` [2, d_in] float64, without a host synchronisation."""
     rows = max(1, GPU_BLOCK // (8 * stored.shape[1]))
     for x, counts, out in zip(*(torch.split(tensor, rows) for tensor in (stored, keep, norms)), strict=True):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from harvest.corpus.arrays import takes_rows
-from harvest.corpus.documents import Corpus, JoinedIds, Look, go_on
+from harvest.corpus.documents import Corpus, JoinedIds, StopCheck, never_stop
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts
 from shared.config import HarvestConfig
@@ -61,7 +61,7 @@ class HarvestPlan:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
 
 
-def make_plan(config: HarvestConfig, look: Look = go_on) -> HarvestPlan:
+def make_plan(config: HarvestConfig, check_stop: StopCheck = never_stop) -> HarvestPlan:
     """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
     source = resolve_model(config.model, config.revision)
     model_config = read_config(source)
@@ -81,20 +81,20 @@ def make_plan(config: HarvestConfig, look: Look = go_on) -> HarvestPlan:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
     files = open_files(join(config.out, config.name or store_name(source)))
     found = None if config.overwrite or not is_store(files) else read_state(files)[0]
-    config = like_the_store(config, found)
+    config = with_settings_of_store(config, found)
     device = pick_device(config.device, spread=True)
     computes = torch.device(pick_device("auto") if device == "map" else device)
     dtype = native_dtype(computes) if config.dtype == "auto" else config.dtype
     encoder = open_encoder(source, config.tokenizer, config.eos, config.split_special_tokens)
     default = Path(source.location) / "corpus.jsonl" if source.local else None
-    corpus = open_corpus(config, default, info.vocab_size, look)
+    corpus = open_corpus(config, default, info.vocab_size, check_stop)
     check_end(encoder, corpus, info)
     bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
     special = special_tokens(config, encoder, info)
     return HarvestPlan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
 
 
-def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
+def with_settings_of_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
     """Returns the configuration with settings of the existing store, where you did not choose them: `dtype` at auto,
     which depends on the machine, and a lossless codec, which changes no number."""
     if store is None:
@@ -195,7 +195,7 @@ def corpus_asked(plan: HarvestPlan) -> dict[str, Any]:
     }
 
 
-def decides_the_tokens(plan: HarvestPlan) -> dict[str, Any]:
+def token_identity(plan: HarvestPlan) -> dict[str, Any]:
     """The part of a store's `corpus` that is equal in all stores with the same tokens."""
     return {**corpus_asked(plan), "whole": plan.config.tokens is None, "vocab_size": plan.info.vocab_size}
 
@@ -207,7 +207,7 @@ def default_chunk_rows(row_bytes: int) -> int:
 
 def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_tokens: int) -> StoreSpec:
     corpus = {
-        **decides_the_tokens(plan),
+        **token_identity(plan),
         "documents": counts.documents,
         "empty_documents": counts.empty,
         "bad_documents": counts.bad,
@@ -265,7 +265,7 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     asked, there = wanted.pop("model"), found["model"]
     differ = model_differs(plan.source, there, asked)
-    if spec.special_ids == plan_of_old(plan) != plan.special_ids and not plan.config.special_ids:
+    if spec.special_ids == special_ids_of_old_stores(plan) != plan.special_ids and not plan.config.special_ids:
         wanted["special_ids"] = spec.special_ids
         say(
             f"{plan.name}: the store is of an earlier version, which counted {len(spec.special_ids)} ids as special; "
@@ -276,8 +276,9 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
     differ += [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
     if differ:
         changed = {key for key, (old, new) in pairs.items() if old != new}
+        advice = advice_for(plan, spec, changed, len(differ))
         raise UserError(
-            f"{plan.name}: was harvested differently. {'; '.join(differ)}. {way_out(plan, spec, changed, len(differ))} "
+            f"{plan.name}: was harvested differently. {'; '.join(differ)}. {advice} "
             "--overwrite would delete the store and start again"
         )
 
@@ -295,12 +296,12 @@ def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, A
     return [f"model: the store has {stores}, this asks for {ours}"]
 
 
-def plan_of_old(plan: HarvestPlan) -> tuple[int, ...]:
+def special_ids_of_old_stores(plan: HarvestPlan) -> tuple[int, ...]:
     """The special ids as earlier versions counted them."""
     return tuple(sorted(plan.tokenizer.listed()))
 
 
-def way_out(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:
+def advice_for(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:
     """Advice for a request that differs in the `changed` fields; following it loses no data."""
     if changed == {"codec"} and many == 1 and "int8" not in (spec.codec, plan.config.codec):
         return (

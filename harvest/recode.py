@@ -55,24 +55,24 @@ def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
     with files.explained(), store.files.reading():
         if isinstance(files, LocalFiles):
             files.root.mkdir(parents=True, exist_ok=True)
-        write(store, files, spec)
+        write_store(store, files, spec)
     done = Store.open(files)
     before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
     return RecodeSummary(target, codec, done.n_rows, before, after)
 
 
-def write(store: Store, files: Files, spec: StoreSpec) -> None:
+def write_store(store: Store, files: Files, spec: StoreSpec) -> None:
     """Writes the new store, or the part of it that is missing."""
     with files.lock():
         if not is_store(files):
-            begin(store, files, spec)
+            begin_recode(store, files, spec)
         clean_up(files)
         done = Store.open(files)
         if done.state == "final" and not done.missing:
             say(f"{files.name} is complete. Nothing to do.")
             return
         reopen(done)
-        fill(store, done)
+        recode_shards(store, done)
         finish_store(files, spec)
 
 
@@ -87,7 +87,7 @@ def check_target(files: Files, spec: StoreSpec) -> None:
         raise UserError(f"{files.name}: exists and is not a store. Choose another DST")
 
 
-def begin(store: Store, files: Files, spec: StoreSpec) -> None:
+def begin_recode(store: Store, files: Files, spec: StoreSpec) -> None:
     metadata = read_metadata(store.files)
     check_metadata_paths(store, metadata)
     tokens = {path: metadata[path] for path in store.spec.token_files()}
@@ -96,7 +96,7 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
     create_store(files, spec, tokens, {**provenance(), "source": store.name})
 
 
-def fill(store: Store, done: Store) -> None:
+def recode_shards(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
     keep = CountedMask(store.token_rows())
@@ -126,13 +126,13 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
             matrix = array in store.row_kinds  # the others are vectors
             reader = None if matrix else open_reader(store, array)
             if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
-                files |= writer.vector(write, array, shard, read_shard(reader, shard))
+                files |= writer.write_vector(write, array, shard, read_shard(reader, shard))
             else:
                 files[array] = copy(store.files, write, shard_file(array, shard, matrix), size, crc)
         for hook in store.spec.hookpoints:
             squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
             fetch = fetch_from(open_reader(store, hook), shard)
-            files |= writer.activations(write, hook, shard, commit.rows, fetch, squares, kept)
+            files |= writer.write_activations(write, hook, shard, commit.rows, fetch, squares, kept)
     append_commit(done.files, 0, replace(commit, files=files))
 
 

@@ -21,12 +21,12 @@ class Ring(Generic[Slot]):
         for _ in range(slots):
             self.free.put(None)
 
-    def take(self, look: Callable[[], None]) -> Slot:
+    def take(self, check_stop: Callable[[], None]) -> Slot:
         """Returns a free slot. `check_stop` is called now and then while none is free, and may raise."""
         if self.free.empty():
             self.work()
         while True:
-            look()
+            check_stop()
             started = time.monotonic()
             try:
                 slot = self.free.get(timeout=0.2)

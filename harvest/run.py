@@ -10,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from harvest.begin import begin, leave_nothing, make_folder
-from harvest.disk_space import check_room
+from harvest.begin import begin_store, make_folder, remove_empty_folder
+from harvest.disk_space import check_space
 from harvest.fill import FillResult, fill, rows_of
 from harvest.plan import HarvestPlan, check_same, make_plan
 from harvest.team import RankWork, Team
@@ -51,13 +51,13 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
     team = Team.join()
     with stop_requests() as stop_asked:
 
-        def look() -> None:
+        def check_stop() -> None:
             if stop_asked():
                 raise Interrupted(f"the harvest was stopped. To continue, {AGAIN}")
-            team.look()
+            team.check_launcher()
 
         try:
-            return lead(config, team, look) if team.rank == 0 else help_out(config, team, look)
+            return lead_harvest(config, team, check_stop) if team.rank == 0 else join_harvest(config, team, check_stop)
         except BaseException as error:
             if team.rank:
                 team.fail()
@@ -67,39 +67,39 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
             raise
 
 
-def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
+def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
     """Runs rank 0: it begins and finishes the store, and captures its own share of the shards."""
-    plan = make_plan(config, look)
+    plan = make_plan(config, check_stop)
     if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
         check_same(plan, store.spec)
         if store.state == "final" and not store.missing:
-            team.begin(RankWork(store.location, ()))
-            team.await_others(look)
+            team.announce(RankWork(store.location, ()))
+            team.await_others(check_stop)
             say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
             return summarise(store, 0.0, 0, 0.0)
-        check_room(plan, store.spec.n_tokens)
+        check_space(plan, store.spec.n_tokens)
     else:
-        check_room(plan, config.tokens)
+        check_space(plan, config.tokens)
     device = team.device(config.device)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
-        model = loaded(plan, device, look)
+        model = load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
-            begin(plan, look)
+            begin_store(plan, check_stop)
         clean_up(plan.files)
         store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
         reopen(store)
         work = RankWork(store.location, tuple(store.missing))
-        team.begin(work)
+        team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)
-        if team.mine(work):
-            filled = fill(store, config, plan.source, team, look, team.mine(work), model)
+        if team.shards_of_rank(work):
+            filled = fill(store, config, plan.source, team, check_stop, team.shards_of_rank(work), model)
         model = None
-        team.await_others(look)
+        team.await_others(check_stop)
         finish_store(plan.files, store.spec)
     seconds = time.monotonic() - filled.started
     store = Store.open(plan.files)
@@ -115,28 +115,28 @@ def say_massive(store: Store) -> None:
             say(f"{hook}: {found.massive.text}")
 
 
-def loaded(plan: HarvestPlan, device: str, look: Callable[[], None]) -> Any:
+def load_model(plan: HarvestPlan, device: str, check_stop: Callable[[], None]) -> Any:
     """Returns the model's weights. They are loaded before anything is tokenised, written or removed, so that their
     errors come first. On an error, a folder that was made for the store is removed."""
-    look()
+    check_stop()
     try:
         return load_weights(plan.source, device, plan.dtype, plan.config.attention)
     except BaseException:
-        leave_nothing(plan.files)
+        remove_empty_folder(plan.files)
         raise
 
 
-def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
+def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
     """Runs ranks 1 and up: captures their shards of the store that rank 0 announced."""
-    work = team.await_work(look)
-    todo, filled = team.mine(work), FillResult(time.monotonic(), 0.0)
+    work = team.await_work(check_stop)
+    todo, filled = team.shards_of_rank(work), FillResult(time.monotonic(), 0.0)
     store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
         if not same_model(source, store.spec.model["commit"]):
             raise UserError(f"--model {config.model}: this machine has another model than rank 0's machine")
         with store.files.explained(), store.files.lock(team.rank):
-            filled = fill(store, config, source, team, look, todo)
+            filled = fill(store, config, source, team, check_stop, todo)
     team.done()
     return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
 

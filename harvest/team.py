@@ -16,7 +16,7 @@ from shared.device import local_cores, pick_device
 from shared.errors import UserError
 from shared.launch import settle
 
-SECONDS_BETWEEN_LOOKS: Final = 0.2
+SECONDS_BETWEEN_CHECKS: Final = 0.2
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Team:
             ) from error
         return cls(place.rank, place.size, place.local_rank, place.local_size, keys)
 
-    def mine(self, work: RankWork) -> list[int]:
+    def shards_of_rank(self, work: RankWork) -> list[int]:
         return list(work.todo[self.rank :: self.size])
 
     @property
@@ -81,14 +81,14 @@ class Team:
             raise UserError(f"--processes {self.local_size}: this machine has {torch.cuda.device_count()} GPUs")
         return f"cuda:{self.local_rank}"
 
-    def begin(self, work: RankWork) -> None:
+    def announce(self, work: RankWork) -> None:
         """Rank 0: sends the store's location and the missing shards to the other ranks."""
         if self.keys is not None:
             self.keys.set("work", json.dumps([work.store, work.todo]))
 
-    def await_work(self, look: Callable[[], None]) -> RankWork:
+    def await_work(self, check_stop: Callable[[], None]) -> RankWork:
         """Ranks 1 and up: waits for rank 0. `check_stop` is called now and then and may raise."""
-        self.await_key("work", look)
+        self.await_key("work", check_stop)
         store, todo = json.loads(self.reach(lambda keys: keys.get("work")))
         return RankWork(store, tuple(todo))
 
@@ -101,7 +101,7 @@ class Team:
         with suppress(RuntimeError):
             self.keys.set("failed", "")
 
-    def look(self) -> None:
+    def check_launcher(self) -> None:
         """Raises UserError when the launcher is gone. A rank that continued without it would write into the next
         harvest's store."""
         if self.keys is not None:
@@ -115,14 +115,16 @@ class Team:
                 "the launcher, or rank 0, is gone; its own message says why. Run the same command again"
             ) from error
 
-    def await_others(self, look: Callable[[], None]) -> None:
+    def await_others(self, check_stop: Callable[[], None]) -> None:
         """Rank 0: waits until all other ranks are done."""
         for rank in range(1, self.size):
-            self.await_key(f"done {rank}", look)
+            self.await_key(f"done {rank}", check_stop)
 
-    def await_key(self, key: str, look: Callable[[], None]) -> None:
+    def await_key(self, key: str, check_stop: Callable[[], None]) -> None:
         while not self.reach(lambda keys: keys.check([key])):
-            look()
+            check_stop()
             if self.reach(lambda keys: keys.check(["failed"])):
-                raise UserError("another process of this harvest failed; its message says why. Run the same command again")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+                raise UserError(
+                    "another process of this harvest failed; its message says why. Run the same command again"
+                )
+            time.sleep(SECONDS_BETWEEN_CHECKS)

@@ -139,8 +139,8 @@ class ShardWriter:
         """Writes where the shard's rows came from. `stream` [n] holds their row numbers in the token stream."""
         context, position = np.divmod(stream, self.spec.context)
         return {
-            **self.shards.vector(write, "index/context", shard, context.astype("<u4")),
-            **self.shards.vector(write, "index/position", shard, position.astype("<u2")),
+            **self.shards.write_vector(write, "index/context", shard, context.astype("<u4")),
+            **self.shards.write_vector(write, "index/position", shard, position.astype("<u2")),
         }
 
     def write_hookpoint(
@@ -152,10 +152,10 @@ class ShardWriter:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
         return {
-            **self.shards.activations(write, path, shard, len(order), fetch, part.squares, kept),
-            **self.shards.vector(write, f"stats/{path}/norm", shard, part.norms[order]),
-            **self.shards.row(write, f"stats/{path}/sum", shard, part.total),
-            **self.shards.row(write, f"stats/{path}/sum_of_squares", shard, part.squares),
+            **self.shards.write_activations(write, path, shard, len(order), fetch, part.squares, kept),
+            **self.shards.write_vector(write, f"stats/{path}/norm", shard, part.norms[order]),
+            **self.shards.write_row(write, f"stats/{path}/sum", shard, part.total),
+            **self.shards.write_row(write, f"stats/{path}/sum_of_squares", shard, part.squares),
         }
 
 

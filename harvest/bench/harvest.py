@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from harvest.background import pool
 from harvest.capture import Capture, Slot, make_slot
-from harvest.fill import SLOTS, default_batch_tokens, finish_work, streams
+from harvest.fill import SLOTS, default_batch_tokens, finish_work, stream_count
 from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
@@ -64,8 +64,8 @@ def bench_harvest(
         store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
     source = resolve_model(config.model, config.revision)
     device, cores = Team().device(config.device), Team().threads
-    beside = streams(device, store.spec, config, cores)
-    models = side_by_side(source, device, store.spec.model["dtype"], config.attention, beside)
+    n_models = stream_count(device, store.spec, config, cores)
+    models = side_by_side(source, device, store.spec.model["dtype"], config.attention, n_models)
     model = models[0]
     last = max(layer_of(hook.name) for hook in store.spec.hookpoints.values())
     bare = cut_off(source, model.device, store.spec.model["dtype"], last)
@@ -88,7 +88,7 @@ def bench_harvest(
         with ThreadPoolExecutor(cores) as encoders:
             list(encoders.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
-    found: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
+    seconds_by_part: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
     stalls = []
     for number in range(rounds + 1):
         seconds = {}
@@ -108,8 +108,8 @@ def bench_harvest(
         if number:
             stalls.append(done.waiting_for_writer)
             for name, value in seconds.items():
-                found[name].append(value)
-    return report(store, model.device, found, stalls)
+                seconds_by_part[name].append(value)
+    return report(store, model.device, seconds_by_part, stalls)
 
 
 @contextmanager
@@ -143,7 +143,7 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
     waiting: list[Future[None]] = []
     later: list[Ready] = []
 
-    def look() -> None:
+    def check_finished() -> None:
         for done in waiting:
             if done.done():
                 done.result()
@@ -154,7 +154,7 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
 
     with pool(1, "capture") as behind:
         for shard in store.commits:
-            slot = ring.take(look)
+            slot = ring.take(check_finished)
             ready = capture.shard(shard, slot, lambda _: None)
             if capture.side is None:
                 later.append(ready)
@@ -171,9 +171,9 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
 
 
 def report(
-    store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]
+    store: Store, device: torch.device, seconds_by_part: dict[str, list[float]], stalls: list[float]
 ) -> HarvestBenchReport:
-    rounds = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    rounds = [dict(zip(seconds_by_part, values, strict=True)) for values in zip(*seconds_by_part.values(), strict=True)]
     stored = sum(store.stored_bytes(hook) for hook in store.spec.hookpoints)
     raw = sum(rows.nbytes for rows in encodable(store))
     ratios = {
@@ -191,14 +191,20 @@ def report(
             "lowest": round(min(seconds), 3),
             "highest": round(max(seconds), 3),
         }
-        for name, seconds in found.items()
+        for name, seconds in seconds_by_part.items()
     ]
     about = {
-        "machine": machine(), "device": device_name(device), "model": store.spec.model["name"],
-        "dtype": store.spec.model["dtype"], "context": store.spec.context, "tokens": store.n_rows,
+        "machine": machine(),
+        "device": device_name(device),
+        "model": store.spec.model["name"],
+        "dtype": store.spec.model["dtype"],
+        "context": store.spec.context,
+        "tokens": store.n_rows,
         "hookpoints": {path: hook.d_in for path, hook in store.spec.hookpoints.items()},
-        "codec": store.spec.codec, "bytes": raw, "stored": stored,
-    }  # fmt: skip
+        "codec": store.spec.codec,
+        "bytes": raw,
+        "stored": stored,
+    }
     return HarvestBenchReport(ratios, {**about, "figures": figures})
 
 

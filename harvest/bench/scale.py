@@ -65,7 +65,11 @@ def spec_of(kind: ShardKind, shards: int, digest: str) -> StoreSpec:
     hooks = {path: HookSpec(name=NAME, d_in=kind.d_in) for path in kind.hooks}
     return StoreSpec(
         model={
-            "name": MODEL, "commit": "0" * 32, "local": True, "dtype": "float32", "attention": "sdpa",
+            "name": MODEL,
+            "commit": "0" * 32,
+            "local": True,
+            "dtype": "float32",
+            "attention": "sdpa",
             "weight_processing": "none",
         },
         tokenizer={"blake2b": None, "eos_id": 0},
@@ -81,17 +85,20 @@ def spec_of(kind: ShardKind, shards: int, digest: str) -> StoreSpec:
         chunk_rows=kind.chunk_rows,
         shard_rows=kind.shard_rows,
         seed=0,
-    )  # fmt: skip
+    )
 
 
 def make_manifest(root: Path, shards: int) -> None:
     """Writes only the description and the manifest of a store: enough to open it."""
     files, spec = LocalFiles(root), spec_of(MANIFEST, shards, "0" * 32)
     arrays, rows, rng = sorted(spec.arrays()), spec.rows_of_shards(), np.random.default_rng(0)
-    sizes = np.stack([
-        np.full(shards, 8 * rows[array][0] + 4) if array in rows else rng.integers(10_000, 100_000_000, shards)
-        for array in arrays
-    ], axis=1)  # fmt: skip
+    sizes = np.stack(
+        [
+            np.full(shards, 8 * rows[array][0] + 4) if array in rows else rng.integers(10_000, 100_000_000, shards)
+            for array in arrays
+        ],
+        axis=1,
+    )
     for place, array in enumerate(arrays):
         if array.startswith(("index/", "stats/")) and array not in rows:
             sizes[:, place] //= 1000  # one number a row

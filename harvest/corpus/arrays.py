@@ -13,7 +13,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.corpus.documents import Corpus, Ids, JoinedIds, Look, cause, go_on, unknown_id
+from harvest.corpus.documents import Corpus, Ids, JoinedIds, StopCheck, cause, never_stop, unknown_id
 from harvest.corpus.folder import all_below, described
 from harvest.corpus.raw_bytes import check_regular, reading
 from shared.errors import UserError
@@ -22,13 +22,13 @@ from shared.gate import members, parse_json
 
 BLOCK_IDS: Final = 1 << 20
 """Ids read at a time, approximately."""
-MOST_METADATA: Final = 1 << 20
+MAX_METADATA_BYTES: Final = 1 << 20
 """Largest description of an array, in bytes."""
-MOST_IDS: Final = 1 << 27
+MAX_CHUNK_IDS: Final = 1 << 27
 """Largest chunk, in ids; a chunk is read whole."""
 
 
-def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
+def numpy_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop) -> JoinedIds:
     """The ids of a .npy file, which is memory-mapped, not loaded. Raises UserError for any other content."""
     try:
         with reading(path):
@@ -40,17 +40,17 @@ def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
         raise UserError(
             f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it again with numpy.save"
         ) from error
-    return _stream(path, array, 1, described([path], path.parent, look)[0], vocab_size)
+    return _stream(path, array, 1, described([path], path.parent, check_stop)[0], vocab_size)
 
 
-def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
+def zarr_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop) -> JoinedIds:
     """The ids of a folder that is a Zarr v3 array. Raises UserError for a group, which holds arrays."""
     import zarr
 
     from shared.store.foreign import check_document, checked_codecs
 
     try:
-        document = members(parse_json(read_whole(path / "zarr.json", MOST_METADATA)), ("codecs",), None)
+        document = members(parse_json(read_whole(path / "zarr.json", MAX_METADATA_BYTES)), ("codecs",), None)
         check_document(document, 1)
         with checked_codecs():
             array = zarr.open_array(str(path), mode="r", zarr_format=3)
@@ -58,13 +58,13 @@ def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
         raise UserError(
             f"corpus {path}: is not a Zarr array that can be read ({cause(error)}); give the folder of one array of ids"
         ) from error
-    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path, look), vocab_size)
+    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path, check_stop), vocab_size)
 
 
-def _folder_described(path: Path, look: Look) -> dict[str, Any]:
+def _folder_described(path: Path, check_stop: StopCheck) -> dict[str, Any]:
     """One identity for all files of a folder: a hash of their names and bytes, of fixed size."""
     digest, size = hashlib.blake2b(digest_size=16), 0
-    for file in described(sorted(all_below(path)), path, look):
+    for file in described(sorted(all_below(path)), path, check_stop):
         digest.update(f"{file['name']} {file['bytes']} {file['blake2b']}\n".encode())
         size += file["bytes"]
     return {"name": path.resolve().name, "bytes": size, "blake2b": digest.hexdigest()}
@@ -78,7 +78,7 @@ def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_
             f"corpus {path}: is an array of {array.ndim} dimensions; [ids] (one stream) or [rows, context] is expected"
         )
     width = int(array.shape[1]) if array.ndim == 2 else None
-    if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MOST_IDS:
+    if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MAX_CHUNK_IDS:
         raise UserError(
             f"corpus {path}: its chunks have {whole:,} ids each; write it in smaller chunks, of about 1 million ids"
         )

@@ -15,7 +15,7 @@ from jaxtyping import Int64
 from shared.errors import UserError
 
 Ids = Int64[np.ndarray, " _ids"]
-Look = Callable[[], None]
+StopCheck = Callable[[], None]
 """Called regularly during long work. It may raise, to end the work."""
 
 
@@ -43,7 +43,7 @@ def refuse(error: BadDocument) -> None:
     raise error
 
 
-def go_on() -> None:
+def never_stop() -> None:
     """Never raises: the work is not interrupted."""
 
 
@@ -53,13 +53,13 @@ class Corpus:
 
     description: dict[str, Any]
     """JSON-able identity: equal descriptions promise equal documents. It holds no absolute path."""
-    read: Callable[[OnBad, Look], Iterator[Document]]
+    read: Callable[[OnBad, StopCheck], Iterator[Document]]
     """Makes a new pass over the documents, in source order. Raises UserError where the source cannot be read."""
 
-    def documents(self, on_bad: OnBad = refuse, look: Look = go_on) -> Iterator[Document]:
+    def documents(self, on_bad: OnBad = refuse, check_stop: StopCheck = never_stop) -> Iterator[Document]:
         """Yields the documents. `check_stop` is called before every document, and more often in long ones."""
-        for document in self.read(on_bad, look):
-            look()
+        for document in self.read(on_bad, check_stop):
+            check_stop()
             yield document
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import Look, go_on
+from harvest.corpus.documents import StopCheck, never_stop
 from harvest.corpus.raw_bytes import check_regular, open_regular, reading
 
 CARD: Final = re.compile(
@@ -134,15 +134,15 @@ def check_files(root: Path) -> None:
                 check_regular(path)
 
 
-def described(files: list[Path], root: Path, look: Look = go_on) -> list[dict[str, Any]]:
+def described(files: list[Path], root: Path, check_stop: StopCheck = never_stop) -> list[dict[str, Any]]:
     """The identity of files: name relative to `root`, size and hash."""
-    return [_described(file, root, look) for file in files]
+    return [_described(file, root, check_stop) for file in files]
 
 
-def _described(file: Path, root: Path, look: Look) -> dict[str, Any]:
+def _described(file: Path, root: Path, check_stop: StopCheck) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     with reading(file), open_regular(file) as stream:
         while block := stream.read(HASHED_BYTES):
-            look()
+            check_stop()
             digest.update(block)
         return {"name": file.relative_to(root).as_posix(), "bytes": stream.tell(), "blake2b": digest.hexdigest()}

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import BadDocument, Corpus, Document, DocumentField, Look, OnBad, cause, missing
+from harvest.corpus.documents import BadDocument, Corpus, Document, DocumentField, OnBad, StopCheck, cause, missing
 from harvest.corpus.folder import check_files, described
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
@@ -21,7 +21,7 @@ BUILDERS: Final = ("arrow", "csv", "json", "parquet", "text")
 """The storage kinds of a local repository that are read. None of them unpickles or runs anything."""
 
 
-def named_set(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
+def hub_dataset(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
     """A dataset of the hub, streamed at the commit that its revision means now; or of the local cache when the hub
     cannot be reached. Raises UserError within seconds when there is neither."""
     commit, unreachable = _hub_commit(name, config.corpus_revision)
@@ -93,14 +93,14 @@ def _cached(name: str, config: HarvestConfig, unreachable: str) -> tuple[str, An
     return commit, builder.as_streaming_dataset(split=config.corpus_split)
 
 
-def is_saved_set(folder: Path) -> bool:
+def is_saved_dataset(folder: Path) -> bool:
     """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("dataset_info.json", "state.json")
     )
 
 
-def saved_set(folder: Path, config: HarvestConfig, field: DocumentField) -> Corpus:
+def saved_dataset(folder: Path, config: HarvestConfig, field: DocumentField) -> Corpus:
     """The dataset that `save_to_disk` wrote; of several splits, the configured one."""
     check_files(folder)
     library, split = _library(), config.corpus_split
@@ -133,7 +133,7 @@ def repository_card(folder: Path) -> dict[str, Any] | None:
     return card if card and ("configs" in card or "dataset_info" in card) else None
 
 
-def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, field: DocumentField) -> Corpus:
+def repository_dataset(folder: Path, card: dict[str, Any], config: HarvestConfig, field: DocumentField) -> Corpus:
     """A dataset repository on this machine, read where it is. Raises UserError when it names files elsewhere."""
     if (folder / ".huggingface.yaml").exists():
         raise UserError(f"corpus {folder}: its .huggingface.yaml is not read; write what it says into README.md")
@@ -192,11 +192,11 @@ def _corpus(dataset: Any, name: str, field: DocumentField, description: dict[str
 
 
 def _documents(
-    dataset: Iterable[dict[str, Any]], name: str, field: DocumentField, on_bad: OnBad, look: Look
+    dataset: Iterable[dict[str, Any]], name: str, field: DocumentField, on_bad: OnBad, check_stop: StopCheck
 ) -> Iterator[Document]:
     try:
         for number, example in enumerate(dataset, 1):
-            look()
+            check_stop()
             try:
                 document = field.document(example, f"corpus {name}, example {number}")
             except BadDocument as error:

@@ -11,7 +11,7 @@ from typing import Any, Final
 from harvest.corpus.raw_bytes import RECORD_BYTES, TOO_LONG
 from shared.errors import UserError
 
-MOST_MEMBERS: Final = 1 << 24
+MAX_MEMBERS: Final = 1 << 24
 """Largest number of commas and brackets in one value: Python needs up to 100 bytes for each."""
 SPACE: Final = re.compile(r"[ \t\n\r]*")
 NEAR_THE_END: Final = 16
@@ -20,8 +20,8 @@ NEAR_THE_END: Final = 16
 
 def check_members(text: str, start: int = 0) -> None:
     """Raises ValueError when a JSON text has, from `start` on, more values than may fit into memory."""
-    if len(text) - start > MOST_MEMBERS and sum(text.count(one, start) for one in ",[{") > MOST_MEMBERS:
-        raise ValueError(f"more than {MOST_MEMBERS >> 20} million values in one; save ids as a .npy array")
+    if len(text) - start > MAX_MEMBERS and sum(text.count(one, start) for one in ",[{") > MAX_MEMBERS:
+        raise ValueError(f"more than {MAX_MEMBERS >> 20} million values in one; save ids as a .npy array")
 
 
 class JsonCursor:

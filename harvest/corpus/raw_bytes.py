@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
-from harvest.corpus.documents import BadDocument, Look, OnBad
+from harvest.corpus.documents import BadDocument, OnBad, StopCheck
 from shared.errors import UserError
 
 BLOCK_BYTES: Final = 1 << 20
@@ -97,13 +97,13 @@ def unpacked(path: Path) -> Iterator[BoundedBytes]:
             yield stream
 
 
-def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, look: Look) -> Iterator[tuple[int, bytes]]:
+def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, check_stop: StopCheck) -> Iterator[tuple[int, bytes]]:
     """Yields lines with their numbers from 1, without a byte order mark. `on_bad` receives each line that is too
     long."""
     number = 0
     while line := stream.readline(RECORD_BYTES + 1):
         number += 1
-        look()
+        check_stop()
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) <= RECORD_BYTES:
@@ -111,7 +111,7 @@ def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, look: Look) -> Iterat
             continue
         on_bad(BadDocument(f"{path}:{number}: {TOO_LONG}"))
         while line and not line.endswith(b"\n"):
-            look()
+            check_stop()
             line = stream.readline(BLOCK_BYTES)
 
 
@@ -123,13 +123,13 @@ def decoded(data: bytes, path: Path, first_line: int) -> str:
         raise BadDocument(f"{path}:{line}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
 
 
-def text_blocks(path: Path, look: Look) -> Iterator[str]:
+def text_blocks(path: Path, check_stop: StopCheck) -> Iterator[str]:
     """The text of a file, about BLOCK_BYTES at a time. Raises BadDocument where it is not UTF-8."""
     with unpacked(path) as stream:
         rest, line = b"", 1
         block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
         while block or rest:
-            look()
+            check_stop()
             following = stream.read(BLOCK_BYTES)
             data = rest + block
             whole = len(data) if not following else _whole_characters(data)

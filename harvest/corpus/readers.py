@@ -19,15 +19,15 @@ from harvest.corpus.documents import (
     Document,
     DocumentField,
     LongText,
-    Look,
     OnBad,
+    StopCheck,
     cause,
-    go_on,
     missing,
+    never_stop,
     refuse,
 )
 from harvest.corpus.folder import described, files_below
-from harvest.corpus.json_values import MOST_MEMBERS, JsonCursor, check_members, members
+from harvest.corpus.json_values import MAX_MEMBERS, JsonCursor, check_members, members
 from harvest.corpus.raw_bytes import (
     BLOCK_BYTES,
     RECORD_BYTES,
@@ -41,7 +41,7 @@ from harvest.corpus.raw_bytes import (
 from shared.errors import UserError
 from shared.progress import say
 
-Reader = Callable[[Path, DocumentField, OnBad, Look], Iterator[Document]]
+Reader = Callable[[Path, DocumentField, OnBad, StopCheck], Iterator[Document]]
 WHOLE: Final = 4 * BLOCK_BYTES
 """Characters up to which a text file is read at once. A longer one is read while it is tokenised."""
 MUCH: Final = 4 << 30
@@ -50,7 +50,7 @@ ROWS: Final = 64
 """Rows of a parquet file read at a time; fewer where they are large."""
 
 
-def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus:
+def files_corpus(path: Path, field: DocumentField, check_stop: StopCheck = never_stop) -> Corpus:
     """A corpus of one file, or of the files of known extension below a folder, sorted by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
@@ -70,19 +70,19 @@ def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus
     size = sum(file.stat().st_size for file in files if file.exists())  # a missing file raises when it is read
     if size > MUCH:
         say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to identify this corpus by its hash")
-    description = {"kind": "files", "files": described(files, root, look), "text_field": field.name}
+    description = {"kind": "files", "files": described(files, root, check_stop), "text_field": field.name}
 
-    def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
-        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, look) for file in files)
+    def read(on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
+        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, check_stop) for file in files)
 
     return Corpus(description, read)
 
 
-def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     parts: list[str] = []
     size, blank = 0, True
     try:
-        for block in text_blocks(path, look):
+        for block in text_blocks(path, check_stop):
             size += len(block)
             blank = blank and block.isspace()
             parts = [*parts, block] if size <= WHOLE else []
@@ -91,13 +91,13 @@ def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, look: Look) ->
     if size <= WHOLE:
         yield "".join(parts)
     else:
-        yield "" if blank else LongText(functools.partial(text_blocks, path, look))
+        yield "" if blank else LongText(functools.partial(text_blocks, path, check_stop))
     return None
 
 
-def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     with unpacked(path) as stream:
-        for number, data in lines(stream, path, on_bad, look):
+        for number, data in lines(stream, path, on_bad, check_stop):
             try:
                 line = decoded(data, path, number)
                 if line.isspace() or not line:
@@ -121,15 +121,15 @@ def _of_line(line: str, field: DocumentField, where: str) -> Document:
     return field.document(record, where)
 
 
-def _json(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _json(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     """Reads an array; or one object per line; or objects that span lines."""
-    values = JsonCursor(text_blocks(path, look), str(path))
+    values = JsonCursor(text_blocks(path, check_stop), str(path))
     if _begins(path) == b"[":
         found: Iterator[tuple[str, Any]] = _array(values)
-    elif _spans_lines(path, look):
+    elif _spans_lines(path, check_stop):
         found = _sequence(values)
     else:
-        yield from _json_lines(path, field, on_bad, look)
+        yield from _json_lines(path, field, on_bad, check_stop)
         return
     for where, value in found:
         try:
@@ -149,10 +149,10 @@ def _begins(path: Path) -> bytes:
         return block.lstrip()[:1]
 
 
-def _spans_lines(path: Path, look: Look) -> bool:
+def _spans_lines(path: Path, check_stop: StopCheck) -> bool:
     """Whether the first value spans more than one line. Text that is no JSON at all is left to the reader of lines."""
     with unpacked(path) as stream:
-        first = next((line for _, line in lines(stream, path, lambda _: None, look) if line.strip()), b"")
+        first = next((line for _, line in lines(stream, path, lambda _: None, check_stop) if line.strip()), b"")
     try:
         json.loads(first)
     except (ValueError, RecursionError):
@@ -160,7 +160,7 @@ def _spans_lines(path: Path, look: Look) -> bool:
     else:
         return False
     try:
-        JsonCursor(text_blocks(path, look), str(path)).value()
+        JsonCursor(text_blocks(path, check_stop), str(path)).value()
     except UserError:
         return False
     return True
@@ -169,7 +169,9 @@ def _spans_lines(path: Path, look: Look) -> bool:
 def _array(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     yield from members(values)
     if values.peek():
-        raise UserError(f"{values.where}: has more text after the array; one array, or one object per line, is expected")
+        raise UserError(
+            f"{values.where}: has more text after the array; one array, or one object per line, is expected"
+        )
 
 
 def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
@@ -187,11 +189,13 @@ def _of_member(value: Any, field: DocumentField, where: str) -> Document:
     return field.document(value, where)
 
 
-def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _table(
+    delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck
+) -> Iterator[Document]:
     """Reads a table with the names of its columns in the first row. A quoted field may span several lines."""
     csv.field_size_limit(RECORD_BYTES)
     with unpacked(path) as stream:
-        rows = csv.reader(_table_lines(stream, delimiter, path, look), delimiter=delimiter, strict=True)
+        rows = csv.reader(_table_lines(stream, delimiter, path, check_stop), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
             where = f"{path}:{rows.line_num + 1}"
@@ -212,10 +216,10 @@ def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look
                     yield document
 
 
-def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterator[str]:
-    for number, data in lines(stream, path, refuse, look):
-        if len(data) > MOST_MEMBERS and data.count(delimiter.encode()) > MOST_MEMBERS:
-            raise UserError(f"{path}:{number}: has more than {MOST_MEMBERS >> 20} million columns")
+def _table_lines(stream: Any, delimiter: str, path: Path, check_stop: StopCheck) -> Iterator[str]:
+    for number, data in lines(stream, path, refuse, check_stop):
+        if len(data) > MAX_MEMBERS and data.count(delimiter.encode()) > MAX_MEMBERS:
+            raise UserError(f"{path}:{number}: has more than {MAX_MEMBERS >> 20} million columns")
         yield data.decode(errors="surrogateescape")  # a bad byte is reported later, if it is in the document
 
 
@@ -236,7 +240,7 @@ def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str
     return dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _parquet(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -247,7 +251,7 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Ite
                 raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
             row = 0
             for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
-                look()
+                check_stop()
                 if not batch.num_columns:
                     raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
                 for value in batch.column(0):

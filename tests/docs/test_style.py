@@ -63,8 +63,8 @@ def messages(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, " ".join("{}".join(map(str, parts)).split())
     for node in ast.walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in skipped:
-            if " " in node.value.strip():
-                yield node.lineno, " ".join(node.value.split())
+            text = " ".join(node.value.split())
+            yield from [(node.lineno, text)] if " " in text else []
 
 
 def comments(source: str) -> Iterator[tuple[int, str]]:

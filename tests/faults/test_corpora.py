@@ -554,14 +554,14 @@ def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_value_with_too_many_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.corpus.json_values.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.json_values.MAX_MEMBERS", 1000)
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(
             "[" * (name == "a.json") + json.dumps({"text": [[]] * 2000}) + "]" * (name == "a.json")
         )
         refused(tmp_path / name, f"{name}:1: is not JSON", "million values in one", ".npy")
     (tmp_path / "a.csv").write_text("text" + "," * 2000)
-    monkeypatch.setattr("harvest.corpus.readers.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.readers.MAX_MEMBERS", 1000)
     refused(tmp_path / "a.csv", "a.csv:1: has more than", "columns")
 
 

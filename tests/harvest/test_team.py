@@ -142,9 +142,9 @@ def test_on_a_cpu_batches_are_computed_side_by_side(
 ) -> None:
     """Three at once, each by a wrapper of its own; the next shard is begun while the last batches are computed. The
     store is that of one after another, byte for byte."""
-    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)
+    monkeypatch.setattr("harvest.fill.stream_count", lambda *_: 1)
     expected = contents(Path(run_harvest(harvest_config(tmp_path / "one", batch_tokens=64)).store))
-    monkeypatch.setattr("harvest.fill.streams", lambda *_: 3)
+    monkeypatch.setattr("harvest.fill.stream_count", lambda *_: 3)
     meet, calls, models, began = threading.Barrier(3), itertools.count(), set(), []
     next_shard = threading.Event()
     run_to, compute, threads = LanguageModel.run_to, Capture.compute, harvest.capture.model_threads
@@ -181,11 +181,11 @@ def test_how_many_batches_side_by_side(harvest_config: Config, tmp_path: Path, m
     each = 160 * 1000 * 32
     for free, cores, streams in ((None, 3, 3), (4 * each, 8, 1), (4 * each * 5, 8, 5), (0, 8, 1), (10**15, 99, 16)):
         monkeypatch.setattr("harvest.fill.host_memory", lambda free=free: free)
-        assert harvest.fill.streams("cpu", spec, config, cores) == streams
-    assert harvest.fill.streams("cuda:1", spec, config, 8) == 1
+        assert harvest.fill.stream_count("cpu", spec, config, cores) == streams
+    assert harvest.fill.stream_count("cuda:1", spec, config, 8) == 1
 
 
-@pytest.mark.parametrize("where", ["harvest.encode.encode_chunk", "harvest.moments.of_segment"])
+@pytest.mark.parametrize("where", ["harvest.encode.encode_chunk", "harvest.moments.segment_moments"])
 def test_what_fails_behind_the_model_stops_the_harvest(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
@@ -239,7 +239,7 @@ def test_out_of_memory_halves_the_batch(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A stand-in for a GPU: this model refuses more than 3 contexts at once."""
-    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)
+    monkeypatch.setattr("harvest.fill.stream_count", lambda *_: 1)
     exact = {"dtype": "float32", "store_dtype": "float32"}
     expected = Store.open(run_harvest(harvest_config(tmp_path, name="whole", batch_tokens=32, **exact)).store)
     capturing = LanguageModel.capturing
@@ -293,7 +293,7 @@ def test_rows_with_nan_are_kept_when_that_is_asked_for(
     """They are left out of statistics and of training; everything else is as without them."""
     good = Store.open(run_harvest(harvest_config(tmp_path, name="good")).store)
     push, bad = harvest.capture.HookSink.push, torch.arange(3, 5000, 97)
-    monkeypatch.setattr("harvest.fill.streams", lambda *_: 1)  # else two shards may be under way
+    monkeypatch.setattr("harvest.fill.stream_count", lambda *_: 1)  # else two shards may be under way
 
     def poisoned(self: Any, begin: int, activations: torch.Tensor) -> None:
         start = self.first_row + begin
