@@ -1,6 +1,7 @@
-"""A folder on a disk, by the verbs of shared/files/base.py.
+"""A folder on a disk, with the operations of shared/files/base.py.
 
-Files are whole or absent, whatever is killed when: write to a temporary name, fsync, rename, fsync the folder.
+A file is whole or absent, whenever a process is killed: it is written under a temporary name, synced and renamed, and
+then the folder is synced.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ class LocalFiles:
             yield lambda path, pieces: write(self.place(path), pieces)
 
     def place(self, path: str) -> Path:
-        """Where a file is written. Raises UserError where a folder on the way is a link that leads out of here."""
+        """The path at which a file is written. Raises UserError where a folder on the way is a link that leads out of
+        this one."""
         file = self.root / safe(path)
         real, top = os.path.realpath(file.parent), os.path.realpath(self.root)
         if real != top and not real.startswith(f"{top.rstrip('/')}/"):
@@ -110,7 +112,7 @@ class LocalFiles:
 
 
 def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
-    """All of a regular file, or all from `offset` on. Raises DamagedError for one that is larger than `most` bytes, or
+    """Returns a regular file from `offset` to its end. Raises DamagedError for one that is larger than `most` bytes, or
     no regular file."""
     handle, status = open_to_read(file)
     try:
@@ -120,7 +122,7 @@ def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
         while left > 0 and (part := os.read(handle, min(left, status.st_size + 1))):
             parts.append(part)
             left -= len(part)
-            if left <= most - status.st_size:  # as long as it was; what is added now comes next time
+            if left <= most - status.st_size:  # the file's length at the start; later additions are read next time
                 break
         if left <= 0:
             raise too_large(str(file), most + 1, most)
@@ -130,17 +132,17 @@ def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
 
 
 def touch(file: Path) -> None:
-    """Makes the file, empty, where there is none. Raises UserError for a link."""
+    """Creates an empty file where there is none. Raises UserError for a link."""
     close(open_regular(file, os.O_WRONLY | os.O_CREAT))
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Adds a line to a log, durable when this returns. One before it that was torn goes. Raises UserError where the
+    """Adds a line to a log, durable when this returns. A torn last line is removed first. Raises UserError where the
     log is a link."""
     handle = open_regular(file, os.O_RDWR | os.O_CREAT)
     try:
         end = os.lseek(handle, 0, os.SEEK_END)
-        if end and os.pread(handle, 1, end - 1) != b"\n":  # torn by a crash: it was never a line
+        if end and os.pread(handle, 1, end - 1) != b"\n":  # a crash cut the line off: it was never committed
             end = os.pread(handle, end, 0).rfind(b"\n") + 1
             os.ftruncate(handle, end)
         try:
@@ -155,11 +157,11 @@ def append_line(file: Path, line: bytes) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a file or a folder with all in it. Of a link, the link: what it stands for stays, and is named."""
+    """Deletes a file or a folder with all its content. A link is removed itself; its target stays, and is named."""
     if path.is_symlink():
         target = os.path.realpath(path)
         again(path.unlink, missing_ok=True)
-        say(f"{path}: was a link and is removed; {target}, which it stood for, is left as it is")
+        say(f"{path}: was a link and is removed; its target {target} is left as it is")
     elif path.is_dir():
         again(shutil.rmtree, path)
     else:
@@ -167,7 +169,8 @@ def remove_tree(path: Path) -> None:
 
 
 def check_removable(paths: Iterable[Path]) -> None:
-    """Before anything is deleted: raises UserError where it could not be. Looks at the folders, not into them."""
+    """Called before anything is deleted: raises UserError where deletion would fail. It checks the folders, not their
+    content."""
     for path in paths:
         holds = [path.parent, *([path] if path.is_dir() and not path.is_symlink() else [])]
         for folder in holds:
@@ -179,7 +182,7 @@ def check_removable(paths: Iterable[Path]) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
+    """Syncs a file or a folder (fsync)."""
     handle = HANDLES.with_room(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
     try:
         os.fsync(handle)
@@ -188,15 +191,15 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, pieces: bytes | Iterable[Buffer]) -> None:
-    """A file of all the pieces, or nothing."""
+    """Writes a file made of all the pieces, or nothing."""
     with written_together() as write:
         write(path, [pieces] if isinstance(pieces, bytes) else pieces)
 
 
 @contextmanager
 def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
-    """Files, or nothing: all to temporary names, then fsync of all, renames, and fsync of each folder once. The first
-    fsync takes the journal's part of the others with it."""
+    """Writes several files, or none: all under temporary names, then one fsync each, renames, and one fsync per folder.
+    The first fsync flushes the journal for the others too."""
     names: dict[Path, Path] = {}
     folders: set[Path] = set()
 
@@ -213,7 +216,7 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
             again(temporary.rename, path)
     except BaseException:
         for temporary in names.values():
-            with contextlib.suppress(OSError):  # the first failure is the one to tell
+            with contextlib.suppress(OSError):  # the first failure is the one to report
                 again(temporary.unlink, missing_ok=True)
         raise
     for folder in folders:
@@ -221,7 +224,7 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
 
 
 def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
-    """A file that was not there: what has its name, a leftover or a link, goes."""
+    """Writes a file that does not exist; a leftover or a link with its name is removed first."""
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     again(path.unlink, missing_ok=True)
     handle = open_regular(path, new)
@@ -231,14 +234,14 @@ def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
             while len(view):
                 view = view[os.write(handle, view) :]
     except BaseException:
-        with contextlib.suppress(OSError):  # the first failure is the one to tell
+        with contextlib.suppress(OSError):  # the first failure is the one to report
             close(handle)
         raise
     close(handle)
 
 
 def make_folders(folder: Path) -> list[Path]:
-    """Like mkdir -p. Gives the folders that have a new name in them: to be synced."""
+    """Like mkdir -p. Returns the folders that contain a new name and must be synced."""
     if folder.is_dir():
         return []
     above = make_folders(folder.parent)
@@ -247,8 +250,8 @@ def make_folders(folder: Path) -> list[Path]:
 
 
 def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collection[int] = ()) -> None:
-    """Deletes what was being written when a process was killed, in the places where it can be: beside documents and
-    logs, and among the files of shards that are not `written`. For whoever holds the lock."""
+    """Deletes the temporary files of a killed process, in the places where they can be: beside documents and logs, and
+    among the files of shards that are not `written`. The caller holds the lock."""
     places = [root, root / "manifest"]
     for array in arrays:
         folder = root / array
@@ -300,19 +303,18 @@ REASONS: Final = {
     errno.EBUSY: "a file is in use by something else (EBUSY). Stop it",
     errno.ETXTBSY: "a file is in use by something else (ETXTBSY). Stop it",
     errno.EBADF: "the disk reports an error when a file is closed. Check the disk",
-    errno.ENOMEM: "memory does not suffice. Free some",
+    errno.ENOMEM: "out of memory. Free some",
 }
 
 
 def in_words(error: OSError) -> str:
-    """What an operating system's error means, and what to do."""
+    """What an operating-system error means, and what to do."""
     return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). See to the disk"
 
 
 @contextmanager
 def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
-    """Turns a full disk or a read-only one, or whatever else a disk says, into a message; what is committed stays
-    valid."""
+    """Turns an error of the disk, such as a full or read-only one, into a UserError; committed data stays valid."""
     try:
         yield
     except OSError as error:

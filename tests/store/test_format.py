@@ -569,10 +569,10 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_an_array_with_other_files_than_one_a_shard_is_refused(store: Store, tmp_path: Path, case: str) -> None:
-    """The manifest vouches for one file a shard; nobody would check others."""
+    """The manifest covers one file per shard; no reader would check others."""
     how = {"compressors": GzipCodec(), **OTHER_FILES[case]}
     copy = encode_anew(Path(shutil.copytree(store.root, tmp_path / "s")), HOOK, **how)
-    with pytest.raises(DamagedError, match="not one file a shard"):
+    with pytest.raises(DamagedError, match="not have one file per shard"):
         open_reader(copy, HOOK)
 
 
