@@ -1,7 +1,7 @@
-"""What a model's configuration may say: checked before anything is made of it.
+"""Checks a model's configuration before anything is built from it.
 
 A configuration is downloaded: its numbers become loops and allocations in other libraries, its names may become
-imports. Here they are bounded, and what cannot be harvested is refused in one sentence.
+imports. Here they are bounded, and a model that cannot be harvested is refused with one message.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,8 @@ BOUNDS: Final = {
 LIMITS: Final = {key: limits for limits, keys in BOUNDS.items() for key in keys}
 DEEPEST: Final = 32
 KERNELS: Final = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
-"""Where a configuration may name a repository of code (owner/kernel), which transformers would fetch and run."""
+"""Members in which a configuration may name a repository of code (owner/kernel) that transformers would fetch and
+run."""
 
 
 ENCODERS: Final = (
@@ -31,12 +32,12 @@ ENCODERS: Final = (
     "roberta-prelayernorm", "big_bird", "data2vec-text", "megatron-bert", "roc_bert", "xmod", "xlm", "modernbert",
     "distilbert", "albert", "deberta", "deberta-v2", "nomic_bert",
 )  # fmt: skip
-"""Of these some can be decoders too, and say so (is_decoder)."""
+"""Encoder architectures. Some can also be decoders, and then set is_decoder."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What can be known from the configuration, before any weights are loaded."""
+    """Facts that the configuration states, before any weights are loaded."""
 
     n_layers: int
     d_model: int
@@ -64,7 +65,7 @@ def checked_raw(raw: Mapping[str, Any], name: str) -> None:
     if raw.get("transformers_weights"):
         raise UserError(
             f"--model {name}: its config.json names a weights file of its own (transformers_weights), which is not "
-            "supported. Save the model anew with save_pretrained"
+            "supported. Save the model again with save_pretrained"
         )
     if raw.get("auto_map") and not known_type(raw.get("model_type")):
         raise UserError(
@@ -110,7 +111,7 @@ def check_kernel(name: str, key: str, value: object) -> None:
 
 
 def checked_config(config: Any, name: str) -> Any:
-    """transformers' configuration, when it is of a decoder whose numbers a model can have."""
+    """Returns transformers' configuration. Raises UserError unless it is a decoder's and its numbers are plausible."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if getattr(config, "is_encoder_decoder", False):

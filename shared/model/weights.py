@@ -1,7 +1,7 @@
-"""The weights in a model's folder, looked at without loading them: which files they are, and whether they are whole.
+"""Checks the weights in a model's folder without loading them: which files they are, and whether they are complete.
 
-Reads the index and the headers of safetensors files, which takes milliseconds. Whether the tensors are those of the
-model is seen when it is loaded (shared/model/language_model.py).
+It reads the index and the headers of safetensors files, which takes milliseconds. Whether the tensors belong to the
+model is checked at loading (shared/model/language_model.py).
 """
 
 import json
@@ -18,7 +18,7 @@ INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
 MOST_HEADER: Final = 100 << 20
 MOST_JSON: Final = 64 << 20
-"""Bytes. The first is safetensors' own limit."""
+"""Largest JSON file, in bytes. MOST_HEADER is safetensors' own limit."""
 POINTER: Final = b"version https://git-lfs"
 ITEMSIZE: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -33,8 +33,9 @@ PACKED: Final = re.compile(
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that hold a folder's weights, sorted, each whole by its own header. Raises UserError, naming the file,
-    where there are none or transformers could not load them, and for weights that are quantised or an adapter's."""
+    """The files that hold a folder's weights, sorted, each complete by its own header. Raises UserError, naming the
+    file, where there are none or transformers could not load them, and for weights that are quantised or an
+    adapter's."""
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"--model {name}: the folder holds an adapter (adapter_config.json). Merge it into its model "
@@ -49,11 +50,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if stray:
         raise UserError(
             f"--model {name}: the folder holds {stray[0]}, but neither {SINGLE} nor {INDEX}, where its weights are "
-            "looked for. Rename the file, or save the model anew with save_pretrained"
+            "looked for. Rename the file, or save the model again with save_pretrained"
         )
     raise UserError(
         f"--model {name}: the folder holds no weights (*.safetensors). Pickled ones (*.bin) are never read: save the "
-        "model anew with save_pretrained"
+        "model again with save_pretrained"
     )
 
 
@@ -61,7 +62,7 @@ def indexed_files(index: Path, name: str) -> list[Path]:
     """The shards that an index names: plain names of files beside it, with the tensors that they should hold."""
     where = read_json(index, name).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"--model {name}: {index.name} names no weights (weight_map); download or save the model anew")
+        raise UserError(f"--model {name}: {index.name} names no weights (weight_map); download or save the model again")
     wanted: dict[str, set[str]] = {}
     for tensor, file in where.items():
         wanted.setdefault(file, set()).add(tensor)
@@ -88,7 +89,8 @@ def indexed_files(index: Path, name: str) -> list[Path]:
 
 
 def check_tensors(path: Path, name: str) -> dict[str, Any]:
-    """The header of a safetensors file. Raises UserError for a file that is cut, is something else, or is quantised."""
+    """The header of a safetensors file. Raises UserError for a file that is cut short, is something else, or is
+    quantised."""
     header, start = read_header(path, name)
     end = start
     for tensor, about in header.items():
@@ -110,7 +112,7 @@ def check_tensors(path: Path, name: str) -> dict[str, Any]:
 
 
 def read_header(path: Path, name: str) -> tuple[dict[str, Any], int]:
-    """The tensors that the header tells of, and where their bytes begin."""
+    """The tensors in the header, and the offset at which their bytes begin."""
     check_regular(path, name)
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -130,7 +132,7 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Any], int]:
 
 
 def check_gguf(path: Path, name: str) -> None:
-    """Raises UserError for a file that is no GGUF file at its very beginning. The rest is seen when it is read."""
+    """Raises UserError for a file that does not begin like a GGUF file. The rest is checked when it is read."""
     check_regular(path, name)
     with path.open("rb") as file:
         head = file.read(24)
@@ -143,7 +145,7 @@ def check_gguf(path: Path, name: str) -> None:
 
 
 def check_regular(path: Path, name: str) -> None:
-    """Raises UserError for what is no file that can be read, and for the pointer that Git LFS leaves in its place."""
+    """Raises UserError for anything but a readable file, and for the pointer that Git LFS leaves in its place."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"--model {name}: {path.name} is not a file")
@@ -159,7 +161,7 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """Raises UserError for anything but an object."""
+    """The object in a JSON file. Raises UserError for anything else."""
     check_regular(path, name)
     try:
         if path.stat().st_size > MOST_JSON:
@@ -190,6 +192,6 @@ def quantised(name: str, how: str) -> UserError:
 
 
 def some(names: list[str], most: int = 3) -> str:
-    """The first few, and how many more."""
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(name[:200] for name in names[:most]) + more

@@ -291,9 +291,7 @@ def test_a_store_with_a_linked_layer_is_removed_and_the_target_stays(
     remove_store(LocalFiles(copy))
     assert not copy.exists()
     assert (tmp_path / "elsewhere/synthetic/c/0/0").exists()
-    assert f"{tmp_path / 'elsewhere'} is left as it is" in capsys.readouterr().err.replace(
-        "\n", ""
-    )
+    assert f"{tmp_path / 'elsewhere'} is left as it is" in capsys.readouterr().err.replace("\n", "")
 
 
 def test_a_run_with_linked_folders_starts_afresh(few: Path, tmp_path: Path) -> None:
