@@ -28,8 +28,8 @@ from shared.store.create import (
     building,
     check_replaceable,
     create_store,
+    delete_old_store,
     is_ours,
-    make_way,
     place_tokens,
     write_tokens,
 )
@@ -69,7 +69,7 @@ def begin_store(plan: HarvestPlan, check_stop: Callable[[], None]) -> None:
     check_replaceable(plan.files)
     with token_folder(plan.files) as folder:
         tokens, spec = lent_tokens(plan, folder) or corpus_tokens(plan, folder, check_stop)
-        make_way(plan.files, folder.name)
+        delete_old_store(plan.files, folder.name)
         forget_progress(folder)
         place_tokens(plan.files, tokens)
     record = {**provenance(), "config": plan.config.model_dump(mode="json")}
@@ -167,5 +167,5 @@ def find_lender(plan: HarvestPlan) -> Store | None:
         same = {key: getattr(spec, key) for key in TOKEN_FIELDS} == wanted
         same = same and {key: spec.corpus.get(key) for key in asked} == asked
         if same and plan.config.tokens in (None, spec.n_tokens):
-            return Store(files, spec, state, Commits.of({}))
+            return Store(files, spec, state, Commits.from_mapping({}))
     return None

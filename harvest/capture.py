@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvest import background as behind
+from harvest import background
 from harvest.moments import MomentsPart, add_moments_on_device, moments_on_host
 from harvest.writer import Ready, ShardRows
 from shared.device import sent, torch_dtype
@@ -159,7 +159,7 @@ class Capture:
         compute side by side and share `threads`."""
         self.model, self.spec, self.tokens, self.batch = models[0], spec, tokens, batch_contexts
         self.keep = flat(keep)
-        self.pool = behind.pool(threads, "moments")
+        self.pool = background.pool(threads, "moments")
         self.free: SimpleQueue[LanguageModel] = SimpleQueue()
         """Models that no thread is using."""
         for model in models:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import background as behind
+from harvest import background
 from shared.device import usable_cores
 from shared.files.base import Write
 from shared.files.handles import Buffer
@@ -33,7 +33,7 @@ class ShardFiles:
     def __init__(self, spec: StoreSpec, threads: int | None = None) -> None:
         self.spec, self.layouts = spec, spec.layouts()
         self.threads = threads or usable_cores()
-        self.pool = behind.pool(self.threads, "encode")
+        self.pool = background.pool(self.threads, "encode")
         self.local = threading.local()
 
     def close(self) -> None:

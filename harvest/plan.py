@@ -137,7 +137,7 @@ def special_tokens(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> 
     strange = [number for number in config.special_ids if number >= info.vocab_size]
     if strange:
         raise UserError(f"special_ids: {strange[0]} is outside the model's vocabulary, 0 to {info.vocab_size - 1}")
-    return tuple(sorted({*(n for n in encoder.special() if 0 <= n < info.vocab_size), *config.special_ids}))
+    return tuple(sorted({*(n for n in encoder.special_ids() if 0 <= n < info.vocab_size), *config.special_ids}))
 
 
 def bos_token(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> int | None:
@@ -298,7 +298,7 @@ def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, A
 
 def special_ids_of_old_stores(plan: HarvestPlan) -> tuple[int, ...]:
     """The special ids as earlier versions counted them."""
-    return tuple(sorted(plan.tokenizer.listed()))
+    return tuple(sorted(plan.tokenizer.listed_special_ids()))
 
 
 def advice_for(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:

@@ -20,7 +20,7 @@ from shared.files.open import open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.stop import stop_requests
-from shared.store.create import clean_up, create_store, finish_store, is_ours, reopen
+from shared.store.create import clean_up, create_store, finish_store, is_ours, reopen_store
 from shared.store.manifest import Sizes, append_commit, read_metadata
 from shared.store.opened import Store, check_metadata_paths, is_store
 from shared.store.reader import ArrayReader, Reader, open_reader, read_places, read_shard
@@ -71,7 +71,7 @@ def write_store(store: Store, files: Files, spec: StoreSpec) -> None:
         if done.state == "final" and not done.missing:
             say(f"{files.name} is complete. Nothing to do.")
             return
-        reopen(done)
+        reopen_store(done)
         recode_shards(store, done)
         finish_store(files, spec)
 

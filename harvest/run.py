@@ -23,7 +23,7 @@ from shared.model.language_model import load_weights
 from shared.model.source import resolve_model, same_model
 from shared.progress import say
 from shared.stop import stop_requests
-from shared.store.create import clean_up, finish_store, reopen
+from shared.store.create import clean_up, finish_store, reopen_store
 from shared.store.norms import sample
 from shared.store.opened import Store, is_store
 from shared.store.spec import DTYPES
@@ -92,7 +92,7 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
         clean_up(plan.files)
         store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
-        reopen(store)
+        reopen_store(store)
         work = RankWork(store.location, tuple(store.missing))
         team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harvest import background as behind
+from harvest import background
 from harvest.begin import make_folder, remove_empty_folder
 from harvest.disk_space import (
     INDEX_BYTES,
@@ -49,10 +49,10 @@ from shared.store.create import (
     check_replaceable,
     clean_up,
     create_store,
+    delete_old_store,
     finish_store,
-    make_way,
     place_tokens,
-    reopen,
+    reopen_store,
     write_tokens,
 )
 from shared.store.opened import Store, is_store
@@ -107,7 +107,7 @@ def write_store(config: SynthConfig) -> SynthSummary:
         clean_up(files)
         store = Store.open(files)
         check_same(store, spec)  # again: another process may have been here meanwhile
-        reopen(store)
+        reopen_store(store)
         written = make_shards(store, TrueFeatures(parameters_of(config)), stop_asked)
         finish_store(files, spec)
     return summarise(Store.open(files), time.monotonic() - started, written)
@@ -208,7 +208,7 @@ def begin_store(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
         except BaseException:
             remove_empty_folder(files)
             raise
-        make_way(files, folder.name)
+        delete_old_store(files, folder.name)
         place_tokens(files, tokens)
     create_store(files, spec, tokens.files, {**provenance(), "config": config.model_dump(mode="json")})
 
@@ -222,7 +222,7 @@ def make_shards(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool
     threads = usable_cores()
     _ = truth.directions, truth.scale, truth.limits  # computed once, before threads share them
     with (
-        behind.pool(threads, "synth") as pool,
+        background.pool(threads, "synth") as pool,
         closing(ShardWriter(store.files, spec, keep)) as writer,
         progress(f"synth {store.name}", rows, "tokens") as advance,
     ):

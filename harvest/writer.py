@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import background as behind
+from harvest import background
 from harvest.encode import ShardFiles
 from shared.errors import UserError
 from shared.files.base import Files, Write
@@ -65,8 +65,8 @@ class ShardWriter:
         process."""
         self.files, self.spec, self.writer, self.allow_nonfinite = files, spec, writer, allow_nonfinite
         self.keep = flat(keep)
-        self.committer = behind.pool(1, "commit")
-        self.hooks = behind.pool(len(spec.hookpoints), "hook")
+        self.committer = background.pool(1, "commit")
+        self.hooks = background.pool(len(spec.hookpoints), "hook")
         self.shards = ShardFiles(spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False

@@ -31,7 +31,7 @@ NAME: Final = "synthetic"
 
 SMALLEST_VARIANCE: Final = 1e-18
 """Smallest variance of rows before scaling: far from where squares of float64 vanish."""
-MOST_NUMBERS: Final = 1 << 28
+MAX_NUMBERS: Final = 1 << 28
 """Largest number of values of all directions together: 2 GiB."""
 
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -64,10 +64,10 @@ class Synthetic(Frozen):
         low, high = self.coefficients
         if not 0 <= low <= high or high == 0:
             raise ValueError(f"coefficients: expected two sizes 0 <= low <= high, high above 0 (got {low:g}, {high:g})")
-        if self.features * self.d_in > MOST_NUMBERS:
+        if self.features * self.d_in > MAX_NUMBERS:
             raise ValueError(
                 f"features: {self.features:,} directions of {self.d_in:,} numbers do not fit into memory. Lower one of "
-                f"the two: their product can be at most {MOST_NUMBERS:,}"
+                f"the two: their product can be at most {MAX_NUMBERS:,}"
             )
         most = 1 / float(shares(self.features, self.zipf)[0])
         if self.l0 > most:

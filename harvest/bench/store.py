@@ -113,13 +113,13 @@ def writing(stores: BenchStores, folder: Path) -> Iterator[tuple[dict[str, Run],
         for codec in ("zstd", "lz4"):
             spec = store.spec.model_copy(update={"codec": codec})
             writer = stack.enter_context(closing(ShardWriter(LocalFiles(folder / codec), spec, keep, threads=1)))
-            runs[f"encode {codec}"] = encoding(part.rows, spec)
-            runs[f"writer {codec}"] = committing(writer, shard, part)
-            before[f"writer {codec}"] = emptying(folder / codec)
+            runs[f"encode {codec}"] = encode_run(part.rows, spec)
+            runs[f"writer {codec}"] = commit_run(writer, shard, part)
+            before[f"writer {codec}"] = clear_run(folder / codec)
         yield runs, before
 
 
-def emptying(place: Path) -> Prepare:
+def clear_run(place: Path) -> Prepare:
     def run() -> None:
         shutil.rmtree(place, ignore_errors=True)
         (place / "manifest").mkdir(parents=True)
@@ -127,7 +127,7 @@ def emptying(place: Path) -> Prepare:
     return run
 
 
-def encoding(rows: NDArray[Any], spec: StoreSpec) -> Run:
+def encode_run(rows: NDArray[Any], spec: StoreSpec) -> Run:
     assert CODECS[spec.codec]
     whole = len(rows) // spec.chunk_rows * spec.chunk_rows
     chunks = [rows[at : at + spec.chunk_rows] for at in range(0, whole, spec.chunk_rows)]
@@ -140,7 +140,7 @@ def encoding(rows: NDArray[Any], spec: StoreSpec) -> Run:
     return run
 
 
-def committing(writer: ShardWriter, shard: int, part: ShardRows) -> Run:
+def commit_run(writer: ShardWriter, shard: int, part: ShardRows) -> Run:
     def run() -> int:
         writer.commit(shard, {WIDE: part})
         return part.rows.nbytes

@@ -1,7 +1,7 @@
 """Corpora that are arrays of token ids: a .npy file, or a folder that is a Zarr v3 array, read block by block.
 
-An array [n] is one stream that is already joined; [rows, width] are rows of a context, used as they are. Documents
-cannot be told apart, so an id that the model does not know is always refused.
+An array [n] is one stream that is already joined; [rows, width] are rows of a context, used as they are. The
+boundaries of documents are unknown, so an id that the model does not know is always refused.
 """
 
 import functools
@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.corpus.documents import Corpus, Ids, JoinedIds, StopCheck, cause, never_stop, unknown_id
-from harvest.corpus.folder import all_below, described
+from harvest.corpus.folder import all_below, file_identities
 from harvest.corpus.raw_bytes import check_regular, reading
 from shared.errors import UserError
 from shared.files.local import read_whole
@@ -40,7 +40,7 @@ def numpy_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop
         raise UserError(
             f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it again with numpy.save"
         ) from error
-    return _stream(path, array, 1, described([path], path.parent, check_stop)[0], vocab_size)
+    return _stream(path, array, 1, file_identities([path], path.parent, check_stop)[0], vocab_size)
 
 
 def zarr_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop) -> JoinedIds:
@@ -64,7 +64,7 @@ def zarr_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop)
 def _folder_described(path: Path, check_stop: StopCheck) -> dict[str, Any]:
     """One identity for all files of a folder: a hash of their names and bytes, of fixed size."""
     digest, size = hashlib.blake2b(digest_size=16), 0
-    for file in described(sorted(all_below(path)), path, check_stop):
+    for file in file_identities(sorted(all_below(path)), path, check_stop):
         digest.update(f"{file['name']} {file['bytes']} {file['blake2b']}\n".encode())
         size += file["bytes"]
     return {"name": path.resolve().name, "bytes": size, "blake2b": digest.hexdigest()}

@@ -115,7 +115,7 @@ class DocumentField:
         for depth, part in enumerate(parts := self.name.split(".")):
             if not isinstance(value, Mapping) or part not in value:
                 there = [".".join([*parts[:depth], str(name)]) for name in value] if isinstance(value, Mapping) else []
-                raise BadDocument(missing(self.name, there or list(record), where))
+                raise BadDocument(missing_field(self.name, there or list(record), where))
             value = value[part]
         return value
 
@@ -144,7 +144,7 @@ def unknown_id(number: int, where: str, vocab_size: int) -> str:
     )
 
 
-def missing(field: str, there: list[str], where: str) -> str:
+def missing_field(field: str, there: list[str], where: str) -> str:
     """The message for a record, a file or a dataset without the field."""
     fields = ", ".join(map(str, there[:100])) or "none"
     return f"{where}: has no field {field!r}; there are: {fields}. Choose one: --set text_field=NAME"

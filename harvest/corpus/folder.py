@@ -134,12 +134,12 @@ def check_files(root: Path) -> None:
                 check_regular(path)
 
 
-def described(files: list[Path], root: Path, check_stop: StopCheck = never_stop) -> list[dict[str, Any]]:
+def file_identities(files: list[Path], root: Path, check_stop: StopCheck = never_stop) -> list[dict[str, Any]]:
     """The identity of files: name relative to `root`, size and hash."""
-    return [_described(file, root, check_stop) for file in files]
+    return [_file_identity(file, root, check_stop) for file in files]
 
 
-def _described(file: Path, root: Path, check_stop: StopCheck) -> dict[str, Any]:
+def _file_identity(file: Path, root: Path, check_stop: StopCheck) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     with reading(file), open_regular(file) as stream:
         while block := stream.read(HASHED_BYTES):

@@ -9,8 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import BadDocument, Corpus, Document, DocumentField, OnBad, StopCheck, cause, missing
-from harvest.corpus.folder import check_files, described
+from harvest.corpus.documents import (
+    BadDocument,
+    Corpus,
+    Document,
+    DocumentField,
+    OnBad,
+    StopCheck,
+    cause,
+    missing_field,
+)
+from harvest.corpus.folder import check_files, file_identities
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
 from shared.progress import say
@@ -117,7 +126,7 @@ def saved_dataset(folder: Path, config: HarvestConfig, field: DocumentField) -> 
     chosen = dataset[split] if isinstance(dataset, dict) else dataset
     read = split if isinstance(dataset, dict) else there[0]
     files = [Path(file["filename"]) for file in chosen.cache_files]
-    description = {"kind": "huggingface-saved", "split": read, "files": described(files, folder)}
+    description = {"kind": "huggingface-saved", "split": read, "files": file_identities(files, folder)}
     return _corpus(chosen.with_format(None), str(folder), field, description)
 
 
@@ -162,7 +171,7 @@ def repository_dataset(folder: Path, card: dict[str, Any], config: HarvestConfig
         "kind": "huggingface-repository",
         "config": config.corpus_config,
         "split": config.corpus_split,
-        "files": described(files, root),
+        "files": file_identities(files, root),
     }
     return _corpus(dataset, str(folder), field, description)
 
@@ -187,7 +196,7 @@ def _library() -> Any:
 
 def _corpus(dataset: Any, name: str, field: DocumentField, description: dict[str, Any]) -> Corpus:
     if dataset.column_names is not None and not field.is_among(dataset.column_names):
-        raise UserError(missing(field.name, dataset.column_names, f"corpus {name}"))
+        raise UserError(missing_field(field.name, dataset.column_names, f"corpus {name}"))
     return Corpus({**description, "text_field": field.name}, functools.partial(_documents, dataset, name, field))
 
 

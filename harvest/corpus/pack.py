@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from harvest.corpus.documents import BadDocument, Document, Ids, LongText, OnBad
-from harvest.corpus.split_text import blocks_of, pieces, tokenised
+from harvest.corpus.split_text import blocks_of, pieces, tokenise_texts
 from shared.errors import UserError
 from shared.permute import DOCUMENTS, philox
 from shared.progress import say
@@ -80,11 +80,11 @@ def shuffled(
     """Yields every document once, in an order drawn from `seed` (at least 0). Up to `buffer` documents of `size` bytes
     it is a uniform permutation. Beyond that it is a buffer shuffle: each document drawn is replaced by the next one
     read (by several, or by none, depending on their sizes)."""
-    below = _uniform(seed)
+    below = _uniform_below(seed)
     held: list[Document | bytes] = []
     used = 0
     for document in documents:
-        put, weight = _stored(document)
+        put, weight = _to_bytes(document)
         if not held or (len(held) < buffer and used + weight <= size):
             held.append(put)
             used += weight
@@ -92,28 +92,28 @@ def shuffled(
         index = below(len(held))
         drawn, held[index] = held[index], put
         used += weight - _weight(drawn)
-        yield _restored(drawn)
+        yield _from_bytes(drawn)
         while used > size and len(held) > 1:
-            drawn = _drawn(held, below)
+            drawn = _draw(held, below)
             used -= _weight(drawn)
-            yield _restored(drawn)
+            yield _from_bytes(drawn)
     while held:  # Fisher-Yates, from the back
-        yield _restored(_drawn(held, below))
+        yield _from_bytes(_draw(held, below))
 
 
-def _drawn(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
+def _draw(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
     index = below(len(held))
     held[index], held[-1] = held[-1], held[index]
     return held.pop()
 
 
-def _stored(document: Document) -> tuple[Document | bytes, int]:
+def _to_bytes(document: Document) -> tuple[Document | bytes, int]:
     """A document as the shuffle holds it, and its bytes."""
     put = document.encode() if isinstance(document, str) else document
     return put, _weight(put)
 
 
-def _restored(put: Document | bytes) -> Document:
+def _from_bytes(put: Document | bytes) -> Document:
     return put.decode() if isinstance(put, bytes) else put
 
 
@@ -147,7 +147,7 @@ def pack(
     """
     filled = _with_text(documents, eos_id, counts)
     calls = islice(_calls(filled, tokenizer, counts), counts.calls, None)
-    joined = (_joined(call, tokenizer, eos_id, vocab_size) for call in calls)
+    joined = (_join_ids(call, tokenizer, eos_id, vocab_size) for call in calls)
     yield from cut(joined, context, bos_id, counts)
     if not counts.documents:
         bad = f", {counts.bad} bad ones" if counts.bad else ""
@@ -168,7 +168,7 @@ def cut(
         counts.rows += rows
         counts.leftover = joined[rows * width :].copy()  # a view would keep all of `joined` alive
         if rows:
-            yield _begun(joined[: rows * width].reshape(rows, width), bos_id)
+            yield _with_bos(joined[: rows * width].reshape(rows, width), bos_id)
     counts.dropped = len(counts.leftover)
 
 
@@ -209,7 +209,7 @@ def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Pac
         counts.rough += 1
 
     blocks = blocks_of(document) if isinstance(document, str) else document.blocks()
-    held = pieces(blocks, lambda texts: tokenised(texts, tokenizer), rough)
+    held = pieces(blocks, lambda texts: tokenise_texts(texts, tokenizer), rough)
     last = next(held)
     for piece in held:
         yield last, False
@@ -217,12 +217,12 @@ def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Pac
     yield last, True
 
 
-def _joined(
+def _join_ids(
     call: list[Part], tokenizer: Callable[..., Mapping[str, Any]] | None, eos_id: int | None, vocab_size: int | None
 ) -> Ids:
     """The ids of some parts, with `eos_id` after each document. All texts go to the tokenizer in one call."""
     texts = [content for content, _ in call if isinstance(content, str)]
-    encoded = iter(tokenised(texts, tokenizer) if texts else [])
+    encoded = iter(tokenise_texts(texts, tokenizer) if texts else [])
     end = np.array([] if eos_id is None else [eos_id], dtype=np.int64)
     joined: list[Ids] = []
     for content, last in call:
@@ -247,7 +247,7 @@ def check_known(ids: Ids, text: str, vocab_size: int | None) -> None:
     )
 
 
-def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
+def _with_bos(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
     """The rows with `bos_id` in front of each; unchanged when it is None."""
     return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
@@ -269,7 +269,7 @@ def _is_empty(document: Document, eos_id: int | None) -> bool:
     return document[:2].tolist() in ([], [eos_id])
 
 
-def _uniform(seed: int) -> Callable[[int], int]:
+def _uniform_below(seed: int) -> Callable[[int], int]:
     """Returns a function n -> uniform integer below n. It uses nothing but Philox's raw words and rejection, so the
     order does not change with numpy's Generator methods."""
     bits = philox(seed, DOCUMENTS)

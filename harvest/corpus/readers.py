@@ -22,11 +22,11 @@ from harvest.corpus.documents import (
     OnBad,
     StopCheck,
     cause,
-    missing,
+    missing_field,
     never_stop,
     refuse,
 )
-from harvest.corpus.folder import described, files_below
+from harvest.corpus.folder import file_identities, files_below
 from harvest.corpus.json_values import MAX_MEMBERS, JsonCursor, check_members, members
 from harvest.corpus.raw_bytes import (
     BLOCK_BYTES,
@@ -70,7 +70,7 @@ def files_corpus(path: Path, field: DocumentField, check_stop: StopCheck = never
     size = sum(file.stat().st_size for file in files if file.exists())  # a missing file raises when it is read
     if size > MUCH:
         say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to identify this corpus by its hash")
-    description = {"kind": "files", "files": described(files, root, check_stop), "text_field": field.name}
+    description = {"kind": "files", "files": file_identities(files, root, check_stop), "text_field": field.name}
 
     def read(on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
         return chain.from_iterable(READERS[extension(file)](file, field, on_bad, check_stop) for file in files)
@@ -102,14 +102,14 @@ def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, check_stop: Sto
                 line = decoded(data, path, number)
                 if line.isspace() or not line:
                     continue
-                document = _of_line(line, field, f"{path}:{number}")
+                document = _document_of_line(line, field, f"{path}:{number}")
             except BadDocument as error:
                 on_bad(error)
             else:
                 yield document
 
 
-def _of_line(line: str, field: DocumentField, where: str) -> Document:
+def _document_of_line(line: str, field: DocumentField, where: str) -> Document:
     try:
         check_members(line)
         record = json.loads(line)
@@ -124,7 +124,7 @@ def _of_line(line: str, field: DocumentField, where: str) -> Document:
 def _json(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     """Reads an array; or one object per line; or objects that span lines."""
     values = JsonCursor(text_blocks(path, check_stop), str(path))
-    if _begins(path) == b"[":
+    if _first_byte(path) == b"[":
         found: Iterator[tuple[str, Any]] = _array(values)
     elif _spans_lines(path, check_stop):
         found = _sequence(values)
@@ -133,14 +133,14 @@ def _json(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck
         return
     for where, value in found:
         try:
-            document = _of_member(value, field, where)
+            document = _document_of_member(value, field, where)
         except BadDocument as error:
             on_bad(error)
         else:
             yield document
 
 
-def _begins(path: Path) -> bytes:
+def _first_byte(path: Path) -> bytes:
     """The first byte that is neither white space nor part of a byte order mark."""
     with unpacked(path) as stream:
         block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
@@ -180,7 +180,7 @@ def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
         yield where, values.value()
 
 
-def _of_member(value: Any, field: DocumentField, where: str) -> Document:
+def _document_of_member(value: Any, field: DocumentField, where: str) -> Document:
     if isinstance(value, str | list):
         return field.document({field.name: value}, where)
     if not isinstance(value, dict):
@@ -227,7 +227,7 @@ def _checked_header(row: list[str], field: DocumentField, where: str) -> list[st
     if row.count(field.name) != 1:
         if field.name in row:
             raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
-        raise UserError(missing(field.name, row, where))
+        raise UserError(missing_field(field.name, row, where))
     return row
 
 
@@ -248,16 +248,16 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCh
         with reading(path), open_regular(path) as source:
             file = pa.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
             if not field.is_among(file.schema_arrow.names):
-                raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+                raise UserError(missing_field(field.name, file.schema_arrow.names, str(path)))
             row = 0
             for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
                 check_stop()
                 if not batch.num_columns:
-                    raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+                    raise UserError(missing_field(field.name, file.schema_arrow.names, str(path)))
                 for value in batch.column(0):
                     row += 1
                     try:
-                        document = _of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
+                        document = _document_of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
                     except BadDocument as error:
                         on_bad(error)
                     else:
@@ -273,7 +273,7 @@ def _rows_at_a_time(file: Any) -> int:
     return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
 
 
-def _of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:
+def _document_of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:
     try:
         plain = value.as_py()
     except UnicodeDecodeError as error:

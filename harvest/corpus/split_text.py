@@ -71,7 +71,7 @@ def places(text: str, latest: int) -> Iterator[int]:
     yield from range(latest, max(0, latest - TRIES), -1)
 
 
-def tokenised(texts: list[str], tokenizer: Callable[..., Any] | None) -> list[list[int]]:
+def tokenise_texts(texts: list[str], tokenizer: Callable[..., Any] | None) -> list[list[int]]:
     """The ids of each text, without special tokens around it. Raises UserError when the tokenizer fails, or when there
     is none."""
     if tokenizer is None:

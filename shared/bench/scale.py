@@ -15,7 +15,7 @@ from shared.errors import UserError
 
 STATUS: Final = Path("/proc/self/status")
 SAMPLE_SECONDS: Final = 0.01
-MOST_EXPONENT: Final = 1.1
+MAX_EXPONENT: Final = 1.1
 """Largest exponent that counts as linear: larger data is somewhat slower because of a machine's caches."""
 GROWN: Final = 0.25
 """A value counts as grown when it exceeds the smallest store's by this share of it, and by SECONDS_FLOOR or
@@ -104,7 +104,7 @@ def exponent(sizes: Sequence[int], values: Sequence[float], floor: float) -> flo
     return float(np.polyfit(x, y, 1)[0])
 
 
-def each(sizes: Sequence[int], values: Sequence[float]) -> float:
+def cost_per_unit(sizes: Sequence[int], values: Sequence[float]) -> float:
     """Cost of one more shard or row, between the two largest stores."""
     return max(0.0, (values[-1] - values[-2]) / (sizes[-1] - sizes[-2]))
 
@@ -131,14 +131,14 @@ def report(points: Sequence[ScalePoint]) -> dict[str, Any]:
             "seconds": round(mine[-1].measured.seconds, 3),
             "exponent_cpu": exponent(sizes, cpu, SECONDS_FLOOR),
             "exponent_memory": exponent(sizes, memory, BYTES_FLOOR),
-            "bytes_each": each(sizes, memory) if len(mine) > 1 else 0.0,
+            "bytes_each": cost_per_unit(sizes, memory) if len(mine) > 1 else 0.0,
         }
         growth.append(
             {"against": axis, "what": what, "largest": sizes[-1], **{k: shortened(v) for k, v in found.items()}}
         )
         failed += [
             f"{what} against {axis}: {name} {value:.2f}, at most {most:g} is linear"
-            for name, most in (("exponent_cpu", MOST_EXPONENT), ("exponent_memory", MOST_EXPONENT))
+            for name, most in (("exponent_cpu", MAX_EXPONENT), ("exponent_memory", MAX_EXPONENT))
             if (value := found[name]) is not None and value > most
         ]
         failed += [

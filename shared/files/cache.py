@@ -76,7 +76,7 @@ class RangeCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / TOTAL_FILE).open("a+b", buffering=0) as total:
                 fcntl.flock(total, fcntl.LOCK_EX)
-                self.make_room(total.fileno(), len(data))
+                self.reserve(total.fileno(), len(data))
                 try:
                     with temporary.open("wb") as file:
                         file.write(data)
@@ -97,7 +97,7 @@ class RangeCache:
     def path(self, key: Key) -> Path:
         return self.folder / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.range"
 
-    def make_room(self, total: int, length: int) -> None:
+    def reserve(self, total: int, length: int) -> None:
         """Adds `length` bytes to the count before they are written: a crash leaves the count too high, never too low. A
         missing count, or one above the limit, is corrected by scanning the folder."""
         text = os.pread(total, 32, 0)

@@ -30,14 +30,14 @@ from shared.files.connect import (
     TOTAL_SECONDS,
     TRIES,
     Connection,
-    servers,
+    open_connection,
 )
 from shared.files.handles import Buffer
 
 PART_BYTES: Final = 8 << 20
 """Largest part of an object that one request carries, in either direction."""
 PARTS_AT_ONCE: Final = 8
-MOST_ENTRIES: Final = 10_000_000
+MAX_ENTRIES: Final = 10_000_000
 """Largest number of entries in a listing: a store of 10^5 shards has a third of it."""
 
 Result = TypeVar("Result")
@@ -124,16 +124,16 @@ class Client:
     """One bucket or web server. `name` is what messages call the object. Methods raise FileNotFoundError when it does
     not exist."""
 
-    def __init__(self, where: str, ways: Connection) -> None:
+    def __init__(self, where: str, connection: Connection) -> None:
         self.where = where
-        self.reads, self.asks, self.uploads = ways
+        self.reads, self.asks, self.uploads = connection
         self.read_only = isinstance(self.reads, HTTPStore)
 
     @classmethod
     def connect(cls, parts: SplitResult) -> "Client":
         """Makes a client; sends nothing."""
         try:
-            return cls(*servers(parts))
+            return cls(*open_connection(parts))
         except (BaseError, ValueError) as error:
             failure, words = failure_of(error)
             raise ServerError(f"{parts.geturl()}: {words}. {failure.advice}") from error
@@ -147,12 +147,12 @@ class Client:
             size = answer.meta["size"]
             if size > most:
                 raise too_large(name, size, most)
-            data = bytes(received(answer, size))
+            data = bytes(read_body(answer, size))
             if len(data) != size:
                 raise IncompleteError(f"{len(data)} bytes came, {size} were announced")
             return data, answer.meta
 
-        return tried(name, "read", request)
+        return with_retries(name, "read", request)
 
     def get_range(self, key: str, name: str, offset: int, length: int, check: Callable[[int], None]) -> Buffer:
         """Returns these bytes. `check` is called with the object's size."""
@@ -165,17 +165,17 @@ class Client:
                     check(obstore.head(self.asks, key)["size"])
                 raise
             check(answer.meta["size"])
-            data = received(answer, length)
+            data = read_body(answer, length)
             if len(data) != length:
                 raise IncompleteError(f"{len(data)} bytes came, {length} were asked for")
             return data
 
-        return tried(name, "read", request)
+        return with_retries(name, "read", request)
 
     def put(self, key: str, name: str, data: bytes, mode: Any = "overwrite") -> None:
         """Writes one small object: always, or only if there is none (`create`), or only over one with these tags.
         Raises AlreadyExistsError, PreconditionError."""
-        tried(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
+        with_retries(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
 
     def upload(self, key: str, name: str, pieces: Iterable[Buffer]) -> None:
         """Writes one object of any size, all of it or nothing."""
@@ -189,11 +189,11 @@ class Client:
                 every = itertools.chain([first, second], parts)
                 obstore.put(self.uploads, key, every, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
 
-        tried(name, "written", request, tries=1)
+        with_retries(name, "written", request, tries=1)
 
     def delete(self, keys: list[str], name: str) -> None:
         for begin in range(0, len(keys), 1000):
-            tried(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
+            with_retries(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
 
     def listing(self, key: str, name: str) -> Any:
         """`objects` and `common_prefixes` directly below a key."""
@@ -203,23 +203,23 @@ class Client:
             asked = obstore.list_with_delimiter_async(self.asks, key)
             return await asyncio.wait_for(asked, max(0.01, end - time.monotonic()))
 
-        return tried(name, "listed", lambda: in_a_loop(request, name))
+        return with_retries(name, "listed", lambda: run_coroutine(request, name))
 
-    def everything(self, key: str, name: str) -> list[Any]:
+    def list_all(self, key: str, name: str) -> list[Any]:
         """All objects below a key, however deep."""
 
         def request() -> list[Any]:
             found: list[Any] = []
             for some in obstore.list(self.asks, key):
                 found += some
-                if len(found) > MOST_ENTRIES:
-                    raise ServerError(f"{name}: the server lists more than {MOST_ENTRIES:,} objects. See to the server")
+                if len(found) > MAX_ENTRIES:
+                    raise ServerError(f"{name}: the server lists more than {MAX_ENTRIES:,} objects. See to the server")
             return found
 
-        return tried(name, "listed", request)
+        return with_retries(name, "listed", request)
 
 
-def received(answer: Any, most: int) -> Buffer:
+def read_body(answer: Any, most: int) -> Buffer:
     """The body of an answer, read as it arrives. Raises IncompleteError when it has more than `most` bytes, or arrives
     slower than SLOWEST_RATE."""
     parts, size = [], 0
@@ -237,7 +237,7 @@ def received(answer: Any, most: int) -> Buffer:
     return memoryview(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
-def in_a_loop(request: Callable[[], Any], name: str) -> Any:
+def run_coroutine(request: Callable[[], Any], name: str) -> Any:
     """Returns the result of a coroutine, also where an event loop runs already (a notebook). Raises ServerError when it
     takes too long."""
     with ThreadPoolExecutor(1) as pool:
@@ -265,7 +265,7 @@ def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
         yield part
 
 
-def tried(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
+def with_retries(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
     """Returns the result of a request, tried up to `tries` times. Raises FileNotFoundError for a missing object,
     ServerError for everything else."""
     started, pause = time.monotonic(), BACKOFF_SECONDS
@@ -279,13 +279,13 @@ def tried(name: str, doing: str, request: Callable[[], Result], tries: int = TRI
                 raise FileNotFoundError(f"{name}: is not there") from error
             late = time.monotonic() - started > TOTAL_SECONDS
             if attempt == tries or late or failure_of(error)[0].final:
-                raise ServerError(message(name, doing, error, attempt)) from error
+                raise ServerError(failure_message(name, doing, error, attempt)) from error
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
         pause *= 2
     raise AssertionError("counting ended")
 
 
-def message(name: str, doing: str, error: Exception, tries: int) -> str:
+def failure_message(name: str, doing: str, error: Exception, tries: int) -> str:
     failure, words = failure_of(error)
     if found := re.search(r"\bretries: (\d+)", str(error)):
         tries += int(found[1])  # obstore's own tries of an upload

@@ -42,7 +42,7 @@ UPLOAD_SECONDS: Final = 300.0
 Server = S3Store | GCSStore | HTTPStore
 
 
-def parse(url: str) -> SplitResult:
+def parse_url(url: str) -> SplitResult:
     """The parts of a URL that can be a place of files. Raises UserError for any other."""
     try:
         parts = urlsplit(url)
@@ -72,25 +72,25 @@ class Connection(NamedTuple):
     """Uploads; obstore retries their parts."""
 
 
-def servers(parts: SplitResult) -> tuple[str, Connection]:
+def open_connection(parts: SplitResult) -> tuple[str, Connection]:
     """Returns a text that identifies the place, and the clients for it."""
-    return {"s3": s3, "gs": gcs, "http": web, "https": web}[parts.scheme](parts)
+    return {"s3": s3, "gs": gcs, "http": web_server, "https": web_server}[parts.scheme](parts)
 
 
-def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
+def connection(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
     retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
 
-    def way(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
+    def server(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
         client: dict[str, Any] = {"allow_http": True} if allow_http else {}
         client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=seconds)}
         return make(place, client_options=client | options, retry_config=retry, **config)
 
     once, stall = retry | {"max_retries": 0}, timedelta(seconds=STALL_SECONDS)
     return Connection(
-        reads=way(READ_SECONDS, once, read_timeout=stall),
-        asks=way(ANSWER_SECONDS, once, read_timeout=stall),
-        uploads=way(PART_SECONDS, retry),
+        reads=server(READ_SECONDS, once, read_timeout=stall),
+        asks=server(ANSWER_SECONDS, once, read_timeout=stall),
+        uploads=server(PART_SECONDS, retry),
     )
 
 
@@ -103,7 +103,7 @@ def s3(parts: SplitResult) -> tuple[str, Connection]:
             raise UserError(f"AWS_ENDPOINT_URL={endpoint}: expected http://HOST:PORT or https://HOST")
         config["endpoint"] = endpoint
     config["disable_bulk_delete"] = True  # some servers lack S3's bulk deletion
-    return f"{endpoint} {parts.netloc}", ways(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
+    return f"{endpoint} {parts.netloc}", connection(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
 
 
 def s3_profile() -> dict[str, Any]:
@@ -128,9 +128,9 @@ def s3_profile() -> dict[str, Any]:
 
 def gcs(parts: SplitResult) -> tuple[str, Connection]:
     base = os.environ.get("GOOGLE_BASE_URL", "")
-    return f"{base} gs {parts.netloc}", ways(GCSStore, parts.netloc, base.startswith("http://"))
+    return f"{base} gs {parts.netloc}", connection(GCSStore, parts.netloc, base.startswith("http://"))
 
 
-def web(parts: SplitResult) -> tuple[str, Connection]:
+def web_server(parts: SplitResult) -> tuple[str, Connection]:
     server = f"{parts.scheme}://{parts.netloc}"
-    return server, ways(HTTPStore, server, parts.scheme == "http")
+    return server, connection(HTTPStore, server, parts.scheme == "http")

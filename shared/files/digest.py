@@ -32,7 +32,7 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
     """Returns 64 hex digits over all bytes of each file, in the given order. Raises OSError where one cannot be
     read."""
     found = list(paths)
-    unknown = [path for path in found if known(identity(path)) is None]
+    unknown = [path for path in found if cached_digest(file_identity(path)) is None]
     size = sum(path.stat().st_size for path in unknown)
     if size > SAY_BYTES:
         say(f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read once, to identify this model by its hash")
@@ -42,43 +42,43 @@ def file_digests(paths: Iterable[Path]) -> list[str]:
 
 def file_digest(path: Path) -> str:
     """The digest of one file, as in `file_digests`."""
-    before = identity(path)
-    if told := known(before):
-        return told
-    place = remembered(before)
+    before = file_identity(path)
+    if cached := cached_digest(before):
+        return cached
+    place = cache_file(before)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     buffer = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while length := file.readinto(buffer):
             digest.update(buffer[:length])
     found = digest.hexdigest()
-    if place and identity(path) == before and time.time_ns() - max(before[3:]) > SETTLED_SECONDS * 1e9:
-        remember(place, before, found)
+    if place and file_identity(path) == before and time.time_ns() - max(before[3:]) > SETTLED_SECONDS * 1e9:
+        write_cached(place, before, found)
     return found
 
 
-def identity(path: Path) -> tuple[str, int, int, int, int]:
+def file_identity(path: Path) -> tuple[str, int, int, int, int]:
     """Path, size, inode and times in ns: they tell a file from any other, and from itself before a change."""
     about = path.stat()
     return os.path.realpath(path), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
 
 
-def known(file: tuple[str, int, int, int, int]) -> str | None:
-    place = remembered(file)
-    return recall(place, file) if place else None
+def cached_digest(file: tuple[str, int, int, int, int]) -> str | None:
+    place = cache_file(file)
+    return read_cached(place, file) if place else None
 
 
-def remembered(file: tuple[str, int, int, int, int]) -> Path | None:
+def cache_file(file: tuple[str, int, int, int, int]) -> Path | None:
     """The cache file for a file's digest; None where the user wants no cache."""
     cache = RangeCache.of_user()
-    return cache.folder / f"{seal(repr(file))}.digest" if cache.max_bytes else None
+    return cache.folder / f"{text_digest(repr(file))}.digest" if cache.max_bytes else None
 
 
-def seal(text: str) -> str:
+def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
-def recall(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
+def read_cached(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
     """A digest that this user cached; None for anything else."""
     try:
         handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -93,7 +93,7 @@ def recall(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
     return found if line == as_line(file, found) else None
 
 
-def remember(place: Path, file: tuple[str, int, int, int, int], digest: str) -> None:
+def write_cached(place: Path, file: tuple[str, int, int, int, int], digest: str) -> None:
     """Caches a digest if the disk allows it; without it, the file is read again next time."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     with contextlib.suppress(OSError):
@@ -108,4 +108,4 @@ def remember(place: Path, file: tuple[str, int, int, int, int], digest: str) -> 
 
 
 def as_line(file: tuple[str, int, int, int, int], digest: str) -> bytes:
-    return f"{digest} {seal(f'{digest} {file!r}')}\n".encode("utf-8", "surrogateescape")
+    return f"{digest} {text_digest(f'{digest} {file!r}')}\n".encode("utf-8", "surrogateescape")

@@ -23,8 +23,8 @@ import numpy as np
 from shared.errors import DamagedError, UserError
 
 VERIFY: Final = "List all damage with: sagsae store verify"
-MOST_OPEN: Final = 4096
-LEAST_OPEN: Final = 8
+MAX_OPEN: Final = 4096
+MIN_OPEN: Final = 8
 TOO_MANY: Final = (errno.EMFILE, errno.ENFILE)
 SAFELY: Final = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 TRIES: Final = 100
@@ -35,7 +35,7 @@ R = TypeVar("R")
 Buffer = bytes | memoryview
 
 
-def again(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+def retry_interrupted(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     """Repeats a call that a signal interrupted: Python does so for reading and writing, not for calls on names."""
     for _ in range(TRIES):
         try:
@@ -59,8 +59,9 @@ def open_to_read(path: Path) -> tuple[int, os.stat_result]:
     except OSError as error:
         if error.errno not in (*TOO_MANY, errno.ELOOP, errno.EMLINK, errno.EINTR, errno.ENXIO):
             raise
-        check_regular(path, again(os.stat, path).st_mode)  # opening a device through a link can have side effects
-        handle = HANDLES.with_room(lambda: again(os.open, path, SAFELY))
+        # opening a device through a link can have side effects
+        check_regular(path, retry_interrupted(os.stat, path).st_mode)
+        handle = HANDLES.with_free_handle(lambda: retry_interrupted(os.open, path, SAFELY))
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         close(handle)
@@ -70,9 +71,11 @@ def open_to_read(path: Path) -> tuple[int, os.stat_result]:
 
 def open_to_write(path: Path, flags: int, mode: int) -> int:
     with contextlib.suppress(FileNotFoundError):
-        check_own(path, again(os.lstat, path))
+        check_own(path, retry_interrupted(os.lstat, path))
     try:
-        handle = HANDLES.with_room(lambda: again(os.open, path, flags | SAFELY | os.O_NOFOLLOW, mode))
+        handle = HANDLES.with_free_handle(
+            lambda: retry_interrupted(os.open, path, flags | SAFELY | os.O_NOFOLLOW, mode)
+        )
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # replaced by a link since the check
             raise no_place(path) from error
@@ -140,7 +143,7 @@ class HandlePool:
     """The open files of a process. `limit` returns how many may be open; it is called whenever one more is opened."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.most = limit, MOST_OPEN
+        self.limit, self.most = limit, MAX_OPEN
         self.lock = threading.Lock()
         self.open: OrderedDict[int, PooledHandle] = OrderedDict()
         """Open files by key, the least recently used first."""
@@ -156,8 +159,8 @@ class HandlePool:
                 self.open.move_to_end(file.key)
                 found.users += 1
                 return found
-        if len(self.open) >= LEAST_OPEN or self.left:
-            self.close_idle(max(LEAST_OPEN, min(self.limit(), self.most)) - 1)
+        if len(self.open) >= MIN_OPEN or self.left:
+            self.close_idle(max(MIN_OPEN, min(self.limit(), self.most)) - 1)
         number = file.opened()
         with self.lock:
             other = self.open.get(file.key)
@@ -204,7 +207,7 @@ class HandlePool:
             close(handle.number)
         return len(idle)
 
-    def with_room(self, call: Callable[[], R]) -> R:
+    def with_free_handle(self, call: Callable[[], R]) -> R:
         """Calls a function that opens something. When the process, or the machine, may open no more, half of the pooled
         files are closed and the call is repeated, until it succeeds or none is left."""
         while True:
@@ -213,13 +216,13 @@ class HandlePool:
             except OSError as error:
                 if error.errno not in TOO_MANY or not self.close_idle(len(self.open) // 2):
                     raise
-                self.most = max(LEAST_OPEN, len(self.open))
+                self.most = max(MIN_OPEN, len(self.open))
 
 
 def half_of_the_limit() -> int:
     """Files that the pool may keep open. The other half is for everything else that the process opens."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN if soft == resource.RLIM_INFINITY else min(MOST_OPEN, soft // 2)
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else min(MAX_OPEN, soft // 2)
 
 
 HANDLES: Final = HandlePool(half_of_the_limit)

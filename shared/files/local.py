@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from shared.errors import UserError
 from shared.files.base import AGAIN, Files, LogMark, OpenFile, Write, most_bytes, safe, too_large
-from shared.files.handles import HANDLES, Buffer, LocalFile, again, close, open_regular, open_to_read
+from shared.files.handles import HANDLES, Buffer, LocalFile, close, open_regular, open_to_read, retry_interrupted
 from shared.files.locks import check_unread, folder_lock, held_for_reading, lock_file
 from shared.progress import say
 
@@ -78,7 +78,7 @@ class LocalFiles:
         pass  # a log is one file
 
     def remove(self, path: str) -> None:
-        again((self.root / safe(path)).unlink, missing_ok=True)
+        retry_interrupted((self.root / safe(path)).unlink, missing_ok=True)
 
     def remove_all(self, paths: list[str]) -> None:
         for path in paths:
@@ -160,12 +160,12 @@ def remove_tree(path: Path) -> None:
     """Deletes a file or a folder with all its content. A link is removed itself; its target stays, and is named."""
     if path.is_symlink():
         target = os.path.realpath(path)
-        again(path.unlink, missing_ok=True)
+        retry_interrupted(path.unlink, missing_ok=True)
         say(f"{path}: was a link and is removed; its target {target} is left as it is")
     elif path.is_dir():
-        again(shutil.rmtree, path)
+        retry_interrupted(shutil.rmtree, path)
     else:
-        again(path.unlink, missing_ok=True)
+        retry_interrupted(path.unlink, missing_ok=True)
 
 
 def check_removable(paths: Iterable[Path]) -> None:
@@ -183,7 +183,7 @@ def check_removable(paths: Iterable[Path]) -> None:
 
 def sync(path: Path) -> None:
     """Syncs a file or a folder (fsync)."""
-    handle = HANDLES.with_room(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+    handle = HANDLES.with_free_handle(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
     try:
         os.fsync(handle)
     finally:
@@ -213,11 +213,11 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
         for temporary in names.values():
             sync(temporary)
         for path, temporary in names.items():
-            again(temporary.rename, path)
+            retry_interrupted(temporary.rename, path)
     except BaseException:
         for temporary in names.values():
             with contextlib.suppress(OSError):  # the first failure is the one to report
-                again(temporary.unlink, missing_ok=True)
+                retry_interrupted(temporary.unlink, missing_ok=True)
         raise
     for folder in folders:
         sync(folder)
@@ -226,7 +226,7 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
 def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
     """Writes a file that does not exist; a leftover or a link with its name is removed first."""
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    again(path.unlink, missing_ok=True)
+    retry_interrupted(path.unlink, missing_ok=True)
     handle = open_regular(path, new)
     try:
         for piece in pieces:
@@ -245,7 +245,7 @@ def make_folders(folder: Path) -> list[Path]:
     if folder.is_dir():
         return []
     above = make_folders(folder.parent)
-    again(folder.mkdir, exist_ok=True)
+    retry_interrupted(folder.mkdir, exist_ok=True)
     return [*above, folder.parent]
 
 
@@ -260,12 +260,12 @@ def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collecti
             for entry in found:
                 number = entry.name.partition(".")[0]
                 if entry.name.endswith(".tmp"):
-                    again(Path(entry.path).unlink, missing_ok=True)
+                    retry_interrupted(Path(entry.path).unlink, missing_ok=True)
                 elif number.isdecimal() and int(number) not in written and entry.is_dir(follow_symlinks=False):
                     places.append(Path(entry.path))
     for place in dict.fromkeys(places):
         for leftover in place.glob("*.tmp"):
-            again(leftover.unlink, missing_ok=True)
+            retry_interrupted(leftover.unlink, missing_ok=True)
 
 
 WRITABLE: Final = "permission denied. Make the folder writable"

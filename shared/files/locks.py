@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.files.handles import again, close, open_regular
+from shared.files.handles import close, open_regular, retry_interrupted
 from shared.progress import say
 
 LOCK_FILE: Final = ".lock"
@@ -44,7 +44,7 @@ def lock_file(writer: int) -> str:
 def flock(handle: int, how: int) -> bool:
     """Returns whether the lock was free; does not wait for it. Raises NoFlockError."""
     try:
-        again(fcntl.flock, handle, how | fcntl.LOCK_NB)
+        retry_interrupted(fcntl.flock, handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -64,7 +64,7 @@ def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
         try:
             take_flock(handle, root)
         except NoFlockError:
-            with created(other, root):
+            with exclusive_file(other, root):
                 check_name(handle, root / name, root)
                 yield
             return
@@ -88,8 +88,8 @@ def take_flock(handle: int, root: Path) -> None:
             return
         if not last:
             time.sleep(WAIT_SECONDS)
-    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-    raise UserError(f"{root}: {printable(holder) or 'another process'} is writing here; wait for it, or stop it first")
+    name = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    raise UserError(f"{root}: {printable(name) or 'another process'} is writing here; wait for it, or stop it first")
 
 
 def printable(text: str) -> str:
@@ -97,7 +97,7 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def created(file: Path, root: Path) -> Iterator[None]:
+def exclusive_file(file: Path, root: Path) -> Iterator[None]:
     """A lock without flock: a file that only one process can create. Raises UserError naming the holder."""
     mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "processes": process_space()}).encode()
     try:
@@ -112,7 +112,7 @@ def created(file: Path, root: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            again(file.unlink, missing_ok=True)
+            retry_interrupted(file.unlink, missing_ok=True)
 
 
 def check_name(handle: int, file: Path, root: Path) -> None:
@@ -128,7 +128,7 @@ def check_name(handle: int, file: Path, root: Path) -> None:
 
 
 def held_by(file: Path) -> str:
-    held = holder(text_of(file))
+    held = lock_content(first_bytes(file))
     who = printable(f"process {held.get('pid')} on {held.get('host')}") if held else "another process"
     if is_dead(held):
         return f"{who} was writing here and was killed. Delete {file} (this file system has no flock), then try again"
@@ -138,7 +138,7 @@ def held_by(file: Path) -> str:
     )
 
 
-def text_of(file: Path) -> bytes:
+def first_bytes(file: Path) -> bytes:
     try:
         handle = open_regular(file)
     except OSError:
@@ -211,8 +211,8 @@ def check_unread(root: Path) -> Iterator[None]:
         try:
             if not flock(handle, fcntl.LOCK_EX):
                 raise UserError(
-                    f"{root}: {readers(handle)} reading it (a training, an evaluation, a verify …). Wait for it, or "
-                    "stop it first"
+                    f"{root}: {reading_processes(handle)} reading it (a training, an evaluation, a verify …). Wait for "
+                    "it, or stop it first"
                 )
         except NoFlockError as error:
             say(f"{root}: this file system does not show whether another process is reading it ({error})")
@@ -221,7 +221,7 @@ def check_unread(root: Path) -> Iterator[None]:
         close(handle)
 
 
-def readers(handle: int) -> str:
+def reading_processes(handle: int) -> str:
     """The processes that hold a lock of this file, as far as this machine knows."""
     status = os.fstat(handle)
     wanted = f":{status.st_ino}"
@@ -236,7 +236,7 @@ def readers(handle: int) -> str:
     return f"process {', '.join(sorted(found))} is" if len(found) == 1 else f"processes {', '.join(sorted(found))} are"
 
 
-def holder(data: bytes) -> dict[str, Any]:
+def lock_content(data: bytes) -> dict[str, Any]:
     """The content of a lock's file; {} when it has none."""
     with contextlib.suppress(ValueError, RecursionError):
         held = json.loads(data)

@@ -12,7 +12,7 @@ from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from shared.errors import UserError
 from shared.files.client import Client, ServerError
-from shared.files.locks import holder, is_dead, process_space
+from shared.files.locks import is_dead, lock_content, process_space
 
 LOCK_BYTES: Final = 1 << 16
 
@@ -46,7 +46,7 @@ def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
             data, meta = client.get(key, name, LOCK_BYTES)
             if data == mine:  # the first of two tries succeeded after all
                 return None
-            held = holder(data)
+            held = lock_content(data)
             if not is_dead(held):
                 break
             mode = {tag: meta[tag] for tag in ("e_tag", "version") if meta[tag]}  # replace only the dead process's lock

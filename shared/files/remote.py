@@ -16,7 +16,7 @@ from shared.errors import DamagedError, UserError
 from shared.files.base import AGAIN, Files, LogMark, Write, most_bytes, safe
 from shared.files.cache import Key, RangeCache
 from shared.files.client import PART_BYTES, Client, ServerError
-from shared.files.connect import parse
+from shared.files.connect import parse_url
 from shared.files.handles import VERIFY, Buffer
 from shared.files.locks import lock_file
 from shared.files.object_lock import object_lock
@@ -83,7 +83,7 @@ class RemoteFiles:
     @classmethod
     def connect(cls, url: str) -> "RemoteFiles":
         """The files at a URL; sends nothing. Raises UserError when the URL cannot be one."""
-        parts = parse(url)
+        parts = parse_url(url)
         path = unquote(parts.path) if parts.scheme.startswith("http") else parts.path
         return cls(Client.connect(parts), path.strip("/"), url.rstrip("/"), RangeCache.of_user())
 
@@ -188,7 +188,7 @@ class RemoteFiles:
         self.client.delete(keys, self.name)
         for folder in here["common_prefixes"]:
             if unwanted(last_name(folder)):
-                self.client.delete([meta["path"] for meta in self.client.everything(folder, self.name)], self.name)
+                self.client.delete([meta["path"] for meta in self.client.list_all(folder, self.name)], self.name)
 
     def check_removable(self, unwanted: Callable[[str], bool]) -> None:  # noqa: ARG002 (a bucket reports it at the request)
         self.check_writable()

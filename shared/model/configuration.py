@@ -49,7 +49,7 @@ def checked_raw(raw: Mapping[str, Any], name: str) -> None:
     """Raises UserError for a config.json that is no configuration, whose numbers no model has, or that cannot be
     harvested."""
     if not isinstance(raw.get("model_type", ""), str):
-        raise wrong(name, "model_type", raw["model_type"], "the name of an architecture")
+        raise wrong_value(name, "model_type", raw["model_type"], "the name of an architecture")
     for inside in sections(raw, name):
         for key, value in inside.items():
             if key in LIMITS:
@@ -98,7 +98,7 @@ def check_number(name: str, key: str, value: object) -> None:
         if one is None or (key == "sliding_window" and one in (0, -1)):
             continue
         if isinstance(one, bool) or not isinstance(one, int) or not low <= one <= high:
-            raise wrong(name, key, one, f"a whole number from {low} to {high:,}")
+            raise wrong_value(name, key, one, f"a whole number from {low} to {high:,}")
 
 
 def check_kernel(name: str, key: str, value: object) -> None:
@@ -161,6 +161,6 @@ def encoder_decoder(name: str, model_type: object) -> UserError:
     )
 
 
-def wrong(name: str, key: str, value: object, expected: str) -> UserError:
+def wrong_value(name: str, key: str, value: object, expected: str) -> UserError:
     shown = "a number of many digits" if isinstance(value, int) and value.bit_length() > 100 else repr(value)[:80]
     return UserError(f"--model {name}: its config.json says {key} = {shown}; {expected} is expected")

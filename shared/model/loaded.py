@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.model.weights import some
+from shared.model.weights import first_names
 from shared.progress import say
 
 WRAPPERS: Final = {
@@ -38,27 +38,28 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
     mismatched = sorted(f"{key[0]} {list(key[1])} for {list(key[2])}" for key in info.get("mismatched_keys", ()))
     if missing:
         raise UserError(
-            f"--model {name}: its files lack {len(missing):,} of the model's weights: {some(missing)}."
-            f"{hint(missing, unexpected, model)} Nothing is drawn at random in their place"
+            f"--model {name}: its files lack {len(missing):,} of the model's weights: {first_names(missing)}."
+            f"{likely_reason(missing, unexpected, model)} Nothing is drawn at random in their place"
         )
     if mismatched:
         raise UserError(
             f"--model {name}: {len(mismatched):,} weights have another shape in the files than config.json says: "
-            f"{some(mismatched)}. The configuration and the weights are not of the same model"
+            f"{first_names(mismatched)}. The configuration and the weights are not of the same model"
         )
-    wrong = belonging(unexpected, model)
+    wrong = tensors_that_belong(unexpected, model)
     if wrong:
         raise UserError(
             f"--model {name}: its files hold {len(wrong):,} weights for which the model that config.json describes has "
-            f"no place: {some(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
+            f"no place: {first_names(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
             "(architecture, number of layers, biases)"
         )
     zeros = [key for key, weight in model.named_parameters() if weight.dim() > 1 and is_zero(weight)]
     if zeros:
-        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {some(zeros)}")
+        names = first_names(zeros)
+        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {names}")
     rest = [key for key in unexpected if not BUFFERS.search(key)]
     if rest:
-        say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {some(rest)}")
+        say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {first_names(rest)}")
 
 
 def is_zero(weight: Any) -> bool:
@@ -66,7 +67,7 @@ def is_zero(weight: Any) -> bool:
     return weight.device.type != "meta" and not weight.flatten()[-4096:].any() and not weight.any()
 
 
-def belonging(unexpected: Iterable[str], model: Any) -> list[str]:
+def tensors_that_belong(unexpected: Iterable[str], model: Any) -> list[str]:
     """The unexpected tensors that the model would compute with if it had a place for them: all inside the part that
     runs, except buffers and whole further layers of another kind than the model's own."""
     inside = f"{model.base_model_prefix}."
@@ -86,11 +87,11 @@ def block_of(key: str) -> str | None:
     return key[: match.end()] if match else None
 
 
-def hint(missing: list[str], unexpected: list[str], model: Any) -> str:
+def likely_reason(missing: list[str], unexpected: list[str], model: Any) -> str:
     """A likely reason why weights are missing."""
     if unexpected:
         prefixes = prefix_hint(unexpected)
-        return prefixes or f" They hold {len(unexpected):,} others instead: {some(unexpected)}."
+        return prefixes or f" They hold {len(unexpected):,} others instead: {first_names(unexpected)}."
     output = model.get_output_embeddings()
     if output is not None and all(model.get_submodule(key.rpartition(".")[0]) is output for key in missing):
         return " It is the output layer alone: save the whole causal language model, or set tie_word_embeddings."

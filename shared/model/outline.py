@@ -29,11 +29,11 @@ def outline(config: Any, attention: Attention, name: str, layers: Sequence[int])
     """Maps every name of every hookpoint of these layers to its shapes for N rows of CONTEXT tokens. Raises UserError
     where TransformerLens cannot wrap or run the model with this attention, naming the other kind where that works."""
     try:
-        return traced(config, attention, name, layers)
+        return trace_shapes(config, attention, name, layers)
     except CannotRun as error:
         other: Attention = "eager" if attention == "sdpa" else "sdpa"
         try:
-            traced(config, other, name, layers)
+            trace_shapes(config, other, name, layers)
             hint = f"Use --attention {other}, with which it can"
         except (CannotRun, UserError):
             hint = "Nor can it with the other kind of attention: this model cannot be harvested"
@@ -44,7 +44,7 @@ class CannotRun(Exception):
     """A model cannot be run with fake tensors; the message says why."""
 
 
-def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
+def trace_shapes(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
     """Like `outline`, but raises CannotRun where the model cannot be built or run."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -53,7 +53,7 @@ def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) 
     shapes: dict[int, Shapes] = {}
     what = f"the model that its config.json describes cannot be made with --attention {attention}"
     try:
-        with without_numbers(), wants_sdpa(name, attention):
+        with fake_tensors(), wants_sdpa(name, attention):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False
             )
@@ -63,7 +63,7 @@ def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) 
             bridge = build_bridge(model, attention, name, layers)
             points = bridge.hook_dict
             for key, point in {id(point): point for point in points.values()}.items():
-                point.add_hook(noting(shapes.setdefault(key, [])))
+                point.add_hook(shape_recorder(shapes.setdefault(key, [])))
             what = f"{type(model).__name__} cannot be run with --attention {attention} to see what its hookpoints give"
             with torch.inference_mode():
                 bridge.original_model.base_model(torch.tensor(tokens), use_cache=False)
@@ -79,15 +79,15 @@ def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) 
     return found
 
 
-def noting(shapes: Shapes) -> Any:
-    def note(activations: "Tensor", hook: Any) -> None:  # noqa: ARG001 (TransformerLens passes it by name)
+def shape_recorder(shapes: Shapes) -> Any:
+    def record(activations: "Tensor", hook: Any) -> None:  # noqa: ARG001 (TransformerLens passes it by name)
         shapes.append(tuple(getattr(activations, "shape", ())))
 
-    return note
+    return record
 
 
 @contextmanager
-def without_numbers() -> Iterator[None]:
+def fake_tensors() -> Iterator[None]:
     """Makes every tensor inside a fake one, with a shape and no memory. Code that asks for a number receives 1 or True:
     padding masks are full and compared tensors are equal."""
     import torch

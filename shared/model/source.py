@@ -20,7 +20,7 @@ from typing import Any, Final
 from shared.errors import DamagedError, Interrupted, LostError, UserError
 from shared.files.digest import file_digests
 from shared.model.configuration import ModelInfo, checked_config, checked_raw, info_of
-from shared.model.weights import CONFIG, check_gguf, read_json, some, weight_files
+from shared.model.weights import CONFIG, check_gguf, first_names, read_json, weight_files
 from shared.progress import say
 
 SHIPPED: Final = Path(__file__).parents[1] / "tiny"
@@ -113,7 +113,9 @@ def gguf_of(name: str, place: Path) -> str | None:
         return place.name
     found = sorted(path.name for path in place.iterdir() if path.suffix.lower() == ".gguf")
     if len(found) > 1:
-        raise UserError(f"--model {name}: the folder holds {len(found)} GGUF files ({some(found)}). Name one of them")
+        raise UserError(
+            f"--model {name}: the folder holds {len(found)} GGUF files ({first_names(found)}). Name one of them"
+        )
     return found[0] if found else None
 
 
@@ -204,7 +206,7 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
 
     try:
         asked = partial(HfApi().model_info, repo, revision=revision, timeout=HUB_SECONDS)
-        return str(within(HUB_SECONDS, asked).sha), False
+        return str(call_within(HUB_SECONDS, asked).sha), False
     except GatedRepoError as error:
         raise UserError(
             f"--model {repo}: needs permission; accept its terms and log in with `hf auth login`"
@@ -223,7 +225,7 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
             ) from error
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
+def call_within(seconds: float, call: Callable[[], Any]) -> Any:
     """Returns or raises what the call does. Raises TimeoutError when it takes longer, because a host with many
     addresses is tried once for each, with a timeout of its own. The call then continues on a daemon thread, which does
     not keep the process alive."""

@@ -80,15 +80,15 @@ class Encoder:
         found = self("a", verbose=False)["input_ids"]
         return int(found[0]) if len(found) else None
 
-    def listed(self) -> set[int]:
+    def listed_special_ids(self) -> set[int]:
         """The special ids that the library lists: the only ones that earlier versions knew."""
         return set() if self.tokenizer is None else set(self.tokenizer.all_special_ids)
 
-    def special(self) -> set[int]:
+    def special_ids(self) -> set[int]:
         """All special ids: the listed ones, and every added token that is marked as special (Llama 3's chat tokens)."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
-        return self.listed() | marked | (set() if self.eos_asked is None else {self.eos_asked})
+        return self.listed_special_ids() | marked | (set() if self.eos_asked is None else {self.eos_asked})
 
     @cached_property
     def digest(self) -> str | None:
@@ -119,7 +119,7 @@ def open_encoder(
         if name is not None:
             raise UserError(f"--tokenizer {name}: the folder holds no tokenizer ({', '.join(FILES[:4])}, …)")
         return Encoder(source, None, split_special, eos_number(None, eos))
-    encoder = Encoder(source, load(source), split_special)
+    encoder = Encoder(source, load_from_source(source), split_special)
     encoder = replace(encoder, eos_asked=eos_number(encoder.tokenizer, eos))
     check_knows_text(encoder)
     return encoder
@@ -132,7 +132,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     return encoder.tokenizer
 
 
-def load(source: ModelSource) -> Any:
+def load_from_source(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with explained_loading(source, "tokenizer"):
@@ -178,8 +178,8 @@ def eos_number(tokenizer: Any, eos: int | str | None) -> int | None:
 
 def check_knows_text(encoder: Encoder) -> None:
     """Raises UserError where plain text becomes nothing, or only unknown and special ids."""
-    useless = encoder.special() | {getattr(encoder.tokenizer, "unk_token_id", None)}
-    given = set(numbers(encoder))
+    useless = encoder.special_ids() | {getattr(encoder.tokenizer, "unk_token_id", None)}
+    given = set(sample_ids(encoder))
     if not given - useless:
         what = f"only unknown or special tokens (ids {sorted(given)[:5]})" if given else "no token at all"
         raise UserError(
@@ -188,6 +188,6 @@ def check_knows_text(encoder: Encoder) -> None:
         )
 
 
-def numbers(encoder: Encoder) -> Iterable[int]:
+def sample_ids(encoder: Encoder) -> Iterable[int]:
     for text in SAMPLES:
         yield from encoder.ids(text)

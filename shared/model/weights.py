@@ -16,9 +16,9 @@ from shared.errors import UserError
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
-MOST_HEADER: Final = 100 << 20
-MOST_JSON: Final = 64 << 20
-"""Largest JSON file, in bytes. MOST_HEADER is safetensors' own limit."""
+MAX_HEADER: Final = 100 << 20
+MAX_JSON: Final = 64 << 20
+"""Largest JSON file, in bytes. MAX_HEADER is safetensors' own limit."""
 POINTER: Final = b"version https://git-lfs"
 ITEMSIZE: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -75,15 +75,15 @@ def indexed_files(index: Path, name: str) -> list[Path]:
     absent = [file for file in sorted(wanted) if not (index.parent / file).exists()]
     if absent:
         raise UserError(
-            f"--model {name}: of its {len(wanted)} weights files {len(absent)} are missing: {some(absent)}. Download "
-            "or copy the model again"
+            f"--model {name}: of its {len(wanted)} weights files {len(absent)} are missing: {first_names(absent)}. "
+            "Download or copy the model again"
         )
     for file, tensors in sorted(wanted.items()):
         lacking = sorted(tensors - check_tensors(index.parent / file, name).keys())
         if lacking:
             raise UserError(
                 f"--model {name}: {file} lacks {len(lacking)} of the tensors that {INDEX} says it holds: "
-                f"{some(lacking)}. Download or save the model again"
+                f"{first_names(lacking)}. Download or save the model again"
             )
     return [index.parent / file for file in sorted(wanted)]
 
@@ -117,7 +117,7 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Any], int]:
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, MOST_HEADER):
+        if size < 10 or length > min(size - 8, MAX_HEADER):
             raise no_weights(path, name, "it is cut, or no safetensors file")
         try:
             header = json.loads(file.read(length))
@@ -164,7 +164,7 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
     """The object in a JSON file. Raises UserError for anything else."""
     check_regular(path, name)
     try:
-        if path.stat().st_size > MOST_JSON:
+        if path.stat().st_size > MAX_JSON:
             raise ValueError("it is too large")
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
@@ -191,7 +191,7 @@ def quantised(name: str, how: str) -> UserError:
     )
 
 
-def some(names: list[str], most: int = 3) -> str:
+def first_names(names: list[str], most: int = 3) -> str:
     """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(name[:200] for name in names[:most]) + more

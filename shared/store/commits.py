@@ -134,12 +134,12 @@ class CommitColumns(Sequence[Commit]):
     """[n, H], ABSENT where a line does not name the hookpoint; None where no line names any."""
 
     @classmethod
-    def none(cls, spec: StoreSpec) -> "CommitColumns":
+    def empty(cls, spec: StoreSpec) -> "CommitColumns":
         arrays, hooks = tuple(sorted(spec.arrays())), tuple(sorted(spec.hookpoints))
         return cls(arrays, hooks, np.empty((0, NUMBERS), np.int64), *no_files(len(arrays)))
 
     @classmethod
-    def of(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "CommitColumns":
+    def from_commits(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "CommitColumns":
         """Makes columns of commits that all have a file in each of these arrays."""
         arrays, hooks = tuple(sorted(arrays)), tuple(sorted(hooks))
         numbers = [(c.shard, c.rows, c.start, c.stop, c.kept) for c in commits]
@@ -194,7 +194,7 @@ def no_files(arrays: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     return np.empty((0, arrays), np.int64), np.empty((0, arrays), np.uint32)
 
 
-def joined(parts: Sequence[CommitColumns]) -> CommitColumns:
+def concatenate_columns(parts: Sequence[CommitColumns]) -> CommitColumns:
     """Concatenates columns; there must be at least one."""
     if len(parts) == 1:
         return parts[0]
@@ -224,12 +224,12 @@ class Commits(Mapping[int, Commit]):
         """Some commit objects: reading one chunk requests its shard's commit several times."""
 
     @classmethod
-    def of(cls, commits: Mapping[int, Commit]) -> "Commits":
+    def from_mapping(cls, commits: Mapping[int, Commit]) -> "Commits":
         if isinstance(commits, Commits):
             return commits
         found = list(commits.values())
         arrays = set(found[0].files) if found else set[str]()
-        return cls(CommitColumns.of(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
+        return cls(CommitColumns.from_commits(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
 
     @cached_property
     def shards(self) -> NDArray[np.int64]:
@@ -352,7 +352,7 @@ def pattern(arrays: Sequence[str]) -> re.Pattern[bytes]:
 def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> ParsedLines:
     """Parses the lines of a log, after `before` others. Lines in the writer's exact form are matched as a whole, others
     are parsed as JSON; all are checked against the spec. Raises UserError for a newer version."""
-    empty, read = CommitColumns.none(spec), CommitParser(spec)
+    empty, read = CommitColumns.empty(spec), CommitParser(spec)
     match, at, number, torn, whole = pattern(empty.arrays).match, 0, before, False, len(data)
     while at < len(data):
         number += 1

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
-from shared.files.handles import again
+from shared.files.handles import retry_interrupted
 from shared.files.local import LocalFiles, explained, remove_temporaries, sync
 from shared.files.locks import HELD_FILE, LOCK_FILE
 from shared.record import sealed_json
@@ -166,7 +166,7 @@ def clean_up(files: Files) -> None:
     files.join_logs("manifest", "rank-")
 
 
-def reopen(store: Store) -> None:
+def reopen_store(store: Store) -> None:
     """Marks a final store that lost commits as being written: until it is final again, its commits are in more places
     than the index."""
     if store.state == "final":
@@ -227,7 +227,7 @@ def remove_store(files: Files) -> None:
     files.remove(DELETING)
     if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
         with suppress(OSError):  # a leftover empty folder does no harm
-            again(files.root.rmdir)
+            retry_interrupted(files.root.rmdir)
 
 
 def check_replaceable(files: Files) -> None:
@@ -236,7 +236,7 @@ def check_replaceable(files: Files) -> None:
         files.check_removable(is_ours)
 
 
-def make_way(files: Files, building: str) -> None:
+def delete_old_store(files: Files, building: str) -> None:
     """Deletes the existing store, except the folder with the tokens of the next one. Its zarr.json is deleted first."""
     with files.unread():
         files.check_removable(is_ours)

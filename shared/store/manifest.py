@@ -21,7 +21,7 @@ from shared.store.commits import (
     Commits,
     as_json,
     check_version,
-    joined,
+    concatenate_columns,
     parse_lines,
     under_seal,
 )
@@ -77,14 +77,14 @@ class Manifest:
             return list(self.known.values())
         for _ in range(LISTINGS):
             try:
-                logs = self.look(self.files.marks("manifest", "rank-"))
-                self.known = self.look(self.files.marks("manifest", "index")) | logs
+                logs = self.read_changed(self.files.marks("manifest", "rank-"))
+                self.known = self.read_changed(self.files.marks("manifest", "index")) | logs
             except FileNotFoundError:  # since the listing it was joined with others, or moved into the index
                 continue
             return list(self.known.values())
         raise DamagedError(f"{self.files.name}/manifest: the listed logs cannot be read")
 
-    def look(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
+    def read_changed(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
         new = [path for path, mark in marks.items() if path not in self.known or self.known[path].mark != mark]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(new, pool.map(lambda path: self.read(path, marks[path]), new), strict=True))
@@ -97,8 +97,8 @@ class Manifest:
         if before is not None and before.mark is not None and mark is not None and mark.continues(before.mark):
             more = parse_lines(self.files.read_from(path, before.whole), self.spec, before.lines - before.torn)
             bad = ({} if before.torn else before.bad) | more.bad
-            commits, whole = joined([before.commits, more.commits]), before.whole + more.whole
-            return ManifestLog(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
+            commits, whole = concatenate_columns([before.commits, more.commits]), before.whole + more.whole
+            return ManifestLog(path, commits, bad, more.lines, is_torn(path, bad, more.lines, more.torn), mark, whole)
         try:
             data = self.files.read(path)
         except FileNotFoundError:
@@ -108,7 +108,7 @@ class Manifest:
         found = parse_lines(data, self.spec)
         whole = found.whole
         return ManifestLog(
-            path, found.commits, found.bad, found.lines, torn(path, found.bad, found.lines, found.torn), mark, whole
+            path, found.commits, found.bad, found.lines, is_torn(path, found.bad, found.lines, found.torn), mark, whole
         )
 
     def commits(self, final: bool, lenient: bool = False) -> Commits:
@@ -128,11 +128,13 @@ class Manifest:
             or before.keys() != self.known.keys()
             or any(before[path] is not log for path, log in self.known.items())
         ):
-            self.found = Commits(joined([log.commits for log in logs]) if logs else CommitColumns.none(self.spec))
+            self.found = Commits(
+                concatenate_columns([log.commits for log in logs]) if logs else CommitColumns.empty(self.spec)
+            )
         return self.found
 
 
-def torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
+def is_torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
     return last and list(bad) == [lines] and path != INDEX
 
 

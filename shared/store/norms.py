@@ -176,11 +176,15 @@ def norms(store: Store, hook: str) -> Norms | None:
     if not found.n:
         return None
     quantiles, at = found.quantiles(), first / n_first if n_first else None
-    there = massive(found, largest, MASSIVE * quantiles[0.5], store.statistics(hook) if store.kept(hook) > 1 else None)
+    there = massive_rows(
+        found, largest, MASSIVE * quantiles[0.5], store.statistics(hook) if store.kept(hook) > 1 else None
+    )
     return Norms(found.n, found.total / found.n, quantiles, at, nonfinite, there)
 
 
-def massive(found: Distribution, largest: LargestNorms, limit: float, statistics: Statistics | None) -> MassiveRows:
+def massive_rows(
+    found: Distribution, largest: LargestNorms, limit: float, statistics: Statistics | None
+) -> MassiveRows:
     """The massive rows. The bound on the variance uses |x - mean| >= |x| - |mean|."""
     values, counts = found.counts()
     above = values > limit

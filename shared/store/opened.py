@@ -216,10 +216,10 @@ class Store:
     def total(self, path: str) -> NDArray[np.float64]:
         """The sum of one per-shard statistic over the committed shards, [d_in]."""
         if path not in self.totals:
-            self.totals[path] = self.summed(path)
+            self.totals[path] = self.add_rows(path)
         return self.totals[path]
 
-    def summed(self, path: str) -> NDArray[np.float64]:
+    def add_rows(self, path: str) -> NDArray[np.float64]:
         """Adds row after row, as numpy adds the rows of one large array, with ROWS_ADDED rows in memory at a time."""
         shards, rows = self.commits.shards.tolist(), list[NDArray[np.float64]]()
         width = self.spec.rows_of_shards()[path][0]

@@ -90,7 +90,7 @@ class Recount:
                 lines.append(str(error))
         return lines
 
-    def alone(self) -> set[str]:
+    def arrays_checked_here(self) -> set[str]:
         """Arrays whose checksums are checked here together with their values, so that their files are read once."""
         return {array for array, reader in self.readers.items() if reader.layout.row_shape and is_ours(reader)}
 
@@ -184,10 +184,10 @@ class HookpointRecount:
         """Compares the moments of rows that were stored without loss."""
         stored = self.sum_of_shard("sum"), self.sum_of_shard("sum_of_squares")
         rows = as_numbers(self.reader, self.shard, self.recount.store.spec.dtype, np.float32)
-        lines = self.unequal(sums(rows, counted), norms, *stored, counted, FAST)
+        lines = self.unequal(row_sums(rows, counted), norms, *stored, counted, FAST)
         if lines:
             rows = as_numbers(self.reader, self.shard, self.recount.store.spec.dtype, np.float64)
-            lines = self.unequal(sums(rows, counted), norms, *stored, counted, EXACT)
+            lines = self.unequal(row_sums(rows, counted), norms, *stored, counted, EXACT)
         return lines
 
     def unequal(
@@ -374,7 +374,7 @@ def sums_of_levels(
     return RowSums(norms, total, squares), levels
 
 
-def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
+def row_sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
     """Sums of rows [n, d_in] in parts, which are overwritten."""
     norms, at = np.empty(len(counted)), 0
     total: Floats | float = 0.0

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from crc32c import crc32c as crc32c_of  # releases the interpreter's lock, unlike google-crc32c
+from crc32c import crc32c as crc32c_of  # releases the GIL, unlike google-crc32c
 from isal import isal_zlib
 from numcodecs import blosc
 from numpy.typing import NDArray

@@ -11,7 +11,7 @@ from shared.files.locks import is_locked
 from shared.store.commits import Commits
 from shared.store.opened import GrowingStore, Store
 
-NOTHING: Final = Commits.of({})
+NOTHING: Final = Commits.from_mapping({})
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class StoreLook:
     """Whether a harvest is alive on this machine; None where that cannot be seen."""
 
 
-def looks(files: Files, every: float) -> Iterator[StoreLook]:
+def watch_store(files: Files, every: float) -> Iterator[StoreLook]:
     """Yields one look now and one whenever something was committed; ends when the store is final. Reads only."""
     started, growing, seen = time.monotonic(), GrowingStore(files), None
     while True:
@@ -42,7 +42,7 @@ def looks(files: Files, every: float) -> Iterator[StoreLook]:
         time.sleep(every)
 
 
-def describe(look: StoreLook, first: StoreLook) -> str:
+def describe_look(look: StoreLook, first: StoreLook) -> str:
     """The progress in one line, for a person."""
     store = look.store
     size = store.commits.n_bytes

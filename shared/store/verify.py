@@ -52,7 +52,7 @@ def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None 
             damage.lines += str(error).splitlines()
             damage.lasting += [] if check in (check_missing, check_logs) else str(error).splitlines()
     recount = recount_of(store, damage)
-    for shard, lines in each_shard(store, recount if full else None):
+    for shard, lines in checked_shards(store, recount if full else None):
         damage.lines += lines
         if lines:
             damage.shards.append(shard)
@@ -81,7 +81,7 @@ def recount_of(store: Store, damage: Damage) -> Recount:
     return Recount(store, readers, tokens)
 
 
-def each_shard(store: Store, recount: Recount | None) -> Iterator[tuple[int, list[str]]]:
+def checked_shards(store: Store, recount: Recount | None) -> Iterator[tuple[int, list[str]]]:
     """The shards in order, each with a line for every damaged file. A few are checked side by side."""
     threads = len(os.sched_getaffinity(0))
     matrices = {array for array, layout in store.spec.layouts().items() if layout.row_shape} | store.row_kinds.keys()
@@ -102,9 +102,9 @@ def each_shard(store: Store, recount: Recount | None) -> Iterator[tuple[int, lis
 def check_shard(store: Store, recount: Recount | None, matrices: set[str], shard: int) -> list[str]:
     """One line for every damaged file of a shard."""
     found: dict[str, str] = {}
-    alone = recount.alone() if recount else set()
+    checked_there = recount.arrays_checked_here() if recount else set()
     for array, (size, crc) in sorted(store.commits[shard].files.items()):
-        if array in alone:
+        if array in checked_there:
             continue
         path = shard_file(array, shard, array in matrices)
         try:

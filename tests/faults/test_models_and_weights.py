@@ -26,7 +26,7 @@ import shared.model.source
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, RecodeConfig, SynthConfig, TrainConfig
 from shared.errors import UserError
-from shared.files.digest import file_digest, identity, remember, remembered
+from shared.files.digest import cache_file, file_digest, file_identity, write_cached
 from shared.model.hooks import hook_table
 from shared.model.language_model import load_weights
 from shared.model.outline import outline
@@ -301,11 +301,11 @@ def test_digests_are_remembered_for_as_long_as_the_file_stays(tmp_path: Path, mo
     file.write_bytes(os.urandom(5 << 20))
     true = hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest()
     assert file_digest(file) == true
-    about = identity(file)
-    place = remembered(about)
+    about = file_identity(file)
+    place = cache_file(about)
     assert place is not None
     assert not place.exists(), "it changed a moment ago"
-    remember(place, about, "ab" * 32)
+    write_cached(place, about, "ab" * 32)
     assert file_digest(file) == "ab" * 32, "not read again"
     good = place.read_bytes()
     for damaged in (b"", good[:-5], good.replace(b"ab", b"cd", 1), b"\xff" * 200, good + good):
@@ -319,7 +319,7 @@ def test_digests_are_remembered_for_as_long_as_the_file_stays(tmp_path: Path, mo
     place.symlink_to(tmp_path / "elsewhere")
     assert file_digest(file) == true, "a link"
     place.unlink()
-    remember(place, about, "ab" * 32)
+    write_cached(place, about, "ab" * 32)
     file.write_bytes(os.urandom(5 << 20))
     assert file_digest(file) == hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest()
 

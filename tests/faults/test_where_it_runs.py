@@ -48,7 +48,7 @@ from shared.store.create import clean_up, remove_store
 from shared.store.listing import describe_store, list_stores
 from shared.store.opened import Store
 from shared.store.reader import ArrayReader, IndexCache, open_reader, read_shard
-from shared.store.tail import looks
+from shared.store.tail import watch_store
 from shared.store.verify import repair, verify
 from train.evaluate import evaluate
 from train.run import train
@@ -194,7 +194,7 @@ def test_files_of_others_make_the_pool_shrink(numbered: list[Path], few_files: i
     finally:
         for handle in taken:
             os.close(handle)
-        HANDLES.most = shared.files.handles.MOST_OPEN
+        HANDLES.most = shared.files.handles.MAX_OPEN
     assert len(taken) < few_files
 
 
@@ -382,7 +382,7 @@ def test_a_file_system_without_flock_will_do(tmp_path: Path, capsys: pytest.Capt
     store = Path(synth(small(tmp_path, tokens=128)).store)
     assert recode(str(store), str(tmp_path / "lz4"), "lz4").tokens == 128
     assert train(training(store, tmp_path / "run")).steps == 3
-    assert [look.at_work for look in looks(LocalFiles(store), 0.1)] == [None]
+    assert [look.at_work for look in watch_store(LocalFiles(store), 0.1)] == [None]
     assert describe_store(store)["state"] == "final"
     synth(small(tmp_path, tokens=128, seed=3, overwrite=True))
     remove_store(LocalFiles(store))
