@@ -121,7 +121,7 @@ def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None
     if available < (wanted or 1):
         asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
         given = max(available, counts.tokens)
-        raise TooLittle(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
+        raise TooLittle(f"the corpus has {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
     if wanted is None:
         check_space(plan, available)
     return tokens, make_spec(plan, counts, tokens, wanted or available)

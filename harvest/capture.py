@@ -79,7 +79,7 @@ def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
         }
     except (RuntimeError, MemoryError) as error:
         raise UserError(
-            f"there is no memory for a shard of {rows:,} rows of {len(spec.hookpoints)} hookpoints. Harvest fewer "
+            f"the host has too little memory for {rows:,} rows of {len(spec.hookpoints)} hookpoints. Harvest fewer "
             "hookpoints at a time, or start again with smaller shards: --set shard_rows=N"
         ) from error
 

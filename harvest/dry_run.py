@@ -107,7 +107,7 @@ def first_rows(plan: HarvestPlan, contexts: int) -> NDArray[Any]:
     blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), PackCounts(), lambda: None)
     found = list(islice(chain.from_iterable(blocks), contexts))
     if not found:
-        raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
+        raise UserError(f"the corpus has less than one row of {plan.context}. Lower --context, or give more text")
     return np.stack(found)
 
 

@@ -261,7 +261,7 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
         "shard_rows": plan.config.shard_rows,
     }
     if plan.config.tokens is None and spec.corpus.get("whole") is False:
-        wanted["n_tokens"] = "all that the corpus gives"
+        wanted["n_tokens"] = "all tokens of the corpus"
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     asked, there = wanted.pop("model"), found["model"]
     differ = model_differs(plan.source, there, asked)

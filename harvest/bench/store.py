@@ -51,7 +51,7 @@ def make_stores(folder: Path, model: str, tokens: int, width: int) -> BenchStore
     side_by_side = max(1, width // d_in)
     n_layers = -(-side_by_side // len(HOOKS))
     if n_layers > plan.info.n_layers:
-        raise UserError(f"--width {width}: {model} has rows of {d_in}, and layers for {plan.info.n_layers * d_in * 3}")
+        raise UserError(f"--width {width}: {model} has at most {plan.info.n_layers * d_in * 3}, in rows of {d_in}")
     first = (plan.info.n_layers - n_layers) // 2
     rows = default_chunk_rows(2 * side_by_side * d_in)
     shape = {"chunk_rows": rows, "shard_rows": CHUNKS_PER_SHARD * rows}

@@ -113,12 +113,12 @@ def takes_rows(corpus: Corpus | JoinedIds, context: int, bos: str) -> bool:
         return False
     if corpus.width != context:
         raise UserError(
-            f"--context {context}: the corpus is an array with rows of {corpus.width} ids, which are taken as they "
-            f"are. Say --context {corpus.width}, or give the ids as one stream, an array of one dimension"
+            f"--context {context}: the corpus is an array with rows of {corpus.width} ids, which are used as they "
+            f"are. Use --context {corpus.width}, or give the ids as one stream, an array of one dimension"
         )
     if bos == "true":
         raise UserError(
-            "bos: the corpus is an array whose rows are taken as they are, so no BOS can be put in. Leave bos at auto, "
+            "bos: the corpus is an array whose rows are used as they are, so no BOS can be added. Leave bos at auto, "
             "or give the ids as one stream, an array of one dimension"
         )
     return True

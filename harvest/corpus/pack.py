@@ -241,8 +241,8 @@ def check_known(ids: Ids, text: str, vocab_size: int | None) -> None:
         return
     unknown = int(ids[ids >= vocab_size][0])
     raise UserError(
-        f"the text that begins {text[:40]!r}: the tokenizer gives id {unknown}, and the model has "
-        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, say --set split_special_tokens=true, or give the "
+        f"the text that begins {text[:40]!r}: the tokenizer returns id {unknown}, and the model has "
+        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, use --set split_special_tokens=true, or give the "
         "model's own tokenizer"
     )
 

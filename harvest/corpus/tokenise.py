@@ -65,7 +65,7 @@ def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, check_stop: 
             save_progress(plan, folder, writer, place)
         if isinstance(error, LostError):
             raise
-        again = "repeat it, --overwrite and all" if plan.config.overwrite else "run the same command again"
+        again = "repeat it, with --overwrite" if plan.config.overwrite else "run the same command again"
         raise Interrupted(f"the harvest was stopped after {place.tokens:,} tokens. To continue, {again}") from error
     return writer.close()
 

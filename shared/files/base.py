@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 from shared.errors import DamagedError
 from shared.files.handles import VERIFY, Buffer
 
-AGAIN: Final = "then run the same command again: what is committed is safe and stays"
+AGAIN: Final = "then run the same command again; committed data is safe"
 DOCUMENT_BYTES: Final = 64 << 20
 """Largest file that describes something (zarr.json, a record), in bytes."""
 WHOLE_BYTES: Final = 1 << 30

@@ -60,7 +60,7 @@ class ServerFailure(NamedTuple):
     advice: str
 
 
-LATER: Final = "Try again, or see to the server and the network"
+LATER: Final = "Try again, or check the server and the network"
 FAILURES: Final = (
     ServerFailure(
         r"169\.254\.169\.254|metadata\.google|Missing\w*Key|Received None from session",
@@ -88,7 +88,7 @@ FAILURES: Final = (
         True,
         "access was refused",
         "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
-        "also say this of what does not exist",
+        "also answer this for a missing object",
     ),
     ServerFailure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
     ServerFailure(r"status: \d", True, "the server refused the request", "Check the address"),
@@ -213,7 +213,7 @@ class Client:
             for some in obstore.list(self.asks, key):
                 found += some
                 if len(found) > MAX_ENTRIES:
-                    raise ServerError(f"{name}: the server lists more than {MAX_ENTRIES:,} objects. See to the server")
+                    raise ServerError(f"{name}: the server lists more than {MAX_ENTRIES:,} objects. Check the server")
             return found
 
         return with_retries(name, "listed", request)

@@ -98,7 +98,7 @@ def check_own(path: Path, status: os.stat_result) -> None:
 def no_place(path: Path) -> UserError:
     return UserError(
         f"{path}: is a link, has a second name (hard link) or is no regular file; nothing is written through it, "
-        "because what it stands for may lie elsewhere. Remove it, or put a copy in its place"
+        "because its target may lie elsewhere. Remove it, or put a copy in its place"
     )
 
 

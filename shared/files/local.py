@@ -50,7 +50,7 @@ class LocalFiles:
         real, top = os.path.realpath(file.parent), os.path.realpath(self.root)
         if real != top and not real.startswith(f"{top.rstrip('/')}/"):
             raise UserError(
-                f"{file.parent}: leads out of {self.name} ({real}). What is linked is read, never written to. Put the "
+                f"{file.parent}: leads out of {self.name} ({real}). Linked folders are read, never written to. Put the "
                 "folder itself in the link's place, or link the whole store"
             )
         return file
@@ -270,7 +270,7 @@ def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collecti
 
 WRITABLE: Final = "permission denied. Make the folder writable"
 LIMIT: Final = "Raise the limit (ulimit -n), or stop what else is running"
-MOUNT: Final = "the file system does not answer as it should. See to the disk or its server"
+MOUNT: Final = "the file system does not answer as it should. Check the disk or its server"
 REASONS: Final = {
     errno.ENOSPC: "the disk is full. Free space",
     errno.EDQUOT: "the disk quota is used up. Free space",
@@ -283,8 +283,8 @@ REASONS: Final = {
     errno.ENFILE: f"this machine has too many open files. {LIMIT}",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter --out or --name",
     errno.ENOENT: "a file or folder that was there a moment ago is gone. Leave the folder alone while this runs",
-    errno.ENOTDIR: "what should be a folder is none. Leave the folder alone while this runs",
-    errno.EISDIR: "what should be a file is a folder. Remove it",
+    errno.ENOTDIR: "a folder is expected, but something else is there. Leave the folder alone while this runs",
+    errno.EISDIR: "a file is expected, but a folder is there. Remove it",
     errno.ENOTEMPTY: "another process is writing into the folder. Leave the folder alone while this runs",
     errno.EEXIST: "another process is writing into the folder. Leave the folder alone while this runs",
     errno.ELOOP: "links lead round in a circle. Remove them",
@@ -296,7 +296,7 @@ REASONS: Final = {
     errno.ENOTCONN: f"{MOUNT} (not connected): mount it again",
     errno.ENXIO: f"{MOUNT} (no such device)",
     errno.ENODEV: f"{MOUNT} (no such device)",
-    errno.ENOLCK: "the file system has no locks left. See to its server",
+    errno.ENOLCK: "the file system has no locks left. Check its server",
     errno.ENOSYS: "the file system cannot do this. Use another disk",
     errno.EOPNOTSUPP: "the file system cannot do this. Use another disk",
     errno.EINVAL: "the file system refuses this. Use another disk",
@@ -309,7 +309,7 @@ REASONS: Final = {
 
 def in_words(error: OSError) -> str:
     """What an operating-system error means, and what to do."""
-    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). See to the disk"
+    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). Check the disk"
 
 
 @contextmanager

@@ -192,7 +192,7 @@ def held_for_reading(root: Path) -> Iterator[None]:
                 if flock(handle, fcntl.LOCK_SH):
                     break
                 if last:
-                    raise UserError(f"{root}: is being deleted or taken back by another process. Wait for it")
+                    raise UserError(f"{root}: is being deleted or repaired by another process. Wait for it")
                 time.sleep(WAIT_SECONDS)
         yield
     finally:

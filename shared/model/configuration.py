@@ -120,16 +120,16 @@ def checked_config(config: Any, name: str) -> Any:
         raise quantised(name, "quantization_config")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"--model {name}: transformers has no causal language model of model_type {config.model_type!r}. What can "
-            "be harvested is a decoder that predicts the next token"
+            f"--model {name}: transformers has no causal language model of model_type {config.model_type!r}. Only "
+            "a decoder that predicts the next token can be harvested"
         )
     text = text_config(config)
     encoder = config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
     both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if encoder or both_ways or getattr(text, "is_causal", None) is False:
         raise UserError(
-            f"--model {name}: every token of it ({config.model_type}) sees those after it. What can be harvested is a "
-            "decoder that predicts the next token from those before"
+            f"--model {name}: its attention is bidirectional ({config.model_type}). Only a decoder that predicts the "
+            "next token from those before it can be harvested"
         )
     for key, names in (("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocabulary", "vocab_size")):
         value = getattr(text, names, None)
@@ -156,8 +156,8 @@ def info_of(config: Any) -> ModelInfo:
 
 def encoder_decoder(name: str, model_type: object) -> UserError:
     return UserError(
-        f"--model {name}: is an encoder-decoder ({str(model_type)[:80]}). What can be harvested is a decoder that "
-        "predicts the next token"
+        f"--model {name}: is an encoder-decoder ({str(model_type)[:80]}). Only a decoder that predicts "
+        "the next token can be harvested"
     )
 
 

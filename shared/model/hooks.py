@@ -103,9 +103,9 @@ def refuse_absent(name: str, outline: Mapping[str, Shapes]) -> NoReturn:
 def refuse_shape(name: str, shapes: Shapes) -> NoReturn:
     names = {N: "batch", CONTEXT: "context"}
     given = " and ".join(f"[{', '.join(str(names.get(size, size)) for size in shape)}]" for shape in shapes)
-    reason = f"gives {given} in a forward pass" if shapes else "never fires in a forward pass"
+    reason = f"returns {given} in a forward pass" if shapes else "never fires in a forward pass"
     raise UserError(
-        f"--hook {name}: {reason}; what can be harvested gives [batch, context, width] once. "
+        f"--hook {name}: {reason}; a hookpoint must return [batch, context, width] once. "
         "`sagsae hooks --model …` lists what can, --attention eager makes more fire"
     )
 

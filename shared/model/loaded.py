@@ -39,7 +39,7 @@ def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
     if missing:
         raise UserError(
             f"--model {name}: its files lack {len(missing):,} of the model's weights: {first_names(missing)}."
-            f"{likely_reason(missing, unexpected, model)} Nothing is drawn at random in their place"
+            f"{likely_reason(missing, unexpected, model)} Missing weights are never initialised at random"
         )
     if mismatched:
         raise UserError(

@@ -34,9 +34,9 @@ def outline(config: Any, attention: Attention, name: str, layers: Sequence[int])
         other: Attention = "eager" if attention == "sdpa" else "sdpa"
         try:
             trace_shapes(config, other, name, layers)
-            hint = f"Use --attention {other}, with which it can"
+            hint = f"Use --attention {other}, which works"
         except (CannotRun, UserError):
-            hint = "Nor can it with the other kind of attention: this model cannot be harvested"
+            hint = "The other kind of attention fails too: this model cannot be harvested"
         raise UserError(f"--model {name}: {error}. {hint}") from error.__cause__
 
 
@@ -64,7 +64,8 @@ def trace_shapes(config: Any, attention: Attention, name: str, layers: Sequence[
             points = bridge.hook_dict
             for key, point in {id(point): point for point in points.values()}.items():
                 point.add_hook(shape_recorder(shapes.setdefault(key, [])))
-            what = f"{type(model).__name__} cannot be run with --attention {attention} to see what its hookpoints give"
+            architecture = type(model).__name__
+            what = f"{architecture} cannot be run with --attention {attention} to find the shapes at its hookpoints"
             with torch.inference_mode():
                 bridge.original_model.base_model(torch.tensor(tokens), use_cache=False)
     except UserError:

@@ -180,8 +180,8 @@ def same_model(source: ModelSource, commit: object) -> bool:
     if not comparable or sampled_digest(Path(source.location)) != commit:
         return False
     say(
-        f"{source.name}: the store is of an earlier version, which knew a model by its configuration and the first and "
-        "last MiB of each weights file. These are the same; a change between them would not be seen"
+        f"{source.name}: the store is of an earlier version, which identified a model by its configuration and the "
+        "first and last MiB of each weights file. These are the same; a change between them would not be noticed"
     )
     return True
 

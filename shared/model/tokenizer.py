@@ -52,7 +52,7 @@ class Encoder:
     def end(self) -> int:
         """The id that ends a document. Raises UserError where none is known."""
         if self.eos_id is None:
-            raise UserError("--eos: nothing says which id ends a document. Give the id, or the token")
+            raise UserError("--eos: no id is known that ends a document. Give the id, or the token")
         return self.eos_id
 
     @property
@@ -183,8 +183,8 @@ def check_knows_text(encoder: Encoder) -> None:
     if not given - useless:
         what = f"only unknown or special tokens (ids {sorted(given)[:5]})" if given else "no token at all"
         raise UserError(
-            f"--model {encoder.source.name}: its tokenizer makes {what} of plain text, so its vocabulary is missing or "
-            "of something else. Copy the tokenizer's files beside the model, or name another with --tokenizer"
+            f"--model {encoder.source.name}: its tokenizer turns plain text into {what}, so its vocabulary is missing "
+            "or belongs to another model. Copy the tokenizer's files beside the model, or name another with --tokenizer"
         )
 
 

@@ -101,13 +101,13 @@ def check_tensors(path: Path, name: str) -> dict[str, Any]:
         except (TypeError, KeyError, ValueError, OverflowError):
             sound = False
         if not sound:
-            raise no_weights(path, name, f"what its header says of {tensor[:200]!r} cannot be")
+            raise no_weights(path, name, f"its header is impossible for {tensor[:200]!r}")
         if PACKED.search(tensor) or (tensor.endswith(".weight") and dtype not in FLOATS):
             raise quantised(name, f"{tensor} in {path.name} is {dtype}")
         end = max(end, start + last)
     size = path.stat().st_size
     if size != end:
-        raise no_weights(path, name, f"it has {size:,} bytes, its header tells of {end:,}")
+        raise no_weights(path, name, f"it has {size:,} bytes, its header says {end:,}")
     return header
 
 

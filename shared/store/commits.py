@@ -481,7 +481,7 @@ def what_is_wrong(numbers: list[int], spec: StoreSpec) -> str:
     """Describes why a line cannot belong to this store."""
     shard, rows, start, stop, kept = numbers
     if not 0 <= shard < spec.n_shards:
-        return f"shard {shard:,} is committed, of {spec.n_shards:,}"
+        return f"shard {shard:,} is committed, but the store has {spec.n_shards:,} shards"
     if (start, stop) != spec.shard_range(shard) or rows != stop - start:
         return f"shard {shard:,} is committed for other rows than it has"
     if kept > rows:

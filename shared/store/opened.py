@@ -236,7 +236,7 @@ class Store:
         file, (d_in, dtype) = shard_file(path, shard, True), self.row_kinds[path]
         size, crc = self.commits[shard].files[path]
         if size != d_in * dtype.itemsize + 4:
-            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed, which are not {d_in} {dtype}")
+            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed; {d_in} {dtype} are expected")
         payload = without_crc(self.files.open(file, size, crc).read(0, size), f"{self.name}/{file}")
         return np.frombuffer(payload, dtype).copy()
 

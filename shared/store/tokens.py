@@ -118,7 +118,7 @@ class TokenRows:
         except FileNotFoundError as error:
             raise DamagedError(f"{what}: is missing. Restore it from a copy") from error
         if self.crcs.setdefault(number, crc := crc32(data)) != crc:
-            raise DamagedError(f"{what}: is another file than it was. Was the store replaced meanwhile?")
+            raise DamagedError(f"{what}: changed since it was first read. Was the store replaced?")
         ids = np.empty((self.layout.chunk_rows, self.spec.context), self.layout.dtype)
         decode_chunk(data, self.layout, ids, what)
         return ids[: self.spec.n_contexts - number * self.layout.chunk_rows]

@@ -32,7 +32,7 @@ from harvest.corpus.documents import BadDocument, Corpus, JoinedIds, LongText
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled
 from harvest.corpus.raw_bytes import RECORD_BYTES
-from harvest.corpus.split_text import pieces, tokenised
+from harvest.corpus.split_text import pieces, tokenise_texts
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
@@ -378,7 +378,7 @@ TOKENIZERS = {
 def test_pieces_give_the_ids_of_the_whole(kind: str) -> None:
     """Public report: a text of 20 MB took 3.3 GB. Long ones are tokenised in pieces, whose ids are the same."""
     tokenizer = TOKENIZERS[kind]()
-    ids_of = lambda texts: tokenised(texts, tokenizer)  # noqa: E731
+    ids_of = lambda texts: tokenise_texts(texts, tokenizer)  # noqa: E731
     prose = " ".join(sentences(40)) + "\n\n" + "  indented\n\tcode ( ) ;\r\n".join(sentences(20))
     for longest, block in ((200, 50), (333, 10_000)):
         blocks = (prose[start : start + block] for start in range(0, len(prose), block))
@@ -397,7 +397,7 @@ def test_what_cannot_be_cut_well_is_cut_and_counted() -> None:
     made.pre_tokenizer = one_word
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
     rough: list[int] = []
-    found = list(pieces(["x" * 1000], lambda texts: tokenised(texts, tokenizer), lambda: rough.append(1), 200, 16))
+    found = list(pieces(["x" * 1000], lambda texts: tokenise_texts(texts, tokenizer), lambda: rough.append(1), 200, 16))
     assert "".join(found) == "x" * 1000
     assert len(rough) == len(found) - 1
 
@@ -590,7 +590,7 @@ def test_ids_beyond_the_embedding_are_refused_where_they_are_met() -> None:
         return list(pack(iter([text]), tokenizer, counts=PackCounts(), **options))
 
     assert len(rows("plain")) == 1
-    with pytest.raises(UserError, match=r"text that begins 'naïve': the tokenizer gives id 239, .* 0 to 127"):
+    with pytest.raises(UserError, match=r"text that begins 'naïve': the tokenizer returns id 239, .* 0 to 127"):
         rows("naïve")
 
 
@@ -702,7 +702,7 @@ def test_overwriting_goes_on_too(tmp_path: Path, harvest_config: MakeConfig, mon
     run_harvest(config)
     watched.stop_at = watched.calls + 12
     again = harvest_config(tmp_path, tokens=None, seed=9, overwrite=True, **LARGE)
-    with pytest.raises(Interrupted, match="To continue, repeat it, --overwrite and all"):
+    with pytest.raises(Interrupted, match="To continue, repeat it, with --overwrite"):
         run_harvest(again)
     assert Store.open(tmp_path / "s").n_rows == 2000
     before, watched.stop_at = watched.calls, -1

@@ -587,7 +587,7 @@ def test_tokens_that_are_replaced_meanwhile_are_noticed(tmp_path: Path) -> None:
     store = token_store(tmp_path, 6400, 16)
     rows = store.token_rows()
     (tmp_path / shard_file("tokens", 3, True)).write_bytes((tmp_path / shard_file("tokens", 4, True)).read_bytes())
-    with pytest.raises(DamagedError, match=r"tokens/c/3/0: is another file than it was"):
+    with pytest.raises(DamagedError, match=r"tokens/c/3/0: changed since it was first read"):
         rows[12:16]
     with pytest.raises(DamagedError, match="the token ids are not the ones that were written"):
         store.token_rows()

@@ -381,9 +381,9 @@ def test_rows_are_taken_as_they_are(tmp_path: Path, harvest_config: MakeConfig, 
     assert np.array_equal(store.tokens(), rows)
     assert store.spec.bos_id is None
     assert store.spec.corpus["shuffled"] is False
-    with pytest.raises(UserError, match=r"^--context 8: .* rows of 16 ids.*Say --context 16, or give .* one stream"):
+    with pytest.raises(UserError, match=r"^--context 8: .* rows of 16 ids.*Use --context 16, or give .* one stream"):
         harvest(config.model_copy(update={"context": 8, "name": "t"}))
-    with pytest.raises(UserError, match=r"^bos: .* so no BOS can be put in"):
+    with pytest.raises(UserError, match=r"^bos: .* so no BOS can be added"):
         harvest(config.model_copy(update={"bos": "true", "name": "t"}))
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["s"]
 
@@ -542,12 +542,12 @@ PACK = """
 import sys, numpy as np, hashlib
 from pathlib import Path
 from tokenizers import Tokenizer  # alone: it holds the threads, transformers only the seconds to import it
-from harvest.corpus.pack import Counts, pack
+from harvest.corpus.pack import PackCounts, pack
 texts = Path(sys.argv[2]).read_text().split("|")
 fast = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
 def tokenizer(texts, **_options):
     return {"input_ids": [each.ids for each in fast.encode_batch(texts, add_special_tokens=False)]}
-blocks = pack(iter(texts), tokenizer, context=16, eos_id=0, bos_id=None, counts=Counts())
+blocks = pack(iter(texts), tokenizer, context=16, eos_id=0, bos_id=None, counts=PackCounts())
 print(hashlib.sha256(np.concatenate(list(blocks)).tobytes()).hexdigest())
 """
 

@@ -395,7 +395,7 @@ def test_advice_after_overwrite_does_not_lose_the_work(harvest_config: Config, t
 
 def test_a_part_is_not_the_whole(harvest_config: Config, tmp_path: Path) -> None:
     run_harvest(harvest_config(tmp_path, hooks=("mlp_out",)))
-    with pytest.raises(UserError, match="n_tokens: the store has 5000, this asks for all that the corpus gives"):
+    with pytest.raises(UserError, match="n_tokens: the store has 5000, this asks for all tokens of the corpus"):
         run_harvest(harvest_config(tmp_path, hooks=("mlp_out",), tokens=None))
 
 
