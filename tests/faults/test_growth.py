@@ -37,7 +37,7 @@ from shared.store.manifest import INDEX, Commit, append_commit, parse_commit, re
 from shared.store.opened import GrowingStore, Store, state_document, write_state
 from shared.store.shard import crc32c, with_crc
 from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
-from shared.store.tail import looks
+from shared.store.tail import watch_store
 from shared.store.tokens import CountedMask, TokenRows
 from shared.store.verify import verify
 from train.bench.scale import READING
@@ -235,7 +235,7 @@ def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared.store.opened, "ROWS_ADDED", at_once)
         patch.setattr(Store, "row_of_shard", lambda _self, _path, shard: rows[shard])
-        store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.of(commits))
+        store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.from_mapping(commits))
         assert store.total(array).tobytes() == np.sum(list(rows), axis=0).tobytes()
 
 
@@ -266,7 +266,7 @@ def test_tail_reads_only_what_is_new(tmp_path: Path) -> None:
     spec = spec_of(3000)
     lines = [commit_of(spec, shard).line() for shard in range(3000)]
     store = manifest_only(tmp_path / "s", spec, lines[:2900], "writing")
-    watched = looks(store.files, 0.01)
+    watched = watch_store(store.files, 0.01)
     assert next(watched).new == []
     for shard in range(2900, 2905):
         append_commit(store.files, 0, commit_of(spec, shard))
@@ -611,7 +611,7 @@ def test_tokens_that_are_replaced_meanwhile_are_noticed(tmp_path: Path) -> None:
     store = token_store(tmp_path, 6400, 16)
     rows = store.token_rows()
     (tmp_path / shard_file("tokens", 3, True)).write_bytes((tmp_path / shard_file("tokens", 4, True)).read_bytes())
-    with pytest.raises(DamagedError, match=r"tokens/c/3/0: is another file than it was"):
+    with pytest.raises(DamagedError, match=r"tokens/c/3/0: changed since it was first read"):
         rows[12:16]
     with pytest.raises(DamagedError, match="the token ids are not the ones that were written"):
         store.token_rows()
@@ -699,7 +699,7 @@ def test_a_row_of_a_shard_of_two_columns_has_one_length() -> None:
     """So that nothing of another length is read for it."""
     spec = spec_of(1, hooks=1)
     assert len(with_crc(np.zeros(2).tobytes())) == commit_of(spec, 0).files["stats/layer_00/hook_0/sum"][0]
-    columns = CommitColumns.of([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
+    columns = CommitColumns.from_commits([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
     assert [replace(c, files=dict(c.files)) for c in columns] == [commit_of(spec, 0)]
 
 

@@ -451,4 +451,4 @@ def test_a_folder_that_cannot_be_written_means_no_cache(
         monkeypatch.setenv("SAGSAE_CACHE", str(folder))
         opened = open_files(server.url + "/bucket").open("file", SIZE, 5)
         assert opened.read(10, 20) == opened.read(10, 20) == DATA[10:30]
-        assert capsys.readouterr().err.count("cannot keep what was fetched") == 1
+        assert capsys.readouterr().err.count("cannot cache fetched data") == 1
