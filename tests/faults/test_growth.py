@@ -125,8 +125,8 @@ def test_lines_are_read_at_once_as_one_by_one(data: st.DataObject) -> None:
         elif how == "cut":
             line = line[: data.draw(st.integers(1, len(line) - 2))] + "\n"
         lines.append(line)
-    whole = "".join(lines).encode()
-    if lines and data.draw(st.booleans()):
+    whole, cut_short = "".join(lines).encode(), data.draw(st.booleans())
+    if lines and cut_short:
         whole = whole[:-1]
     expected, bad_lines = old_lines(whole)
     found = parse_lines(whole, spec)

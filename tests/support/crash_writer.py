@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harvest.writer import ShardRows, ShardWriter
 from shared.errors import DamagedError, UserError
@@ -56,9 +57,11 @@ class Size:
 def bits(hook: str, positions: np.ndarray, d_in: int) -> np.ndarray:
     """The rows [n, d_in] that belong at these token positions, as bfloat16 bit patterns."""
     start = positions.astype("<u4")[:, None] * np.uint32(2654435761) + np.uint32(zlib.crc32(hook.encode()))
-    mixed = (start + np.arange(d_in, dtype="<u4") * np.uint32(2246822519)) * np.uint32(3266489917)
+    mixed: NDArray[np.uint32] = (start + np.arange(d_in, dtype=np.uint32) * np.uint32(2246822519)) * np.uint32(
+        3266489917
+    )
     mixed ^= mixed >> np.uint32(15)
-    return ((mixed.view("<i4").astype("<f4") * np.float32(2**-31)).view("<u4") >> 16).astype("<u2")
+    return np.asarray((mixed.view("<i4").astype("<f4") * np.float32(2**-31)).view("<u4") >> 16).astype("<u2")
 
 
 def token_ids(n_contexts: int) -> np.ndarray:
@@ -249,10 +252,14 @@ def dying(root: Path, size: Size, step: int, begun: Callable[[], Any]) -> None:
     write(root, size)
 
 
+def not_synced(fd: object) -> None:
+    """The processes die, the machine does not."""
+
+
 def kill_at_every_step(folder: Path, size: Size) -> dict[str, Any]:
     """For every change that a writer makes to the file system: one that is killed in front of it. What is committed
     then must be right, and a second writer must complete the store to the bytes of one that nobody killed."""
-    os.fsync = lambda _handle: None  # the processes die, the machine does not
+    os.fsync = not_synced
     root, wrong, counts, before = folder / "killed", [], Counter[str](kills=0, stores=0, rows=0), 0
     write(folder / "whole", size)
     whole = contents(folder / "whole")
@@ -390,7 +397,7 @@ def result(process: subprocess.Popen[str]) -> Any:
     output, _ = process.communicate(timeout=200)
     sys.stdout.write(f"{output}\n")
     if process.returncode:
-        raise AssertionError(f"{process.args} failed")
+        raise AssertionError(f"{process.args!r} failed")
     return json.loads(output)
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.locks import folder_lock
 from shared.model.source import ModelSource
-from shared.saes import sae_config
+from shared.saes import Gated, sae_config
 from shared.store.opened import Store
 from shared.store.spec import shard_file
 from train import load
@@ -38,6 +39,7 @@ from train.data.snapshot import content_of
 from train.evaluate import evaluate, find_model
 from train.plan.job import make_job
 from train.run import train as run_train
+from train.runs.checkpoint import end_checkpoint
 from train.runs.folder import CLEARING, RunFolder, read_sealed
 
 Config = Callable[..., TrainConfig]
@@ -150,6 +152,7 @@ def test_the_same_call_again_is_complete(train_config: Config, capsys: Any) -> N
     saes = train_config().saes
     other = (*saes[:-1], saes[-1].model_copy(update={"sparsity": 0.7, "seed": 9}))
     place, was = f"saes[{len(saes) - 1}]", saes[-1]
+    assert isinstance(was, Gated)
     differ = f"{place}.seed: the run has {was.seed}, this asks for 9; {place}.sparsity: the run has {was.sparsity}"
     with pytest.raises(UserError, match=re.escape(differ)):
         run_train(train_config(saes=other))
@@ -164,11 +167,12 @@ def test_checkpoints_are_written_when_due(
     train_config: Config, monkeypatch: pytest.MonkeyPatch, every: int | str, written: list[int]
 ) -> None:
     """A step takes a second here, a checkpoint two: of themselves they come after twenty more."""
-    now, steps = [0.0], []
+    now, steps = [0.0], list[int]()
 
     class Timed(train.resume.Checkpoints):
         def __init__(self, *of: Any) -> None:
-            super().__init__(*of, clock=lambda: now[0])
+            job, members, stream, ranks, sweep = of
+            super().__init__(job, members, stream, ranks, sweep, lambda: now[0])
 
         def due(self, done: int) -> bool:
             now[0] += 1
@@ -182,7 +186,7 @@ def test_checkpoints_are_written_when_due(
         now[0] += 2
         end(*of)
 
-    end = train.resume.end_checkpoint
+    end = end_checkpoint
     monkeypatch.setattr(train.resume, "end_checkpoint", slowly)
     monkeypatch.setattr(train.resume, "AUTO_EVERY", 2)
     monkeypatch.setattr(train.run, "Checkpoints", Timed)
@@ -244,7 +248,7 @@ def test_unusable_input(train_config: Config, tmp_path: Path) -> None:
     (tmp_path / "thesis" / "thesis.tex").write_text("years of work")
     (tmp_path / "thesis" / "config.json").write_text("{}")
     (tmp_path / "file").write_text("")
-    refused = {
+    refused: dict[str, dict[str, Any]] = {
         r"5 training tokens are less than one batch of 64": {"tokens": 5},
         r"several hookpoints": {"hook": None},
         r"does not exist. Make a store with: sagsae harvest": {"store": tmp_path / "none"},
@@ -451,8 +455,11 @@ def test_kill_9_and_again(sagsae: Sagsae, harvest_config: Callable[..., HarvestC
     def checkpoints() -> int:
         return int(max((p.name for p in killed.glob("checkpoints/step-*")), default="step-0").removeprefix("step-"))
 
+    def has_checkpoint(step: int) -> bool:
+        return checkpoints() >= step
+
     for steps in (300, 1200):
-        done = sagsae(*command, killed, stop=(signal.SIGKILL, lambda n=steps: checkpoints() >= n))
+        done = sagsae(*command, killed, stop=(signal.SIGKILL, partial(has_checkpoint, steps)))
         assert done.returncode == -signal.SIGKILL
     assert not RunFolder(killed).finished()
     asked = sagsae(*command, killed, stop=(signal.SIGTERM, lambda: checkpoints() >= 2000))
