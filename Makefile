@@ -8,7 +8,7 @@ LOCKED  ?=
 # make test ONE=tests/store/test_shard.py runs that file (or TEST::NAME) alone, slow tests too.
 ONE     ?=
 
-.PHONY: help demo setup test test-slow test-deep gpu check lint format types docs clean
+.PHONY: help demo setup test test-slow test-deep gpu check lint format types docs reference clean
 .DEFAULT_GOAL := demo
 
 help:    ## print what each target does
@@ -53,8 +53,8 @@ types: $(READY)    ## check all types, those of the tests too
 docs: $(READY)    ## build the site into site/; a broken link or an unknown name is an error
 	$(BIN)/mkdocs build --strict --quiet
 
-# reference: $(READY)    ## rewrite docs/reference/settings.md and cli.md from the schemas
-#	$(BIN)/sagsae settings ...
+reference: $(READY)    ## rewrite docs/reference/settings.md and cli.md from the schemas and from --help
+	$(BIN)/python -c 'import cli, pathlib, shared.reference, typer; shared.reference.write_reference(pathlib.Path("docs/reference"), typer.main.get_command(cli.app))'
 
 clean:    ## remove what these targets have made
 	rm -rf $(VENV) demo build site gpu.md *.egg-info
