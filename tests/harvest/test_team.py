@@ -73,19 +73,22 @@ def test_two_processes_write_the_store_of_one(sagsae: Sagsae, whole: dict[str, b
     assert not list((tmp_path / "tiny").glob(".lock.*"))
 
 
-def test_three_processes_continued_as_two(sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path) -> None:
+@pytest.mark.parametrize(("begin", "finish"), [(2, 1), pytest.param(3, 2, marks=pytest.mark.slow)])
+def test_several_processes_resumed_by_fewer(
+    sagsae: Sagsae, whole: dict[str, bytes], tmp_path: Path, begin: int, finish: int
+) -> None:
     root = tmp_path / "tiny"
 
     def two_have_written() -> bool:
         return len(list((root / "manifest").glob("rank-*.jsonl"))) > 1
 
-    stopped = sagsae(*COMMAND, tmp_path, "--processes", 3, stop=(signal.SIGTERM, two_have_written))
+    stopped = sagsae(*COMMAND, tmp_path, "--processes", begin, stop=(signal.SIGTERM, two_have_written))
     assert stopped.returncode == 130, stopped.stderr
     assert "To continue, run the same command again" in stopped.stderr
     half = Store.open(root)
     assert 2 <= len(half.commits) < SHARDS
     assert verify(half, full=True).lines == []
-    done = sagsae(*COMMAND, tmp_path, "--processes", 2)
+    done = sagsae(*COMMAND, tmp_path, "--processes", finish)
     assert done.returncode == 0, done.stderr
     assert contents(root) == whole
 

@@ -38,7 +38,6 @@ from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
 from shared.store.verify import verify
 
 CONTEXT, VOCABULARY = 32, 500
-HITS = 8
 ROOT = Path(__file__).parents[2]
 
 
@@ -301,22 +300,22 @@ def read_everything(root: Path) -> str:
     return "wrong" if wrong else "right"
 
 
-def damage(root: Path, size: Size, shards: int, times: int) -> dict[str, Any]:
-    """Alters one random byte of one file after another, so many times, and puts it back: HITS times in each, for the
-    rest in those that say what the store is. A store with fewer `shards` than it should have is unfinished."""
+def damage(root: Path, size: Size, shards: int, hits: int, more: int) -> dict[str, Any]:
+    """Alters one random byte of one file after another and puts it back: `hits` times in each file, then `more` times
+    in those that say what the store is. A store with fewer `shards` than it should have is unfinished."""
     files, rng, silent = LocalFiles(root), random.Random(0), []
     root.mkdir()
     begin(files, size)
     fill(files, range(shards))
     if not Store.open(root).missing:
         finish_store(files, Store.open(root).spec)
-    counts = Counter(error=0, wrong=0, right=0, damages=times)
+    counts = Counter(error=0, wrong=0, right=0)
     if seen_by_verify(root) or read_everything(root) != "right":
         silent.append("was damaged from the beginning")
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
     top = [path for path in paths if path.parent in (root, root / "manifest")]
-    for number in range(times):
-        path = paths[number % len(paths)] if number < HITS * len(paths) else rng.choice(top)
+    for number in range(hits * len(paths) + more):
+        path = paths[number % len(paths)] if number < hits * len(paths) else rng.choice(top)
         before = path.read_bytes()
         at = rng.randrange(len(before))
         after = before[:at] + bytes([(before[at] + rng.randint(1, 255)) % 256]) + before[at + 1 :]
@@ -346,7 +345,7 @@ def main(command: str, folder: str, size: str, *rest: str) -> Any:
     if command == "pair":
         return pair(root, int(numbers[0]), numbers[1])
     if command == "damage":
-        return damage(root, how_large, int(numbers[0]), int(numbers[1]))
+        return damage(root, how_large, int(numbers[0]), int(numbers[1]), int(numbers[2]))
     return follow(root) if command == "follow" else kill_at_every_step(root, how_large)
 
 

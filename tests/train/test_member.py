@@ -218,25 +218,26 @@ def test_gradients_that_are_alive_with_parts(
     assert most == parts.bit_length()
 
 
-def test_one_two_and_four_processes_train_the_same_bits(
-    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("counts", "steps"), [((1, 2), 80), pytest.param((1, 2, 4), 200, marks=pytest.mark.slow)])
+def test_any_number_of_processes_trains_the_same_bits(
+    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], steps: int
 ) -> None:
     """Gradients, thresholds, TopK's sizes, controllers and resets of the whole batch, whoever computes which part."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "gated:48",
                "--arch", "relu:48", "--arch", "jumprelu:48", "--arch", "batch-topk:48", "--arch", "abs-topk:40",
                "--tie", "none", "--l0-target", "8", "--k", "6", "--reset-every", "60", "--batch", "64",
-               "--tokens", 64 * 200, "--device", "cpu", "--set", "precision=float32", "--set", "parts=4",
+               "--tokens", 64 * steps, "--device", "cpu", "--set", "precision=float32", "--set", "parts=4",
                "--set", "log_every=10", "--parallel", "data", "--json", "--out"]  # fmt: skip
-    for processes in (1, 2, 4):
+    for processes in counts:
         done = sagsae(*command, tmp_path / str(processes), "--processes", processes)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / str(processes) / "record.json").read_text())["processes"] == processes
     one = weights_of(tmp_path / "1")
     assert len(one) == 12, "weights and settings of six"
-    for several in ("2", "4"):
-        assert weights_of(tmp_path / several) == one
-        assert lines_of(tmp_path / several) == lines_of(tmp_path / "1")
+    for processes in counts[1:]:
+        assert weights_of(tmp_path / str(processes)) == one
+        assert lines_of(tmp_path / str(processes)) == lines_of(tmp_path / "1")
 
 
 def test_a_run_before_on_another_device_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
