@@ -622,6 +622,9 @@ def bench_train(
     l0: Annotated[int, typer.Option(min=1, help="Active latents a token.")] = 32,
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Medians are over so many steps.")] = 5,
+    runs: Annotated[
+        int | None, typer.Option(min=0, help="Rounds of whole runs. 0: none. Default: half as many as of steps.")
+    ] = None,
     device: Device = None,
     compiled: Annotated[
         bool | None, typer.Option("--compiled/--no-compiled", help="The compiled dense step, too. Default: on a GPU.")
@@ -650,7 +653,7 @@ def bench_train(
     peers = find_peers(peer_python or [], precision, on)
     plan = StepBenchPlan(
         width or [4096, 16384], batch, l0, precision, rounds, together=8, tokens=200_000, device=on, peers=peers,
-        compiled=on != "cpu" if compiled is None else compiled,
+        compiled=on != "cpu" if compiled is None else compiled, run_rounds=rounds // 2 + 1 if runs is None else runs,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder, progress("bench", plan.runs, "runs") as advance:
         if store is None:

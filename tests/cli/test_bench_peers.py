@@ -216,9 +216,8 @@ def test_no_process_is_left(tools: Path, settings: dict[str, Any]) -> None:  # n
 
 
 def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  # noqa: ARG001
-    plan = StepBenchPlan(
-        [16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"), False
-    )
+    peers = find_peers([sys.executable], "float32", "cpu")
+    plan = StepBenchPlan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", peers, compiled=False, run_rounds=2)
     notes: list[str] = []
     found = step_seconds(store, "layer_01/mlp_out", tmp_path / "new", plan, lambda _, note: notes.append(note))
     kinds = ["sparse", "dense", "autograd", "products", "saelens", "dictionary_learning"]

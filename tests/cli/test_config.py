@@ -75,7 +75,7 @@ def test_toml_and_set(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_autoencoders() -> None:
-    axes = {"d_sae": [8], "sparsity": [0.1, 0.2], "seed": [0, 1]}
+    axes: dict[str, list[Any]] = {"d_sae": [8], "sparsity": [0.1, 0.2], "seed": [0, 1]}
     grid = sae_grid(["sa-gsae", "gated:16"], axes, {})
     assert len(grid) == 8
     assert {(sae["arch"], sae["d_sae"]) for sae in grid} == {("sa-gsae", 8), ("gated", 16)}
@@ -86,15 +86,16 @@ def test_a_grid_of_autoencoders() -> None:
         {"arch": "abs-topk", "d_sae": 8, "k": 1},
         {"arch": "abs-topk", "d_sae": 8, "k": 2},
     ]
-    for archs, axes, options, message in (
+    refused: list[tuple[list[str], dict[str, list[Any]], dict[str, Any], str]] = [
         (["gated"], {}, {}, "how wide"),
         (["gated:x"], {"d_sae": [8]}, {}, "expected ARCH or ARCH:WIDTH"),
         (["gate"], {"d_sae": [8]}, {}, "is none of sa-gsae"),
         (["relu"], {"d_sae": [8]}, {"theta0": 1.0}, "--theta0: none of the architectures"),
         (["abs-topk"], {"d_sae": [8], "sparsity": [0.1]}, {}, "--sparsity: none of the architectures"),
-    ):
+    ]
+    for archs, wanted, options, message in refused:
         with pytest.raises(UserError, match=message):
-            sae_grid(archs, axes, options)
+            sae_grid(archs, wanted, options)
 
 
 def test_names_say_what_is_unusual() -> None:

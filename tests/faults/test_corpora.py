@@ -31,7 +31,7 @@ from harvest.corpus.documents import BadDocument, Corpus, JoinedIds, LongText
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled
 from harvest.corpus.raw_bytes import RECORD_BYTES
-from harvest.corpus.split_text import pieces, tokenise_texts
+from harvest.corpus.split_text import LONGEST, pieces, tokenise_texts
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
@@ -377,7 +377,10 @@ TOKENIZERS = {
 def test_pieces_give_the_ids_of_the_whole(kind: str) -> None:
     """Public report: a text of 20 MB took 3.3 GB. Long ones are tokenised in pieces, whose ids are the same."""
     tokenizer = TOKENIZERS[kind]()
-    ids_of = lambda texts: tokenise_texts(texts, tokenizer)  # noqa: E731
+
+    def ids_of(texts: list[str]) -> Any:
+        return tokenise_texts(texts, tokenizer)
+
     prose = " ".join(sentences(40)) + "\n\n" + "  indented\n\tcode ( ) ;\r\n".join(sentences(20))
     for longest, block in ((200, 50), (333, 10_000)):
         blocks = (prose[start : start + block] for start in range(0, len(prose), block))
@@ -421,7 +424,7 @@ def test_the_shuffle_holds_bytes_and_not_documents() -> None:
             read[0] += len(text.encode())
             yield text
 
-    given_out, found = 0, []
+    given_out, found = 0, list[Any]()
     for text in shuffled(source(), 3, size=10_000):
         given_out += len(text.encode())  # type: ignore[union-attr]
         most = max(most, read[0] - given_out)
@@ -444,7 +447,8 @@ def test_a_call_of_the_tokenizer_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(long)
     (document,) = texts_of(tmp_path / "a.txt")
     assert isinstance(document, LongText)
-    for documents in ([document], [long], ["word " * 20_000] * 64):
+    several: list[list[str | LongText]] = [[document], [long], ["word " * 20_000] * 64]
+    for documents in several:
         list(pack(iter(documents), tokenizer, context=8, eos_id=0, bos_id=None, counts=PackCounts()))
     assert largest <= 1 << 19
 
@@ -453,13 +457,15 @@ def test_a_long_file_is_the_same_as_the_same_text_in_a_record(tmp_path: Path, mo
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    text = "naïve\u00a0€ " + "\n".join(sentences(40_000))
-    assert len(text) > 5_000_000
+    text = "naïve\u00a0€ " + "\n".join(sentences(12_000))
+    assert len(text) > 5 * LONGEST
     (tmp_path / "a.txt").write_text("\ufeff" + text)
     save_corpus(tmp_path / "a.jsonl", [text])
     rows = []
     for name in ("a.txt", "a.jsonl"):
-        documents = opened(tmp_path / name).documents()
+        corpus = opened(tmp_path / name)
+        assert isinstance(corpus, Corpus)
+        documents = corpus.documents()
         rows.append(list(pack(documents, tokenizer, context=64, eos_id=0, bos_id=None, counts=PackCounts())))
     assert all((one == other).all() for one, other in zip(*rows, strict=True))
 

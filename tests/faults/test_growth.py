@@ -125,8 +125,8 @@ def test_lines_are_read_at_once_as_one_by_one(data: st.DataObject) -> None:
         elif how == "cut":
             line = line[: data.draw(st.integers(1, len(line) - 2))] + "\n"
         lines.append(line)
-    whole = "".join(lines).encode()
-    if lines and data.draw(st.booleans()):
+    whole, cut_short = "".join(lines).encode(), data.draw(st.booleans())
+    if lines and cut_short:
         whole = whole[:-1]
     expected, bad_lines = old_lines(whole)
     found = parse_lines(whole, spec)
@@ -282,16 +282,16 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     spec = spec_of(3000)
     store = manifest_only(tmp_path / "s", spec, [commit_of(spec, k).line() for k in range(2900)], "writing")
     opened = [0]
-    real = train.data.follow.Segments.waiting
+    real = train.data.follow.waiting_text
 
-    def said(segments: Any, now: Store) -> str:
+    def said(now: Store) -> str:
         opened[0] += 1
         segments.closed.set() if opened[0] == 20 else None
-        return real(segments, now)
+        return real(now)
 
     monkeypatch.setattr(train.data.follow, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(train.data.follow, "SAY_SECONDS", -100)
-    monkeypatch.setattr(train.data.follow.Segments, "waiting", said)
+    monkeypatch.setattr(train.data.follow, "waiting_text", said)
     fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "enough": str}
     fields |= {name: str for name in ("content",) if name in train.data.follow.Segments.__dataclass_fields__}
     segments = train.data.follow.Segments(**fields)

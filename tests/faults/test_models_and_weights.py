@@ -214,7 +214,7 @@ def prefixed(folder: Path) -> None:
     rewrite(folder, lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()})
 
 
-DAMAGES = {
+DAMAGES: dict[Callable[[Path], None], str] = {
     cut: "it has .* bytes, its header says", pointer: "is a Git LFS pointer", missing_shard: "1 are missing",
     outside: "names '../outside.safetensors'", shard_without_its_tensor: "lacks 1 of the tensors",
     other_shapes: "9 weights have another shape in the files than config.json says: .*64.* for .*96",
@@ -347,10 +347,11 @@ def test_a_lossless_codec_is_the_stores_own(copied: Path, ask: Config, capsys: A
 def test_refusals_name_what_loses_nothing_first(copied: Path, ask: Config) -> None:
     """More tokens or another hookpoint for a finished store: the advice was --overwrite alone."""
     run_harvest(ask(copied))
-    for changes, advice in [
+    mended: list[tuple[dict[str, Any], str]] = [
         ({"tokens": 800}, "another --name.*is not made longer"),
         ({"hooks": ("mlp_out",)}, "beside it .another --name.: it takes the tokens"),
-    ]:
+    ]
+    for changes, advice in mended:
         with pytest.raises(UserError, match=rf"{advice}.*--overwrite would delete"):
             run_harvest(ask(copied, **changes))
 
@@ -564,7 +565,7 @@ def test_dynamic_rope_is_harvested(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "m", LlamaConfig(**SHAPE, rope_parameters=rope))
     config = read_config(resolve_model(str(folder)))
     for attention in ("sdpa", "eager"):
-        assert "blocks.1.hook_resid_post" in outline(config, attention, "m", [1])  # type: ignore[arg-type]
+        assert "blocks.1.hook_resid_post" in outline(config, attention, "m", [1])
 
 
 def test_advice_is_tried_first(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
@@ -590,11 +591,11 @@ def test_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask
     assert HarvestConfig(model="tiny", out="~/st").out == f"{home}/st"
     assert SynthConfig(d_in=8, features=8, l0=2, out="~/st").out == f"{home}/st"
     saes = [{"arch": "relu", "d_sae": 4}]
-    train = TrainConfig(store="~/st/s", saes=saes, out="~/run")  # type: ignore[arg-type]
+    train = TrainConfig(store="~/st/s", saes=saes, out="~/run")
     assert (train.store, str(train.out)) == (f"{home}/st/s", f"{home}/run")
     recode = RecodeConfig(source="~/a", target="~/b", codec="lz4")
     assert (recode.source, recode.target) == (f"{home}/a", f"{home}/b")
-    measured = EvalConfig(run="~/run", store="~/st/s")  # type: ignore[arg-type]
+    measured = EvalConfig(run="~/run", store="~/st/s")
     assert (str(measured.run), measured.store) == (f"{home}/run", f"{home}/st/s")
     assert HarvestConfig(model="tiny", out="s3://a~/b").out == "s3://a~/b"
     run_harvest(ask("~/model", out="~/out", corpus="~/model/corpus.jsonl"))

@@ -36,10 +36,11 @@ from train.autoencoder import Autoencoder
 from train.data.follow import segments_of
 from train.data.snapshot import as_ranges, from_ranges
 from train.evaluate import evaluate, last_logged_inactive
+from train.fit.member import Member
 from train.plan.job import make_job
 from train.report.data import read_run
 from train.run import train as run_train
-from train.runs.checkpoint import read_state
+from train.runs.checkpoint import end_checkpoint, read_state
 from train.runs.folder import CLEARING, RunFolder, read_sealed
 
 Config = Callable[..., TrainConfig]
@@ -110,7 +111,7 @@ def test_identity_a_lossless_recode_keeps_runs(train_config: Config, store: Stor
     before = evaluate(EvalConfig(run=whole, ce=False, device="cpu")).results
     part = begun(train_config(store=place, out=tmp_path / "part"), 9)
     for codec in ("lz4", "none", "int8"):
-        recode(str(place), str(tmp_path / codec), codec)  # type: ignore[arg-type]
+        recode(str(place), str(tmp_path / codec), codec)
     shutil.rmtree(place)
     for codec in ("lz4", "none"):
         again = evaluate(EvalConfig(run=whole, ce=False, device="cpu", store=str(tmp_path / codec))).results
@@ -349,7 +350,7 @@ def test_checkpoint_replaced_by_one_of_the_same_step_is_never_absent(
     """Killed between the two renames, the only checkpoint would be gone."""
     whole = run_train(train_config(checkpoint_every=100, out=tmp_path / "whole")).run
     run = begun(train_config(checkpoint_every=100), 5)
-    end, (newest,) = train.resume.end_checkpoint, (run / "checkpoints").iterdir()
+    end, (newest,) = end_checkpoint, (run / "checkpoints").iterdir()
     with monkeypatch.context() as patch:
         rename = Path.rename
 
@@ -575,7 +576,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     train_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The last loss is a number, the last update is not: the autoencoder has diverged, and the others are saved."""
-    step = train.fit.member.Member.step_
+    step = Member.step_
 
     def spoil(self: Any, x: Any, number: int) -> Any:
         found = step(self, x, number)
@@ -583,7 +584,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
             self.weights.W_enc[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(train.fit.member.Member, "step_", spoil)
+    monkeypatch.setattr(Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
     assert "its weights are no numbers any more after step 20" in capsys.readouterr().err

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harvest.corpus.open import Corpus, open_corpus
+from harvest.corpus.documents import Corpus
+from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, pack, shuffled
 from shared.config import HarvestConfig
 from shared.errors import UserError
@@ -66,10 +68,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def opened(corpus: Path | str, **settings: object) -> Corpus:
-    return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
+    corpus_of_texts = open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
+    assert isinstance(corpus_of_texts, Corpus)
+    return corpus_of_texts
 
 
-def texts_of(corpus: Path | str, **settings: object) -> list[str]:
+def texts_of(corpus: Path | str, **settings: object) -> list[Any]:
     return list(opened(corpus, **settings).documents())
 
 
@@ -79,7 +83,7 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS, field: str = "text") -> Pa
     return path
 
 
-def write_parquet(path: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
+def write_parquet(path: Path, texts: Sequence[str | None] = TEXTS, field: str = "text") -> Path:
     pq.write_table(pa.table({"id": range(len(texts)), field: texts}), path, row_group_size=2)
     return path
 
@@ -138,7 +142,7 @@ def test_packing_reads_one_batch_ahead_at_most(tokenizer: PreTrainedTokenizerFas
 def test_long_documents_are_neither_cut_nor_warned_about(tokenizer: PreTrainedTokenizerFast) -> None:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     logger = logging.getLogger("transformers")  # does not propagate, so caplog would see nothing
     logger.addHandler(handler)
     tokenizer.deprecation_warnings.clear()  # it warns once
@@ -168,7 +172,7 @@ def test_a_corpus_without_text_is_an_error(tokenizer: PreTrainedTokenizerFast, t
 
 
 def order(n: int, seed: int, buffer: int) -> list[int]:
-    return [int(text) for text in shuffled(map(str, range(n)), seed, buffer)]
+    return [int(str(text)) for text in shuffled(map(str, range(n)), seed, buffer)]
 
 
 def test_golden_order() -> None:
@@ -276,7 +280,9 @@ def test_description_of_one_file(tmp_path: Path) -> None:
 
 def test_the_default_is_the_file_beside_the_model(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "corpus.jsonl")
-    assert list(open_corpus(HarvestConfig(model="tiny"), path, 300).documents()) == TEXTS
+    beside = open_corpus(HarvestConfig(model="tiny"), path, 300)
+    assert isinstance(beside, Corpus)
+    assert list(beside.documents()) == TEXTS
     for none in (None, tmp_path / "absent.jsonl"):
         with pytest.raises(UserError, match="no corpus: pass --corpus FILE"):
             open_corpus(HarvestConfig(model="tiny"), none, 300)

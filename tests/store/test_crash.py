@@ -155,7 +155,7 @@ class Disk:
         """Makes it so large, in pages."""
         self.remount(f"size={pages * PAGE}")
 
-    def sagsae(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    def sagsae(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Its estimate finds room enough, as where another program fills the disk meanwhile."""
         command = [*self.enter, sys.executable, "-c", ROOMY, str(ROOT), *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, timeout=200)

@@ -85,7 +85,7 @@ def test_as_few_waves_as_fit_the_widest_first() -> None:
     )
 
     def widths(room: int) -> list[list[int]]:
-        def fits(some: Any) -> bool:
+        def fits(some: Sequence[SAEConfig]) -> bool:
             return sum(sae.d_sae for sae in some) <= room
 
         return [[sae.d_sae for sae in wave] for wave in pack_waves(saes, fits)]

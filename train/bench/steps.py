@@ -50,6 +50,8 @@ class StepBenchPlan:
     peers: PeerTools
     compiled: bool
     """Whether to measure the compiled step too."""
+    run_rounds: int
+    """Rounds of whole runs: all autoencoders in one pass, then one after the other."""
 
     @property
     def kinds(self) -> list[str]:
@@ -58,7 +60,7 @@ class StepBenchPlan:
     @property
     def runs(self) -> int:
         steps = len(self.kinds) + len(self.peers.found)
-        return (self.rounds + 1) * len(self.widths) * steps + 2 * (self.rounds // 2 + 1)
+        return (self.rounds + 1) * len(self.widths) * steps + 2 * self.run_rounds
 
     @property
     def matmul(self) -> torch.dtype:

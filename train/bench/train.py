@@ -40,11 +40,11 @@ def bench_train(
     store, hook = find_hookpoint(place, hook)
     steps = step_seconds(store, hook, folder, plan, advance)
     rounds = [
-        whole_runs(place, hook, folder / str(number), plan, command, advance) for number in range(plan.rounds // 2 + 1)
+        whole_runs(place, hook, folder / str(number), plan, command, advance) for number in range(plan.run_rounds)
     ]
     ratios = step_ratios(steps)
-    ratios["one_pass_vs_separate"] = round(median(one / apart for one, apart, _ in rounds), 3)
-    ratios["data_wait_share"] = round(median(waiting for _, _, waiting in rounds), 4)
+    ratios["one_pass_vs_separate"] = round(median(one / apart for one, apart, _ in rounds), 3) if rounds else None
+    ratios["data_wait_share"] = round(median(waiting for _, _, waiting in rounds), 4) if rounds else None
     table = step_table(steps)
     about = {
         "machine": machine(),
@@ -82,9 +82,9 @@ def step_table(steps: dict[int, dict[str, list[float]]]) -> list[dict[str, Any]]
     return [
         {
             "what": f"{'products' if kind == 'products' else f'step, {kind}'}, d_sae {width}",
-            "ms": round(1000 * median(seconds), 1),
-            "lowest": round(1000 * min(seconds), 1),
-            "highest": round(1000 * max(seconds), 1),
+            "ms": round(1000 * median(seconds), 2),
+            "lowest": round(1000 * min(seconds), 2),
+            "highest": round(1000 * max(seconds), 2),
         }
         for width, found in steps.items()
         for kind, seconds in found.items()
