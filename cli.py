@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 import typer
 
+from shared.saes import ARCHITECTURES, architectures_with
 from shared.tables import harvest_text, print_peers, print_saes, print_table, trial_text
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -172,9 +173,7 @@ def train(
     hook: Annotated[str | None, typer.Option(help="Which hookpoint of the store.")] = None,
     arch: Annotated[
         list[str] | None,
-        typer.Option(
-            help="sa-gsae, gated, relu, jumprelu, batch-topk, abs-topk; or with a width: gated:8192. Repeatable."
-        ),
+        typer.Option(help=f"{', '.join(ARCHITECTURES)}; or with a width: gated:8192. Repeatable."),
     ] = None,
     d_sae: Annotated[list[int] | None, typer.Option(help="Latents. Repeatable.")] = None,
     expansion: Annotated[
@@ -184,7 +183,10 @@ def train(
     l0_target: Annotated[
         list[float] | None, typer.Option(help="Active latents that λ is steered to. Repeatable.")
     ] = None,
-    k: Annotated[list[int] | None, typer.Option(help="Active latents of batch-topk and abs-topk. Repeatable.")] = None,
+    k: Annotated[
+        list[int] | None,
+        typer.Option(help=f"Active latents per token, of {', '.join(architectures_with('k'))}. Repeatable."),
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Of the initial weights. Repeatable.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Training tokens. Default: one epoch.")] = None,
     batch: Annotated[int | None, typer.Option(help="Tokens in a step, over all processes.")] = None,

@@ -43,7 +43,7 @@ def test_harvest_values(changes: dict[str, Any], message: str) -> None:
         ({"saes": []}, "name at least one autoencoder"),
         ({"saes": [SAE, SAE]}, r"gated-8-lambda0.1-seed0 is listed twice"),
         ({"batch": 100, "streams": 8}, "batch: 100 is not a multiple of streams = 8"),
-        ({"saes": [{**SAE, "arch": "topk"}]}, r"arch: 'topk' is none of sa-gsae, gated, relu"),
+        ({"saes": [{**SAE, "arch": "top"}]}, r"arch: 'top' is none of sa-gsae, gated, relu"),
         ({"saes": [{**SAE, "sparsity": -1}]}, r"sparsity: .*greater than or equal to 0"),
         ({"saes": [{**SAE, "d_sae": 0}]}, r"d_sae: .*greater than or equal to 1"),
         ({"saes": [{**SAE, "l0_target": 8}]}, r"l0_target: 8 of 8 latents cannot be active"),

@@ -292,7 +292,7 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(train.data.follow, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(train.data.follow, "SAY_SECONDS", -100)
     monkeypatch.setattr(train.data.follow, "waiting_text", said)
-    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "enough": str}
+    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "has_enough": str}
     fields |= {name: str for name in ("content",) if name in train.data.follow.Segments.__dataclass_fields__}
     segments = train.data.follow.Segments(**fields)
     before = bytes_read()

@@ -45,6 +45,9 @@ def gated_family(config: SAEConfig) -> GatedFamily:
     return mathematics
 
 
+FOLDING = [name for name in VARIANTS if family(variant(name)).folds]
+
+
 def weights(config: SAEConfig, seed: int = 0, d_in: int = D_IN) -> Any:
     """No term of a gradient vanishes by accident."""
     generator = torch.Generator().manual_seed(seed)
