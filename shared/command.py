@@ -1,0 +1,332 @@
+"""Commands whose options are the fields of a schema: the door to typer, together with cli.py.
+
+    @command(app, settings=OptionsFrom("harvest"))
+    def harvest(context: Context, …):
+        config = resolve(context)
+
+A command's options are made from its schema (shared/settings.py) when its help or its arguments are asked for, so that
+`sagsae --help` imports no schema. `resolve` validates what was typed over what a --config file says, and errors name
+the option, the key of `--set` or the file.
+"""
+
+import inspect
+import os
+import shutil
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand, TyperGroup
+
+if TYPE_CHECKING:
+    from shared.schema import Frozen
+    from shared.settings import Setting
+
+TYPED: Final = "sagsae.typed"
+"""Where a context keeps the options that were typed, by name."""
+WIDEST: Final = 120
+"""Columns that help text fills at most."""
+OPTION_COLUMN, COMMAND_COLUMN = 30, 13
+"""Columns of names in front of their texts."""
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+# where options come from
+
+
+@dataclass(frozen=True)
+class OptionsFrom:
+    """Which fields of which schema become options of a command."""
+
+    name: str
+    """The schema's name in SCHEMAS."""
+    only: str = ""
+    """Names of the fields, with spaces. Default: all."""
+    without: str = ""
+    """Names of fields that are arguments of the command, not options."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Defaults of this command that differ from the schema's."""
+    config: bool = False
+    """Whether there are --config and --set."""
+    sets: bool = False
+    """Whether there is --set."""
+
+    @property
+    def schema(self) -> "type[Frozen]":
+        found: type[Frozen] = import_module("shared.config").SCHEMAS[self.name]
+        return found
+
+    @cached_property
+    def settings(self) -> "tuple[Setting, ...]":
+        """What becomes an option, in the order of `--help`."""
+        from dataclasses import replace
+
+        from shared.settings import AUTOENCODERS, sae_settings, settings_of, value_words
+
+        found: list[Setting] = []
+        for each in settings_of(self.schema):
+            if each.key in self.without.split() or (self.only and each.key not in self.only.split()):
+                continue
+            if each.key == AUTOENCODERS:
+                found += sae_settings()
+            elif each.key in self.defaults:
+                found.append(replace(each, default=value_words(self.defaults[each.key])))
+            else:
+                found.append(each)
+        return tuple(found)
+
+    @cached_property
+    def options(self) -> list[Any]:
+        """The same as typer's parameters, none of which has a default: what is not typed is None."""
+        parameters = [parameter(each.name, typer_type(each), option_of(each)) for each in self.settings]
+        if self.config:
+            text = "TOML file with any of the settings."
+            parameters.append(parameter("config", str, settings_option("--config", text, "PATH")))
+        if self.config or self.sets:
+            text = "Any setting, such as --set lr=0.01. The value is JSON or text. Repeatable."
+            parameters.append(parameter("set_", list[str], settings_option("--set", text, "KEY=VALUE")))
+        return made_by_typer(parameters)
+
+
+def settings_option(name: str, text: str, metavar: str) -> Any:
+    return typer.Option(name, help=text, metavar=metavar, rich_help_panel="Settings", show_default=False)
+
+
+def option_of(setting: "Setting") -> Any:
+    return typer.Option(
+        setting.option,
+        help=setting.help,
+        metavar=setting.metavar or None,
+        rich_help_panel=setting.group,
+        show_default=False,
+    )
+
+
+def typer_type(setting: "Setting") -> Any:
+    """What typer turns a text into: numbers and switches; all else stays a text, which the schema validates."""
+    kind = setting.annotation
+    if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis:
+        return tuple[tuple(plain_type(each) for each in get_args(kind))]  # type: ignore[misc]
+    kind = plain_type(get_args(kind)[0]) if get_origin(kind) is tuple else plain_type(kind)
+    return list[kind] if setting.repeatable else kind  # type: ignore[valid-type]
+
+
+def plain_type(kind: Any) -> Any:
+    from shared.settings import core_type
+
+    kind, _ = core_type(kind)
+    return kind if kind in (int, float, bool) else str
+
+
+def parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+    annotation = Annotated[Union[kind, None], option]  # noqa: UP007 (made at run time)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def made_by_typer(parameters: Sequence[inspect.Parameter]) -> list[Any]:
+    """Parameters of a command, as typer makes them from the signature of a function."""
+
+    def signature(**_: Any) -> None: ...
+
+    signature.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    signature.__annotations__ = {each.name: each.annotation for each in parameters}
+    holder = typer.Typer(add_completion=False)
+    holder.command()(signature)
+    return list(typer.main.get_command(holder).params)
+
+
+# commands
+
+
+def command(
+    app: typer.Typer,
+    name: str | None = None,
+    *,
+    settings: OptionsFrom | None = None,
+    group: str = "Commands",
+    examples: Sequence[str] = (),
+    hidden: bool = False,
+) -> Callable[[Function], Function]:
+    """Makes a function a command of `app`, under a heading of the help text, with the settings of a schema."""
+    members = {"options_from": settings, "examples": tuple(examples)}
+    kind = type("SagsaeCommand", (SettingsCommand,), members)
+    return app.command(name, cls=kind, rich_help_panel=group, hidden=hidden)
+
+
+class SettingsCommand(TyperCommand):
+    """A command that knows where its options come from."""
+
+    options_from: ClassVar[OptionsFrom | None] = None
+    examples: ClassVar[tuple[str, ...]] = ()
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        own = super().get_params(ctx)
+        if self.options_from is None:
+            return own
+        arguments = [each for each in own if each.param_type_name == "argument"]
+        return [*arguments, *self.options_from.options, *(each for each in own if each not in arguments)]
+
+    def invoke(self, ctx: Any) -> Any:
+        if self.options_from is not None:
+            typed = {each.name: ctx.params.pop(each.name, None) for each in self.options_from.options}
+            ctx.meta[TYPED] = {name: value for name, value in typed.items() if value not in (None, (), [])}
+        return super().invoke(ctx)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        write_parameters(ctx, formatter, self.get_params(ctx))
+
+    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (click's signature)
+        if self.examples:
+            with section(formatter, "Examples"):
+                for line in self.examples:
+                    formatter.write(f"  {line}\n")
+
+
+class CommandGroup(TyperGroup):
+    """A command of commands, which are listed under their headings."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        found: dict[str, list[tuple[str, str]]] = {}
+        for name in self.list_commands(ctx):
+            each = self.get_command(ctx, name)
+            if each is not None and not each.hidden:
+                group = getattr(each, "rich_help_panel", None)
+                heading = group if isinstance(group, str) else "Commands"
+                text = inspect.cleandoc(each.help or "").partition("\n\n")[0]
+                found.setdefault(heading, []).append((name, " ".join(text.split())))
+        for heading, entries in found.items():
+            write_entries(formatter, heading, entries, COMMAND_COLUMN)
+        write_parameters(ctx, formatter, self.get_params(ctx))
+
+
+# help text
+
+
+def write_parameters(ctx: Any, formatter: Any, parameters: Sequence[Any]) -> None:
+    """Arguments and options under their headings."""
+    found: dict[str, list[tuple[str, str]]] = {}
+    for each in parameters:
+        if getattr(each, "hidden", False):
+            continue
+        is_argument = each.param_type_name == "argument"
+        heading = "Arguments" if is_argument else getattr(each, "rich_help_panel", None) or "Options"
+        found.setdefault(heading, []).append((left_side(each), right_side(each, ctx)))
+    for heading, entries in found.items():
+        write_entries(formatter, heading, entries, OPTION_COLUMN)
+
+
+def left_side(each: Any) -> str:
+    """`--clip-norm NUMBER`, `--[no-]directions`, `STORE`."""
+    if each.param_type_name == "argument":
+        return str(each.metavar or each.name.upper()) + ("..." if each.nargs == -1 else "")
+    both = [f"--[no-]{name[2:]}" for name in each.opts if f"--no-{name[2:]}" in each.secondary_opts]
+    names = both or [*each.opts, *each.secondary_opts]
+    value = "" if getattr(each, "is_flag", False) else each.metavar or "VALUE"
+    return f"{', '.join(names)} {value}".strip()
+
+
+def right_side(each: Any, ctx: Any) -> str:
+    """The text of a parameter with its default, which typer's own show in brackets."""
+    text = each.help or ""
+    shown = each.show_default
+    default = each.get_default(ctx, call=False)
+    if isinstance(shown, str):
+        text += f" [default: {shown}]"
+    elif shown and isinstance(default, bool) and getattr(each, "is_flag", False):
+        text += f" [default: {'on' if default else 'off'}]" if each.name != "help" else ""
+    elif shown and default is not None and default != ():
+        text += f" [default: {default}]"
+    return f"{text} [required]" if each.required else text
+
+
+def write_entries(formatter: Any, heading: str, entries: Sequence[tuple[str, str]], column: int) -> None:
+    """Names on the left, texts beside them; the text of a long name begins on the next line."""
+    with section(formatter, heading):
+        for name, text in entries:
+            lines = textwrap.wrap(text, formatter.width - column, break_on_hyphens=False) or [""]
+            if len(name) > column - 4:
+                lines.insert(0, "")
+            first, *rest = lines
+            padding = " " * (column - 2 - len(name))
+            formatter.write(f"  {coloured(name)}{padding if first else ''}{first}".rstrip() + "\n")
+            for line in rest:
+                formatter.write(f"{' ' * column}{line}\n")
+
+
+@contextmanager
+def section(formatter: Any, heading: str) -> Iterator[None]:
+    formatter.write(f"\n{typer.style(f'{heading}:', bold=True) if in_colour() else f'{heading}:'}\n")
+    yield
+
+
+def coloured(name: str) -> str:
+    word, space, rest = name.partition(" ")
+    return typer.style(word, fg=typer.colors.CYAN, bold=True) + space + rest if in_colour() else name
+
+
+def in_colour() -> bool:
+    """Whether help texts have colours; a pipe gets none anyway. See https://no-color.org."""
+    return not os.environ.get("NO_COLOR")
+
+
+def context_settings() -> dict[str, Any]:
+    return {"max_content_width": WIDEST, "terminal_width": min(shutil.get_terminal_size().columns, WIDEST)}
+
+
+# what was typed
+
+
+def typed_saes(context: typer.Context) -> dict[str, Any]:
+    """The options that say which autoencoders to train, by key. `lr` is among them where it has several values."""
+    settings = options_from(context).settings
+    typed = context.meta[TYPED]
+    found = {each.key: typed[each.name] for each in settings if each.sae and each.name in typed}
+    rates = typed.get("lr", ())
+    return {**found, "lr": rates} if len(rates) > 1 else found
+
+
+def resolve(context: typer.Context, **arguments: Any) -> Any:
+    """The validated configuration: defaults, over them the --config file, the options with `arguments`, and --set.
+
+    Raises UserError, which names a wrong value by the option that was typed, or by its key and where it came from.
+    """
+    from shared.schema import build, parse_set, read_toml
+
+    source = options_from(context)
+    typed = dict(context.meta[TYPED])
+    file, assignments = typed.pop("config", None), typed.pop("set_", [])
+    told = read_toml(Path(os.path.expanduser(file))) if file else {}
+    options = typed_values(source.settings, typed)
+    given = {key: value for key, value in arguments.items() if value is not None}
+    assigned = parse_set(list(assignments))
+    labels = {key: f"{file}: {key}" for key in told} | {each.key: each.flag for each in source.settings if each.key in options}
+    labels |= {"saes": "--arch"} if "saes" in given else {}
+    labels |= {key: f"--set {key}" for key in assigned}
+    return build(source.schema, {**source.defaults, **told, **options, **given, **assigned}, labels)
+
+
+def typed_values(settings: "Sequence[Setting]", typed: Mapping[str, Any]) -> dict[str, Any]:
+    """What was typed, by the schema's keys. Several values of one that has a single value belong to autoencoders."""
+    found = {}
+    for each in settings:
+        if each.sae or each.name not in typed:
+            continue
+        value = typed[each.name]
+        if each.repeatable and get_origin(each.annotation) is not tuple:
+            if len(value) > 1:
+                continue
+            value = value[0]
+        found[each.key] = value
+    return found
+
+
+def options_from(context: typer.Context) -> OptionsFrom:
+    source = getattr(context.command, "options_from", None)
+    assert isinstance(source, OptionsFrom), "this command has no schema"
+    return source
