@@ -9,20 +9,25 @@ A command's options are made from its schema (shared/settings.py) when its help 
 the option, the key of `--set` or the file.
 """
 
+import contextlib
 import inspect
 import os
-import shutil
+import signal
+import sys
 import textwrap
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, TypeVar, Union, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand, TyperGroup
+
+from shared.launch import is_helper, wait_briefly
 
 if TYPE_CHECKING:
     from shared.schema import Frozen
@@ -30,7 +35,7 @@ if TYPE_CHECKING:
 
 TYPED: Final = "sagsae.typed"
 """Where a context keeps the options that were typed, by name."""
-WIDEST: Final = 120
+CONTEXT_SETTINGS: Final[dict[str, Any]] = {"max_content_width": 120}
 """Columns that help text fills at most."""
 OPTION_COLUMN, COMMAND_COLUMN = 30, 13
 """Columns of names in front of their texts."""
@@ -59,7 +64,7 @@ class OptionsFrom:
 
     @property
     def schema(self) -> "type[Frozen]":
-        found: type[Frozen] = import_module("shared.config").SCHEMAS[self.name]
+        found: type[Frozen] = import_module("shared.settings").SCHEMAS[self.name]
         return found
 
     @cached_property
@@ -84,7 +89,11 @@ class OptionsFrom:
     @cached_property
     def options(self) -> list[Any]:
         """The same as typer's parameters, none of which has a default: what is not typed is None."""
-        parameters = [parameter(each.name, typer_type(each), option_of(each)) for each in self.settings]
+        file = self.config  # what is missing on the command line may stand in it
+        parameters = [
+            parameter(each.name, typer_type(each), option_of(each), each.default is None and not file)
+            for each in self.settings
+        ]
         if self.config:
             text = "TOML file with any of the settings."
             parameters.append(parameter("config", str, settings_option("--config", text, "PATH")))
@@ -124,7 +133,9 @@ def plain_type(kind: Any) -> Any:
     return kind if kind in (int, float, bool) else str
 
 
-def parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
+def parameter(name: str, kind: Any, option: Any, required: bool = False) -> inspect.Parameter:
+    if required:
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=Annotated[kind, option])
     annotation = Annotated[Union[kind, None], option]  # noqa: UP007 (made at run time)
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
@@ -150,12 +161,10 @@ def command(
     *,
     settings: OptionsFrom | None = None,
     group: str = "Commands",
-    examples: Sequence[str] = (),
     hidden: bool = False,
 ) -> Callable[[Function], Function]:
     """Makes a function a command of `app`, under a heading of the help text, with the settings of a schema."""
-    members = {"options_from": settings, "examples": tuple(examples)}
-    kind = type("SagsaeCommand", (SettingsCommand,), members)
+    kind = type("SagsaeCommand", (SettingsCommand,), {"options_from": settings})
     return app.command(name, cls=kind, rich_help_panel=group, hidden=hidden)
 
 
@@ -163,7 +172,6 @@ class SettingsCommand(TyperCommand):
     """A command that knows where its options come from."""
 
     options_from: ClassVar[OptionsFrom | None] = None
-    examples: ClassVar[tuple[str, ...]] = ()
 
     def get_params(self, ctx: Any) -> list[Any]:
         own = super().get_params(ctx)
@@ -181,15 +189,15 @@ class SettingsCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         write_parameters(ctx, formatter, self.get_params(ctx))
 
-    def format_epilog(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (click's signature)
-        if self.examples:
-            with section(formatter, "Examples"):
-                for line in self.examples:
-                    formatter.write(f"  {line}\n")
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (click's signature)
+        write_text(formatter, self.help or "")
 
 
 class CommandGroup(TyperGroup):
     """A command of commands, which are listed under their headings."""
+
+    def format_help_text(self, ctx: Any, formatter: Any) -> None:  # noqa: ARG002 (click's signature)
+        write_text(formatter, self.help or "")
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         found: dict[str, list[tuple[str, str]]] = {}
@@ -206,6 +214,14 @@ class CommandGroup(TyperGroup):
 
 
 # help text
+
+
+def write_text(formatter: Any, text: str) -> None:
+    """A docstring: its paragraphs wrapped, but examples, which begin with `$`, as they are."""
+    for paragraph in inspect.cleandoc(text).split("\n\n"):
+        is_example = paragraph.startswith("$ ")
+        lines = paragraph.splitlines() if is_example else textwrap.wrap(" ".join(paragraph.split()), formatter.width)
+        formatter.write("\n" + "".join(f"{'  ' if is_example else ''}{line}\n" for line in lines))
 
 
 def write_parameters(ctx: Any, formatter: Any, parameters: Sequence[Any]) -> None:
@@ -242,7 +258,7 @@ def right_side(each: Any, ctx: Any) -> str:
         text += f" [default: {'on' if default else 'off'}]" if each.name != "help" else ""
     elif shown and default is not None and default != ():
         text += f" [default: {default}]"
-    return f"{text} [required]" if each.required else text
+    return f"{text} [required]" if each.required and not text.endswith("[required]") else text
 
 
 def write_entries(formatter: Any, heading: str, entries: Sequence[tuple[str, str]], column: int) -> None:
@@ -259,7 +275,7 @@ def write_entries(formatter: Any, heading: str, entries: Sequence[tuple[str, str
                 formatter.write(f"{' ' * column}{line}\n")
 
 
-@contextmanager
+@contextlib.contextmanager
 def section(formatter: Any, heading: str) -> Iterator[None]:
     formatter.write(f"\n{typer.style(f'{heading}:', bold=True) if in_colour() else f'{heading}:'}\n")
     yield
@@ -275,10 +291,6 @@ def in_colour() -> bool:
     return not os.environ.get("NO_COLOR")
 
 
-def context_settings() -> dict[str, Any]:
-    return {"max_content_width": WIDEST, "terminal_width": min(shutil.get_terminal_size().columns, WIDEST)}
-
-
 # what was typed
 
 
@@ -289,6 +301,11 @@ def typed_saes(context: typer.Context) -> dict[str, Any]:
     found = {each.key: typed[each.name] for each in settings if each.sae and each.name in typed}
     rates = typed.get("lr", ())
     return {**found, "lr": rates} if len(rates) > 1 else found
+
+
+def typed_settings(context: typer.Context) -> dict[str, Any]:
+    """What was typed of the schema's settings, by key, before it is validated."""
+    return typed_values(options_from(context).settings, context.meta[TYPED])
 
 
 def resolve(context: typer.Context, **arguments: Any) -> Any:
@@ -305,7 +322,8 @@ def resolve(context: typer.Context, **arguments: Any) -> Any:
     options = typed_values(source.settings, typed)
     given = {key: value for key, value in arguments.items() if value is not None}
     assigned = parse_set(list(assignments))
-    labels = {key: f"{file}: {key}" for key in told} | {each.key: each.flag for each in source.settings if each.key in options}
+    labels = {key: f"{file}: {key}" for key in told}
+    labels |= {each.key: each.flag for each in source.settings if each.key in options}
     labels |= {"saes": "--arch"} if "saes" in given else {}
     labels |= {key: f"--set {key}" for key in assigned}
     return build(source.schema, {**source.defaults, **told, **options, **given, **assigned}, labels)
@@ -330,3 +348,51 @@ def options_from(context: typer.Context) -> OptionsFrom:
     source = getattr(context.command, "options_from", None)
     assert isinstance(source, OptionsFrom), "this command has no schema"
     return source
+
+
+# running
+
+
+def run_app(app: typer.Typer) -> None:
+    """Runs the command line: every error that a person can mend becomes one message and its exit code."""
+    from shared.device import heed_quota
+    from shared.errors import DamagedError, Interrupted, LostError, UserError
+
+    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
+        raise Interrupted("stopped. To continue, run the same command again")
+
+    signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
+    wait_briefly()
+    heed_quota()
+    try:
+        app()
+    except (UserError, DamagedError, Interrupted, LostError) as error:
+        if isinstance(error, Interrupted):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more changes nothing now
+        if isinstance(error, LostError):
+            time.sleep(1)  # the launcher takes the exit code of who ended first
+        if not (isinstance(error, Interrupted | LostError) and is_helper()):
+            typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+        if isinstance(error, Interrupted) and "RANK" not in os.environ:
+            end_now(error.exit_code)
+        sys.exit(error.exit_code)
+    except OSError as error:
+        if error.errno is None:  # none of the operating system's: a fault of ours
+            raise
+        from shared.files.local import in_words
+
+        where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
+        sys.exit(UserError.exit_code)
+    except MemoryError as error:
+        typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)
+        sys.exit(UserError.exit_code)
+
+
+def end_now(code: int) -> None:
+    """Ends a process that may have been stopped in the middle of anything. Python would wait for threads first, and the
+    libraries' own, which then meet what is gone already, would abort it. On disk everything is whole or absent."""
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)

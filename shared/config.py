@@ -307,7 +307,9 @@ class TrainConfig(Frozen):
     mixed."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
     """Maximum rows that are held in memory and shuffled together, over all streams."""
-    memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of), Shown("auto|SIZE", type="auto or a size")] = "auto"
+    memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of), Shown("auto|SIZE", type="auto or a size")] = (
+        "auto"
+    )
     """What training may take on each device, such as 24GB. auto: nine tenths of what is free.
 
     Autoencoders that do not fit into it together are trained in waves, each in a pass over the store."""
@@ -396,15 +398,34 @@ class ReportConfig(Frozen):
     """Replace a file that is no report, too."""
 
 
-SCHEMAS: dict[str, type[Frozen]] = {
-    "harvest": HarvestConfig,
-    "synth": SynthConfig,
-    "train": TrainConfig,
-    "eval": EvalConfig,
-    "report": ReportConfig,
-    "store recode": RecodeConfig,
-}
-"""The configuration of each command that has one."""
+class ReproduceConfig(Frozen):
+    """The paper's comparison on a model: SA-GSAE at widths H and 2H against Gated, at every λ and seed."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Comparison": "models preset cells seeds layer tokens corpus",
+        "Run": "out yes device",
+    }
+
+    models: tuple[str, ...] = ()
+    """Alias, Hugging Face id or folder. Default: the preset's."""
+    preset: str = "tiny"
+    """smoke (minutes), tiny (under an hour) or paper (GPU-days)."""
+    cells: str | None = None
+    """Hookpoints, with commas. Default: resid_post,attn_out,mlp_out."""
+    seeds: int | None = None
+    """Seeds of the two arms that are compared. Default: the preset's."""
+    layer: Layer = "mid"
+    """Layer number from 0, or mid."""
+    tokens: int | None = None
+    """Training tokens of every autoencoder. Default: the preset's."""
+    corpus: str | None = None
+    """A file, a folder or a Hugging Face dataset. Default: the preset's."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    out: Folder = Path("reproduction")
+    """The folder for everything."""
+    yes: bool = False
+    """Start a job that takes hours or tens of GB."""
 
 
 def demo_harvest(out: Path) -> HarvestConfig:

@@ -17,11 +17,33 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.config import SCHEMAS
+from shared.bench.options import ScaleBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.config import (
+    EvalConfig,
+    HarvestConfig,
+    RecodeConfig,
+    ReportConfig,
+    ReproduceConfig,
+    SynthConfig,
+    TrainConfig,
+)
 from shared.errors import UserError
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
 
+SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
+    "harvest": HarvestConfig,
+    "synth": SynthConfig,
+    "train": TrainConfig,
+    "eval": EvalConfig,
+    "report": ReportConfig,
+    "reproduce": ReproduceConfig,
+    "store recode": RecodeConfig,
+    "bench store": StoreBenchOptions,
+    "bench train": TrainBenchOptions,
+    "bench scale": ScaleBenchOptions,
+}
+"""The schema of each command that has one."""
 AUTOENCODERS: Final = "saes"
 """The field of TrainConfig that the command line builds from the settings of architectures."""
 GRID: Final = ("d_sae", "sparsity", "l0_target", "k", "seed", "lr")
@@ -182,7 +204,9 @@ def type_words(kind: Any, marks: Sequence[Any] = ()) -> str:
 def limits(marks: Sequence[Any]) -> list[str]:
     """The limits of a number: `1 or more`, `above 0`, `0 to 1`. Those that only bound an int64 are left out."""
     given = [each for mark in marks for each in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
-    found = {name: getattr(each, name, None) for each in given for name in LIMITS if getattr(each, name, None) is not None}
+    found = {
+        name: getattr(each, name, None) for each in given for name in LIMITS if getattr(each, name, None) is not None
+    }
     if "ge" in found and "le" in found:
         return [f"{plain(found['ge'])} to {plain(found['le'])}"]
     return [text.format(plain(found[name])) for name, text in LIMITS.items() if found.get(name, 2**62) < 2**62]
@@ -270,9 +294,9 @@ def grid_default(key: str, archs: Sequence[str]) -> str:
 
 def all_settings(name: str) -> tuple[Setting, ...]:
     """The settings of a command or an architecture. Raises UserError for another name."""
-    known = {**{key.removeprefix("store "): schema for key, schema in SCHEMAS.items()}, **architectures()}
+    known: dict[str, type[Frozen]] = {**SCHEMAS, **architectures()}
     if name not in known:
-        raise UserError(f"{name}: has no settings of its own; those that do are {', '.join(known)}")
+        raise UserError(f"{name}: has no settings. Those that have are {', '.join(known)}")
     return settings_of(known[name])
 
 
