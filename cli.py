@@ -7,79 +7,56 @@ What a command needs is imported when it runs.
 
 import dataclasses
 import json
-import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Final
+from typing import Final
 
 import typer
 
 from shared import tables
 from shared.command import (
-    CONTEXT_SETTINGS,
-    CommandGroup,
+    DryRun,
+    Every,
+    Full,
+    Hidden,
+    Json,
+    Names,
     OptionsFrom,
+    OutFolder,
+    Pages,
+    Processes,
+    Repair,
+    Rounds,
+    RunFolder,
+    RunFolders,
+    Scratch,
+    Source,
+    StoreFolder,
+    StorePlace,
+    Target,
+    Version,
+    Yes,
     command,
+    command_group,
     resolve,
     run_app,
+    show,
     typed_saes,
     typed_settings,
 )
 from shared.launch import in_processes, is_helper, launched
 
-app = typer.Typer(
-    cls=CommandGroup,
-    context_settings=CONTEXT_SETTINGS,
-    rich_markup_mode=None,
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-store_app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, no_args_is_help=True)
-bench_app = typer.Typer(cls=CommandGroup, rich_markup_mode=None, no_args_is_help=True)
+app, store_app, bench_app = command_group(), command_group(), command_group()
 SCRIPT: Final = str(Path(__file__).resolve())
 STAGES, LOOK, MEASURE = "Stages", "Look around", "Check and measure"
 BENCH_HARVEST: Final = "model corpus tokens context layers hooks codec device"
 SMALL: Final = {"model": "tiny", "tokens": 262_144}
 
 
-def at_home(text: str) -> Path:
-    """A path, with a `~` that the shell left alone."""
-    return Path(os.path.expanduser(text))
-
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document and nothing else on stdout.")]
-Store = Annotated[str, typer.Argument(metavar="STORE", help="A store: a folder or a URL.")]
-Processes = Annotated[
-    int,
-    typer.Option(
-        min=1, metavar="INTEGER", help="Processes on this machine, one per GPU.", rich_help_panel="Computation"
-    ),
-]
-Rounds = Annotated[int, typer.Option(min=1, metavar="INTEGER", help="Rounds that medians are taken over.")]
-
-
-def folder_option(text: str, default: str | bool = True) -> Any:
-    return typer.Option(parser=at_home, metavar="PATH", help=text, show_default=default)
-
-
-def say_version(asked: bool) -> None:
-    if asked:
-        from shared.record import version
-
-        names = ("sagsae", "torch", "transformer-lens")
-        typer.echo(", ".join(f"{name} {version(name)}" for name in names))
-        raise typer.Exit
-
-
 @app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=say_version, is_eager=True, help="Print the versions.", show_default=False),
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     """Harvest a language model's activations into a store, train sparse autoencoders on it, look at what they learned.
 
     Every command takes --help, and --json to print one JSON document. Repeat a command to resume it; a finished one
@@ -87,18 +64,11 @@ def options(
 
 
 @command(app, group=STAGES, settings=OptionsFrom("harvest", config=True))
-def harvest(
-    context: typer.Context,
-    processes: Processes = 1,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Measure one batch, print what the whole would take, write nothing.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def harvest(context: typer.Context, processes: Processes = 1, dry_run: DryRun = False, as_json: Json = False) -> None:
     """Run a language model over a corpus and keep its activations.
 
     $ sagsae harvest --model tiny --tokens 200000
-    $ sagsae harvest --model pythia-1b --layer 8 --hook mlp_out --corpus texts/ --dry-run
+    $ sagsae harvest --model pythia-1b --hook mlp_out --corpus texts/ --dry-run
     """
     config = resolve(context)
     if dry_run:
@@ -131,40 +101,21 @@ def synth(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(app, group=STAGES, settings=OptionsFrom("train", config=True))
-def train(
-    context: typer.Context,
-    expansion: Annotated[
-        list[float] | None,
-        typer.Option(
-            metavar="NUMBER",
-            help="Number of latents as a multiple of d_in, beside --d-sae; needs --store. Repeatable.",
-            show_default="none",
-            rich_help_panel="Autoencoders",
-        ),
-    ] = None,
-    processes: Processes = 1,
-    as_json: Json = False,
-) -> None:
+def train(context: typer.Context, processes: Processes = 1, as_json: Json = False) -> None:
     """Train autoencoders on a store.
 
     Every architecture, width, sparsity, seed and learning rate is trained in one pass over the activations.
 
-    $ sagsae train --store stores/tiny --hook mlp_out --arch sa-gsae:512 --arch gated:1024
+    $ sagsae train --store stores/tiny --hook mlp_out --arch sa-gsae:512
+    $ sagsae train --store stores/tiny --hook mlp_out --arch gated:1024 --l0-target 16
     $ sagsae train --config run.toml --lr 3e-3 --out runs/three
     """
-    from shared.grid import asked_saes, multiples_of_d_in
-    from shared.progress import say
-    from shared.saes import shared_sparsity
+    from shared.grid import asked_saes, warn_of_shared_sparsity
 
     typed = typed_saes(context)
-    if expansion:
-        place = typed_settings(context)
-        widths = multiples_of_d_in(place.get("store"), place.get("hook"), expansion)
-        typed["d_sae"] = [*typed.get("d_sae", []), *widths]
-    saes = asked_saes(typed)
-    warning = shared_sparsity(typed.get("arch", []), typed.get("sparsity", []))
-    if warning and not is_helper() and (processes == 1 or launched(processes)):
-        say(warning)
+    saes = asked_saes(typed, typed_settings(context))
+    if not is_helper() and (processes == 1 or launched(processes)):
+        warn_of_shared_sparsity(typed)
     config = resolve(context, saes=saes)
     in_processes(processes, SCRIPT)
     from train.run import train as run
@@ -175,11 +126,7 @@ def train(
 
 
 @command(app, "eval", group=STAGES, settings=OptionsFrom("eval", without="run"))
-def evaluate(
-    context: typer.Context,
-    run: Annotated[Path, typer.Argument(parser=at_home, metavar="RUN", help="A training run's folder.")],
-    as_json: Json = False,
-) -> None:
+def evaluate(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:
     """Measure a run's autoencoders on its held-out tokens.
 
     $ sagsae eval runs/three
@@ -189,21 +136,12 @@ def evaluate(
     from train.evaluate import evaluate as measure
 
     done = measure(config)
-
-    def text() -> None:
-        tables.print_saes(f"{done.file}", done.results["saes"])
-        if config.peer_conventions:
-            tables.print_peers("\nThe same by other tools' definitions", done.results["saes"])
-
+    text = partial(tables.print_evaluation, f"{done.file}", done.results["saes"], config.peer_conventions)
     show({"run": str(run), **done.results}, as_json, text)
 
 
 @command(app, group=STAGES, settings=OptionsFrom("report", without="runs"))
-def report(
-    context: typer.Context,
-    runs: Annotated[list[Path], typer.Argument(parser=at_home, metavar="RUN", help="Folders of evaluated runs.")],
-    as_json: Json = False,
-) -> None:
+def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> None:
     """Write one self-contained HTML page that compares runs.
 
     $ sagsae report runs/three runs/four --out report.html
@@ -216,10 +154,7 @@ def report(
 
 
 @command(app, group=MEASURE)
-def demo(
-    out: Annotated[Path, folder_option("The folder for everything.")] = Path("demo"),
-    as_json: Json = False,
-) -> None:
+def demo(out: OutFolder = Path("demo"), as_json: Json = False) -> None:
     """Run every stage on the shipped model: harvest, train, eval, report.
 
     It trains SA-GSAE and Gated autoencoders and takes one to four minutes."""
@@ -266,19 +201,13 @@ def reproduce(context: typer.Context, as_json: Json = False) -> None:
     from train.reproduce.run import reproduce as run_all
 
     found = run_all(request, lambda config: run_harvest(config).store, ask.yes)
-
-    def text() -> None:
-        rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in found.findings]
-        tables.print_table(f"{ask.out / 'reproduction.md'}, {ask.out / 'report.html'}", rows)
-
+    title = f"{ask.out / 'reproduction.md'}, {ask.out / 'report.html'}"
+    text = partial(tables.print_findings, title, found.findings)
     show({"out": str(ask.out), **found.key_results()}, as_json, text)
 
 
 @command(store_app, "ls")
-def store_ls(
-    root: Annotated[str, typer.Argument(metavar="FOLDER", help="A folder (or URL) that holds stores.")] = "stores",
-    as_json: Json = False,
-) -> None:
+def store_ls(root: StoreFolder = "stores", as_json: Json = False) -> None:
     """List the hookpoints in all stores of a folder."""
     from shared.store.listing import list_stores
 
@@ -287,7 +216,7 @@ def store_ls(
 
 
 @command(store_app, "info")
-def store_info(path: Store, as_json: Json = False) -> None:
+def store_info(path: StorePlace, as_json: Json = False) -> None:
     """Print what a store holds and where it came from."""
     from shared.store.listing import describe_store
 
@@ -296,49 +225,28 @@ def store_info(path: Store, as_json: Json = False) -> None:
 
 
 @command(store_app, "verify")
-def store_verify(
-    path: Store,
-    full: Annotated[
-        bool, typer.Option("--full/--quick", help="Decode every chunk, or only checksum the files.")
-    ] = False,
-    mend: Annotated[
-        bool, typer.Option("--repair", help="Drop damaged shards; the next sagsae harvest writes them again.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
+def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_json: Json = False) -> None:
     """Check every byte of a store and list all damage.
 
     The exit code is 3 when something is damaged and stays so."""
     from shared.progress import progress
-    from shared.store.opened import Store as OpenStore
+    from shared.store.opened import Store
     from shared.store.verify import repair, verify
 
-    store = OpenStore.open(path, lenient=True)
+    store = Store.open(path, lenient=True)
     size = store.commits.n_bytes
     with store.files.reading(), progress(f"verify {path}", size, "bytes") as advance:
         damage = verify(store, full, advance)
     again = repair(store.files, damage.shards) if mend and damage.lines else []
-    document = {
-        "store": path,
-        "full": full,
-        "shards": len(store.commits),
-        "of_shards": store.spec.n_shards,
-        "damage": damage.lines,
-        "damaged_shards": damage.shards,
-        "to_harvest": again,
-    }
+    document = {"store": path, "full": full, "shards": len(store.commits), "of_shards": store.spec.n_shards}
+    document |= {"damage": damage.lines, "damaged_shards": damage.shards, "to_harvest": again}
     show(document, as_json, lambda: typer.echo(tables.verify_text(document)))
     if damage.lasting if mend else damage.lines:
         raise typer.Exit(3)
 
 
 @command(store_app, "recode", settings=OptionsFrom("store recode", without="source target"))
-def store_recode(
-    context: typer.Context,
-    source: Annotated[str, typer.Argument(metavar="SOURCE", help="A finished store.")],
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The new store: a folder or an s3:// URL.")],
-    as_json: Json = False,
-) -> None:
+def store_recode(context: typer.Context, source: Source, target: Target, as_json: Json = False) -> None:
     """Rewrite a store with another codec.
 
     Repeat the command to resume it."""
@@ -350,11 +258,7 @@ def store_recode(
 
 
 @command(store_app, "tail")
-def store_tail(
-    path: Store,
-    every: Annotated[float, typer.Option(min=0.1, metavar="SECONDS", help="Seconds between looks.")] = 2.0,
-    as_json: Json = False,
-) -> None:
+def store_tail(path: StorePlace, every: Every = 2.0, as_json: Json = False) -> None:
     """Follow a running harvest until the store is final."""
     from shared.files.open import open_files
     from shared.store.tail import describe, looks
@@ -368,11 +272,7 @@ def store_tail(
 
 
 @command(store_app, "rm")
-def store_rm(
-    path: Store,
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
-    as_json: Json = False,
-) -> None:
+def store_rm(path: StorePlace, yes: Yes = False, as_json: Json = False) -> None:
     """Delete a store."""
     from shared.files.open import open_files
     from shared.store.create import remove_store, what_is_deleted
@@ -403,19 +303,13 @@ def hooks(context: typer.Context, as_json: Json = False) -> None:
     asked = resolve(context)
     from shared.model.hooks import hook_table
 
-    table = [
-        dataclasses.asdict(hook) for hook in hook_table(asked.model, asked.revision, asked.layers, asked.attention)
-    ]
+    found = hook_table(asked.model, asked.revision, asked.layers, asked.attention)
+    table = [dataclasses.asdict(hook) for hook in found]
     show(table, as_json, lambda: tables.print_table(f"{asked.model}, --attention {asked.attention}", table))
 
 
 @command(app, group=LOOK)
-def settings(
-    name: Annotated[
-        list[str], typer.Argument(metavar="NAME", help="A command (train, store recode, …) or an architecture.")
-    ],
-    as_json: Json = False,
-) -> None:
+def settings(name: Names, as_json: Json = False) -> None:
     """Print every setting with its type, default and meaning."""
     from shared.settings import settings_rows
 
@@ -425,10 +319,7 @@ def settings(
 
 
 @command(app, hidden=True)
-def reference(
-    folder: Annotated[Path, typer.Argument(parser=at_home, metavar="FOLDER", help="Where settings.md and cli.md are.")],
-    as_json: Json = False,
-) -> None:
+def reference(folder: Pages, as_json: Json = False) -> None:
     """Write the reference pages that are made from the schemas and from --help."""
     from shared.reference import write_reference
 
@@ -464,21 +355,12 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
             for codec, store in stores.wide.items():  # what is compared is measured in turns, and nothing else then
                 figures |= interleaved(reading(store, WIDE, others=codec in ("zstd", "lz4")), ask.rounds, advance)
         report = store_report(stores.narrow, stores.wide, figures, wait_share(stores.wide["zstd"], WIDE))
-    title = "Uncompressed, median over the rounds"
-    show(
-        {**report["ratios"], **report["raw"]},
-        as_json,
-        lambda: tables.print_ratios(title, report["table"], report["ratios"]),
-    )
+    text = partial(tables.print_ratios, "Uncompressed, median over the rounds", report["table"], report["ratios"])
+    show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
 @command(bench_app, "harvest", settings=OptionsFrom("harvest", BENCH_HARVEST, defaults=SMALL, sets=True))
-def bench_harvest(
-    context: typer.Context,
-    rounds: Rounds = 5,
-    folder: Annotated[Path | None, folder_option("Where to write.", "a temporary folder")] = None,
-    as_json: Json = False,
-) -> None:
+def bench_harvest(context: typer.Context, rounds: Rounds = 5, folder: Scratch = None, as_json: Json = False) -> None:
     """Compare a harvest with the bare forward pass and with the codec alone."""
     import tempfile
 
@@ -521,21 +403,13 @@ def bench_train(context: typer.Context, as_json: Json = False) -> None:
                 store = str(run_harvest(asked).store)
         report = measure(store, ask.hook, Path(folder) / "runs", plan, [sys.executable, SCRIPT], advance)
 
-    def text() -> None:
-        tables.print_ratios(f"Median over {ask.rounds} rounds", report.table, report.ratios)
-        for name, why in peers.left_out.items():
-            typer.echo(f"{name} was not measured: {why}")
-
+    title = f"Median over {ask.rounds} rounds"
+    text = partial(tables.print_ratios, title, report.table, report.ratios, peers.left_out)
     show({**report.ratios, **report.raw}, as_json, text)
 
 
 @command(bench_app, "scale", settings=OptionsFrom("bench scale"))
-def bench_scale(
-    context: typer.Context,
-    one: Annotated[str | None, typer.Option(hidden=True)] = None,
-    place: Annotated[str, typer.Option(hidden=True)] = "",
-    as_json: Json = False,
-) -> None:
+def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as_json: Json = False) -> None:
     """Measure how time and memory grow with the size of a store.
 
     It opens, describes, checks, trains on and harvests into stores, each in a fresh process."""
@@ -549,7 +423,7 @@ def bench_scale(
     from train.bench.scale import READING
 
     ask = resolve(context)
-    if one is not None:
+    if one:
         with hush():
             typer.echo(measured_json(measured(lambda: {**READING, "harvest": harvest_the_rest}[one](place))))
         return
@@ -560,15 +434,6 @@ def bench_scale(
     ):
         found = report_on(measure_growth(Path(here), ask.quick, command, advance))
     show(found, as_json, lambda: tables.print_growth(found))
-
-
-def show(document: Any, as_json: bool, text: Any) -> None:
-    if as_json:
-        from shared.record import to_json
-
-        typer.echo(to_json(document, default=str))
-    else:
-        text()
 
 
 def main() -> None:

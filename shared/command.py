@@ -155,6 +155,18 @@ def made_by_typer(parameters: Sequence[inspect.Parameter]) -> list[Any]:
 # commands
 
 
+def command_group() -> typer.Typer:
+    """A group of commands whose help is written here, not by typer."""
+    return typer.Typer(
+        cls=CommandGroup,
+        context_settings=CONTEXT_SETTINGS,
+        rich_markup_mode=None,
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+
+
 def command(
     app: typer.Typer,
     name: str | None = None,
@@ -255,10 +267,17 @@ def right_side(each: Any, ctx: Any) -> str:
     if isinstance(shown, str):
         text += f" [default: {shown}]"
     elif shown and isinstance(default, bool) and getattr(each, "is_flag", False):
-        text += f" [default: {'on' if default else 'off'}]" if each.name != "help" else ""
+        text += f" [default: {switched(each, default)}]" if each.name != "help" else ""
     elif shown and default is not None and default != ():
         text += f" [default: {default}]"
     return f"{text} [required]" if each.required and not text.endswith("[required]") else text
+
+
+def switched(each: Any, default: bool) -> str:
+    """The state of a switch: on or off, or the name of the one of two that it is."""
+    name = str(each.secondary_opts[0] if each.secondary_opts and not default else each.opts[0]).removeprefix("--")
+    is_pair = each.secondary_opts and not each.secondary_opts[0].startswith("--no-")
+    return name if is_pair else "on" if default else "off"
 
 
 def write_entries(formatter: Any, heading: str, entries: Sequence[tuple[str, str]], column: int) -> None:
@@ -353,6 +372,16 @@ def options_from(context: typer.Context) -> OptionsFrom:
 # running
 
 
+def show(document: Any, as_json: bool, text: Callable[[], object]) -> None:
+    """Prints what a command returned: a document of JSON, or the text for people."""
+    if as_json:
+        from shared.record import to_json
+
+        typer.echo(to_json(document, default=str))
+    else:
+        text()
+
+
 def run_app(app: typer.Typer) -> None:
     """Runs the command line: every error that a person can mend becomes one message and its exit code."""
     from shared.device import heed_quota
@@ -396,3 +425,59 @@ def end_now(code: int) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+# options and arguments that no schema has
+
+
+def at_home(text: str) -> Path:
+    """A path, with a `~` that the shell left alone."""
+    return Path(os.path.expanduser(text))
+
+
+def say_version(asked: bool) -> None:
+    if asked:
+        from shared.record import version
+
+        names = ("sagsae", "torch", "transformer-lens")
+        typer.echo(", ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit
+
+
+def flag(name: str, text: str) -> Any:
+    return typer.Option(name, help=text)
+
+
+def value(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Option(metavar=metavar, help=text, **more)
+
+
+def argument(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Argument(metavar=metavar, help=text, **more)
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=say_version, is_eager=True, help="Print the versions.", show_default=False),
+]
+Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else on stdout.")]
+Yes = Annotated[bool, flag("--yes", "Do not ask.")]
+DryRun = Annotated[bool, flag("--dry-run", "Measure one batch, print what the whole would take, write nothing.")]
+Processes = Annotated[
+    int, value("INTEGER", "Processes on this machine, one per GPU.", min=1, rich_help_panel="Computation")
+]
+Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", min=1)]
+Every = Annotated[float, value("SECONDS", "Seconds between looks.", min=0.1)]
+OutFolder = Annotated[Path, value("PATH", "The folder for everything.", parser=at_home)]
+Scratch = Annotated[Path | None, value("PATH", "Where to write.", parser=at_home, show_default="a temporary folder")]
+Full = Annotated[bool, flag("--full/--quick", "Decode every chunk, or only checksum the files.")]
+Repair = Annotated[bool, flag("--repair", "Drop damaged shards; the next sagsae harvest writes them again.")]
+Hidden = Annotated[str, typer.Option(hidden=True)]
+StorePlace = Annotated[str, argument("STORE", "A store: a folder or a URL.")]
+StoreFolder = Annotated[str, argument("FOLDER", "A folder (or URL) that holds stores.")]
+Source = Annotated[str, argument("SOURCE", "A finished store.")]
+Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
+RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
+RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]
+Names = Annotated[list[str], argument("NAME", "A command (train, store recode, …) or an architecture.")]
+Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]

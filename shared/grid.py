@@ -5,25 +5,39 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from shared.errors import UserError
-from shared.saes import sae_grid
+from shared.progress import say
+from shared.saes import sae_grid, shared_sparsity
 from shared.schema import build
 from shared.settings import GRID, architectures
 from shared.store.opened import find_hookpoint
 
 
-def asked_saes(typed: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-    """The configurations, by what was typed: `arch` and the axes of the grid are lists. None where no option named an
-    autoencoder. Raises UserError naming the option with the wrong value."""
+def asked_saes(typed: Mapping[str, Any], place: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+    """The configurations, by what was typed: `arch`, `expansion` and the axes of the grid are lists. `place` has the
+    store and the hook whose width `expansion` multiplies. None where no option named an autoencoder. Raises UserError
+    naming the option with the wrong value."""
     axes = {key: list(typed[key]) for key in GRID if key in typed}
-    options = {key: value for key, value in typed.items() if key not in (*GRID, "arch")}
+    if "expansion" in typed:
+        widths = multiples_of_d_in(place.get("store"), place.get("hook"), typed["expansion"])
+        axes["d_sae"] = [*axes.get("d_sae", []), *widths]
+    options = {key: value for key, value in typed.items() if key not in (*GRID, "arch", "expansion")}
     if not axes and "arch" not in typed:
         for key in options:
-            raise UserError(f"--{key.replace('_', '-')}: is of autoencoders that the options name. Give --arch, too")
+            raise UserError(
+                f"--{key.replace('_', '-')}: belongs to autoencoders that the options name. Give --arch, too"
+            )
         return None
     grid = sae_grid(list(typed.get("arch", ())), axes, options)
     for sae in grid:
         build(architectures()[sae["arch"]], sae, {key: f"--{key.replace('_', '-')}" for key in sae})
     return grid
+
+
+def warn_of_shared_sparsity(typed: Mapping[str, Any]) -> None:
+    """Says so where one list of λ goes to architectures for which λ means different things."""
+    warning = shared_sparsity(typed.get("arch", []), typed.get("sparsity", []))
+    if warning:
+        say(warning)
 
 
 def multiples_of_d_in(store: str | None, hook: str | None, expansion: Sequence[float]) -> list[int]:

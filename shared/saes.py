@@ -128,6 +128,7 @@ class TopK(SAEConfig):
     """The k largest latents a token, on average over the batch, are active."""
 
     k: Annotated[int, Field(ge=1)] = 32
+    """Active latents per token."""
     aux_k: Annotated[int, Field(ge=0)] | None = None
     """Latents silent for `aux_after` tokens that reconstruct what the others leave. Default: d_in / 8, at least 16."""
     aux_after: Annotated[int, Field(ge=1)] = 200_000

@@ -254,13 +254,36 @@ def sae_settings() -> tuple[Setting, ...]:
             owners.setdefault(key, []).append(arch)
     settings = [each for each in owners if each != "arch"]
     ordered = [*(key for key in GRID if key in settings), *(key for key in settings if key not in GRID)]
-    return (arch_setting(), *(sae_setting(key, owners[key]) for key in ordered if key != "lr"))
+    named = {key: sae_setting(key, owners[key]) for key in ordered if key != "lr"}
+    return (ARCH, named.pop("d_sae"), EXPANSION, *named.values())
 
 
-def arch_setting() -> Setting:
-    names = ", ".join(architectures())
-    meaning = f"Architecture, or architecture and width: gated:8192. One of {names}."
-    return Setting("arch", "--arch", str, "ARCH[:WIDTH]", "text", None, meaning, "", "Autoencoders", True, sae=True)
+ARCH: Final = Setting(
+    key="arch",
+    option="--arch",
+    annotation=str,
+    metavar="ARCH[:WIDTH]",
+    type="text",
+    default="sa-gsae",
+    meaning=f"Architecture, or architecture and width: gated:8192. One of {', '.join(ARCHITECTURES)}.",
+    details="",
+    group="Autoencoders",
+    repeatable=True,
+    sae=True,
+)
+EXPANSION: Final = Setting(
+    key="expansion",
+    option="--expansion",
+    annotation=float,
+    metavar="NUMBER",
+    type="number",
+    default="none",
+    meaning="Number of latents as a multiple of d_in, beside --d-sae; needs --store.",
+    details="",
+    group="Autoencoders",
+    repeatable=True,
+    sae=True,
+)
 
 
 def sae_setting(key: str, archs: Sequence[str]) -> Setting:

@@ -103,6 +103,19 @@ def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
     print_table(title, rows)
 
 
+def print_evaluation(title: str, saes: list[dict[str, Any]], by_peers: bool) -> None:
+    """What `sagsae eval` measured; with other tools' definitions where they were asked for."""
+    print_saes(title, saes)
+    if by_peers:
+        print_peers("\nThe same by other tools' definitions", saes)
+
+
+def print_findings(title: str, findings: Iterable[Any]) -> None:
+    """What `sagsae reproduce` found: each claim of the paper with its mark."""
+    rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in findings]
+    print_table(title, rows)
+
+
 def print_peers(title: str, saes: list[dict[str, Any]]) -> None:
     """R², L0 and dead by other tools' definitions, ours first (`sagsae eval --peer-conventions`)."""
     rows = []
@@ -139,11 +152,14 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     Console(width=max(Console().width, 110)).print(table)  # a cell that is cut off is worth less than a long line
 
 
-def print_ratios(title: str, rows: list[dict[str, Any]], ratios: dict[str, Any]) -> None:
-    """A benchmark's figures, and below them every ratio that was measured."""
+def print_ratios(
+    title: str, rows: list[dict[str, Any]], ratios: dict[str, Any], left_out: dict[str, str] | None = None
+) -> None:
+    """A benchmark's figures, below them every ratio that was measured, and why something was not."""
     print_table(title, rows)
     width = max((len(name) for name in ratios), default=0)
     print_lines(f"{name:{width}} {value}" for name, value in ratios.items() if value is not None)
+    print_lines(f"{name} was not measured: {why}" for name, why in (left_out or {}).items())
 
 
 def print_growth(found: dict[str, Any]) -> None:
