@@ -125,7 +125,7 @@ def train(context: typer.Context, processes: Processes = 1, as_json: Json = Fals
         show(dataclasses.asdict(summary), as_json, lambda: tables.print_saes(f"{summary.run}", summary.saes))
 
 
-@command(app, "eval", group=STAGES, settings=OptionsFrom("eval", without="run"))
+@command(app, "eval", group=STAGES, settings=OptionsFrom("eval"))
 def evaluate(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:
     """Measure a run's autoencoders on its held-out tokens.
 
@@ -140,7 +140,7 @@ def evaluate(context: typer.Context, run: RunFolder, as_json: Json = False) -> N
     show({"run": str(run), **done.results}, as_json, text)
 
 
-@command(app, group=STAGES, settings=OptionsFrom("report", without="runs"))
+@command(app, group=STAGES, settings=OptionsFrom("report"))
 def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> None:
     """Write one self-contained HTML page that compares runs.
 
@@ -245,7 +245,7 @@ def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_
         raise typer.Exit(3)
 
 
-@command(store_app, "recode", settings=OptionsFrom("store recode", without="source target"))
+@command(store_app, "recode", settings=OptionsFrom("store recode"))
 def store_recode(context: typer.Context, source: Source, target: Target, as_json: Json = False) -> None:
     """Rewrite a store with another codec.
 

@@ -12,6 +12,7 @@ the option, the key of `--set` or the file.
 import contextlib
 import inspect
 import os
+import re
 import signal
 import sys
 import textwrap
@@ -53,8 +54,6 @@ class OptionsFrom:
     """The schema's name in SCHEMAS."""
     only: str = ""
     """Names of the fields, with spaces. Default: all."""
-    without: str = ""
-    """Names of fields that are arguments of the command, not options."""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """Defaults of this command that differ from the schema's."""
     config: bool = False
@@ -69,14 +68,14 @@ class OptionsFrom:
 
     @cached_property
     def settings(self) -> "tuple[Setting, ...]":
-        """What becomes an option, in the order of `--help`."""
+        """What becomes an option, in the order of `--help`. Arguments are parameters of the command's function."""
         from dataclasses import replace
 
         from shared.settings import AUTOENCODERS, sae_settings, settings_of, value_words
 
         found: list[Setting] = []
         for each in settings_of(self.schema):
-            if each.key in self.without.split() or (self.only and each.key not in self.only.split()):
+            if each.is_argument or (self.only and each.key not in self.only.split()):
                 continue
             if each.key == AUTOENCODERS:
                 found += sae_settings()
@@ -118,19 +117,12 @@ def option_of(setting: "Setting") -> Any:
 
 
 def typer_type(setting: "Setting") -> Any:
-    """What typer turns a text into: numbers and switches; all else stays a text, which the schema validates."""
+    """What typer makes of what was typed: switches, texts, lists and tuples of texts. Numbers come later, in `number`,
+    so that every wrong value is told in the same words."""
     kind = setting.annotation
     if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis:
-        return tuple[tuple(plain_type(each) for each in get_args(kind))]  # type: ignore[misc]
-    kind = plain_type(get_args(kind)[0]) if get_origin(kind) is tuple else plain_type(kind)
-    return list[kind] if setting.repeatable else kind  # type: ignore[valid-type]
-
-
-def plain_type(kind: Any) -> Any:
-    from shared.settings import core_type
-
-    kind, _ = core_type(kind)
-    return kind if kind in (int, float, bool) else str
+        return tuple[(str,) * len(get_args(kind))]  # type: ignore[misc]
+    return bool if kind is bool else list[str] if setting.repeatable else str
 
 
 def parameter(name: str, kind: Any, option: Any, required: bool = False) -> inspect.Parameter:
@@ -228,6 +220,17 @@ class CommandGroup(TyperGroup):
 # help text
 
 
+def help_of(each: Any, name: str, width: int) -> str:
+    """The help text of a command as a page of `width` columns shows it."""
+    context = each.make_context(name, [], resilient_parsing=True, terminal_width=width)
+    return re.sub(r"\x1b\[[0-9;]*m", "", each.get_help(context)).rstrip()
+
+
+def commands_of(app: Any) -> dict[str, Any]:
+    """The commands of a group that are shown, by name; none for a command."""
+    return {name: each for name, each in getattr(app, "commands", {}).items() if not each.hidden}
+
+
 def write_text(formatter: Any, text: str) -> None:
     """A docstring: its paragraphs wrapped, but examples, which begin with `$`, as they are."""
     for paragraph in inspect.cleandoc(text).split("\n\n"):
@@ -317,9 +320,9 @@ def typed_saes(context: typer.Context) -> dict[str, Any]:
     """The options that say which autoencoders to train, by key. `lr` is among them where it has several values."""
     settings = options_from(context).settings
     typed = context.meta[TYPED]
-    found = {each.key: typed[each.name] for each in settings if each.sae and each.name in typed}
-    rates = typed.get("lr", ())
-    return {**found, "lr": rates} if len(rates) > 1 else found
+    found = {each.key: as_numbers(each, typed[each.name]) for each in settings if each.sae and each.name in typed}
+    rates = [as_numbers(each, typed["lr"]) for each in settings if each.name == "lr" and len(typed.get("lr", ())) > 1]
+    return {**found, "lr": rates[0]} if rates else found
 
 
 def typed_settings(context: typer.Context) -> dict[str, Any]:
@@ -332,6 +335,7 @@ def resolve(context: typer.Context, **arguments: Any) -> Any:
 
     Raises UserError, which names a wrong value by the option that was typed, or by its key and where it came from.
     """
+    from shared.grid import check_listed_saes
     from shared.schema import build, parse_set, read_toml
 
     source = options_from(context)
@@ -345,6 +349,7 @@ def resolve(context: typer.Context, **arguments: Any) -> Any:
     labels |= {each.key: each.flag for each in source.settings if each.key in options}
     labels |= {"saes": "--arch"} if "saes" in given else {}
     labels |= {key: f"--set {key}" for key in assigned}
+    check_listed_saes({**told, **given, **assigned}.get("saes"), labels.get("saes", "saes"))
     return build(source.schema, {**source.defaults, **told, **options, **given, **assigned}, labels)
 
 
@@ -354,13 +359,31 @@ def typed_values(settings: "Sequence[Setting]", typed: Mapping[str, Any]) -> dic
     for each in settings:
         if each.sae or each.name not in typed:
             continue
-        value = typed[each.name]
+        value = as_numbers(each, typed[each.name])
         if each.repeatable and get_origin(each.annotation) is not tuple:
             if len(value) > 1:
                 continue
             value = value[0]
         found[each.key] = value
     return found
+
+
+def as_numbers(setting: "Setting", value: Any) -> Any:
+    """A value or a list of them with numbers instead of texts, where the setting takes nothing else."""
+    from shared.errors import UserError
+    from shared.gate import quoted
+    from shared.settings import number_type
+
+    kind = number_type(setting.annotation)
+    if kind is None:
+        return value
+    if isinstance(value, list | tuple):
+        return [as_numbers(setting, each) for each in value]
+    try:
+        return kind(value)
+    except ValueError as error:
+        expected = "a whole number" if kind is int else "a number"
+        raise UserError(f"{setting.flag}: must be {expected} (got {quoted(value)})") from error
 
 
 def options_from(context: typer.Context) -> OptionsFrom:
@@ -452,6 +475,21 @@ def value(metavar: str, text: str, **more: Any) -> Any:
     return typer.Option(metavar=metavar, help=text, **more)
 
 
+def at_least(kind: type[float], least: float) -> Callable[[Any], Any]:
+    """A parser of numbers."""
+
+    def parse(text: Any) -> Any:
+        try:
+            found = kind(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"must be a {'whole ' if kind is int else ''}number (got {text!r})") from error
+        if not found >= least:
+            raise typer.BadParameter(f"must be {least:g} or more (got {text})")
+        return found
+
+    return parse
+
+
 def argument(metavar: str, text: str, **more: Any) -> Any:
     return typer.Argument(metavar=metavar, help=text, **more)
 
@@ -464,10 +502,11 @@ Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else 
 Yes = Annotated[bool, flag("--yes", "Do not ask.")]
 DryRun = Annotated[bool, flag("--dry-run", "Measure one batch, print what the whole would take, write nothing.")]
 Processes = Annotated[
-    int, value("INTEGER", "Processes on this machine, one per GPU.", min=1, rich_help_panel="Computation")
+    int,
+    value("INTEGER", "Processes on this machine, one per GPU.", parser=at_least(int, 1), rich_help_panel="Computation"),
 ]
-Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", min=1)]
-Every = Annotated[float, value("SECONDS", "Seconds between looks.", min=0.1)]
+Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", parser=at_least(int, 1))]
+Every = Annotated[float, value("SECONDS", "Seconds between looks.", parser=at_least(float, 0.1))]
 OutFolder = Annotated[Path, value("PATH", "The folder for everything.", parser=at_home)]
 Scratch = Annotated[Path | None, value("PATH", "Where to write.", parser=at_home, show_default="a temporary folder")]
 Full = Annotated[bool, flag("--full/--quick", "Decode every chunk, or only checksum the files.")]

@@ -44,7 +44,7 @@ def memory_of(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         value = parse_bytes(value)
     if isinstance(value, int) and value < 1:
-        raise ValueError("expected auto, or at least one byte")
+        raise ValueError("must be auto, or at least one byte")
     return value
 
 
@@ -347,9 +347,9 @@ class RecodeConfig(Frozen):
 
     groups: ClassVar[Mapping[str, str]] = {"Store": "source target codec"}
 
-    source: Location
+    source: Annotated[Location, Shown(option="SOURCE")]
     """A finished store."""
-    target: Location
+    target: Annotated[Location, Shown(option="TARGET")]
     """The new store: a folder or an s3:// URL."""
     codec: Literal["zstd", "lz4", "none", "int8"]
     """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
@@ -363,7 +363,7 @@ class EvalConfig(Frozen):
         "Measures": "ce ce_tokens directions peer_conventions",
     }
 
-    run: Folder
+    run: Annotated[Folder, Shown(option="RUN")]
     """The training run's folder."""
     store: Location | None = None
     """Where the run's store is now. Default: where it was."""
@@ -390,7 +390,7 @@ class ReportConfig(Frozen):
 
     groups: ClassVar[Mapping[str, str]] = {"Report": "runs out overwrite"}
 
-    runs: tuple[Folder, ...]
+    runs: Annotated[tuple[Folder, ...], Shown(option="RUN...")]
     """Folders of evaluated runs."""
     out: Folder = Path("report.html")
     """The HTML file to write."""

@@ -33,6 +33,14 @@ def asked_saes(typed: Mapping[str, Any], place: Mapping[str, Any]) -> list[dict[
     return grid
 
 
+def check_listed_saes(saes: Any, label: str) -> None:
+    """Autoencoders of a --config file or of --set, each by the name of its place. Raises UserError."""
+    for number, sae in enumerate(saes if isinstance(saes, list) else []):
+        if isinstance(sae, dict) and sae.get("arch") in architectures():
+            schema = architectures()[sae["arch"]]
+            build(schema, sae, {str(key): f"{label}.{number}.{key}" for key in {*schema.model_fields, *sae}})
+
+
 def warn_of_shared_sparsity(typed: Mapping[str, Any]) -> None:
     """Says so where one list of λ goes to architectures for which λ means different things."""
     warning = shared_sparsity(typed.get("arch", []), typed.get("sparsity", []))

@@ -27,6 +27,7 @@ class SAEConfig(Frozen):
     """What every autoencoder has."""
 
     arch: str
+    """The architecture."""
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0

@@ -102,7 +102,12 @@ def complaint(schema: type[Frozen], error: ValidationError, labels: Mapping[str,
         return f"{labels.get(key, key)}{colon}{rest}"
     alternatives = dict.fromkeys(in_words(each) for each in errors if inside(each) == place)
     message = cut(" or ".join(alternatives)).replace(" or must be ", ", or ")
-    return f"{called(place, labels)}: {message} (got {quoted(first['input'])})"
+    return f"{called(place, labels)}: {message} (got {as_typed(first['input'])})"
+
+
+def as_typed(value: object) -> str:
+    """A wrong value as a message repeats it: numbers bare, though they are texts on a command line."""
+    return value if isinstance(value, str) and re.fullmatch(r"[-+.\de]{1,30}", value) else quoted(value)
 
 
 def inside(error: Any) -> tuple[str | int, ...]:

@@ -88,6 +88,17 @@ class Setting:
         return self.option.partition("/")[0]
 
     @property
+    def is_argument(self) -> bool:
+        """Whether it is an argument of the command, without a name of its own."""
+        return not self.option.startswith("--")
+
+    @property
+    def left(self) -> str:
+        """The option as help texts show it: `--clip-norm NUMBER`, `--[no-]directions`."""
+        name = self.option.replace("--", "--[no-]", 1) if "/" in self.option else self.option
+        return f"{name.partition('/')[0]} {self.metavar}".strip()
+
+    @property
     def help(self) -> str:
         """The text in `--help`: meaning, whether it repeats, default."""
         repeats = " Repeatable." if self.repeatable else ""
@@ -111,6 +122,8 @@ def setting(key: str, field: FieldInfo, text: str, group: str) -> Setting:
     meaning, details, words = split(text)
     many = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
     option = shown.option or f"--{(key.removesuffix('s') if many else key).replace('_', '-')}"
+    if key == AUTOENCODERS:
+        option = "--arch"
     if kind is bool and field.default is not False:
         option = f"{option}/--no-{option.removeprefix('--')}"
     return Setting(
@@ -182,6 +195,13 @@ def metavar(kind: Any) -> str:
     return {int: "INTEGER", float: "NUMBER", Path: "PATH"}.get(kind, "TEXT")
 
 
+def number_type(kind: Any) -> type[int] | type[float] | None:
+    """int or float for a setting that takes only such numbers, one or several."""
+    if get_origin(kind) is tuple:
+        kind, _ = core_type(get_args(kind)[0])
+    return kind if kind in (int, float) else None
+
+
 def shown_as(marks: Sequence[Any]) -> str:
     return next((mark.metavar for mark in marks if isinstance(mark, Shown)), "")
 
@@ -193,7 +213,8 @@ def type_words(kind: Any, marks: Sequence[Any] = ()) -> str:
     if get_origin(kind) is Literal:
         return listed([str(each) for each in get_args(kind)])
     if get_origin(kind) is Union:
-        return "; or ".join(type_words(*core_type(each)) for each in get_args(kind))
+        words = [type_words(*core_type(each)) for each in get_args(kind)]
+        return "; or ".join(words) if any("," in each for each in words) else listed(words)
     if get_origin(kind) is tuple:
         members = [type_words(*core_type(each)) for each in get_args(kind) if each is not Ellipsis]
         return f"list: {members[0]}" if len(members) == 1 else "; ".join(members)
@@ -328,6 +349,7 @@ def settings_rows(name: str) -> list[dict[str, Any]]:
     return [
         {
             "setting": each.key,
+            "option": each.option,
             "type": each.type,
             "default": each.default,
             "required": each.default is None,

@@ -180,7 +180,7 @@ def print_settings(name: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    console = Console(width=max(Console().width, 80))
+    console = Console(width=max(Console().width, 110))
     for group in dict.fromkeys(row["group"] for row in rows):
         table = Table(
             title=Text(f"{name}: {group}"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
