@@ -346,7 +346,7 @@ def resolve(context: typer.Context, **arguments: Any) -> Any:
     given = {key: value for key, value in arguments.items() if value is not None}
     assigned = parse_set(list(assignments))
     labels = {key: f"{file}: {key}" for key in told}
-    labels |= {each.key: each.flag for each in source.settings if each.key in options}
+    labels |= {each.key: each.flag for each in source.settings if each.key in options and not each.sae}
     labels |= {"saes": "--arch"} if "saes" in given else {}
     labels |= {key: f"--set {key}" for key in assigned}
     check_listed_saes({**told, **given, **assigned}.get("saes"), labels.get("saes", "saes"))
@@ -475,7 +475,7 @@ def value(metavar: str, text: str, **more: Any) -> Any:
     return typer.Option(metavar=metavar, help=text, **more)
 
 
-def at_least(kind: type[float], least: float) -> Callable[[Any], Any]:
+def at_least(kind: type, least: Any) -> Callable[[Any], Any]:
     """A parser of numbers."""
 
     def parse(text: Any) -> Any:

@@ -69,9 +69,8 @@ def entry(setting: Setting) -> Iterator[str]:
     default = "required" if setting.default is None else f"default: {setting.default}"
     option = f"argument `{setting.option}`" if setting.is_argument else f"`{setting.left}`"
     yield from wrapped(f"* **`{setting.key}`** ({setting.type}; {default}; {option})", "    ")
-    for paragraph in filter(None, [setting.meaning, *setting.details.split("\n\n")]):
-        yield ""
-        yield from wrapped(f"    {paragraph}", "    ")
+    yield ""
+    yield from wrapped("    " + " ".join(f"{setting.meaning} {setting.details}".split()), "    ")
     yield ""
 
 

@@ -118,7 +118,7 @@ def settings_of(schema: type[Frozen]) -> tuple[Setting, ...]:
 
 def setting(key: str, field: FieldInfo, text: str, group: str) -> Setting:
     kind, marks = core_type(Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation)
-    shown = next((mark for mark in marks if isinstance(mark, Shown)), Shown())
+    shown = shown_in(marks)
     meaning, details, words = split(text)
     many = get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
     option = shown.option or f"--{(key.removesuffix('s') if many else key).replace('_', '-')}"
@@ -203,12 +203,23 @@ def number_type(kind: Any) -> type[int] | type[float] | None:
 
 
 def shown_as(marks: Sequence[Any]) -> str:
-    return next((mark.metavar for mark in marks if isinstance(mark, Shown)), "")
+    return shown_in(marks).metavar
+
+
+def shown_in(marks: Sequence[Any]) -> Shown:
+    """All that the marks say together."""
+    found = [mark for mark in marks if isinstance(mark, Shown)]
+    return Shown(
+        metavar=next((mark.metavar for mark in found if mark.metavar), ""),
+        option=next((mark.option for mark in found if mark.option), ""),
+        repeatable=any(mark.repeatable for mark in found),
+        type=next((mark.type for mark in found if mark.type), ""),
+    )
 
 
 def type_words(kind: Any, marks: Sequence[Any] = ()) -> str:
     """A type with its limits: `integer, 1 or more`, `zstd, lz4 or none`, `list: path`."""
-    if said := next((mark.type for mark in marks if isinstance(mark, Shown) and mark.type), ""):
+    if said := shown_in(marks).type:
         return said
     if get_origin(kind) is Literal:
         return listed([str(each) for each in get_args(kind)])
