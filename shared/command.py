@@ -316,7 +316,7 @@ def in_colour() -> bool:
 # what was typed
 
 
-def typed_saes(context: typer.Context) -> dict[str, Any]:
+def typed_saes(context: Any) -> dict[str, Any]:
     """The options that say which autoencoders to train, by key. `lr` is among them where it has several values."""
     settings = options_from(context).settings
     typed = context.meta[TYPED]
@@ -325,12 +325,12 @@ def typed_saes(context: typer.Context) -> dict[str, Any]:
     return {**found, "lr": rates[0]} if rates else found
 
 
-def typed_settings(context: typer.Context) -> dict[str, Any]:
+def typed_settings(context: Any) -> dict[str, Any]:
     """What was typed of the schema's settings, by key, before it is validated."""
     return typed_values(options_from(context).settings, context.meta[TYPED])
 
 
-def resolve(context: typer.Context, **arguments: Any) -> Any:
+def resolve(context: Any, **arguments: Any) -> Any:
     """The validated configuration: defaults, over them the --config file, the options with `arguments`, and --set.
 
     Raises UserError, which names a wrong value by the option that was typed, or by its key and where it came from.
@@ -386,7 +386,7 @@ def as_numbers(setting: "Setting", value: Any) -> Any:
         raise UserError(f"{setting.flag}: must be {expected} (got {quoted(value)})") from error
 
 
-def options_from(context: typer.Context) -> OptionsFrom:
+def options_from(context: Any) -> OptionsFrom:
     source = getattr(context.command, "options_from", None)
     assert isinstance(source, OptionsFrom), "this command has no schema"
     return source

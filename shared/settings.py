@@ -171,9 +171,9 @@ def docstrings(schema: type) -> Mapping[str, str]:
             body = ast.parse(textwrap.dedent(inspect.getsource(each))).body[0]
             assert isinstance(body, ast.ClassDef)
             for field, text in zip(body.body, body.body[1:], strict=False):
-                is_text = isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant)
-                if is_text and isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
-                    found[field.target.id] = str(text.value.value)  # type: ignore[union-attr]
+                match field, text:
+                    case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(words))):
+                        found[name] = words
     return found
 
 
@@ -224,8 +224,8 @@ def type_words(kind: Any, marks: Sequence[Any] = ()) -> str:
     if get_origin(kind) is Literal:
         return listed([str(each) for each in get_args(kind)])
     if get_origin(kind) is Union:
-        words = [type_words(*core_type(each)) for each in get_args(kind)]
-        return "; or ".join(words) if any("," in each for each in words) else listed(words)
+        several = [type_words(*core_type(each)) for each in get_args(kind)]
+        return "; or ".join(several) if any("," in each for each in several) else listed(several)
     if get_origin(kind) is tuple:
         members = [type_words(*core_type(each)) for each in get_args(kind) if each is not Ellipsis]
         return f"list: {members[0]}" if len(members) == 1 else "; ".join(members)
@@ -236,9 +236,7 @@ def type_words(kind: Any, marks: Sequence[Any] = ()) -> str:
 def limits(marks: Sequence[Any]) -> list[str]:
     """The limits of a number: `1 or more`, `above 0`, `0 to 1`. Those that only bound an int64 are left out."""
     given = [each for mark in marks for each in (mark.metadata if isinstance(mark, FieldInfo) else [mark])]
-    found = {
-        name: getattr(each, name, None) for each in given for name in LIMITS if getattr(each, name, None) is not None
-    }
+    found: dict[str, Any] = {name: getattr(each, name) for each in given for name in LIMITS if hasattr(each, name)}
     if "ge" in found and "le" in found:
         return [f"{plain(found['ge'])} to {plain(found['le'])}"]
     return [text.format(plain(found[name])) for name, text in LIMITS.items() if found.get(name, 2**62) < 2**62]
