@@ -1,7 +1,7 @@
 """sagsae: harvest a language model's activations, train sparse autoencoders on them, look at what they learned.
 
 Every command parses its options, calls one function and prints what it returned: a short text, or with --json one
-document on stdout. Progress goes to stderr. Options are made from the schemas of shared/config.py (shared/command.py).
+document on stdout. Progress goes to stderr. Options are made from the schemas of shared/config.py (shared/command/).
 What a command needs is imported when it runs.
 """
 
@@ -16,7 +16,7 @@ from typing import Final
 import typer
 
 from shared import tables
-from shared.command import (
+from shared.command.options import (
     DryRun,
     Every,
     Full,
@@ -46,7 +46,8 @@ from shared.command import (
     typed_saes,
     typed_settings,
 )
-from shared.launch import in_processes, is_helper, launched
+from shared.command.start import in_processes
+from shared.launch import is_helper, launched
 
 app, store_app, bench_app = command_group(), command_group(), command_group()
 SCRIPT: Final = str(Path(__file__).resolve())
@@ -110,7 +111,7 @@ def train(context: typer.Context, processes: Processes = 1, as_json: Json = Fals
     $ sagsae train --store stores/tiny --hook mlp_out --arch gated:1024 --l0-target 16
     $ sagsae train --config run.toml --lr 3e-3 --out runs/three
     """
-    from shared.grid import asked_saes, warn_of_shared_sparsity
+    from shared.command.grid import asked_saes, warn_of_shared_sparsity
 
     typed = typed_saes(context)
     saes = asked_saes(typed, typed_settings(context))
@@ -311,7 +312,7 @@ def hooks(context: typer.Context, as_json: Json = False) -> None:
 @command(app, group=LOOK)
 def settings(name: Names, as_json: Json = False) -> None:
     """Print every setting with its type, default and meaning."""
-    from shared.settings import settings_rows
+    from shared.command.settings import settings_rows
 
     words = " ".join(name)
     rows = settings_rows(words)
@@ -321,7 +322,7 @@ def settings(name: Names, as_json: Json = False) -> None:
 @command(app, hidden=True)
 def reference(folder: Pages, as_json: Json = False) -> None:
     """Write the reference pages that are made from the schemas and from --help."""
-    from shared.reference import write_reference
+    from shared.command.reference import write_reference
 
     written = write_reference(folder, typer.main.get_command(app))
     show({"written": written}, as_json, lambda: typer.echo("\n".join(written)))

@@ -1,18 +1,15 @@
-"""One process or several: what the environment says, checked once, for everybody; and how several are started.
+"""One process or several: what the environment says, checked once, for everybody.
 
 torchrun, accelerate and `--processes` set RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
 What is left over from another job, or set by half, would have a process believe in others that there are not.
 """
 
-import logging
 import os
-import sys
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final
 
-from shared.errors import Interrupted, UserError
+from shared.errors import UserError
 
 NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -87,7 +84,7 @@ def number(
     return int(text)
 
 
-# starting processes
+# what the processes of a command know
 
 
 def launched(processes: int) -> bool:
@@ -96,40 +93,6 @@ def launched(processes: int) -> bool:
     if size not in (1, processes):
         raise UserError(f"--processes {processes}: was started as one of {size}. Leave --processes to the launcher")
     return settle().size > 1
-
-
-def in_processes(processes: int, script: str) -> None:
-    """Continues where this is one process alone or one of several; else starts `script` with this command's arguments
-    in several processes and exits with the code of the first that failed. Raises Interrupted and UserError."""
-    if processes > 1 and not launched(processes):
-        launch(processes, script)
-
-
-def launch(processes: int, script: str) -> NoReturn:
-    """Runs this same command in several processes and exits with the code of the first that failed."""
-    from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.run import main as torchrun
-
-    from shared.device import share_cores
-
-    share_cores(processes)
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in after a signal
-    for name in (name for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")):
-        logging.getLogger(name).setLevel(logging.CRITICAL)  # the processes speak for themselves
-    try:
-        torchrun([*on_this_machine(), f"--nproc-per-node={processes}", script, *sys.argv[1:]])
-    except ChildFailedError as error:
-        sys.exit(max(1, error.get_first_failure()[1].exitcode))
-    except SignalException as error:
-        raise Interrupted("stopped. To continue, run the same command again") from error
-    sys.exit(0)
-
-
-def on_this_machine() -> list[str]:
-    """torchrun's --standalone, without asking for the machine's own name: it need not resolve."""
-    meeting = ["--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0", f"--rdzv-id={uuid.uuid4()}"]
-    return ["--nnodes=1", *meeting, "--local-addr=127.0.0.1"]
 
 
 def is_helper() -> bool:

@@ -10,13 +10,13 @@ import typer
 from support.command import ROOT, Sagsae
 
 import cli
-from shared.command import OptionsFrom, command, command_group, commands_of, help_of, resolve
+from shared.command.grid import asked_saes
+from shared.command.options import OptionsFrom, command, command_group, commands_of, help_of, resolve
+from shared.command.reference import cli_page, named_commands, settings_page
+from shared.command.settings import AUTOENCODERS, SCHEMAS, all_settings, architectures, sae_settings, settings_of
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.grid import asked_saes
-from shared.reference import cli_page, named_commands, settings_page
 from shared.schema import Frozen, build
-from shared.settings import AUTOENCODERS, SCHEMAS, all_settings, architectures, sae_settings, settings_of
 
 APP: Any = typer.main.get_command(cli.app)
 COMMANDS = dict(named_commands(APP))

@@ -425,8 +425,8 @@ def configured(words: list[str]) -> Any:
     """A command's validated configuration: the command runs up to there."""
     resolve = cli.resolve
 
-    def stop(*arguments: Any) -> None:
-        raise Resolved(resolve(*arguments))
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise Resolved(resolve(*arguments, **more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "resolve", stop)
@@ -455,8 +455,8 @@ def test_services_hand_over_to_each_other() -> None:
     assert train.hook in harvest.hooks
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
-    report = parsed(command("report", **given))
-    assert (report["runs"], report["out"]) == ([train.out], train.out.with_suffix(".html"))
+    report = configured(command("report", **given))
+    assert (report.runs, report.out) == ((train.out,), train.out.with_suffix(".html"))
 
 
 def test_variables_reach_the_commands() -> None:

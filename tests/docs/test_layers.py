@@ -20,7 +20,7 @@ DOORS = {
     "transformer_lens": {"shared/model/bridge.py"},
     "accelerate": {"train/ranks.py"},
     "triton": {"train/sae/sparse/kernels.py", "train/sae/sparse/entries.py", "train/sae/sparse/adam.py"},
-    "typer": {"cli.py", "shared/command.py"},
+    "typer": {"cli.py", "shared/command/options.py"},
     "sae_lens": {"train/bench/runner.py"},
     "dictionary_learning": {"train/bench/runner.py"},
     "wandb": {"train/runs/trackers.py"},

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from shared.command import commands_of, help_of
+from shared.command.options import commands_of, help_of
+from shared.command.settings import SCHEMAS, Setting, architectures, settings_of
 from shared.schema import Frozen
-from shared.settings import SCHEMAS, Setting, architectures, settings_of
 
 WIDTH: Final = 120
 """Columns of a line of Markdown."""

@@ -4,7 +4,7 @@
     def harvest(context: Context, …):
         config = resolve(context)
 
-A command's options are made from its schema (shared/settings.py) when its help or its arguments are asked for, so that
+A command's options are made from its schema (shared/command/settings.py) when its help or its arguments are asked for, so that
 `sagsae --help` imports no schema. `resolve` validates what was typed over what a --config file says, and errors name
 the option, the key of `--set` or the file.
 """
@@ -31,8 +31,8 @@ from typer.core import TyperCommand, TyperGroup
 from shared.launch import is_helper, wait_briefly
 
 if TYPE_CHECKING:
+    from shared.command.settings import Setting
     from shared.schema import Frozen
-    from shared.settings import Setting
 
 TYPED: Final = "sagsae.typed"
 """Where a context keeps the options that were typed, by name."""
@@ -63,7 +63,7 @@ class OptionsFrom:
 
     @property
     def schema(self) -> "type[Frozen]":
-        found: type[Frozen] = import_module("shared.settings").SCHEMAS[self.name]
+        found: type[Frozen] = import_module("shared.command.settings").SCHEMAS[self.name]
         return found
 
     @cached_property
@@ -71,7 +71,7 @@ class OptionsFrom:
         """What becomes an option, in the order of `--help`. Arguments are parameters of the command's function."""
         from dataclasses import replace
 
-        from shared.settings import AUTOENCODERS, sae_settings, settings_of, value_words
+        from shared.command.settings import AUTOENCODERS, sae_settings, settings_of, value_words
 
         found: list[Setting] = []
         for each in settings_of(self.schema):
@@ -335,7 +335,7 @@ def resolve(context: Any, **arguments: Any) -> Any:
 
     Raises UserError, which names a wrong value by the option that was typed, or by its key and where it came from.
     """
-    from shared.grid import check_listed_saes
+    from shared.command.grid import check_listed_saes
     from shared.schema import build, parse_set, read_toml
 
     source = options_from(context)
@@ -370,9 +370,9 @@ def typed_values(settings: "Sequence[Setting]", typed: Mapping[str, Any]) -> dic
 
 def as_numbers(setting: "Setting", value: Any) -> Any:
     """A value or a list of them with numbers instead of texts, where the setting takes nothing else."""
+    from shared.command.settings import number_type
     from shared.errors import UserError
     from shared.gate import quoted
-    from shared.settings import number_type
 
     kind = number_type(setting.annotation)
     if kind is None:

@@ -4,11 +4,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from shared.command.settings import GRID, architectures
 from shared.errors import UserError
 from shared.progress import say
 from shared.saes import sae_grid, shared_sparsity
 from shared.schema import build
-from shared.settings import GRID, architectures
 from shared.store.opened import find_hookpoint
 
 
