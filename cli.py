@@ -16,14 +16,16 @@ from typing import Final
 import typer
 
 from shared import tables
-from shared.command.options import (
+from shared.command.commands import command, command_group
+from shared.command.main import run_app, show
+from shared.command.options import OptionsFrom, resolve, typed_saes, typed_settings
+from shared.command.parameters import (
     DryRun,
     Every,
     Full,
     Hidden,
     Json,
     Names,
-    OptionsFrom,
     OutFolder,
     Pages,
     Processes,
@@ -38,13 +40,6 @@ from shared.command.options import (
     Target,
     Version,
     Yes,
-    command,
-    command_group,
-    resolve,
-    run_app,
-    show,
-    typed_saes,
-    typed_settings,
 )
 from shared.command.start import in_processes
 from shared.launch import is_helper, launched

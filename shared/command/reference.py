@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from shared.command.options import commands_of, help_of
+from shared.command.commands import commands_of, help_of
 from shared.command.settings import SCHEMAS, Setting, architectures, settings_of
 from shared.schema import Frozen
 

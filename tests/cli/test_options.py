@@ -10,8 +10,9 @@ import typer
 from support.command import ROOT, Sagsae
 
 import cli
+from shared.command.commands import command, command_group, commands_of, help_of
 from shared.command.grid import asked_saes
-from shared.command.options import OptionsFrom, command, command_group, commands_of, help_of, resolve
+from shared.command.options import OptionsFrom, resolve
 from shared.command.reference import cli_page, named_commands, settings_page
 from shared.command.settings import AUTOENCODERS, SCHEMAS, all_settings, architectures, sae_settings, settings_of
 from shared.config import HarvestConfig, TrainConfig
