@@ -79,7 +79,7 @@ class OptionsFrom:
             text = "TOML file with any of the settings."
             parameters.append(parameter("config", str, settings_option("--config", text, "PATH")))
         if self.config or self.sets:
-            text = "Any setting, such as --set lr=0.01. The value is JSON or text. Repeatable."
+            text = "Any setting by its key, as JSON or text. Repeatable."
             parameters.append(parameter("set_", list[str], settings_option("--set", text, "KEY=VALUE")))
         return made_by_typer(parameters)
 

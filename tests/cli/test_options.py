@@ -147,7 +147,7 @@ def test_a_file_names_its_autoencoders(sagsae: Sagsae, tmp_path: Path) -> None:
 
 def test_options_win_over_the_file_and_set_over_both(tmp_path: Path) -> None:
     file = tmp_path / "synth.toml"
-    file.write_text("d_in = 8\nfeatures = 50\nzipf = 1.5\n")
+    file.write_text("d_in = 8\nfeatures = 50\nzipf = 0.6\n")
     app, seen = command_group(), []
 
     @command(app, settings=OptionsFrom("synth", config=True))
@@ -156,7 +156,7 @@ def test_options_win_over_the_file_and_set_over_both(tmp_path: Path) -> None:
 
     words = ["--config", str(file), "--d-in", "32", "--coefficients", "1", "2", "--features", "40", "--set", "d_in=16"]
     app(words, standalone_mode=False)
-    assert (seen[0].d_in, seen[0].features, seen[0].zipf, seen[0].coefficients) == (16, 40, 1.5, (1.0, 2.0))
+    assert (seen[0].d_in, seen[0].features, seen[0].zipf, seen[0].coefficients) == (16, 40, 0.6, (1.0, 2.0))
     assert seen[0].noise == 0.01
 
 
