@@ -43,6 +43,7 @@ class SAEConfig(Frozen):
     """The settings that every autoencoder has."""
 
     arch: str
+    """The architecture."""
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
