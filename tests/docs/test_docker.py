@@ -1,4 +1,4 @@
-"""docker/ and docs/how-to/docker.md without a Docker engine: schema, lint, and every command against the program itself.
+"""docker/ and its how-to page without a Docker engine: schema, lint, and every command against the program itself.
 
 docker_compose_spec.json is the Compose Specification's schema (Apache-2.0; docker_README.md says where it is from).
 """
