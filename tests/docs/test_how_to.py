@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import typer
+from pages import blocks_of, commands_of
 from support.command import ROOT, Sagsae
-from support.pages import blocks_of, commands_of
 
 import cli
 from harvest.corpus import readers
