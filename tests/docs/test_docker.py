@@ -254,7 +254,7 @@ def test_what_is_copied_builds_a_complete_wheel(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         inside = set(archive.namelist())
-    assert {"cli.py", "harvest/run.py", "train/run.py", "shared/tiny/model.safetensors"} <= inside
+    assert {"cli.py", "harvest/run.py", "train/run.py", "shared/tiny/model.safetensors", "train/py.typed"} <= inside
     templates = {path.relative_to(ROOT).as_posix() for path in (ROOT / "train/report").glob("*.[hcj]*s*")}
     assert templates <= inside
 

@@ -41,7 +41,7 @@ VALUES: tuple[Any, ...] = (
 )  # fmt: skip
 UNSEALED = ("metrics.jsonl", "run.toml")
 """Of which no checksum tells."""
-QUICK = 20
+QUICK = 6
 MANY = int(os.environ.get("SAGSAE_FUZZ_CASES", "2000"))
 
 

@@ -87,7 +87,7 @@ def fuzz(codec: str, seed: int, cases: int) -> dict[str, Any]:
                 LIBC.mallopt(PERTURB, rest)
                 out = target.place(size, end).view(layout.dtype).reshape(layout.chunk_shape)
                 out.view(np.uint8)[:] = rest
-                unpack(memoryview(payload), layout, out)
+                unpack(memoryview(payload.data), layout, out)
                 outs.append(out)
         except (ValueError, RuntimeError):
             counts["refused"] += 1

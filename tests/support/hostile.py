@@ -496,7 +496,7 @@ def hang(*_: Any) -> None:
     raise TimeoutError(f"more than {SECONDS} seconds")
 
 
-def not_synced(_: int) -> None:
+def not_synced(fd: object) -> None:
     """What is deleted in a moment needs no fsync."""
 
 

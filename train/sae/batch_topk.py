@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.saes import AbsTopK, TopK
+from shared.saes import ARCHITECTURES, FixedL0
 from train.sae.activation import Folded, one_sided
 from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
 from train.sae.gated import times
@@ -30,7 +30,7 @@ THRESHOLD_MEMORY: Final = 0.99
 
 
 @dataclass
-class TopKWeights(Weights):
+class BatchTopKWeights(Weights):
     b_enc: Float[Tensor, " d_sae"]
     """All zeros, and not trained, in AbsTopK: a bias has a sign."""
     threshold: Float[Tensor, ""]
@@ -39,27 +39,28 @@ class TopKWeights(Weights):
     KEPT: ClassVar[frozenset[str]] = frozenset({"threshold"})
 
 
-class TopKFamily(Family[TopKWeights]):
-    weights = TopKWeights
-    config: TopK
+class BatchTopKFamily(Family[BatchTopKWeights]):
+    weights = BatchTopKWeights
+    config: FixedL0
 
-    def __init__(self, config: TopK) -> None:
+    def __init__(self, config: FixedL0) -> None:
         self.config = config
-        self.signed = isinstance(config, AbsTopK)
+        self.signed = ARCHITECTURES[config.arch].signed
+        self.batch_k = config.k
 
-    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> TopKWeights:
+    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> BatchTopKWeights:
         d_sae = self.config.d_sae
         parts = first_weights(d_in, d_sae, mean, generator)
-        return TopKWeights(**parts, b_enc=torch.zeros(d_sae), threshold=torch.zeros(()))
+        return BatchTopKWeights(**parts, b_enc=torch.zeros(d_sae), threshold=torch.zeros(()))
 
     def size(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
         return (u.abs(), u.sign()) if self.signed else (torch.relu(u), None)
 
-    def encode(self, w: TopKWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+    def encode(self, w: BatchTopKWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
         return times(torch.where(a <= w.threshold, 0.0, a), s)
 
-    def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, " n"]:
+    def largest(self, w: BatchTopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, " n"]:
         """The sizes in this part of a batch that may be among the active ones of the whole."""
         return self.candidates(self.size(products(w, x, now)[2])[0], now)
 
@@ -72,31 +73,23 @@ class TopKFamily(Family[TopKWeights]):
         found = self.candidates(a, now)
         return found.min() if now.threshold is None else now.threshold(found)
 
-    def silent_code(self, a: Tensor, s: Tensor | None, d_in: int, now: StepInputs) -> tuple[Tensor, Tensor] | None:
-        """h and the 0/1 mask of its entries; None when no latent is silent."""
-        aux_k = max(16, d_in // 8) if self.config.aux_k is None else self.config.aux_k
-        dead = None if now.silent is None else now.silent >= self.config.aux_after
-        if dead is None or aux_k == 0 or not dead.any():
-            return None
-        many = min(aux_k, int(dead.sum()))
-        chosen = torch.topk(a.detach().masked_fill(~dead, -1.0), many, dim=1, sorted=False).indices
-        mask = torch.zeros_like(a).scatter_(1, chosen, 1.0)
-        return times(a * mask, s), mask
+    def aux_k(self, d_in: int) -> int:
+        return max(16, d_in // 8) if self.config.aux_k is None else self.config.aux_k
 
-    def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
+    def loss(self, w: BatchTopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
         active = (a >= self.smallest(a.detach(), now)) & (a > 0)
         rest = x - decode(w, times(torch.where(active, a, 0.0), s))
         main = rest.square().sum(1)
-        silent = self.silent_code(a, s, x.shape[1], now)
+        silent = silent_code(a, s, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is None:
             return main.mean()
         aux = (rest.detach() - silent[0] @ w.W_dec).square().sum(1)
         return (main + AUX_WEIGHT * aux).mean()
 
     def gradients(
-        self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
-    ) -> tuple[TopKWeights, StepMetrics]:
+        self, w: BatchTopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[BatchTopKWeights, StepMetrics]:
         """Five matrix products, and three more while a latent is silent. Asks the device whether one is."""
         batch = len(x)
         centred, low, u = products(w, x, now)
@@ -107,7 +100,7 @@ class TopKFamily(Family[TopKWeights]):
         error, to_f, to_W_dec = reconstruct(w, f, centred, now)
         to_a = times(to_f, s).mul_(active)
         auxiliary = torch.zeros_like(threshold)
-        silent = self.silent_code(a, s, x.shape[1], now)
+        silent = silent_code(a, s, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is not None:
             h, mask = silent
             aux_error, to_h, to_W_dec_too = reconstruct(w, h, -error, now)  # the target is what is left: x - x̂
@@ -116,7 +109,7 @@ class TopKFamily(Family[TopKWeights]):
             auxiliary = AUX_WEIGHT * aux_error.square().sum() / batch
         to_u = times(to_a, s) if self.signed else to_a.mul_(a.sign())
         to_b_enc = torch.zeros_like(w.b_enc) if self.signed else to_u.sum(0)
-        grads = TopKWeights(
+        grads = BatchTopKWeights(
             **backward(w, to_u, low, error, now), W_dec=to_W_dec, b_enc=to_b_enc, threshold=torch.zeros_like(threshold)
         )
         fired = active.amax(0) > 0
@@ -125,15 +118,15 @@ class TopKFamily(Family[TopKWeights]):
             error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired, threshold
         )  # fmt: skip
 
-    def constrain_(self, w: TopKWeights) -> None:
+    def constrain_(self, w: BatchTopKWeights) -> None:
         pass
 
-    def absorb_(self, w: TopKWeights, step: StepMetrics) -> None:
+    def absorb_(self, w: BatchTopKWeights, step: StepMetrics) -> None:
         assert step.threshold is not None
         mean = torch.lerp(step.threshold, w.threshold, THRESHOLD_MEMORY)
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
 
-    def settle_(self, w: TopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
+    def settle_(self, w: BatchTopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
         """Sets the threshold above which k latents a token are active on these `rows` rows together. Gives how many
         are: fewer than k where fewer are above zero, or where sizes are equal."""
         wanted = self.config.k * rows
@@ -146,10 +139,24 @@ class TopKFamily(Family[TopKWeights]):
         w.threshold.copy_(largest.min() if len(largest) > wanted else torch.zeros_like(w.threshold))
         return int((largest > w.threshold).sum()) / rows
 
-    def fold(self, w: TopKWeights) -> Folded:
+    def fold(self, w: BatchTopKWeights) -> Folded:
         threshold = w.threshold.expand_as(w.b_enc)
         b_enc = w.b_enc - w.W_enc @ w.b_dec
         if not self.signed:
             return one_sided(w.W_enc, b_enc, w.W_dec, w.b_dec, threshold)
         both = threshold.expand(2, -1).clone()
         return Folded(w.W_enc, b_enc, w.W_dec, w.b_dec, both, torch.zeros_like(both), torch.ones_like(w.b_enc))
+
+
+def silent_code(
+    a: Tensor, s: Tensor | None, now: StepInputs, aux_k: int, aux_after: int
+) -> tuple[Tensor, Tensor] | None:
+    """h and the 0/1 mask of its entries: of each token, the `aux_k` largest latents among those that were inactive for
+    `aux_after` tokens. None where no latent is."""
+    dead = None if now.silent is None else now.silent >= aux_after
+    if dead is None or aux_k == 0 or not dead.any():
+        return None
+    many = min(aux_k, int(dead.sum()))
+    chosen = torch.topk(a.detach().masked_fill(~dead, -1.0), many, dim=1, sorted=False).indices
+    mask = torch.zeros_like(a).scatter_(1, chosen, 1.0)
+    return times(a * mask, s), mask
