@@ -1,4 +1,4 @@
-"""docker/ and docs/docker.md without a Docker engine: schema, lint, and every command against the program itself.
+"""docker/ and its how-to page without a Docker engine: schema, lint, and every command against the program itself.
 
 docker_compose_spec.json is the Compose Specification's schema (Apache-2.0; docker_README.md says where it is from).
 """
@@ -31,7 +31,7 @@ from shared.command import options
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))
-PAGE = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/docker.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SCRIPTS = Path(sys.executable).parent
 HADOLINT = shutil.which("hadolint", path=str(SCRIPTS)) or shutil.which("hadolint")
@@ -472,7 +472,7 @@ def test_variables_reach_the_commands() -> None:
     assert parsed(command("train", **given))["processes"] == 4
 
 
-# ---- docs/docker.md
+# ---- docs/how-to/docker.md
 
 TAKES_A_VALUE = {
     "-v",
