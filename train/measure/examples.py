@@ -92,7 +92,9 @@ def latent_examples(sae: "Autoencoder", store: Store, hook: str, latent: int, co
     high = low = Strongest.none()
     for rows, places in counted_rows(store, hook):
         with torch.no_grad():
-            values = torch.cat([sae.encode(piece)[:, latent] for piece in rows.split(ROWS_ENCODED)]).double().numpy()
+            values = (
+                torch.cat([sae.encode(piece)[:, latent] for piece in torch.split(rows, ROWS_ENCODED)]).double().numpy()
+            )
         high, low = strongest(high, values, places, count), strongest(low, -values, places, count)
     return LatentExamples(described(store, high, 1), described(store, low, -1))
 
