@@ -36,6 +36,7 @@ from harvest.recode import recode
 from harvest.synth import synth
 from harvest.team import Team
 from shared.config import EvalConfig, SynthConfig, TrainConfig
+from shared.command.start import on_this_machine
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
 from shared.files.handles import HANDLES, HandlePool, LocalFile
@@ -600,7 +601,7 @@ def test_alone_is_alone_for_libraries_too(monkeypatch: pytest.MonkeyPatch, capsy
 
 def test_processes_of_one_machine_meet_on_loopback() -> None:
     """Where a machine's own name did not resolve, `--processes` waited for ever."""
-    options = " ".join(cli.on_this_machine())
+    options = " ".join(on_this_machine())
     assert "--local-addr=127.0.0.1" in options
     assert "--rdzv-endpoint=127.0.0.1:0" in options
 
