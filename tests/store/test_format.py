@@ -1,5 +1,6 @@
-"""The format of a store (docs/reference/store-format.md): its bytes stay what they are, a reader written from the specification
-alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest would be.
+"""The format of a store (docs/reference/store-format.md): its bytes stay what they are, a reader written from the
+specification alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest
+would be.
 
 golden/ holds one small store for each codec, in format 2. Its bytes may change only together with FORMAT_VERSION: a
 store that somebody has written must not stop being readable. `pack_golden()` writes it anew.
