@@ -43,6 +43,7 @@ class SAEConfig(Frozen):
     """The settings that every autoencoder has."""
 
     arch: str
+    """The architecture."""
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -166,7 +167,7 @@ class FixedL0(SAEConfig):
     """Active latents per token."""
     aux_k: Annotated[int, Field(ge=0)] | None = None
     """How many latents that were inactive for `aux_after` tokens reconstruct what the active ones leave. Default:
-    d_in / 8, at least 16."""
+    d_in / 8, at least 16; for topk d_in / 2."""
     aux_after: Annotated[int, Field(ge=1)] = 200_000
     """Training tokens."""
 
@@ -179,6 +180,15 @@ class FixedL0(SAEConfig):
     @property
     def knob(self) -> str:
         return f"k{self.k}"
+
+
+class TopK(FixedL0):
+    """TopK: the k largest latents of each token (arXiv 2406.04093)."""
+
+    arch: Literal["topk"]
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(7.1, 1.5 if rounded else 1.0)
 
 
 class BatchTopK(FixedL0):
@@ -275,6 +285,12 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             label="AbsTopK",
             colours=("#6a3fb5", "#ab93f0"),
             signed=True,
+        ),
+        Architecture(
+            TopK,
+            family="train.sae.topk:TopKFamily",
+            label="TopK",
+            colours=("#6b4226", "#c8a27c"),
         ),
     )
 }

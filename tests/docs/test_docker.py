@@ -26,6 +26,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import cli
+from shared.command import options
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
@@ -423,10 +424,10 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 def configured(words: list[str]) -> Any:
     """A command's validated configuration: the command runs up to there."""
-    resolve = cli.resolve
+    resolve = options.resolve
 
-    def stop(*arguments: Any) -> None:
-        raise Resolved(resolve(*arguments))
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise Resolved(resolve(*arguments, **more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "resolve", stop)
@@ -455,8 +456,8 @@ def test_services_hand_over_to_each_other() -> None:
     assert train.hook in harvest.hooks
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
-    report = parsed(command("report", **given))
-    assert (report["runs"], report["out"]) == ([train.out], train.out.with_suffix(".html"))
+    report = configured(command("report", **given))
+    assert (report.runs, report.out) == ((train.out,), train.out.with_suffix(".html"))
 
 
 def test_variables_reach_the_commands() -> None:

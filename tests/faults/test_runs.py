@@ -21,12 +21,12 @@ from support.runs import begun, unfinished_run
 from support.stores import unfinished
 from support.variants import FOLDING, VARIANTS, batch, variant, weights
 
-import cli
 import train.autoencoder
 import train.plan.job
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
+from shared.command.grid import multiples_of_d_in
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.saes import sae_config, sae_grid
@@ -476,8 +476,8 @@ def test_setting_a_width_that_no_architecture_takes() -> None:
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
 def test_setting_expansion_is_a_number(store: Store, times: float) -> None:
     """Field report: --expansion nan ended in a traceback."""
-    with pytest.raises(UserError, match=r"--expansion .*: expected a number above 0"):
-        cli.multiples_of_d_in(str(store.root), "mlp_out", [times])
+    with pytest.raises(UserError, match=r"--expansion: must be a number above 0"):
+        multiples_of_d_in(str(store.root), "mlp_out", [times])
 
 
 # A saved autoencoder

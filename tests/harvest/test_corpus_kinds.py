@@ -531,7 +531,7 @@ def test_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(cli.app, ["harvest", "--model", "tiny", *options])
     assert [config.on_bad_document for config in configs] == ["refuse", "skip"]
     assert [config.corpus_revision for config in configs] == [None, "v2"]
-    assert "on_bad_document: Input should be 'refuse' or 'skip' (got 'ask')" in str(result.exception)
+    assert "--on-bad-document: must be refuse or skip (got 'ask')" in str(result.exception)
 
 
 # --- what a harvest gives
