@@ -6,6 +6,7 @@ document on stdout. Progress goes to stderr. What a command needs is imported wh
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -472,12 +473,12 @@ def store_tail(
 ) -> None:
     """Follow a running harvest: a line for whatever is committed, until the store is final."""
     from shared.files.open import open_files
-    from shared.store.tail import describe, looks
+    from shared.store.tail import describe_look, watch_store
 
     first = last = None
-    for last in looks(open_files(path), every):
+    for last in watch_store(open_files(path), every):
         first = first or last
-        typer.echo(describe(last, first), err=as_json)
+        typer.echo(describe_look(last, first), err=as_json)
     if as_json and last:
         typer.echo(json.dumps({"store": path, "shards": len(last.store.commits), "tokens": last.store.n_rows}))
 
@@ -808,6 +809,22 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
+def whatever_the_streams() -> None:
+    """A stream that is closed becomes /dev/null: the next file that is opened would have its number, and what libraries
+    print would be written into it. What cannot be written in the terminal's encoding is written as an escape (λ as
+    \\u03bb): no run ends for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def end_now(code: int) -> None:
     """Ends a process that may have been stopped in the middle of anything. Python would wait for threads first, and the
     libraries' own, which then meet what is gone already, would abort it. On disk everything is whole or absent."""
@@ -821,11 +838,13 @@ def main() -> None:
     """Entry point: every error that a person can mend becomes one message and its exit code."""
     from shared.device import heed_quota
     from shared.errors import DamagedError, Interrupted, LostError, UserError
+    from shared.gate import printable
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         raise Interrupted("stopped. To continue, run the same command again")
 
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
+    whatever_the_streams()
     wait_briefly()
     heed_quota()
     try:
@@ -836,7 +855,8 @@ def main() -> None:
         if isinstance(error, LostError):
             time.sleep(1)  # the launcher takes the exit code of who ended first
         if not (isinstance(error, Interrupted | LostError) and is_helper()):
-            typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+            word = "stopped" if isinstance(error, Interrupted) else "error"
+            typer.echo(f"{word}: {printable(str(error))}", err=True)
         if isinstance(error, Interrupted) and "RANK" not in os.environ:
             end_now(error.exit_code)
         sys.exit(error.exit_code)
@@ -846,7 +866,7 @@ def main() -> None:
         from shared.files.local import in_words
 
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
+        typer.echo(f"error: {f'{printable(where)}: ' if where else ''}{in_words(error)}", err=True)
         sys.exit(UserError.exit_code)
     except MemoryError as error:
         typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)

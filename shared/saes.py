@@ -216,6 +216,8 @@ def sae_grid(
         mine = {key: list(values) for key, values in axes.items() if key in fields and values}
         if colon:
             mine["d_sae"] = [int(own)]
+        if colon and axes.get("d_sae") and all(":" in each for each in archs):
+            raise UserError(f"--d-sae: every --arch has a width of its own ({named}). Leave one of the two out")
         if "d_sae" not in mine:
             raise UserError(f"--arch {named}: how wide? Give --d-sae, or {arch}:WIDTH")
         if "sparsity" in fields and not {"sparsity", "l0_target"} & set(mine):

@@ -356,10 +356,10 @@ def test_paper_preset_is_two_models_six_cells_three_seeds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "--preset huge: is none of smoke, tiny, paper"),
+        ({"preset": "huge"}, "--preset huge: is unknown. Choose from smoke, tiny, paper"),
         ({"cells": "mlp_out,nope"}, "--cells nope: is not a hookpoint"),
         ({"seeds": 0}, "--seeds 0: at least one"),
-        ({"tokens": 10}, "--tokens 10: fewer than"),
+        ({"tokens": 10}, "--tokens 10: too few to train on. Give at least"),
         ({"layer": 9}, "--layer 9: the model has 4 layers"),
         ({"cells": "resid_mid"}, "--cells resid_mid: tiny has no such hookpoint in layer 2"),
         ({"models": ("nope",)}, "--model nope: is not an alias"),

@@ -12,7 +12,7 @@ from support.command import ROOT
 
 def run(script: str, *arguments: object) -> dict[str, object]:
     """In a process of its own, which a crash would end."""
-    command = [sys.executable, "-W", "error", str(ROOT / "tests" / script), *map(str, arguments)]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests/support" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**hostile.ENVIRONMENT})
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout)

@@ -186,7 +186,7 @@ def test_chunks_that_no_memory_could_hold(copy: Make) -> None:
     root = copy()
     size = {"chunk_rows": 1 << 28, "shard_rows": 1 << 28, "hookpoints": {HOOK: {"name": "x", "d_in": 1 << 24}}}
     respec(root, lambda about: about.update(size))
-    assert "2 GiB a chunk" in refused(root)
+    assert "2 GiB per chunk" in refused(root)
 
 
 # Bytes

@@ -377,10 +377,10 @@ def test_not_utf8_names_the_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ('{"text": "a"', ["is not JSON", "one object a line"]),
-        ("[" * 100_000, ["is not JSON", "one object a line"]),
-        ("1" * 5000, ["is not JSON", "one object a line"]),
-        ('["text"]', ["is a list", 'one object a line, {"text": ...}']),
+        ('{"text": "a"', ["is not JSON", "one object per line"]),
+        ("[" * 100_000, ["is not JSON", "one object per line"]),
+        ("1" * 5000, ["is not JSON", "one object per line"]),
+        ('["text"]', ["is a list", 'one object per line, {"text": ...}']),
         ('{"body": "b", "n": 1}', ["no field 'text'", "there are: body, n.", "--set text_field=NAME"]),
         ("{}", ["no field 'text'", "there are: none."]),
         ('{"text": 3}', ["'text' is of type int, not a string or a list of ids", "--set text_field=NAME"]),
@@ -401,9 +401,9 @@ def test_a_damaged_gzip_file(tmp_path: Path) -> None:
     fails(path, "a.jsonl.gz: cannot be read (Not a gzipped file")
     whole = gzip.compress(os.urandom(4000).hex().encode(), mtime=0)
     path.write_bytes(whole[:2000])
-    fails(path, "a.jsonl.gz: is damaged or cut short", "anew")
+    fails(path, "a.jsonl.gz: is damaged or cut short", "write it again")
     path.write_bytes(whole[:12] + b"\xff" * 40 + whole[52:])
-    fails(path, "a.jsonl.gz: is damaged or cut short", "anew")
+    fails(path, "a.jsonl.gz: is damaged or cut short", "write it again")
 
 
 def test_bad_parquet_files(tmp_path: Path) -> None:
@@ -414,13 +414,13 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
     write_parquet(path, ["a", "b", None])
     fails(path, "a.parquet, row 3: 'text' is of type NoneType")
     path.write_bytes(path.read_bytes()[:-9])
-    fails(path, "a.parquet: is not a readable parquet file", "write it anew")
+    fails(path, "a.parquet: is not a readable parquet file", "write it again")
     latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"]).buffers())
     pq.write_table(pa.table({"text": latin}), path)
-    fails(path, "a.parquet, row 1: 'text' is not UTF-8", "write it anew")
+    fails(path, "a.parquet, row 1: 'text' is not UTF-8", "write it again")
 
 
-# --- Hugging Face data sets
+# --- Hugging Face datasets
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -432,7 +432,7 @@ def examples(files: list[str]) -> Iterator[dict[str, object]]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The hub's one answer: whatever the data set and the revision, they are at COMMIT. Returns the questions."""
+    """The hub's one answer: whatever the dataset and the revision, they are at COMMIT. Returns the questions."""
     questions: list[object] = []
 
     def answer(_api: object, name: str, revision: str | None, timeout: float) -> SimpleNamespace:
@@ -445,7 +445,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture
 def asked(hub: list[object], monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """`datasets.load_dataset` gives a real streamed data set of unknown columns; returns its calls, after the hub's."""
+    """`datasets.load_dataset` gives a real streamed dataset of unknown columns; returns its calls, after the hub's."""
     calls = hub
 
     def load(*names: object, **options: object) -> datasets.IterableDataset:

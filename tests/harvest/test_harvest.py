@@ -145,7 +145,7 @@ def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -
         with pytest.raises((UserError, ValueError), match=message):
             run_harvest(harvest_config(out, **changes))
         assert not out.exists(), message
-    with pytest.raises(UserError, match=r"the corpus gives \d+ tokens, less than one row of 16"):
+    with pytest.raises(UserError, match=r"the corpus has \d+ tokens, less than one row of 16"):
         run_harvest(harvest_config(out, corpus=str(short), tokens=None))
     with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens"):
         run_harvest(harvest_config(out, corpus=str(save_corpus(tmp_path / "few.jsonl", sentences(3)))))

@@ -407,7 +407,7 @@ def test_train_and_evaluate(synth_config: Callable[..., SynthConfig], tmp_path: 
     assert [entry["rec"] for entry in entries] == [signed["rec"], unsigned["rec"]]
     assert [entry["ce_recovered"] for entry in entries] == [None, None]
     assert "rec" in json.loads((tmp_path / "run" / "evaluation.json").read_text())["saes"][0]
-    with pytest.raises(UserError, match=r"--ce: .* is synthetic; no language model stands behind it"):
+    with pytest.raises(UserError, match=r"--ce: .* is synthetic and has no language model"):
         evaluate(EvalConfig(run=tmp_path / "run", ce=True, device="cpu"))
 
 

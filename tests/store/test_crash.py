@@ -95,7 +95,8 @@ def test_two_writers_and_a_follower(undisturbed: tuple[Path, float], tmp_path: P
     begin(LocalFiles(root), SIZE)
     follower = following(root)
     wrote, followed = result(job("pair", root, SIZE, kills, seconds / 12)), result(follower)
-    assert wrote == {"kills": kills, "logs": 2}
+    assert wrote["logs"] == 2
+    assert kills // 2 <= wrote["kills"] <= kills  # a busy machine may finish before the last of them
     check_followed(followed)
     check_final(root, whole)
 

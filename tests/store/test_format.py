@@ -127,7 +127,7 @@ def assert_equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_RECORD = {"command": "none: written by tests/store/test_format.py", "naïve": [1.5, None, True]}
+GOLDEN_RECORD = {"command": "none: written by tests/test_format.py", "naïve": [1.5, None, True]}
 
 
 def golden_spec(codec: Any) -> StoreSpec:
@@ -452,7 +452,7 @@ def random_store(root: Path, spec: StoreSpec, seed: int) -> Store:
             file.write_bytes(data)
             sizes[array] = len(data), crc32(data)
         commits[shard] = Commit(shard, stop - start, start, stop, 0, sizes)
-    return Store(files, spec, "final", Commits.of(commits))
+    return Store(files, spec, "final", Commits.from_mapping(commits))
 
 
 @settings(max_examples=25, deadline=None)
@@ -500,7 +500,7 @@ def encode_anew(root: Path, array: str, **how: Any) -> Store:
         Commit(c.shard, c.rows, c.start, c.stop, c.kept, {**c.files, array: sizes[c.shard]})
         for c in store.commits.values()
     ]
-    write_index(store.files, Commits.of({commit.shard: commit for commit in commits}))
+    write_index(store.files, Commits.from_mapping({commit.shard: commit for commit in commits}))
     document = f"{array}/zarr.json"
     write_metadata(store.files, {**read_metadata(store.files), document: checksum(root / document)})
     return Store.open(root)
@@ -570,10 +570,10 @@ OTHER_FILES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_an_array_with_other_files_than_one_a_shard_is_refused(store: Store, tmp_path: Path, case: str) -> None:
-    """The manifest vouches for one file a shard; nobody would check others."""
+    """The manifest covers one file per shard; no reader would check others."""
     how = {"compressors": GzipCodec(), **OTHER_FILES[case]}
     copy = encode_anew(Path(shutil.copytree(store.root, tmp_path / "s")), HOOK, **how)
-    with pytest.raises(DamagedError, match="not one file a shard"):
+    with pytest.raises(DamagedError, match="not have one file per shard"):
         open_reader(copy, HOOK)
 
 

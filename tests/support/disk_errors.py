@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 FAULTS = ctypes.CDLL(os.environ["LD_PRELOAD"])
 
 import cli  # noqa: E402
+import harvest.run  # noqa: E402, F401
 import train.run  # noqa: E402, F401
 
 ERRORS = ["", "EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EINTR", "EMFILE", "ENFILE", "ENOENT", "ENAMETOOLONG",
@@ -27,6 +28,8 @@ ERRORS = ["", "EIO", "ENOSPC", "EDQUOT", "EROFS", "EACCES", "EINTR", "EMFILE", "
 """The empty one kills."""
 SYNTH = ["synth", "--d-in", "8", "--features", "12", "--tokens", "1500", "--set", "shard_rows=512", "--set",
          "chunk_rows=256"]  # fmt: skip
+HARVEST = ["harvest", "--model", "tiny", "--tokens", "1536", "--context", "64", "--hook", "mlp_out", "--set",
+           "shard_rows=512", "--set", "chunk_rows=256", "--device", "cpu"]  # fmt: skip
 TRAIN = ["--arch", "gated:8", "--sparsity", "0.1", "--batch", "64", "--set", "streams=2", "--set", "heldout_tokens=128",
          "--set", "checkpoint_every=8", "--device", "cpu"]  # fmt: skip
 
@@ -85,6 +88,7 @@ def main() -> None:
     assert not code, said
     arguments = {
         "synth": [*SYNTH, "--codec", "int8", "--out", str(place), "--name", "x"],
+        "harvest": [*HARVEST, "--out", str(place), "--name", "x"],
         "recode": ["store", "recode", str(source), str(place / "x"), "--codec", "lz4"],
         "rm": ["store", "rm", str(place / "x"), "--yes"],
         "train": ["train", "--store", str(source), *TRAIN, "--out", str(place / "x")],

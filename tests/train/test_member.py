@@ -279,7 +279,7 @@ def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store)
 
 
 def test_parts_that_cannot_be(train_config: Config) -> None:
-    with pytest.raises(UserError, match=r"parts = 7: a --batch of 64 does not divide into so many equal parts"):
+    with pytest.raises(UserError, match=r"parts = 7: a --batch of 64 does not divide into 7 equal micro-batches"):
         run_train(train_config(batch=64, parts=7))
-    with pytest.raises(UserError, match=r"parts = 2: 4 processes cannot share out so many parts"):
+    with pytest.raises(UserError, match=r"parts = 2: 4 processes cannot share 2 micro-batches"):
         shared_out(train_config(batch=64, parts=2, parallel="data"), 4)

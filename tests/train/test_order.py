@@ -159,7 +159,7 @@ def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: C
     for number in range(4):
         stream = VirtualStream(loader, number, StreamPosition())
         while True:
-            window = stream.enter(lambda future: future.result())
+            window = stream.current_window(lambda future: future.result())
             assert window is not None
             assert loader.memory is not None
             if stream.at.epoch:
@@ -271,33 +271,33 @@ def test_reading_keeps_pace_with_training(
 ) -> None:
     """Left alone after each batch, the loader reads until it is as far ahead as it may be, or all is read."""
     config, reading = train_config(batch=24, streams=4, window_rows=2048), [0]
-    room, read = ReadAhead.room, ReadAhead.read
+    wait_for_rows, add = ReadAhead.wait_for_rows, ReadAhead.add
 
-    def begun(lead: ReadAhead, rows: int, wanted: int) -> int:
+    def begun(pace: ReadAhead, rows: int, wanted: int) -> int:
         reading[0] = rows
-        return room(lead, rows, wanted)
+        return wait_for_rows(pace, rows, wanted)
 
-    def complete(lead: ReadAhead, rows: int) -> None:
+    def complete(pace: ReadAhead, rows: int) -> None:
         reading[0] = 0
-        read(lead, rows)
+        add(pace, rows)
 
-    monkeypatch.setattr(ReadAhead, "room", begun)
-    monkeypatch.setattr(ReadAhead, "read", complete)
+    monkeypatch.setattr(ReadAhead, "wait_for_rows", begun)
+    monkeypatch.setattr(ReadAhead, "add", complete)
     monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
     with closing(open_stream(store, config, (0, ranks), paced=True)) as stream:
-        lead, unit, all_read = stream.loader.lead, store.spec.chunk_rows, 0
+        pace, unit, all_read = stream.loader.pace, store.spec.chunk_rows, 0
         most = (1 + SPARE) * len(stream.shares) * stream.loader.passes.get(0).order.longest * unit
         for _ in range(250):
             stream.next_batch()
-            assert not lead.lifted
+            assert not pace.lifted
             patience = time.monotonic() + 10
             while not (done := all(s.following and s.following.done() for s in stream.streams.values())):
-                if lead.rows + reading[0] >= most:
+                if pace.rows + reading[0] >= most:
                     break
                 assert time.monotonic() < patience, "neither read nor waiting"
                 time.sleep(0.001)
             all_read += done
-            assert lead.rows + reading[0] < most + unit
+            assert pace.rows + reading[0] < most + unit
     assert 0 < all_read < 175, "the next windows are read as the last are used up"
 
 
@@ -347,7 +347,7 @@ def test_closing_ends_reading_with_the_chunks_that_are_being_read(
     until(lambda: len(begun) == 2)
     closed = threading.Thread(target=stream.close)
     closed.start()
-    until(lambda: stream.loader.lead.closed)
+    until(lambda: stream.loader.pace.closed)
     go_on.set()
     closed.join()
     assert len(begun) == 2
@@ -358,7 +358,7 @@ def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) 
     config = train_config(batch=96, streams=4, window_rows=256)
     direct = [batch for batch, _ in batches(store, config, 66)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadAhead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
+        patch.setattr(ReadAhead, "limit", lambda pace, _rows: setattr(pace, "limit_rows", 0))
         paced = [batch for batch, _ in batches(store, config, 66, paced=True)]
     assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))
 

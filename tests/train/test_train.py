@@ -237,7 +237,7 @@ def test_a_store_that_moved(train_config: Config, store: Store, tmp_path: Path) 
     copy = Path(shutil.copytree(store.root, tmp_path / "copy"))
     run = run_train(train_config(store=copy)).run
     copy.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match=r"its store .*copy is not there. Say where it is now: --store"):
+    with pytest.raises(UserError, match=r"its store .*copy does not exist. Name its new place with --store"):
         evaluate(EvalConfig(run=run, ce=False))
     assert evaluate(EvalConfig(run=run, ce=False, store=tmp_path / "moved")).results["tokens"] > 0
 
@@ -321,12 +321,12 @@ def test_a_broken_checkpoint_is_named(train_config: Config, capsys: Any) -> None
     os.truncate(run / "checkpoints" / "step-00000020" / "tensors-0000.safetensors", 100)
     assert run_train(train_config()).steps == 20
     said = capsys.readouterr().err
-    assert re.search(r"step-00000020: cannot be read .*going on from step-00000016, the one before", said)
+    assert re.search(r"step-00000020: cannot be read .*resuming from step-00000016, the one before", said)
     assert weights_of(run) == whole
     unfinished_run(run)
     for path in run.glob("checkpoints/step-*/tensors-0000.safetensors"):
         os.truncate(path, 100)
-    with pytest.raises(DamagedError, match=r"cannot be read .* no whole checkpoint before it.*--overwrite"):
+    with pytest.raises(DamagedError, match=r"cannot be read .* no undamaged checkpoint before it.*--overwrite"):
         run_train(train_config())
 
 
@@ -384,7 +384,7 @@ def test_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert matmul_dtype("float32", cpu) == torch.float32
     assert matmul_dtype("tf32", torch.device("cuda")) == torch.float32
-    with pytest.raises(UserError, match=r"tf32: is a format of CUDA devices, and this is cpu"):
+    with pytest.raises(UserError, match=r"tf32: works on CUDA devices only, and this is cpu"):
         matmul_dtype("tf32", cpu)
     for supported, expected in ((True, torch.bfloat16), (False, torch.float32)):
         for question in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
