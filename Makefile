@@ -51,7 +51,7 @@ types: $(READY)    ## check all types, those of the tests too
 	$(BIN)/mypy
 
 docs: $(READY)    ## build the site into site/; a broken link or an unknown name is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 reference: $(READY)    ## rewrite docs/reference/settings.md and cli.md from the schemas and from --help
 	$(BIN)/python -c 'import cli, pathlib, shared.reference, typer; shared.reference.write_reference(pathlib.Path("docs/reference"), typer.main.get_command(cli.app))'
