@@ -25,7 +25,7 @@ test: $(READY)    ## lint, types and the test suite; ONE=tests/x.py: that file a
 else
 test: check
 	$(PYTEST) -m "not slow and not gpu"
-	$(BIN)/python -m pytest -m gpu    # one after the other: they share a device; skipped without one
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/train/test_plan.py    # one after the other: they share a device; skipped without one
 endif
 
 test-slow: $(READY)    ## the tests that take longer than half a minute each
