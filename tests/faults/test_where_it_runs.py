@@ -37,7 +37,6 @@ from harvest.synth import synth
 from harvest.team import Team
 from shared.command.start import on_this_machine
 from shared.config import EvalConfig, SynthConfig, TrainConfig
-from shared.command.start import on_this_machine
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
 from shared.files.handles import HANDLES, HandlePool, LocalFile
