@@ -31,7 +31,7 @@ from harvest.corpus.documents import BadDocument, Corpus, JoinedIds, LongText
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled
 from harvest.corpus.raw_bytes import RECORD_BYTES
-from harvest.corpus.split_text import pieces, tokenised
+from harvest.corpus.split_text import LONGEST, pieces, tokenise_texts
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, UserError
@@ -231,7 +231,7 @@ def test_values_do_not_depend_on_the_blocks(values: list[Any], indent: int | Non
     [
         ('[{"text": "a"},\n {"text": "b"\n', ["a.json:2: is not JSON"]),
         ('[{"text": "a"}\n{"text": "b"}]', ["a.json:2: is not JSON", "',' or ']' is expected"]),
-        ('[{"text": "a"}]\n[1]', ["a.json:2: goes on after the array"]),
+        ('[{"text": "a"}]\n[1]', ["a.json:2: has more text after the array"]),
         ('[{"text": "a"},\n 7]', ["a.json:2: is a int; an object, a text or a list of ids"]),
         ('[{"text": "a"},\n {"body": "b"}]', ["a.json:2: has no field 'text'; there are: body."]),
         ("[" * 100_000, ["a.json:1: is not JSON that can be read"]),
@@ -329,7 +329,7 @@ def test_headers_of_npy_files(tmp_path: Path, data: bytes) -> None:
 
 def test_a_zarr_array_of_one_huge_chunk(tmp_path: Path) -> None:
     zarr.create_array(tmp_path / "a", shape=(1 << 40,), chunks=(1 << 40,), dtype="u2")
-    refused(tmp_path / "a", "is to be read 1,099,511,627,776 ids at a time", "smaller chunks")
+    refused(tmp_path / "a", "its chunks have 1,099,511,627,776 ids each", "smaller chunks")
 
 
 # --- memory is bounded by bytes
@@ -377,7 +377,10 @@ TOKENIZERS = {
 def test_pieces_give_the_ids_of_the_whole(kind: str) -> None:
     """Public report: a text of 20 MB took 3.3 GB. Long ones are tokenised in pieces, whose ids are the same."""
     tokenizer = TOKENIZERS[kind]()
-    ids_of = lambda texts: tokenised(texts, tokenizer)  # noqa: E731
+
+    def ids_of(texts: list[str]) -> Any:
+        return tokenise_texts(texts, tokenizer)
+
     prose = " ".join(sentences(40)) + "\n\n" + "  indented\n\tcode ( ) ;\r\n".join(sentences(20))
     for longest, block in ((200, 50), (333, 10_000)):
         blocks = (prose[start : start + block] for start in range(0, len(prose), block))
@@ -396,7 +399,7 @@ def test_what_cannot_be_cut_well_is_cut_and_counted() -> None:
     made.pre_tokenizer = one_word
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=made, eos_token=END)
     rough: list[int] = []
-    found = list(pieces(["x" * 1000], lambda texts: tokenised(texts, tokenizer), lambda: rough.append(1), 200, 16))
+    found = list(pieces(["x" * 1000], lambda texts: tokenise_texts(texts, tokenizer), lambda: rough.append(1), 200, 16))
     assert "".join(found) == "x" * 1000
     assert len(rough) == len(found) - 1
 
@@ -421,7 +424,7 @@ def test_the_shuffle_holds_bytes_and_not_documents() -> None:
             read[0] += len(text.encode())
             yield text
 
-    given_out, found = 0, []
+    given_out, found = 0, list[Any]()
     for text in shuffled(source(), 3, size=10_000):
         given_out += len(text.encode())  # type: ignore[union-attr]
         most = max(most, read[0] - given_out)
@@ -444,7 +447,8 @@ def test_a_call_of_the_tokenizer_is_bounded(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(long)
     (document,) = texts_of(tmp_path / "a.txt")
     assert isinstance(document, LongText)
-    for documents in ([document], [long], ["word " * 20_000] * 64):
+    several: list[list[str | LongText]] = [[document], [long], ["word " * 20_000] * 64]
+    for documents in several:
         list(pack(iter(documents), tokenizer, context=8, eos_id=0, bos_id=None, counts=PackCounts()))
     assert largest <= 1 << 19
 
@@ -453,13 +457,15 @@ def test_a_long_file_is_the_same_as_the_same_text_in_a_record(tmp_path: Path, mo
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
-    text = "naïve\u00a0€ " + "\n".join(sentences(40_000))
-    assert len(text) > 5_000_000
+    text = "naïve\u00a0€ " + "\n".join(sentences(12_000))
+    assert len(text) > 5 * LONGEST
     (tmp_path / "a.txt").write_text("\ufeff" + text)
     save_corpus(tmp_path / "a.jsonl", [text])
     rows = []
     for name in ("a.txt", "a.jsonl"):
-        documents = opened(tmp_path / name).documents()
+        corpus = opened(tmp_path / name)
+        assert isinstance(corpus, Corpus)
+        documents = corpus.documents()
         rows.append(list(pack(documents, tokenizer, context=64, eos_id=0, bos_id=None, counts=PackCounts())))
     assert all((one == other).all() for one, other in zip(*rows, strict=True))
 
@@ -544,14 +550,14 @@ def test_a_line_that_is_too_long_can_be_skipped(tmp_path: Path, monkeypatch: pyt
 
 
 def test_one_value_with_too_many_in_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harvest.corpus.json_values.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.json_values.MAX_MEMBERS", 1000)
     for name in ("a.jsonl", "a.json"):
         (tmp_path / name).write_text(
             "[" * (name == "a.json") + json.dumps({"text": [[]] * 2000}) + "]" * (name == "a.json")
         )
         refused(tmp_path / name, f"{name}:1: is not JSON", "million values in one", ".npy")
     (tmp_path / "a.csv").write_text("text" + "," * 2000)
-    monkeypatch.setattr("harvest.corpus.readers.MOST_MEMBERS", 1000)
+    monkeypatch.setattr("harvest.corpus.readers.MAX_MEMBERS", 1000)
     refused(tmp_path / "a.csv", "a.csv:1: has more than", "columns")
 
 
@@ -580,7 +586,7 @@ def test_ids_beyond_the_embedding_are_refused_where_they_are_met() -> None:
         return list(pack(iter([text]), tokenizer, counts=PackCounts(), **options))
 
     assert len(rows("plain")) == 1
-    with pytest.raises(UserError, match=r"text that begins 'naïve': the tokenizer gives id 239, .* 0 to 127"):
+    with pytest.raises(UserError, match=r"text that begins 'naïve': the tokenizer returns id 239, .* 0 to 127"):
         rows("naïve")
 
 
@@ -673,7 +679,7 @@ def test_what_was_left_by_another_harvest_is_not_used(
         changed = config.model_copy(update=changes)
         with pytest.raises(Interrupted, match="To continue, run the same command again"):
             run_harvest(changed)
-        assert "or with other settings, is given up" in " ".join(capsys.readouterr().err.split())
+        assert "or with other settings, is discarded" in " ".join(capsys.readouterr().err.split())
         apart = run_harvest(changed.model_copy(update={"out": str(tmp_path / name)}))
         assert (tmp_path / "s" / "tokens.building" / "progress.json").is_file()
     progress = tmp_path / "s" / "tokens.building" / "progress.json"
@@ -691,7 +697,7 @@ def test_overwriting_goes_on_too(tmp_path: Path, harvest_config: MakeConfig, mon
     run_harvest(config)
     watched.stop_at = watched.calls + 12
     again = harvest_config(tmp_path, tokens=None, seed=9, overwrite=True, **LARGE)
-    with pytest.raises(Interrupted, match="To continue, repeat it, --overwrite and all"):
+    with pytest.raises(Interrupted, match="To continue, repeat it, with --overwrite"):
         run_harvest(again)
     assert Store.open(tmp_path / "s").n_rows == 2000
     before, watched.stop_at = watched.calls, -1

@@ -21,12 +21,12 @@ from support.runs import begun, unfinished_run
 from support.stores import unfinished
 from support.variants import FOLDING, VARIANTS, batch, variant, weights
 
-import cli
 import train.autoencoder
 import train.plan.job
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
+from shared.command.grid import multiples_of_d_in
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.saes import sae_config, sae_grid
@@ -35,12 +35,14 @@ from shared.store.spec import seal
 from train.autoencoder import Autoencoder
 from train.data.follow import segments_of
 from train.data.snapshot import as_ranges, from_ranges
-from train.evaluate import evaluate, last_silent
+from train.evaluate import evaluate, last_logged_inactive
+from train.fit.member import Member
 from train.plan.job import make_job
 from train.report.data import read_run
 from train.run import train as run_train
-from train.runs.checkpoint import read_state
+from train.runs.checkpoint import end_checkpoint, read_state
 from train.runs.folder import CLEARING, RunFolder, read_sealed
+from train.sae.activation import Folded
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -110,7 +112,7 @@ def test_identity_a_lossless_recode_keeps_runs(train_config: Config, store: Stor
     before = evaluate(EvalConfig(run=whole, ce=False, device="cpu")).results
     part = begun(train_config(store=place, out=tmp_path / "part"), 9)
     for codec in ("lz4", "none", "int8"):
-        recode(str(place), str(tmp_path / codec), codec)  # type: ignore[arg-type]
+        recode(str(place), str(tmp_path / codec), codec)
     shutil.rmtree(place)
     for codec in ("lz4", "none"):
         again = evaluate(EvalConfig(run=whole, ce=False, device="cpu", store=str(tmp_path / codec))).results
@@ -134,8 +136,10 @@ def test_identity_precision_auto_is_what_the_run_began_with(
     native = "bfloat16"
     assert run_train(config).run == first
     assert weights_of(first) == weights_of(whole)
-    assert "goes on with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for what it has"):
+    assert "resumes with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for its settings"
+    ):
         run_train(train_config(out=first, precision="bfloat16"))
     assert store.spec.n_tokens
 
@@ -294,13 +298,13 @@ def test_checkpoint_damaged_goes_on_from_the_one_before(train_config: Config, tm
         newest = run / "checkpoints" / "step-00000013"
         flip(newest / what, (newest / what).stat().st_size // 2)
         run_train(train_config(out=run))
-        assert "going on from step-00000008, the one before" in capsys.readouterr().err
+        assert "resuming from step-00000008, the one before" in capsys.readouterr().err
         assert weights_of(run) == weights_of(whole)
         unfinished_run(run)
         for folder in (run / "checkpoints").glob("step-*"):
             flip(folder / what, (folder / what).stat().st_size // 2)
         before = contents(run)
-        with pytest.raises(DamagedError, match="There is no whole checkpoint before it"):
+        with pytest.raises(DamagedError, match="There is no undamaged checkpoint before it"):
             run_train(train_config(out=run))
         assert contents(run) == before
 
@@ -347,7 +351,7 @@ def test_checkpoint_replaced_by_one_of_the_same_step_is_never_absent(
     """Killed between the two renames, the only checkpoint would be gone."""
     whole = run_train(train_config(checkpoint_every=100, out=tmp_path / "whole")).run
     run = begun(train_config(checkpoint_every=100), 5)
-    end, (newest,) = train.resume.end_checkpoint, (run / "checkpoints").iterdir()
+    end, (newest,) = end_checkpoint, (run / "checkpoints").iterdir()
     with monkeypatch.context() as patch:
         rename = Path.rename
 
@@ -428,7 +432,7 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
     assert "heldout_tokens = 100,000: at most a tenth of the store is held out, here 496" in said
     assert "window_rows = 1: a window of a stream has at least one run, here 64 rows" in said
     for settings, message in (
-        ({"exclude_positions": (99,)}, "99 is no position of a context of 16"),
+        ({"exclude_positions": (99,)}, "a context of 16 has no position 99"),
         ({"exclude_positions": (-1,)}, "-1 is no position"),
         ({"step": "sparse", "saes": (sae_config(arch="relu", d_sae=8),)}, "none is asked for"),
     ):
@@ -472,8 +476,8 @@ def test_setting_a_width_that_no_architecture_takes() -> None:
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
 def test_setting_expansion_is_a_number(store: Store, times: float) -> None:
     """Field report: --expansion nan ended in a traceback."""
-    with pytest.raises(UserError, match=r"--expansion .*: expected a number above 0"):
-        cli.multiples_of_d_in(str(store.root), "mlp_out", [times])
+    with pytest.raises(UserError, match=r"--expansion: must be a number above 0"):
+        multiples_of_d_in(str(store.root), "mlp_out", [times])
 
 
 # A saved autoencoder
@@ -553,7 +557,8 @@ def test_nan_stays_nan(name: str) -> None:
     sae, x = Autoencoder.of(variant(name), weights(variant(name)), 7.5), 7.5 * batch()
     spoilt = x.clone()
     spoilt[1, 3] = float("nan")
-    for function in (sae, *([sae.fold()] if name in FOLDING else [])):
+    functions: list[Autoencoder | Folded] = [sae, *([sae.fold()] if name in FOLDING else [])]
+    for function in functions:
         f = function.encode(spoilt)
         assert f[1].isnan().all()
         assert function.decode(f)[1].isnan().all()
@@ -573,7 +578,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     train_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The last loss is a number, the last update is not: the autoencoder has diverged, and the others are saved."""
-    step = train.fit.member.Member.step_
+    step = Member.step_
 
     def spoil(self: Any, x: Any, number: int) -> Any:
         found = step(self, x, number)
@@ -581,7 +586,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
             self.weights.W_enc[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(train.fit.member.Member, "step_", spoil)
+    monkeypatch.setattr(Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
     assert "its weights are no numbers any more after step 20" in capsys.readouterr().err
@@ -632,7 +637,7 @@ def test_hostile_files_of_a_run_are_ordinary_and_bounded(train_config: Config, n
             with pytest.raises(DamagedError, match=rf"{name}: is no ordinary file of at most 16 MiB"):
                 run_train(train_config())
         elif name == "metrics.jsonl":
-            assert last_silent(RunFolder(run), 1) == {}
+            assert last_logged_inactive(RunFolder(run), 1) == {}
 
 
 @pytest.mark.parametrize("kind", ["pipe", "device"])

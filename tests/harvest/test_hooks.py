@@ -46,7 +46,7 @@ def test_what_cannot_be_harvested_is_refused(model_folder: Path) -> None:
         r"no such hookpoint\. Near: .*blocks\.1\.mlp\.hook_p.*--attention eager": ("mlp.hook_prost", sdpa),
         r"attn\.hook_q: this model has no such hookpoint": ("attn.hook_q", sdpa),
         r"hook_pattern: never fires .*--attention eager makes more fire": ("attn.hook_pattern", sdpa),
-        r"hook_pattern: gives \[batch, 2, context, context\] in a forward pass": ("attn.hook_pattern", eager),
+        r"hook_pattern: returns \[batch, 2, context, context\] in a forward pass": ("attn.hook_pattern", eager),
     }
     for message, (part, found) in refused.items():
         with pytest.raises(UserError, match=message):
@@ -125,4 +125,4 @@ def test_commands(sagsae: Sagsae) -> None:
     done = sagsae("hooks", "--model", "tiny", "--layer", "3", "--json")
     assert {"name": "blocks.3.hook_mlp_out", "short": "mlp_out", "layer": 3, "width": 256} in json.loads(done.stdout)
     done = sagsae("hooks", "--model", "tiny", "--attention", "flash")
-    assert (done.returncode, done.stderr) == (2, "error: attention: Input should be 'sdpa' or 'eager' (got 'flash')\n")
+    assert (done.returncode, done.stderr) == (2, "error: --attention: must be sdpa or eager (got 'flash')\n")

@@ -1,7 +1,7 @@
-"""Renders the page: one HTML file with its style, its script and plotly inside, which asks the network for nothing.
+"""Renders the page: one HTML file that contains its style, its script and plotly, and makes no network requests.
 
 Everything read from a run is escaped: by jinja2 in the page, by `tojson` in the plots. Only this package's own files
-and plotly's are put in as they are.
+and plotly's are inserted unescaped.
 """
 
 import json
@@ -26,7 +26,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of the table. Numbers are aligned on the right and sorted as numbers."""
+    """A column of the table. Numbers are right-aligned and sorted as numbers."""
 
     title: str
     number: bool = True
@@ -34,7 +34,7 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class TableCell:
-    """`value` is what sorting compares, empty where nothing was measured."""
+    """A cell of the table. `value` is what sorting compares; it is empty where nothing was measured."""
 
     text: str
     value: str
@@ -42,13 +42,15 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableRow:
+    """A row of the table: one autoencoder."""
+
     arch: str
     cells: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How one run was made."""
+    """The command, versions and settings that produced one run."""
 
     folder: str
     command: str
@@ -59,7 +61,7 @@ class Provenance:
 COLUMNS = (
     TableColumn("Architecture", number=False),
     *(TableColumn(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
-    *(TableColumn(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
+    *(TableColumn(title) for title in ("Both poles", "Mass of both poles", "Rescaling", "Antipodal pairs")),
     *(
         TableColumn(title)
         for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")
@@ -71,7 +73,7 @@ SITE = TableColumn("Model and hookpoint", number=False)
 
 
 def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) -> str:
-    """The whole page."""
+    """Returns the page as HTML."""
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
     setting_of = {run.folder: number for number, part in enumerate(parts, 1) for run in part.runs}
@@ -116,7 +118,7 @@ def _site(run: ReportedRun) -> str:
 
 
 def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting: int) -> TableRow:
-    """In the order of COLUMNS, then SETTING and SITE where the page has several."""
+    """Returns the cells in the order of COLUMNS, then SETTING and SITE when the page has several."""
     where = f"{run.folder.name}/{sae.name}"
     pairs = sae.directions.antipodal_pairs if sae.directions else None
     return TableRow(

@@ -5,9 +5,10 @@
     loss  |x - x̂|² + ⅛ |(x - x̂)‾ - h W_dec|²             bar: no gradient
 
 h is s·a of each token's `aux_k` largest among the latents that have been silent for `aux_after` tokens: without this
-term a fifth of an AbsTopK dictionary stays dead (docs/method.md). After training a latent is active above one threshold
-for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows trained on.
-While training goes on it is the running mean of T, which lags behind and belongs to weights that are no more.
+term a fifth of an AbsTopK dictionary stays dead (docs/explanation/method.md). After training a latent is active above
+one threshold for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows
+trained on. While training goes on it is the running mean of T, which lags behind and belongs to weights that are no
+more.
 """
 
 from collections.abc import Iterable
