@@ -35,8 +35,8 @@ import shared.files.local
 from harvest.recode import recode
 from harvest.synth import synth
 from harvest.team import Team
-from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.command.start import on_this_machine
+from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
 from shared.files.handles import HANDLES, HandlePool, LocalFile
