@@ -19,12 +19,12 @@ from support.runs import begun, unfinished_run
 from support.stores import unfinished
 from support.variants import VARIANTS, batch, variant, weights
 
-import cli
 import train.autoencoder
 import train.plan.job
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
+from shared.command.grid import multiples_of_d_in
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
@@ -434,8 +434,8 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
 def test_setting_expansion_is_a_number(store: Store, times: float) -> None:
     """Field report: --expansion nan ended in a traceback."""
-    with pytest.raises(UserError, match=r"--expansion .*: expected a number above 0"):
-        cli.multiples_of_d_in(str(store.root), "mlp_out", [times])
+    with pytest.raises(UserError, match="--expansion: must be a number above 0"):
+        multiples_of_d_in(str(store.root), "mlp_out", [times])
 
 
 # A saved autoencoder
