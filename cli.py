@@ -257,12 +257,12 @@ def store_recode(context: typer.Context, source: Source, target: Target, as_json
 def store_tail(path: StorePlace, every: Every = 2.0, as_json: Json = False) -> None:
     """Follow a running harvest until the store is final."""
     from shared.files.open import open_files
-    from shared.store.tail import describe, looks
+    from shared.store.tail import describe_look, watch_store
 
     first = last = None
-    for last in looks(open_files(path), every):
+    for last in watch_store(open_files(path), every):
         first = first or last
-        typer.echo(describe(last, first), err=as_json)
+        typer.echo(describe_look(last, first), err=as_json)
     if as_json and last:
         typer.echo(json.dumps({"store": path, "shards": len(last.store.commits), "tokens": last.store.n_rows}))
 

@@ -1,4 +1,4 @@
-"""Threads that work behind the model: they write what it has computed, and come second where cores are scarce."""
+"""Threads that write in the background what the model has computed; the model has priority where cores are scarce."""
 
 import os
 import sys
@@ -10,11 +10,11 @@ NICENESS: Final = 5
 
 
 def pool(threads: int, name: str) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=come_second)
+    return ThreadPoolExecutor(threads, thread_name_prefix=name, initializer=lower_priority)
 
 
-def come_second() -> None:
-    """A matrix product on every core waits for its slowest thread: one that has to share its core holds up all. On
-    Linux each thread has a priority of its own; elsewhere nothing is done."""
+def lower_priority() -> None:
+    """Lowers this thread's priority. A matrix product on every core waits for its slowest thread, so one thread that
+    shares its core delays all. Linux has a priority per thread; other systems are left alone."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -1,7 +1,7 @@
-"""The beginning of a store: the corpus to rows of token ids, once, and the empty arrays around them.
+"""Begins a store: turns the corpus into rows of token ids, once, and creates the empty arrays around them.
 
-A store beside the new one that was made from the same corpus in the same way lends its tokens: another layer of a model
-is harvested without tokenising again, and its rows are in the same order.
+If a store beside the new one was made from the same corpus in the same way, its tokens are copied. You harvest another
+layer of a model without tokenising again, and its rows are in the same order.
 """
 
 import shutil
@@ -11,9 +11,9 @@ from pathlib import Path
 
 from harvest.corpus.documents import BadDocument
 from harvest.corpus.pack import PackCounts
-from harvest.corpus.tokenise import OF_THE_TOKENS, forget_progress, is_resumable, write_rows
-from harvest.disk_space import check_room
-from harvest.plan import HarvestPlan, decides_the_tokens, identity, lent_shape, make_spec, shape, spec_of
+from harvest.corpus.tokenise import TOKEN_FIELDS, forget_progress, is_resumable, write_rows
+from harvest.disk_space import check_space
+from harvest.plan import HarvestPlan, identity, lent_shape, make_spec, shape, spec_of, token_identity
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles, touch
@@ -28,8 +28,8 @@ from shared.store.create import (
     building,
     check_replaceable,
     create_store,
+    delete_old_store,
     is_ours,
-    make_way,
     place_tokens,
     write_tokens,
 )
@@ -38,14 +38,14 @@ from shared.store.spec import StoreSpec
 
 
 def make_folder(files: Files, overwrite: bool) -> None:
-    """Raises UserError when the folder cannot be made or written to, or when something else is there; DamagedError when
-    that is a store that cannot be read, unless it goes."""
+    """Makes the store's folder. Raises UserError when it cannot be made or written to, or when something else is there;
+    DamagedError when an unreadable store is there and `overwrite` is False."""
     if not isinstance(files, LocalFiles):
         return  # an object store has no folders
     root = files.root
     if root.exists() and not root.is_dir():
         raise UserError(f"{root}: is a file. Choose another --out or --name")
-    if root.exists() and not there(files, overwrite) and any(not is_ours(path.name) for path in root.iterdir()):
+    if root.exists() and not holds_store(files, overwrite) and any(not is_ours(path.name) for path in root.iterdir()):
         raise UserError(f"{root}: exists and is not a store. Choose another --out or --name, or empty the folder")
     try:
         root.mkdir(parents=True, exist_ok=True)
@@ -54,7 +54,7 @@ def make_folder(files: Files, overwrite: bool) -> None:
         raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
 
-def there(files: Files, overwrite: bool) -> bool:
+def holds_store(files: Files, overwrite: bool) -> bool:
     try:
         return is_store(files)
     except DamagedError:
@@ -63,13 +63,13 @@ def there(files: Files, overwrite: bool) -> bool:
         raise
 
 
-def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
-    """Writes the token rows, then the empty store. What was there before, a store to overwrite or an unfinished
-    beginning, goes only when nothing can be refused any more. `look` is called now and then and may raise."""
+def begin_store(plan: HarvestPlan, check_stop: Callable[[], None]) -> None:
+    """Writes the token rows, then the empty store. The old content (a store to overwrite, or an unfinished beginning)
+    is removed only when nothing can be refused any longer. `check_stop` is called now and then and may raise."""
     check_replaceable(plan.files)
     with token_folder(plan.files) as folder:
-        tokens, spec = lent(plan, folder) or tokenised(plan, folder, look)
-        make_way(plan.files, folder.name)
+        tokens, spec = lent_tokens(plan, folder) or corpus_tokens(plan, folder, check_stop)
+        delete_old_store(plan.files, folder.name)
         forget_progress(folder)
         place_tokens(plan.files, tokens)
     record = {**provenance(), "config": plan.config.model_dump(mode="json")}
@@ -78,8 +78,8 @@ def begin(plan: HarvestPlan, look: Callable[[], None]) -> None:
 
 @contextmanager
 def token_folder(files: Files) -> Iterator[Path]:
-    """The folder for tokens that are being written. In a local store it is as an earlier try left it, and stays when
-    this one ends early, for the next to go on; unless nothing can be made of the corpus."""
+    """The folder in which tokens are written. In a local store it keeps what an earlier attempt left, and is kept when
+    this attempt ends early, so that the next one resumes. It is removed when the corpus itself is unusable."""
     if not isinstance(files, LocalFiles):
         with building(files) as folder:
             yield folder
@@ -92,78 +92,80 @@ def token_folder(files: Files) -> Iterator[Path]:
     except BaseException as error:
         if isinstance(error, BadDocument | TooLittle) or not is_resumable(folder):
             shutil.rmtree(folder, ignore_errors=True)
-        leave_nothing(files)
+        remove_empty_folder(files)
         raise
 
 
 class TooLittle(UserError):
-    """The corpus gives fewer tokens than were asked for."""
+    """The corpus has fewer tokens than were asked for."""
 
 
-def leave_nothing(files: Files) -> None:
-    """A folder that was made for a store that did not come to be goes again."""
+def remove_empty_folder(files: Files) -> None:
+    """Removes the folder of a store that was never created."""
     if isinstance(files, LocalFiles) and {path.name for path in files.root.iterdir()} <= {LOCK_FILE, HELD_FILE}:
         for path in list(files.root.iterdir()):
             path.unlink()
         files.root.rmdir()
 
 
-def tokenised(plan: HarvestPlan, folder: Path, look: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
-    """Raises UserError when the corpus does not give what was asked for."""
+def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None]) -> tuple[WrittenTokens, StoreSpec]:
+    """Returns the tokens of the corpus and the new store's spec. Raises UserError when the corpus has too few
+    tokens."""
     counts = PackCounts()
-    tokens = write_rows(plan, folder, counts, look)
+    tokens = write_rows(plan, folder, counts, check_stop)
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
     if counts.rough:
-        say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/corpora.md)")
+        say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/reference/corpora.md)")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
     if available < (wanted or 1):
         asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
         given = max(available, counts.tokens)
-        raise TooLittle(f"the corpus gives {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
+        raise TooLittle(f"the corpus has {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
     if wanted is None:
-        check_room(plan, available)
+        check_space(plan, available)
     return tokens, make_spec(plan, counts, tokens, wanted or available)
 
 
-def lent(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
-    """The tokens of a store beside this one, where it has those that this harvest would make."""
-    lender = lender_of(plan)
+def lent_tokens(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
+    """Copies the tokens of a store beside this one that has the tokens this harvest would make. Returns None when there
+    is none."""
+    lender = find_lender(plan)
     if lender is None:
         return None
-    shutil.rmtree(folder, ignore_errors=True)  # of an earlier try that did not find them
+    shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt that found no such store
     try:
         tokens = write_tokens(folder, lender.token_rows().blocks(), plan.context, plan.info.vocab_size)
     except (DamagedError, OSError) as error:
         say(f"{lender.name} has the same tokens, but they cannot be read ({error})")
         shutil.rmtree(folder, ignore_errors=True)
         return None
-    say(f"{plan.name}: the tokens are those of {lender.name}")
-    check_room(plan, lender.spec.n_tokens)
-    shaped = lent_shape(plan, lender.spec)
-    if shaped is None:
-        say(f"{plan.name}: its shards have another size, and so its rows another order than those of {lender.name}")
+    say(f"{plan.name}: copied the tokens of {lender.name}")
+    check_space(plan, lender.spec.n_tokens)
+    same_shape = lent_shape(plan, lender.spec)
+    if same_shape is None:
+        say(f"{plan.name}: its shards have another size, so its rows are in another order than in {lender.name}")
     n_tokens = lender.spec.n_tokens
-    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(shaped or shape(plan, n_tokens)))
+    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(same_shape or shape(plan, n_tokens)))
     return tokens, spec
 
 
-def lender_of(plan: HarvestPlan) -> Store | None:
+def find_lender(plan: HarvestPlan) -> Store | None:
     beside = open_files(plan.config.out)
     if isinstance(beside, LocalFiles) and not beside.root.is_dir():
         return None
-    wanted = {key: identity(plan)[key] for key in OF_THE_TOKENS}
-    asked = decides_the_tokens(plan)
+    wanted = {key: identity(plan)[key] for key in TOKEN_FIELDS}
+    asked = token_identity(plan)
     for name in beside.folders():
         files = beside.at(name)
         try:
             if files.name == plan.name or not is_store(files):
                 continue
             spec, state = read_state(files)
-        except (UserError, DamagedError, OSError):  # whatever it is, it lends nothing
+        except (UserError, DamagedError, OSError):  # an unreadable neighbour has no tokens to copy
             continue
-        same = {key: getattr(spec, key) for key in OF_THE_TOKENS} == wanted
+        same = {key: getattr(spec, key) for key in TOKEN_FIELDS} == wanted
         same = same and {key: spec.corpus.get(key) for key in asked} == asked
         if same and plan.config.tokens in (None, spec.n_tokens):
-            return Store(files, spec, state, Commits.of({}))
+            return Store(files, spec, state, Commits.from_mapping({}))
     return None

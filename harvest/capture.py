@@ -1,13 +1,15 @@
-"""One shard's worth of activations: token rows through the model, every hookpoint in one forward.
+"""Captures the activations of one shard: token rows go through the model, and every hookpoint is read in one forward
+pass.
 
-What a batch holds depends on the shard alone, never on where an interrupted harvest took up again, so the numbers
-of a shard are the same in both cases (matrix products of other shapes may round differently). The moments are of the
+What a batch holds depends on the shard alone, never on where an interrupted harvest resumed. The numbers of a shard are
+therefore the same in both cases (matrix products of other shapes may round differently). Moments are computed from the
 values as they will be stored (harvest/moments.py).
 
-On CUDA all that is done with activations happens on a stream of its own: the model computes the next batch meanwhile.
-On a CPU several batches are computed side by side, each by a thread with cores of its own, which never waits for
-another: not at the end of a shard, nor for a core that the writer shares with one of them. The moments are taken when
-the shard is complete, by whoever asks for its rows.
+On CUDA all work on activations runs on a side stream, while the model computes the next batch.
+
+On a CPU several batches are computed side by side, each by a thread with its own cores. These threads never wait for
+each other: neither at the end of a shard, nor for a core that the writer shares with one of them. The moments are
+computed when the shard is complete, by the thread that asks for its rows.
 """
 
 import threading
@@ -24,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from harvest import background as behind
-from harvest.moments import MomentsPart, on_the_device, on_the_host
+from harvest import background
+from harvest.moments import MomentsPart, add_moments_on_device, moments_on_host
 from harvest.writer import Ready, ShardRows
 from shared.device import sent, torch_dtype
 from shared.errors import UserError
@@ -34,9 +36,9 @@ from shared.store.spec import StoreSpec
 from shared.store.tokens import TokenMask, TokenRows, flat
 
 BITS: Final = {torch.bfloat16: torch.uint16}
-"""Stored data type where numpy has none: the bit pattern."""
+"""The integer data type that holds the bit pattern of a stored type which numpy does not have."""
 BATCHES_AHEAD: Final = 2
-"""That a GPU may be behind what was asked of it: each holds its activations until they are on the host."""
+"""Maximum batches queued on the GPU. Each keeps its activations in GPU memory until they are on the host."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class ShardMemory:
     """[2, d_in] float64: sum and sum of squares."""
 
     def stored(self, n: int) -> NDArray[Any]:
-        """The first n rows in numpy's terms."""
+        """Returns the first n rows as a numpy array."""
         return self.rows[:n].view(BITS.get(self.rows.dtype, self.rows.dtype)).numpy()
 
     def result(self, n: int) -> ShardRows:
@@ -60,11 +62,11 @@ class ShardMemory:
 
 
 Slot = dict[str, ShardMemory]
-"""Memory for one whole shard of every hookpoint."""
+"""Memory for one whole shard of every hookpoint, by hookpoint path."""
 
 
 def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
-    """Raises UserError when the host has not enough memory."""
+    """Allocates a slot. Raises UserError when the host has too little memory."""
     rows, pin = min(spec.shard_rows, spec.n_tokens), device.type == "cuda"
     try:
         return {
@@ -77,14 +79,14 @@ def make_slot(spec: StoreSpec, device: torch.device) -> Slot:
         }
     except (RuntimeError, MemoryError) as error:
         raise UserError(
-            f"there is no memory for a shard of {rows:,} rows of {len(spec.hookpoints)} hookpoints. Harvest fewer "
-            "hookpoints at a time, or start afresh with smaller shards: --set shard_rows=N"
+            f"the host has too little memory for {rows:,} rows of {len(spec.hookpoints)} hookpoints. Harvest fewer "
+            "hookpoints at a time, or start again with smaller shards: --set shard_rows=N"
         ) from error
 
 
 @dataclass
 class HookSink:
-    """Takes one hookpoint's activations, batch after batch, and keeps the rows that belong to the shard."""
+    """Takes one hookpoint's activations, batch by batch, and keeps the rows that belong to the shard."""
 
     memory: ShardMemory
     n: int
@@ -92,7 +94,7 @@ class HookSink:
     keep: Tensor
     """[n] bool on the model's device: the rows that count in the moments."""
     side: Any = None
-    """The CUDA stream that copies and counts; None: where the model runs."""
+    """The CUDA stream that copies and counts; None: the stream of the model."""
 
     def __post_init__(self) -> None:
         if self.side is not None:
@@ -100,23 +102,24 @@ class HookSink:
                 self.norms = torch.empty(self.n, dtype=torch.float32, device=self.keep.device)
                 self.moments = torch.zeros_like(self.memory.moments, device=self.keep.device)
 
-    def push(self, begin: int, activations: Tensor) -> None:
-        """`begin`: where in the shard the batch starts; negative when its first rows belong to the shard before."""
-        first, last = max(0, -begin), min(len(activations), self.n - begin)
-        target = slice(begin + first, begin + last)
+    def push(self, first_row: int, activations: Tensor) -> None:
+        """Takes a batch [rows, d_in]. `first_row` is its place in the shard; it is negative when the batch begins with
+        rows of the previous shard."""
+        first, last = max(0, -first_row), min(len(activations), self.n - first_row)
+        target = slice(first_row + first, first_row + last)
         if self.side is None:
             self.memory.rows[target].copy_(activations[first:last])
             return
-        # A copy of its own for the side stream: the model may go on to change what it computed in place.
+        # The side stream needs its own copy, because the model may change its result in place.
         stored = activations[first:last].to(self.memory.rows.dtype, copy=True)
         self.side.wait_stream(torch.cuda.current_stream(stored.device))
         stored.record_stream(self.side)
         with torch.cuda.stream(self.side):
             self.memory.rows[target].copy_(stored, non_blocking=True)
-            on_the_device(stored, self.keep[target], self.norms[target], self.moments)
+            add_moments_on_device(stored, self.keep[target], self.norms[target], self.moments)
 
     def finish(self) -> None:
-        """The last batch was pushed: on CUDA, what was counted goes to the host too."""
+        """Called after the last batch. On CUDA it copies norms and moments to the host too."""
         if self.side is not None:
             with torch.cuda.stream(self.side):
                 self.memory.norms[: self.n].copy_(self.norms, non_blocking=True)
@@ -124,19 +127,19 @@ class HookSink:
 
 
 def model_threads(count: int, cores: int) -> ThreadPoolExecutor:
-    """Threads whose matrix products have so many cores each."""
+    """A pool of `count` threads, each with `cores` cores for its matrix products."""
 
-    def begin() -> None:
+    def use_own_cores() -> None:
         torch.set_num_threads(cores)
-        torch.get_num_threads()  # else this thread's first product would ask for the number once more
+        torch.get_num_threads()  # otherwise this thread's first product would read the global number again
         started.wait()
 
     here, started = torch.get_num_threads(), threading.Barrier(count + 1)
-    pool = ThreadPoolExecutor(count, thread_name_prefix="model", initializer=begin)
+    pool = ThreadPoolExecutor(count, thread_name_prefix="model", initializer=use_own_cores)
     for _ in range(count):
         pool.submit(lambda: None)
     started.wait()
-    torch.set_num_threads(here)  # each of them keeps its own number; this is that of threads to come
+    torch.set_num_threads(here)  # the pool's threads keep their own number; this one is for later threads
     return pool
 
 
@@ -152,49 +155,49 @@ class Capture:
         batch_contexts: int,
         threads: int,
     ) -> None:
-        """`tokens` and `keep` (which rows count in the moments) are [contexts, context]. Several models, on a CPU,
-        compute side by side and share out `threads`."""
+        """`tokens` and `keep` (which rows count in the moments) are [contexts, context]. On a CPU several models
+        compute side by side and share `threads`."""
         self.model, self.spec, self.tokens, self.batch = models[0], spec, tokens, batch_contexts
         self.keep = flat(keep)
-        self.pool = behind.pool(threads, "moments")
+        self.pool = background.pool(threads, "moments")
         self.free: SimpleQueue[LanguageModel] = SimpleQueue()
-        """Models that no thread has."""
+        """Models that no thread is using."""
         for model in models:
             self.free.put(model)
         self.streams = model_threads(len(models), max(1, threads // len(models))) if len(models) > 1 else None
         self.ahead = len(models) - 1
-        """Batches that may be under way when those of the next shard are begun."""
+        """Batches that may still be running when those of the next shard begin."""
         self.running: deque[tuple[Future[None], int]] = deque()
-        """And how many rows of the shard each has."""
+        """Batches that are running, each with the number of its rows in the shard."""
         device = self.model.device
         cuda = device.type == "cuda"
         if cuda and device.index is not None:
-            torch.cuda.set_device(device)  # else what follows takes memory of the first GPU, too
+            torch.cuda.set_device(device)  # otherwise later calls would also allocate on the first GPU
         self.side = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
 
     def close(self) -> None:
-        """Batches that are under way are waited for; those that wait are dropped."""
+        """Waits for running batches and drops the queued ones."""
         if self.streams is not None:
             self.streams.shutdown(cancel_futures=True)
         self.pool.shutdown()
 
     def finish(self, after_batch: Callable[[int], None], left: int = 0) -> None:
-        """Waits until no more than `left` batches are under way."""
+        """Waits until no more than `left` batches are running."""
         while len(self.running) > left:
             batch, rows = self.running.popleft()
             batch.result()
             after_batch(rows)
 
     def shard(self, shard: int, slot: Slot, after_batch: Callable[[int], None]) -> Ready:
-        """Captures a shard into a slot. Gives a function that waits until all of it is there and gives the rows, in
-        token order. `after_batch(n)` is told of every n rows and may raise to stop. Raises UserError when a hook did
-        not give a row for every token."""
+        """Captures a shard into a slot. Returns a function that waits until the shard is complete and returns its rows,
+        in token order. `after_batch(n)` is called with the number of rows of each batch and may raise to stop. Raises
+        UserError when a hook did not return a row for every token."""
         start, stop = self.spec.shard_range(shard)
         n = stop - start
         keep = sent(torch.from_numpy(self.keep[start:stop]), self.model.device)
         sinks = {path: HookSink(slot[path], n, keep, self.side) for path in self.spec.hookpoints}
         context, last = self.spec.context, -(-stop // self.spec.context)
-        asked: deque[Any] = deque()
+        queued: deque[Any] = deque()
         batches: list[Future[None]] = []
         for first in range(start // context, last, self.batch):
             batch = self.tokens[first : min(first + self.batch, last)]
@@ -202,9 +205,9 @@ class Capture:
             rows = min(begin + batch.size, stop) - max(begin, start)
             if self.streams is None:
                 self.compute(batch, sinks, begin - start)
-                asked.append(self.event())
-                if len(asked) > BATCHES_AHEAD:
-                    asked.popleft()()
+                queued.append(self.done_event())
+                if len(queued) > BATCHES_AHEAD:
+                    queued.popleft()()
                 after_batch(rows)
             else:
                 batches.append(self.streams.submit(self.compute, batch, sinks, begin - start))
@@ -212,7 +215,7 @@ class Capture:
         self.finish(after_batch, self.ahead)
         for sink in sinks.values():
             sink.finish()
-        complete = self.event()
+        complete = self.done_event()
 
         def result() -> dict[str, ShardRows]:
             complete()
@@ -221,31 +224,31 @@ class Capture:
             if self.side is None:
                 kept = self.keep[start:stop]
                 parts = [MomentsPart(memory.stored(n), kept, memory.norms[:n].numpy()) for memory in slot.values()]
-                for memory, total in zip(slot.values(), on_the_host(self.pool, parts), strict=True):
+                for memory, total in zip(slot.values(), moments_on_host(self.pool, parts), strict=True):
                     memory.moments.copy_(torch.from_numpy(total))
             return {path: slot[path].result(n) for path in sinks}
 
         return result
 
-    def compute(self, tokens: NDArray[Any], sinks: Mapping[str, HookSink], begin: int) -> None:
-        """One batch, whose first row is number `begin` of the shard."""
+    def compute(self, tokens: NDArray[Any], sinks: Mapping[str, HookSink], first_row: int) -> None:
+        """Runs one batch, whose first row is row `first_row` of the shard."""
         hooks = self.spec.hookpoints
         model = self.free.get()
         try:
-            names = {hooks[path].name: partial(sink.push, begin) for path, sink in sinks.items()}
+            names = {hooks[path].name: partial(sink.push, first_row) for path, sink in sinks.items()}
             with model.capturing(names, {hook.name: hook.d_in for hook in hooks.values()}) as run:
                 run(torch.from_numpy(tokens.astype("int64")))
         finally:
             self.free.put(model)
 
-    def event(self) -> Callable[[], None]:
-        """A function that waits until the device has done what it was asked so far."""
+    def done_event(self) -> Callable[[], None]:
+        """Returns a function that waits until the device has finished the work queued so far."""
         if self.side is None:
             return lambda: None
         event, device = torch.cuda.Event(blocking=True), self.side.device  # type: ignore[no-untyped-call]
         event.record(self.side)
 
-        def wait() -> None:  # in the writer's thread as well, which begins with the first GPU
+        def wait() -> None:  # also called in the writer's thread, whose current device is the first GPU
             with torch.cuda.device(device):
                 event.synchronize()
 

@@ -1,4 +1,4 @@
-"""What a harvest writes and how long it takes: estimated before, measured as soon as a shard is committed."""
+"""The disk space and time of a harvest: estimated beforehand, measured as soon as a shard is committed."""
 
 import shutil
 from collections.abc import Iterable
@@ -16,23 +16,24 @@ from shared.store.opened import Store, is_store
 from shared.store.spec import DTYPES
 
 EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 2.0}
-"""Of bf16 activations, for the estimate before the first shard is written; other types are taken as 1."""
+"""Usual compression ratio of bfloat16 activations, for the estimate before the first shard is written. Other data types
+count as 1."""
 INDEX_BYTES: Final = 8
-"""A token: its id, and where its row came from."""
+"""Bytes per token: its id, and where its row came from."""
 
 
 @dataclass(frozen=True)
 class DiskNeed:
-    """Bytes of a harvest."""
+    """Bytes that a harvest needs."""
 
     hookpoints: dict[str, int]
-    """Of the whole store, by path."""
+    """Bytes of the whole store, by hookpoint path."""
     rest: int
-    """Tokens and indexes."""
+    """Bytes of tokens and indexes."""
     stored: int
-    """Of all this, what is committed already."""
+    """Bytes that are committed already."""
     free: int | None
-    """On the disk; None where there is no such number."""
+    """Free bytes on the disk; None for an object store, which reports no such number."""
 
     @property
     def to_write(self) -> int:
@@ -44,47 +45,49 @@ class DiskNeed:
 
 
 def raw_bytes(config: HarvestConfig, d_in: int) -> int:
-    """Of one row before the codec."""
+    """Bytes of one row before the codec."""
     return d_in * DTYPES[config.store_dtype][0].itemsize
 
 
-def expected(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = None) -> DiskNeed:
-    """By the codec's usual ratio, or by ratios that were measured (raw bytes over stored ones)."""
+def estimate(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = None) -> DiskNeed:
+    """Estimates the space by the codec's usual ratio, or by measured `ratios` (raw bytes over stored bytes, by
+    path)."""
     usual = usual_ratio(plan.config.codec, plan.config.store_dtype)
     found = ratios or dict.fromkeys(plan.hooks, usual)
     each = {
         path: int(tokens * (raw_bytes(plan.config, hook.d_in) / found[path] + 4)) for path, hook in plan.hooks.items()
     }
     stored, free = stored_size(plan.files), free_bytes(plan.files)
-    if plan.config.overwrite and free is not None:  # what is there goes first
+    if plan.config.overwrite and free is not None:  # the old store is deleted first
         free, stored = free + stored, 0
     return DiskNeed(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
 
 
 def usual_ratio(codec: str, dtype: str) -> float:
-    """Of raw bytes to stored ones."""
+    """The usual ratio of raw bytes to stored bytes."""
     if codec == "int8":
         return 0.99 * DTYPES[dtype][0].itemsize
     return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
 
 
-def check_room(plan: HarvestPlan, tokens: int | None) -> None:
-    """Says what the harvest will write, and raises UserError when the disk cannot take it."""
+def check_space(plan: HarvestPlan, tokens: int | None) -> None:
+    """Prints what the harvest will write, and raises UserError when the disk is too small."""
     if tokens is None:
         return
-    need = expected(plan, tokens)
+    need = estimate(plan, tokens)
     say(f"{plan.config.model}: {tokens:,} tokens of {len(plan.hooks)} hookpoints into {plan.name}")
     for path, size in need.hookpoints.items():
         say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
-    say(f"  about {gigabytes(need.to_write)} to write{room(need)}")
-    refuse(plan.config.out, need)
+    say(f"  about {gigabytes(need.to_write)} to write{free_text(need)}")
+    check_fits(plan.config.out, need)
 
 
 def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
-    """By what the first shards took: what is still to be written, in words. Raises UserError when it does not fit."""
+    """Returns a message with what is still to be written, estimated from the first committed shards. Raises UserError
+    when it does not fit."""
     commits = list(commits)
     rows = sum(commit.rows for commit in commits)
-    left = max(0, store.spec.n_tokens - store.n_rows - rows)  # what other processes wrote meanwhile is not looked up
+    left = max(0, store.spec.n_tokens - store.n_rows - rows)  # other processes' commits are not read
     size = sum(size for commit in commits for size, _ in commit.files.values()) / rows
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     ratios = [
@@ -92,11 +95,11 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
         for path, hook in store.spec.hookpoints.items()
     ]
     need = DiskNeed({"all": int(size * left)}, 0, 0, free_bytes(store.files))
-    refuse(out, need)
-    return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{room(need)}"
+    check_fits(out, need)
+    return f"compression {', '.join(ratios)}; {gigabytes(need.to_write)} still to write{free_text(need)}"
 
 
-def refuse(out: str, need: DiskNeed) -> None:
+def check_fits(out: str, need: DiskNeed) -> None:
     if not need.fits:
         raise UserError(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
@@ -104,7 +107,7 @@ def refuse(out: str, need: DiskNeed) -> None:
         )
 
 
-def room(need: DiskNeed) -> str:
+def free_text(need: DiskNeed) -> str:
     return "" if need.free is None else f", {gigabytes(need.free)} are free"
 
 
@@ -113,7 +116,7 @@ def gigabytes(size: int) -> str:
 
 
 def free_bytes(files: Files) -> int | None:
-    """Of the disk that the store is on; None where there is no such number."""
+    """Free bytes on the store's disk; None for an object store."""
     if not isinstance(files, LocalFiles):
         return None
     folder = next(p for p in (files.root, *files.root.absolute().parents) if p.exists())
@@ -121,7 +124,7 @@ def free_bytes(files: Files) -> int | None:
 
 
 def stored_size(files: Files) -> int:
-    """Of the store that is there; 0 when there is none, or none that can be read."""
+    """Committed bytes of an existing store; 0 when there is none, or none that can be read."""
     try:
         if not is_store(files):
             return 0

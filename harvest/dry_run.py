@@ -1,6 +1,6 @@
-"""`sagsae harvest --dry-run`: one batch through the model and the codec, to say what the whole harvest would take.
+"""`sagsae harvest --dry-run`: sends one batch through the model and the codec, and estimates the whole harvest.
 
-Nothing is written. The batch is the beginning of the corpus, not shuffled, so that little of it has to be read.
+Nothing is written. The batch is the beginning of the corpus, unshuffled, so that little of it has to be read.
 """
 
 import time
@@ -18,7 +18,7 @@ from torch import Tensor
 from harvest.capture import BITS
 from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import token_rows
-from harvest.disk_space import expected, raw_bytes
+from harvest.disk_space import estimate, raw_bytes
 from harvest.fill import default_batch_tokens, forget_batch, no_memory
 from harvest.plan import HarvestPlan, check_same, default_chunk_rows, make_plan
 from harvest.team import Team
@@ -36,39 +36,40 @@ ROUNDS = 3
 
 @dataclass(frozen=True)
 class DryRunResult:
-    """What one batch says about the whole."""
+    """The estimate that one batch yields for the whole harvest."""
 
     store: str
     tokens: int | None
-    """None: all that the corpus gives, which only reading it would tell."""
+    """Tokens of the harvest; None: all of the corpus, whose size is only known after reading it."""
     hookpoints: dict[str, dict[str, Any]]
-    """By path: d_in, the measured ratio, bytes (of a million tokens where `tokens` is None)."""
+    """By hookpoint path: d_in, the measured ratio, and bytes (per million tokens where `tokens` is None)."""
     bytes_to_write: int
     bytes_free: int | None
     fits: bool | None
-    """None where `tokens` is."""
+    """Whether the store fits on the disk; None where `tokens` is None."""
     model_tokens_per_second: float
     codec_tokens_per_second: float
-    """On all cores of this machine."""
+    """Encoding speed on all cores of this machine."""
     tokens_per_second: float
-    """Of the whole: the slower of the two on a GPU; on a CPU they share the cores."""
+    """Speed of the whole harvest. On a GPU it is the slower of the two; on a CPU both share the cores."""
     seconds: float | None
-    """Of what is not committed yet."""
+    """Seconds for the rows that are not committed yet; None where `tokens` is None."""
 
 
 def trial(config: HarvestConfig, processes: int = 1) -> DryRunResult:
-    """Raises UserError for what is wrong with the configuration, or when a store is there that was made differently."""
+    """Measures one batch of a harvest with `processes` processes. Raises UserError when the configuration is wrong, or
+    when a store exists that was made differently."""
     plan = make_plan(config)
     left = rows_left(plan)
     say(f"{plan.name}: a dry run on one batch")
     model = LanguageModel(plan.source, plan.device, plan.dtype, config.attention)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
-    rows, model_seconds = captured(plan, model, first_rows(plan, max(1, batch // plan.context)))
+    rows, model_seconds = capture_batch(plan, model, first_rows(plan, max(1, batch // plan.context)))
     n = len(next(iter(rows.values())))
     threads = Team().threads
-    sizes, codec_seconds = encoded(config, rows, threads)
+    sizes, codec_seconds = encode_rows(config, rows, threads)
     ratios = {path: n * raw_bytes(config, plan.hooks[path].d_in) / size for path, size in sizes.items()}
-    need = expected(plan, config.tokens or 1_000_000, ratios)
+    need = estimate(plan, config.tokens or 1_000_000, ratios)
     if config.tokens is None:
         need = replace(need, stored=0)
     shared = model_seconds + codec_seconds
@@ -91,7 +92,7 @@ def trial(config: HarvestConfig, processes: int = 1) -> DryRunResult:
 
 
 def rows_left(plan: HarvestPlan) -> int | None:
-    """That the harvest would still write; None where only reading the corpus would tell."""
+    """Rows that the harvest would still write; None where only reading the corpus would tell."""
     if plan.config.overwrite or not is_store(plan.files):
         return plan.config.tokens
     store = Store.open(plan.files)
@@ -100,17 +101,18 @@ def rows_left(plan: HarvestPlan) -> int | None:
 
 
 def first_rows(plan: HarvestPlan, contexts: int) -> NDArray[Any]:
-    """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has not one row."""
+    """[contexts, context] token ids from the beginning of the corpus. Raises UserError when it has less than one
+    row."""
     config = plan.config.model_copy(update={"shuffle_documents": False, "tokens": None})
     blocks: Iterator[NDArray[Any]] = token_rows(replace(plan, config=config), PackCounts(), lambda: None)
     found = list(islice(chain.from_iterable(blocks), contexts))
     if not found:
-        raise UserError(f"the corpus gives less than one row of {plan.context}. Lower --context, or give more text")
+        raise UserError(f"the corpus has less than one row of {plan.context}. Lower --context, or give more text")
     return np.stack(found)
 
 
-def captured(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
-    """Rows of every hookpoint as they are stored, on the host, and the median seconds that a batch takes."""
+def capture_batch(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tuple[dict[str, NDArray[Any]], float]:
+    """Rows of every hookpoint as they are stored, on the host, and the median seconds per batch."""
     found: dict[str, torch.Tensor] = {}
     dtype = torch_dtype(plan.config.store_dtype)
 
@@ -127,12 +129,12 @@ def captured(plan: HarvestPlan, model: LanguageModel, ids: NDArray[Any]) -> tupl
                 raise no_memory(model.device, plan.context) from error
         ids = ids[: len(ids) // 2]
         found.clear()
-        forget_batch(model.device)  # the error that held its memory is gone here
+        forget_batch(model.device)  # outside `except`: the error kept the batch's memory alive
     return {path: x.view(BITS.get(x.dtype, x.dtype)).numpy() for path, x in found.items()}, seconds
 
 
 def seconds_of_a_batch(model: LanguageModel, sinks: Mapping[str, Callable[[Tensor], None]], ids: NDArray[Any]) -> float:
-    """The median."""
+    """The median seconds of `ROUNDS` runs of one batch."""
     seconds = []
     with model.capturing(sinks) as run:
         for _ in range(ROUNDS):
@@ -142,8 +144,8 @@ def seconds_of_a_batch(model: LanguageModel, sinks: Mapping[str, Callable[[Tenso
     return float(np.median(seconds))
 
 
-def encoded(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
-    """Bytes of every hookpoint's rows through the codec, and the seconds that it takes on so many threads."""
+def encode_rows(config: HarvestConfig, rows: dict[str, NDArray[Any]], threads: int) -> tuple[dict[str, int], float]:
+    """Encoded bytes of every hookpoint's rows, and the seconds that encoding takes on `threads` threads."""
     sizes: dict[str, int] = {}
     at = config.chunk_rows or default_chunk_rows(max(x.shape[1] * x.itemsize for x in rows.values()))
     started = time.perf_counter()

@@ -1,6 +1,6 @@
-"""One shard's files: chunks encoded on every core and written in order as they come, counted and checksummed.
+"""Encodes the files of one shard: chunks are encoded on every core and written in order, counted and checksummed.
 
-Memory is a few chunks, whatever the shard's size.
+Memory is a few chunks, whatever the size of the shard.
 """
 
 import threading
@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import background as behind
+from harvest import background
 from shared.device import usable_cores
 from shared.files.base import Write
 from shared.files.handles import Buffer
@@ -24,22 +24,22 @@ from shared.store.spec import DTYPES, StoreSpec, shard_file
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Fetch = Callable[[slice, NDArray[Any]], None]
-"""Puts the rows of a slice of the shard, in stored order, at the beginning of a chunk's memory."""
+"""Copies the rows of a slice of the shard, in stored order, to the beginning of a chunk's memory."""
 
 
 class ShardFiles:
-    """Makes the files of shards, from any number of threads. `close` ends its own."""
+    """Writes the files of shards; safe to call from any number of threads. `close` ends its encoding threads."""
 
     def __init__(self, spec: StoreSpec, threads: int | None = None) -> None:
         self.spec, self.layouts = spec, spec.layouts()
         self.threads = threads or usable_cores()
-        self.pool = behind.pool(self.threads, "encode")
+        self.pool = background.pool(self.threads, "encode")
         self.local = threading.local()
 
     def close(self) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def activations(
+    def write_activations(
         self,
         write: Write,
         hook: str,
@@ -49,22 +49,22 @@ class ShardFiles:
         squares: NDArray[np.float64],
         kept: NDArray[np.bool_],
     ) -> Sizes:
-        """A hookpoint's n rows through the store's codec. `squares` [d_in] are summed over the rows `kept` [n] in
-        stored order; int8 takes its scales from them and measures its error over these rows."""
+        """Writes a hookpoint's n rows through the store's codec. `squares` [d_in] is the sum of squares over the rows
+        `kept` [n], in stored order. int8 derives its scales from it and measures its error over these rows."""
         layout = self.layouts[hook]
         slices = [slice(at, min(at + layout.chunk_rows, n)) for at in range(0, n, layout.chunk_rows)]
         if self.spec.quantised:
-            return self.int8(write, hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept)
+            return self.write_int8(write, hook, shard, slices, fetch, dim_scale(squares, int(kept.sum())), kept)
 
         def encode(at: slice) -> bytes:
-            chunk = self.memory(layout.chunk_shape, layout.dtype)
+            chunk = self.chunk_memory(layout.chunk_shape, layout.dtype)
             fetch(at, chunk)
             chunk[at.stop - at.start :] = layout.fill
             return encode_chunk(chunk, layout.codec)
 
-        return self.put(write, hook, shard, shard_pieces(self.each(encode, slices), layout), True)
+        return self.write_file(write, hook, shard, shard_pieces(self.in_order(encode, slices), layout), True)
 
-    def int8(
+    def write_int8(
         self,
         write: Write,
         hook: str,
@@ -74,20 +74,20 @@ class ShardFiles:
         dim: NDArray[np.float32],
         kept: NDArray[np.bool_],
     ) -> Sizes:
-        """Quantised rows, their scales, and the squared error in each dimension."""
+        """Writes quantised rows, their scales, and the squared error in each dimension."""
         layout, dtype = self.layouts[hook], DTYPES[self.spec.dtype][0]
         scales = np.empty(slices[-1].stop, "<f4")
         error = np.zeros(len(dim))
 
         def encode(at: slice) -> tuple[bytes, NDArray[np.float64]]:
-            rows = self.memory(layout.chunk_shape, dtype)
+            rows = self.chunk_memory(layout.chunk_shape, dtype)
             fetch(at, rows)
             x = as_float32(rows[: at.stop - at.start], self.spec.dtype)
             q, scales[at] = quantise(x, dim)
             wrong = (x - dequantise(q, scales[at], dim))[kept[at]].astype("<f8")
             return encode_chunk(pad_chunk(q, layout), layout.codec), np.einsum("nd,nd->d", wrong, wrong)
 
-        found = self.each(encode, slices)
+        found = self.in_order(encode, slices)
 
         def chunks() -> Iterator[bytes]:
             for data, squared in found:
@@ -95,14 +95,14 @@ class ShardFiles:
                 yield data
 
         return {
-            **self.put(write, hook, shard, shard_pieces(chunks(), layout), True),
-            **self.vector(write, f"scale/{hook}/row", shard, scales),
-            **self.row(write, f"scale/{hook}/dim", shard, dim),
-            **self.row(write, f"stats/{hook}/sum_of_squared_error", shard, error),
+            **self.write_file(write, hook, shard, shard_pieces(chunks(), layout), True),
+            **self.write_vector(write, f"scale/{hook}/row", shard, scales),
+            **self.write_row(write, f"scale/{hook}/dim", shard, dim),
+            **self.write_row(write, f"stats/{hook}/sum_of_squared_error", shard, error),
         }
 
-    def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """Results in order, only a few of which wait to be taken. The first are begun at once."""
+    def in_order(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """Yields results in order; only a few are computed ahead. The first ones start at once."""
         left = iter(items)
         waiting = deque(self.pool.submit(function, item) for item in islice(left, 2 * self.threads + 1))
 
@@ -117,21 +117,21 @@ class ShardFiles:
 
         return results()
 
-    def memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
-        """Memory for one chunk, the same for every chunk of a thread."""
+    def chunk_memory(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+        """Returns memory for one chunk, which each thread reuses for all its chunks."""
         if getattr(self.local, "key", None) != (shape, dtype):
             self.local.key, self.local.chunk = (shape, dtype), np.empty(shape, dtype)
         chunk: NDArray[Any] = self.local.chunk
         return chunk
 
-    def vector(self, write: Write, array: str, shard: int, rows: NDArray[Any]) -> Sizes:
-        return self.put(write, array, shard, encode_shard(rows, self.layouts[array]), False)
+    def write_vector(self, write: Write, array: str, shard: int, rows: NDArray[Any]) -> Sizes:
+        return self.write_file(write, array, shard, encode_shard(rows, self.layouts[array]), False)
 
-    def row(self, write: Write, array: str, shard: int, row: NDArray[Any]) -> Sizes:
+    def write_row(self, write: Write, array: str, shard: int, row: NDArray[Any]) -> Sizes:
         dtype = self.spec.rows_of_shards()[array][1]
-        return self.put(write, array, shard, [with_crc(row.astype(dtype).tobytes())], True)
+        return self.write_file(write, array, shard, [with_crc(row.astype(dtype).tobytes())], True)
 
-    def put(
+    def write_file(
         self,
         write: Write,
         array: str,

@@ -1,4 +1,4 @@
-"""The loop of a harvest: a shard is captured while the one before is written."""
+"""The main loop of a harvest: one shard is captured while the previous one is written."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -26,19 +26,20 @@ from shared.store.spec import DTYPES, StoreSpec
 from shared.store.tokens import CountedMask
 
 SLOTS = 3
-"""Shards in memory: one that is captured, one that is written, one that waits in between."""
+"""Shards in memory: one being captured, one being written, one waiting in between."""
 CPU_BATCH = 2_048
-"""Tokens."""
-MOST_STREAMS = 16
-"""Each is a wrapper around the model, which takes a moment to make; more cores than that share the batches."""
+"""Tokens per batch on a CPU."""
+MAX_STREAMS = 16
+"""Largest number of batches side by side. Each needs its own wrapper around the model, which takes a moment to make;
+further cores share the batches."""
 
 
 @dataclass(frozen=True)
 class FillResult:
-    """How it went."""
+    """The timing of a fill."""
 
     started: float
-    """When the model was loaded and the first batch began, by the monotonic clock."""
+    """Time on the monotonic clock at which the model was loaded and the first batch began."""
     waited: float
     """Seconds in which the model waited for the writer."""
 
@@ -48,21 +49,21 @@ def fill(
     config: HarvestConfig,
     source: ModelSource,
     team: Team,
-    look: Callable[[], None],
+    check_stop: Callable[[], None],
     todo: list[int],
     loaded: Any = None,
 ) -> FillResult:
-    """Captures and commits these shards. `look` is called between batches and may raise. `loaded`: what `load_weights`
-    gave, if it is there already."""
+    """Captures and commits the shards `todo`. `check_stop` is called between batches and may raise. `loaded` is what
+    `load_weights` returned, if the weights are in memory already."""
     spec = store.spec
-    look()
+    check_stop()
     device = team.device(config.device)
-    beside = streams(device, spec, config, team.threads)
-    models = side_by_side(source, device, spec.model["dtype"], spec.model["attention"], beside, loaded)
+    n_models = stream_count(device, spec, config, team.threads)
+    models = side_by_side(source, device, spec.model["dtype"], spec.model["attention"], n_models, loaded)
     model = models[0]
-    look()
+    check_stop()
     model.check_hooks([hook.name for hook in spec.hookpoints.values()])
-    tokens = store.token_rows(check=team.rank == 0)  # the others read those of their own shards
+    tokens = store.token_rows(check=team.rank == 0)  # ranks 1 and up check only what their own shards read
     keep = CountedMask(tokens)
     reuse_memory(model.device)
     batch = config.batch_tokens or default_batch_tokens(model.device, model.d_model)
@@ -75,7 +76,7 @@ def fill(
         ) as writer,
         progress(f"harvest {store.name}", rows_of(spec, todo), "tokens", shown=team.rank == 0) as advance,
     ):
-        watch = HarvestWatch(store, config, team, writer, ring, look, advance)
+        watch = HarvestWatch(store, config, team, writer, ring, check_stop, advance)
         for shard in todo:
             slot = ring.take(watch.check)
             rows = capture_shard(capture, shard, slot, watch)
@@ -85,25 +86,25 @@ def fill(
     return FillResult(watch.started, ring.waited)
 
 
-def streams(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
-    """Batches that are computed side by side. On a CPU one a core, or as many as fit into a quarter of the memory that
-    is free, at some 40 numbers of a row's width a token."""
+def stream_count(device: str, spec: StoreSpec, config: HarvestConfig, cores: int) -> int:
+    """The number of batches computed side by side. On a CPU it is one per core, or as many as fit into a quarter of the
+    free memory, at about 40 float32 numbers of the widest row per token. Elsewhere it is 1."""
     if not device.startswith("cpu"):
         return 1
     tokens = max(spec.context, config.batch_tokens or CPU_BATCH)
     each, free = 160 * tokens * max(hook.d_in for hook in spec.hookpoints.values()), host_memory()
-    return max(1, min(cores, MOST_STREAMS, cores if free is None else free // 4 // each))
+    return max(1, min(cores, MAX_STREAMS, cores if free is None else free // 4 // each))
 
 
 def finish_work(device: torch.device) -> None:
-    """Waits until the model has computed what it was asked to."""
+    """Waits until the device has finished the model's queued work."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
 
 
 def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "HarvestWatch") -> Ready:
-    """In smaller batches from here on when a GPU's memory does not suffice. Raises UserError when it does not suffice
-    for one context."""
+    """Captures one shard. When a GPU runs out of memory, this shard is captured again and this and all later batches
+    are halved. Raises UserError when one context does not fit."""
     while True:
         before = watch.rows
         try:
@@ -113,12 +114,12 @@ def capture_shard(capture: Capture, shard: int, slot: Slot, watch: "HarvestWatch
             if capture.batch == 1:
                 raise no_memory(capture.model.device, capture.spec.context) from error
         capture.batch = -(-capture.batch // 2)
-        say(f"out of memory: going on with {capture.batch * capture.spec.context:,} tokens in a batch")
+        say(f"out of memory: continuing with {capture.batch * capture.spec.context:,} tokens per batch")
         forget_batch(capture.model.device)
 
 
 def forget_batch(device: torch.device) -> None:
-    """After one for which memory did not suffice: nothing of it is in use any more, and its memory is free."""
+    """Frees CUDA memory after a batch that ran out of it. Nothing refers to the batch by then."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
@@ -126,13 +127,13 @@ def forget_batch(device: torch.device) -> None:
 
 def no_memory(device: torch.device, context: int) -> UserError:
     return UserError(
-        f"--device {device}: its memory does not suffice for one context of {context} tokens. Lower --context, or use "
-        "a larger GPU"
+        f"--device {device}: its memory is too small for one context of {context} tokens. Lower --context, or use a "
+        "larger GPU"
     )
 
 
 class HarvestWatch:
-    """Looks after a harvest between batches: stops, failed commits, progress, room on the disk."""
+    """Checks between batches: stop requests, failed commits, progress, disk space."""
 
     def __init__(
         self,
@@ -141,11 +142,11 @@ class HarvestWatch:
         team: Team,
         writer: ShardWriter,
         ring: Ring[Slot],
-        look: Callable[[], None],
+        check_stop: Callable[[], None],
         advance: Callable[[int, str], None],
     ) -> None:
         self.store, self.config, self.team, self.writer, self.ring = store, config, team, writer, ring
-        self.look, self.advance = look, advance
+        self.check_stop, self.advance = check_stop, advance
         spec = store.spec
         self.row_bytes = sum(hook.d_in for hook in spec.hookpoints.values()) * DTYPES[spec.dtype][0].itemsize
         self.started = time.monotonic()
@@ -153,14 +154,14 @@ class HarvestWatch:
         self.measured = False
 
     def check(self) -> None:
-        """Raises what stops a harvest: a signal, a commit that failed, a disk that turns out too small."""
-        self.look()
+        """Raises the reason to stop: a signal, a failed commit, or a disk that turns out to be too small."""
+        self.check_stop()
         self.writer.check()
         if self.writer.commits and not self.measured:
             self.measured = True
-            said = check_progress(self.store, self.writer.commits, self.config.out)
+            message = check_progress(self.store, self.writer.commits, self.config.out)
             if self.team.rank == 0:
-                say(f"measured on the first shard: {said}")
+                say(f"measured on the first shard: {message}")
 
     def after_batch(self, rows: int) -> None:
         self.rows += rows
@@ -176,8 +177,8 @@ class HarvestWatch:
 
 
 def default_batch_tokens(device: torch.device, d_model: int) -> int:
-    """On a GPU what takes about a quarter of its memory, by 40 numbers of d_model a token; on a CPU what a core's
-    caches hold a fair part of."""
+    """The default number of tokens per batch. On a GPU they take about a quarter of its memory, at 40 numbers of
+    d_model per token; on a CPU a core's caches hold a good part of them."""
     if device.type != "cuda":
         return CPU_BATCH
     memory = torch.cuda.get_device_properties(device).total_memory

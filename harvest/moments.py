@@ -1,7 +1,7 @@
-"""Exact moments of rows in float64, where the rows are: norms of all, sums over those that count.
+"""Computes exact float64 moments of rows where the rows are: norms of all rows, sums over those that count.
 
-On a CPU in numpy, segment by segment, which threads may share without changing a bit of the sums; torch's own threads
-would spin between operations as short as these. On a GPU in torch, as rows come (harvest/capture.py).
+On a CPU numpy works segment by segment; threads share the segments without changing a bit of the sums. torch's own
+threads would spin between operations this short. On a GPU torch adds batches as they come (harvest/capture.py).
 """
 
 import threading
@@ -17,23 +17,23 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 SEGMENT_ROWS: Final = 2048
-"""Summed by one thread; segments are added in order."""
+"""Rows summed by one thread. Segments are added in order."""
 CPU_BLOCK: Final = 1 << 21
 GPU_BLOCK: Final = 1 << 28
-"""Bytes of float64 at a time: for a CPU what its caches hold and two threads do not take turns over (at half of it two
-were as slow as one); for a GPU what keeps it busy."""
+"""Bytes of float64 processed at a time. On a CPU this fits into the caches, and two threads do not compete for the GIL
+over it (at half of it, two threads were as slow as one). On a GPU it keeps the device busy."""
 
 
 @dataclass(frozen=True)
 class MomentsPart:
-    """Rows whose moments are taken."""
+    """Rows whose moments are computed."""
 
     rows: NDArray[Any]
     """[n, d_in]; bfloat16 as its bit pattern."""
     keep: NDArray[np.bool_]
-    """[n] which ones count."""
+    """[n] True for the rows that count."""
     norms: NDArray[np.float32]
-    """[n] is written."""
+    """[n] Euclidean norms; written by `moments_on_host`."""
 
     def cut(self) -> list["MomentsPart"]:
         slices = [slice(at, at + SEGMENT_ROWS) for at in range(0, len(self.rows), SEGMENT_ROWS)]
@@ -41,7 +41,7 @@ class MomentsPart:
 
 
 class MomentsScratch(threading.local):
-    """A thread's memory for the rows that it works on."""
+    """Scratch memory of one thread for the rows that it works on."""
 
     def __init__(self) -> None:
         self.numbers = np.empty(0)
@@ -57,15 +57,15 @@ class MomentsScratch(threading.local):
 BLOCK: Final = MomentsScratch()
 
 
-def on_the_host(pool: Executor, parts: Sequence[MomentsPart]) -> list[NDArray[np.float64]]:
-    """Of each part [2, d_in]: sum and sum of squares over the rows that count. A row with a NaN or an infinity does
-    not."""
+def moments_on_host(pool: Executor, parts: Sequence[MomentsPart]) -> list[NDArray[np.float64]]:
+    """Returns, for each part, [2, d_in]: the sum and the sum of squares over the rows that count. A row with a NaN or
+    an infinity does not count."""
     cut = [part.cut() for part in parts]
-    found = pool.map(of_segment, chain.from_iterable(cut))
+    found = pool.map(segment_moments, chain.from_iterable(cut))
     return [sum(islice(found, len(segments)), np.zeros((2, 1))) for segments in cut]
 
 
-def of_segment(part: MomentsPart) -> NDArray[np.float64]:
+def segment_moments(part: MomentsPart) -> NDArray[np.float64]:
     n, d_in = part.rows.shape
     at_once = max(1, CPU_BLOCK // (8 * d_in))
     total = np.zeros((2, d_in))
@@ -88,8 +88,8 @@ def of_segment(part: MomentsPart) -> NDArray[np.float64]:
     return total
 
 
-def on_the_device(stored: Tensor, keep: Tensor, norms: Tensor, moments: Tensor) -> None:
-    """Adds to `moments` [2, d_in] float64 what `on_the_host` gives, without waiting for the device."""
+def add_moments_on_device(stored: Tensor, keep: Tensor, norms: Tensor, moments: Tensor) -> None:
+    """Adds the same sums as `moments_on_host` to `moments` [2, d_in] float64, without a host synchronisation."""
     rows = max(1, GPU_BLOCK // (8 * stored.shape[1]))
     for x, counts, out in zip(*(torch.split(tensor, rows) for tensor in (stored, keep, norms)), strict=True):
         x = x.double()

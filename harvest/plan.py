@@ -1,6 +1,5 @@
-"""What a harvest will do, worked out before anything is written: every question that needs no weights is answered here,
-and everything that can be refused is refused here.
-"""
+"""Plans a harvest before anything is written: it answers every question that needs no weights, and refuses everything
+that can be refused."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 
 from harvest.corpus.arrays import takes_rows
-from harvest.corpus.documents import Corpus, JoinedIds, Look, go_on
+from harvest.corpus.documents import Corpus, JoinedIds, StopCheck, never_stop
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts
 from shared.config import HarvestConfig
@@ -32,13 +31,13 @@ from shared.store.spec import DTYPES, HookSpec, StoreSpec, TokenType
 CHUNK_BYTES = 2 << 20
 CHUNKS_PER_SHARD = 128
 SHARD_BYTES = 2 << 30
-"""Of all hookpoints of a shard, in memory."""
+"""Bytes of one shard of all hookpoints together, in memory."""
 SHARDS_OF_A_SMALL_STORE = 16
 
 
 @dataclass(frozen=True)
 class HarvestPlan:
-    """A configuration with every question answered that needs no weights and writes nothing."""
+    """A configuration in which every question is answered that needs no weights and writes nothing."""
 
     config: HarvestConfig
     source: ModelSource
@@ -62,7 +61,7 @@ class HarvestPlan:
         return self.config.shuffle_documents and isinstance(self.corpus, Corpus)
 
 
-def make_plan(config: HarvestConfig, look: Look = go_on) -> HarvestPlan:
+def make_plan(config: HarvestConfig, check_stop: StopCheck = never_stop) -> HarvestPlan:
     """Raises UserError at the first thing that is wrong with the model, the hookpoints, the corpus or the context."""
     source = resolve_model(config.model, config.revision)
     model_config = read_config(source)
@@ -82,22 +81,22 @@ def make_plan(config: HarvestConfig, look: Look = go_on) -> HarvestPlan:
         raise UserError(f"--context {context}: a store holds at most {1 << 16} tokens in a context")
     files = open_files(join(config.out, config.name or store_name(source)))
     found = None if config.overwrite or not is_store(files) else read_state(files)[0]
-    config = like_the_store(config, found)
+    config = with_settings_of_store(config, found)
     device = pick_device(config.device, spread=True)
     computes = torch.device(pick_device("auto") if device == "map" else device)
     dtype = native_dtype(computes) if config.dtype == "auto" else config.dtype
     encoder = open_encoder(source, config.tokenizer, config.eos, config.split_special_tokens)
     default = Path(source.location) / "corpus.jsonl" if source.local else None
-    corpus = open_corpus(config, default, info.vocab_size, look)
+    corpus = open_corpus(config, default, info.vocab_size, check_stop)
     check_end(encoder, corpus, info)
     bos_id = None if takes_rows(corpus, context, config.bos) else bos_token(config, encoder, info)
     special = special_tokens(config, encoder, info)
     return HarvestPlan(config, source, info, encoder, corpus, device, dtype, context, bos_id, special, hooks, files)
 
 
-def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
-    """What was not asked for in words and depends on the machine, or does not change a number, is as the store that is
-    there has it: `dtype` at auto, and a lossless codec."""
+def with_settings_of_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestConfig:
+    """Returns the configuration with settings of the existing store, where you did not choose them: `dtype` at auto,
+    which depends on the machine, and a lossless codec, which changes no number."""
     if store is None:
         return config
     changes: dict[str, Any] = {}
@@ -107,13 +106,13 @@ def like_the_store(config: HarvestConfig, store: StoreSpec | None) -> HarvestCon
     lossless = "int8" not in (config.codec, store.codec)
     if "codec" not in config.model_fields_set and lossless and config.codec != store.codec:
         changes["codec"] = store.codec
-        say(f"{config.name or store.model.get('name')}: goes on with codec {store.codec}, as the store has it")
+        say(f"{config.name or store.model.get('name')}: continues with codec {store.codec}, as the store has it")
     return config.model_copy(update=changes) if changes else config
 
 
 def check_end(encoder: Encoder, corpus: Corpus | JoinedIds, info: ModelInfo) -> None:
-    """Raises UserError where documents are to be joined and nothing says with which id, or with one that the model does
-    not know."""
+    """Raises UserError when documents must be joined and no end-of-text id is known, or when the model does not know
+    that id."""
     end, name = encoder.eos_id, encoder.source.name
     if end is not None and not 0 <= end < info.vocab_size:
         raise UserError(
@@ -134,11 +133,11 @@ def check_end(encoder: Encoder, corpus: Corpus | JoinedIds, info: ModelInfo) -> 
 
 
 def special_tokens(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> tuple[int, ...]:
-    """Ids that count as special, of those that the model knows."""
+    """Ids that count as special, among those that the model knows."""
     strange = [number for number in config.special_ids if number >= info.vocab_size]
     if strange:
         raise UserError(f"special_ids: {strange[0]} is outside the model's vocabulary, 0 to {info.vocab_size - 1}")
-    return tuple(sorted({*(n for n in encoder.special() if 0 <= n < info.vocab_size), *config.special_ids}))
+    return tuple(sorted({*(n for n in encoder.special_ids() if 0 <= n < info.vocab_size), *config.special_ids}))
 
 
 def bos_token(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> int | None:
@@ -156,7 +155,8 @@ def bos_token(config: HarvestConfig, encoder: Encoder, info: ModelInfo) -> int |
 
 
 def store_name(source: ModelSource) -> str:
-    """`pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, its own name for a folder or a GGUF file."""
+    """The store's default name: `pythia-1b` for the alias, `Llama-3` for `meta/Llama-3`, the name of a folder or a GGUF
+    file."""
     if not source.local:
         return source.name.split("/")[-1]
     place = Path(os.path.expanduser(source.name)).resolve()
@@ -164,7 +164,7 @@ def store_name(source: ModelSource) -> str:
 
 
 def identity(plan: HarvestPlan) -> dict[str, Any]:
-    """The part of a store's spec that the configuration alone decides. A change in it is another store."""
+    """The part of a store's spec that the configuration alone decides. If it changes, it is another store."""
     return {
         "model": {
             "name": plan.source.name,
@@ -195,19 +195,19 @@ def corpus_asked(plan: HarvestPlan) -> dict[str, Any]:
     }
 
 
-def decides_the_tokens(plan: HarvestPlan) -> dict[str, Any]:
-    """What of a store's `corpus` is equal in all stores of the same tokens."""
+def token_identity(plan: HarvestPlan) -> dict[str, Any]:
+    """The part of a store's `corpus` that is equal in all stores with the same tokens."""
     return {**corpus_asked(plan), "whole": plan.config.tokens is None, "vocab_size": plan.info.vocab_size}
 
 
 def default_chunk_rows(row_bytes: int) -> int:
-    """The power of two that makes a chunk at most 2 MiB."""
+    """The largest power of two for which a chunk has at most 2 MiB."""
     return max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1)
 
 
 def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_tokens: int) -> StoreSpec:
     corpus = {
-        **decides_the_tokens(plan),
+        **token_identity(plan),
         "documents": counts.documents,
         "empty_documents": counts.empty,
         "bad_documents": counts.bad,
@@ -225,14 +225,14 @@ def spec_of(
 
 
 def shape(plan: HarvestPlan, n_tokens: int) -> tuple[int, int]:
-    """Rows of a chunk and of a shard: what was asked for, else chunks of 2 MiB, 128 of them or fewer."""
+    """Rows per chunk and per shard: as configured, else chunks of 2 MiB and at most 128 chunks per shard."""
     widths = [hook.d_in * DTYPES[plan.config.store_dtype][0].itemsize for hook in plan.hooks.values()]
     return shape_of(widths, n_tokens, plan.config.chunk_rows, plan.config.shard_rows)
 
 
 def shape_of(widths: list[int], n_tokens: int, chunk_rows: int | None, shard_rows: int | None) -> tuple[int, int]:
-    """`widths`: bytes of a row of each hookpoint. A shard has fewer chunks in a small store, and where all hookpoints
-    together would make one too large for memory."""
+    """Rows per chunk and per shard. `widths` are the bytes per row of each hookpoint. A shard has fewer chunks in a
+    small store, and where all hookpoints together would be too large for memory."""
     chunk_rows = chunk_rows or default_chunk_rows(max(widths))
     most = max(1, SHARD_BYTES // (chunk_rows * sum(widths)))
     chunks = min(CHUNKS_PER_SHARD, most, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
@@ -243,8 +243,8 @@ def shape_of(widths: list[int], n_tokens: int, chunk_rows: int | None, shard_row
 
 
 def lent_shape(plan: HarvestPlan, lender: StoreSpec) -> tuple[int, int] | None:
-    """That of another store over the same tokens, which puts the rows in the same order; None where another was asked
-    for, or where its shards would be too large for these hookpoints."""
+    """The chunk and shard rows of an existing store with the same tokens, which put the rows in the same order. Returns
+    None when others were configured, or when its shards would be too large for these hookpoints."""
     config, lent = plan.config, (lender.chunk_rows, lender.shard_rows)
     width = sum(hook.d_in for hook in plan.hooks.values()) * DTYPES[config.store_dtype][0].itemsize
     asked = (config.chunk_rows or lent[0], config.shard_rows or lent[1])
@@ -252,8 +252,8 @@ def lent_shape(plan: HarvestPlan, lender: StoreSpec) -> tuple[int, int] | None:
 
 
 def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
-    """Raises UserError, naming every field that differs, when the store was begun with another request. What a model is
-    called and where it is do not count; what it is does."""
+    """Raises UserError, naming every field that differs, when the store was begun with another request. The model's
+    content counts; its name and place do not."""
     wanted: dict[str, Any] = {**identity(plan), **corpus_asked(plan)}
     wanted |= {
         "n_tokens": plan.config.tokens,
@@ -261,29 +261,30 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
         "shard_rows": plan.config.shard_rows,
     }
     if plan.config.tokens is None and spec.corpus.get("whole") is False:
-        wanted["n_tokens"] = "all that the corpus gives"
+        wanted["n_tokens"] = "all tokens of the corpus"
     found: dict[str, Any] = {"on_bad_document": "refuse", **dict(spec), **spec.corpus}  # older stores refused
     asked, there = wanted.pop("model"), found["model"]
     differ = model_differs(plan.source, there, asked)
-    if spec.special_ids == plan_of_old(plan) != plan.special_ids and not plan.config.special_ids:
+    if spec.special_ids == special_ids_of_old_stores(plan) != plan.special_ids and not plan.config.special_ids:
         wanted["special_ids"] = spec.special_ids
         say(
             f"{plan.name}: the store is of an earlier version, which counted {len(spec.special_ids)} ids as special; "
-            f"now {len(plan.special_ids)} are. It goes on with its own"
+            f"now {len(plan.special_ids)} are. It continues with its own"
         )
     optional = ("n_tokens", "chunk_rows", "shard_rows")
     pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
     differ += [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
     if differ:
         changed = {key for key, (old, new) in pairs.items() if old != new}
+        advice = advice_for(plan, spec, changed, len(differ))
         raise UserError(
-            f"{plan.name}: was harvested differently. {'; '.join(differ)}. {way_out(plan, spec, changed, len(differ))} "
-            "--overwrite would delete what is there and start afresh"
+            f"{plan.name}: was harvested differently. {'; '.join(differ)}. {advice} "
+            "--overwrite would delete the store and start again"
         )
 
 
 def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """What of a model is another than the store's, in a line or none."""
+    """Describes in at most one line how the requested model differs from the store's."""
     keys = [key for key in ("dtype", "attention", "weight_processing") if there.get(key) != asked[key]]
     pairs = [(f"{key} {there.get(key)}", f"{key} {asked[key]}") for key in keys]
     if not same_model(source, there.get("commit")):
@@ -295,17 +296,17 @@ def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, A
     return [f"model: the store has {stores}, this asks for {ours}"]
 
 
-def plan_of_old(plan: HarvestPlan) -> tuple[int, ...]:
-    """The special ids as earlier versions knew them."""
-    return tuple(sorted(plan.tokenizer.listed()))
+def special_ids_of_old_stores(plan: HarvestPlan) -> tuple[int, ...]:
+    """The special ids as earlier versions counted them."""
+    return tuple(sorted(plan.tokenizer.listed_special_ids()))
 
 
-def way_out(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:
-    """What to do about a request that differs in these fields, and loses nothing."""
+def advice_for(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int) -> str:
+    """Advice for a request that differs in the `changed` fields; following it loses no data."""
     if changed == {"codec"} and many == 1 and "int8" not in (spec.codec, plan.config.codec):
         return (
-            f"The rows are the same with either codec: leave --codec out to go on, or write the finished store anew "
-            f"with `sagsae store recode {plan.name} NEW --codec {plan.config.codec}`."
+            "The rows are the same with either codec: leave --codec out to resume, or rewrite the finished store with "
+            f"`sagsae store recode {plan.name} NEW --codec {plan.config.codec}`."
         )
     if changed == {"hookpoints"} and many == 1:
         return (

@@ -1,7 +1,7 @@
-"""A store written anew with another codec, shard by shard. Everything else stays byte for byte what it was.
+"""Rewrites a store with another codec, shard by shard. Everything else stays the same, byte for byte.
 
 The result is the store that a harvest with that codec would have written: the same rows in the same order with the same
-moments, and for int8 the same scales. A recode that was interrupted goes on where it was.
+moments, and for int8 the same scales. An interrupted recode resumes when you run it again.
 """
 
 from collections.abc import Iterator
@@ -20,7 +20,7 @@ from shared.files.open import open_files
 from shared.progress import progress, say
 from shared.record import provenance
 from shared.stop import stop_requests
-from shared.store.create import clean_up, create_store, finish_store, is_ours, reopen
+from shared.store.create import clean_up, create_store, finish_store, is_ours, reopen_store
 from shared.store.manifest import Sizes, append_commit, read_metadata
 from shared.store.opened import Store, check_metadata_paths, is_store
 from shared.store.reader import ArrayReader, Reader, open_reader, read_places, read_shard
@@ -31,7 +31,7 @@ from shared.store.tokens import CountedMask, TokenMask
 
 @dataclass(frozen=True)
 class RecodeSummary:
-    """What a recode did."""
+    """The result of a recode."""
 
     store: str
     codec: str
@@ -41,7 +41,8 @@ class RecodeSummary:
 
 
 def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
-    """Raises UserError for unusable input, DamagedError where the source is damaged, Interrupted after a signal."""
+    """Rewrites the store `source` at `target`. Raises UserError for unusable input, DamagedError where the source is
+    damaged, Interrupted after a signal."""
     store, files = Store.open(source), open_files(target)
     if store.spec.quantised:
         raise UserError(f"{source}: is quantised to int8, which lost what other codecs would keep. Harvest it again")
@@ -54,29 +55,29 @@ def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
     with files.explained(), store.files.reading():
         if isinstance(files, LocalFiles):
             files.root.mkdir(parents=True, exist_ok=True)
-        write(store, files, spec)
+        write_store(store, files, spec)
     done = Store.open(files)
     before, after = (sum(s.stored_bytes(hook) for hook in spec.hookpoints) for s in (store, done))
     return RecodeSummary(target, codec, done.n_rows, before, after)
 
 
-def write(store: Store, files: Files, spec: StoreSpec) -> None:
-    """All of the new store, or all that is missing of it."""
+def write_store(store: Store, files: Files, spec: StoreSpec) -> None:
+    """Writes the new store, or the part of it that is missing."""
     with files.lock():
         if not is_store(files):
-            begin(store, files, spec)
+            begin_recode(store, files, spec)
         clean_up(files)
         done = Store.open(files)
         if done.state == "final" and not done.missing:
             say(f"{files.name} is complete. Nothing to do.")
             return
-        reopen(done)
-        fill(store, done)
+        reopen_store(done)
+        recode_shards(store, done)
         finish_store(files, spec)
 
 
 def check_target(files: Files, spec: StoreSpec) -> None:
-    """Raises UserError when something else is there."""
+    """Raises UserError when something else is at the target."""
     if is_store(files):
         if Store.open(files).spec != spec:
             raise UserError(f"{files.name}: is another store, or was recoded differently. Choose another DST")
@@ -86,7 +87,7 @@ def check_target(files: Files, spec: StoreSpec) -> None:
         raise UserError(f"{files.name}: exists and is not a store. Choose another DST")
 
 
-def begin(store: Store, files: Files, spec: StoreSpec) -> None:
+def begin_recode(store: Store, files: Files, spec: StoreSpec) -> None:
     metadata = read_metadata(store.files)
     check_metadata_paths(store, metadata)
     tokens = {path: metadata[path] for path in store.spec.token_files()}
@@ -95,7 +96,7 @@ def begin(store: Store, files: Files, spec: StoreSpec) -> None:
     create_store(files, spec, tokens, {**provenance(), "source": store.name})
 
 
-def fill(store: Store, done: Store) -> None:
+def recode_shards(store: Store, done: Store) -> None:
     """Writes and commits every missing shard."""
     todo = done.missing
     keep = CountedMask(store.token_rows())
@@ -113,7 +114,8 @@ def fill(store: Store, done: Store) -> None:
 
 
 def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep: TokenMask) -> None:
-    """`keep` marks the rows that the moments are over. Raises DamagedError."""
+    """Rewrites one shard. `keep` marks the rows that the moments are over. Raises DamagedError where the source is
+    damaged."""
     commit = store.commits[shard]
     contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
     kept = keep[commit.start : commit.stop][read_places(contexts, positions, shard)]
@@ -124,13 +126,13 @@ def recode_shard(store: Store, done: Store, writer: ShardFiles, shard: int, keep
             matrix = array in store.row_kinds  # the others are vectors
             reader = None if matrix else open_reader(store, array)
             if reader is not None and not isinstance(reader, ArrayReader):  # another tool's bytes
-                files |= writer.vector(write, array, shard, read_shard(reader, shard))
+                files |= writer.write_vector(write, array, shard, read_shard(reader, shard))
             else:
                 files[array] = copy(store.files, write, shard_file(array, shard, matrix), size, crc)
         for hook in store.spec.hookpoints:
             squares = store.row_of_shard(f"stats/{hook}/sum_of_squares", shard)
             fetch = fetch_from(open_reader(store, hook), shard)
-            files |= writer.activations(write, hook, shard, commit.rows, fetch, squares, kept)
+            files |= writer.write_activations(write, hook, shard, commit.rows, fetch, squares, kept)
     append_commit(done.files, 0, replace(commit, files=files))
 
 
@@ -142,7 +144,7 @@ def fetch_from(reader: Reader, shard: int) -> Fetch:
 
 
 def copy(source: Files, write: Write, path: str, size: int, crc: int) -> tuple[int, int]:
-    """A committed file, checked on the way."""
+    """Copies a committed file and checks it on the way. Raises DamagedError where its checksum is wrong."""
     file, found = source.open(path, size), 0
 
     def pieces() -> Iterator[Buffer]:

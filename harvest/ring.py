@@ -1,4 +1,4 @@
-"""Memory that goes round: from the model, which fills it, to the writer, which empties it, and back."""
+"""Memory slots that circulate: the model fills them, the writer empties them and gives them back."""
 
 import queue
 import time
@@ -9,11 +9,11 @@ Slot = TypeVar("Slot")
 
 
 class Ring(Generic[Slot]):
-    """A fixed number of slots, made when they are first needed. Taking one waits for the writer: that is all that ever
-    holds the model up."""
+    """A fixed number of slots, each made at its first use. `take` waits for the writer, and is the only place where the
+    writer holds the model up."""
 
     def __init__(self, make: Callable[[], Slot], slots: int, work: Callable[[], None] = lambda: None) -> None:
-        """`work` returns when the model has computed what it was asked to: until then it waits for nobody."""
+        """`work` returns when the model has finished its queued work; that time does not count as waiting."""
         self.make, self.work = make, work
         self.waited = 0.0
         """Seconds in which no slot was free."""
@@ -21,12 +21,12 @@ class Ring(Generic[Slot]):
         for _ in range(slots):
             self.free.put(None)
 
-    def take(self, look: Callable[[], None]) -> Slot:
-        """`look` is called now and then while none is free, and may raise."""
+    def take(self, check_stop: Callable[[], None]) -> Slot:
+        """Returns a free slot. `check_stop` is called now and then while none is free, and may raise."""
         if self.free.empty():
             self.work()
         while True:
-            look()
+            check_stop()
             started = time.monotonic()
             try:
                 slot = self.free.get(timeout=0.2)

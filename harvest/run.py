@@ -1,7 +1,8 @@
-"""harvest(config): a model and a corpus to a committed store. Resumes by itself: the same call goes on where it was.
+"""harvest(config): runs a corpus through a model and commits the activations to a store. The same call resumes an
+interrupted harvest.
 
-Everything that can be refused is refused before anything is written. Then rank 0 writes the tokens, once, and every
-process captures and commits its share of the shards that are not committed yet; at the end the state becomes "final".
+Everything that can be refused is refused before anything is written. Then rank 0 writes the tokens once, and every
+process captures and commits its share of the missing shards. At the end the state becomes "final".
 """
 
 import time
@@ -9,8 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from harvest.begin import begin, leave_nothing, make_folder
-from harvest.disk_space import check_room
+from harvest.begin import begin_store, make_folder, remove_empty_folder
+from harvest.disk_space import check_space
 from harvest.fill import FillResult, fill, rows_of
 from harvest.plan import HarvestPlan, check_same, make_plan
 from harvest.team import RankWork, Team
@@ -22,7 +23,7 @@ from shared.model.language_model import load_weights
 from shared.model.source import resolve_model, same_model
 from shared.progress import say
 from shared.stop import stop_requests
-from shared.store.create import clean_up, finish_store, reopen
+from shared.store.create import clean_up, finish_store, reopen_store
 from shared.store.norms import sample
 from shared.store.opened import Store, is_store
 from shared.store.spec import DTYPES
@@ -32,73 +33,73 @@ AGAIN: Final = "run the same command again"
 
 @dataclass(frozen=True)
 class HarvestSummary:
-    """What a harvest did."""
+    """The result of a harvest."""
 
     store: str
     tokens: int
     hookpoints: dict[str, dict[str, Any]]
     seconds: float
-    """Of capturing and writing: loading the model is not counted."""
+    """Seconds of capturing and writing; loading the model is not counted."""
     tokens_per_second: float
     waiting_for_writer: float
-    """Share of the time that the model stood still because the writer was behind."""
+    """Share of the time in which the model waited because the writer was behind."""
 
 
 def harvest(config: HarvestConfig) -> HarvestSummary:
-    """Harvests until the store is complete; in a process that is not rank 0, until its share is. Raises UserError for
-    unusable input, Interrupted after a signal."""
+    """Harvests until the store is complete; on ranks 1 and up, until this rank's share is committed. Raises UserError
+    for unusable input, Interrupted after a signal."""
     team = Team.join()
     with stop_requests() as stop_asked:
 
-        def look() -> None:
+        def check_stop() -> None:
             if stop_asked():
                 raise Interrupted(f"the harvest was stopped. To continue, {AGAIN}")
-            team.look()
+            team.check_launcher()
 
         try:
-            return lead(config, team, look) if team.rank == 0 else help_out(config, team, look)
+            return lead_harvest(config, team, check_stop) if team.rank == 0 else join_harvest(config, team, check_stop)
         except BaseException as error:
             if team.rank:
                 team.fail()
             if isinstance(error, UserError | Interrupted) and config.overwrite and AGAIN in str(error):
-                # the same command would begin afresh once more
+                # the same command would overwrite the store once more
                 raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
             raise
 
 
-def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
-    """Rank 0: the beginning and the end, and a share of what is between them."""
-    plan = make_plan(config, look)
+def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
+    """Runs rank 0: it begins and finishes the store, and captures its own share of the shards."""
+    plan = make_plan(config, check_stop)
     if not config.overwrite and is_store(plan.files):
         store = Store.open(plan.files)
         check_same(plan, store.spec)
         if store.state == "final" and not store.missing:
-            team.begin(RankWork(store.location, ()))
-            team.await_others(look)
-            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            team.announce(RankWork(store.location, ()))
+            team.await_others(check_stop)
+            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
             return summarise(store, 0.0, 0, 0.0)
-        check_room(plan, store.spec.n_tokens)
+        check_space(plan, store.spec.n_tokens)
     else:
-        check_room(plan, config.tokens)
+        check_space(plan, config.tokens)
     device = team.device(config.device)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
-        model = loaded(plan, device, look)
+        model = load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
-            begin(plan, look)
+            begin_store(plan, check_stop)
         clean_up(plan.files)
         store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
-        reopen(store)
+        reopen_store(store)
         work = RankWork(store.location, tuple(store.missing))
-        team.begin(work)
+        team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)
-        if team.mine(work):
-            filled = fill(store, config, plan.source, team, look, team.mine(work), model)
+        if team.shards_of_rank(work):
+            filled = fill(store, config, plan.source, team, check_stop, team.shards_of_rank(work), model)
         model = None
-        team.await_others(look)
+        team.await_others(check_stop)
         finish_store(plan.files, store.spec)
     seconds = time.monotonic() - filled.started
     store = Store.open(plan.files)
@@ -107,35 +108,35 @@ def lead(config: HarvestConfig, team: Team, look: Callable[[], None]) -> Harvest
 
 
 def say_massive(store: Store) -> None:
-    """A line for each hookpoint whose variance is that of a few tokens."""
+    """Prints a line for each hookpoint in which a few tokens make up most of the variance."""
     for hook in store.spec.hookpoints:
         found = sample(store, hook)
         if found and found.massive.text:
             say(f"{hook}: {found.massive.text}")
 
 
-def loaded(plan: HarvestPlan, device: str, look: Callable[[], None]) -> Any:
-    """The model's weights, before anything is tokenised, written or removed: whatever is wrong with them is said now,
-    and a folder that was made for the store goes again."""
-    look()
+def load_model(plan: HarvestPlan, device: str, check_stop: Callable[[], None]) -> Any:
+    """Returns the model's weights. They are loaded before anything is tokenised, written or removed, so that their
+    errors come first. On an error, a folder that was made for the store is removed."""
+    check_stop()
     try:
         return load_weights(plan.source, device, plan.dtype, plan.config.attention)
     except BaseException:
-        leave_nothing(plan.files)
+        remove_empty_folder(plan.files)
         raise
 
 
-def help_out(config: HarvestConfig, team: Team, look: Callable[[], None]) -> HarvestSummary:
-    """The others: a share of the shards. What the store is, they are told."""
-    work = team.await_work(look)
-    todo, filled = team.mine(work), FillResult(time.monotonic(), 0.0)
+def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
+    """Runs ranks 1 and up: captures their shards of the store that rank 0 announced."""
+    work = team.await_work(check_stop)
+    todo, filled = team.shards_of_rank(work), FillResult(time.monotonic(), 0.0)
     store = Store.open(work.store)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
         if not same_model(source, store.spec.model["commit"]):
-            raise UserError(f"--model {config.model}: is another model here than on rank 0's machine")
+            raise UserError(f"--model {config.model}: this machine has another model than rank 0's machine")
         with store.files.explained(), store.files.lock(team.rank):
-            filled = fill(store, config, source, team, look, todo)
+            filled = fill(store, config, source, team, check_stop, todo)
     team.done()
     return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
 

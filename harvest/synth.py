@@ -1,7 +1,7 @@
-"""synth(config): a store of synthetic activations, whose true features are known (shared/synthetic.py).
+"""synth(config): writes a store of synthetic activations whose true features are known (shared/synthetic.py).
 
-The same writer, moments and commits as a harvest's; only the rows come from a generator instead of a language model.
-Resumes by itself: every row can be made without the others, so that the same call writes the shards that are missing.
+Writer, moments and commits are those of a harvest; only the rows come from a generator instead of a language model. The
+same call resumes an interrupted one: every row can be made without the others, so it writes the missing shards.
 """
 
 import hashlib
@@ -18,10 +18,19 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from harvest import background as behind
-from harvest.begin import leave_nothing, make_folder
-from harvest.disk_space import INDEX_BYTES, DiskNeed, free_bytes, gigabytes, refuse, room, stored_size, usual_ratio
-from harvest.moments import MomentsPart, on_the_host
+from harvest import background
+from harvest.begin import make_folder, remove_empty_folder
+from harvest.disk_space import (
+    INDEX_BYTES,
+    DiskNeed,
+    check_fits,
+    free_bytes,
+    free_text,
+    gigabytes,
+    stored_size,
+    usual_ratio,
+)
+from harvest.moments import MomentsPart, moments_on_host
 from harvest.plan import shape_of
 from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
@@ -40,10 +49,10 @@ from shared.store.create import (
     check_replaceable,
     clean_up,
     create_store,
+    delete_old_store,
     finish_store,
-    make_way,
     place_tokens,
-    reopen,
+    reopen_store,
     write_tokens,
 )
 from shared.store.opened import Store, is_store
@@ -59,7 +68,7 @@ ROWS_AT_A_TIME: Final = 1 << 20
 
 @dataclass(frozen=True)
 class SynthSummary:
-    """What was written."""
+    """The result of `synth`."""
 
     store: str
     tokens: int
@@ -71,35 +80,35 @@ class SynthSummary:
 def synth(config: SynthConfig) -> SynthSummary:
     """Writes until the store is complete. Raises UserError for unusable input, Interrupted after a signal."""
     try:
-        return write(config)
+        return write_store(config)
     except (UserError, Interrupted) as error:
-        if config.overwrite and AGAIN in str(error):  # which would begin afresh once more
+        if config.overwrite and AGAIN in str(error):  # the same command would overwrite the store once more
             raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
         raise
 
 
-def write(config: SynthConfig) -> SynthSummary:
-    """All of the store, or all that is missing of it."""
+def write_store(config: SynthConfig) -> SynthSummary:
+    """Writes the store, or the part of it that is missing."""
     files, spec = open_files(join(config.out, config.name)), spec_of(config)
     if not config.overwrite and is_store(files):
         store = Store.open(files)
         check_same(store, spec)
         if store.state == "final" and not store.missing:
-            say(f"{files.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts afresh).")
+            say(f"{files.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
             return summarise(store, 0.0, 0)
-    check_room(config, files)
+    check_space(config, files)
     make_folder(files, config.overwrite)
     started = time.monotonic()
     with files.explained(), files.lock(), stop_requests() as stop_asked:
         if isinstance(files, LocalFiles):
             check_alone(files.root)
         if config.overwrite or not is_store(files):
-            begin(files, spec, config)
+            begin_store(files, spec, config)
         clean_up(files)
         store = Store.open(files)
         check_same(store, spec)  # again: another process may have been here meanwhile
-        reopen(store)
-        written = fill(store, TrueFeatures(parameters_of(config)), stop_asked)
+        reopen_store(store)
+        written = make_shards(store, TrueFeatures(parameters_of(config)), stop_asked)
         finish_store(files, spec)
     return summarise(Store.open(files), time.monotonic() - started, written)
 
@@ -109,7 +118,7 @@ def parameters_of(config: SynthConfig) -> Synthetic:
 
 
 def spec_of(config: SynthConfig) -> StoreSpec:
-    """All of it follows from the configuration: the token ids are zeros."""
+    """The spec of the store. All of it follows from the configuration: the token ids are zeros."""
     parameters = parameters_of(config).model_dump(mode="json")
     digest = hashlib.blake2b(json.dumps(parameters, sort_keys=True).encode(), digest_size=16).hexdigest()
     ids = hashlib.blake2b(digest_size=16)
@@ -117,26 +126,34 @@ def spec_of(config: SynthConfig) -> StoreSpec:
         ids.update(block.tobytes())
     itemsize = DTYPES[config.store_dtype][0].itemsize
     chunk_rows, shard_rows = shape_of([config.d_in * itemsize], config.tokens, config.chunk_rows, config.shard_rows)
-    return build(StoreSpec, {
-        "model": {
-            "name": NAME, "commit": digest, "local": True, "dtype": "float64", "attention": "none",
-            "weight_processing": "none", NAME: parameters,
+    return build(
+        StoreSpec,
+        {
+            "model": {
+                "name": NAME,
+                "commit": digest,
+                "local": True,
+                "dtype": "float64",
+                "attention": "none",
+                "weight_processing": "none",
+                NAME: parameters,
+            },
+            "tokenizer": {"blake2b": None, "eos_id": None},
+            "corpus": {"source": NAME, "whole": True, "vocab_size": 1, "documents": 0, "ids_blake2b": ids.hexdigest()},
+            "context": config.context,
+            "bos_id": None,
+            "special_ids": (),
+            "skip_positions": 0,
+            "n_tokens": config.tokens,
+            "token_dtype": "uint16",
+            "hookpoints": {HOOK: HookSpec(name=NAME, d_in=config.d_in)},
+            "dtype": config.store_dtype,
+            "codec": config.codec,
+            "chunk_rows": chunk_rows,
+            "shard_rows": shard_rows,
+            "seed": config.seed,
         },
-        "tokenizer": {"blake2b": None, "eos_id": None},
-        "corpus": {"source": NAME, "whole": True, "vocab_size": 1, "documents": 0, "ids_blake2b": ids.hexdigest()},
-        "context": config.context,
-        "bos_id": None,
-        "special_ids": (),
-        "skip_positions": 0,
-        "n_tokens": config.tokens,
-        "token_dtype": "uint16",
-        "hookpoints": {HOOK: HookSpec(name=NAME, d_in=config.d_in)},
-        "dtype": config.store_dtype,
-        "codec": config.codec,
-        "chunk_rows": chunk_rows,
-        "shard_rows": shard_rows,
-        "seed": config.seed,
-    })  # fmt: skip
+    )
 
 
 def token_blocks(config: SynthConfig) -> Iterator[NDArray[np.uint16]]:
@@ -150,18 +167,18 @@ def token_blocks(config: SynthConfig) -> Iterator[NDArray[np.uint16]]:
 
 def check_same(store: Store, spec: StoreSpec) -> None:
     """Raises UserError, naming every field that differs, when the store is another."""
-    here, asked = (flat(s.model_dump(mode="json")) for s in (store.spec, spec))
+    here, asked = (requested_values(s.model_dump(mode="json")) for s in (store.spec, spec))
     keys = [key for key in {**here, **asked} if here.get(key) != asked.get(key)]
     if keys:
         differ = "; ".join(f"{key}: the store has {here.get(key)}, this asks for {asked.get(key)}" for key in keys)
         raise UserError(
-            f"{store.name}: holds another store. {differ}. Choose another --name or --out, or start afresh with "
+            f"{store.name}: holds another store. {differ}. Choose another --name or --out, or start again with "
             "--overwrite"
         )
 
 
-def flat(spec: dict[str, Any]) -> dict[str, Any]:
-    """What a person can have asked for, by name: the parameters, not the digests that follow from them."""
+def requested_values(spec: dict[str, Any]) -> dict[str, Any]:
+    """The values that you can have asked for, by name: the parameters, not the digests that follow from them."""
     model = spec["model"]
     parameters = model.get(NAME, {})
     rest = {key: value for key, value in spec.items() if key not in ("model", "tokenizer", "corpus", "hookpoints")}
@@ -169,54 +186,55 @@ def flat(spec: dict[str, Any]) -> dict[str, Any]:
     return {"model": model.get("name"), **parameters, **source, **rest}
 
 
-def check_room(config: SynthConfig, files: Files) -> None:
-    """Says what will be written, and raises UserError when the disk cannot take it."""
+def check_space(config: SynthConfig, files: Files) -> None:
+    """Prints what will be written, and raises UserError when the disk is too small."""
     raw = config.d_in * DTYPES[config.store_dtype][0].itemsize
     size = int(config.tokens * (raw / usual_ratio(config.codec, config.store_dtype) + 4))
     stored, free = stored_size(files), free_bytes(files)
-    if config.overwrite and free is not None:  # what is there goes first
+    if config.overwrite and free is not None:  # the old store is deleted first
         free, stored = free + stored, 0
     need = DiskNeed({HOOK: size}, config.tokens * INDEX_BYTES, stored, free)
-    say(f"{files.name}: {config.tokens:,} tokens of width {config.d_in}, about {gigabytes(need.to_write)}{room(need)}")
-    refuse(config.out, need)
+    size_text = f"about {gigabytes(need.to_write)}{free_text(need)}"
+    say(f"{files.name}: {config.tokens:,} tokens of width {config.d_in}, {size_text}")
+    check_fits(config.out, need)
 
 
-def begin(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
-    """The token rows, then the empty store. What was there before goes only when the tokens are written."""
+def begin_store(files: Files, spec: StoreSpec, config: SynthConfig) -> None:
+    """Writes the token rows, then the empty store. The old content is removed only when the tokens are written."""
     check_replaceable(files)
     with building(files) as folder:
         try:
             tokens = write_tokens(folder, token_blocks(config), config.context, 1)
         except BaseException:
-            leave_nothing(files)
+            remove_empty_folder(files)
             raise
-        make_way(files, folder.name)
+        delete_old_store(files, folder.name)
         place_tokens(files, tokens)
     create_store(files, spec, tokens.files, {**provenance(), "config": config.model_dump(mode="json")})
 
 
-def fill(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> int:
-    """Makes and commits the shards that are missing; a shard is made while the one before is written. Gives the number
-    of rows."""
+def make_shards(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> int:
+    """Makes and commits the missing shards; a shard is made while the previous one is written. Returns the number of
+    rows."""
     spec, todo = store.spec, store.missing
     keep = CountedMask(store.token_rows())
     rows = sum(stop - start for start, stop in map(spec.shard_range, todo))
     threads = usable_cores()
-    _ = truth.directions, truth.scale, truth.limits  # once, before threads ask for them
+    _ = truth.directions, truth.scale, truth.limits  # computed once, before threads share them
     with (
-        behind.pool(threads, "synth") as pool,
+        background.pool(threads, "synth") as pool,
         closing(ShardWriter(store.files, spec, keep)) as writer,
         progress(f"synth {store.name}", rows, "tokens") as advance,
     ):
 
-        def look(made: int) -> None:
+        def after_block(made: int) -> None:
             advance(made, "")
             writer.check()
             if stop_asked():
                 raise Interrupted(f"{store.name}: stopped. To continue, {AGAIN}")
 
         for shard in todo:
-            made = shard_rows(spec, truth, keep, shard, pool, look)
+            made = shard_rows(spec, truth, keep, shard, pool, after_block)
             writer.wait()
             writer.submit(shard, partial(dict, {HOOK: made}))
         writer.wait()
@@ -224,10 +242,15 @@ def fill(store: Store, truth: TrueFeatures, stop_asked: Callable[[], bool]) -> i
 
 
 def shard_rows(
-    spec: StoreSpec, truth: TrueFeatures, keep: TokenMask, shard: int, pool: Executor, look: Callable[[int], None]
+    spec: StoreSpec,
+    truth: TrueFeatures,
+    keep: TokenMask,
+    shard: int,
+    pool: Executor,
+    after_block: Callable[[int], None],
 ) -> ShardRows:
-    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `look` is
-    told of every n rows and may raise to stop."""
+    """One shard's rows [n, d_in] as they are stored, in the order of the token stream, and their moments. `after_block`
+    is called with the number of rows of each block and may raise to stop."""
     start, stop = spec.shard_range(shard)
     found = torch.empty(stop - start, truth.parameters.d_in, dtype=torch_dtype(spec.dtype))
 
@@ -238,18 +261,17 @@ def shard_rows(
         return last - first
 
     for made in pool.map(make, range(start // BLOCK, -(-stop // BLOCK))):
-        look(made)
+        after_block(made)
     rows = (found.view(torch.uint16) if spec.dtype == "bfloat16" else found).numpy()
     norms = np.empty(len(rows), np.float32)
-    ((total, squares),) = on_the_host(pool, [MomentsPart(rows, keep[start:stop], norms)])
+    ((total, squares),) = moments_on_host(pool, [MomentsPart(rows, keep[start:stop], norms)])
     return ShardRows(rows, norms, total, squares)
 
 
 def summarise(store: Store, seconds: float, rows: int) -> SynthSummary:
     stored = store.stored_bytes(HOOK)
-    raw = store.n_rows * store.spec.hookpoints[HOOK].d_in * DTYPES[store.spec.dtype][0].itemsize
-    about = {
-        "d_in": store.spec.hookpoints[HOOK].d_in, "bytes": stored, "ratio": round(raw / max(1, stored), 3),
-    }  # fmt: skip
+    d_in = store.spec.hookpoints[HOOK].d_in
+    raw = store.n_rows * d_in * DTYPES[store.spec.dtype][0].itemsize
+    about = {"d_in": d_in, "bytes": stored, "ratio": round(raw / max(1, stored), 3)}
     rate = rows / seconds if seconds else 0.0
     return SynthSummary(store.name, store.n_rows, {HOOK: about}, round(seconds, 2), round(rate, 1))

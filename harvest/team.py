@@ -1,8 +1,8 @@
-"""The processes of one harvest: who they are, what each has to do, and when all of it is done.
+"""The processes of one harvest: their ranks, the shards of each, and when all are done.
 
-Started by `sagsae harvest --processes N`, torchrun, accelerate launch or anything else that sets RANK, WORLD_SIZE,
-MASTER_ADDR and MASTER_PORT. They meet twice, at the beginning and at the end, through the launcher's key-value store.
-In between nobody waits for anybody: each has its own shards and its own log in the manifest.
+They are started by `sagsae harvest --processes N`, torchrun, accelerate launch or anything else that sets RANK,
+WORLD_SIZE, MASTER_ADDR and MASTER_PORT. They meet twice, at the beginning and at the end, through the launcher's
+key-value store. In between no process waits for another: each has its own shards and its own log in the manifest.
 """
 
 import json
@@ -16,32 +16,33 @@ from shared.device import local_cores, pick_device
 from shared.errors import UserError
 from shared.launch import settle
 
-SECONDS_BETWEEN_LOOKS: Final = 0.2
+SECONDS_BETWEEN_CHECKS: Final = 0.2
 
 
 @dataclass(frozen=True)
 class RankWork:
-    """What rank 0 tells the others when the store is there."""
+    """What rank 0 sends to the other ranks when the store exists."""
 
     store: str
     todo: tuple[int, ...]
-    """Shards that are not committed."""
+    """Numbers of the shards that are not committed."""
 
 
 @dataclass(frozen=True)
 class Team:
-    """This process among all of them."""
+    """This process and its place among all processes of the harvest."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     local_size: int = 1
     keys: Any = None
-    """The key-value store that all of them reach; None: alone."""
+    """The key-value store that all processes share; None: there is only one process."""
 
     @classmethod
     def join(cls) -> "Team":
-        """From the environment. Raises UserError when it says that there are others and they cannot be reached."""
+        """Reads this process's place from the environment. Raises UserError when the environment names other processes
+        and they cannot be reached."""
         place = settle()
         if place.size == 1:
             return cls()
@@ -56,7 +57,7 @@ class Team:
             ) from error
         return cls(place.rank, place.size, place.local_rank, place.local_size, keys)
 
-    def mine(self, work: RankWork) -> list[int]:
+    def shards_of_rank(self, work: RankWork) -> list[int]:
         return list(work.todo[self.rank :: self.size])
 
     @property
@@ -65,7 +66,8 @@ class Team:
         return local_cores(self.local_size)
 
     def device(self, name: str) -> str:
-        """Each process of a machine has a GPU of its own. Raises UserError where there are not enough."""
+        """The device of this process: each process of a machine has its own GPU. Raises UserError when there are too
+        few."""
         chosen = pick_device(name, spread=True)
         if chosen == "map" and self.local_size > 1:
             raise UserError("--device map: spreads one model over all GPUs, which leaves none for other --processes")
@@ -79,28 +81,29 @@ class Team:
             raise UserError(f"--processes {self.local_size}: this machine has {torch.cuda.device_count()} GPUs")
         return f"cuda:{self.local_rank}"
 
-    def begin(self, work: RankWork) -> None:
-        """Rank 0: the store is there."""
+    def announce(self, work: RankWork) -> None:
+        """Rank 0: sends the store's location and the missing shards to the other ranks."""
         if self.keys is not None:
             self.keys.set("work", json.dumps([work.store, work.todo]))
 
-    def await_work(self, look: Callable[[], None]) -> RankWork:
-        """The others: waits for rank 0. `look` is called now and then and may raise."""
-        self.await_key("work", look)
+    def await_work(self, check_stop: Callable[[], None]) -> RankWork:
+        """Ranks 1 and up: waits for rank 0. `check_stop` is called now and then and may raise."""
+        self.await_key("work", check_stop)
         store, todo = json.loads(self.reach(lambda keys: keys.get("work")))
         return RankWork(store, tuple(todo))
 
     def done(self) -> None:
-        """The others: all my shards are committed."""
+        """Ranks 1 and up: reports that all shards of this rank are committed."""
         self.reach(lambda keys: keys.set(f"done {self.rank}", ""))
 
     def fail(self) -> None:
-        """The others: I cannot go on, and have said why."""
+        """Ranks 1 and up: reports that this rank failed; its own message says why."""
         with suppress(RuntimeError):
             self.keys.set("failed", "")
 
-    def look(self) -> None:
-        """Raises UserError when the launcher is gone: what goes on without it would write beside the next harvest."""
+    def check_launcher(self) -> None:
+        """Raises UserError when the launcher is gone. A rank that continued without it would write into the next
+        harvest's store."""
         if self.keys is not None:
             self.reach(lambda keys: keys.check(["work"]))
 
@@ -109,17 +112,19 @@ class Team:
             return ask(self.keys)
         except RuntimeError as error:
             raise UserError(
-                "the launcher, or rank 0, is gone; what it said before tells why. Run the same command again"
+                "the launcher, or rank 0, is gone; its own message says why. Run the same command again"
             ) from error
 
-    def await_others(self, look: Callable[[], None]) -> None:
-        """Rank 0: waits until all are done."""
+    def await_others(self, check_stop: Callable[[], None]) -> None:
+        """Rank 0: waits until all other ranks are done."""
         for rank in range(1, self.size):
-            self.await_key(f"done {rank}", look)
+            self.await_key(f"done {rank}", check_stop)
 
-    def await_key(self, key: str, look: Callable[[], None]) -> None:
+    def await_key(self, key: str, check_stop: Callable[[], None]) -> None:
         while not self.reach(lambda keys: keys.check([key])):
-            look()
+            check_stop()
             if self.reach(lambda keys: keys.check(["failed"])):
-                raise UserError("another process of this harvest has failed, and said why. Run the same command again")
-            time.sleep(SECONDS_BETWEEN_LOOKS)
+                raise UserError(
+                    "another process of this harvest failed; its message says why. Run the same command again"
+                )
+            time.sleep(SECONDS_BETWEEN_CHECKS)

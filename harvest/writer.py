@@ -1,8 +1,8 @@
-"""Rows to a committed shard: permute, encode, write, sync, and last the manifest line.
+"""Commits a shard: permutes, encodes, writes and syncs its rows, then appends the manifest line.
 
-Rows are permuted inside the shard before they are encoded. It costs one gather here and makes a window of a few
-chunks nearly as well mixed as a shuffle of the whole corpus would (docs/store-format.md has the measurement). Any
-number of processes may write one store, each the shards that it is given and each with a log of its own.
+Rows are permuted inside the shard before they are encoded. This costs one gather, and makes a window of a few chunks
+nearly as well mixed as a shuffle of the whole corpus (docs/reference/store-format.md has the measurement). Any number
+of processes may write one store, each with its own shards and its own log in the manifest.
 """
 
 from collections import deque
@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest import background as behind
+from harvest import background
 from harvest.encode import ShardFiles
 from shared.errors import UserError
 from shared.files.base import Files, Write
@@ -41,14 +41,14 @@ class ShardRows:
 
 
 Ready = Callable[[], dict[str, ShardRows]]
-"""Waits until a shard's rows are in memory, and gives them by hookpoint."""
+"""Waits until a shard's rows are in memory, and returns them by hookpoint path."""
 
 
 class ShardWriter:
     """Commits shards in the background, one at a time and in order, so that the next one can be captured meanwhile.
 
-    Inside a commit the hookpoints are written side by side and their chunks encoded on every core. Who submits gives
-    out the memory that rows lie in, and so bounds how many shards wait.
+    Inside a commit, hookpoints are written side by side and their chunks are encoded on every core. The caller hands
+    out the memory of the rows, and so limits how many shards wait.
     """
 
     def __init__(
@@ -61,20 +61,21 @@ class ShardWriter:
         threads: int | None = None,
         allow_nonfinite: bool = False,
     ) -> None:
-        """`keep` [contexts, context] marks the rows that the moments are over; `writer` is this process's number."""
+        """`keep` [contexts, context] marks the rows that the moments are over; `writer` is the number of this
+        process."""
         self.files, self.spec, self.writer, self.allow_nonfinite = files, spec, writer, allow_nonfinite
         self.keep = flat(keep)
-        self.committer = behind.pool(1, "commit")
-        self.hooks = behind.pool(len(spec.hookpoints), "hook")
+        self.committer = background.pool(1, "commit")
+        self.hooks = background.pool(len(spec.hookpoints), "hook")
         self.shards = ShardFiles(spec, threads)
         self.pending: deque[Future[None]] = deque()
         self.failed = False
         self.commits: deque[Commit] = deque(maxlen=LATEST)
-        """The last ones that this writer has made."""
+        """The latest commits of this writer."""
 
     def submit(self, shard: int, rows: Ready, done: Callable[[], None] = lambda: None) -> None:
-        """Commits a shard in the background: waits there for its rows, and calls `done` when they are written.
-        After one that failed none is begun."""
+        """Commits a shard in the background: waits for its rows there, and calls `done` when they are written. After a
+        commit that failed, no other begins."""
 
         def run() -> None:
             if self.failed:
@@ -98,14 +99,14 @@ class ShardWriter:
             self.pending.popleft().result()
 
     def close(self) -> None:
-        """Ends the commit that is under way; those that wait are dropped."""
+        """Waits for the running commit and drops the queued ones."""
         self.committer.shutdown(cancel_futures=True)
         self.hooks.shutdown()
         self.shards.close()
 
     def commit(self, shard: int, rows: dict[str, ShardRows]) -> None:
-        """Every file of the shard, then its manifest line. Raises UserError for NaN and infinities, unless they are
-        allowed: then the line counts the rows that would have counted in the moments and have some."""
+        """Writes every file of the shard, then its manifest line. Raises UserError for NaN and infinities unless they
+        are allowed. If they are, the line counts the rows with one among those that count in the moments."""
         start, stop = self.spec.shard_range(shard)
         order = permutation(stop - start, self.spec.seed, SHARD_ROWS, shard)
         stream = start + order
@@ -127,7 +128,7 @@ class ShardWriter:
                 try:
                     files = self.write_index(write, shard, stream)
                 finally:
-                    wait(hooks)  # none writes any more when a failure of one deletes what is there
+                    wait(hooks)  # no thread still writes when the failure of one deletes the files
                 for hook in hooks:
                     files |= hook.result()
             commit = Commit(shard, stop - start, start, stop, int(kept.sum()), files, nonfinite)
@@ -135,31 +136,31 @@ class ShardWriter:
         self.commits.append(commit)
 
     def write_index(self, write: Write, shard: int, stream: NDArray[np.int64]) -> Sizes:
-        """Where the shard's rows came from; `stream` [n] are their numbers in the token stream."""
+        """Writes where the shard's rows came from. `stream` [n] holds their row numbers in the token stream."""
         context, position = np.divmod(stream, self.spec.context)
         return {
-            **self.shards.vector(write, "index/context", shard, context.astype("<u4")),
-            **self.shards.vector(write, "index/position", shard, position.astype("<u2")),
+            **self.shards.write_vector(write, "index/context", shard, context.astype("<u4")),
+            **self.shards.write_vector(write, "index/position", shard, position.astype("<u2")),
         }
 
     def write_hookpoint(
         self, write: Write, path: str, shard: int, part: ShardRows, order: NDArray[np.int64], kept: NDArray[np.bool_]
     ) -> Sizes:
-        """One hookpoint's shard of activations, norms and sums; `order` permutes its rows."""
+        """Writes one hookpoint's activations, norms and sums for a shard; `order` permutes its rows."""
 
         def fetch(at: slice, out: NDArray[Any]) -> None:
             np.take(part.rows, order[at], axis=0, out=out[: at.stop - at.start], mode="clip")
 
         return {
-            **self.shards.activations(write, path, shard, len(order), fetch, part.squares, kept),
-            **self.shards.vector(write, f"stats/{path}/norm", shard, part.norms[order]),
-            **self.shards.row(write, f"stats/{path}/sum", shard, part.total),
-            **self.shards.row(write, f"stats/{path}/sum_of_squares", shard, part.squares),
+            **self.shards.write_activations(write, path, shard, len(order), fetch, part.squares, kept),
+            **self.shards.write_vector(write, f"stats/{path}/norm", shard, part.norms[order]),
+            **self.shards.write_row(write, f"stats/{path}/sum", shard, part.total),
+            **self.shards.write_row(write, f"stats/{path}/sum_of_squares", shard, part.squares),
         }
 
 
 def not_finite(path: str, rows: NDArray[np.int64], spec: StoreSpec) -> UserError:
-    """`rows`: their numbers in the token stream, in order."""
+    """The error for NaN or infinities. `rows` are their sorted row numbers in the token stream."""
     context, position = divmod(int(rows[0]), spec.context)
     return UserError(
         f"{path}: NaN or infinite activations in {len(rows):,} rows, the first of them row {rows[0]:,} (context "

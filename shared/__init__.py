@@ -1,1 +1,1 @@
-"""What both stages agree on: configuration, the store on disk, the model, the record of a run."""
+"""Shared by both stages: configuration, the store on disk, the model, the record of a run."""

@@ -1,4 +1,4 @@
-"""Where a model computes, on how many cores, in which type of number, and what becomes of the memory that it frees."""
+"""Device, cores and number type of a computation, and what happens to freed memory."""
 
 import ctypes
 import math
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 THREADS, HEEDED = "OMP_NUM_THREADS", "SAGSAE_CORES"
-"""The second says that the first was set by `heed_quota`."""
+"""SAGSAE_CORES records that `heed_quota` set OMP_NUM_THREADS."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-"""malloc.h of glibc."""
+"""Constants of glibc's malloc.h."""
 
 
 def torch_dtype(name: str) -> "torch.dtype":
@@ -29,8 +29,8 @@ def torch_dtype(name: str) -> "torch.dtype":
 
 
 def pick_device(name: str, spread: bool = False) -> str:
-    """`auto` is CUDA when there is one; `map`, where a model may be spread, stays. Raises UserError for a device this
-    machine does not have."""
+    """The device that a name means. `auto` is CUDA when there is one; `map` stays where a model may be spread. Raises
+    UserError for a device this machine does not have."""
     import torch
 
     if name == "map" and spread:
@@ -51,54 +51,55 @@ def pick_device(name: str, spread: bool = False) -> str:
 
 
 def local_processes() -> int:
-    """How many processes of this run share the machine: torchrun and accelerate say so."""
+    """The number of processes of this run on this machine, as torchrun and accelerate set it."""
     return number(os.environ, "LOCAL_WORLD_SIZE", 1, at_least=1)
 
 
 def local_cores(processes: int | None = None) -> int:
-    """The cores of one of so many processes on this machine. Default: of this run's."""
+    """The cores of one of `processes` processes on this machine; by default of this run's processes."""
     return max(1, usable_cores() // (processes or local_processes()))
 
 
 def usable_cores(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """That this process may run on, and no more than the control groups that it is in give time for (containers, batch
+    """The cores that this process may run on, limited by the time that its control groups allow (containers, batch
     systems): a quota of 1.5 counts as 2."""
     return max(1, min([len(os.sched_getaffinity(0)), *(math.ceil(quota) for quota in quotas(proc, groups))]))
 
 
 def quotas(proc: Path, groups: Path) -> Iterator[float]:
-    """In cores, of each group that has one."""
+    """The quota of each control group that has one, in cores."""
     for folder, new in group_folders(proc, groups, "cpu"):
         with suppress(OSError, ValueError, ZeroDivisionError):
             if new:
                 quota, period = (folder / "cpu.max").read_text().split()
             else:
                 quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if float(quota) > 0:  # "max" is no number, version 1 writes -1
+            if float(quota) > 0:  # version 2 writes "max" for no limit, version 1 writes -1
                 yield float(quota) / float(period)
 
 
 def heed_quota() -> None:
-    """Before torch is imported: its threads, too, are no more than there is time for. What the user set stays."""
+    """Called before torch is imported: limits torch's threads to the cores that the quota allows. A value set by the
+    user stays."""
     if THREADS not in os.environ and usable_cores() < len(os.sched_getaffinity(0)):
         os.environ[THREADS] = os.environ[HEEDED] = str(usable_cores())
 
 
 def share_cores(processes: int) -> None:
-    """For the processes that this one starts: each has its part. What the user set stays."""
+    """Divides the cores among the processes that this one starts. A value set by the user stays."""
     if os.environ.get(THREADS) == os.environ.pop(HEEDED, None):
         os.environ[THREADS] = str(local_cores(processes))
 
 
 def sent(tensor: "torch.Tensor", device: "torch.device") -> "torch.Tensor":
-    """A tensor of the host on a device. A GPU is not waited for: ordinary memory would be copied when all that was
-    asked of it before is done."""
+    """Copies a host tensor to a device. On a GPU it does not synchronise: from pageable memory, the copy would wait for
+    all queued work."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def native_dtype(device: "torch.device") -> str:
     """bfloat16 where the hardware multiplies it natively (recent GPUs; CPUs with AVX512-BF16 or AMX), else float32.
-    torch keeps the question about CPUs private; where it cannot be asked, the answer is float32."""
+    torch keeps the CPU query private; where it is missing, the answer is float32."""
     import torch
 
     if device.type == "cuda":
@@ -109,9 +110,9 @@ def native_dtype(device: "torch.device") -> str:
 
 
 def reuse_memory(device: "torch.device") -> None:
-    """On a CPU, from now on the process keeps the memory that it frees, for what it asks for next. A loop over batches
-    otherwise has its largest tensors mapped afresh, page by page, in each of them: a tenth of a harvest's seconds
-    (docs/benchmarks.md). Does nothing where the C library is not glibc."""
+    """On a CPU, makes the process keep the memory that it frees, for later allocations. Otherwise a loop over batches
+    maps its largest tensors again, page by page, in every batch: a tenth of a harvest's seconds
+    (docs/records/benchmarks.md). Does nothing where the C library is not glibc."""
     if device.type != "cpu":
         return
     with suppress(OSError, AttributeError):  # no such library, or it has no mallopt

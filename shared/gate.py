@@ -1,7 +1,7 @@
-"""The gate: every name, number and text of a store, a run or a server passes it before anything is done with it.
+"""The gate: checks every name, number and text of a store, a run or a server before it is used.
 
-Pure functions. Each gives back the value when it is what it must be, and raises BadData, in words, when it is not.
-Who calls says which file it was, and turns BadData into a DamagedError or a UserError: `passed` does that for a block.
+These are pure functions. Each returns the value when it is valid, and raises BadData with an explanation when it is
+not. The caller knows the file, and turns BadData into a DamagedError or a UserError: `passed` does that for a block.
 """
 
 import json
@@ -15,13 +15,13 @@ from shared.errors import DamagedError
 
 MIB: Final = 1 << 20
 SMALL: Final = 16 * MIB
-"""Bytes of a file of JSON that describes something."""
+"""Largest JSON file that describes something, in bytes."""
 DEPTH: Final = 64
-"""Lists and objects inside one another. Ours have fewer than ten."""
+"""Largest nesting of lists and objects. Ours have fewer than ten levels."""
 DIGITS: Final = 400
-"""Of a number. A float64 written out has fewer."""
+"""Largest number of digits of a number. A float64 written out has fewer."""
 MOST: Final = 1 << 40
-"""Of anything that is counted."""
+"""Largest count of anything."""
 PATH_LENGTH: Final = 512
 PATH_PARTS: Final = 12
 QUOTED: Final = 120
@@ -31,12 +31,12 @@ Value = TypeVar("Value")
 
 
 class BadData(ValueError):
-    """Something from outside is not what it must be. Says in words what was found and what was expected."""
+    """Outside data that is not what it must be. The message says what was found and what was expected."""
 
 
 @contextmanager
 def passed(what: str, cure: str = "Restore it from a copy") -> Iterator[None]:
-    """Turns BadData into a DamagedError that names the file. Raises DamagedError."""
+    """Turns BadData into a DamagedError that names the file."""
     try:
         yield
     except BadData as error:
@@ -44,7 +44,7 @@ def passed(what: str, cure: str = "Restore it from a copy") -> Iterator[None]:
 
 
 def quoted(value: object, longest: int = QUOTED) -> str:
-    """A value as a message repeats it: in one line, without control characters, and not longer than it is useful."""
+    """A value as a message repeats it: on one line, without control characters, and of limited length."""
     if isinstance(value, str | bytes) and len(value) > longest:
         return f"{value[:longest]!r}… ({len(value):,} {'characters' if isinstance(value, str) else 'bytes'})"
     if isinstance(value, int) and value.bit_length() > 256:
@@ -68,8 +68,8 @@ def named(parts: Iterable[object]) -> str:
 
 
 def parse_json(data: bytes | str, limit: int = SMALL) -> Any:
-    """JSON of at most `limit` bytes, without NaN and infinities, without a member twice in one object, not nested
-    deeper than DEPTH, and without numbers of hundreds of digits. Raises BadData."""
+    """Parses JSON of at most `limit` bytes, without NaN and infinities, without a member twice in one object, not
+    nested deeper than DEPTH, and without numbers of hundreds of digits. Raises BadData."""
     if len(data) > limit:
         raise BadData(f"has {len(data):,} bytes; more than {limit:,} is no file of ours")
     try:
@@ -87,7 +87,7 @@ def parse_json(data: bytes | str, limit: int = SMALL) -> Any:
 
 
 def depth_is_over(value: Any, most: int) -> bool:
-    """Whether lists and objects are inside one another more than `most` times."""
+    """Whether lists and objects are nested more than `most` levels deep."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
         inside = (item.values() if isinstance(item, dict) else item for item in level)
@@ -132,7 +132,7 @@ DECODER: Final = json.JSONDecoder(
 
 
 def members(value: Any, needed: Iterable[str], optional: Iterable[str] | None = ()) -> dict[str, Any]:
-    """An object with all members `needed` and none beside `optional` (None: any). Raises BadData."""
+    """An object with all members `needed` and no others but `optional` (None: any). Raises BadData."""
     needed = set(needed)
     if not isinstance(value, dict):
         raise BadData(f"is {quoted(value)} instead of an object")
@@ -163,8 +163,7 @@ def number(value: Any, name: str, low: float = -math.inf, high: float = math.inf
 
 
 def text(value: Any, name: str, longest: int = 1024) -> str:
-    """A text of at most `longest` characters, none of which moves a terminal's cursor or cannot be printed.
-    Raises BadData."""
+    """A text of at most `longest` characters, all of them printable and harmless to a terminal. Raises BadData."""
     if not isinstance(value, str):
         raise BadData(f"{name} is {quoted(value)} instead of a text")
     if len(value) > longest:
@@ -175,6 +174,12 @@ def text(value: Any, name: str, longest: int = 1024) -> str:
 
 
 UNPRINTABLE: Final = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(message: str) -> str:
+    """A message in which whatever moves a terminal's cursor, colours it or cannot be printed is an escape (`\\x1b`):
+    names of files and columns, and what libraries say of them, are others' words."""
+    return UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], message)
 
 
 def choice(value: Any, name: str, choices: tuple[Value, ...]) -> Value:

@@ -1,4 +1,4 @@
-"""How much memory a process can still take, on the host and on a GPU."""
+"""The memory that a process can still take, on the host and on a GPU."""
 
 import ctypes
 import re
@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     import torch
 
-UNITS: Final = {"": 1, **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))},
-                **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", start=1)}}  # fmt: skip
+UNITS: Final = {
+    "": 1,
+    **{f"{p}B": 1000**n for n, p in enumerate(("", "K", "M", "G", "T"))},
+    **{f"{p}iB": 1024**n for n, p in enumerate("KMGT", start=1)},
+}
 NO_LIMIT: Final = 1 << 60
-"""Control groups of version 1 write a number above this where there is no limit."""
+"""Control groups of version 1 report a number above this where there is no limit."""
 
 
 def parse_bytes(text: str) -> int:
@@ -26,14 +29,14 @@ def parse_bytes(text: str) -> int:
 
 
 def in_words(size: int) -> str:
-    """Three digits, in units of 1000."""
+    """A size with three digits, in units of 1000."""
     power = min(4, (len(str(size)) - 1) // 3)
     return f"{float(f'{size / 1000**power:.3g}'):,g} {('', 'K', 'M', 'G', 'T')[power]}B"
 
 
 def free_memory(device: "torch.device") -> int | None:
-    """Bytes that this process can still take, and what torch and the C library keep of earlier work; None where that
-    is not known."""
+    """Bytes that this process can still take, including what torch and the C library keep of earlier work; None where
+    that is not known."""
     import torch
 
     if device.type == "cuda":
@@ -47,29 +50,29 @@ def free_memory(device: "torch.device") -> int | None:
 
 
 def host_memory(proc: Path = Path("/proc"), groups: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What Linux calls available, and no more than the control groups of this process leave (containers, batch
-    systems). None where there is no such file."""
+    """The memory that Linux calls available, limited by what the control groups of this process leave (containers,
+    batch systems). None where Linux reports none."""
     try:
         lines = (proc / "meminfo").read_text().splitlines()
         available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration):
         return None
-    return max(0, min([available, *group_rooms(proc, groups)]))
+    return max(0, min([available, *group_memories_left(proc, groups)]))
 
 
-def group_rooms(proc: Path, groups: Path) -> Iterator[int]:
-    """What each group that this process is in, and each above it, leaves: its limit less what is used, without the
-    files' pages, which it gives up when memory is short."""
+def group_memories_left(proc: Path, groups: Path) -> Iterator[int]:
+    """The memory that each control group of this process, and each group above it, leaves: its limit less what is used.
+    Pages of files do not count as used, because they are released when memory is short."""
     for folder, new in group_folders(proc, groups, "memory"):
-        room = group_room(folder, *(("memory.max", "memory.current") if new else
-                                    ("memory.limit_in_bytes", "memory.usage_in_bytes")))  # fmt: skip
-        if room is not None:
-            yield room
+        names = ("memory.max", "memory.current") if new else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        left = group_memory_left(folder, *names)
+        if left is not None:
+            yield left
 
 
 def group_folders(proc: Path, groups: Path, controller: str) -> Iterator[tuple[Path, bool]]:
-    """The folder of each group that this process is in, and of each above it, that can limit this; whether it is of
-    version 2."""
+    """The folder of each control group of this process, and of each group above it, that can limit `controller`; and
+    whether it is of version 2."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -80,7 +83,7 @@ def group_folders(proc: Path, groups: Path, controller: str) -> Iterator[tuple[P
             continue
         top = groups / controllers if controllers else groups
         if controllers and not top.is_dir():
-            top = groups / controller  # cpu,cpuacct has a link of each name
+            top = groups / controller  # cpu,cpuacct has one link per name
         here = top / path.lstrip("/")
         for folder in (here, *here.parents):
             yield folder, not controllers
@@ -88,8 +91,8 @@ def group_folders(proc: Path, groups: Path, controller: str) -> Iterator[tuple[P
                 break
 
 
-def group_room(folder: Path, limit_file: str, used_file: str) -> int | None:
-    """None where there is no limit, or no such group to be seen from here."""
+def group_memory_left(folder: Path, limit_file: str, used_file: str) -> int | None:
+    """The memory that one group leaves; None where there is no limit, or where the group cannot be seen from here."""
     try:
         limit, used = (folder / limit_file).read_text().strip(), int((folder / used_file).read_text())
         stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())

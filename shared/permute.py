@@ -1,6 +1,6 @@
-"""The one definition of a random order, used for rows in a shard, chunks in an epoch and held-out contexts.
+"""The only definition of a random order, used for rows in a shard, chunks in an epoch and held-out contexts.
 
-A stable argsort of raw Philox words: numpy promises the words for ever, but not its own `permutation`.
+It is a stable argsort of raw Philox words: numpy promises the words forever, but not its own `permutation`.
 """
 
 from typing import Final
@@ -17,7 +17,7 @@ SYNTHETIC: Final = 6
 
 
 def philox(seed: int, *purpose: int) -> np.random.Philox:
-    """A bit generator of its own for every (seed, purpose, ...): no two are shifted copies of one another."""
+    """A bit generator for each (seed, purpose, ...); no two are shifted copies of each other."""
     return np.random.Philox(np.random.SeedSequence(seed, spawn_key=purpose))
 
 
@@ -27,8 +27,8 @@ def permutation(n: int, seed: int, *purpose: int) -> NDArray[np.int64]:
 
 
 def stable_argsort(words: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """`np.argsort(words, kind="stable")`, for random words four times as fast: numpy sorts 16-bit numbers by radix, so
-    the upper 32 bits take two passes; the few words that agree in all of them are put right afterwards."""
+    """`np.argsort(words, kind="stable")`, four times as fast for random words. numpy sorts 16-bit numbers by radix, so
+    the upper 32 bits take two passes; the few words that agree in all of them are sorted afterwards."""
     upper = (words >> np.uint64(32)).astype(np.uint32)
     order = np.argsort(upper.astype(np.uint16), kind="stable")
     order = order[np.argsort((upper >> np.uint32(16)).astype(np.uint16)[order], kind="stable")]

@@ -1,5 +1,6 @@
-"""What a person sees while a command works, all of it on stderr: a live bar on a terminal, else a line every 30 s."""
+"""Progress for a person, all of it on stderr: a live bar on a terminal, else a line every 30 s."""
 
+import contextlib
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -9,6 +10,8 @@ from typing import Final
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from shared.gate import printable
+
 SECONDS_BETWEEN_LINES: Final = 30.0
 
 
@@ -17,7 +20,7 @@ hushed = False
 
 @contextmanager
 def hush() -> Iterator[None]:
-    """Nothing is said meanwhile: for what runs a command many times to measure it."""
+    """Prints nothing inside the block, for measurements that run a command many times."""
     global hushed
     before, hushed = hushed, True
     try:
@@ -27,14 +30,15 @@ def hush() -> Iterator[None]:
 
 
 def say(message: str) -> None:
-    """One plain line of information."""
+    """Prints one plain line of information."""
     if hushed:
         return
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    with contextlib.suppress(OSError):  # work goes on where its log cannot be written, on a full disk
+        Console(stderr=True, highlight=False, soft_wrap=True).print(printable(message), markup=False)
 
 
 class BarAbove(Progress):
-    """A bar with something of its own below it."""
+    """A progress bar with another renderable below it."""
 
     below: RenderableType | None = None
 
@@ -48,8 +52,8 @@ class BarAbove(Progress):
 def progress(
     title: str, total: int, unit: str, *, shown: bool = True, below: RenderableType | None = None
 ) -> Iterator[Callable[[int, str], None]]:
-    """Gives `advance(n, note)`: n more units of `total` are done, and a few words on how it goes. `below`: what a
-    terminal shows under the bar, drawn anew as it changes."""
+    """Yields `advance(n, note)`: call it when n more units of `total` are done, with a short note. `below` is shown
+    under the bar on a terminal, and redrawn as it changes."""
     if hushed or not shown:
         yield lambda n, note: None  # noqa: ARG005
     elif sys.stderr.isatty():

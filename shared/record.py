@@ -1,4 +1,5 @@
-"""What produced an output: the command, the configuration, versions, the code's commit. Written beside the output."""
+"""The record of what produced an output: the command, the configuration, versions, the code's commit. Written beside
+the output."""
 
 import json
 import math
@@ -57,17 +58,18 @@ def git_state() -> dict[str, Any] | None:
 
 
 def sealed_json(value: dict[str, Any]) -> bytes:
-    """JSON that carries its own checksum, for a file that nothing else vouches for."""
+    """JSON that carries its own checksum, for a file that no other checksum covers."""
     return as_bytes(seal(value))
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Whole or not at all."""
+    """Writes the file whole or not at all."""
     write_file(path, to_json(value, indent=2).encode() + b"\n")
 
 
 def to_json(value: Any, **options: Any) -> str:
-    """`null` for NaN and infinities, which JSON does not have: other programs could not read them."""
+    """JSON text, with `null` for NaN and infinities: JSON has no such numbers, and other programs could not read
+    them."""
     return json.dumps(finite(value), allow_nan=False, **options)
 
 

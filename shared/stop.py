@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a question that a loop asks between steps, so that it can stop in a good state."""
+"""Turns SIGINT and SIGTERM into a question that a loop asks between steps, so that it stops in a good state."""
 
 import os
 import signal
@@ -10,13 +10,13 @@ from types import FrameType
 from typing import Final
 
 ECHO: Final = 5.0
-"""Seconds in which another signal to one of several processes is the first one again: a job manager signals all of
-them, then their launcher passes its own on."""
+"""Seconds in which another signal to one of several processes counts as the first one again: a job manager signals all
+of them, and then their launcher passes its own signal on."""
 
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether to stop. A second signal has its usual, immediate effect."""
+    """Yields a function that returns whether to stop. A second signal has its usual, immediate effect."""
     asked, first = threading.Event(), 0.0
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set  # signals belong to the main thread

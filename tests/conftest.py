@@ -105,9 +105,7 @@ def sagsae() -> Sagsae:
     """`sagsae ARGUMENTS` in a process of its own. `stop` = (signal, condition) sends the signal as soon as the
     condition holds, and fails when the process ends before that."""
 
-    def run(
-        *arguments: str | Path, stop: tuple[int, Callable[[], bool]] | None = None
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, stop: tuple[int, Callable[[], bool]] | None = None) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, str(ROOT / "cli.py"), *map(str, arguments)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         while stop is not None and not stop[1]():

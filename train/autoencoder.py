@@ -1,4 +1,4 @@
-"""A trained autoencoder as a user meets it: a folder with `sae_weights.safetensors` and `cfg.json`."""
+"""Loads and saves trained autoencoders (a folder of `sae_weights.safetensors` and `cfg.json`), encodes and decodes."""
 
 import hashlib
 import math
@@ -31,23 +31,23 @@ from train.sae.gated import GatedWeights, join, split
 WEIGHTS: Final = "sae_weights.safetensors"
 SETTINGS: Final = "cfg.json"
 MOST_WIDE: Final = 1 << 24
-"""Of activations."""
+"""Maximum d_in that cfg.json may claim."""
 
 
 @dataclass(frozen=True)
 class Autoencoder:
-    """Takes activations as the language model has them, and gives them back; latents are in the same units."""
+    """Encodes and decodes raw activations of the language model; latents are in the same units as the activations."""
 
     config: SAEConfig
     weights: Weights
-    """With the normalisation folded in; decoder rows have norm one (the free decoder's apart)."""
+    """The weights with the normalisation folded in. Decoder rows have norm one, unless the decoder norm is free."""
     scale: float
-    """sqrt(E|x - mean|²) of the activations it was trained on, which had unit variance there. λ, θ0 and the loss in a
+    """sqrt(E|x - mean|²) of the training activations, which are divided by it in training. λ, θ0 and the loss in a
     run's metrics are in those units."""
 
     @classmethod
     def of(cls, config: SAEConfig, weights: Weights, scale: float) -> "Autoencoder":
-        """From weights for activations of unit variance."""
+        """Makes an autoencoder for raw activations from weights that were trained at unit variance."""
         return cls(config, weights.times(scale), scale)
 
     @property
@@ -59,55 +59,62 @@ class Autoencoder:
         return self.weights.W_dec.shape[1]
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Raw activations to latents, float32. Signed architectures' latents carry a sign."""
+        """Returns the latents of raw activations, in float32. Signed architectures have latents of either sign."""
         return family(self.config).encode(self.weights, x.float())
 
     def decode(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """Latents back to raw activations, float32."""
+        """Returns the raw activations that latents stand for, in float32."""
         return decode(self.weights, f)
 
     def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """The reconstruction of raw activations."""
+        """Returns the reconstruction of raw activations."""
         return self.decode(self.encode(x))
 
     def to(self, device: torch.device | str) -> "Autoencoder":
-        """The same on another device."""
+        """Returns a copy on another device."""
         moved = {name: tensor.to(device) for name, tensor in self.weights.named().items()}
         return replace(self, weights=replace(self.weights, **moved))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The weights by name, as they are in the file."""
+        """Returns the weights by their names in the file."""
         return self.weights.named()
 
     def fold(self) -> Folded:
-        """The same function in its inference form: one activation, Bi-JumpReLU, between two matrix products."""
-        return family(self.config).fold(self.weights)
+        """Returns the inference form of the same function: two matrix products with one activation, Bi-JumpReLU,
+        between them. Raises UserError for an architecture that has no such form."""
+        mathematics = family(self.config)
+        if not mathematics.folds:
+            raise UserError(
+                f"{self.config.name}: does not fold, since no threshold of a latent alone decides whether it is "
+                "active. Use encode and decode"
+            )
+        return mathematics.fold(self.weights)
 
     def split(self) -> "Autoencoder":
-        """An SA-GSAE as the Gated SAE of twice the width that does the same: latent i becomes i and i + d_sae, its
-        negative pole. Raises UserError for another architecture."""
+        """Returns the Gated SAE of twice the width that computes the same function as this SA-GSAE: latent i becomes
+        latents i and i + d_sae, the second for its negative pole. Raises UserError for other architectures."""
         if not isinstance(self.config, SaGsae) or self.config.one_sided or not isinstance(self.weights, GatedWeights):
-            raise UserError(f"{self.config.name}: has no two poles with gates to be split; an sa-gsae has")
-        mine = {key: value for key, value in self.config if key in Gated.model_fields and key != "arch"}
-        config = sae_config(**{**mine, "arch": "gated", "d_sae": 2 * self.config.d_sae})
+            raise UserError(f"{self.config.name}: cannot be split; only a two-sided sa-gsae has two poles with gates")
+        kept = {key: value for key, value in self.config if key in Gated.model_fields and key != "arch"}
+        config = sae_config(**{**kept, "arch": "gated", "d_sae": 2 * self.config.d_sae})
         return replace(self, config=config, weights=split(self.weights))
 
     def join(self) -> "Autoencoder":
-        """What `split` was made of: a Gated SAE whose second half of latents mirrors the first. Raises UserError when
-        it does not."""
+        """Reverses `split`: returns the SA-GSAE of half the width. Raises UserError unless this is a Gated SAE whose
+        second half of latents mirrors the first."""
         if not isinstance(self.config, Gated) or not isinstance(self.weights, GatedWeights):
-            raise UserError(f"{self.config.name}: is not a gated autoencoder, whose halves could be joined")
+            raise UserError(f"{self.config.name}: cannot be joined; it is not a gated autoencoder")
         try:
             weights = join(self.weights)
         except ValueError as error:
             raise UserError(f"{self.config.name}: cannot be joined to an sa-gsae: {error}") from error
         tie = "symmetric" if len(weights.theta) == 1 else "magnitude" if len(weights.r) == 1 else "none"
-        mine = {key: value for key, value in self.config if key in SaGsae.model_fields and key != "arch"}
-        config = sae_config(**{**mine, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie})
+        kept = {key: value for key, value in self.config if key in SaGsae.model_fields and key != "arch"}
+        config = sae_config(**{**kept, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie})
         return replace(self, config=config, weights=weights)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
-        """Writes the folder. `about` says where the activations came from."""
+        """Writes the folder. `about` is added to cfg.json: where the activations came from."""
         digest = hashlib.sha256()
 
         def counted() -> Iterator[Buffer]:
@@ -116,18 +123,18 @@ class Autoencoder:
                 yield piece
 
         write_file(folder / WEIGHTS, counted())
-        own = {"d_in": self.d_in, "scale": self.scale, "sha256": digest.hexdigest()}
-        write_sealed(folder / SETTINGS, {**self.config.model_dump(), **own, **about})
+        described = {"d_in": self.d_in, "scale": self.scale, "sha256": digest.hexdigest()}
+        write_sealed(folder / SETTINGS, {**self.config.model_dump(), **described, **about})
 
     @classmethod
     def load(cls, folder: Path | str, device: str = "cpu") -> "Autoencoder":
-        """Raises UserError when the folder does not hold an autoencoder, DamagedError when it is not as it was saved:
-        another checksum, other tensors than its architecture has, or numbers that are not finite."""
+        """Loads an autoencoder from its folder. Raises UserError when the folder does not hold one, DamagedError when
+        it was altered: a wrong checksum, tensors of another architecture, NaN or infinities."""
         folder = Path(folder)
         config, d_in, scale, digest = settings_of(folder)
         data = weights_of(folder / WEIGHTS, config, d_in)
         if hashlib.sha256(data.data).hexdigest() != digest:
-            raise DamagedError(f"{folder / WEIGHTS}: is not what {SETTINGS} was written with (another SHA-256)")
+            raise DamagedError(f"{folder / WEIGHTS}: is not the file that {SETTINGS} describes (its SHA-256 differs)")
         try:
             tensors = read_tensors(data)
         except BadData as error:
@@ -138,13 +145,14 @@ class Autoencoder:
 
 
 def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
-    """The configuration, d_in, the scale and the SHA-256 of the weights."""
+    """Returns the configuration, d_in, the scale and the SHA-256 of the weights from cfg.json. Raises UserError when it
+    is missing or not valid."""
     try:
         about = read_sealed(folder / SETTINGS)
         members(about, ("arch", "d_in", "scale", "sha256"), None)
         arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
-        fields = members(about, ARCHITECTURES[arch].model_fields, None)
-        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].model_fields})
+        fields = members(about, ARCHITECTURES[arch].config.model_fields, None)
+        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].config.model_fields})
         d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
         scale = number(about["scale"], "scale", sys.float_info.min)
         return config, d_in, scale, text(about["sha256"], "sha256", 64)
@@ -155,12 +163,13 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
 
 
 def weights_of(path: Path, config: SAEConfig, d_in: int) -> NDArray[np.uint8]:
-    """The file's bytes, no more than such an autoencoder's can be. Raises UserError, DamagedError."""
+    """Returns the bytes of the weights' file. Raises DamagedError when its size does not fit the configuration,
+    UserError when it cannot be read."""
     expected = 4 * sum(math.prod(shape) for shape in family(config).shapes(d_in).values())
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path}: is no file")
+            raise UserError(f"{path}: is not an ordinary file")
         if not expected < found.st_size <= expected + MOST_HEADER + 8:
             raise DamagedError(
                 f"{path}: has {found.st_size:,} bytes; the weights of {config.name} of d_in {d_in} are {expected:,}"
@@ -171,7 +180,7 @@ def weights_of(path: Path, config: SAEConfig, d_in: int) -> NDArray[np.uint8]:
 
 
 def check_tensors(tensors: dict[str, Tensor], config: SAEConfig, d_in: int, what: Path) -> None:
-    """Raises UserError for tensors of other names or shapes, DamagedError for another type or for NaN."""
+    """Raises UserError for wrong names or shapes, DamagedError for a wrong data type, NaN or infinities."""
     wanted = family(config).shapes(d_in)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != wanted:
@@ -184,10 +193,10 @@ def check_tensors(tensors: dict[str, Tensor], config: SAEConfig, d_in: int, what
 
 
 def matmul_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """What matrix products take in. auto: bfloat16 where the hardware multiplies it natively, else float32. Raises
-    UserError for tf32 on what is no CUDA device."""
+    """Returns the input type of matrix products. `auto` is bfloat16 where the hardware multiplies it natively, else
+    float32. Raises UserError for tf32 on another device than CUDA."""
     if precision == "tf32":
         if device.type != "cuda":
-            raise UserError(f"precision = tf32: is a format of CUDA devices, and this is {device}. Use float32")
+            raise UserError(f"precision = tf32: works on CUDA devices only, and this is {device}. Use float32")
         return torch.float32
     return torch_dtype(native_dtype(device) if precision == "auto" else precision)

@@ -1,4 +1,4 @@
-"""The processes of one training, and what they tell one another. The one door to accelerate."""
+"""The processes (ranks) of one training run and their exchanges. Only this module imports accelerate."""
 
 import atexit
 import copy
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 import torch
-import torch.distributed.nn  # its functions keep the group that there is when they are defined: none yet
+import torch.distributed.nn  # import it before a process group exists: its functions bind the group at import
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.tracking import TensorBoardTracker, WandBTracker
@@ -23,22 +23,23 @@ from shared.launch import settle
 
 T = TypeVar("T")
 TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
-ELSEWHERE: Final = "another process of this run has ended, and says why"
+ELSEWHERE: Final = "another process of this run has ended; its own message says why"
 PATIENCE: Final = timedelta(days=2)
-"""For the others in an exchange: while one measures or saves, or waits for a harvest. One that died is seen at once by
-whoever launched them."""
+"""How long an exchange waits for the other ranks, which may be measuring, saving, or waiting for a harvest. The
+launcher notices at once when a rank dies."""
 
 
 class Ranks:
-    """Alone, every exchange gives back what it was given."""
+    """The ranks of one run. In a run of one process, every exchange returns its input."""
 
     def __init__(self, device: torch.device) -> None:
-        """Raises UserError for a kind of device that nothing here was made for, and for more processes than GPUs."""
+        """Joins the process group. Raises UserError for a device other than cpu and cuda, and for more processes than
+        GPUs."""
         settle()
         check_device(device)
         if device.type == "cuda" and device.index is not None:
-            torch.cuda.set_device(device)  # accelerate takes the current one
-        before: Any = PartialState() if PartialState._shared_state else None  # what it keeps for the whole process
+            torch.cuda.set_device(device)  # accelerate uses the current device
+        before: Any = PartialState() if PartialState._shared_state else None  # accelerate's state is global
         if before is not None and before.num_processes == 1 and before.device.type != device.type:
             AcceleratorState._reset_state(reset_partial_state=True)
         patient = [InitProcessGroupKwargs(timeout=PATIENCE)]
@@ -48,24 +49,24 @@ class Ranks:
         self.leads: bool = self.accelerator.is_main_process
         self.leave = self.accelerator.state.destroy_process_group
         if self.count > 1 and self.device.type == "cpu":
-            # A thread of gloo's that is still there when Python ends aborts the process now and then.
+            # A gloo thread that still runs when Python exits sometimes aborts the process.
             atexit.register(self.leave)
 
     def wait(self) -> None:
         self.accelerator.wait_for_everyone()
 
     def end(self) -> None:
-        """All that ranks do together is done. With NCCL, leaving is an exchange too: it would wait for ever for a rank
-        that failed, so only those leave that came to this end together."""
+        """Waits for all ranks and leaves the process group at exit. With NCCL, leaving is an exchange that would wait
+        forever for a failed rank, so it is only registered here, once all ranks have succeeded."""
         self.wait()
         if self.count > 1 and self.device.type == "cuda":
             atexit.unregister(self.leave)
             atexit.register(self.leave)
 
     @contextmanager
-    def agreed(self) -> Iterator[None]:
-        """What one rank alone may find wrong in the block ends all of them: there with what is wrong, elsewhere as
-        LostError."""
+    def failing_together(self) -> Iterator[None]:
+        """Ends all ranks when the block raises UserError or DamagedError on one. That rank raises its own error, the
+        others raise LostError."""
         mine: BaseException | None = None
         try:
             yield
@@ -78,7 +79,7 @@ class Ranks:
             raise LostError(ELSEWHERE)
 
     @contextmanager
-    def attended(self) -> Iterator[None]:
+    def raising_lost_error(self) -> Iterator[None]:
         """Raises LostError when an exchange in the block fails because another rank has ended."""
         try:
             yield
@@ -88,8 +89,8 @@ class Ranks:
             raise
 
     def sum(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        """The sum of each over the ranks, as one exchange: every rank then makes the same update. On CPUs, in numbers
-        that are powers of two, in the order of `PairwiseSum`."""
+        """Returns the sum of each tensor over the ranks, in one exchange, with the same bits on every rank. On CPUs,
+        if the number of ranks is a power of two, the order of additions is that of `PairwiseSum`."""
         if self.count == 1:
             return list(parts)
         flat = torch.cat([part.reshape(-1) for part in parts])
@@ -99,7 +100,7 @@ class Ranks:
         return [piece.view_as(part) for piece, part in zip(pieces, parts, strict=True)]
 
     def sum_by_pairs(self, flat: Tensor) -> Tensor:
-        """Neighbours exchange sums, then neighbouring pairs, and so on: a + b has the same bits on both sides."""
+        """Adds neighbouring ranks, then neighbouring pairs of ranks, and so on. Both sides compute the same a + b."""
         distance = 1
         while distance < self.count:
             theirs, other = torch.empty_like(flat), self.index ^ distance
@@ -111,24 +112,24 @@ class Ranks:
         return flat
 
     def all(self, tensor: Tensor) -> Tensor:
-        """Every rank's, one after another along the first axis, on every rank."""
+        """Returns every rank's tensor, concatenated along the first axis, on every rank."""
         gathered: Tensor = self.accelerator.gather(tensor) if self.count > 1 else tensor
         return gathered
 
     def any(self, asked: bool) -> bool:
-        """Whether any rank asks. Waits for the devices."""
+        """Whether `asked` is true on any rank. Waits for the devices."""
         if self.count == 1:
             return asked
         return bool(self.accelerator.reduce(torch.tensor([float(asked)], device=self.device), "sum").item())
 
     def alone(self) -> "Ranks":
-        """This process without the others: what it exchanges it exchanges with nobody."""
+        """Returns a copy that acts as the only rank."""
         solo = copy.copy(self)
         solo.count, solo.index = 1, 0
         return solo
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's value, on every rank."""
+        """Returns the values of all ranks in order, on every rank."""
         if self.count == 1:
             return [value]
         gathered: list[Any] = [None] * self.count
@@ -136,40 +137,41 @@ class Ranks:
         return gathered
 
     def trackers(self, folder: Path, settings: Mapping[str, Mapping[str, Any]]) -> Accelerator:
-        """Begins the experiment trackers named, each with its settings; for rank 0. `log(values, step)` of what is
-        returned tells all of them. To end them, finish each of its `trackers`: its `end_training` would also end the
-        process group, which is still needed."""
-        made = [TRACKERS[name](**values) for name, values in settings.items()]
-        accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=made, project_dir=folder)
+        """Starts the experiment trackers named in `settings`, each with its own settings; only for rank 0.
+        `log(values, step)` of the returned object logs to all of them. To end them, call `finish` of each of its
+        `trackers`: `end_training` would also end the process group, which is still needed."""
+        trackers = [TRACKERS[name](**values) for name, values in settings.items()]
+        accelerator = Accelerator(cpu=self.device.type == "cpu", log_with=trackers, project_dir=folder)
         accelerator.init_trackers("sagsae")
         return accelerator
 
 
 def check_device(device: torch.device) -> None:
+    """Raises UserError for another device than cpu or cuda, and for more processes than GPUs."""
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device {device}: training runs on cpu and cuda devices. Use --device cpu")
     beside = local_processes()
     if device.type == "cuda" and beside > max(1, torch.cuda.device_count()):
         raise UserError(
-            f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each takes one of its "
+            f"--processes: {beside} on this machine, which has {torch.cuda.device_count()} GPUs; each needs its "
             "own. Start fewer, or use --device cpu"
         )
 
 
 def this_device(device: torch.device) -> torch.device:
-    """With its number: other threads have other current devices."""
+    """Returns the device with its index, because other threads may have another current device."""
     return torch.device("cuda", torch.cuda.current_device()) if device.type == "cuda" else device
 
 
 class PairwiseSum:
-    """A sum of lists of tensors: neighbours first, then neighbouring pairs, and so on, whoever holds which. It keeps
-    no more than one list for every doubling."""
+    """Sums lists of tensors in a fixed order: neighbours first, then neighbouring pairs, and so on, however the lists
+    are distributed over ranks. It holds at most log2(n) + 1 lists."""
 
     def __init__(self) -> None:
         self.waiting: list[tuple[int, list[Tensor]]] = []
 
     def add(self, tensors: list[Tensor]) -> None:
-        """The next one; it is used up."""
+        """Adds the next list, whose tensors may be overwritten."""
         size = 1
         while self.waiting and self.waiting[-1][0] == size:
             tensors = added(self.waiting.pop()[1], tensors)

@@ -1,4 +1,4 @@
-"""A run's checkpoints: everything that a later process needs to go on as if nothing had happened."""
+"""Saves and restores a run's checkpoints, from which a later process resumes with the same result."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,44 +28,51 @@ from train.runs.checkpoint import (
     read_state,
     save_part,
     set_aside,
-)  # fmt: skip
+)
 
 MOST_PARTS: Final = 10_000
 AUTO_EVERY: Final = 1000
 AUTO_SHARE: Final = 0.1
-"""checkpoint_every = auto: every so many steps, unless less than ten times as long as the last one took has gone by."""
+"""checkpoint_every = auto saves every AUTO_EVERY steps, unless the last save took more than this share of the time
+since it."""
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """How far a run has come."""
+    """The state from which a run resumes."""
 
     wave: int = 1
     step: int = 0
-    """Steps of this wave that are made."""
+    """Number of completed steps of this wave."""
     seconds: float = 0.0
-    """Of training, over all waves and sessions."""
+    """Training time, over all waves and sessions."""
     positions: tuple[StreamPosition, ...] = ()
-    """Of each stream; none at the beginning of a wave."""
+    """The position of each stream; empty at the beginning of a wave."""
     diverged: Mapping[str, int] = field(default_factory=dict)
-    """Autoencoders of earlier waves whose loss is no number any more, and since which step."""
+    """Autoencoders of earlier waves whose loss became NaN or infinite, with the step of each."""
     folder: Path | None = None
-    """The checkpoint that holds this wave's autoencoders, and in how many parts."""
+    """The checkpoint that holds this wave's autoencoders."""
     parts: int = 0
+    """Number of parts of that checkpoint."""
 
 
 class Checkpoints:
-    """Of one wave's autoencoders. In a sweep each rank has autoencoders of its own."""
+    """Writes the checkpoints of one wave. In a sweep, each rank writes the autoencoders that it trains."""
 
     def __init__(
-        self, job: TrainJob, members: Sequence[Member], stream: BatchStream, ranks: Ranks, sweep: bool,
+        self,
+        job: TrainJob,
+        members: Sequence[Member],
+        stream: BatchStream,
+        ranks: Ranks,
+        sweep: bool,
         clock: Callable[[], float] = time.monotonic,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.job, self.members, self.stream, self.ranks, self.sweep = job, members, stream, ranks, sweep
         self.clock, self.written, self.took = clock, clock(), 0.0
 
     def due(self, done: int) -> bool:
-        """After `done` steps: the same on every rank."""
+        """Whether to save after `done` steps; the same on every rank."""
         every = self.job.config.checkpoint_every
         if every != "auto":
             return done % every == 0
@@ -73,16 +80,16 @@ class Checkpoints:
             return False
         return self.ranks.any(self.ranks.leads and self.took <= AUTO_SHARE * (self.clock() - self.written))
 
-    def save(self, at: ResumePoint) -> None:
-        """Of how far the run has come, but for the streams' positions. Raises DamagedError, and writes nothing, when
-        the store was replaced since it was opened: what was read since may be of another one."""
+    def save(self, point: ResumePoint) -> None:
+        """Writes a checkpoint at `point`; the positions come from the stream. Raises DamagedError, and writes nothing,
+        when the store was replaced since it was opened, because rows read since may be another store's."""
         began = self.clock()
         job, ranks = self.job, self.ranks
-        with ranks.agreed():
+        with ranks.failing_together():
             if ranks.leads:
                 job.check_unchanged()
         folder, parts = job.folder.checkpoints, ranks.count if self.sweep else 1
-        mine = {v: [at.epoch, at.window, at.offset] for v, at in self.stream.positions().items()}
+        mine = {v: [place.epoch, place.window, place.offset] for v, place in self.stream.positions().items()}
         if ranks.leads:
             begin_checkpoint(folder)
         positions = {v: place for part in ranks.gather(mine) for v, place in part.items()}
@@ -91,23 +98,31 @@ class Checkpoints:
             tensors = {key: value for member in self.members for key, value in member.state().items()}
             digest = save_part(folder, ranks.index, tensors)
             for member in (member for member in self.members if member.diverged is None):
-                save_as_it_is(job, member, at.step, folder / BUILDING / "saes" / member.config.name)
+                save_autoencoder(job, member, point.step, folder / BUILDING / "saes" / member.config.name)
         digests = ranks.gather(digest)
         if ranks.leads:
             places = [positions[v] for v in sorted(positions)]
-            state = {"version": VERSION, "wave": at.wave, "step": at.step, "seconds": at.seconds, "positions": places,
-                     "diverged": dict(at.diverged), "parts": parts, "blake2b": digests[:parts]}  # fmt: skip
-            end_checkpoint(folder, (at.wave - 1) * job.steps + at.step, state)
+            state = {
+                "version": VERSION,
+                "wave": point.wave,
+                "step": point.step,
+                "seconds": point.seconds,
+                "positions": places,
+                "diverged": dict(point.diverged),
+                "parts": parts,
+                "blake2b": digests[:parts],
+            }
+            end_checkpoint(folder, (point.wave - 1) * job.steps + point.step, state)
         ranks.wait()
         self.written = self.clock()
         self.took = self.written - began
 
 
-def save_as_it_is(
+def save_autoencoder(
     job: TrainJob, member: Member, done: int, folder: Path, more: Mapping[str, Any] = MappingProxyType({})
 ) -> None:
-    """The autoencoder after `done` steps, with its normalisation folded in: `train.load` takes the folder. `more`
-    is said of it in cfg.json."""
+    """Writes an autoencoder as it is after `done` steps, with the normalisation folded in, to a folder that
+    `train.load` reads. `more` is added to its cfg.json."""
     spec = job.store.spec
     about = {
         "model": spec.model,
@@ -120,46 +135,47 @@ def save_as_it_is(
     Autoencoder.of(member.config, member.weights, job.statistics.scale).save(folder, about)
 
 
-def stands(job: TrainJob) -> ResumePoint:
-    """The newest checkpoint's that is whole; the beginning without one. Forgets what was logged after it. Raises
-    DamagedError when there are checkpoints and none is whole."""
-    at = newest_whole(job)
-    if at is None:
+def find_resume_point(job: TrainJob) -> ResumePoint:
+    """Returns the state of the newest undamaged checkpoint, or the beginning when there is none, and deletes what was
+    logged after it. Raises DamagedError when there are checkpoints but all are damaged."""
+    point = newest_whole(job)
+    if point is None:
         job.folder.cut_metrics(1, 0)
         return ResumePoint()
-    job.folder.cut_metrics(at.wave, at.step)
-    say(f"{job.turn(at.wave).title}: going on after step {at.step}")
-    return at
+    job.folder.cut_metrics(point.wave, point.step)
+    say(f"{job.for_wave(point.wave).title}: resuming after step {point.step}")
+    return point
 
 
 def newest_whole(job: TrainJob) -> ResumePoint | None:
-    """Damaged ones that are newer are set aside, and said to be. None when there is no checkpoint."""
-    useless: list[tuple[Path, DamagedError]] = []
+    """Returns the state of the newest undamaged checkpoint, or None when there is none at all. Damaged ones that are
+    newer are set aside with a message. Raises DamagedError when all are damaged."""
+    unusable: list[tuple[Path, DamagedError]] = []
     for folder in newest_first(job.folder.checkpoints):
         try:
-            at = standing(job, folder, read_state(folder))
+            point = resume_point_of(job, folder, read_state(folder))
         except DamagedError as error:
-            useless.append((folder, error))
+            unusable.append((folder, error))
             continue
-        for path, why in useless:
+        for path, why in unusable:
             set_aside(path)
-            say(f"{why}. It is set aside as {DAMAGED}{path.name}; going on from {folder.name}, the one before")
-        return at
-    if useless:
+            say(f"{why}. It is set aside as {DAMAGED}{path.name}; resuming from {folder.name}, the one before")
+        return point
+    if unusable:
         raise DamagedError(
-            f"{useless[0][1]}. There is no whole checkpoint before it. Restore it from a copy, or start afresh with "
-            "--overwrite"
+            f"{unusable[0][1]}. There is no undamaged checkpoint before it. Restore it from a copy, or restart the run "
+            "with --overwrite"
         )
     return None
 
 
-def standing(job: TrainJob, folder: Path, state: dict[str, Any]) -> ResumePoint:
-    """What a state.json says, each number within what the run can have come to. Raises DamagedError for one that is
-    not, UserError for another version's."""
+def resume_point_of(job: TrainJob, folder: Path, state: dict[str, Any]) -> ResumePoint:
+    """Returns the state in a state.json. Raises DamagedError when a number is outside what this run can have reached,
+    UserError when another version of sagsae wrote it."""
     if state.get("version") != VERSION:
         raise UserError(
             f"{job.folder.path}: its checkpoint is of version {quoted(state.get('version'))}; this sagsae reads "
-            f"{VERSION}. Finish the run with the sagsae that began it, or start afresh with --overwrite"
+            f"{VERSION}. Finish the run with the sagsae that began it, or restart it with --overwrite"
         )
     try:
         members(state, ("wave", "step", "seconds", "positions", "diverged", "parts"), None)
@@ -176,7 +192,8 @@ def standing(job: TrainJob, folder: Path, state: dict[str, Any]) -> ResumePoint:
 
 
 def positions_of(job: TrainJob, found: Any, step: int) -> tuple[StreamPosition, ...]:
-    """One of each stream, inside its windows. Every stream gives out rows in one of three epochs. Raises BadData."""
+    """Returns the position of each stream. Raises BadData unless there is one per stream, each inside the stream's
+    windows. A stream gives out at least one row in any three epochs, which bounds its epoch."""
     if not isinstance(found, list) or len(found) != job.streams:
         raise BadData(f"positions is {quoted(found)} instead of {job.streams} of them")
     epochs = 3 * (step * job.config.batch // job.streams + 1)
@@ -187,19 +204,23 @@ def positions_of(job: TrainJob, found: Any, step: int) -> tuple[StreamPosition, 
             raise BadData(f"a position is {quoted(place)} instead of three numbers")
         epoch, window, offset = place
         positions.append(
-            StreamPosition(integer(epoch, "epoch", 0, epochs), integer(window, "window", 0, windows),
-                     integer(offset, "offset", 0, rows))
-        )  # fmt: skip
+            StreamPosition(
+                integer(epoch, "epoch", 0, epochs),
+                integer(window, "window", 0, windows),
+                integer(offset, "offset", 0, rows),
+            )
+        )
     return tuple(positions)
 
 
-def restore(members: Sequence[Member], at: ResumePoint) -> None:
-    """Loads this wave's autoencoders as they were. Raises DamagedError when they cannot be read."""
-    if at.folder is None:
+def restore(members: Sequence[Member], point: ResumePoint) -> None:
+    """Loads this wave's autoencoders from the checkpoint, if there is one. Raises DamagedError when it cannot be
+    read."""
+    if point.folder is None:
         return
-    tensors = load_tensors(at.folder, at.parts)
+    tensors = load_tensors(point.folder, point.parts)
     try:
         for member in members:
             member.load_(tensors)
     except BadData as error:
-        raise damaged(at.folder, error) from error
+        raise damaged(point.folder, error) from error

@@ -33,16 +33,16 @@ from train.autoencoder import Autoencoder
 from train.data.loader import Loader
 from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream, StopWaiting
-from train.evaluate import last_silent, measure_all
+from train.evaluate import last_logged_inactive, measure_all
 from train.fit.member import Member
 from train.fit.optim import learning_rate
 from train.fit.thresholds import settle
 from train.measure.useless import useless
 from train.plan.job import TrainJob, make_job
-from train.plan.sweep import dealt, shared_out
-from train.plan.waves import planned
+from train.plan.sweep import deal_out, shared_out
+from train.plan.waves import plan_waves
 from train.ranks import Ranks
-from train.resume import Checkpoints, ResumePoint, restore, save_as_it_is, stands
+from train.resume import Checkpoints, ResumePoint, find_resume_point, restore, save_autoencoder
 from train.runs.folder import RunFolder, read_sealed, write_sealed
 from train.runs.live_table import LiveTable
 from train.runs.trackers import Tracking, check_installed
@@ -73,7 +73,7 @@ def train(config: TrainConfig) -> TrainSummary:
     """Trains until the tokens asked for are used. Raises UserError for unusable input, Interrupted after a signal."""
     check_installed(config.track)
     ranks = Ranks(torch.device(pick_device(config.device)))
-    with ranks.attended():
+    with ranks.raising_lost_error():
         return train_together(config, ranks)
 
 
@@ -88,10 +88,10 @@ def train_together(config: TrainConfig, ranks: Ranks) -> TrainSummary:
         if folder.finished():
             say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
             return summarise(job, 0.0, 0, 0.0)
-    job = planned(job, ranks, sweep)
+    job = plan_waves(job, ranks, sweep)
     with ExitStack() as while_open:
         while_open.enter_context(job.store.files.reading())
-        with ranks.agreed():
+        with ranks.failing_together():
             if ranks.leads:
                 folder.make(config.overwrite)
                 while_open.enter_context(folder_lock(folder.path))
@@ -99,11 +99,11 @@ def train_together(config: TrainConfig, ranks: Ranks) -> TrainSummary:
                     open_folder(job, ranks)
         while_open.enter_context(explained(folder.path))
         started, made = time.monotonic(), TrainTotals()
-        with ranks.agreed():
-            here = stands(job) if ranks.leads else ResumePoint()
+        with ranks.failing_together():
+            here = find_resume_point(job) if ranks.leads else ResumePoint()
         at = ranks.gather(here)[0]
         for wave in range(at.wave, len(job.waves) + 1):
-            at = run_wave(job.turn(wave), at, made, ranks, sweep)
+            at = run_wave(job.for_wave(wave), at, made, ranks, sweep)
         finish(job, at, ranks)
         ranks.end()
         return summarise(job, time.monotonic() - started, made.steps, made.waiting)
@@ -134,7 +134,7 @@ class TrainTotals:
 
 def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sweep: bool) -> ResumePoint:
     """Trains the autoencoders of one wave to their end and saves them. Gives where the next wave begins."""
-    mine, own = (dealt(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
+    mine, own = (deal_out(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
     members = [make_member(sae, job, own) for sae in mine]
     restore(members, at)
     at = run_steps(job, members, at, made, ranks, sweep)
@@ -179,7 +179,7 @@ def open_folder(job: TrainJob, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
-    folder.begin(job.asked, job.identity, {**provenance(), **about})
+    folder.create(job.asked, job.identity, {**provenance(), **about})
 
 
 def device_name(device: torch.device) -> str:
@@ -338,7 +338,7 @@ def save_saes(job: TrainJob, members: list[Member]) -> None:
         member.check_weights(job.steps)
         if member.diverged is None:
             about = settle(job, member)
-            save_as_it_is(job, member, job.steps, job.folder.sae(member.config.name), about)
+            save_autoencoder(job, member, job.steps, job.folder.sae(member.config.name), about)
             missed = member.sparsity.missed()
             if missed:
                 say(f"{member.config.name}: {missed}")
@@ -357,7 +357,7 @@ def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
         return
     device = str(ranks.device)
     saes = (Autoencoder.load(folder.sae(name), device) for name in good)  # they may not fit into memory together
-    silent = last_silent(folder, job.config.dead_after_tokens)
+    silent = last_logged_inactive(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
     limit = job.left_out.limit if job.left_out else None

@@ -1,9 +1,10 @@
-"""`sagsae bench harvest`: what capture adds to a forward pass, and the whole harvest to the slower of its two halves.
+"""`sagsae bench harvest`: the cost of capture over a forward pass, and of the whole harvest over the slower of its two
+halves.
 
-Capture is the model with hooks, into a shard's memory; on a CPU moments are taken after that and
-are a figure of their own. On a GPU they are a part of capture. The bare forward is Hugging Face's own model, cut off
-after the layer that is harvested, without TransformerLens and without hooks. Encoding is the codec alone, on every
-core, on the very rows that are harvested.
+Capture is the model with hooks that write into a shard's memory. On a CPU the moments are computed afterwards and are a
+figure of their own; on a GPU they are part of capture. The bare forward pass is Hugging Face's own model, cut off after
+the harvested layer, without TransformerLens and without hooks. Encoding is the codec alone, on every core, on the very
+rows that are harvested.
 """
 
 import shutil
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 
 from harvest.background import pool
 from harvest.capture import Capture, Slot, make_slot
-from harvest.fill import SLOTS, default_batch_tokens, finish_work, streams
+from harvest.fill import SLOTS, default_batch_tokens, finish_work, stream_count
 from harvest.ring import Ring
 from harvest.run import harvest
 from harvest.team import Team
@@ -40,7 +41,8 @@ from shared.store.shard import encode_chunk
 from shared.store.spec import rows_that_count
 
 BARE_BATCH: Final = 8_192
-"""Tokens: what suits a forward pass on all cores of a CPU best, where a harvest gives each core a batch of its own."""
+"""Tokens per batch that suit a forward pass on all cores of a CPU best. A harvest gives each core its own, smaller
+batch."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class HarvestBenchReport:
 def bench_harvest(
     config: HarvestConfig, folder: Path, rounds: int, advance: Callable[[int, str], None]
 ) -> HarvestBenchReport:
-    """Every measure once a round, in turns, after a round that does not count; ratios are medians over the rounds.
+    """Runs every measurement once per round, in turns, after one warm-up round; ratios are medians over the rounds.
     `config.tokens` must be given. Raises UserError for what a harvest would refuse."""
     if config.codec == "int8":
         raise UserError("--codec int8: encodes nothing. Measure zstd, lz4 or none")
@@ -62,8 +64,8 @@ def bench_harvest(
         store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
     source = resolve_model(config.model, config.revision)
     device, cores = Team().device(config.device), Team().threads
-    beside = streams(device, store.spec, config, cores)
-    models = side_by_side(source, device, store.spec.model["dtype"], config.attention, beside)
+    n_models = stream_count(device, store.spec, config, cores)
+    models = side_by_side(source, device, store.spec.model["dtype"], config.attention, n_models)
     model = models[0]
     last = max(layer_of(hook.name) for hook in store.spec.hookpoints.values())
     bare = cut_off(source, model.device, store.spec.model["dtype"], last)
@@ -86,7 +88,7 @@ def bench_harvest(
         with ThreadPoolExecutor(cores) as encoders:
             list(encoders.map(lambda rows: encode_chunk(rows, spec.codec), chunks))
 
-    found: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
+    seconds_by_part: dict[str, list[float]] = {"forward": [], "capture": [], "moments": [], "encode": [], "harvest": []}
     stalls = []
     for number in range(rounds + 1):
         seconds = {}
@@ -106,24 +108,24 @@ def bench_harvest(
         if number:
             stalls.append(done.waiting_for_writer)
             for name, value in seconds.items():
-                found[name].append(value)
-    return report(store, model.device, found, stalls)
+                seconds_by_part[name].append(value)
+    return report(store, model.device, seconds_by_part, stalls)
 
 
 @contextmanager
 def enough_memory(device: torch.device, contexts: int) -> Iterator[None]:
-    """Raises UserError when there is not."""
+    """Raises UserError when the device runs out of memory."""
     try:
         yield
     except torch.OutOfMemoryError as error:
         raise UserError(
-            f"--device {device}: its memory does not suffice for {contexts} contexts at once beside three copies of "
-            "the model. Set fewer: --set batch_tokens=N"
+            f"--device {device}: its memory is too small for {contexts} contexts at once beside three copies of the "
+            "model. Set fewer: --set batch_tokens=N"
         ) from error
 
 
 def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[Any], contexts: int) -> None:
-    """Every shard, so many contexts at a time."""
+    """Runs the bare model over every shard, `contexts` contexts at a time."""
     context = store.spec.context
     with torch.inference_mode():
         for shard in store.commits:
@@ -136,12 +138,12 @@ def bare_forward(bare: Any, device: torch.device, store: Store, tokens: NDArray[
 
 
 def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
-    """On a GPU as in a harvest: the rest of a shard while the next one is computed. On a CPU moments are taken when all
-    shards are captured: gives their seconds."""
+    """Captures all shards. On a GPU, as in a harvest, a shard is finished while the next one is computed. On a CPU the
+    moments are computed after all shards are captured; returns the seconds that this takes."""
     waiting: list[Future[None]] = []
     later: list[Ready] = []
 
-    def look() -> None:
+    def check_finished() -> None:
         for done in waiting:
             if done.done():
                 done.result()
@@ -152,11 +154,11 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
 
     with pool(1, "capture") as behind:
         for shard in store.commits:
-            slot = ring.take(look)
+            slot = ring.take(check_finished)
             ready = capture.shard(shard, slot, lambda _: None)
             if capture.side is None:
                 later.append(ready)
-                ring.give_back(slot)  # it comes round again when all of this shard's batches are done
+                ring.give_back(slot)  # taken again only after all batches of this shard are done
             else:
                 waiting.append(behind.submit(finish, ready, slot))
         capture.finish(lambda _: None)
@@ -169,9 +171,9 @@ def capture_shards(capture: Capture, store: Store, ring: Ring[Slot]) -> float:
 
 
 def report(
-    store: Store, device: torch.device, found: dict[str, list[float]], stalls: list[float]
+    store: Store, device: torch.device, seconds_by_part: dict[str, list[float]], stalls: list[float]
 ) -> HarvestBenchReport:
-    rounds = [dict(zip(found, values, strict=True)) for values in zip(*found.values(), strict=True)]
+    rounds = [dict(zip(seconds_by_part, values, strict=True)) for values in zip(*seconds_by_part.values(), strict=True)]
     stored = sum(store.stored_bytes(hook) for hook in store.spec.hookpoints)
     raw = sum(rows.nbytes for rows in encodable(store))
     ratios = {
@@ -189,14 +191,20 @@ def report(
             "lowest": round(min(seconds), 3),
             "highest": round(max(seconds), 3),
         }
-        for name, seconds in found.items()
+        for name, seconds in seconds_by_part.items()
     ]
     about = {
-        "machine": machine(), "device": device_name(device), "model": store.spec.model["name"],
-        "dtype": store.spec.model["dtype"], "context": store.spec.context, "tokens": store.n_rows,
+        "machine": machine(),
+        "device": device_name(device),
+        "model": store.spec.model["name"],
+        "dtype": store.spec.model["dtype"],
+        "context": store.spec.context,
+        "tokens": store.n_rows,
         "hookpoints": {path: hook.d_in for path, hook in store.spec.hookpoints.items()},
-        "codec": store.spec.codec, "bytes": raw, "stored": stored,
-    }  # fmt: skip
+        "codec": store.spec.codec,
+        "bytes": raw,
+        "stored": stored,
+    }
     return HarvestBenchReport(ratios, {**about, "figures": figures})
 
 
@@ -219,7 +227,7 @@ def cut_off(source: ModelSource, device: torch.device, dtype: str, last: int) ->
 
 
 def encodable(store: Store) -> list[NDArray[Any]]:
-    """All rows of all hookpoints in the chunks that they are stored in."""
+    """All rows of all hookpoints in the chunks in which they are stored."""
     chunks = []
     for hook in store.spec.hookpoints:
         for shard in store.commits:

@@ -1,8 +1,8 @@
-"""`sagsae bench scale`, the half that writes: stores of any size in seconds, and the beginning of a harvest into one.
+"""`sagsae bench scale`, the half that writes: makes stores of any size in seconds, and begins a harvest into one.
 
-A store is real: every file that the manifest names is there and has its length and checksums, every row has its place
-in the corpus. What makes it cheap: rows repeat, so that files compress to little, and files of equal content are hard
-links of one another. Rows lie in the order of the corpus; how long anything takes does not depend on that.
+A store is real: every file that the manifest names exists and has its length and checksums, and every row has its place
+in the corpus. It is cheap because rows repeat, so that files compress well, and because files of equal content are hard
+links of one another. Rows lie in the order of the corpus; no timing depends on that.
 """
 
 import hashlib
@@ -29,21 +29,21 @@ from shared.store.shard import crc32, encode_chunk, encode_shard, pad_chunk, wit
 from shared.store.spec import HookSpec, StoreSpec, shard_file, token_layout
 
 MODEL: Final = "tiny"
-"""The shipped one: what is harvested in the end."""
+"""The shipped model, which the last shard is harvested from."""
 HOOK, NAME, D_IN = "layer_02/mlp_out", "blocks.2.hook_mlp_out", 256
 NARROW: Final = 8
-"""d_in where nothing is harvested."""
+"""d_in of stores in which nothing is harvested."""
 CONTEXT: Final = 128
 SHARD_ROWS, CHUNK_ROWS = 1 << 16, 1 << 12
 LAST_ROWS: Final = 1 << 10
-"""Of the shard that is left to harvest."""
+"""Rows of the shard that is left to harvest."""
 LINKS: Final = 10_000
-"""Of one file: some file systems have 65,000 at most."""
+"""Hard links per file: some file systems allow at most 65,000."""
 
 
 @dataclass(frozen=True)
 class ShardKind:
-    """What the shards of a store look like."""
+    """The shape of a store's shards."""
 
     context: int
     shard_rows: int
@@ -51,13 +51,13 @@ class ShardKind:
     d_in: int
     hooks: tuple[str, ...] = (HOOK,)
     left: int = 0
-    """Rows of a last shard that is not committed; the store is being written then."""
+    """Rows of a last shard that is not committed. If it is not 0, the store is unfinished."""
 
 
 MANIFEST: Final = ShardKind(
     CONTEXT, SHARD_ROWS, CHUNK_ROWS, 2048, ("layer_08/attn_out", "layer_08/mlp_out", "layer_08/resid_post")
 )
-"""Three hookpoints as in Pythia-1b: fourteen files a shard."""
+"""Three hookpoints as in Pythia-1b: fourteen files per shard."""
 SMALL_SHARDS: Final = ShardKind(8, 8, 8, NARROW)
 LARGE_SHARDS: Final = ShardKind(CONTEXT, SHARD_ROWS, CHUNK_ROWS, D_IN, left=LAST_ROWS)
 
@@ -66,7 +66,11 @@ def spec_of(kind: ShardKind, shards: int, digest: str) -> StoreSpec:
     hooks = {path: HookSpec(name=NAME, d_in=kind.d_in) for path in kind.hooks}
     return StoreSpec(
         model={
-            "name": MODEL, "commit": "0" * 32, "local": True, "dtype": "float32", "attention": "sdpa",
+            "name": MODEL,
+            "commit": "0" * 32,
+            "local": True,
+            "dtype": "float32",
+            "attention": "sdpa",
             "weight_processing": "none",
         },
         tokenizer={"blake2b": None, "eos_id": 0},
@@ -82,17 +86,20 @@ def spec_of(kind: ShardKind, shards: int, digest: str) -> StoreSpec:
         chunk_rows=kind.chunk_rows,
         shard_rows=kind.shard_rows,
         seed=0,
-    )  # fmt: skip
+    )
 
 
 def make_manifest(root: Path, shards: int) -> None:
-    """A store of which nothing but the description and the manifest is there: enough to open it."""
+    """Writes only the description and the manifest of a store: enough to open it."""
     files, spec = LocalFiles(root), spec_of(MANIFEST, shards, "0" * 32)
     arrays, rows, rng = sorted(spec.arrays()), spec.rows_of_shards(), np.random.default_rng(0)
-    sizes = np.stack([
-        np.full(shards, 8 * rows[array][0] + 4) if array in rows else rng.integers(10_000, 100_000_000, shards)
-        for array in arrays
-    ], axis=1)  # fmt: skip
+    sizes = np.stack(
+        [
+            np.full(shards, 8 * rows[array][0] + 4) if array in rows else rng.integers(10_000, 100_000_000, shards)
+            for array in arrays
+        ],
+        axis=1,
+    )
     for place, array in enumerate(arrays):
         if array.startswith(("index/", "stats/")) and array not in rows:
             sizes[:, place] //= 1000  # one number a row
@@ -102,7 +109,7 @@ def make_manifest(root: Path, shards: int) -> None:
 def write_manifest(
     files: LocalFiles, spec: StoreSpec, sizes: NDArray[np.int64], crcs: NDArray[np.uint32], state: Any
 ) -> None:
-    """Of the first shards; each has as many rows as a shard can have."""
+    """Writes the manifest of the first shards; each has as many rows as a shard can have."""
     shard = np.arange(len(sizes))
     numbers = np.empty((len(sizes), NUMBERS), np.int64)
     numbers[:, 0], numbers[:, 1] = shard, spec.shard_rows
@@ -114,8 +121,8 @@ def write_manifest(
 
 
 def make_store(root: Path, shards: int, kind: ShardKind) -> None:
-    """A whole store of so many full shards. Their rows lie in the order of the tokens, so that shards can share files:
-    `verify --full` would say that they are not permuted."""
+    """Writes a store of `shards` full shards. Their rows lie in the order of the tokens, so that shards can share
+    files: `verify --full` would report that they are not permuted."""
     files = LocalFiles(root)
     n_contexts = -(-(shards * kind.shard_rows + kind.left) // kind.context)
     digest, tokens = write_token_chunks(root, n_contexts, kind.context)
@@ -135,7 +142,7 @@ def make_store(root: Path, shards: int, kind: ShardKind) -> None:
 
 
 def write_token_chunks(root: Path, n_contexts: int, context: int) -> tuple[str, dict[str, tuple[int, int]]]:
-    """Every context is the same, without special ids. Gives the digest and the files."""
+    """Writes equal contexts without special ids. Returns the digest and the files."""
     layout, digest, files = token_layout(context, "uint16"), hashlib.blake2b(digest_size=16), {}
     block = np.tile((np.arange(context) % 200 + 1).astype("<u2"), (min(layout.chunk_rows, n_contexts), 1))
     whole, at = with_crc(encode_chunk(pad_chunk(block, layout), layout.codec)), 0
@@ -168,14 +175,14 @@ def same_in_every_shard(spec: StoreSpec) -> dict[str, bytes]:
 
 
 def contexts_of_shards(spec: StoreSpec, shards: int) -> Iterator[bytes]:
-    """Of each shard, the file of index/context."""
+    """Yields the file of index/context of each shard."""
     layout, within = spec.layouts()["index/context"], np.arange(spec.shard_rows) // spec.context
     for shard in range(shards):
         yield b"".join(encode_shard((within + shard * (spec.shard_rows // spec.context)).astype("<u4"), layout))
 
 
 def link(root: Path, array: str, shards: int, data: bytes, matrix: bool) -> None:
-    """The same file for every shard."""
+    """Writes the same file for every shard, as hard links."""
     first = root / array
     for shard in range(shards):
         path = root / shard_file(array, shard, matrix)
@@ -194,7 +201,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def harvest_the_rest(place: str) -> Store:
-    """What a harvesting process does that goes on with a store whose last shard is missing: all of it."""
+    """Harvests the missing last shard, as a resumed harvest process does."""
     store, source = Store.open(place), resolve_model(MODEL)
     config = HarvestConfig(model=MODEL, tokens=store.spec.n_tokens, out=str(Path(place).parent), device="cpu")
     with store.files.lock():

@@ -1,4 +1,5 @@
-"""`sagsae bench store`, the half that writes: a store of real activations, and the writer against the codec alone."""
+"""`sagsae bench store`, the half that writes: makes a store of real activations, and times the writer against the codec
+alone."""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -36,21 +37,21 @@ class BenchStores:
     """Real activations, as harvested and as they are read."""
 
     narrow: Store
-    """Resid, attn and mlp of some layers."""
+    """The resid_post, attn_out and mlp_out of some layers."""
     wide: dict[str, Store]
-    """By codec: one hookpoint `wide`, whose rows are those of several hookpoints side by side, so that they are as wide
-    as in the models that people harvest. A small model's own rows are too narrow to tell much."""
+    """A store per codec, with one hookpoint `wide`. Its rows are the rows of several hookpoints side by side, so that
+    they are as wide as in the models that people harvest. A small model's own rows are too narrow to measure."""
 
 
 def make_stores(folder: Path, model: str, tokens: int, width: int) -> BenchStores:
-    """Raises UserError when the model has not enough hookpoints for the width."""
+    """Makes the stores. Raises UserError when the model has too few hookpoints for the width."""
     config = HarvestConfig(model=model, tokens=tokens, hooks=HOOKS, out=str(folder), name="narrow")
     plan = make_plan(config)
     d_in = next(iter(plan.hooks.values())).d_in
     side_by_side = max(1, width // d_in)
     n_layers = -(-side_by_side // len(HOOKS))
     if n_layers > plan.info.n_layers:
-        raise UserError(f"--width {width}: {model} has rows of {d_in}, and layers for {plan.info.n_layers * d_in * 3}")
+        raise UserError(f"--width {width}: {model} has at most {plan.info.n_layers * d_in * 3}, in rows of {d_in}")
     first = (plan.info.n_layers - n_layers) // 2
     rows = default_chunk_rows(2 * side_by_side * d_in)
     shape = {"chunk_rows": rows, "shard_rows": CHUNKS_PER_SHARD * rows}
@@ -82,7 +83,7 @@ def widen(narrow: Store, hooks: list[str], files: LocalFiles) -> Store:
 
 
 def side_by_side(store: Store, hooks: list[str], shard: int) -> ShardRows:
-    """A shard's rows in token order, several hookpoints as one."""
+    """A shard's rows in token order, several hookpoints joined into one."""
     start, stop = store.spec.shard_range(shard)
     back = np.argsort(permutation(stop - start, store.spec.seed, SHARD_ROWS, shard))
     rows = np.concatenate([read_shard(open_reader(store, hook), shard)[back] for hook in hooks], axis=1)
@@ -98,9 +99,9 @@ Prepare = Callable[[], None]
 
 @contextmanager
 def writing(stores: BenchStores, folder: Path) -> Iterator[tuple[dict[str, Run], dict[str, Prepare]]]:
-    """For zstd and lz4: encoding one shard's chunks that lie in memory, and committing that shard, files synced. What
-    was written before is deleted first, which is not measured. The moments come with the rows, as in a harvest, where
-    the model's device takes them."""
+    """Yields two measurements for zstd and for lz4: encoding one shard's chunks in memory, and committing that shard
+    with its files synced. The files of the previous run are deleted first, outside the measurement. The moments come
+    with the rows, as in a harvest, where the model's device computes them."""
     store = stores.wide["zstd"]
     shard = next(iter(store.commits))
     part = side_by_side(store, [WIDE], shard)
@@ -112,13 +113,13 @@ def writing(stores: BenchStores, folder: Path) -> Iterator[tuple[dict[str, Run],
         for codec in ("zstd", "lz4"):
             spec = store.spec.model_copy(update={"codec": codec})
             writer = stack.enter_context(closing(ShardWriter(LocalFiles(folder / codec), spec, keep, threads=1)))
-            runs[f"encode {codec}"] = encoding(part.rows, spec)
-            runs[f"writer {codec}"] = committing(writer, shard, part)
-            before[f"writer {codec}"] = emptying(folder / codec)
+            runs[f"encode {codec}"] = encode_run(part.rows, spec)
+            runs[f"writer {codec}"] = commit_run(writer, shard, part)
+            before[f"writer {codec}"] = clear_run(folder / codec)
         yield runs, before
 
 
-def emptying(place: Path) -> Prepare:
+def clear_run(place: Path) -> Prepare:
     def run() -> None:
         shutil.rmtree(place, ignore_errors=True)
         (place / "manifest").mkdir(parents=True)
@@ -126,7 +127,7 @@ def emptying(place: Path) -> Prepare:
     return run
 
 
-def encoding(rows: NDArray[Any], spec: StoreSpec) -> Run:
+def encode_run(rows: NDArray[Any], spec: StoreSpec) -> Run:
     assert CODECS[spec.codec]
     whole = len(rows) // spec.chunk_rows * spec.chunk_rows
     chunks = [rows[at : at + spec.chunk_rows] for at in range(0, whole, spec.chunk_rows)]
@@ -139,7 +140,7 @@ def encoding(rows: NDArray[Any], spec: StoreSpec) -> Run:
     return run
 
 
-def committing(writer: ShardWriter, shard: int, part: ShardRows) -> Run:
+def commit_run(writer: ShardWriter, shard: int, part: ShardRows) -> Run:
     def run() -> int:
         writer.commit(shard, {WIDE: part})
         return part.rows.nbytes

@@ -1,1 +1,1 @@
-"""Corpora: files, folders, data sets and arrays of ids to rows of token ids."""
+"""Corpora: turns files, folders, datasets and arrays of ids into rows of token ids."""

@@ -1,7 +1,7 @@
-"""Corpora that are arrays of token ids: a .npy file, or a folder that is a Zarr v3 array, read a block at a time.
+"""Corpora that are arrays of token ids: a .npy file, or a folder that is a Zarr v3 array, read block by block.
 
-[n]: one stream, already joined. [rows, width]: rows of a context, taken as they are. No document can be told from
-another, so an id that the model does not know is always refused.
+An array [n] is one stream that is already joined; [rows, width] are rows of a context, used as they are. The
+boundaries of documents are unknown, so an id that the model does not know is always refused.
 """
 
 import functools
@@ -13,44 +13,44 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.corpus.documents import Corpus, Ids, JoinedIds, Look, cause, go_on, unknown_id
-from harvest.corpus.folder import all_below, described
+from harvest.corpus.documents import Corpus, Ids, JoinedIds, StopCheck, cause, never_stop, unknown_id
+from harvest.corpus.folder import all_below, file_identities
 from harvest.corpus.raw_bytes import check_regular, reading
 from shared.errors import UserError
 from shared.files.local import read_whole
 from shared.gate import members, parse_json
 
 BLOCK_IDS: Final = 1 << 20
-"""Ids read at a time, about."""
-MOST_METADATA: Final = 1 << 20
-"""Bytes of an array's description."""
-MOST_IDS: Final = 1 << 27
-"""Of one chunk, which is read whole."""
+"""Ids read at a time, approximately."""
+MAX_METADATA_BYTES: Final = 1 << 20
+"""Largest description of an array, in bytes."""
+MAX_CHUNK_IDS: Final = 1 << 27
+"""Largest chunk, in ids; a chunk is read whole."""
 
 
-def numpy_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
-    """The ids of a .npy file, which is mapped and not loaded. Raises UserError for anything else in it."""
+def numpy_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop) -> JoinedIds:
+    """The ids of a .npy file, which is memory-mapped, not loaded. Raises UserError for any other content."""
     try:
         with reading(path):
             check_regular(path)
             array = np.lib.format.open_memmap(path, mode="r")  # cannot hold pickled objects
     except UserError:
         raise
-    except Exception as error:  # the header is a Python literal, and fails as any of Python's parts does
+    except Exception as error:  # the header is a Python literal, which can raise almost any exception
         raise UserError(
-            f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it anew with numpy.save"
+            f"corpus {path}: is not a .npy file of numbers ({cause(error)}); write it again with numpy.save"
         ) from error
-    return _stream(path, array, 1, described([path], path.parent, look)[0], vocab_size)
+    return _stream(path, array, 1, file_identities([path], path.parent, check_stop)[0], vocab_size)
 
 
-def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
+def zarr_stream(path: Path, vocab_size: int, check_stop: StopCheck = never_stop) -> JoinedIds:
     """The ids of a folder that is a Zarr v3 array. Raises UserError for a group, which holds arrays."""
     import zarr
 
     from shared.store.foreign import check_document, checked_codecs
 
     try:
-        document = members(parse_json(read_whole(path / "zarr.json", MOST_METADATA)), ("codecs",), None)
+        document = members(parse_json(read_whole(path / "zarr.json", MAX_METADATA_BYTES)), ("codecs",), None)
         check_document(document, 1)
         with checked_codecs():
             array = zarr.open_array(str(path), mode="r", zarr_format=3)
@@ -58,13 +58,13 @@ def zarr_stream(path: Path, vocab_size: int, look: Look = go_on) -> JoinedIds:
         raise UserError(
             f"corpus {path}: is not a Zarr array that can be read ({cause(error)}); give the folder of one array of ids"
         ) from error
-    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path, look), vocab_size)
+    return _stream(path, array, array.chunks[0] if array.ndim else 1, _folder_described(path, check_stop), vocab_size)
 
 
-def _folder_described(path: Path, look: Look) -> dict[str, Any]:
-    """One identity for all files of a folder: their names and bytes, however many they are."""
+def _folder_described(path: Path, check_stop: StopCheck) -> dict[str, Any]:
+    """One identity for all files of a folder: a hash of their names and bytes, of fixed size."""
     digest, size = hashlib.blake2b(digest_size=16), 0
-    for file in described(sorted(all_below(path)), path, look):
+    for file in file_identities(sorted(all_below(path)), path, check_stop):
         digest.update(f"{file['name']} {file['bytes']} {file['blake2b']}\n".encode())
         size += file["bytes"]
     return {"name": path.resolve().name, "bytes": size, "blake2b": digest.hexdigest()}
@@ -78,22 +78,22 @@ def _stream(path: Path, array: Any, chunk: int, identity: dict[str, Any], vocab_
             f"corpus {path}: is an array of {array.ndim} dimensions; [ids] (one stream) or [rows, context] is expected"
         )
     width = int(array.shape[1]) if array.ndim == 2 else None
-    if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MOST_IDS:
+    if (whole := min(chunk, int(array.shape[0])) * (width or 1)) > MAX_CHUNK_IDS:
         raise UserError(
-            f"corpus {path}: is to be read {whole:,} ids at a time; write it in smaller chunks, of 1 million ids or so"
+            f"corpus {path}: its chunks have {whole:,} ids each; write it in smaller chunks, of about 1 million ids"
         )
     description = {"kind": "ids", **identity, "shape": list(array.shape), "dtype": str(array.dtype)}
     return JoinedIds(description, functools.partial(_blocks, path, array, chunk, vocab_size), width)
 
 
 def _blocks(path: Path, array: Any, chunk: int, vocab_size: int) -> Iterator[Ids]:
-    """The ids in order, flat, whole chunks at a time. Raises UserError at one outside 0 to vocab_size - 1."""
+    """The ids in order, flat, in whole chunks. Raises UserError at an id outside 0 to vocab_size - 1."""
     step = chunk * max(1, BLOCK_IDS // max(1, chunk * int(np.prod(array.shape[1:]))))
     for start in range(0, array.shape[0], step):
         try:
             block = np.asarray(array[start : start + step])
         except Exception as error:  # codecs and checksums fail in many types
-            raise UserError(f"corpus {path}: cannot be read at {start} ({cause(error)}); write it anew") from error
+            raise UserError(f"corpus {path}: cannot be read at {start} ({cause(error)}); write it again") from error
         outside = np.argwhere((block < 0) | (block >= vocab_size))
         if len(outside):
             first = tuple(outside[0].tolist())
@@ -107,17 +107,18 @@ def _flat(block: NDArray[Any]) -> Ids:
 
 
 def takes_rows(corpus: Corpus | JoinedIds, context: int, bos: str) -> bool:
-    """Whether a corpus is rows to be taken as they are. Raises UserError when they cannot be."""
+    """Whether the corpus consists of rows that are used as they are. Raises UserError when they do not fit the
+    settings."""
     if isinstance(corpus, Corpus) or corpus.width is None:
         return False
     if corpus.width != context:
         raise UserError(
-            f"--context {context}: the corpus is an array with rows of {corpus.width} ids, which are taken as they "
-            f"are. Say --context {corpus.width}, or give the ids as one stream, an array of one dimension"
+            f"--context {context}: the corpus is an array with rows of {corpus.width} ids, which are used as they "
+            f"are. Use --context {corpus.width}, or give the ids as one stream, an array of one dimension"
         )
     if bos == "true":
         raise UserError(
-            "bos: the corpus is an array whose rows are taken as they are, so no BOS can be put in. Leave bos at auto, "
+            "bos: the corpus is an array whose rows are used as they are, so no BOS can be added. Leave bos at auto, "
             "or give the ids as one stream, an array of one dimension"
         )
     return True

@@ -1,6 +1,6 @@
-"""What a corpus gives: documents, each a text or the ids of one that was tokenised before; and what makes one bad.
+"""The documents of a corpus: each is a text, or the ids of a text that was tokenised before. Also what makes one bad.
 
-A bad document is one that cannot be used although those after it can. Whoever reads a corpus is handed its error and
+A bad document cannot be used, although those after it can. The reader of a corpus passes its error to a callback, which
 decides: `refuse` raises it, `harvest.corpus.pack.skipping` counts it. Damage to more than one document is raised at
 once.
 """
@@ -15,16 +15,16 @@ from jaxtyping import Int64
 from shared.errors import UserError
 
 Ids = Int64[np.ndarray, " _ids"]
-Look = Callable[[], None]
-"""Called now and then by whatever takes long. May raise, to end it."""
+StopCheck = Callable[[], None]
+"""Called regularly during long work. It may raise, to end the work."""
 
 
 @dataclass(frozen=True)
 class LongText:
-    """A text too long to be held whole. It is not empty, and it is UTF-8 from end to end."""
+    """A text too long to be held whole. It is not empty, and it is valid UTF-8 from end to end."""
 
     blocks: Callable[[], Iterator[str]]
-    """Reads it once more, a block at a time."""
+    """Reads the text once more, block by block."""
 
 
 Document = str | LongText | Ids
@@ -32,58 +32,58 @@ Document = str | LongText | Ids
 
 
 class BadDocument(UserError):
-    """One document that cannot be used. Its message begins with its place."""
+    """One document that cannot be used. The message begins with its place."""
 
 
 OnBad = Callable[[BadDocument], None]
-"""Is told of every bad document; when it returns, the document is skipped."""
+"""Receives every bad document; when it returns, the document is skipped."""
 
 
 def refuse(error: BadDocument) -> None:
     raise error
 
 
-def go_on() -> None:
-    """Looks at nothing."""
+def never_stop() -> None:
+    """Never raises: the work is not interrupted."""
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """Where documents come from."""
+    """A source of documents."""
 
     description: dict[str, Any]
-    """JSON-able identity: equal descriptions promise equal documents. Holds no absolute path."""
-    read: Callable[[OnBad, Look], Iterator[Document]]
-    """A fresh pass over the documents, in source order. Raises UserError where the source cannot be read."""
+    """JSON-able identity: equal descriptions promise equal documents. It holds no absolute path."""
+    read: Callable[[OnBad, StopCheck], Iterator[Document]]
+    """Makes a new pass over the documents, in source order. Raises UserError where the source cannot be read."""
 
-    def documents(self, on_bad: OnBad = refuse, look: Look = go_on) -> Iterator[Document]:
-        """`look` is called before every document, and more often in long ones."""
-        for document in self.read(on_bad, look):
-            look()
+    def documents(self, on_bad: OnBad = refuse, check_stop: StopCheck = never_stop) -> Iterator[Document]:
+        """Yields the documents. `check_stop` is called before every document, and more often in long ones."""
+        for document in self.read(on_bad, check_stop):
+            check_stop()
             yield document
 
 
 @dataclass(frozen=True)
 class JoinedIds:
-    """Ids that are already joined: nothing is shuffled and no EOS is put in."""
+    """Ids that are already joined: nothing is shuffled and no EOS is added."""
 
     description: dict[str, Any]
-    """As of a Corpus."""
+    """JSON-able identity, as in a Corpus."""
     blocks: Callable[[], Iterator[Ids]]
-    """A fresh pass over the ids. Raises UserError at one that the model does not know."""
+    """Makes a new pass over the ids. Raises UserError at an id that the model does not know."""
     width: int | None
-    """They are rows of so many, to be taken as they are; None: to be cut."""
+    """Ids per row, if the ids are rows that are used as they are; None: one stream, to be cut into rows."""
 
 
 @dataclass(frozen=True)
 class DocumentField:
-    """Which field of a record holds the document, and which ids the model knows."""
+    """The field of a record that holds the document, and the ids that the model knows."""
 
     name: str
     vocab_size: int
 
     def document(self, record: Mapping[str, Any], where: str) -> Document:
-        """The document of one record. Raises BadDocument when there is none that a model can take."""
+        """The document of one record. Raises BadDocument when the record has none that a model can take."""
         value = self._value(record, where)
         if isinstance(value, list):
             return self._ids(value, where)
@@ -108,14 +108,14 @@ class DocumentField:
         return bool({self.name, self.name.split(".")[0]} & set(names))
 
     def _value(self, record: Mapping[str, Any], where: str) -> Any:
-        """What is in the field: a name of the record, or else names with dots between them, from the outside in."""
+        """The value of the field: a key of the record, or else keys joined by dots, from the outside in."""
         if self.name in record:
             return record[self.name]
         value: Any = record
         for depth, part in enumerate(parts := self.name.split(".")):
             if not isinstance(value, Mapping) or part not in value:
                 there = [".".join([*parts[:depth], str(name)]) for name in value] if isinstance(value, Mapping) else []
-                raise BadDocument(missing(self.name, there or list(record), where))
+                raise BadDocument(missing_field(self.name, there or list(record), where))
             value = value[part]
         return value
 
@@ -123,7 +123,7 @@ class DocumentField:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise BadDocument(f"{where}: {self.name!r} is not UTF-8 ({error.reason}); write it anew") from error
+            raise BadDocument(f"{where}: {self.name!r} is not UTF-8 ({error.reason}); write it again") from error
 
     def _ids(self, value: list[Any], where: str) -> Ids:
         strange = {type(one).__name__ for one in value} - {"int"}
@@ -137,20 +137,20 @@ class DocumentField:
 
 
 def unknown_id(number: int, where: str, vocab_size: int) -> str:
-    """What is wrong with an id that the model has no embedding for."""
+    """The message for an id that the model has no embedding for."""
     return (
         f"{where}: is id {number}, outside 0 to {vocab_size - 1}: a tokenizer that does not match the model's "
         "vocabulary. Tokenise the corpus with the model's own tokenizer, or give its text"
     )
 
 
-def missing(field: str, there: list[str], where: str) -> str:
-    """What to say of a record, a file or a data set without the field."""
+def missing_field(field: str, there: list[str], where: str) -> str:
+    """The message for a record, a file or a dataset without the field."""
     fields = ", ".join(map(str, there[:100])) or "none"
     return f"{where}: has no field {field!r}; there are: {fields}. Choose one: --set text_field=NAME"
 
 
 def cause(error: Exception) -> str:
-    """The first line of what a library said, at most 200 characters."""
+    """The first line of a library's message, at most 200 characters."""
     lines = str(error).strip().splitlines()
     return lines[0][:200] if lines else type(error).__name__

@@ -1,7 +1,7 @@
-"""Which files of a folder are a corpus, and what identifies files.
+"""Finds the files of a folder that are a corpus, and computes what identifies files.
 
-Left out, and counted: names that begin with a dot, cards and licences, what is of no known format, and folders that
-were read already under another name. Links to folders are followed.
+Left out, and counted: names that begin with a dot, cards and licences, files of unknown format, and folders that were
+already read under another name. Links to folders are followed.
 """
 
 import hashlib
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import Look, go_on
+from harvest.corpus.documents import StopCheck, never_stop
 from harvest.corpus.raw_bytes import check_regular, open_regular, reading
 
 CARD: Final = re.compile(
     r"(readme|licen[cs]e|copying|copyright|notice|changelog|contributing|code_of_conduct|citation|authors)([^a-z].*)?"
 )
-"""Names, in small letters, of what is written about a corpus and is no part of it."""
+"""Lower-case names of files that describe a corpus and are no part of it."""
 SHEETS: Final = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json")
-"""What the `datasets` library writes about one."""
+"""Description files that the `datasets` library writes."""
 TEXTS: Final = (".txt", ".md", ".txt.gz", ".txt.zst", ".md.gz", ".md.zst")
-"""A card is one of these. `notice.jsonl` is data."""
+"""Extensions that a card can have. `notice.jsonl` is data."""
 HASHED_BYTES: Final = 1 << 20
 HIDDEN, ABOUT, OTHER = "hidden", "cards or licences", "of other formats"
 AGAIN: Final = "folders that are read already by another name"
@@ -31,14 +31,14 @@ AGAIN: Final = "folders that are read already by another name"
 
 @dataclass
 class FolderListing:
-    """What is below a folder."""
+    """The files below a folder."""
 
     files: list[Path] = field(default_factory=list)
-    """To be read, by relative path."""
+    """Files to read, sorted by relative path."""
     left: Counter[str] = field(default_factory=Counter)
     """How many files were left out, by the reason."""
     formats: set[str] = field(default_factory=set)
-    """Last extensions of those of no known format."""
+    """Last extensions of the files of unknown format."""
 
     def __str__(self) -> str:
         """`read 3 files, left out 2 (1 hidden, 1 of other formats: .png)`."""
@@ -51,7 +51,7 @@ class FolderListing:
 
 
 def files_below(root: Path, extension: Callable[[Path], str]) -> FolderListing:
-    """The files of a corpus below a folder. `extension`: the known one that a name ends in, or nothing."""
+    """The files of a corpus below a folder. `extension` returns the known extension of a path, or an empty string."""
     found = FolderListing()
     for file in _walk(root, found):
         if file.name.startswith("."):
@@ -68,13 +68,13 @@ def files_below(root: Path, extension: Callable[[Path], str]) -> FolderListing:
 
 
 def is_card(name: str, extension: str) -> bool:
-    """Whether a file is about a corpus: `README.md`, `LICENSE-MIT.txt`, `dataset_info.json`."""
+    """Whether a file describes a corpus: `README.md`, `LICENSE-MIT.txt`, `dataset_info.json`."""
     low = name.lower()
     return low in SHEETS or (extension in TEXTS and CARD.fullmatch(low.removesuffix(extension)) is not None)
 
 
 def _walk(root: Path, found: FolderListing) -> Iterator[Path]:
-    """Every file below, real folders first, then those that links lead to, each folder once."""
+    """Every file below: first those in real folders, then those in linked folders. Each folder is visited once."""
     seen, waiting = {_inode(root)}, [root]
     while waiting:
         for folder, folders, names in _listed(waiting.pop(0)):
@@ -91,7 +91,7 @@ def _walk(root: Path, found: FolderListing) -> Iterator[Path]:
 
 
 def _is_new(folder: Path, seen: set[tuple[int, int]], found: FolderListing) -> bool:
-    """Whether a folder was not met yet, under whatever name. From now on it was."""
+    """Whether a folder is met for the first time, under any name. Marks it as met."""
     inode = _inode(folder)
     if inode in seen:
         found.left[AGAIN] += 1
@@ -110,12 +110,13 @@ def _listed(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
     def fail(error: OSError) -> None:
         raise error
 
-    with reading(root):  # os.walk and not rglob, which skips folders that it may not list
+    with reading(root):  # not rglob, which skips folders that it may not list
         yield from os.walk(root, onerror=fail)
 
 
 def all_below(root: Path) -> list[Path]:
-    """Every file below a folder but for linked folders, in no order. Raises UserError for what is no regular file."""
+    """Every file below a folder except those in linked folders, in no order. Raises UserError for anything that is no
+    regular file."""
     files = [Path(folder, name) for folder, _, names in _listed(root) for name in names]
     for file in files:
         with reading(file):
@@ -124,8 +125,8 @@ def all_below(root: Path) -> list[Path]:
 
 
 def check_files(root: Path) -> None:
-    """For a folder that a library reads, which may wait for ever at a pipe. Raises UserError when there is one, or
-    any other thing that is no regular file."""
+    """Checks a folder that a library will read: the library could wait forever at a pipe. Raises UserError for anything
+    that is no regular file."""
     for folder, folders, names in _listed(root):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for path in (Path(folder, name) for name in names if not name.startswith(".")):
@@ -133,15 +134,15 @@ def check_files(root: Path) -> None:
                 check_regular(path)
 
 
-def described(files: list[Path], root: Path, look: Look = go_on) -> list[dict[str, Any]]:
+def file_identities(files: list[Path], root: Path, check_stop: StopCheck = never_stop) -> list[dict[str, Any]]:
     """The identity of files: name relative to `root`, size and hash."""
-    return [_described(file, root, look) for file in files]
+    return [_file_identity(file, root, check_stop) for file in files]
 
 
-def _described(file: Path, root: Path, look: Look) -> dict[str, Any]:
+def _file_identity(file: Path, root: Path, check_stop: StopCheck) -> dict[str, Any]:
     digest = hashlib.blake2b(digest_size=16)
     with reading(file), open_regular(file) as stream:
         while block := stream.read(HASHED_BYTES):
-            look()
+            check_stop()
             digest.update(block)
         return {"name": file.relative_to(root).as_posix(), "bytes": stream.tell(), "blake2b": digest.hexdigest()}

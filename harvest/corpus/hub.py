@@ -1,7 +1,7 @@
-"""Data sets of Hugging Face: by name, streamed; in a folder, as `save_to_disk` or a repository leaves them.
+"""Hugging Face datasets: by name, streamed; or in a folder, as `save_to_disk` or a cloned repository leaves them.
 
-A name opens connections: first one question, which pins the commit or fails at once; then the stream. A folder opens
-none. The library's count of uses, a request of its own, is switched off.
+A name opens connections: first one request, which pins the commit or fails at once, then the stream. A folder opens
+none. The library's usage counter, a request of its own, is switched off.
 """
 
 import functools
@@ -9,21 +9,30 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.corpus.documents import BadDocument, Corpus, Document, DocumentField, Look, OnBad, cause, missing
-from harvest.corpus.folder import check_files, described
+from harvest.corpus.documents import (
+    BadDocument,
+    Corpus,
+    Document,
+    DocumentField,
+    OnBad,
+    StopCheck,
+    cause,
+    missing_field,
+)
+from harvest.corpus.folder import check_files, file_identities
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
 from shared.progress import say
 
 SECONDS_TO_ANSWER: Final = 2
-"""Of one try; the client makes two before it gives up."""
+"""Timeout of one attempt; the client makes two before it gives up."""
 BUILDERS: Final = ("arrow", "csv", "json", "parquet", "text")
-"""How a repository on this machine may be stored. None of them unpickles or runs anything."""
+"""The storage kinds of a local repository that are read. None of them unpickles or runs anything."""
 
 
-def named_set(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
-    """A data set of the hub, streamed at the commit that its revision means now; or of the local cache when the hub
-    is out of reach. Raises UserError within seconds when there is neither."""
+def hub_dataset(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
+    """A dataset of the hub, streamed at the commit that its revision means now; or of the local cache when the hub
+    cannot be reached. Raises UserError within seconds when there is neither."""
     commit, unreachable = _hub_commit(name, config.corpus_revision)
     try:
         if commit is None:
@@ -47,7 +56,7 @@ def named_set(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
 
 
 def _hub_commit(name: str, revision: str | None) -> tuple[str | None, str]:
-    """The commit that a revision of a data set means now; None and the reason when the hub is out of reach."""
+    """The commit that a dataset's revision means now; None and the reason when the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -64,7 +73,7 @@ def _hub_commit(name: str, revision: str | None) -> tuple[str | None, str]:
         raise UserError(f"corpus_revision {revision}: {name} has no such branch, tag or commit") from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"corpus {name}: no file or folder here, and Hugging Face has no data set of that name (or a private one: "
+            f"corpus {name}: no file or folder here, and Hugging Face has no dataset of that name (or a private one: "
             "log in with `hf auth login`). Check the name, or give a local file or folder"
         ) from error
     except Exception as error:  # offline mode, DNS, proxies and time-outs arrive as many types
@@ -93,15 +102,15 @@ def _cached(name: str, config: HarvestConfig, unreachable: str) -> tuple[str, An
     return commit, builder.as_streaming_dataset(split=config.corpus_split)
 
 
-def is_saved_set(folder: Path) -> bool:
-    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote it."""
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` or `DatasetDict.save_to_disk` wrote the folder."""
     return (folder / "dataset_dict.json").is_file() or all(
         (folder / name).is_file() for name in ("dataset_info.json", "state.json")
     )
 
 
-def saved_set(folder: Path, config: HarvestConfig, field: DocumentField) -> Corpus:
-    """What `save_to_disk` wrote; of several splits the one that is asked for."""
+def saved_dataset(folder: Path, config: HarvestConfig, field: DocumentField) -> Corpus:
+    """The dataset that `save_to_disk` wrote; of several splits, the configured one."""
     check_files(folder)
     library, split = _library(), config.corpus_split
     try:
@@ -117,24 +126,24 @@ def saved_set(folder: Path, config: HarvestConfig, field: DocumentField) -> Corp
     chosen = dataset[split] if isinstance(dataset, dict) else dataset
     read = split if isinstance(dataset, dict) else there[0]
     files = [Path(file["filename"]) for file in chosen.cache_files]
-    description = {"kind": "huggingface-saved", "split": read, "files": described(files, folder)}
+    description = {"kind": "huggingface-saved", "split": read, "files": file_identities(files, folder)}
     return _corpus(chosen.with_format(None), str(folder), field, description)
 
 
 def repository_card(folder: Path) -> dict[str, Any] | None:
-    """The front matter of a data-set repository's README.md; None for a folder that is no such repository."""
+    """The front matter of a dataset repository's README.md; None for a folder that is no such repository."""
     from huggingface_hub import metadata_load
 
     readme = folder / "README.md"
     try:
         card = metadata_load(readme) if readme.is_file() else None
-    except Exception:  # a README like any other: of another encoding, or with dashes that begin no YAML
+    except Exception:  # an ordinary README: in another encoding, or with dashes that begin no YAML
         return None
     return card if card and ("configs" in card or "dataset_info" in card) else None
 
 
-def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, field: DocumentField) -> Corpus:
-    """A data-set repository on this machine, read where it is. Raises UserError when it names files elsewhere."""
+def repository_dataset(folder: Path, card: dict[str, Any], config: HarvestConfig, field: DocumentField) -> Corpus:
+    """A dataset repository on this machine, read where it is. Raises UserError when it names files elsewhere."""
     if (folder / ".huggingface.yaml").exists():
         raise UserError(f"corpus {folder}: its .huggingface.yaml is not read; write what it says into README.md")
     elsewhere = next((text for text in _strings(card.get("configs")) if "://" in text), None)
@@ -143,7 +152,7 @@ def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, fi
             f"corpus {folder}: its README.md names {elsewhere}, which is not on this machine; fetch it first"
         )
     check_files(folder)
-    root = folder.resolve()  # so that no name of a format or a data set is meant
+    root = folder.resolve()  # an absolute path cannot be the name of a format or a dataset
     try:
         builder = _library().load_dataset_builder(str(root), config.corpus_config)
         kind = type(builder).__module__.split(".")[-1]
@@ -162,7 +171,7 @@ def repository_set(folder: Path, card: dict[str, Any], config: HarvestConfig, fi
         "kind": "huggingface-repository",
         "config": config.corpus_config,
         "split": config.corpus_split,
-        "files": described(files, root),
+        "files": file_identities(files, root),
     }
     return _corpus(dataset, str(folder), field, description)
 
@@ -177,7 +186,7 @@ def _strings(value: Any) -> Iterator[str]:
 
 
 def _library() -> Any:
-    """`datasets`, without progress bars and without its count of uses."""
+    """`datasets`, without progress bars and without its usage counter."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -187,16 +196,16 @@ def _library() -> Any:
 
 def _corpus(dataset: Any, name: str, field: DocumentField, description: dict[str, Any]) -> Corpus:
     if dataset.column_names is not None and not field.is_among(dataset.column_names):
-        raise UserError(missing(field.name, dataset.column_names, f"corpus {name}"))
+        raise UserError(missing_field(field.name, dataset.column_names, f"corpus {name}"))
     return Corpus({**description, "text_field": field.name}, functools.partial(_documents, dataset, name, field))
 
 
 def _documents(
-    dataset: Iterable[dict[str, Any]], name: str, field: DocumentField, on_bad: OnBad, look: Look
+    dataset: Iterable[dict[str, Any]], name: str, field: DocumentField, on_bad: OnBad, check_stop: StopCheck
 ) -> Iterator[Document]:
     try:
         for number, example in enumerate(dataset, 1):
-            look()
+            check_stop()
             try:
                 document = field.document(example, f"corpus {name}, example {number}")
             except BadDocument as error:
@@ -205,12 +214,12 @@ def _documents(
                 yield document
     except (UserError, Interrupted, LostError):
         raise
-    except Exception as error:  # as when it was opened: the connection may also fail half-way
+    except Exception as error:  # the connection may also fail half-way, with the same types
         raise _unreadable(name, error) from error
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
     return UserError(
-        f"corpus {name}: is not readable as a Hugging Face data set ({cause(error)}). "
+        f"corpus {name}: is not readable as a Hugging Face dataset ({cause(error)}). "
         "Check the name, corpus_config, corpus_split and the network, or give another file or folder"
     )

@@ -1,4 +1,4 @@
-"""JSON values out of a text that is read in blocks: the members of an array, or values one after another.
+"""Reads JSON values out of a text that arrives in blocks: the members of an array, or values one after another.
 
 One value is held at a time, up to RECORD_BYTES characters of it.
 """
@@ -11,21 +11,21 @@ from typing import Any, Final
 from harvest.corpus.raw_bytes import RECORD_BYTES, TOO_LONG
 from shared.errors import UserError
 
-MOST_MEMBERS: Final = 1 << 24
-"""Commas and brackets in one value: Python needs up to 100 bytes for each."""
+MAX_MEMBERS: Final = 1 << 24
+"""Largest number of commas and brackets in one value: Python needs up to 100 bytes for each."""
 SPACE: Final = re.compile(r"[ \t\n\r]*")
 NEAR_THE_END: Final = 16
-"""An error this close to the end of what was read may be one of reading: half of a number, a word or an escape."""
+"""Characters before the end of the text read so far in which an error may be a cut-off number, word or escape."""
 
 
 def check_members(text: str, start: int = 0) -> None:
-    """Raises ValueError when a JSON text has more values in it from `start` on than memory may suffice for."""
-    if len(text) - start > MOST_MEMBERS and sum(text.count(one, start) for one in ",[{") > MOST_MEMBERS:
-        raise ValueError(f"more than {MOST_MEMBERS >> 20} million values in one; save ids as a .npy array")
+    """Raises ValueError when a JSON text has, from `start` on, more values than may fit into memory."""
+    if len(text) - start > MAX_MEMBERS and sum(text.count(one, start) for one in ",[{") > MAX_MEMBERS:
+        raise ValueError(f"more than {MAX_MEMBERS >> 20} million values in one; save ids as a .npy array")
 
 
 class JsonCursor:
-    """A cursor in a text of which only a part is there."""
+    """A cursor in a text of which only a part is in memory."""
 
     def __init__(self, blocks: Iterable[str], path: str) -> None:
         self.blocks, self.path = iter(blocks), path
@@ -33,18 +33,18 @@ class JsonCursor:
 
     @property
     def where(self) -> str:
-        """The place of what comes next."""
+        """The place of the next value: `path:line`."""
         return f"{self.path}:{self.line}"
 
     def peek(self) -> str:
-        """The next character that is no space; empty at the end."""
+        """The next character that is no white space; empty at the end."""
         while True:
-            self._skip(SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]  # it matches nothing, too
+            self._skip(SPACE.match(self.text, self.at).end())  # type: ignore[union-attr]  # it also matches the empty string
             if self.at < len(self.text) or not self._more(1 << 16):
                 return self.text[self.at : self.at + 1]
 
     def take(self, expected: str) -> str:
-        """Goes past the next character, which has to be one of those expected. Raises UserError."""
+        """Skips the next character and returns it. Raises UserError when it is none of `expected`."""
         found = self.peek()
         if not found or found not in expected:
             wanted = " or ".join(repr(one) for one in expected)
@@ -69,7 +69,7 @@ class JsonCursor:
             except (ValueError, RecursionError) as error:
                 raise UserError(f"{self.where}: is not JSON that can be read ({error})") from error
             else:
-                if end < len(self.text) or not self._more(1):  # a number may go on
+                if end < len(self.text) or not self._more(1):  # a number may continue in the next block
                     self._skip(end)
                     return value
 
@@ -81,7 +81,7 @@ class JsonCursor:
         self.at = end
 
     def _more(self, at_least: int) -> bool:
-        """Reads on, so many characters or more; False at the end of the text."""
+        """Reads at least `at_least` more characters; returns False at the end of the text."""
         parts, size = [self.text[self.at :]], 0
         if len(parts[0]) > RECORD_BYTES:
             raise UserError(f"{self.where}: {TOO_LONG}")

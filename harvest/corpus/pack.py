@@ -1,9 +1,12 @@
-"""Documents to rows of token ids: shuffle, tokenise, join, cut. No padding, no mask. Ids pass by the tokenizer.
+"""Packs documents into rows of token ids: shuffle, tokenise, join, cut. No padding, no mask. Ids bypass the tokenizer.
 
 A row of tokens is a pure function of the documents, the tokenizer, the context, the BOS policy and the seed.
-Costs: the shuffle holds `buffer` documents of BUFFER_BYTES together, the packer 64 of BATCH_CHARACTERS; a call of the
-tokenizer takes CALL_CHARACTERS. Approximate: a corpus larger than the buffer is mixed over about one buffer, not
-uniformly. The last partial row is lost.
+
+Costs: the shuffle holds up to `buffer` documents of BUFFER_BYTES in total, the packer 64 documents of BATCH_CHARACTERS
+in total; a call of the tokenizer takes CALL_CHARACTERS.
+
+Approximate: a corpus larger than the buffer is mixed over about one buffer, not uniformly. The last partial row is
+lost.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,28 +18,28 @@ import numpy as np
 from jaxtyping import Int64
 
 from harvest.corpus.documents import BadDocument, Document, Ids, LongText, OnBad
-from harvest.corpus.split_text import blocks_of, pieces, tokenised
+from harvest.corpus.split_text import blocks_of, pieces, tokenise_texts
 from shared.errors import UserError
 from shared.permute import DOCUMENTS, philox
 from shared.progress import say
 
 BUFFER_BYTES: Final = 1 << 30
-"""Of documents that wait to be drawn, texts in UTF-8."""
+"""Bytes of the documents that wait to be drawn, texts in UTF-8."""
 BATCH_DOCUMENTS: Final = 64
 BATCH_CHARACTERS: Final = 1 << 22
-"""Documents read together: so many, or fewer that have so many characters."""
+"""Documents read together: up to BATCH_DOCUMENTS, or fewer that have BATCH_CHARACTERS."""
 CALL_CHARACTERS: Final = 1 << 19
-"""Given to the tokenizer at a time."""
+"""Characters given to the tokenizer in one call."""
 RAW_WORDS = 1024
 """Random words drawn at a time. Does not change which words they are."""
 
 Part = tuple[str | Ids, bool]
-"""A piece of a document's text, or its ids; and whether the document ends with it."""
+"""A piece of a document's text, or its ids; and whether it is the last piece of the document."""
 
 
 @dataclass
 class PackCounts:
-    """What `pack` has read so far; complete when its iterator is exhausted."""
+    """Counts of what `pack` has read so far; complete when its iterator is exhausted."""
 
     documents: int = 0
     """Documents with text."""
@@ -47,21 +50,21 @@ class PackCounts:
     tokens: int = 0
     """Ids of all documents with their EOS, without BOS."""
     rows: int = 0
-    """Rows given out."""
+    """Rows yielded."""
     dropped: int = 0
     """Ids of the last partial row, known at the end."""
     read: int = field(default=0, compare=False)
-    """Documents read so far, those that wait to be drawn among them."""
+    """Documents read so far, including those that wait to be drawn."""
     rough: int = 0
     """Cuts in long texts that changed ids near them."""
     calls: int = field(default=0, compare=False)
-    """Parts of the corpus that were joined: where a pass that begins with these counts goes on."""
+    """Tokenizer calls whose ids were joined: a pass that starts with these counts resumes after them."""
     leftover: Ids = field(default_factory=lambda: np.empty(0, dtype=np.int64), compare=False)
     """Joined ids that do not fill a row yet."""
 
 
 def skipping(counts: PackCounts) -> OnBad:
-    """Counts bad documents in `counts` and says what is wrong with the first."""
+    """Counts bad documents in `counts` and prints what is wrong with the first."""
 
     def skip(error: BadDocument) -> None:
         counts.bad += 1
@@ -74,14 +77,14 @@ def skipping(counts: PackCounts) -> OnBad:
 def shuffled(
     documents: Iterator[Document], seed: int, buffer: int = 100_000, size: int = BUFFER_BYTES
 ) -> Iterator[Document]:
-    """Every document once, in an order drawn from `seed` (at least 0): a uniform permutation of up to `buffer`
-    documents of `size` bytes, beyond that a buffer shuffle (each document drawn replaces itself by the next one
-    read; by more of them, or by none, as their sizes are)."""
-    below = _uniform(seed)
+    """Yields every document once, in an order drawn from `seed` (at least 0). Up to `buffer` documents of `size` bytes
+    it is a uniform permutation. Beyond that it is a buffer shuffle: each document drawn is replaced by the next one
+    read (by several, or by none, depending on their sizes)."""
+    below = _uniform_below(seed)
     held: list[Document | bytes] = []
     used = 0
     for document in documents:
-        put, weight = _stored(document)
+        put, weight = _to_bytes(document)
         if not held or (len(held) < buffer and used + weight <= size):
             held.append(put)
             used += weight
@@ -89,28 +92,28 @@ def shuffled(
         index = below(len(held))
         drawn, held[index] = held[index], put
         used += weight - _weight(drawn)
-        yield _restored(drawn)
+        yield _from_bytes(drawn)
         while used > size and len(held) > 1:
-            drawn = _drawn(held, below)
+            drawn = _draw(held, below)
             used -= _weight(drawn)
-            yield _restored(drawn)
+            yield _from_bytes(drawn)
     while held:  # Fisher-Yates, from the back
-        yield _restored(_drawn(held, below))
+        yield _from_bytes(_draw(held, below))
 
 
-def _drawn(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
+def _draw(held: list[Document | bytes], below: Callable[[int], int]) -> Document | bytes:
     index = below(len(held))
     held[index], held[-1] = held[-1], held[index]
     return held.pop()
 
 
-def _stored(document: Document) -> tuple[Document | bytes, int]:
+def _to_bytes(document: Document) -> tuple[Document | bytes, int]:
     """A document as the shuffle holds it, and its bytes."""
     put = document.encode() if isinstance(document, str) else document
     return put, _weight(put)
 
 
-def _restored(put: Document | bytes) -> Document:
+def _from_bytes(put: Document | bytes) -> Document:
     return put.decode() if isinstance(put, bytes) else put
 
 
@@ -130,18 +133,21 @@ def pack(
     counts: PackCounts,
     vocab_size: int | None = None,
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
-    """Blocks [rows, context] of token ids, rows >= 1: documents, each followed by `eos_id`, joined and cut.
+    """Yields blocks [rows, context] of token ids, rows >= 1: documents, each followed by `eos_id`, joined and cut.
 
-    Every row begins with `bos_id` unless that is None. No padding. Documents of white space are skipped. `tokenizer`
-    is a Hugging Face tokenizer; special tokens spelt out in a text become their ids. A long text is tokenised in
-    pieces; a document of ids is taken as it is, and gets no second `eos_id`. None: without a tokenizer a text is
-    refused; without `eos_id` documents follow each other directly; without `vocab_size` any id is taken.
-    Goes on after the calls that `counts` has counted. Gives nothing when the corpus holds less than one row. Raises
+    Every row begins with `bos_id` unless that is None. No padding. Documents of white space are skipped. `tokenizer` is
+    a Hugging Face tokenizer; special tokens spelt out in a text become their ids. A long text is tokenised in pieces. A
+    document of ids is used as it is, and gets no second `eos_id`.
+
+    None as an argument: without a tokenizer a text is refused; without `eos_id` documents follow each other directly;
+    without `vocab_size` any id is accepted.
+
+    Resumes after the calls that `counts` has counted. Yields nothing when the corpus holds less than one row. Raises
     UserError at the end when no document has text, and at an id of `vocab_size` or more.
     """
     filled = _with_text(documents, eos_id, counts)
     calls = islice(_calls(filled, tokenizer, counts), counts.calls, None)
-    joined = (_joined(call, tokenizer, eos_id, vocab_size) for call in calls)
+    joined = (_join_ids(call, tokenizer, eos_id, vocab_size) for call in calls)
     yield from cut(joined, context, bos_id, counts)
     if not counts.documents:
         bad = f", {counts.bad} bad ones" if counts.bad else ""
@@ -151,8 +157,8 @@ def pack(
 def cut(
     blocks: Iterable[Ids], context: int, bos_id: int | None, counts: PackCounts
 ) -> Iterator[Int64[np.ndarray, "rows context"]]:
-    """Rows [rows, context], rows >= 1, of ids that are already joined, after those left over in `counts`. The last
-    partial row is lost."""
+    """Yields rows [rows, context], rows >= 1, of ids that are already joined, after those left over in `counts`. The
+    last partial row is lost."""
     width = context - (bos_id is not None)
     for block in blocks:
         joined = np.concatenate([counts.leftover, block])
@@ -160,16 +166,16 @@ def cut(
         counts.tokens += len(block)
         rows = len(joined) // width
         counts.rows += rows
-        counts.leftover = joined[rows * width :].copy()  # a copy, so as not to keep `joined`
+        counts.leftover = joined[rows * width :].copy()  # a view would keep all of `joined` alive
         if rows:
-            yield _begun(joined[: rows * width].reshape(rows, width), bos_id)
+            yield _with_bos(joined[: rows * width].reshape(rows, width), bos_id)
     counts.dropped = len(counts.leftover)
 
 
 def _calls(
     documents: Iterator[Document], tokenizer: Callable[..., Any] | None, counts: PackCounts
 ) -> Iterator[list[Part]]:
-    """The parts of all documents, as many together as the tokenizer gets at a time."""
+    """Yields the parts of all documents, grouped into calls of the tokenizer."""
     for batch in _batches(documents):
         parts = chain.from_iterable(_parts(document, tokenizer, counts) for document in batch)
         call: list[Part] = []
@@ -203,7 +209,7 @@ def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Pac
         counts.rough += 1
 
     blocks = blocks_of(document) if isinstance(document, str) else document.blocks()
-    held = pieces(blocks, lambda texts: tokenised(texts, tokenizer), rough)
+    held = pieces(blocks, lambda texts: tokenise_texts(texts, tokenizer), rough)
     last = next(held)
     for piece in held:
         yield last, False
@@ -211,12 +217,12 @@ def _parts(document: Document, tokenizer: Callable[..., Any] | None, counts: Pac
     yield last, True
 
 
-def _joined(
+def _join_ids(
     call: list[Part], tokenizer: Callable[..., Mapping[str, Any]] | None, eos_id: int | None, vocab_size: int | None
 ) -> Ids:
     """The ids of some parts, with `eos_id` after each document. All texts go to the tokenizer in one call."""
     texts = [content for content, _ in call if isinstance(content, str)]
-    encoded = iter(tokenised(texts, tokenizer) if texts else [])
+    encoded = iter(tokenise_texts(texts, tokenizer) if texts else [])
     end = np.array([] if eos_id is None else [eos_id], dtype=np.int64)
     joined: list[Ids] = []
     for content, last in call:
@@ -235,14 +241,14 @@ def check_known(ids: Ids, text: str, vocab_size: int | None) -> None:
         return
     unknown = int(ids[ids >= vocab_size][0])
     raise UserError(
-        f"the text that begins {text[:40]!r}: the tokenizer gives id {unknown}, and the model has "
-        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, say --set split_special_tokens=true, or give the "
+        f"the text that begins {text[:40]!r}: the tokenizer returns id {unknown}, and the model has "
+        f"embeddings for 0 to {vocab_size - 1}. Leave that text out, use --set split_special_tokens=true, or give the "
         "model's own tokenizer"
     )
 
 
-def _begun(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
-    """The rows with `bos_id` in front of each; None: as they are."""
+def _with_bos(rows: Int64[np.ndarray, "rows width"], bos_id: int | None) -> Int64[np.ndarray, "rows context"]:
+    """The rows with `bos_id` in front of each; unchanged when it is None."""
     return rows if bos_id is None else np.insert(rows, 0, bos_id, axis=1)
 
 
@@ -263,9 +269,9 @@ def _is_empty(document: Document, eos_id: int | None) -> bool:
     return document[:2].tolist() in ([], [eos_id])
 
 
-def _uniform(seed: int) -> Callable[[int], int]:
-    """A function n -> uniform integer below n. Philox's raw words and the rejection below are all there is to it, so
-    the order does not change with numpy's Generator methods."""
+def _uniform_below(seed: int) -> Callable[[int], int]:
+    """Returns a function n -> uniform integer below n. It uses nothing but Philox's raw words and rejection, so the
+    order does not change with numpy's Generator methods."""
     bits = philox(seed, DOCUMENTS)
     stream: Iterator[int] = chain.from_iterable(iter(lambda: bits.random_raw(RAW_WORDS).tolist(), None))
 

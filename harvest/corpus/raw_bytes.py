@@ -1,6 +1,6 @@
-"""The bytes of a corpus file: opened only where it is a regular file, unpacked, read in bounded parts.
+"""Reads the bytes of a corpus file: opened only where it is a regular file, unpacked, read in bounded parts.
 
-Whatever a packed file unpacks to, no more than RECORD_BYTES of it are held at a time.
+However much a packed file unpacks to, at most RECORD_BYTES of it are held at a time.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
-from harvest.corpus.documents import BadDocument, Look, OnBad
+from harvest.corpus.documents import BadDocument, OnBad, StopCheck
 from shared.errors import UserError
 
 BLOCK_BYTES: Final = 1 << 20
@@ -25,7 +25,7 @@ TOO_LONG: Final = f"is longer than {RECORD_BYTES >> 20} MiB; split it, or save i
 
 @runtime_checkable
 class BoundedBytes(Protocol):
-    """What is read of a file or of an unpacker."""
+    """The read methods that a file and an unpacker share."""
 
     def read(self, size: int = -1, /) -> bytes: ...
 
@@ -34,7 +34,7 @@ class BoundedBytes(Protocol):
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Turns what the file system, gzip and zstd raise into a UserError about `path`."""
+    """Turns the errors of the file system, gzip and zstd into a UserError about `path`."""
     try:
         yield
     except (EOFError, zlib.error) as error:
@@ -42,18 +42,18 @@ def reading(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"corpus {path}: what is read from it does not fit into memory; split it") from error
     except OSError as error:
-        if error.errno is None and path.suffix.lower() == ".zst":  # pyarrow's, which has no type for it
+        if error.errno is None and path.suffix.lower() == ".zst":  # pyarrow raises a bare OSError for damaged zstd
             raise _damaged(path, error) from error
         raise UserError(f"corpus {path}: cannot be read ({error.strerror or error})") from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"corpus {path}: is damaged or cut short ({error}); fetch or write it anew")
+    return UserError(f"corpus {path}: is damaged or cut short ({error}); fetch or write it again")
 
 
 def open_regular(path: Path) -> io.BufferedReader:
-    """The bytes of a file. Raises UserError for a pipe, a socket or a device, which may have no end; none is waited
-    for."""
+    """Opens the bytes of a file. Raises UserError for a pipe, a socket or a device, which may have no end; never waits
+    for one."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError:
@@ -69,7 +69,7 @@ def open_regular(path: Path) -> io.BufferedReader:
 
 
 def check_regular(path: Path) -> None:
-    """Raises UserError for what is neither a regular file nor a link to one, OSError where nothing is there."""
+    """Raises UserError for anything but a regular file or a link to one, OSError where nothing exists."""
     _check_mode(path, os.stat(path).st_mode)
 
 
@@ -82,7 +82,7 @@ def _check_mode(path: Path, mode: int) -> None:
 
 @contextmanager
 def unpacked(path: Path) -> Iterator[BoundedBytes]:
-    """A file's bytes, unpacked where its name says that they are packed."""
+    """Yields a file's bytes, unpacked where its name says that they are packed."""
     with reading(path), open_regular(path) as stream:
         suffix = path.suffix.lower()
         if suffix == ".gz":
@@ -97,12 +97,13 @@ def unpacked(path: Path) -> Iterator[BoundedBytes]:
             yield stream
 
 
-def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, look: Look) -> Iterator[tuple[int, bytes]]:
-    """Lines with their numbers from 1, without a byte order mark. `on_bad` is told of one that is too long."""
+def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, check_stop: StopCheck) -> Iterator[tuple[int, bytes]]:
+    """Yields lines with their numbers from 1, without a byte order mark. `on_bad` receives each line that is too
+    long."""
     number = 0
     while line := stream.readline(RECORD_BYTES + 1):
         number += 1
-        look()
+        check_stop()
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if len(line) <= RECORD_BYTES:
@@ -110,7 +111,7 @@ def lines(stream: BoundedBytes, path: Path, on_bad: OnBad, look: Look) -> Iterat
             continue
         on_bad(BadDocument(f"{path}:{number}: {TOO_LONG}"))
         while line and not line.endswith(b"\n"):
-            look()
+            check_stop()
             line = stream.readline(BLOCK_BYTES)
 
 
@@ -122,13 +123,13 @@ def decoded(data: bytes, path: Path, first_line: int) -> str:
         raise BadDocument(f"{path}:{line}: is not UTF-8 ({error.reason}); convert the file to UTF-8") from error
 
 
-def text_blocks(path: Path, look: Look) -> Iterator[str]:
+def text_blocks(path: Path, check_stop: StopCheck) -> Iterator[str]:
     """The text of a file, about BLOCK_BYTES at a time. Raises BadDocument where it is not UTF-8."""
     with unpacked(path) as stream:
         rest, line = b"", 1
         block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
         while block or rest:
-            look()
+            check_stop()
             following = stream.read(BLOCK_BYTES)
             data = rest + block
             whole = len(data) if not following else _whole_characters(data)
@@ -138,7 +139,7 @@ def text_blocks(path: Path, look: Look) -> Iterator[str]:
 
 
 def _whole_characters(data: bytes) -> int:
-    """Bytes up to the beginning of a character that may go on after the end."""
+    """The number of bytes before a character that may continue after the end."""
     for back in range(1, min(4, len(data)) + 1):
         byte = data[-back]
         if byte & 0xC0 != 0x80:  # the first byte of a character

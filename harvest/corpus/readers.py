@@ -1,7 +1,7 @@
-"""Files to documents: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
+"""Reads documents from files: plain text, JSON, CSV and parquet, packed or not, with the standard library and pyarrow.
 
-One reader for each known extension. A reader tells `on_bad` of a document that cannot be used and goes on after it;
-a file that cannot be read, or is cut short, ends the pass with a UserError.
+There is one reader per known extension. A reader passes a document that cannot be used to `on_bad` and continues after
+it. A file that cannot be read, or is cut short, ends the pass with a UserError.
 """
 
 import codecs
@@ -19,15 +19,15 @@ from harvest.corpus.documents import (
     Document,
     DocumentField,
     LongText,
-    Look,
     OnBad,
+    StopCheck,
     cause,
-    go_on,
-    missing,
+    missing_field,
+    never_stop,
     refuse,
 )
-from harvest.corpus.folder import described, files_below
-from harvest.corpus.json_values import MOST_MEMBERS, JsonCursor, check_members, members
+from harvest.corpus.folder import file_identities, files_below
+from harvest.corpus.json_values import MAX_MEMBERS, JsonCursor, check_members, members
 from harvest.corpus.raw_bytes import (
     BLOCK_BYTES,
     RECORD_BYTES,
@@ -41,17 +41,17 @@ from harvest.corpus.raw_bytes import (
 from shared.errors import UserError
 from shared.progress import say
 
-Reader = Callable[[Path, DocumentField, OnBad, Look], Iterator[Document]]
+Reader = Callable[[Path, DocumentField, OnBad, StopCheck], Iterator[Document]]
 WHOLE: Final = 4 * BLOCK_BYTES
-"""Characters of a text file that is read at once. A longer one is read while it is tokenised."""
+"""Characters up to which a text file is read at once. A longer one is read while it is tokenised."""
 MUCH: Final = 4 << 30
-"""Bytes of files of which it is said that they are hashed, which takes some seconds."""
+"""Bytes of files above which a message announces the hashing, because it takes some seconds."""
 ROWS: Final = 64
-"""Of a parquet file, read at a time; fewer where they are large."""
+"""Rows of a parquet file read at a time; fewer where they are large."""
 
 
-def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus:
-    """One file, or the files of known extension below a folder, by relative path.
+def files_corpus(path: Path, field: DocumentField, check_stop: StopCheck = never_stop) -> Corpus:
+    """A corpus of one file, or of the files of known extension below a folder, sorted by relative path.
 
     Every file is read once, to hash it. Raises UserError when there is nothing to read.
     """
@@ -67,22 +67,22 @@ def files_corpus(path: Path, field: DocumentField, look: Look = go_on) -> Corpus
         raise UserError(f"corpus {path}: its extension is not known; known are {KNOWN}")
     else:
         root, files = path.parent, [path]
-    size = sum(file.stat().st_size for file in files if file.exists())  # what is not there is said when it is read
+    size = sum(file.stat().st_size for file in files if file.exists())  # a missing file raises when it is read
     if size > MUCH:
-        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to tell this corpus from another")
-    description = {"kind": "files", "files": described(files, root, look), "text_field": field.name}
+        say(f"corpus {path}: {size / 1e9:,.1f} GB are read once, to identify this corpus by its hash")
+    description = {"kind": "files", "files": file_identities(files, root, check_stop), "text_field": field.name}
 
-    def read(on_bad: OnBad, look: Look) -> Iterator[Document]:
-        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, look) for file in files)
+    def read(on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
+        return chain.from_iterable(READERS[extension(file)](file, field, on_bad, check_stop) for file in files)
 
     return Corpus(description, read)
 
 
-def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     parts: list[str] = []
     size, blank = 0, True
     try:
-        for block in text_blocks(path, look):
+        for block in text_blocks(path, check_stop):
             size += len(block)
             blank = blank and block.isspace()
             parts = [*parts, block] if size <= WHOLE else []
@@ -91,57 +91,57 @@ def _whole_file(path: Path, _field: DocumentField, on_bad: OnBad, look: Look) ->
     if size <= WHOLE:
         yield "".join(parts)
     else:
-        yield "" if blank else LongText(functools.partial(text_blocks, path, look))
+        yield "" if blank else LongText(functools.partial(text_blocks, path, check_stop))
     return None
 
 
-def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _json_lines(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     with unpacked(path) as stream:
-        for number, data in lines(stream, path, on_bad, look):
+        for number, data in lines(stream, path, on_bad, check_stop):
             try:
                 line = decoded(data, path, number)
                 if line.isspace() or not line:
                     continue
-                document = _of_line(line, field, f"{path}:{number}")
+                document = _document_of_line(line, field, f"{path}:{number}")
             except BadDocument as error:
                 on_bad(error)
             else:
                 yield document
 
 
-def _of_line(line: str, field: DocumentField, where: str) -> Document:
+def _document_of_line(line: str, field: DocumentField, where: str) -> Document:
     try:
         check_members(line)
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise BadDocument(f"{where}: is not JSON ({error}); one object a line is expected") from error
+        raise BadDocument(f"{where}: is not JSON ({error}); one object per line is expected") from error
     if not isinstance(record, dict):
         kind = type(record).__name__
-        raise BadDocument(f'{where}: is a {kind}; one object a line, {{"{field.name}": ...}}, is expected')
+        raise BadDocument(f'{where}: is a {kind}; one object per line, {{"{field.name}": ...}}, is expected')
     return field.document(record, where)
 
 
-def _json(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
-    """An array; or objects on one line each; or on any number of lines."""
-    values = JsonCursor(text_blocks(path, look), str(path))
-    if _begins(path) == b"[":
+def _json(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
+    """Reads an array; or one object per line; or objects that span lines."""
+    values = JsonCursor(text_blocks(path, check_stop), str(path))
+    if _first_byte(path) == b"[":
         found: Iterator[tuple[str, Any]] = _array(values)
-    elif _spans_lines(path, look):
+    elif _spans_lines(path, check_stop):
         found = _sequence(values)
     else:
-        yield from _json_lines(path, field, on_bad, look)
+        yield from _json_lines(path, field, on_bad, check_stop)
         return
     for where, value in found:
         try:
-            document = _of_member(value, field, where)
+            document = _document_of_member(value, field, where)
         except BadDocument as error:
             on_bad(error)
         else:
             yield document
 
 
-def _begins(path: Path) -> bytes:
-    """The first byte that is no white space, nor a byte order mark."""
+def _first_byte(path: Path) -> bytes:
+    """The first byte that is neither white space nor part of a byte order mark."""
     with unpacked(path) as stream:
         block = stream.read(BLOCK_BYTES).removeprefix(codecs.BOM_UTF8)
         while block and not block.strip():
@@ -149,10 +149,10 @@ def _begins(path: Path) -> bytes:
         return block.lstrip()[:1]
 
 
-def _spans_lines(path: Path, look: Look) -> bool:
-    """Whether the first value is not on a line of its own. What is no JSON at all is left to the reader of lines."""
+def _spans_lines(path: Path, check_stop: StopCheck) -> bool:
+    """Whether the first value spans more than one line. Text that is no JSON at all is left to the reader of lines."""
     with unpacked(path) as stream:
-        first = next((line for _, line in lines(stream, path, lambda _: None, look) if line.strip()), b"")
+        first = next((line for _, line in lines(stream, path, lambda _: None, check_stop) if line.strip()), b"")
     try:
         json.loads(first)
     except (ValueError, RecursionError):
@@ -160,7 +160,7 @@ def _spans_lines(path: Path, look: Look) -> bool:
     else:
         return False
     try:
-        JsonCursor(text_blocks(path, look), str(path)).value()
+        JsonCursor(text_blocks(path, check_stop), str(path)).value()
     except UserError:
         return False
     return True
@@ -169,7 +169,9 @@ def _spans_lines(path: Path, look: Look) -> bool:
 def _array(values: JsonCursor) -> Iterator[tuple[str, Any]]:
     yield from members(values)
     if values.peek():
-        raise UserError(f"{values.where}: goes on after the array; one array, or one object a line, is expected")
+        raise UserError(
+            f"{values.where}: has more text after the array; one array, or one object per line, is expected"
+        )
 
 
 def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
@@ -178,7 +180,7 @@ def _sequence(values: JsonCursor) -> Iterator[tuple[str, Any]]:
         yield where, values.value()
 
 
-def _of_member(value: Any, field: DocumentField, where: str) -> Document:
+def _document_of_member(value: Any, field: DocumentField, where: str) -> Document:
     if isinstance(value, str | list):
         return field.document({field.name: value}, where)
     if not isinstance(value, dict):
@@ -187,18 +189,20 @@ def _of_member(value: Any, field: DocumentField, where: str) -> Document:
     return field.document(value, where)
 
 
-def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
-    """A table with the names of its columns in the first row. Rows may go over several lines, in quotation marks."""
+def _table(
+    delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck
+) -> Iterator[Document]:
+    """Reads a table with the names of its columns in the first row. A quoted field may span several lines."""
     csv.field_size_limit(RECORD_BYTES)
     with unpacked(path) as stream:
-        rows = csv.reader(_table_lines(stream, delimiter, path, look), delimiter=delimiter, strict=True)
+        rows = csv.reader(_table_lines(stream, delimiter, path, check_stop), delimiter=delimiter, strict=True)
         header: list[str] = []
         while True:
             where = f"{path}:{rows.line_num + 1}"
             try:
                 row = next(rows, None)
             except csv.Error as error:
-                raise UserError(f"{where}: is not a table that can be read ({error}); write it anew") from error
+                raise UserError(f"{where}: is not a table that can be read ({error}); write it again") from error
             if row is None:
                 return
             if not header:
@@ -212,19 +216,23 @@ def _table(delimiter: str, path: Path, field: DocumentField, on_bad: OnBad, look
                     yield document
 
 
-def _table_lines(stream: Any, delimiter: str, path: Path, look: Look) -> Iterator[str]:
-    for number, data in lines(stream, path, refuse, look):
-        if len(data) > MOST_MEMBERS and data.count(delimiter.encode()) > MOST_MEMBERS:
-            raise UserError(f"{path}:{number}: has more than {MOST_MEMBERS >> 20} million columns")
-        yield data.decode(errors="surrogateescape")  # a bad byte counts where it is in the document
+def _table_lines(stream: Any, delimiter: str, path: Path, check_stop: StopCheck) -> Iterator[str]:
+    for number, data in lines(stream, path, refuse, check_stop):
+        if len(data) > MAX_MEMBERS and data.count(delimiter.encode()) > MAX_MEMBERS:
+            raise UserError(f"{path}:{number}: has more than {MAX_MEMBERS >> 20} million columns")
+        yield data.decode(errors="surrogateescape")  # a bad byte is reported later, if it is in the document
 
 
 def _checked_header(row: list[str], field: DocumentField, where: str) -> list[str]:
     if row.count(field.name) != 1:
         if field.name in row:
-            raise UserError(f"{where}: has more than one column {field.name!r}; rename all but one")
-        raise UserError(missing(field.name, row, where))
+            raise UserError(f"{where}: {twice(field.name)}")
+        raise UserError(missing_field(field.name, row, where))
     return row
+
+
+def twice(column: str) -> str:
+    return f"has more than one column {column!r}; rename all but one"
 
 
 def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str]:
@@ -236,7 +244,7 @@ def _checked_row(row: list[str], header: list[str], where: str) -> dict[str, str
     return dict(zip(header, row, strict=True))
 
 
-def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Iterator[Document]:
+def _parquet(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCheck) -> Iterator[Document]:
     import pyarrow as pa
     import pyarrow.parquet
 
@@ -244,36 +252,40 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, look: Look) -> Ite
         with reading(path), open_regular(path) as source:
             file = pa.parquet.ParquetFile(source, buffer_size=BLOCK_BYTES)
             if not field.is_among(file.schema_arrow.names):
-                raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+                raise UserError(missing_field(field.name, file.schema_arrow.names, str(path)))
+            if file.schema_arrow.names.count(field.name) > 1:
+                raise UserError(f"{path}: {twice(field.name)}")
             row = 0
             for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
-                look()
+                check_stop()
                 if not batch.num_columns:
-                    raise UserError(missing(field.name, file.schema_arrow.names, str(path)))
+                    raise UserError(missing_field(field.name, file.schema_arrow.names, str(path)))
                 for value in batch.column(0):
                     row += 1
                     try:
-                        document = _of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
+                        document = _document_of_value(value, batch.schema.names[0], field, f"{path}, row {row}")
                     except BadDocument as error:
                         on_bad(error)
                     else:
                         yield document
     except pa.ArrowException as error:
-        raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it anew") from error
+        raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it again") from error
 
 
 def _rows_at_a_time(file: Any) -> int:
-    """So many that they take about four blocks, by what the file says of itself."""
+    """The number of rows that take about four blocks, from the sizes in the file's metadata."""
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
     return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
 
 
-def _of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:
+def _document_of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:
     try:
         plain = value.as_py()
     except UnicodeDecodeError as error:
-        raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it anew") from error
+        raise BadDocument(f"{where}: {field.name!r} is not UTF-8 ({error.reason}); write it again") from error
+    except (ArithmeticError, ValueError, LookupError) as error:  # a date in the year 147,000, an unknown time zone
+        raise BadDocument(f"{where}: {field.name!r} is a {value.type} that cannot be read ({cause(error)})") from error
     return field.document({column: plain}, where)
 
 
@@ -290,7 +302,7 @@ READERS: Final[dict[str, Reader]] = {
     **{kind + packed: reader for kind, reader in PLAIN.items() for packed in ("", ".gz", ".zst")},
     ".parquet": _parquet,
 }
-"""How to read a file of each known extension."""
+"""The reader of each known extension."""
 KNOWN: Final = f"{', '.join(PLAIN)}, each also with .gz or .zst behind it; .parquet; .npy for one file"
 
 

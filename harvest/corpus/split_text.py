@@ -1,8 +1,8 @@
-"""Long texts to pieces that a tokenizer can take one by one, so that no text has to be in memory whole.
+"""Splits long texts into pieces that a tokenizer can take one by one, so that no text has to be in memory whole.
 
-A text of up to LONGEST characters is one piece. A longer one is cut at white space, where the tokenizer gives the same
-ids for the two sides as for both together; that is tried on NEAR characters around every cut. Some tokenizers put a
-space in front of what they are given: then the space at the cut goes. The pieces depend on the text and the tokenizer
+A text of up to LONGEST characters is one piece. A longer one is cut at white space, where the tokenizer returns the
+same ids for the two sides as for both together; this is tried on NEAR characters around every cut. Some tokenizers put
+a space in front of their input; then the space at the cut is dropped. The pieces depend on the text and the tokenizer
 alone, not on how the text was read.
 """
 
@@ -13,18 +13,18 @@ from typing import Any, Final
 from shared.errors import UserError
 
 LONGEST: Final = 1 << 18
-"""Characters. A tokenizer needs some 140 bytes of memory for each."""
+"""Characters of a piece. A tokenizer needs about 140 bytes of memory for each."""
 NEAR: Final = 128
 """Characters on either side of a cut that are tokenised to try it."""
 BACK: Final = 1 << 14
-"""Characters before the latest place to cut among which a better one is looked for."""
+"""Characters before the latest possible cut in which a better place is looked for."""
 TRIES: Final = 8
-"""Of each kind of place."""
+"""Places of each kind that are tried."""
 BETWEEN_WORDS: Final = re.compile(r"(?<=[^\W_]) (?=[^\W_])")
 AT_WHITE_SPACE: Final = re.compile(r"(?<=\S)\s")
 
 IdsOf = Callable[[list[str]], list[list[int]]]
-"""Texts to the ids of each."""
+"""Tokenises texts: returns the ids of each."""
 
 
 def blocks_of(text: str) -> Iterator[str]:
@@ -34,8 +34,8 @@ def blocks_of(text: str) -> Iterator[str]:
 def pieces(
     blocks: Iterable[str], ids_of: IdsOf, on_rough: Callable[[], None], longest: int = LONGEST, near: int = NEAR
 ) -> Iterator[str]:
-    """The pieces of one text, at most `longest + near` characters each. `on_rough` is told of every cut that changes
-    ids near it, because no place was found where they stay."""
+    """Yields the pieces of one text, at most `longest + near` characters each. `on_rough` is called at every cut that
+    changes ids near it, because no place was found that keeps them."""
     held = ""
     for block in blocks:
         held += block
@@ -62,7 +62,7 @@ def place_to_cut(text: str, latest: int, near: int, ids_of: IdsOf, on_rough: Cal
 
 
 def places(text: str, latest: int) -> Iterator[int]:
-    """Where to try to cut, the best first: between words, at other white space, anywhere."""
+    """Yields the places at which to try a cut, the best first: between words, at other white space, anywhere."""
     first = max(1, latest - BACK)
     near = text[first - 1 : latest + 2]  # with one character on either side
     for kind in (BETWEEN_WORDS, AT_WHITE_SPACE):
@@ -71,16 +71,16 @@ def places(text: str, latest: int) -> Iterator[int]:
     yield from range(latest, max(0, latest - TRIES), -1)
 
 
-def tokenised(texts: list[str], tokenizer: Callable[..., Any] | None) -> list[list[int]]:
+def tokenise_texts(texts: list[str], tokenizer: Callable[..., Any] | None) -> list[list[int]]:
     """The ids of each text, without special tokens around it. Raises UserError when the tokenizer fails, or when there
     is none."""
     if tokenizer is None:
         raise UserError(
             "the corpus has texts, and the model has no tokenizer. Give one, or a corpus of token ids: documents that "
-            "are lists of ids, or an array (docs/corpora.md)"
+            "are lists of ids, or an array (docs/reference/corpora.md)"
         )
     try:
-        encoded = tokenizer(  # verbose: a document longer than the model's context is no reason to warn
+        encoded = tokenizer(  # not verbose: it would warn of documents longer than the model's context
             texts,
             add_special_tokens=False,
             return_attention_mask=False,
@@ -88,7 +88,7 @@ def tokenised(texts: list[str], tokenizer: Callable[..., Any] | None) -> list[li
             verbose=False,
         )
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # of the tokenizers library: no subclass of Exception
+        if type(error).__name__ != "PanicException":  # the tokenizers library raises it; it is no subclass of Exception
             raise
         start = texts[0][:40]
         raise UserError(

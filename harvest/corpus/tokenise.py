@@ -1,8 +1,8 @@
-"""The corpus to rows of token ids in a folder; a harvest that is stopped or killed meanwhile goes on where it was.
+"""Turns the corpus into rows of token ids in a folder; a harvest that was stopped or killed meanwhile resumes.
 
-Every few seconds, and on a signal, a sealed file beside the rows says how many parts of the corpus were joined, which
-ids fill no chunk of rows yet, and what decides the rows. The same harvest reads the parts that were joined without
-tokenising them: the rows are those of one that was never stopped.
+Every few seconds, and on a signal, a sealed file beside the rows records three things: how many parts of the corpus
+were joined, which ids do not fill a chunk of rows yet, and what decides the rows. A resumed harvest reads the joined
+parts without tokenising them. Its rows are those of a harvest that was never stopped.
 """
 
 import base64
@@ -20,65 +20,66 @@ from numpy.typing import NDArray
 
 from harvest.corpus.documents import Document, JoinedIds, refuse
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled, skipping
-from harvest.plan import HarvestPlan, decides_the_tokens, identity
+from harvest.plan import HarvestPlan, identity, token_identity
 from shared.errors import DamagedError, Interrupted, LostError
-from shared.files.local import LocalFiles
+from shared.files.base import WHOLE_BYTES
+from shared.files.local import LocalFiles, read_whole
 from shared.progress import say
 from shared.record import sealed_json
 from shared.store.create import TokenWriter, WrittenTokens
 from shared.store.spec import is_sealed
 
 Item = TypeVar("Item")
-OF_THE_TOKENS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
-"""What decides them, beside the corpus."""
+TOKEN_FIELDS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
+"""The fields of a store's spec that decide its tokens, beside the corpus."""
 PROGRESS: Final = "progress.json"
 SECONDS_BETWEEN_SAVES: Final = 10.0
-SECONDS_BETWEEN_WORDS: Final = 30.0
+SECONDS_BETWEEN_REPORTS: Final = 30.0
 PACKING: Final = 1
-"""Changes when the same corpus is packed in another way."""
+"""Version of the packing: raised when the same corpus is packed in another way."""
 
 
-def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, look: Callable[[], None]) -> WrittenTokens:
-    """Writes the rows into a folder of this machine, after those that an earlier try left there. Raises Interrupted
-    after a signal, with the progress saved."""
-    writer = resumed(plan, folder, counts) or begun(plan, folder)
+def write_rows(plan: HarvestPlan, folder: Path, counts: PackCounts, check_stop: Callable[[], None]) -> WrittenTokens:
+    """Writes the rows into a local folder, after those that an earlier attempt left there. Raises Interrupted after a
+    signal, with the progress saved."""
+    writer = resumed_writer(plan, folder, counts) or new_writer(plan, folder)
     if not writer.rows:
         say(f"{plan.name}: tokenising")
-    teller = TokeniseProgress(plan, counts)
+    reporter = TokeniseProgress(plan, counts)
 
-    def look_and_tell() -> None:
-        look()
-        teller.tell()
+    def check_and_report() -> None:
+        check_stop()
+        reporter.report()
 
-    here, saved = PackingPlace(counts), time.monotonic()
+    place, saved = PackingPlace(counts), time.monotonic()
     try:
-        for block in token_rows(plan, counts, look_and_tell):
+        for block in token_rows(plan, counts, check_and_report):
             writer.add(block)
-            here = PackingPlace(counts)
-            look_and_tell()  # the documents may all be read by now
+            place = PackingPlace(counts)
+            check_and_report()  # the documents may all be read by now
             complete = writer.rows + writer.filled == rows_wanted(plan)
             if not complete and time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                save(plan, folder, writer, here)
+                save_progress(plan, folder, writer, place)
                 saved = time.monotonic()
     except (Interrupted, LostError) as error:
-        if here.calls:
-            save(plan, folder, writer, here)
+        if place.calls:
+            save_progress(plan, folder, writer, place)
         if isinstance(error, LostError):
             raise
-        again = "repeat it, --overwrite and all" if plan.config.overwrite else "run the same command again"
-        raise Interrupted(f"the harvest was stopped after {here.tokens:,} tokens. To continue, {again}") from error
+        again = "repeat it, with --overwrite" if plan.config.overwrite else "run the same command again"
+        raise Interrupted(f"the harvest was stopped after {place.tokens:,} tokens. To continue, {again}") from error
     return writer.close()
 
 
 class TokeniseProgress:
-    """Says now and then how far it is."""
+    """Prints the progress now and then."""
 
     def __init__(self, plan: HarvestPlan, counts: PackCounts) -> None:
         self.plan, self.counts = plan, counts
         self.last = time.monotonic()
 
-    def tell(self) -> None:
-        if time.monotonic() - self.last < SECONDS_BETWEEN_WORDS:
+    def report(self) -> None:
+        if time.monotonic() - self.last < SECONDS_BETWEEN_REPORTS:
             return
         self.last = time.monotonic()
         counts, wanted = self.counts, self.plan.config.tokens
@@ -86,13 +87,13 @@ class TokeniseProgress:
         say(f"{self.plan.name}: {counts.read:,} documents read, {counts.tokens:,}{of} tokens")
 
 
-def begun(plan: HarvestPlan, folder: Path) -> TokenWriter:
+def new_writer(plan: HarvestPlan, folder: Path) -> TokenWriter:
     shutil.rmtree(folder, ignore_errors=True)
     return TokenWriter(folder, plan.context, plan.info.vocab_size)
 
 
 class PackingPlace:
-    """How far the packing was when a block was given out."""
+    """The state of the packing at the moment when a block was yielded."""
 
     def __init__(self, counts: PackCounts) -> None:
         self.calls, self.tokens, self.rows = counts.calls, counts.tokens, counts.rows
@@ -100,14 +101,14 @@ class PackingPlace:
 
 
 def key_of(plan: HarvestPlan) -> str:
-    """Of all that decides the rows, but for how many are wanted."""
-    asked = {key: value for key, value in decides_the_tokens(plan).items() if key != "whole"}
-    made = {key: identity(plan)[key] for key in OF_THE_TOKENS}
+    """A hash of everything that decides the rows, except how many are wanted."""
+    asked = {key: value for key, value in token_identity(plan).items() if key != "whole"}
+    made = {key: identity(plan)[key] for key in TOKEN_FIELDS}
     text = json.dumps({"packing": PACKING, **made, **asked}, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def save(plan: HarvestPlan, folder: Path, writer: TokenWriter, place: PackingPlace) -> None:
+def save_progress(plan: HarvestPlan, folder: Path, writer: TokenWriter, place: PackingPlace) -> None:
     state = {
         "key": key_of(plan),
         "calls": place.calls,
@@ -128,10 +129,11 @@ def from_text(text: str) -> NDArray[Any]:
     return np.frombuffer(base64.b64decode(text, validate=True), "<u4")
 
 
-def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter | None:
-    """The rows that an earlier try left, with `counts` at their place. None where there are none, or not of these."""
+def resumed_writer(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter | None:
+    """A writer with the rows that an earlier attempt left, with `counts` set to their place. None where there are none,
+    or where they belong to another corpus or other settings."""
     try:
-        data = (folder / PROGRESS).read_bytes()
+        data = read_whole(folder / PROGRESS, WHOLE_BYTES)
     except FileNotFoundError:
         return None
     writer = TokenWriter(folder, plan.context, plan.info.vocab_size)
@@ -140,17 +142,17 @@ def resumed(plan: HarvestPlan, folder: Path, counts: PackCounts) -> TokenWriter 
         if not isinstance(state, dict) or not is_sealed(state):
             raise ValueError("its checksum does not match")
         if state["key"] != key_of(plan):
-            say(f"{plan.name}: an unfinished harvest of another corpus, or with other settings, is given up")
+            say(f"{plan.name}: an unfinished harvest of another corpus, or with other settings, is discarded")
             return None
         writer.reopen({path: tuple(sizes) for path, sizes in state["files"].items()}, rows_of(state["held"], plan))
         calls, tokens, rows, leftover = state["calls"], state["tokens"], state["rows"], from_text(state["leftover"])
     except (DamagedError, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        say(f"{plan.name}: what was tokenised before cannot be read ({error}); it is done again")
+        say(f"{plan.name}: the tokens of an earlier attempt cannot be read ({error}); tokenising them again")
         return None
     if writer.rows + writer.filled != rows or rows >= (rows_wanted(plan) or rows + 1):
         return None
     counts.calls, counts.tokens, counts.rows, counts.leftover = calls, tokens, rows, leftover.astype(np.int64)
-    say(f"{plan.name}: tokenising goes on after {tokens:,} tokens; what comes before is read, not tokenised")
+    say(f"{plan.name}: tokenising resumes after {tokens:,} tokens; the corpus before them is read, not tokenised")
     return writer
 
 
@@ -163,7 +165,7 @@ def is_resumable(folder: Path) -> bool:
 
 
 def forget_progress(folder: Path) -> None:
-    """For rows that are complete: what is in the folder is then nothing but their chunks."""
+    """Removes the progress file once the rows are complete: only their chunks remain in the folder."""
     (folder / PROGRESS).unlink(missing_ok=True)
 
 
@@ -171,11 +173,11 @@ def rows_wanted(plan: HarvestPlan) -> int | None:
     return None if plan.config.tokens is None else -(-plan.config.tokens // plan.context)
 
 
-def token_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
-    """Blocks of packed rows, after those in `counts`: all that the corpus gives, or just enough for the tokens asked
+def token_rows(plan: HarvestPlan, counts: PackCounts, check_stop: Callable[[], None]) -> Iterator[NDArray[Any]]:
+    """Yields blocks of packed rows, after those in `counts`: the whole corpus, or just enough for the tokens asked
     for."""
     wanted, given = rows_wanted(plan), counts.rows
-    for block in packed_rows(plan, counts, look):
+    for block in packed_rows(plan, counts, check_stop):
         left = len(block) if wanted is None else wanted - given
         given += len(block)
         yield block[:left]
@@ -183,12 +185,12 @@ def token_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) 
             return
 
 
-def packed_rows(plan: HarvestPlan, counts: PackCounts, look: Callable[[], None]) -> Iterator[NDArray[Any]]:
+def packed_rows(plan: HarvestPlan, counts: PackCounts, check_stop: Callable[[], None]) -> Iterator[NDArray[Any]]:
     if isinstance(plan.corpus, JoinedIds):
-        blocks = islice(looking(plan.corpus.blocks(), look), counts.calls, None)
+        blocks = islice(checked(plan.corpus.blocks(), check_stop), counts.calls, None)
         return cut(blocks, plan.context, plan.bos_id, counts)
     on_bad = skipping(counts) if plan.config.on_bad_document == "skip" else refuse
-    documents = counted(plan.corpus.documents(on_bad, look), counts)
+    documents = counted(plan.corpus.documents(on_bad, check_stop), counts)
     return pack(
         shuffled(documents, plan.config.seed) if plan.shuffles else documents,
         plan.tokenizer,
@@ -206,7 +208,7 @@ def counted(documents: Iterator[Document], counts: PackCounts) -> Iterator[Docum
         yield document
 
 
-def looking(items: Iterator[Item], look: Callable[[], None]) -> Iterator[Item]:
+def checked(items: Iterator[Item], check_stop: Callable[[], None]) -> Iterator[Item]:
     for item in items:
-        look()
+        check_stop()
         yield item

@@ -1,1 +1,1 @@
-"""What the benchmarks share: timing in interleaved rounds, and growth with size."""
+"""Shared by the benchmarks: timing in interleaved rounds, and growth with size."""

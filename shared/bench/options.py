@@ -32,7 +32,7 @@ class TrainBenchOptions(Frozen):
     """A training step in three forms and by other tools, one pass against separate runs, waiting for data."""
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Benchmark": "store hook widths batch l0 precision rounds device compiled peer_python"
+        "Benchmark": "store hook widths batch l0 precision rounds runs device compiled peer_python"
     }
 
     store: Location | None = None
@@ -49,6 +49,8 @@ class TrainBenchOptions(Frozen):
     """Inputs of matrix products."""
     rounds: Rounds = 5
     """Steps that medians are taken over."""
+    runs: Annotated[int, Field(ge=0)] | None = None
+    """Rounds of whole runs, together and apart; 0 for none. Default: half as many as of steps."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     compiled: bool | None = None

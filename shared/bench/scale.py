@@ -1,4 +1,4 @@
-"""`sagsae bench scale`: how seconds and memory grow with a store. Fresh processes, fits, and what is said of them."""
+"""`sagsae bench scale`: how seconds and memory grow with a store: measured in fresh processes, fitted, and reported."""
 
 import json
 import subprocess
@@ -15,10 +15,11 @@ from shared.errors import UserError
 
 STATUS: Final = Path("/proc/self/status")
 SAMPLE_SECONDS: Final = 0.01
-MOST_EXPONENT: Final = 1.1
-"""Of what is called linear: a machine's caches make what is larger somewhat slower."""
+MAX_EXPONENT: Final = 1.1
+"""Largest exponent that counts as linear: larger data is somewhat slower because of a machine's caches."""
 GROWN: Final = 0.25
-"""A value tells of growth when it is above the smallest store's by this share of it, and by the following."""
+"""A value counts as grown when it exceeds the smallest store's by this share of it, and by SECONDS_FLOOR or
+BYTES_FLOOR."""
 SECONDS_FLOOR: Final = 0.05
 BYTES_FLOOR: Final = 16e6
 BARS: Final = {
@@ -27,33 +28,33 @@ BARS: Final = {
     ("rows", "train", "bytes_each"): 1.0,
     ("rows", "harvest", "bytes_each"): 1.0,
 }
-"""The most that is promised, of stores as large as this:"""
+"""Promised limits, for stores at least as large as PROMISED."""
 PROMISED: Final = {"shards": 10**5, "rows": 10**9}
 
 
 @dataclass(frozen=True)
 class ScaleMeasurement:
-    """One thing done with one store in a process of its own."""
+    """The cost of one operation on one store, in a process of its own."""
 
     seconds: float
     cpu_seconds: float
     anonymous: int
-    """The most memory that was not a file's, beyond what the process had before, in bytes."""
+    """Peak anonymous memory (RssAnon) beyond what the process had before, in bytes."""
 
 
 @dataclass(frozen=True)
 class ScalePoint:
-    """The same with where it belongs."""
+    """A measurement with its place in the table."""
 
     axis: str
-    """What is varied: shards or rows."""
+    """The quantity that is varied: shards or rows."""
     what: str
     size: int
     measured: ScaleMeasurement
 
 
 def anonymous_bytes() -> int:
-    """Of this process, now. Raises UserError where the system does not say it."""
+    """Anonymous memory of this process, now. Raises UserError where the system does not report it."""
     try:
         line = next(line for line in STATUS.read_text().splitlines() if line.startswith("RssAnon:"))
     except (OSError, StopIteration) as error:
@@ -62,7 +63,7 @@ def anonymous_bytes() -> int:
 
 
 def measured(run: Callable[[], Any]) -> ScaleMeasurement:
-    """Does it once. What it gives is held until the memory was looked at."""
+    """Runs a function once and measures it. Its result is kept until the memory has been read."""
     before, done, most = anonymous_bytes(), threading.Event(), [0]
 
     def sample() -> None:
@@ -82,7 +83,8 @@ def measured(run: Callable[[], Any]) -> ScaleMeasurement:
 
 
 def in_a_process(command: Sequence[str]) -> ScaleMeasurement:
-    """`measured` in another process, whose last line on stdout is what it found. Raises UserError when it fails."""
+    """Runs `measured` in another process, which prints the result as its last line on stdout. Raises UserError when it
+    fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
@@ -90,8 +92,8 @@ def in_a_process(command: Sequence[str]) -> ScaleMeasurement:
 
 
 def exponent(sizes: Sequence[int], values: Sequence[float], floor: float) -> float | None:
-    """Of a power of the size, which is fitted to what is beyond the smallest store's value; None where nothing grows
-    that can be told from noise."""
+    """The exponent of a power law in the size, fitted to the values beyond the smallest store's; None where nothing
+    grows beyond the noise."""
     base = values[0]
     grown = [
         (n, value - base) for n, value in zip(sizes, values, strict=True) if value - base > max(GROWN * base, floor)
@@ -102,18 +104,24 @@ def exponent(sizes: Sequence[int], values: Sequence[float], floor: float) -> flo
     return float(np.polyfit(x, y, 1)[0])
 
 
-def each(sizes: Sequence[int], values: Sequence[float]) -> float:
-    """What one more shard or row takes, between the two largest stores."""
+def cost_per_unit(sizes: Sequence[int], values: Sequence[float]) -> float:
+    """Cost of one more shard or row, between the two largest stores."""
     return max(0.0, (values[-1] - values[-2]) / (sizes[-1] - sizes[-2]))
 
 
 def report(points: Sequence[ScalePoint]) -> dict[str, Any]:
-    """A row for every point, a row for the growth of every measure, and what is too much."""
+    """A row for every point, a row for the growth of every measure, and the limits that were exceeded."""
     table = [
-        {"against": p.axis, "size": p.size, "what": p.what, "s": round(p.measured.seconds, 2),
-         "CPU s": round(p.measured.cpu_seconds, 2), "MB": round(p.measured.anonymous / 1e6, 1)}
+        {
+            "against": p.axis,
+            "size": p.size,
+            "what": p.what,
+            "s": round(p.measured.seconds, 2),
+            "CPU s": round(p.measured.cpu_seconds, 2),
+            "MB": round(p.measured.anonymous / 1e6, 1),
+        }
         for p in points
-    ]  # fmt: skip
+    ]
     growth, failed = [], []
     for axis, what in dict.fromkeys((p.axis, p.what) for p in points):
         mine = [p for p in points if (p.axis, p.what) == (axis, what)]
@@ -123,14 +131,14 @@ def report(points: Sequence[ScalePoint]) -> dict[str, Any]:
             "seconds": round(mine[-1].measured.seconds, 3),
             "exponent_cpu": exponent(sizes, cpu, SECONDS_FLOOR),
             "exponent_memory": exponent(sizes, memory, BYTES_FLOOR),
-            "bytes_each": each(sizes, memory) if len(mine) > 1 else 0.0,
+            "bytes_each": cost_per_unit(sizes, memory) if len(mine) > 1 else 0.0,
         }
         growth.append(
             {"against": axis, "what": what, "largest": sizes[-1], **{k: shortened(v) for k, v in found.items()}}
         )
         failed += [
             f"{what} against {axis}: {name} {value:.2f}, at most {most:g} is linear"
-            for name, most in (("exponent_cpu", MOST_EXPONENT), ("exponent_memory", MOST_EXPONENT))
+            for name, most in (("exponent_cpu", MAX_EXPONENT), ("exponent_memory", MAX_EXPONENT))
             if (value := found[name]) is not None and value > most
         ]
         failed += [

@@ -1,7 +1,7 @@
-"""Timing things against one another in one run: interleaved rounds, medians, CPU seconds of the whole process.
+"""Times alternatives against each other in one run: interleaved rounds, medians, CPU seconds of the whole process.
 
-CPU seconds, not wall time: on a busy machine they are what repeats. A figure counts every thread that the measured code
-uses, its own or a library's.
+CPU seconds, not wall time, because on a busy machine only they repeat. A figure counts every thread that the measured
+code uses, its own or a library's.
 """
 
 import gc
@@ -17,12 +17,12 @@ from shared.store.opened import Store
 from shared.store.spec import DTYPES
 
 Run = Callable[[], int]
-"""Does the work once and gives the (uncompressed) bytes that it moved."""
+"""Does the work once and returns the (uncompressed) bytes that it moved."""
 
 
 @dataclass(frozen=True)
 class TimedFigure:
-    """What one run did, round by round."""
+    """The speed of one run, round by round."""
 
     by_cpu: list[float]
     """MB per CPU second."""
@@ -44,8 +44,8 @@ def interleaved(
     advance: Callable[[int, str], None],
     before: Mapping[str, Callable[[], None]] | None = None,
 ) -> dict[str, TimedFigure]:
-    """Every run once a round, after a round that is not counted. What comes first alternates. `before` is done before
-    a run and not measured."""
+    """Runs every function once per round, after one warm-up round. The order alternates. `before` runs before a
+    function and is not measured."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name in list(runs) if number % 2 else list(runs)[::-1]:
@@ -62,8 +62,8 @@ def interleaved(
 
 
 def ratio(figures: Mapping[str, TimedFigure], one: str, other: str) -> float | None:
-    """Of CPU efficiencies, the median over the rounds: what disturbs a machine for a while disturbs both. None where
-    one was not measured."""
+    """The ratio of two CPU efficiencies, as the median over the rounds: a disturbance of the machine affects both. None
+    where one was not measured."""
     if one not in figures or other not in figures:
         return None
     pairs = zip(figures[one].by_cpu, figures[other].by_cpu, strict=True)
@@ -73,8 +73,8 @@ def ratio(figures: Mapping[str, TimedFigure], one: str, other: str) -> float | N
 def store_report(
     narrow: Store, wide: Mapping[str, Store], figures: Mapping[str, TimedFigure], wait_share: float
 ) -> dict[str, Any]:
-    """Ratios by name, and beside them the raw figures. `ratio_zstd` is of the hookpoints as harvested; all else is of
-    the store that was read. `checksums_vs_verify_full` is how many times as long verifying takes."""
+    """Ratios by name, and the raw figures. `ratio_zstd` is that of the hookpoints as harvested; all others are of the
+    store that was read. `checksums_vs_verify_full` is how many times as long verifying takes."""
 
     def against(one: str, other: str, codec: str = "zstd") -> float | None:
         return ratio(figures, f"{one} {codec}", f"{other} {codec}")
@@ -102,14 +102,14 @@ def store_report(
 
 
 def ratio_of(store: Store) -> float:
-    """Uncompressed over stored bytes, of all hookpoints."""
+    """Uncompressed over stored bytes, of all hookpoints together."""
     spec = store.spec
     raw = sum(store.n_rows * hook.d_in * DTYPES[spec.dtype][0].itemsize for hook in spec.hookpoints.values())
     return round(raw / sum(store.stored_bytes(hook) for hook in spec.hookpoints), 4)
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
+    """The machine on which the figures were measured."""
     return {"processor": processor(), "cores": len(os.sched_getaffinity(0)), "python": platform.python_version()}
 
 

@@ -1,6 +1,7 @@
 """Running the command line, and what it prints: a result as text or JSON, an error as one message and an exit code."""
 
 import contextlib
+import io
 import os
 import signal
 import sys
@@ -24,14 +25,32 @@ def show(document: Any, as_json: bool, text: Callable[[], object]) -> None:
         text()
 
 
+def open_streams() -> None:
+    """Makes the standard streams safe to write to. A closed one becomes /dev/null: else the next file that is opened
+    would get its number, and what libraries print would be written into it. A character that the terminal's encoding
+    lacks is written as an escape (λ as \\u03bb): no run ends for it."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            handle = os.open(os.devnull, os.O_RDWR)
+            if handle != number:
+                os.dup2(handle, number)
+                os.close(handle)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run_app(app: Callable[[], object]) -> None:
     """Runs the command line: every error that a person can mend becomes one message and its exit code."""
     from shared.device import heed_quota
     from shared.errors import DamagedError, Interrupted, LostError, UserError
+    from shared.gate import printable
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         raise Interrupted("stopped. To continue, run the same command again")
 
+    open_streams()
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
     wait_briefly()
     heed_quota()
@@ -43,7 +62,8 @@ def run_app(app: Callable[[], object]) -> None:
         if isinstance(error, LostError):
             time.sleep(1)  # the launcher takes the exit code of who ended first
         if not (isinstance(error, Interrupted | LostError) and is_helper()):
-            typer.echo(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", err=True)
+            word = "stopped" if isinstance(error, Interrupted) else "error"
+            typer.echo(f"{word}: {printable(str(error))}", err=True)
         if isinstance(error, Interrupted) and "RANK" not in os.environ:
             end_now(error.exit_code)
         sys.exit(error.exit_code)
@@ -53,7 +73,7 @@ def run_app(app: Callable[[], object]) -> None:
         from shared.files.local import in_words
 
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        typer.echo(f"error: {f'{where}: ' if where else ''}{in_words(error)}", err=True)
+        typer.echo(f"error: {f'{printable(where)}: ' if where else ''}{in_words(error)}", err=True)
         sys.exit(UserError.exit_code)
     except MemoryError as error:
         typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)

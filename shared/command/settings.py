@@ -272,7 +272,7 @@ def value_words(value: Any) -> str:
 
 def architectures() -> Mapping[str, type[SAEConfig]]:
     """The schema of each architecture."""
-    return ARCHITECTURES
+    return {name: architecture.config for name, architecture in ARCHITECTURES.items()}
 
 
 @cache

@@ -1,1 +1,1 @@
-"""Where bytes are: local folders, object stores, web servers; locks, open files, the cache of ranges."""
+"""Where bytes are: local folders, object stores, web servers; with locks, open files and the cache of byte ranges."""

@@ -1,7 +1,7 @@
-"""The verbs that every folder of files has, local or remote, and how locations and paths are written.
+"""The operations that every folder of files has, local or remote, and how locations and paths are written.
 
-Files are whole or absent, whatever is killed when. What was committed is read by position, with the length that was
-committed; a file of another length is damage. Paths are relative to the folder, with `/`.
+A file is whole or absent, whenever a process is killed. Committed files are read by position and have the length that
+was committed; a file of another length is damaged. Paths are relative to the folder, with `/`.
 """
 
 import os
@@ -13,22 +13,22 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 from shared.errors import DamagedError
 from shared.files.handles import VERIFY, Buffer
 
-AGAIN: Final = "then run the same command again: what is committed is safe and stays"
+AGAIN: Final = "then run the same command again; committed data is safe"
 DOCUMENT_BYTES: Final = 64 << 20
-"""The most that is read of a file that describes something: zarr.json, a record."""
+"""Largest file that describes something (zarr.json, a record), in bytes."""
 WHOLE_BYTES: Final = 1 << 30
-"""The most that is read of any other file as a whole: a manifest of a million shards."""
+"""Largest other file that is read whole, in bytes: a manifest of a million shards."""
 Write = Callable[[str, Iterable[Buffer]], None]
-"""Writes a file of all the pieces."""
+"""Writes a file made of all the pieces."""
 
 
 class LogMark(NamedTuple):
-    """What a log was when it was looked at: equal marks mean equal content."""
+    """The state of a log when it was listed: equal marks mean equal content."""
 
     identity: str
     size: int
     grows: bool
-    """Whether a log of the same identity that is larger has this one's bytes at its beginning."""
+    """Whether a larger log of the same identity begins with this one's bytes."""
 
     def continues(self, before: "LogMark") -> bool:
         return self.grows and self.identity == before.identity and self.size >= before.size
@@ -39,11 +39,13 @@ class OpenFile(Protocol):
     """A file that does not change, read by position from any thread."""
 
     def read(self, offset: int, length: int) -> Buffer:
-        """Exactly these bytes, valid until the same thread reads again. Raises DamagedError when there are fewer."""
+        """Returns exactly these bytes, valid until the same thread reads again. Raises DamagedError when there are
+        fewer."""
         ...
 
     def forget(self, offset: int, length: int) -> bool:
-        """Drops a copy of these bytes that turned out wrong; whether there was one, so that reading again may help."""
+        """Drops a cached copy of these bytes that turned out wrong. Returns whether there was one, so that reading
+        again may help."""
         ...
 
 
@@ -52,29 +54,30 @@ class Files(Protocol):
     """A folder of files."""
 
     name: str
-    """What the user calls it: for messages."""
+    """The location as the user wrote it, for messages."""
 
     def read(self, path: str) -> bytes:
-        """A whole file. Raises FileNotFoundError when there is none."""
+        """Returns a whole file. Raises FileNotFoundError when there is none."""
         ...
 
     def open(self, path: str, size: int, crc: int | None = None) -> OpenFile:
-        """A committed file of `size` bytes. Raises DamagedError when it is missing or of another length. With the
-        crc32 that was committed, a copy of what was read before may be used where reading is slow."""
+        """Opens a committed file of `size` bytes. Raises DamagedError when it is missing or of another length. With the
+        committed crc32, a cached copy of earlier reads may be used where reading is slow."""
         ...
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
-        """A file of all the pieces, durable when this returns; or, after any failure, what was there before."""
+        """Writes a file made of all the pieces. It is durable when this returns; after a failure the old content is
+        still there."""
         ...
 
     def together(self) -> AbstractContextManager[Write]:
-        """Gives what writes files that belong together, from any thread: durable when the block is left, which costs a
-        disk far less than one by one. After a failure in the block none of them is there."""
+        """Yields a function that writes files which belong together, from any thread. They are durable when the block
+        is left, which costs a disk far less than one by one. After a failure in the block, none of them exists."""
         ...
 
     def append(self, path: str, line: bytes, number: int) -> None:
-        """Adds a line to a log, durable when this returns. Where nothing can be appended to, line `number` becomes a
-        file of its own beside it: see `logs`."""
+        """Adds a line to a log, durable when this returns. Where appending is impossible, line `number` becomes a file
+        of its own beside the log: see `logs`."""
         ...
 
     def logs(self, folder: str, prefix: str) -> list[str]:
@@ -82,19 +85,20 @@ class Files(Protocol):
         ...
 
     def marks(self, folder: str, prefix: str) -> dict[str, LogMark]:
-        """The same, each with a mark of what it is now."""
+        """The paths of `logs`, each with a mark of its present state."""
         ...
 
     def read_from(self, path: str, offset: int) -> bytes:
-        """A file from there to its end. Raises FileNotFoundError when there is none."""
+        """Returns a file from `offset` to its end. Raises FileNotFoundError when there is none."""
         ...
 
     def join_logs(self, folder: str, prefix: str) -> None:
-        """Where a line is a file of its own: makes one log of many. No line is ever in none of them."""
+        """Joins the logs of one line each, where a line is a file of its own. Every line is in at least one log at any
+        moment."""
         ...
 
     def remove(self, path: str) -> None:
-        """Deletes a file; none is fine."""
+        """Deletes a file; a missing file is no error."""
         ...
 
     def remove_all(self, paths: list[str]) -> None:
@@ -106,33 +110,33 @@ class Files(Protocol):
         ...
 
     def clear(self, unwanted: Callable[[str], bool]) -> None:
-        """Deletes the files and folders here whose name is unwanted, with all that is in them."""
+        """Deletes the files and folders here whose name is unwanted, with all their content."""
         ...
 
     def check_removable(self, unwanted: Callable[[str], bool]) -> None:
-        """Before `clear`: raises UserError where it could not do all of it."""
+        """Called before `clear`: raises UserError where it could not delete everything."""
         ...
 
     def at(self, path: str) -> "Files":
-        """A folder in this one."""
+        """Returns a folder in this one."""
         ...
 
     def reading(self) -> AbstractContextManager[None]:
-        """While a store is read for long: who wants to delete it is told so. Writes nothing."""
+        """Marks the store as being read, so that a process that wants to delete it is refused. Writes nothing."""
         ...
 
     def unread(self) -> AbstractContextManager[None]:
-        """While a store is deleted or taken back. Raises UserError when somebody is reading it, as far as this can be
+        """Guards deletion of a store. Raises UserError when another process is reading it, as far as this can be
         seen."""
         ...
 
     def lock(self, writer: int = 0) -> AbstractContextManager[None]:
-        """One writer at a time, or one of each number. Raises UserError naming the holder."""
+        """Allows one writer at a time, or one of each number. Raises UserError naming the holder."""
         ...
 
     def explained(self, after: str = ...) -> AbstractContextManager[None]:
-        """Turns what a disk or a server can do to a writer into a UserError; what is committed stays valid. `after` is
-        what to do when the cause is mended."""
+        """Turns the errors of a disk or a server into a UserError; committed data stays valid. `after` says what to do
+        once the cause is removed."""
         ...
 
 
@@ -141,7 +145,7 @@ def is_remote(location: str | Path) -> bool:
 
 
 def parent_of(location: str) -> str | None:
-    """The folder that a location is in; None at the top."""
+    """The folder that contains a location; None at the top."""
     head, slash, tail = location.rstrip("/").rpartition("/")
     if is_remote(location):
         return head if slash and tail and not head.endswith("/") and head.count("/") >= 2 else None
@@ -154,7 +158,7 @@ def join(location: str, name: str) -> str:
 
 
 def most_bytes(path: str) -> int:
-    """How large a file may be that is read as a whole."""
+    """The largest size of a file that is read whole."""
     return DOCUMENT_BYTES if path.endswith((".json", ".toml")) else WHOLE_BYTES
 
 
@@ -163,7 +167,7 @@ def too_large(what: str, size: int, most: int) -> DamagedError:
 
 
 def safe(path: str) -> str:
-    """A path inside a folder, as it is. Raises DamagedError for one that leads out of it."""
+    """Returns a path inside a folder unchanged. Raises DamagedError for one that leads out of it."""
     if path[:1] == "/" or path[-1:] == "/" or "//" in path or "\0" in path or ".." in path.split("/"):
         raise DamagedError(f"{path!r}: leads out of the store: it was not written by sagsae. Do not use it")
     return path

@@ -1,8 +1,8 @@
 """A bounded folder of byte ranges that were fetched before, for reading the same store again without its server.
 
-Several threads and processes may share the folder. Nothing is promised about what is in it: a file of another length
-counts as absent, the bytes are for the caller to check, and a full disk means no more than fetching again. Puts are
-one at a time, under a file lock, which is what keeps the folder's size below its limit.
+Several threads and processes may share the folder. Its content is not trusted: a file of another length counts as
+absent, the caller checks the bytes, and a full disk only means fetching again. Puts are serialised by a file lock,
+which keeps the folder below its size limit.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ from shared.progress import say
 
 DEFAULT_GB: Final = 10.0
 KEPT: Final = 0.9
-"""When the folder is full, the least recently used files go until this fraction of the limit is left."""
+"""When the folder is full, the least recently used files are deleted until this fraction of the limit is left."""
 TOTAL_FILE: Final = "sagsae.total"
 TEMPORARY: Final = "sagsae.tmp"
 RANGE_FILE: Final = re.compile(r"[0-9a-f]{40}\.range")
@@ -28,15 +28,16 @@ Key = tuple[str | int, ...]
 
 
 class RangeCache:
-    """At most `max_bytes` of ranges in a folder, least recently used first to go. 0 keeps nothing."""
+    """At most `max_bytes` of ranges in a folder; the least recently used are deleted first. 0 keeps nothing."""
 
     def __init__(self, folder: Path, max_bytes: int) -> None:
         self.folder, self.max_bytes = folder, max_bytes
-        self.told = False
+        self.warned = False
 
     @classmethod
     def of_user(cls) -> "RangeCache":
-        """Where SAGSAE_CACHE says (else XDG_CACHE_HOME/sagsae, else ~/.cache/sagsae), SAGSAE_CACHE_GB large."""
+        """The user's cache: in SAGSAE_CACHE (else XDG_CACHE_HOME/sagsae, else ~/.cache/sagsae), of SAGSAE_CACHE_GB
+        gigabytes."""
         text = os.environ.get("SAGSAE_CACHE_GB", str(DEFAULT_GB))
         try:
             max_bytes = int(float(text) * 1e9)
@@ -50,7 +51,7 @@ class RangeCache:
         return cls((Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "sagsae", max_bytes)
 
     def get(self, key: Key, length: int) -> Buffer | None:
-        """The range, valid until the same thread reads again; None when it has to be fetched."""
+        """Returns the range, valid until the same thread reads again; None when it must be fetched."""
         if not self.max_bytes:
             return None
         try:
@@ -61,13 +62,13 @@ class RangeCache:
                 if file.readinto(buffer) != length:
                     return None
                 with contextlib.suppress(OSError):
-                    os.utime(file.fileno())  # used now
+                    os.utime(file.fileno())  # marks the file as recently used
                 return buffer
         except OSError:
             return None
 
     def put(self, key: Key, data: Buffer) -> None:
-        """Keeps a range, as well as the disk allows."""
+        """Keeps a range if the disk allows it."""
         if len(data) > self.max_bytes:
             return
         temporary = self.folder / TEMPORARY
@@ -75,7 +76,7 @@ class RangeCache:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             with (self.folder / TOTAL_FILE).open("a+b", buffering=0) as total:
                 fcntl.flock(total, fcntl.LOCK_EX)
-                self.make_room(total.fileno(), len(data))
+                self.reserve(total.fileno(), len(data))
                 try:
                     with temporary.open("wb") as file:
                         file.write(data)
@@ -84,11 +85,9 @@ class RangeCache:
                     temporary.unlink(missing_ok=True)
                     raise
         except OSError as error:
-            if not self.told:
-                self.told = True
-                say(
-                    f"{self.folder}: cannot keep what was fetched ({error.strerror}). SAGSAE_CACHE names another folder"
-                )
+            if not self.warned:
+                self.warned = True
+                say(f"{self.folder}: cannot cache fetched data ({error.strerror}). SAGSAE_CACHE names another folder")
 
     def forget(self, key: Key) -> None:
         """Drops a range, so that it is fetched again."""
@@ -98,9 +97,9 @@ class RangeCache:
     def path(self, key: Key) -> Path:
         return self.folder / f"{hashlib.blake2b(repr(key).encode(), digest_size=20).hexdigest()}.range"
 
-    def make_room(self, total: int, length: int) -> None:
-        """Counts `length` bytes in before they are written: a crash leaves the count too high, never too low. A
-        count above the limit, or none, is put right by looking."""
+    def reserve(self, total: int, length: int) -> None:
+        """Adds `length` bytes to the count before they are written: a crash leaves the count too high, never too low. A
+        missing count, or one above the limit, is corrected by scanning the folder."""
         text = os.pread(total, 32, 0)
         size = int(text) if text.isdigit() else self.max_bytes
         if size + length > self.max_bytes:
@@ -109,11 +108,11 @@ class RangeCache:
         os.write(total, b"%d" % (size + length))
 
     def evict(self, limit: int) -> int:
-        """Deletes the least recently used files until at most `limit` bytes are left; how many are."""
+        """Deletes the least recently used files until at most `limit` bytes are left; returns how many are left."""
         found = []
         for entry in os.scandir(self.folder):
             with contextlib.suppress(FileNotFoundError):
-                if RANGE_FILE.fullmatch(entry.name):  # whatever else is here is not ours
+                if RANGE_FILE.fullmatch(entry.name):  # other files are not the cache's
                     found.append((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path))
         size = sum(length for _, length, _ in found)
         for _, length, path in sorted(found):

@@ -1,8 +1,8 @@
 """Requests to a bucket or a web server: how often each is tried, and what its failures mean.
 
-Reads and small requests are tried here, TRIES times; the parts of an upload are tried as often by obstore, and not
-again here. obstore names few kinds of failure, so its messages are searched: tests/store/test_remote.py holds it to
-them.
+Reads and small requests are tried TRIES times here. obstore retries the parts of an upload as often, so they are not
+retried here. obstore distinguishes few kinds of failure, so its messages are searched; tests/store/test_remote.py
+checks those messages.
 """
 
 import asyncio
@@ -30,37 +30,37 @@ from shared.files.connect import (
     TOTAL_SECONDS,
     TRIES,
     Connection,
-    servers,
+    open_connection,
 )
 from shared.files.handles import Buffer
 
 PART_BYTES: Final = 8 << 20
-"""The most that one request for a part of a large object carries, either way."""
+"""Largest part of an object that one request carries, in either direction."""
 PARTS_AT_ONCE: Final = 8
-MOST_ENTRIES: Final = 10_000_000
-"""Of a listing: a store of 10^5 shards has a third of it."""
+MAX_ENTRIES: Final = 10_000_000
+"""Largest number of entries in a listing: a store of 10^5 shards has a third of it."""
 
 Result = TypeVar("Result")
 
 
 class ServerError(UserError):
-    """A server cannot be reached, or does not do what it was asked to."""
+    """A server cannot be reached, or does not do what was requested."""
 
 
 class IncompleteError(Exception):
-    """A server sent other bytes than it was asked for. Worth another try."""
+    """A server sent other bytes than were requested. Another try may help."""
 
 
 class ServerFailure(NamedTuple):
     sign: str
     """A regular expression for obstore's message."""
     final: bool
-    """Whether another try is of no use."""
+    """Whether another try is useless."""
     words: str
     advice: str
 
 
-LATER: Final = "Try again, or see to the server and the network"
+LATER: Final = "Try again, or check the server and the network"
 FAILURES: Final = (
     ServerFailure(
         r"169\.254\.169\.254|metadata\.google|Missing\w*Key|Received None from session",
@@ -88,7 +88,7 @@ FAILURES: Final = (
         True,
         "access was refused",
         "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
-        "also say this of what does not exist",
+        "also answer this for a missing object",
     ),
     ServerFailure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
     ServerFailure(r"status: \d", True, "the server refused the request", "Check the address"),
@@ -112,7 +112,7 @@ DETAILS: Final = r"status code: (\d+ [\w ]+)", r"<Code>(\w+)</Code>", r'message:
 
 
 def failure_of(error: Exception) -> tuple[ServerFailure, str]:
-    """What kind of failure it is, and what happened in a few words."""
+    """Returns the kind of a failure, and a short text of what happened."""
     text = str(error)
     failure = next(one for one in FAILURES if re.search(one.sign, text))
     details = [found[1] for pattern in DETAILS if (found := re.search(pattern, text))]
@@ -121,63 +121,64 @@ def failure_of(error: Exception) -> tuple[ServerFailure, str]:
 
 
 class Client:
-    """One bucket or web server. `name` is what messages call the object; FileNotFoundError when it is not there."""
+    """One bucket or web server. `name` is what messages call the object. Methods raise FileNotFoundError when it does
+    not exist."""
 
-    def __init__(self, where: str, ways: Connection) -> None:
+    def __init__(self, where: str, connection: Connection) -> None:
         self.where = where
-        self.reads, self.asks, self.uploads = ways
+        self.reads, self.asks, self.uploads = connection
         self.read_only = isinstance(self.reads, HTTPStore)
 
     @classmethod
     def connect(cls, parts: SplitResult) -> "Client":
-        """Sends nothing."""
+        """Makes a client; sends nothing."""
         try:
-            return cls(*servers(parts))
+            return cls(*open_connection(parts))
         except (BaseError, ValueError) as error:
             failure, words = failure_of(error)
             raise ServerError(f"{parts.geturl()}: {words}. {failure.advice}") from error
 
     def get(self, key: str, name: str, most: int) -> tuple[bytes, Any]:
-        """A whole object and what the server knows of it. Raises DamagedError when it says that there are more than
-        `most` bytes, before any is read."""
+        """Returns a whole object and its metadata. Raises DamagedError, before any byte is read, when the server
+        announces more than `most` bytes."""
 
         def request() -> tuple[bytes, Any]:
             answer = obstore.get(self.reads, key)
             size = answer.meta["size"]
             if size > most:
                 raise too_large(name, size, most)
-            data = bytes(received(answer, size))
+            data = bytes(read_body(answer, size))
             if len(data) != size:
                 raise IncompleteError(f"{len(data)} bytes came, {size} were announced")
             return data, answer.meta
 
-        return tried(name, "read", request)
+        return with_retries(name, "read", request)
 
     def get_range(self, key: str, name: str, offset: int, length: int, check: Callable[[int], None]) -> Buffer:
-        """These bytes. `check` is told the object's size."""
+        """Returns these bytes. `check` is called with the object's size."""
 
         def request() -> Buffer:
             try:
                 answer = obstore.get(self.reads, key, options={"range": (offset, offset + length)})
             except BaseError as error:
-                if "UnexpectedRange" in str(error) or "status: 416" in str(error):  # are there fewer bytes?
+                if "UnexpectedRange" in str(error) or "status: 416" in str(error):  # the object may be too short
                     check(obstore.head(self.asks, key)["size"])
                 raise
             check(answer.meta["size"])
-            data = received(answer, length)
+            data = read_body(answer, length)
             if len(data) != length:
                 raise IncompleteError(f"{len(data)} bytes came, {length} were asked for")
             return data
 
-        return tried(name, "read", request)
+        return with_retries(name, "read", request)
 
     def put(self, key: str, name: str, data: bytes, mode: Any = "overwrite") -> None:
-        """One small object: in any case, or only if there is none (`create`), or one with these tags. Raises
-        AlreadyExistsError, PreconditionError."""
-        tried(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
+        """Writes one small object: always, or only if there is none (`create`), or only over one with these tags.
+        Raises AlreadyExistsError, PreconditionError."""
+        with_retries(name, "written", lambda: obstore.put(self.asks, key, data, mode=mode, use_multipart=False))
 
     def upload(self, key: str, name: str, pieces: Iterable[Buffer]) -> None:
-        """One object, all of it or nothing, as large as may be."""
+        """Writes one object of any size, all of it or nothing."""
         parts = parts_of(pieces)
         first, second = next(parts, bytearray()), next(parts, None)
 
@@ -188,39 +189,39 @@ class Client:
                 every = itertools.chain([first, second], parts)
                 obstore.put(self.uploads, key, every, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
 
-        tried(name, "written", request, tries=1)
+        with_retries(name, "written", request, tries=1)
 
     def delete(self, keys: list[str], name: str) -> None:
         for begin in range(0, len(keys), 1000):
-            tried(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
+            with_retries(name, "deleted", partial(obstore.delete, self.asks, keys[begin : begin + 1000]))
 
     def listing(self, key: str, name: str) -> Any:
-        """`objects` and `common_prefixes` right below a key."""
+        """`objects` and `common_prefixes` directly below a key."""
         end = time.monotonic() + LISTING_SECONDS
 
         async def request() -> Any:
             asked = obstore.list_with_delimiter_async(self.asks, key)
             return await asyncio.wait_for(asked, max(0.01, end - time.monotonic()))
 
-        return tried(name, "listed", lambda: in_a_loop(request, name))
+        return with_retries(name, "listed", lambda: run_coroutine(request, name))
 
-    def everything(self, key: str, name: str) -> list[Any]:
+    def list_all(self, key: str, name: str) -> list[Any]:
         """All objects below a key, however deep."""
 
         def request() -> list[Any]:
             found: list[Any] = []
             for some in obstore.list(self.asks, key):
                 found += some
-                if len(found) > MOST_ENTRIES:
-                    raise ServerError(f"{name}: the server lists more than {MOST_ENTRIES:,} objects. See to the server")
+                if len(found) > MAX_ENTRIES:
+                    raise ServerError(f"{name}: the server lists more than {MAX_ENTRIES:,} objects. Check the server")
             return found
 
-        return tried(name, "listed", request)
+        return with_retries(name, "listed", request)
 
 
-def received(answer: Any, most: int) -> Buffer:
-    """The body of an answer, read as it comes. Raises IncompleteError when there is more of it than `most`, and when
-    less than SLOWEST_RATE comes."""
+def read_body(answer: Any, most: int) -> Buffer:
+    """The body of an answer, read as it arrives. Raises IncompleteError when it has more than `most` bytes, or arrives
+    slower than SLOWEST_RATE."""
     parts, size = [], 0
     since, before = time.monotonic(), 0
     for part in answer.stream(min_chunk_size=1):
@@ -236,19 +237,20 @@ def received(answer: Any, most: int) -> Buffer:
     return memoryview(parts[0]) if len(parts) == 1 else b"".join(parts)
 
 
-def in_a_loop(request: Callable[[], Any], name: str) -> Any:
-    """What a coroutine gives, also where a loop runs already (a notebook). Raises ServerError when it takes long."""
+def run_coroutine(request: Callable[[], Any], name: str) -> Any:
+    """Returns the result of a coroutine, also where an event loop runs already (a notebook). Raises ServerError when it
+    takes too long."""
     with ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(lambda: asyncio.run(request())).result()
         except TimeoutError as error:
             raise ServerError(
-                f"{name}: could not be listed: the server did not come to an end in {LISTING_SECONDS:.0f} s. {LATER}"
+                f"{name}: could not be listed: the server did not finish within {LISTING_SECONDS:.0f} s. {LATER}"
             ) from error
 
 
 def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
-    """The same bytes in parts of PART_BYTES. Copies: an upload still reads a part when the next is being made."""
+    """The same bytes in parts of PART_BYTES. It copies: an upload may still read one part while the next is made."""
     part = bytearray()
     for piece in pieces:
         view = memoryview(piece)
@@ -263,8 +265,9 @@ def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
         yield part
 
 
-def tried(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
-    """The result of a request. Raises FileNotFoundError for what is not there, ServerError for all else."""
+def with_retries(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
+    """Returns the result of a request, tried up to `tries` times. Raises FileNotFoundError for a missing object,
+    ServerError for everything else."""
     started, pause = time.monotonic(), BACKOFF_SECONDS
     for attempt in itertools.count(1):
         try:
@@ -276,15 +279,15 @@ def tried(name: str, doing: str, request: Callable[[], Result], tries: int = TRI
                 raise FileNotFoundError(f"{name}: is not there") from error
             late = time.monotonic() - started > TOTAL_SECONDS
             if attempt == tries or late or failure_of(error)[0].final:
-                raise ServerError(message(name, doing, error, attempt)) from error
+                raise ServerError(failure_message(name, doing, error, attempt)) from error
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
         pause *= 2
     raise AssertionError("counting ended")
 
 
-def message(name: str, doing: str, error: Exception, tries: int) -> str:
+def failure_message(name: str, doing: str, error: Exception, tries: int) -> str:
     failure, words = failure_of(error)
     if found := re.search(r"\bretries: (\d+)", str(error)):
-        tries += int(found[1])  # obstore's own, for uploads
+        tries += int(found[1])  # obstore's own tries of an upload
     after = f" after {tries} tries (last: {words})" if tries > 1 else f": {words}"
     return f"{name}: could not be {doing}{after}. {failure.advice}"

@@ -1,8 +1,8 @@
-"""How a bucket or a web server is reached: the URL, and then the standard places alone.
+"""Decides how a bucket or a web server is reached: from the URL, and otherwise only from the standard places.
 
-For s3:// these are AWS_* variables and, with boto3, ~/.aws and whatever else boto3 knows (SSO, a machine's role); for
-gs:// GOOGLE_* variables, the files of gcloud and the machine's role. The server itself is asked
-nothing here.
+For s3:// these are AWS_* variables and, with boto3, ~/.aws and everything else that boto3 knows (SSO, a machine's
+role). For gs:// they are GOOGLE_* variables, the files of gcloud and the machine's role. No request is sent to the
+server here.
 """
 
 import importlib
@@ -20,29 +20,30 @@ from shared.errors import UserError
 
 TRIES: Final = 5
 BACKOFF_SECONDS: Final = 0.2
-"""Before the second try, give or take a half; doubled before every further one."""
+"""Pause before the second try, plus or minus one half; doubled before every further one."""
 CONNECT_SECONDS: Final = 1.5
-"""A server that cannot be reached fails after TRIES of these and the pauses: about ten seconds."""
+"""Timeout of a connection. A server that cannot be reached fails after TRIES of these and the pauses: about ten
+seconds."""
 STALL_SECONDS: Final = 12.0
-"""A read fails when nothing arrives for so long, or less than SLOWEST_RATE."""
+"""A read fails when nothing arrives for this long, or less than SLOWEST_RATE."""
 SLOWEST_RATE: Final = 4096
-"""Bytes a second. What is slower is not waited for; what is not may take its time, up to READ_SECONDS a request."""
+"""Bytes per second below which a read fails. A faster read may take up to READ_SECONDS per request."""
 READ_SECONDS: Final = 3600.0
 ANSWER_SECONDS: Final = 20.0
-"""A small request (a page of a listing, a head, a line of a log) fails when it is not finished by then."""
+"""Timeout of a small request (a page of a listing, a head, a line of a log)."""
 TOTAL_SECONDS: Final = 25.0
-"""After this no further try of a read or a small request begins: a command ends within a minute."""
+"""Seconds after which no further try of a read or a small request begins: a command ends within a minute."""
 LISTING_SECONDS: Final = 55.0
-"""A whole listing, which a server could go on with for ever."""
+"""Timeout of a whole listing, which a server could continue forever."""
 PART_SECONDS: Final = 120.0
 UPLOAD_SECONDS: Final = 300.0
-"""A part of an upload, and after how long none is tried again."""
+"""Timeout of one part of an upload, and the time after which no part is tried again."""
 
 Server = S3Store | GCSStore | HTTPStore
 
 
-def parse(url: str) -> SplitResult:
-    """The parts of a URL that can be a place of files. Raises UserError."""
+def parse_url(url: str) -> SplitResult:
+    """The parts of a URL that can be a place of files. Raises UserError for any other."""
     try:
         parts = urlsplit(url)
     except ValueError as error:
@@ -61,35 +62,35 @@ def parse(url: str) -> SplitResult:
 
 
 class Connection(NamedTuple):
-    """To one place."""
+    """The clients of one place."""
 
     reads: Server
-    """Of objects: as slow as they may be, tried again by shared/files/client.py."""
+    """Reads objects, which may be slow; shared/files/client.py retries."""
     asks: Server
-    """Small requests, tried again there, too."""
+    """Sends small requests; shared/files/client.py retries."""
     uploads: Server
-    """obstore tries their parts again."""
+    """Uploads; obstore retries their parts."""
 
 
-def servers(parts: SplitResult) -> tuple[str, Connection]:
-    """What tells the place from any other, and the ways to it."""
-    return {"s3": s3, "gs": gcs, "http": web, "https": web}[parts.scheme](parts)
+def open_connection(parts: SplitResult) -> tuple[str, Connection]:
+    """Returns a text that identifies the place, and the clients for it."""
+    return {"s3": s3, "gs": gcs, "http": web_server, "https": web_server}[parts.scheme](parts)
 
 
-def ways(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
+def connection(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
     retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
 
-    def way(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
+    def server(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
         client: dict[str, Any] = {"allow_http": True} if allow_http else {}
         client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=seconds)}
         return make(place, client_options=client | options, retry_config=retry, **config)
 
     once, stall = retry | {"max_retries": 0}, timedelta(seconds=STALL_SECONDS)
     return Connection(
-        reads=way(READ_SECONDS, once, read_timeout=stall),
-        asks=way(ANSWER_SECONDS, once, read_timeout=stall),
-        uploads=way(PART_SECONDS, retry),
+        reads=server(READ_SECONDS, once, read_timeout=stall),
+        asks=server(ANSWER_SECONDS, once, read_timeout=stall),
+        uploads=server(PART_SECONDS, retry),
     )
 
 
@@ -101,12 +102,13 @@ def s3(parts: SplitResult) -> tuple[str, Connection]:
         if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", endpoint):
             raise UserError(f"AWS_ENDPOINT_URL={endpoint}: expected http://HOST:PORT or https://HOST")
         config["endpoint"] = endpoint
-    config["disable_bulk_delete"] = True  # not every server has S3's request for deleting many
-    return f"{endpoint} {parts.netloc}", ways(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
+    config["disable_bulk_delete"] = True  # some servers lack S3's bulk deletion
+    return f"{endpoint} {parts.netloc}", connection(S3Store, parts.netloc, endpoint.startswith("http://"), **config)
 
 
 def s3_profile() -> dict[str, Any]:
-    """What ~/.aws and, where the environment holds no keys, boto3's other places say. Needs boto3: {} without."""
+    """Settings from ~/.aws and, where the environment holds no keys, from boto3's other places. Returns {} without
+    boto3."""
     if not importlib.util.find_spec("boto3"):
         return {}
     session = importlib.import_module("botocore.session").get_session()
@@ -120,15 +122,15 @@ def s3_profile() -> dict[str, Any]:
     unsigned = os.environ.get("AWS_SKIP_SIGNATURE", "").lower() in ("1", "true", "on", "yes", "y")
     if not unsigned and not os.environ.get("AWS_ACCESS_KEY_ID"):
         provider = importlib.import_module("obstore.auth.boto3").Boto3CredentialProvider
-        config["credential_provider"] = provider(session)  # ValueError where there are none
+        config["credential_provider"] = provider(session)  # raises ValueError where there are no credentials
     return config
 
 
 def gcs(parts: SplitResult) -> tuple[str, Connection]:
     base = os.environ.get("GOOGLE_BASE_URL", "")
-    return f"{base} gs {parts.netloc}", ways(GCSStore, parts.netloc, base.startswith("http://"))
+    return f"{base} gs {parts.netloc}", connection(GCSStore, parts.netloc, base.startswith("http://"))
 
 
-def web(parts: SplitResult) -> tuple[str, Connection]:
+def web_server(parts: SplitResult) -> tuple[str, Connection]:
     server = f"{parts.scheme}://{parts.netloc}"
-    return server, ways(HTTPStore, server, parts.scheme == "http")
+    return server, connection(HTTPStore, server, parts.scheme == "http")

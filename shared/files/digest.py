@@ -1,8 +1,8 @@
-"""What a file is, by all of its bytes: BLAKE2b, remembered for as long as the file stays as it is.
+"""The BLAKE2b digest of all bytes of a file, cached until the file changes.
 
-What is remembered is in the user's cache folder, one small file each, under a name that is drawn from the path, the
-size, the inode and both times of the file. Whatever else is found there, or was put there by somebody else, is not
-believed. A file that changed within the last seconds is not remembered: its times could not tell the next change.
+The cache is in the user's cache folder: one small file per digest, whose name is a hash of the file's path, size, inode
+and both times. Other files found there, or files of another user, are not believed. The digest of a file that changed
+within the last seconds is not cached, because its times could not show the next change.
 """
 
 import contextlib
@@ -22,63 +22,64 @@ from shared.progress import say
 BLOCK: Final = 4 << 20
 """Bytes read at a time."""
 SAY_BYTES: Final = 8e9
-"""More than this takes long enough to read that it is said."""
+"""Bytes above which a message announces the reading, because it takes long."""
 SETTLED_SECONDS: Final = 3.0
-"""How long a file must have stayed as it is before its digest is remembered."""
+"""Seconds that a file must have stayed unchanged before its digest is cached."""
 DIGEST_BYTES: Final = 32
 
 
 def file_digests(paths: Iterable[Path]) -> list[str]:
-    """Of each file 64 hex digits over all of its bytes, in the order given. Raises OSError where one cannot be read."""
+    """Returns 64 hex digits over all bytes of each file, in the given order. Raises OSError where one cannot be
+    read."""
     found = list(paths)
-    unknown = [path for path in found if known(identity(path)) is None]
+    unknown = [path for path in found if cached_digest(file_identity(path)) is None]
     size = sum(path.stat().st_size for path in unknown)
     if size > SAY_BYTES:
-        say(f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read once, to tell this model from any other")
-    with ThreadPoolExecutor(max(1, min(len(found), local_cores()))) as pool:  # hashlib lets the others run
+        say(f"{unknown[-1].parent}: {size / 1e9:.0f} GB are read once, to identify this model by its hash")
+    with ThreadPoolExecutor(max(1, min(len(found), local_cores()))) as pool:  # hashlib releases the GIL
         return list(pool.map(file_digest, found))
 
 
 def file_digest(path: Path) -> str:
-    """As `file_digests`, of one file."""
-    before = identity(path)
-    if told := known(before):
-        return told
-    place = remembered(before)
+    """The digest of one file, as in `file_digests`."""
+    before = file_identity(path)
+    if cached := cached_digest(before):
+        return cached
+    place = cache_file(before)
     digest = hashlib.blake2b(digest_size=DIGEST_BYTES)
     buffer = memoryview(bytearray(BLOCK))
     with path.open("rb", buffering=0) as file:
         while length := file.readinto(buffer):
             digest.update(buffer[:length])
     found = digest.hexdigest()
-    if place and identity(path) == before and time.time_ns() - max(before[3:]) > SETTLED_SECONDS * 1e9:
-        remember(place, before, found)
+    if place and file_identity(path) == before and time.time_ns() - max(before[3:]) > SETTLED_SECONDS * 1e9:
+        write_cached(place, before, found)
     return found
 
 
-def identity(path: Path) -> tuple[str, int, int, int, int]:
-    """What tells a file from any other and from itself before a change: path, size, inode and times in ns."""
+def file_identity(path: Path) -> tuple[str, int, int, int, int]:
+    """Path, size, inode and times in ns: they tell a file from any other, and from itself before a change."""
     about = path.stat()
     return os.path.realpath(path), about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns
 
 
-def known(file: tuple[str, int, int, int, int]) -> str | None:
-    place = remembered(file)
-    return recall(place, file) if place else None
+def cached_digest(file: tuple[str, int, int, int, int]) -> str | None:
+    place = cache_file(file)
+    return read_cached(place, file) if place else None
 
 
-def remembered(file: tuple[str, int, int, int, int]) -> Path | None:
-    """Where the digest of a file is kept; None where the user wants no cache."""
+def cache_file(file: tuple[str, int, int, int, int]) -> Path | None:
+    """The cache file for a file's digest; None where the user wants no cache."""
     cache = RangeCache.of_user()
-    return cache.folder / f"{seal(repr(file))}.digest" if cache.max_bytes else None
+    return cache.folder / f"{text_digest(repr(file))}.digest" if cache.max_bytes else None
 
 
-def seal(text: str) -> str:
+def text_digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=20).hexdigest()
 
 
-def recall(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
-    """A digest that this user wrote down; None for anything else."""
+def read_cached(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
+    """A digest that this user cached; None for anything else."""
     try:
         handle = os.open(place, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -92,8 +93,8 @@ def recall(place: Path, file: tuple[str, int, int, int, int]) -> str | None:
     return found if line == as_line(file, found) else None
 
 
-def remember(place: Path, file: tuple[str, int, int, int, int], digest: str) -> None:
-    """As well as the disk allows: without it, the file is read again next time."""
+def write_cached(place: Path, file: tuple[str, int, int, int, int], digest: str) -> None:
+    """Caches a digest if the disk allows it; without it, the file is read again next time."""
     temporary = place.with_name(f"{place.name}.{os.getpid()}.{time.monotonic_ns()}.tmp")
     with contextlib.suppress(OSError):
         place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,4 +108,4 @@ def remember(place: Path, file: tuple[str, int, int, int, int], digest: str) -> 
 
 
 def as_line(file: tuple[str, int, int, int, int], digest: str) -> bytes:
-    return f"{digest} {seal(f'{digest} {file!r}')}\n".encode("utf-8", "surrogateescape")
+    return f"{digest} {text_digest(f'{digest} {file!r}')}\n".encode("utf-8", "surrogateescape")

@@ -1,7 +1,8 @@
 """Open files, bounded over the whole process, whatever the number of stores, arrays, readers and threads.
 
-A file that is read again and again stays open until others are wanted more: the least recently used one is closed,
-never one that is being read. Only regular files are opened here: a pipe would wait for ever, a device would never end.
+A file that is read repeatedly stays open until other files need the handle: the least recently used one is closed,
+never one that is being read. Only regular files are opened here: reading a pipe could wait forever, and a device has no
+end.
 """
 
 import contextlib
@@ -22,20 +23,20 @@ import numpy as np
 from shared.errors import DamagedError, UserError
 
 VERIFY: Final = "List all damage with: sagsae store verify"
-MOST_OPEN: Final = 4096
-LEAST_OPEN: Final = 8
+MAX_OPEN: Final = 4096
+MIN_OPEN: Final = 8
 TOO_MANY: Final = (errno.EMFILE, errno.ENFILE)
 SAFELY: Final = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 TRIES: Final = 100
-"""Of a call that signals break off."""
+"""Tries of a call that signals interrupt."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
 Buffer = bytes | memoryview
 
 
-def again(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """The call, made again when a signal broke it off: Python does so for reading and writing, not for names."""
+def retry_interrupted(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Repeats a call that a signal interrupted: Python does so for reading and writing, not for calls on names."""
     for _ in range(TRIES):
         try:
             return call(*args, **kwargs)
@@ -45,21 +46,22 @@ def again(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
 
 
 def open_regular(path: Path, flags: int = os.O_RDONLY, mode: int = 0o666) -> int:
-    """A descriptor of a regular file. To write, the file may be no link and have no other name: what is written here
-    never lands elsewhere. Closes files of the pool when the process may open no more. Raises DamagedError for what is
-    no regular file, UserError for a link to be written to, OSError for the rest."""
+    """Returns a descriptor of a regular file. To be written, the file may be no link and have no other name, so that
+    nothing is ever written elsewhere. Closes pooled files when the process may open no more. Raises DamagedError for
+    anything that is no regular file, UserError for a link that would be written to, OSError for the rest."""
     return open_to_write(path, flags, mode) if flags & (os.O_WRONLY | os.O_RDWR) else open_to_read(path)[0]
 
 
 def open_to_read(path: Path) -> tuple[int, os.stat_result]:
-    """With what is known of the file. Raises as `open_regular` does."""
+    """Returns a descriptor and the file's status. Raises as `open_regular` does."""
     try:
         handle = os.open(path, SAFELY | os.O_NOFOLLOW)
     except OSError as error:
         if error.errno not in (*TOO_MANY, errno.ELOOP, errno.EMLINK, errno.EINTR, errno.ENXIO):
             raise
-        check_regular(path, again(os.stat, path).st_mode)  # opening a device that a link names can have effects
-        handle = HANDLES.with_room(lambda: again(os.open, path, SAFELY))
+        # opening a device through a link can have side effects
+        check_regular(path, retry_interrupted(os.stat, path).st_mode)
+        handle = HANDLES.with_free_handle(lambda: retry_interrupted(os.open, path, SAFELY))
     status = os.fstat(handle)
     if not stat.S_ISREG(status.st_mode):
         close(handle)
@@ -69,11 +71,13 @@ def open_to_read(path: Path) -> tuple[int, os.stat_result]:
 
 def open_to_write(path: Path, flags: int, mode: int) -> int:
     with contextlib.suppress(FileNotFoundError):
-        check_own(path, again(os.lstat, path))
+        check_own(path, retry_interrupted(os.lstat, path))
     try:
-        handle = HANDLES.with_room(lambda: again(os.open, path, flags | SAFELY | os.O_NOFOLLOW, mode))
+        handle = HANDLES.with_free_handle(
+            lambda: retry_interrupted(os.open, path, flags | SAFELY | os.O_NOFOLLOW, mode)
+        )
     except OSError as error:
-        if error.errno in (errno.ELOOP, errno.EMLINK):  # it became a link just now
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # replaced by a link since the check
             raise no_place(path) from error
         raise
     try:
@@ -94,7 +98,7 @@ def check_own(path: Path, status: os.stat_result) -> None:
 def no_place(path: Path) -> UserError:
     return UserError(
         f"{path}: is a link, has a second name (hard link) or is no regular file; nothing is written through it, "
-        "because what it stands for may lie elsewhere. Remove it, or put a copy in its place"
+        "because its target may lie elsewhere. Remove it, or put a copy in its place"
     )
 
 
@@ -106,13 +110,13 @@ def check_regular(path: Path, mode: int) -> None:
 
 
 def close(handle: int) -> None:
-    """Closed even where a signal breaks the call off."""
+    """Closes a descriptor, even where a signal interrupts the call."""
     with contextlib.suppress(InterruptedError):
         os.close(handle)
 
 
 class Scratch(threading.local):
-    """One buffer a thread for compressed bytes, as large as the largest that it was asked for."""
+    """One buffer per thread for compressed bytes, as large as the largest request so far."""
 
     def __init__(self) -> None:
         self.buffer = memoryview(b"")
@@ -127,7 +131,7 @@ SCRATCH: Final = Scratch()
 
 
 class PooledHandle:
-    """An open file and how many threads read it now."""
+    """An open file and the number of threads that read it now."""
 
     __slots__ = ("number", "users")
 
@@ -136,27 +140,27 @@ class PooledHandle:
 
 
 class HandlePool:
-    """The open files of a process. `limit` says how many may be open; it is asked whenever one more is opened."""
+    """The open files of a process. `limit` returns how many may be open; it is called whenever one more is opened."""
 
     def __init__(self, limit: Callable[[], int]) -> None:
-        self.limit, self.most = limit, MOST_OPEN
+        self.limit, self.most = limit, MAX_OPEN
         self.lock = threading.Lock()
         self.open: OrderedDict[int, PooledHandle] = OrderedDict()
-        """By the file's key, the least recently used first."""
+        """Open files by key, the least recently used first."""
         self.left: deque[int] = deque()
-        """Keys of files that nobody has any more. Whoever takes the lock next closes them: an object can end in the
-        middle of anything, also while this thread holds the lock."""
+        """Keys of files without an owner. The next thread that takes the lock closes them, because an object can be
+        collected at any moment, even while this thread holds the lock."""
 
     def take(self, file: "LocalFile") -> PooledHandle:
-        """The open file, which stays open until `give`."""
+        """Returns the open file, which stays open until `give`."""
         with self.lock:
             found = self.open.get(file.key)
             if found is not None:
                 self.open.move_to_end(file.key)
                 found.users += 1
                 return found
-        if len(self.open) >= LEAST_OPEN or self.left:
-            self.close_idle(max(LEAST_OPEN, min(self.limit(), self.most)) - 1)
+        if len(self.open) >= MIN_OPEN or self.left:
+            self.close_idle(max(MIN_OPEN, min(self.limit(), self.most)) - 1)
         number = file.opened()
         with self.lock:
             other = self.open.get(file.key)
@@ -172,7 +176,7 @@ class HandlePool:
             handle.users -= 1
 
     def forget(self, key: int) -> None:
-        """For a file that ends. Never waits for the lock."""
+        """Called when a file object is collected. Never waits for the lock."""
         self.left.append(key)
         if self.lock.acquire(blocking=False):
             try:
@@ -180,10 +184,11 @@ class HandlePool:
             finally:
                 self.lock.release()
             for handle in unused:
-                close(handle.number)
+                with contextlib.suppress(OSError):  # it was only read: nothing is lost, and nobody could be told
+                    close(handle.number)
 
     def take_left(self) -> list[PooledHandle]:
-        """Under the lock: takes out what nobody has any more."""
+        """Under the lock: removes the files without an owner and returns them."""
         found = []
         while self.left:
             handle = self.open.pop(self.left.popleft(), None)
@@ -192,8 +197,7 @@ class HandlePool:
         return found
 
     def close_idle(self, most: int) -> int:
-        """Closes the least recently used files that nobody is reading until at most so many are open. Gives how many
-        were closed."""
+        """Closes the least recently used idle files until at most `most` are open. Returns how many were closed."""
         with self.lock:
             idle = self.take_left()
             surplus = len(self.open) - most
@@ -204,22 +208,22 @@ class HandlePool:
             close(handle.number)
         return len(idle)
 
-    def with_room(self, call: Callable[[], R]) -> R:
-        """A call that opens something. Where the process, or the machine, may open no more, half of the files here are
-        closed, and again until it goes or none is left."""
+    def with_free_handle(self, call: Callable[[], R]) -> R:
+        """Calls a function that opens something. When the process, or the machine, may open no more, half of the pooled
+        files are closed and the call is repeated, until it succeeds or none is left."""
         while True:
             try:
                 return call()
             except OSError as error:
                 if error.errno not in TOO_MANY or not self.close_idle(len(self.open) // 2):
                     raise
-                self.most = max(LEAST_OPEN, len(self.open))
+                self.most = max(MIN_OPEN, len(self.open))
 
 
 def half_of_the_limit() -> int:
-    """Files that this process may keep open here. The other half is for what is open besides."""
+    """Files that the pool may keep open. The other half is for everything else that the process opens."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST_OPEN if soft == resource.RLIM_INFINITY else min(MOST_OPEN, soft // 2)
+    return MAX_OPEN if soft == resource.RLIM_INFINITY else min(MAX_OPEN, soft // 2)
 
 
 HANDLES: Final = HandlePool(half_of_the_limit)
@@ -227,12 +231,12 @@ KEYS: Final = itertools.count()
 
 
 class LocalFile:
-    """A committed file of a known length. It is open when it is read, and stays so while there is room."""
+    """A committed file of known length. It is opened to be read, and stays open while the pool has capacity."""
 
     __slots__ = ("key", "modified", "path", "size")
 
     def __init__(self, path: Path, size: int) -> None:
-        """Raises DamagedError when it is missing or of another length."""
+        """Raises DamagedError when the file is missing or of another length."""
         self.path, self.size, self.key = path, size, next(KEYS)
         self.modified: int | None = None
         HANDLES.give(HANDLES.take(self))
@@ -241,7 +245,7 @@ class LocalFile:
         HANDLES.forget(self.key)
 
     def opened(self) -> int:
-        """A new descriptor. Raises DamagedError when what has the name now is not what had it before."""
+        """Returns a new descriptor. Raises DamagedError when another file has the name now."""
         try:
             handle, found = open_to_read(self.path)
         except (FileNotFoundError, NotADirectoryError) as error:
@@ -263,7 +267,7 @@ class LocalFile:
 
     def read_from(self, handle: int, offset: int, length: int) -> Buffer:
         buffer, done = SCRATCH.take(length), 0
-        while done < length:  # the kernel gives at most 2 GiB at a time
+        while done < length:  # the kernel returns at most 2 GiB per call
             try:
                 more = os.preadv(handle, [buffer[done:]], offset + done)
             except OSError as error:

@@ -1,6 +1,7 @@
-"""A folder on a disk, by the verbs of shared/files/base.py.
+"""A folder on a disk, with the operations of shared/files/base.py.
 
-Files are whole or absent, whatever is killed when: write to a temporary name, fsync, rename, fsync the folder.
+A file is whole or absent, whenever a process is killed: it is written under a temporary name, synced and renamed, and
+then the folder is synced.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ from typing import Any, Final
 
 from shared.errors import UserError
 from shared.files.base import AGAIN, Files, LogMark, OpenFile, Write, most_bytes, safe, too_large
-from shared.files.handles import HANDLES, Buffer, LocalFile, again, close, open_regular, open_to_read
+from shared.files.handles import HANDLES, Buffer, LocalFile, close, open_regular, open_to_read, retry_interrupted
 from shared.files.locks import check_unread, folder_lock, held_for_reading, lock_file
 from shared.progress import say
 
@@ -43,12 +44,13 @@ class LocalFiles:
             yield lambda path, pieces: write(self.place(path), pieces)
 
     def place(self, path: str) -> Path:
-        """Where a file is written. Raises UserError where a folder on the way is a link that leads out of here."""
+        """The path at which a file is written. Raises UserError where a folder on the way is a link that leads out of
+        this one."""
         file = self.root / safe(path)
         real, top = os.path.realpath(file.parent), os.path.realpath(self.root)
         if real != top and not real.startswith(f"{top.rstrip('/')}/"):
             raise UserError(
-                f"{file.parent}: leads out of {self.name} ({real}). What is linked is read, never written to. Put the "
+                f"{file.parent}: leads out of {self.name} ({real}). Linked folders are read, never written to. Put the "
                 "folder itself in the link's place, or link the whole store"
             )
         return file
@@ -76,7 +78,7 @@ class LocalFiles:
         pass  # a log is one file
 
     def remove(self, path: str) -> None:
-        again((self.root / safe(path)).unlink, missing_ok=True)
+        retry_interrupted((self.root / safe(path)).unlink, missing_ok=True)
 
     def remove_all(self, paths: list[str]) -> None:
         for path in paths:
@@ -110,7 +112,7 @@ class LocalFiles:
 
 
 def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
-    """All of a regular file, or all from `offset` on. Raises DamagedError for one that is larger than `most` bytes, or
+    """Returns a regular file from `offset` to its end. Raises DamagedError for one that is larger than `most` bytes, or
     no regular file."""
     handle, status = open_to_read(file)
     try:
@@ -120,7 +122,7 @@ def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
         while left > 0 and (part := os.read(handle, min(left, status.st_size + 1))):
             parts.append(part)
             left -= len(part)
-            if left <= most - status.st_size:  # as long as it was; what is added now comes next time
+            if left <= most - status.st_size:  # the file's length at the start; later additions are read next time
                 break
         if left <= 0:
             raise too_large(str(file), most + 1, most)
@@ -130,17 +132,17 @@ def read_whole(file: Path, most: int, offset: int = 0) -> bytes:
 
 
 def touch(file: Path) -> None:
-    """Makes the file, empty, where there is none. Raises UserError for a link."""
+    """Creates an empty file where there is none. Raises UserError for a link."""
     close(open_regular(file, os.O_WRONLY | os.O_CREAT))
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Adds a line to a log, durable when this returns. One before it that was torn goes. Raises UserError where the
+    """Adds a line to a log, durable when this returns. A torn last line is removed first. Raises UserError where the
     log is a link."""
     handle = open_regular(file, os.O_RDWR | os.O_CREAT)
     try:
         end = os.lseek(handle, 0, os.SEEK_END)
-        if end and os.pread(handle, 1, end - 1) != b"\n":  # torn by a crash: it was never a line
+        if end and os.pread(handle, 1, end - 1) != b"\n":  # a crash cut the line off: it was never committed
             end = os.pread(handle, end, 0).rfind(b"\n") + 1
             os.ftruncate(handle, end)
         try:
@@ -155,19 +157,20 @@ def append_line(file: Path, line: bytes) -> None:
 
 
 def remove_tree(path: Path) -> None:
-    """Deletes a file or a folder with all in it. Of a link, the link: what it stands for stays, and is named."""
+    """Deletes a file or a folder with all its content. A link is removed itself; its target stays, and is named."""
     if path.is_symlink():
         target = os.path.realpath(path)
-        again(path.unlink, missing_ok=True)
-        say(f"{path}: was a link and is removed; {target}, which it stood for, is left as it is")
+        retry_interrupted(path.unlink, missing_ok=True)
+        say(f"{path}: was a link and is removed; its target {target} is left as it is")
     elif path.is_dir():
-        again(shutil.rmtree, path)
+        retry_interrupted(shutil.rmtree, path)
     else:
-        again(path.unlink, missing_ok=True)
+        retry_interrupted(path.unlink, missing_ok=True)
 
 
 def check_removable(paths: Iterable[Path]) -> None:
-    """Before anything is deleted: raises UserError where it could not be. Looks at the folders, not into them."""
+    """Called before anything is deleted: raises UserError where deletion would fail. It checks the folders, not their
+    content."""
     for path in paths:
         holds = [path.parent, *([path] if path.is_dir() and not path.is_symlink() else [])]
         for folder in holds:
@@ -179,8 +182,8 @@ def check_removable(paths: Iterable[Path]) -> None:
 
 
 def sync(path: Path) -> None:
-    """fsync of a file or a folder."""
-    handle = HANDLES.with_room(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
+    """Syncs a file or a folder (fsync)."""
+    handle = HANDLES.with_free_handle(lambda: os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW))
     try:
         os.fsync(handle)
     finally:
@@ -188,15 +191,15 @@ def sync(path: Path) -> None:
 
 
 def write_file(path: Path, pieces: bytes | Iterable[Buffer]) -> None:
-    """A file of all the pieces, or nothing."""
+    """Writes a file made of all the pieces, or nothing."""
     with written_together() as write:
         write(path, [pieces] if isinstance(pieces, bytes) else pieces)
 
 
 @contextmanager
 def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
-    """Files, or nothing: all to temporary names, then fsync of all, renames, and fsync of each folder once. The first
-    fsync takes the journal's part of the others with it."""
+    """Writes several files, or none: all under temporary names, then one fsync each, renames, and one fsync per folder.
+    The first fsync flushes the journal for the others too."""
     names: dict[Path, Path] = {}
     folders: set[Path] = set()
 
@@ -210,20 +213,20 @@ def written_together() -> Iterator[Callable[[Path, Iterable[Buffer]], None]]:
         for temporary in names.values():
             sync(temporary)
         for path, temporary in names.items():
-            again(temporary.rename, path)
+            retry_interrupted(temporary.rename, path)
     except BaseException:
         for temporary in names.values():
-            with contextlib.suppress(OSError):  # the first failure is the one to tell
-                again(temporary.unlink, missing_ok=True)
+            with contextlib.suppress(OSError):  # the first failure is the one to report
+                retry_interrupted(temporary.unlink, missing_ok=True)
         raise
     for folder in folders:
         sync(folder)
 
 
 def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
-    """A file that was not there: what has its name, a leftover or a link, goes."""
+    """Writes a file that does not exist; a leftover or a link with its name is removed first."""
     new = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-    again(path.unlink, missing_ok=True)
+    retry_interrupted(path.unlink, missing_ok=True)
     handle = open_regular(path, new)
     try:
         for piece in pieces:
@@ -231,24 +234,24 @@ def write_new(path: Path, pieces: Iterable[Buffer]) -> None:
             while len(view):
                 view = view[os.write(handle, view) :]
     except BaseException:
-        with contextlib.suppress(OSError):  # the first failure is the one to tell
+        with contextlib.suppress(OSError):  # the first failure is the one to report
             close(handle)
         raise
     close(handle)
 
 
 def make_folders(folder: Path) -> list[Path]:
-    """Like mkdir -p. Gives the folders that have a new name in them: to be synced."""
+    """Like mkdir -p. Returns the folders that contain a new name and must be synced."""
     if folder.is_dir():
         return []
     above = make_folders(folder.parent)
-    again(folder.mkdir, exist_ok=True)
+    retry_interrupted(folder.mkdir, exist_ok=True)
     return [*above, folder.parent]
 
 
 def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collection[int] = ()) -> None:
-    """Deletes what was being written when a process was killed, in the places where it can be: beside documents and
-    logs, and among the files of shards that are not `written`. For whoever holds the lock."""
+    """Deletes the temporary files of a killed process, in the places where they can be: beside documents and logs, and
+    among the files of shards that are not `written`. The caller holds the lock."""
     places = [root, root / "manifest"]
     for array in arrays:
         folder = root / array
@@ -257,17 +260,17 @@ def remove_temporaries(root: Path, arrays: Iterable[str] = (), written: Collecti
             for entry in found:
                 number = entry.name.partition(".")[0]
                 if entry.name.endswith(".tmp"):
-                    again(Path(entry.path).unlink, missing_ok=True)
+                    retry_interrupted(Path(entry.path).unlink, missing_ok=True)
                 elif number.isdecimal() and int(number) not in written and entry.is_dir(follow_symlinks=False):
                     places.append(Path(entry.path))
     for place in dict.fromkeys(places):
         for leftover in place.glob("*.tmp"):
-            again(leftover.unlink, missing_ok=True)
+            retry_interrupted(leftover.unlink, missing_ok=True)
 
 
 WRITABLE: Final = "permission denied. Make the folder writable"
 LIMIT: Final = "Raise the limit (ulimit -n), or stop what else is running"
-MOUNT: Final = "the file system does not answer as it should. See to the disk or its server"
+MOUNT: Final = "the file system does not answer as it should. Check the disk or its server"
 REASONS: Final = {
     errno.ENOSPC: "the disk is full. Free space",
     errno.EDQUOT: "the disk quota is used up. Free space",
@@ -280,8 +283,8 @@ REASONS: Final = {
     errno.ENFILE: f"this machine has too many open files. {LIMIT}",
     errno.ENAMETOOLONG: "the name is too long for this file system. Choose a shorter --out or --name",
     errno.ENOENT: "a file or folder that was there a moment ago is gone. Leave the folder alone while this runs",
-    errno.ENOTDIR: "what should be a folder is none. Leave the folder alone while this runs",
-    errno.EISDIR: "what should be a file is a folder. Remove it",
+    errno.ENOTDIR: "a folder is expected, but something else is there. Leave the folder alone while this runs",
+    errno.EISDIR: "a file is expected, but a folder is there. Remove it",
     errno.ENOTEMPTY: "another process is writing into the folder. Leave the folder alone while this runs",
     errno.EEXIST: "another process is writing into the folder. Leave the folder alone while this runs",
     errno.ELOOP: "links lead round in a circle. Remove them",
@@ -293,26 +296,25 @@ REASONS: Final = {
     errno.ENOTCONN: f"{MOUNT} (not connected): mount it again",
     errno.ENXIO: f"{MOUNT} (no such device)",
     errno.ENODEV: f"{MOUNT} (no such device)",
-    errno.ENOLCK: "the file system has no locks left. See to its server",
+    errno.ENOLCK: "the file system has no locks left. Check its server",
     errno.ENOSYS: "the file system cannot do this. Use another disk",
     errno.EOPNOTSUPP: "the file system cannot do this. Use another disk",
     errno.EINVAL: "the file system refuses this. Use another disk",
     errno.EBUSY: "a file is in use by something else (EBUSY). Stop it",
     errno.ETXTBSY: "a file is in use by something else (ETXTBSY). Stop it",
     errno.EBADF: "the disk reports an error when a file is closed. Check the disk",
-    errno.ENOMEM: "memory does not suffice. Free some",
+    errno.ENOMEM: "out of memory. Free some",
 }
 
 
 def in_words(error: OSError) -> str:
-    """What an operating system's error means, and what to do."""
-    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). See to the disk"
+    """What an operating-system error means, and what to do."""
+    return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). Check the disk"
 
 
 @contextmanager
 def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
-    """Turns a full disk or a read-only one, or whatever else a disk says, into a message; what is committed stays
-    valid."""
+    """Turns an error of the disk, such as a full or read-only one, into a UserError; committed data stays valid."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""Who may write into a folder, and who is reading it: locks that end with their process.
+"""Locks that say who may write into a folder and who is reading it; they end with their process.
 
-`.lock` is held by a writer (flock). Where a file system has no flock (Lustre without `-o flock`, NFS without its lock
-service), a second file stands for it, which only one process can create; it stays when its process is killed, and then
-a message says which file to delete. Whoever reads a store for long holds a shared lock on its record.json: nothing is
-written for that, and who wants to delete the store is told.
+A writer holds `.lock` (flock). Some file systems have no flock (Lustre without `-o flock`, NFS without its lock
+service). There a second file replaces the lock, which only one process can create. It stays when its process is killed,
+and then a message says which file to delete. A process that reads a store for long holds a shared lock on its
+record.json; nothing is written for that, and a process that wants to delete the store is refused.
 """
 
 import contextlib
@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.files.handles import again, close, open_regular
+from shared.files.handles import close, open_regular, retry_interrupted
 from shared.progress import say
 
 LOCK_FILE: Final = ".lock"
 HELD_FILE: Final = ".lock.held"
-"""Stands for a lock where there is no flock."""
+"""Replaces the lock where there is no flock."""
 READ_FILE: Final = "record.json"
-"""What readers lock: written once, never replaced."""
+"""The file that readers lock: written once, never replaced."""
 NO_FLOCK: Final = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, errno.EBADF)
 WAIT_SECONDS: Final = 0.05
-"""`is_locked` holds a lock for a moment."""
+"""Pause before a second try, because `is_locked` holds a lock for a moment."""
 
 
 class NoFlockError(Exception):
@@ -42,9 +42,9 @@ def lock_file(writer: int) -> str:
 
 
 def flock(handle: int, how: int) -> bool:
-    """Whether the lock was free; it is not waited for. Raises NoFlockError."""
+    """Returns whether the lock was free; does not wait for it. Raises NoFlockError."""
     try:
-        again(fcntl.flock, handle, how | fcntl.LOCK_NB)
+        retry_interrupted(fcntl.flock, handle, how | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     except OSError as error:
@@ -56,21 +56,21 @@ def flock(handle: int, how: int) -> bool:
 
 @contextmanager
 def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
-    """One writer of a folder at a time. The lock dies with its process. Raises UserError naming the holder, and where
-    the lock's file is a link."""
+    """Allows one writer of a folder at a time. The lock ends with its process. Raises UserError naming the holder, and
+    where the lock's file is a link."""
     handle = open_regular(root / name, os.O_RDWR | os.O_CREAT)
     try:
         other = root / name.replace(LOCK_FILE, HELD_FILE, 1)
         try:
             take_flock(handle, root)
         except NoFlockError:
-            with created(other, root):
+            with exclusive_file(other, root):
                 check_name(handle, root / name, root)
                 yield
             return
-        if other.exists():  # flock comes and goes on some servers
+        if other.exists():  # some servers have flock only at times
             raise UserError(f"{root}: {held_by(other)}")
-        with contextlib.suppress(OSError):  # on a full disk the lock holds without a name in it
+        with contextlib.suppress(OSError):  # on a full disk the lock works without a name in it
             os.ftruncate(handle, 0)
             os.pwrite(handle, this_process().encode(), 0)
         try:
@@ -88,8 +88,8 @@ def take_flock(handle: int, root: Path) -> None:
             return
         if not last:
             time.sleep(WAIT_SECONDS)
-    holder = os.pread(handle, 200, 0).decode(errors="replace").strip()
-    raise UserError(f"{root}: {printable(holder) or 'another process'} is writing here; wait for it, or stop it first")
+    name = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    raise UserError(f"{root}: {printable(name) or 'another process'} is writing here; wait for it, or stop it first")
 
 
 def printable(text: str) -> str:
@@ -97,8 +97,8 @@ def printable(text: str) -> str:
 
 
 @contextmanager
-def created(file: Path, root: Path) -> Iterator[None]:
-    """A lock without flock: a file that only one process can create. Raises UserError naming who holds it."""
+def exclusive_file(file: Path, root: Path) -> Iterator[None]:
+    """A lock without flock: a file that only one process can create. Raises UserError naming the holder."""
     mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "processes": process_space()}).encode()
     try:
         handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
@@ -112,11 +112,12 @@ def created(file: Path, root: Path) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):
-            again(file.unlink, missing_ok=True)
+            retry_interrupted(file.unlink, missing_ok=True)
 
 
 def check_name(handle: int, file: Path, root: Path) -> None:
-    """Where there is no flock now: raises UserError when the file names a holder that had it, and may still have."""
+    """Called where flock does not work now: raises UserError when the file names a holder that locked it with flock and
+    may still be alive."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     found = re.fullmatch(r"process (\d+) on (.+)", text)
     if text and not (found and found[2] == socket.gethostname() and not is_alive(int(found[1]))):
@@ -127,7 +128,7 @@ def check_name(handle: int, file: Path, root: Path) -> None:
 
 
 def held_by(file: Path) -> str:
-    held = holder(text_of(file))
+    held = lock_content(first_bytes(file))
     who = printable(f"process {held.get('pid')} on {held.get('host')}") if held else "another process"
     if is_dead(held):
         return f"{who} was writing here and was killed. Delete {file} (this file system has no flock), then try again"
@@ -137,7 +138,7 @@ def held_by(file: Path) -> str:
     )
 
 
-def text_of(file: Path) -> bytes:
+def first_bytes(file: Path) -> bytes:
     try:
         handle = open_regular(file)
     except OSError:
@@ -149,7 +150,7 @@ def text_of(file: Path) -> bytes:
 
 
 def check_alone(root: Path) -> None:
-    """For whoever holds the lock of writer 0. Raises UserError when another writer is still at work: the rest of a
+    """Called by the holder of writer 0's lock. Raises UserError when another writer is still at work: the rest of a
     harvest whose first process was killed."""
     for path in sorted(root.glob(f"{LOCK_FILE}.[0-9]*")):
         with folder_lock(root, path.name):
@@ -161,7 +162,7 @@ def this_process() -> str:
 
 
 def is_locked(root: Path) -> bool | None:
-    """Whether a process that is alive holds the folder's lock; None where that cannot be seen."""
+    """Whether a living process holds the folder's lock; None where that cannot be seen."""
     if (root / LOCK_FILE).is_symlink() or (root / HELD_FILE).exists():
         return None
     try:
@@ -178,7 +179,8 @@ def is_locked(root: Path) -> bool | None:
 
 @contextmanager
 def held_for_reading(root: Path) -> Iterator[None]:
-    """Raises UserError when the store is being deleted. Where it cannot be locked, it is read without."""
+    """Holds a shared lock while a store is read. Raises UserError when the store is being deleted. Where locking is
+    impossible, it is read without a lock."""
     try:
         handle = open_regular(root / READ_FILE)
     except FileNotFoundError:
@@ -190,7 +192,7 @@ def held_for_reading(root: Path) -> Iterator[None]:
                 if flock(handle, fcntl.LOCK_SH):
                     break
                 if last:
-                    raise UserError(f"{root}: is being deleted or taken back by another process. Wait for it")
+                    raise UserError(f"{root}: is being deleted or repaired by another process. Wait for it")
                 time.sleep(WAIT_SECONDS)
         yield
     finally:
@@ -199,7 +201,7 @@ def held_for_reading(root: Path) -> Iterator[None]:
 
 @contextmanager
 def check_unread(root: Path) -> Iterator[None]:
-    """Raises UserError when somebody reads the store, and keeps new readers away."""
+    """Raises UserError when a process reads the store, and keeps new readers away."""
     try:
         handle = open_regular(root / READ_FILE)
     except FileNotFoundError:
@@ -209,18 +211,18 @@ def check_unread(root: Path) -> Iterator[None]:
         try:
             if not flock(handle, fcntl.LOCK_EX):
                 raise UserError(
-                    f"{root}: {readers(handle)} reading it (a training, an evaluation, a verify …). Wait for it, or "
-                    "stop it first"
+                    f"{root}: {reading_processes(handle)} reading it (a training, an evaluation, a verify …). Wait for "
+                    "it, or stop it first"
                 )
         except NoFlockError as error:
-            say(f"{root}: whether somebody is reading it cannot be seen on this file system ({error})")
+            say(f"{root}: this file system does not show whether another process is reading it ({error})")
         yield
     finally:
         close(handle)
 
 
-def readers(handle: int) -> str:
-    """Who holds a lock of this file, as far as this machine knows."""
+def reading_processes(handle: int) -> str:
+    """The processes that hold a lock of this file, as far as this machine knows."""
     status = os.fstat(handle)
     wanted = f":{status.st_ino}"
     try:
@@ -234,8 +236,8 @@ def readers(handle: int) -> str:
     return f"process {', '.join(sorted(found))} is" if len(found) == 1 else f"processes {', '.join(sorted(found))} are"
 
 
-def holder(data: bytes) -> dict[str, Any]:
-    """What a lock's file says; {} when it says nothing."""
+def lock_content(data: bytes) -> dict[str, Any]:
+    """The content of a lock's file; {} when it has none."""
     with contextlib.suppress(ValueError, RecursionError):
         held = json.loads(data)
         if isinstance(held, dict):
@@ -244,14 +246,14 @@ def holder(data: bytes) -> dict[str, Any]:
 
 
 def is_dead(held: dict[str, Any]) -> bool:
-    """Whether it was a process of this machine, and is gone. No answer about any other machine."""
+    """Whether the holder was a process of this machine and has ended. False for any other machine."""
     here = held.get("host") == socket.gethostname() and held.get("processes") == process_space()
     pid = held.get("pid")
     return here and isinstance(pid, int) and pid > 0 and not is_alive(pid)
 
 
 def is_alive(pid: int) -> bool:
-    """Of this machine; true when that is not known."""
+    """Whether this machine has such a process; True when that is unknown."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -262,7 +264,7 @@ def is_alive(pid: int) -> bool:
 
 
 def process_space() -> str:
-    """Which numbering of processes ours are in: two containers can have one host name."""
+    """The PID namespace of this process: two containers can have the same host name."""
     with contextlib.suppress(OSError):
         return os.readlink("/proc/self/ns/pid")
     return ""

@@ -1,4 +1,4 @@
-"""The files at a location: a local folder or a URL."""
+"""Opens the files at a location: a local folder or a URL."""
 
 import os
 from pathlib import Path
@@ -8,7 +8,7 @@ from shared.files.local import LocalFiles
 
 
 def open_files(location: str | Path) -> Files:
-    """The files at a folder (its `~` made whole) or a URL (s3://, gs://, http://, https://)."""
+    """The files in a folder (with `~` expanded) or at a URL (s3://, gs://, http://, https://)."""
     if not is_remote(location):
         return LocalFiles(Path(os.path.expanduser(location)))
     from shared.files.remote import RemoteFiles

@@ -1,8 +1,8 @@
-"""Files in an object store (s3://, gs://) or behind a web server (http://, https://, which can only be read).
+"""Files in an object store (s3://, gs://) or behind a web server (http://, https://, read-only).
 
-An object is whole or absent: one PUT, or an upload in parts that ends with one. There is no appending: a line of a log
-is an object of its own. What was committed is read by byte ranges, from many threads at once, never more or fewer bytes
-than asked for. Ranges of a file whose checksum the caller knows are kept in a cache on disk.
+An object is whole or absent: it is written by one PUT, or by an upload in parts that ends with one request. Appending
+is impossible, so a line of a log is an object of its own. Committed files are read by byte ranges, from many threads at
+once; exactly the requested bytes are accepted. Ranges of a file whose checksum the caller knows are cached on disk.
 """
 
 import re
@@ -16,22 +16,22 @@ from shared.errors import DamagedError, UserError
 from shared.files.base import AGAIN, Files, LogMark, Write, most_bytes, safe
 from shared.files.cache import Key, RangeCache
 from shared.files.client import PART_BYTES, Client, ServerError
-from shared.files.connect import parse
+from shared.files.connect import parse_url
 from shared.files.handles import VERIFY, Buffer
 from shared.files.locks import lock_file
 from shared.files.object_lock import object_lock
 from shared.store.shard import crc32c
 
 JOINED: Final = 64
-"""Lines in a log that is made of logs of one line each: a store that is being written has at most so many of those
-for each writer, and one object for so many others."""
+"""Lines in a log that is joined from logs of one line each. An unfinished store has at most this many logs of one line
+per writer, and one object for every JOINED older lines."""
 AT_ONCE: Final = 16
 SINGLE: Final = re.compile(r"(.+)\.(\d{8,})\.jsonl")
-"""The name of a log of one line: that of the log that it belongs to, and the line's number."""
+"""The name of a log of one line: the name of the log that it belongs to, and the number of the line."""
 
 
 class RemoteFile:
-    """An object that does not change, read by ranges. Costs no request before the first."""
+    """An object that does not change, read by ranges. Opening it costs no request."""
 
     def __init__(self, client: Client, key: str, name: str, size: int, crc: int | None, cache: RangeCache) -> None:
         self.client, self.key, self.name, self.size, self.crc = client, key, name, size, crc
@@ -40,7 +40,7 @@ class RemoteFile:
     def read(self, offset: int, length: int) -> Buffer:
         if length <= PART_BYTES:
             return self.read_part(offset, length)
-        data = bytearray()  # a part a request: each is short, and lost alone
+        data = bytearray()  # one request per part: each is short, and a failure loses one part only
         for begin in range(0, length, PART_BYTES):
             data += self.read_part(offset + begin, min(PART_BYTES, length - begin))
         return memoryview(data)
@@ -59,7 +59,7 @@ class RemoteFile:
         return data
 
     def forget(self, offset: int, length: int) -> bool:
-        """Always true: without a cached copy, too, other bytes may come the next time."""
+        """Always returns True: even without a cached copy, the next request may return other bytes."""
         for begin in range(0, length, PART_BYTES):
             self.cache.forget(self.cache_key(offset + begin, min(PART_BYTES, length - begin)))
         return True
@@ -78,12 +78,12 @@ class RemoteFiles:
     def __init__(self, client: Client, prefix: str, name: str, cache: RangeCache) -> None:
         self.client, self.prefix, self.name, self.cache = client, prefix, name, cache
         self.single: dict[str, dict[str, bytes]] = {}
-        """The lines that were appended here and are still objects of their own: by log, then by path."""
+        """Lines that were appended here and are still objects of their own: by log, then by path."""
 
     @classmethod
     def connect(cls, url: str) -> "RemoteFiles":
-        """The files at a URL; sends nothing. Raises UserError when it cannot be one."""
-        parts = parse(url)
+        """The files at a URL; sends nothing. Raises UserError when the URL cannot be one."""
+        parts = parse_url(url)
         path = unquote(parts.path) if parts.scheme.startswith("http") else parts.path
         return cls(Client.connect(parts), path.strip("/"), url.rstrip("/"), RangeCache.of_user())
 
@@ -95,7 +95,7 @@ class RemoteFiles:
         return self.client.get(*self.place(path), most_bytes(path))[0]
 
     def open(self, path: str, size: int, crc: int | None = None) -> RemoteFile:
-        """With the committed checksum, which tells this content from any other, its ranges are cached."""
+        """Opens an object. With the committed checksum, which identifies this content, its ranges are cached."""
         return RemoteFile(self.client, *self.place(path), size, crc, self.cache)
 
     def write(self, path: str, pieces: Iterable[Buffer]) -> None:
@@ -104,7 +104,7 @@ class RemoteFiles:
 
     @contextmanager
     def together(self) -> Iterator[Write]:
-        yield self.write  # an object is durable when it is there
+        yield self.write  # an object is durable once it exists
 
     def append(self, path: str, line: bytes, number: int) -> None:
         self.check_writable()
@@ -117,8 +117,9 @@ class RemoteFiles:
             self.join(stem, self.single.pop(stem))
 
     def join(self, stem: str, lines: dict[str, bytes]) -> None:
-        """Lines by path to one object, then away with those that they were in. Its name says what it holds: no other
-        lines can ever be written over it. A line that is in both, after a crash between the two, is the same line."""
+        """Joins lines (by path) into one object, then deletes their own objects. The name of the new object contains
+        the checksum of its content, so other lines can never overwrite it. A line that is in both, after a crash in
+        between, is the same line."""
         data = b"".join(lines[path] for path in sorted(lines))
         first = SINGLE.fullmatch(min(lines))
         assert first is not None
@@ -130,7 +131,10 @@ class RemoteFiles:
         for path in self.logs(folder, prefix):
             if found := SINGLE.fullmatch(path):
                 singles.setdefault(found[1], []).append(path)
-        with ThreadPoolExecutor(AT_ONCE) as pool, suppress(FileNotFoundError):  # joined by its writer meanwhile
+        with (
+            ThreadPoolExecutor(AT_ONCE) as pool,
+            suppress(FileNotFoundError),
+        ):  # its writer may have joined it meanwhile
             for stem, paths in singles.items():
                 for begin in range(0, len(paths) - JOINED + 1, JOINED):
                     some = paths[begin : begin + JOINED]
@@ -172,25 +176,25 @@ class RemoteFiles:
 
     def folders(self) -> list[str]:
         if self.client.read_only:
-            raise UserError(f"{self.name}: what is there cannot be listed over http. Name the store itself")
+            raise UserError(f"{self.name}: folders cannot be listed over http. Name the store itself")
         names = {last_name(path) for path in self.client.listing(*self.place(""))["common_prefixes"]}
         return sorted(name for name in names if is_name(name))
 
     def clear(self, unwanted: Callable[[str], bool]) -> None:
-        """Files first: a store without its zarr.json is none, whatever else is left of it."""
+        """Deletes files first: a folder without its zarr.json is no store, whatever else is left."""
         self.check_writable()
         here = self.client.listing(*self.place(""))
         keys = [meta["path"] for meta in here["objects"] if unwanted(last_name(meta["path"]))]
         self.client.delete(keys, self.name)
         for folder in here["common_prefixes"]:
             if unwanted(last_name(folder)):
-                self.client.delete([meta["path"] for meta in self.client.everything(folder, self.name)], self.name)
+                self.client.delete([meta["path"] for meta in self.client.list_all(folder, self.name)], self.name)
 
-    def check_removable(self, unwanted: Callable[[str], bool]) -> None:  # noqa: ARG002 (a bucket says so when asked)
+    def check_removable(self, unwanted: Callable[[str], bool]) -> None:  # noqa: ARG002 (a bucket reports it at the request)
         self.check_writable()
 
     def reading(self) -> AbstractContextManager[None]:
-        return nullcontext()  # an object store knows nothing of readers
+        return nullcontext()  # an object store does not know its readers
 
     def unread(self) -> AbstractContextManager[None]:
         return nullcontext()
@@ -215,7 +219,7 @@ class RemoteFiles:
 
 
 def is_name(text: str) -> bool:
-    """Whether a name that a server lists can be one: it is asked for again, and printed."""
+    """Whether a listed name is acceptable: it will be requested again, and printed."""
     return text not in ("", ".", "..") and len(text) <= 255 and text.isprintable()
 
 

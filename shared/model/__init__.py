@@ -1,1 +1,1 @@
-"""Language models: which one a name means, its hookpoints, and running it."""
+"""Language models: resolving a name, finding hookpoints, and running the model."""

@@ -1,9 +1,9 @@
-"""The one door to TransformerLens: a Hugging Face model with its hookpoints.
+"""Wraps a Hugging Face model with TransformerLens hookpoints; the only module that imports TransformerLens.
 
-With `sdpa` every module keeps Hugging Face's own computation and the bridge only adds hooks, so that activations equal
-the Hugging Face forward bit for bit. With `eager` it is TransformerLens' stock bridge, which computes attention again
+With `sdpa` every module keeps Hugging Face's own computation and the bridge only adds hooks, so activations equal the
+Hugging Face forward pass bit for bit. With `eager` it is TransformerLens' stock bridge, which computes attention again
 in Python: slower (up to five times at long contexts), equal up to rounding, and with hookpoints inside attention.
-Weights are as they were shipped in both. docs/models.md has the architectures that were tried.
+Neither changes the weights. docs/reference/models.md lists the architectures that were tried.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,8 +19,8 @@ Attention = Literal["sdpa", "eager"]
 
 
 def build_bridge(model: "nn.Module", attention: Attention, name: str, layers: Sequence[int] | None = None) -> Any:
-    """The bridge over a model that was loaded with this attention; the model is changed in place. With `layers` it
-    keeps these only, numbered from 0. Raises UserError where TransformerLens does not know the architecture."""
+    """Wraps a model that was loaded with this attention; the model is changed in place. With `layers` only these are
+    kept, numbered from 0. Raises UserError where TransformerLens does not know the architecture."""
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
 
     config: Any = model.config
@@ -51,7 +51,7 @@ def build_bridge(model: "nn.Module", attention: Attention, name: str, layers: Se
 
 @contextmanager
 def wants_sdpa(name: str, attention: Attention) -> Iterator[None]:
-    """Around the making of a model: UserError where Hugging Face has no SDPA attention for it."""
+    """Wraps the construction of a model: raises UserError where Hugging Face has no SDPA attention for it."""
     try:
         yield
     except ValueError as error:
@@ -65,14 +65,14 @@ def wants_sdpa(name: str, attention: Attention) -> Iterator[None]:
 
 
 def native_blocks(adapter: Any) -> None:
-    """Puts plain wrappers where the adapter would compute attention, norms or fused projections itself. Hooks fire on
-    what goes in and what comes out, and on what enters attention's output projection (`attn.hook_z`)."""
+    """Replaces the adapter's own attention, norms and fused projections by plain wrappers. Hooks fire on inputs and
+    outputs, and on the input of attention's output projection (`attn.hook_z`)."""
     from transformer_lens.model_bridge.generalized_components import AttentionBridge, LinearBridge, MLPBridge
     from transformer_lens.model_bridge.generalized_components.gated_delta_net import GatedDeltaNetBridge
     from transformer_lens.model_bridge.generalized_components.joint_gate_up_mlp import JointGateUpMLPBridge
     from transformer_lens.model_bridge.generalized_components.normalization import NormalizationBridge
 
-    adapter.cfg.attn_implementation = "sdpa"  # an adapter that says eager would switch the model
+    adapter.cfg.attn_implementation = "sdpa"  # an adapter set to eager would switch the model
     parts = adapter.component_mapping["blocks"].submodules
     for key, part in parts.items():
         if isinstance(part, AttentionBridge):
@@ -99,7 +99,7 @@ def native_blocks(adapter: Any) -> None:
 
 
 def plain(part: Any, config: Any) -> Any:
-    """A wrapper that only fires hooks, with the shapes that the part's hooks are given (OPT's MLP sees flat rows)."""
+    """A wrapper that only fires hooks, with the shapes that the part's hooks receive (OPT's MLP sees flat rows)."""
     from transformer_lens.model_bridge.generalized_components.base import GeneralizedComponent
 
     wrapper = GeneralizedComponent(name=part.name, config=config, optional=part.optional)
@@ -109,7 +109,7 @@ def plain(part: Any, config: Any) -> Any:
 
 
 def restore_forwards(forwards: "dict[nn.Module, Any]") -> None:
-    """Undoes what an adapter did to forwards of Hugging Face's modules (Falcon's): their own is what we promise."""
+    """Undoes an adapter's changes to forwards of Hugging Face's modules (Falcon's): we promise the original ones."""
     for module, forward in forwards.items():
         if vars(module).get("forward") is not forward:
             del module.forward
@@ -118,7 +118,7 @@ def restore_forwards(forwards: "dict[nn.Module, Any]") -> None:
 
 
 def keep_layers(model: "nn.Module", path: str, layers: Sequence[int]) -> None:
-    """Takes all other blocks away, and their kinds where the configuration lists one for each."""
+    """Removes all other blocks, and their entries where the configuration lists one per layer."""
     from torch import nn
 
     parent, _, name = path.rpartition(".")

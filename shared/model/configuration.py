@@ -1,7 +1,7 @@
-"""What a model's configuration may say: checked before anything is made of it.
+"""Checks a model's configuration before anything is built from it.
 
 A configuration is downloaded: its numbers become loops and allocations in other libraries, its names may become
-imports. Here they are bounded, and what cannot be harvested is refused in one sentence.
+imports. Here they are bounded, and a model that cannot be harvested is refused with one message.
 """
 
 from collections.abc import Iterator, Mapping
@@ -23,7 +23,8 @@ BOUNDS: Final = {
 LIMITS: Final = {key: limits for limits, keys in BOUNDS.items() for key in keys}
 DEEPEST: Final = 32
 KERNELS: Final = ("_attn_implementation", "attn_implementation", "_experts_implementation", "experts_implementation")
-"""Where a configuration may name a repository of code (owner/kernel), which transformers would fetch and run."""
+"""Members in which a configuration may name a repository of code (owner/kernel) that transformers would fetch and
+run."""
 
 
 ENCODERS: Final = (
@@ -31,12 +32,12 @@ ENCODERS: Final = (
     "roberta-prelayernorm", "big_bird", "data2vec-text", "megatron-bert", "roc_bert", "xmod", "xlm", "modernbert",
     "distilbert", "albert", "deberta", "deberta-v2", "nomic_bert",
 )  # fmt: skip
-"""Of these some can be decoders too, and say so (is_decoder)."""
+"""Encoder architectures. Some can also be decoders, and then set is_decoder."""
 
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What can be known from the configuration, before any weights are loaded."""
+    """Facts that the configuration states, before any weights are loaded."""
 
     n_layers: int
     d_model: int
@@ -48,7 +49,7 @@ def checked_raw(raw: Mapping[str, Any], name: str) -> None:
     """Raises UserError for a config.json that is no configuration, whose numbers no model has, or that cannot be
     harvested."""
     if not isinstance(raw.get("model_type", ""), str):
-        raise wrong(name, "model_type", raw["model_type"], "the name of an architecture")
+        raise wrong_value(name, "model_type", raw["model_type"], "the name of an architecture")
     for inside in sections(raw, name):
         for key, value in inside.items():
             if key in LIMITS:
@@ -64,7 +65,7 @@ def checked_raw(raw: Mapping[str, Any], name: str) -> None:
     if raw.get("transformers_weights"):
         raise UserError(
             f"--model {name}: its config.json names a weights file of its own (transformers_weights), which is not "
-            "supported. Save the model anew with save_pretrained"
+            "supported. Save the model again with save_pretrained"
         )
     if raw.get("auto_map") and not known_type(raw.get("model_type")):
         raise UserError(
@@ -97,7 +98,7 @@ def check_number(name: str, key: str, value: object) -> None:
         if one is None or (key == "sliding_window" and one in (0, -1)):
             continue
         if isinstance(one, bool) or not isinstance(one, int) or not low <= one <= high:
-            raise wrong(name, key, one, f"a whole number from {low} to {high:,}")
+            raise wrong_value(name, key, one, f"a whole number from {low} to {high:,}")
 
 
 def check_kernel(name: str, key: str, value: object) -> None:
@@ -110,7 +111,7 @@ def check_kernel(name: str, key: str, value: object) -> None:
 
 
 def checked_config(config: Any, name: str) -> Any:
-    """transformers' configuration, when it is of a decoder whose numbers a model can have."""
+    """Returns transformers' configuration. Raises UserError unless it is a decoder's and its numbers are plausible."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if getattr(config, "is_encoder_decoder", False):
@@ -119,16 +120,16 @@ def checked_config(config: Any, name: str) -> Any:
         raise quantised(name, "quantization_config")
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(
-            f"--model {name}: transformers has no causal language model of model_type {config.model_type!r}. What can "
-            "be harvested is a decoder that predicts the next token"
+            f"--model {name}: transformers has no causal language model of model_type {config.model_type!r}. Only "
+            "a decoder that predicts the next token can be harvested"
         )
     text = text_config(config)
     encoder = config.model_type in ENCODERS and not getattr(config, "is_decoder", False)
     both_ways = getattr(text, "use_bidirectional_attention", None) in (True, "all")
     if encoder or both_ways or getattr(text, "is_causal", None) is False:
         raise UserError(
-            f"--model {name}: every token of it ({config.model_type}) sees those after it. What can be harvested is a "
-            "decoder that predicts the next token from those before"
+            f"--model {name}: its attention is bidirectional ({config.model_type}). Only a decoder that predicts the "
+            "next token from those before it can be harvested"
         )
     for key, names in (("layers", "num_hidden_layers"), ("width", "hidden_size"), ("vocabulary", "vocab_size")):
         value = getattr(text, names, None)
@@ -155,11 +156,11 @@ def info_of(config: Any) -> ModelInfo:
 
 def encoder_decoder(name: str, model_type: object) -> UserError:
     return UserError(
-        f"--model {name}: is an encoder-decoder ({str(model_type)[:80]}). What can be harvested is a decoder that "
-        "predicts the next token"
+        f"--model {name}: is an encoder-decoder ({str(model_type)[:80]}). Only a decoder that predicts "
+        "the next token can be harvested"
     )
 
 
-def wrong(name: str, key: str, value: object, expected: str) -> UserError:
+def wrong_value(name: str, key: str, value: object, expected: str) -> UserError:
     shown = "a number of many digits" if isinstance(value, int) and value.bit_length() > 100 else repr(value)[:80]
     return UserError(f"--model {name}: its config.json says {key} = {shown}; {expected} is expected")

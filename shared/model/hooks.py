@@ -1,7 +1,7 @@
-"""Hookpoints: how they are named, in which layers, and how wide a row is at each.
+"""Hookpoints: their names, their layers, and the width of a row at each.
 
-A short name such as `mlp_out` stands for that hookpoint of every layer asked for; any other is TransformerLens' own
-name. What can be harvested is what gives one row a token, once in a forward pass.
+A short name such as `mlp_out` means that hookpoint in every requested layer; any other is TransformerLens' own name. A
+hookpoint can be harvested if it yields one row per token, once in a forward pass.
 """
 
 import difflib
@@ -31,7 +31,10 @@ class Hook:
 
 
 def resolve_layers(layers: tuple[int | str, ...], info: ModelInfo) -> list[int]:
-    """Layer numbers; `mid` is n_layers // 2. Raises UserError for a layer the model does not have."""
+    """Layer numbers; `mid` is n_layers
+
+    2. Raises UserError for a layer the model does not have.
+    """
     numbers = [info.n_layers // 2 if layer == "mid" else int(layer) for layer in layers]
     for number in numbers:
         if not 0 <= number < info.n_layers:
@@ -40,7 +43,7 @@ def resolve_layers(layers: tuple[int | str, ...], info: ModelInfo) -> list[int]:
 
 
 def resolve_hooks(hooks: tuple[str, ...], layers: list[int], info: ModelInfo) -> dict[str, str]:
-    """Path in the store -> TransformerLens name, in order. A short name means that hook at every layer asked for."""
+    """Path in the store -> TransformerLens name, in order. A short name means that hook at every requested layer."""
     found: dict[str, str] = {}
     for hook in hooks:
         full = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?([\w.]+)", hook)
@@ -63,8 +66,8 @@ def layer_of(hook_name: str) -> int:
 
 
 def hook_widths(names: Iterable[str], outline: Mapping[str, Shapes]) -> dict[str, int]:
-    """d_in of every hookpoint named: all that it gives for one token, heads side by side. Raises UserError for one that
-    the model does not have or that has no row a token."""
+    """d_in of every named hookpoint: all numbers per token, heads side by side. Raises UserError for one that the model
+    does not have or that has no row per token."""
     widths = {}
     for name in names:
         if name not in outline:
@@ -100,16 +103,16 @@ def refuse_absent(name: str, outline: Mapping[str, Shapes]) -> NoReturn:
 def refuse_shape(name: str, shapes: Shapes) -> NoReturn:
     names = {N: "batch", CONTEXT: "context"}
     given = " and ".join(f"[{', '.join(str(names.get(size, size)) for size in shape)}]" for shape in shapes)
-    reason = f"gives {given} in a forward pass" if shapes else "never fires in a forward pass"
+    reason = f"returns {given} in a forward pass" if shapes else "never fires in a forward pass"
     raise UserError(
-        f"--hook {name}: {reason}; what can be harvested gives [batch, context, width] once. "
+        f"--hook {name}: {reason}; a hookpoint must return [batch, context, width] once. "
         "`sagsae hooks --model …` lists what can, --attention eager makes more fire"
     )
 
 
 def hook_table(model: str, revision: str | None, layers: tuple[int | str, ...], attention: Attention) -> list[Hook]:
-    """What can be harvested from these layers of a model, each hookpoint under one of its names: the short one, or the
-    shortest. Reads no weights."""
+    """The hookpoints that can be harvested from these layers of a model, each under its short name or else its shortest
+    one. Reads no weights."""
     source = resolve_model(model, revision, weights=False)
     config = read_config(source)
     found = outline(config, attention, source.name, resolve_layers(layers, model_info(config)))
@@ -122,6 +125,6 @@ def hook_table(model: str, revision: str | None, layers: tuple[int | str, ...], 
 
 
 def short_name(hook_name: str) -> str | None:
-    """`mlp_out` of `blocks.3.hook_mlp_out`; None for a hookpoint that has no short name."""
+    """`mlp_out` for `blocks.3.hook_mlp_out`; None for a hookpoint that has no short name."""
     part = re.sub(r"^blocks\.\d+\.hook_", "", hook_name)
     return part if part in SHORT_HOOKS else None

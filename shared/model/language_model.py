@@ -1,6 +1,6 @@
-"""A language model that activations are read from and spliced into.
+"""A language model from which activations are read, and into which they are spliced.
 
-Models run as Hugging Face ships them: no weight processing. shared/model/bridge.py has the hooks. Heavy imports happen
+Models run as Hugging Face ships them: no weight processing. shared/model/bridge.py adds the hooks. Heavy imports happen
 inside the functions that need them.
 """
 
@@ -25,16 +25,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DEVICE_MAP: Final[str | dict[str, str]] = "auto"
-"""How `--device map` spreads a model: as transformers' device_map says."""
+"""The device_map for `--device map`, which lets transformers spread a model."""
 
 
 def load_weights(source: ModelSource, device: str, dtype: str, attention: Attention) -> Any:
-    """The model as Hugging Face makes it, every weight of it from the files. Raises UserError when they cannot be
-    loaded, lack any of them, hold others that belong into the model, or do not fit into memory."""
+    """Loads the model as Hugging Face makes it, every weight of it from the files. Raises UserError when weights cannot
+    be loaded, are missing, have no place in the model, or do not fit into memory."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # else it asks a server to convert *.bin weights
+    os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")  # otherwise it asks a server to convert *.bin weights
     place = {"device_map": DEVICE_MAP} if device == "map" else {}
     with quiet_library(), explained_loading(source, "weights"), wants_sdpa(source.name, attention):
         try:
@@ -45,7 +45,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
                 attn_implementation=attention,
                 trust_remote_code=False,
                 use_safetensors=True,
-                ignore_mismatched_sizes=True,  # they are listed then, and refused
+                ignore_mismatched_sizes=True,  # check_loaded refuses the listed ones
                 output_loading_info=True,
                 **place,
                 **source.arguments,
@@ -62,8 +62,7 @@ def load_weights(source: ModelSource, device: str, dtype: str, attention: Attent
 
 @contextmanager
 def quiet_library() -> Iterator[None]:
-    """Without what transformers would print beside the one message that a person gets. A GGUF file has its bar on a
-    terminal only."""
+    """Silences what transformers would print beside our one message. A GGUF file shows its bar on a terminal only."""
     from transformers import modeling_gguf_pytorch_utils as gguf
     from transformers.utils import logging
 
@@ -79,7 +78,7 @@ def quiet_library() -> Iterator[None]:
 
 
 def first_device(model: Any) -> "torch.device":
-    """Where a model that was spread takes its tokens: the first device that computes. Weights on the host or on disk
+    """The device that takes the tokens of a spread model: the first one that computes. Weights on the host or on disk
     are brought there block by block."""
     import torch
 
@@ -90,7 +89,7 @@ def first_device(model: Any) -> "torch.device":
 def side_by_side(
     source: ModelSource, device: str, dtype: str, attention: Attention, count: int, loaded: Any = None
 ) -> list["LanguageModel"]:
-    """One model for each of `count` threads, all over the same weights in memory. `loaded`: as of LanguageModel."""
+    """One model for each of `count` threads, all over the same weights in memory. `loaded`: see LanguageModel."""
     model = load_weights(source, device, dtype, attention) if loaded is None else loaded
     weights = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     copies = [copy.deepcopy(model, dict(weights)) for _ in range(count - 1)]  # before hooks change the first in place
@@ -103,7 +102,7 @@ class LanguageModel:
     def __init__(
         self, source: ModelSource, device: str, dtype: str, attention: Attention = "sdpa", loaded: Any = None
     ) -> None:
-        """`loaded`: what `load_weights` gave, if it is there already; it is changed in place."""
+        """`loaded` is what `load_weights` returned, if the weights are in memory already; it is changed in place."""
         import torch
 
         model = load_weights(source, device, dtype, attention) if loaded is None else loaded
@@ -124,9 +123,9 @@ class LanguageModel:
     def capturing(
         self, sinks: Mapping[str, Callable[["Tensor"], None]], widths: Mapping[str, int] | None = None
     ) -> Iterator[Callable[["Tensor"], None]]:
-        """Gives a function tokens [n, context] -> None that runs the model as far as the last hook and calls every
-        sink with its activations [n * context, d_in], once a call. The sinks must not change what they get. Raises
-        UserError in any call where a hook does not fire once with n * context rows, of the width in `widths`."""
+        """Yields a function tokens [n, context] -> None. It runs the model as far as the last hook and calls every sink
+        once with its activations [n * context, d_in]. The sinks must not change them. Raises UserError in any call
+        where a hook does not fire once with n * context rows, of the width in `widths`."""
         import torch
 
         self.check_hooks(list(sinks))
@@ -169,8 +168,8 @@ class LanguageModel:
             self.bridge(tokens, stop_at_layer=last + 1, return_type=None, use_cache=False)
 
     def losses(self, tokens: "Tensor", splice: tuple[str, Callable[["Tensor"], "Tensor"]] | None = None) -> "Tensor":
-        """Next-token losses in nats [n, context - 1], float32. `splice` = (hook name, function of the activations
-        [n, context, ...] at that hook that returns what the model goes on with)."""
+        """Next-token losses in nats [n, context - 1], float32. `splice` = (hook name, function): the function receives
+        the activations [n, context, ...] at that hook, and the model continues with its result."""
         import torch
 
         tokens = tokens.to(self.device)

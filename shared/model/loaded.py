@@ -1,7 +1,7 @@
-"""Whether a model that was loaded is the one in its files: what the library found missing or left over, looked at.
+"""Checks that a loaded model is the one in its files, from the library's lists of missing and unexpected tensors.
 
-transformers draws weights at random where a file lacks them, and leaves out what the model does not have a place for;
-of both it only keeps lists.
+transformers initialises weights at random where a file lacks them, and skips tensors that the model has no place for;
+it only lists both.
 """
 
 import re
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.model.weights import some
+from shared.model.weights import first_names
 from shared.progress import say
 
 WRAPPERS: Final = {
@@ -26,48 +26,50 @@ BUFFERS: Final = re.compile(
     r"(cos|sin)_cached|freqs_cis|rope\.freqs|rotary_(pos_)?emb\S*|relative_position_index|num_batches_tracked|"
     r"embed_positions\.(weights|_float_tensor)|alibi\w*|slopes|version)$"
 )
-"""What older checkpoints carry and newer models compute themselves."""
+"""Buffers that older checkpoints contain and newer models compute themselves."""
 NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def check_loaded(model: Any, info: Mapping[str, Any], name: str) -> None:
-    """Raises UserError, naming tensors, when weights of the model were not in its files, or others were that belong
-    into it. What belongs to nothing that runs (vision towers, heads, further prediction layers) is said in a line."""
+    """Raises UserError, naming tensors, when weights of the model are missing from its files, or the files hold others
+    that the model should use. Tensors of parts that do not run (vision towers, heads, further prediction layers) are
+    listed in a message."""
     missing, unexpected = sorted(info.get("missing_keys", ())), sorted(info.get("unexpected_keys", ()))
     mismatched = sorted(f"{key[0]} {list(key[1])} for {list(key[2])}" for key in info.get("mismatched_keys", ()))
     if missing:
         raise UserError(
-            f"--model {name}: its files lack {len(missing):,} of the model's weights: {some(missing)}."
-            f"{hint(missing, unexpected, model)} Nothing is drawn at random in their place"
+            f"--model {name}: its files lack {len(missing):,} of the model's weights: {first_names(missing)}."
+            f"{likely_reason(missing, unexpected, model)} Missing weights are never initialised at random"
         )
     if mismatched:
         raise UserError(
             f"--model {name}: {len(mismatched):,} weights have another shape in the files than config.json says: "
-            f"{some(mismatched)}. The configuration and the weights are not of the same model"
+            f"{first_names(mismatched)}. The configuration and the weights are not of the same model"
         )
-    wrong = belonging(unexpected, model)
+    wrong = tensors_that_belong(unexpected, model)
     if wrong:
         raise UserError(
             f"--model {name}: its files hold {len(wrong):,} weights for which the model that config.json describes has "
-            f"no place: {some(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
+            f"no place: {first_names(wrong)}.{prefix_hint(wrong)} It would compute without them. Check config.json "
             "(architecture, number of layers, biases)"
         )
     zeros = [key for key, weight in model.named_parameters() if weight.dim() > 1 and is_zero(weight)]
     if zeros:
-        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {some(zeros)}")
+        names = first_names(zeros)
+        say(f"{name}: {len(zeros):,} weights are all zeros, as in a file that was not written whole: {names}")
     rest = [key for key in unexpected if not BUFFERS.search(key)]
     if rest:
-        say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {some(rest)}")
+        say(f"{name}: {len(rest):,} tensors of its files are not part of the language model: {first_names(rest)}")
 
 
 def is_zero(weight: Any) -> bool:
-    """Whether a weight in memory is zero throughout. The end is looked at first, so that others cost nothing."""
+    """Whether a weight in memory is zero throughout. The end is checked first, so that other weights cost nothing."""
     return weight.device.type != "meta" and not weight.flatten()[-4096:].any() and not weight.any()
 
 
-def belonging(unexpected: Iterable[str], model: Any) -> list[str]:
-    """Those of the tensors left over that the model would compute with, had it a place for them: all inside the part
-    that runs, but for buffers and for whole further layers of another kind than the model's own."""
+def tensors_that_belong(unexpected: Iterable[str], model: Any) -> list[str]:
+    """The unexpected tensors that the model would compute with if it had a place for them: all inside the part that
+    runs, except buffers and whole further layers of another kind than the model's own."""
     inside = f"{model.base_model_prefix}."
     own = {NUMBER.sub("#", key) for key in model.state_dict()}
     left = [key for key in unexpected if not BUFFERS.search(key)]
@@ -80,16 +82,16 @@ def belonging(unexpected: Iterable[str], model: Any) -> list[str]:
 
 
 def block_of(key: str) -> str | None:
-    """`model.layers.3` of `model.layers.3.mlp.up_proj.weight`."""
+    """`model.layers.3` for `model.layers.3.mlp.up_proj.weight`."""
     match = NUMBER.search(key)
     return key[: match.end()] if match else None
 
 
-def hint(missing: list[str], unexpected: list[str], model: Any) -> str:
-    """Where they may have gone."""
+def likely_reason(missing: list[str], unexpected: list[str], model: Any) -> str:
+    """A likely reason why weights are missing."""
     if unexpected:
-        told = prefix_hint(unexpected)
-        return told or f" They hold {len(unexpected):,} others instead: {some(unexpected)}."
+        prefixes = prefix_hint(unexpected)
+        return prefixes or f" They hold {len(unexpected):,} others instead: {first_names(unexpected)}."
     output = model.get_output_embeddings()
     if output is not None and all(model.get_submodule(key.rpartition(".")[0]) is output for key in missing):
         return " It is the output layer alone: save the whole causal language model, or set tie_word_embeddings."

@@ -1,7 +1,7 @@
-"""What a model's hookpoints give, known from its configuration alone.
+"""The shapes at a model's hookpoints, derived from its configuration alone.
 
-The model is made and run without numbers: torch's fake tensors have a shape and no memory, so a model of any size goes
-through the same bridge as the real one in a fraction of a second. Only the layers asked for are kept.
+The model is built and run with torch's fake tensors, which have a shape and no memory. A model of any size thus passes
+through the same bridge as the real one in a fraction of a second. Only the requested layers are kept.
 """
 
 import copy
@@ -22,30 +22,30 @@ Shapes = list[tuple[int, ...]]
 
 N: Final = 3
 CONTEXT: Final = 61
-"""Of the batch that goes through: a number that no model has of heads, so that [n, context, ...] can be told apart."""
+"""Tokens per row of the batch: no model has this number of heads, so [n, context, ...] can be recognised."""
 
 
 def outline(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
-    """Every hookpoint of these layers, by all of its names -> the shapes it gives for N rows of CONTEXT tokens. Raises
-    UserError where TransformerLens cannot wrap or run the model with this attention; names the other where it can."""
+    """Maps every name of every hookpoint of these layers to its shapes for N rows of CONTEXT tokens. Raises UserError
+    where TransformerLens cannot wrap or run the model with this attention, naming the other kind where that works."""
     try:
-        return traced(config, attention, name, layers)
+        return trace_shapes(config, attention, name, layers)
     except CannotRun as error:
         other: Attention = "eager" if attention == "sdpa" else "sdpa"
         try:
-            traced(config, other, name, layers)
-            hint = f"Use --attention {other}, with which it can"
+            trace_shapes(config, other, name, layers)
+            hint = f"Use --attention {other}, which works"
         except (CannotRun, UserError):
-            hint = "Nor can it with the other kind of attention: this model cannot be harvested"
+            hint = "The other kind of attention fails too: this model cannot be harvested"
         raise UserError(f"--model {name}: {error}. {hint}") from error.__cause__
 
 
 class CannotRun(Exception):
-    """A model cannot be run without numbers; why is said in words."""
+    """A model cannot be run with fake tensors; the message says why."""
 
 
-def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
-    """As `outline`, with CannotRun where the model cannot be made or run."""
+def trace_shapes(config: Any, attention: Attention, name: str, layers: Sequence[int]) -> dict[str, Shapes]:
+    """Like `outline`, but raises CannotRun where the model cannot be built or run."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -53,23 +53,24 @@ def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) 
     shapes: dict[int, Shapes] = {}
     what = f"the model that its config.json describes cannot be made with --attention {attention}"
     try:
-        with without_numbers(), wants_sdpa(name, attention):
+        with fake_tensors(), wants_sdpa(name, attention):
             model = AutoModelForCausalLM.from_config(
                 copy.deepcopy(config), attn_implementation=attention, trust_remote_code=False
             )
             for module in model.eval().modules():
                 if hasattr(module, "config"):
-                    module.config._experts_implementation = "batched_mm"  # the one that runs without numbers
+                    module.config._experts_implementation = "batched_mm"  # the only one that runs with fake tensors
             bridge = build_bridge(model, attention, name, layers)
             points = bridge.hook_dict
             for key, point in {id(point): point for point in points.values()}.items():
-                point.add_hook(noting(shapes.setdefault(key, [])))
-            what = f"{type(model).__name__} cannot be run with --attention {attention} to see what its hookpoints give"
+                point.add_hook(shape_recorder(shapes.setdefault(key, [])))
+            architecture = type(model).__name__
+            what = f"{architecture} cannot be run with --attention {attention} to find the shapes at its hookpoints"
             with torch.inference_mode():
                 bridge.original_model.base_model(torch.tensor(tokens), use_cache=False)
     except UserError:
         raise
-    except Exception as error:  # what a configuration makes other libraries raise is of any type
+    except Exception as error:  # other libraries can raise anything for an odd configuration
         raise CannotRun(f"{what} ({cause(error)})") from error
     found = {}
     for hook, point in points.items():
@@ -79,17 +80,17 @@ def traced(config: Any, attention: Attention, name: str, layers: Sequence[int]) 
     return found
 
 
-def noting(shapes: Shapes) -> Any:
-    def note(activations: "Tensor", hook: Any) -> None:  # noqa: ARG001 (TransformerLens passes it by name)
+def shape_recorder(shapes: Shapes) -> Any:
+    def record(activations: "Tensor", hook: Any) -> None:  # noqa: ARG001 (TransformerLens passes it by name)
         shapes.append(tuple(getattr(activations, "shape", ())))
 
-    return note
+    return record
 
 
 @contextmanager
-def without_numbers() -> Iterator[None]:
-    """Every tensor made inside has a shape and no memory. Where code asks for a number, it is told 1 or true: padding
-    masks are full and what was compared is equal."""
+def fake_tensors() -> Iterator[None]:
+    """Makes every tensor inside a fake one, with a shape and no memory. Code that asks for a number receives 1 or True:
+    padding masks are full and compared tensors are equal."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,7 +108,7 @@ def without_numbers() -> Iterator[None]:
 
     log = logging.getLogger("torch._subclasses.fake_tensor")
     level = log.level
-    log.setLevel(logging.CRITICAL)  # it logs a traceback of every error that is raised as well
+    log.setLevel(logging.CRITICAL)  # it logs a traceback of every raised error
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), OutlineAnswers():  # type: ignore[no-untyped-call]
             yield

@@ -1,7 +1,7 @@
-"""Which model a name means: aliases, folders and Hugging Face ids, the commit, the configuration, the tokenizer.
+"""Decides which model a name means: aliases, folders and Hugging Face ids, the commit, the configuration.
 
-Nothing here loads weights, and no code that comes with a model is ever run. What a library raises while it reads what
-comes from outside becomes one message (`explained_loading`). Heavy imports happen inside the functions that need them.
+Nothing here loads weights, and code that comes with a model is never run. Whatever a library raises while it reads
+outside data becomes one message (`explained_loading`). Heavy imports happen inside the functions that need them.
 """
 
 import difflib
@@ -20,41 +20,43 @@ from typing import Any, Final
 from shared.errors import DamagedError, Interrupted, LostError, UserError
 from shared.files.digest import file_digests
 from shared.model.configuration import ModelInfo, checked_config, checked_raw, info_of
-from shared.model.weights import CONFIG, check_gguf, read_json, some, weight_files
+from shared.model.weights import CONFIG, check_gguf, check_small, first_names, read_json, weight_files
 from shared.progress import say
 
 SHIPPED: Final = Path(__file__).parents[1] / "tiny"
 
 ALIASES: Final = {
     "tiny": str(SHIPPED),
-    **{f"pythia-{size}": f"EleutherAI/pythia-{size}" for size in
-       ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")},
+    **{
+        f"pythia-{size}": f"EleutherAI/pythia-{size}"
+        for size in ("14m", "31m", "70m", "160m", "410m", "1b", "1.4b", "2.8b", "6.9b", "12b")
+    },
     "smollm3-3b": "HuggingFaceTB/SmolLM3-3B",
     "smollm3-3b-base": "HuggingFaceTB/SmolLM3-3B-Base",
     "gpt2": "openai-community/gpt2",
-}  # fmt: skip
+}
 
 HUB_SECONDS: Final = 3.0
-"""How long the hub may take to say which commit a name means."""
+"""Seconds that the hub may take to say which commit a name means."""
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. `location` is a folder or a hub id, `commit` pins the weights."""
+    """The source of a model. `location` is a folder or a hub id, `commit` pins the weights."""
 
     name: str
     location: str
     local: bool
     commit: str
-    """The hub's commit; or of a folder 64 hex digits over all bytes of its configuration and weights."""
+    """The hub's commit; for a folder 64 hex digits over all bytes of its configuration and weights."""
     cached: bool = False
-    """The hub was out of reach: only what is in the local cache can be had."""
+    """True when the hub could not be reached: only the local cache is used."""
     gguf: str | None = None
     """The GGUF file in the folder that is the model: configuration, tokenizer and weights in one."""
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """Arguments that make transformers load exactly this, without the network when it is local."""
+        """Arguments that make transformers load exactly this model, without the network when it is local."""
         if self.local:
             return {"local_files_only": True, **({"gguf_file": self.gguf} if self.gguf else {})}
         return {"revision": self.commit, "local_files_only": self.cached}
@@ -62,7 +64,7 @@ class ModelSource:
 
 def resolve_model(name: str, revision: str | None = None, weights: bool = True) -> ModelSource:
     """The model that an alias, a folder, a GGUF file or a hub id means. Raises UserError when there is none, and for
-    weights on this machine that are not whole. Where no weights are wanted, a folder needs none and has no commit."""
+    local weights that are incomplete. With `weights=False` a folder needs no weights and has no commit."""
     place = local_place(name)
     if place is not None:
         if revision is not None:
@@ -96,6 +98,7 @@ def local_model(name: str, place: Path, weights: bool) -> ModelSource:
     if not (folder / CONFIG).exists():
         hint = " It holds an adapter: merge that into its model and save the result" * has_adapter(folder)
         raise UserError(f"--model {name}: the folder holds no config.json, so it is not a Hugging Face model.{hint}")
+    check_small(folder, name)
     checked_raw(read_json(folder / CONFIG, name), name)
     return ModelSource(name, str(folder), True, folder_digest(folder, name) if weights else "")
 
@@ -105,17 +108,20 @@ def has_adapter(folder: Path) -> bool:
 
 
 def gguf_of(name: str, place: Path) -> str | None:
-    """The GGUF file that is meant: itself, or the only one of a folder. None: there is none."""
+    """The name of the GGUF file that is meant: the file itself, or the only one in a folder; None when there is
+    none."""
     if place.is_file():
         return place.name
     found = sorted(path.name for path in place.iterdir() if path.suffix.lower() == ".gguf")
     if len(found) > 1:
-        raise UserError(f"--model {name}: the folder holds {len(found)} GGUF files ({some(found)}). Name one of them")
+        raise UserError(
+            f"--model {name}: the folder holds {len(found)} GGUF files ({first_names(found)}). Name one of them"
+        )
     return found[0] if found else None
 
 
 def list_models() -> list[dict[str, str | int | None]]:
-    """Every alias and what it stands for; layers and width where they are known without the network."""
+    """Every alias and its model; layers and width where they are known without the network."""
     shipped = json.loads((SHIPPED / "config.json").read_text())
     known = {str(SHIPPED): ("shipped", shipped["num_hidden_layers"], shipped["hidden_size"])}
     table: list[dict[str, str | int | None]] = []
@@ -139,20 +145,20 @@ def is_there(place: Path) -> bool:
 
 
 def digest_of(files: list[Path]) -> str:
-    """Over all bytes of files, in this order."""
+    """A digest over all bytes of files, in this order."""
     joined = " ".join(file_digests(files))
     return hashlib.blake2b(joined.encode(), digest_size=32).hexdigest()
 
 
 def folder_digest(folder: Path, name: str | None = None) -> str:
-    """Names the model in a folder by all bytes of its configuration and of the weights files that are loaded. Raises
-    UserError where these are not whole."""
+    """Identifies the model in a folder by all bytes of its configuration and of the weights files that are loaded.
+    Raises UserError where these are incomplete."""
     return digest_of([folder / CONFIG, *weight_files(folder, name or str(folder))])
 
 
 def sampled_digest(folder: Path) -> str:
-    """How earlier versions named a folder's model: 32 hex digits over its configuration and the size, first and last
-    MiB of every weights file."""
+    """The digest with which earlier versions identified a folder's model: 32 hex digits over its configuration and the
+    size, first and last MiB of every weights file."""
     digest = hashlib.blake2b((folder / CONFIG).read_bytes(), digest_size=16)
     for path in sorted(p for p in folder.iterdir() if p.suffix == ".safetensors"):
         with path.open("rb") as file:
@@ -168,28 +174,28 @@ def is_sampled(commit: object) -> bool:
 
 def same_model(source: ModelSource, commit: object) -> bool:
     """Whether this is the model that a store names, by its content alone. A store of an earlier version names it by
-    samples of its bytes: what they do not cover cannot be compared, which is said."""
+    samples of its bytes; a message says that bytes outside the samples cannot be compared."""
     if source.commit == commit:
         return True
     comparable = source.local and source.gguf is None and is_sampled(commit)
     if not comparable or sampled_digest(Path(source.location)) != commit:
         return False
     say(
-        f"{source.name}: the store is of an earlier version, which knew a model by its configuration and the first and "
-        "last MiB of each weights file. These are the same; a change between them would not be seen"
+        f"{source.name}: the store is of an earlier version, which identified a model by its configuration and the "
+        "first and last MiB of each weights file. These are the same; a change between them would not be noticed"
     )
     return True
 
 
 def in_words(name: object, commit: object) -> str:
-    """A model as a message names it."""
+    """A model as messages name it."""
     kind = {32: "sampled digest", 40: "Hugging Face commit", 64: "digest"}.get(len(str(commit)), "commit")
     return f"{str(name)[:200]} ({kind} {str(commit)[:12]})"
 
 
 def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
-    """The commit that a revision of a hub model means now, or the one in the local cache when the hub is out of reach;
-    and whether it was. Takes at most HUB_SECONDS."""
+    """The commit that a revision of a hub model means now, or the one in the local cache when the hub cannot be
+    reached; and whether the cache was used. Takes at most HUB_SECONDS."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -201,7 +207,7 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
 
     try:
         asked = partial(HfApi().model_info, repo, revision=revision, timeout=HUB_SECONDS)
-        return str(within(HUB_SECONDS, asked).sha), False
+        return str(call_within(HUB_SECONDS, asked).sha), False
     except GatedRepoError as error:
         raise UserError(
             f"--model {repo}: needs permission; accept its terms and log in with `hf auth login`"
@@ -220,9 +226,10 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
             ) from error
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """What the call returns or raises. TimeoutError when it takes longer: a host with many addresses is tried once for
-    each, with a time-out of its own. The call is then left alone, on a thread that keeps no process alive."""
+def call_within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Returns or raises what the call does. Raises TimeoutError when it takes longer, because a host with many
+    addresses is tried once for each, with a timeout of its own. The call then continues on a daemon thread, which does
+    not keep the process alive."""
     result: Future[Any] = Future()
 
     def run() -> None:
@@ -250,7 +257,7 @@ def read_config(source: ModelSource) -> Any:
         checked_raw(raw, source.name)
         if source.gguf is None:
             config = AutoConfig.from_pretrained(source.location, trust_remote_code=False, **source.arguments)
-        else:  # reading the file once more takes seconds
+        else:  # a second read of the file would take seconds
             config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     return checked_config(config, source.name)
 
@@ -261,15 +268,15 @@ def model_info(config: Any) -> ModelInfo:
 
 @contextmanager
 def explained_loading(source: ModelSource, what: str) -> Iterator[None]:
-    """Turns whatever a library raises while it reads what comes from outside into one message, a panic of a library in
-    Rust too, which is no Exception."""
+    """Turns every error of a library that reads outside data into one message, including panics of Rust libraries,
+    which are no Exception."""
     try:
         yield
     except (UserError, DamagedError, LostError, Interrupted):
         raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-            raise  # the end of the process or of a generator
+            raise  # ends the process or a generator
         raise cannot_load(source, what, error) from error
 
 
@@ -279,8 +286,9 @@ def cannot_load(source: ModelSource, what: str, error: BaseException) -> UserErr
 
 
 def cause(error: BaseException) -> str:
-    """The first line of what a library said, at most 300 characters, and of which type where that alone says little."""
+    """The first line of a library's message, at most 300 characters, with the error's type where the line alone says
+    little."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
-    said = lines[0][:300]
-    told = isinstance(error, OSError | UserError) or (type(error) in (ValueError, RuntimeError) and said)
-    return said if told and said else f"{type(error).__name__}{': ' if said else ''}{said}"
+    line = lines[0][:300]
+    is_clear = isinstance(error, OSError | UserError) or type(error) in (ValueError, RuntimeError)
+    return line if is_clear and line else f"{type(error).__name__}{': ' if line else ''}{line}"

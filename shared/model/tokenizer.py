@@ -1,7 +1,7 @@
-"""The tokenizer that turns a corpus into ids: found, read and looked at before it is believed.
+"""Finds, reads and checks the tokenizer that turns a corpus into ids.
 
-A library that finds no tokenizer makes an empty one, which knows no text; and what it lists as special is not all that
-is. Here neither is taken for an answer.
+A library that finds no tokenizer makes an empty one, which knows no text; and its list of special ids is incomplete.
+Neither is accepted here.
 """
 
 import hashlib
@@ -14,13 +14,13 @@ from typing import Any, Final
 
 from shared.errors import UserError
 from shared.model.source import ALIASES, ModelSource, explained_loading, gguf_of, hub_commit, means_a_path
-from shared.model.weights import check_gguf, check_regular
+from shared.model.weights import check_gguf, check_regular, check_small
 
 FILES: Final = (
     "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
     "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3",
 )  # fmt: skip
-"""One of these holds the vocabulary."""
+"""Files of a tokenizer: one of these holds the vocabulary."""
 SAMPLES: Final = (
     "The capital of France is Paris, and 12 of its bridges are old.",
     "Die Katze saß auf der Straße.",
@@ -31,12 +31,12 @@ SAMPLES: Final = (
     "MKTAYIAKQR",
     "1. e4 e5 2. Nf3",
 )
-"""Plain text of several kinds. A tokenizer that is any good knows some of it."""
+"""Plain text of several kinds. A usable tokenizer knows some of it."""
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """A tokenizer as a harvest uses it. Without one, `tokenizer` is None: then a corpus has to hold ids."""
+    """A tokenizer as a harvest uses it. If `tokenizer` is None, a corpus must consist of ids."""
 
     source: ModelSource
     tokenizer: Any
@@ -52,7 +52,7 @@ class Encoder:
     def end(self) -> int:
         """The id that ends a document. Raises UserError where none is known."""
         if self.eos_id is None:
-            raise UserError("--eos: nothing says which id ends a document. Give the id, or the token")
+            raise UserError("--eos: no id is known that ends a document. Give the id, or the token")
         return self.eos_id
 
     @property
@@ -60,7 +60,7 @@ class Encoder:
         return getattr(self.tokenizer, "bos_token_id", None)
 
     def __call__(self, texts: str | list[str], **options: Any) -> Any:
-        """What the tokenizer says of texts. Raises UserError where there is none, or where it breaks down."""
+        """Tokenises texts. Raises UserError where there is no tokenizer, or where it fails."""
         if self.tokenizer is None:
             raise UserError(
                 f"--model {self.source.name}: comes with no tokenizer ({', '.join(FILES[:4])}, …), and this corpus "
@@ -76,23 +76,23 @@ class Encoder:
         return [int(one) for one in found]
 
     def starts_with(self) -> int | None:
-        """The first id that the tokenizer gives a text, its own special tokens included."""
+        """The first id of a tokenised text, including the tokenizer's own special tokens."""
         found = self("a", verbose=False)["input_ids"]
         return int(found[0]) if len(found) else None
 
-    def listed(self) -> set[int]:
-        """What the library lists as special ids: all that earlier versions knew of."""
+    def listed_special_ids(self) -> set[int]:
+        """The special ids that the library lists: the only ones that earlier versions knew."""
         return set() if self.tokenizer is None else set(self.tokenizer.all_special_ids)
 
-    def special(self) -> set[int]:
-        """All special ids: those, and every added token that is marked as special (Llama 3's chat tokens)."""
+    def special_ids(self) -> set[int]:
+        """All special ids: the listed ones, and every added token that is marked as special (Llama 3's chat tokens)."""
         added = getattr(self.tokenizer, "added_tokens_decoder", {})
         marked = {int(number) for number, token in added.items() if getattr(token, "special", False)}
-        return self.listed() | marked | (set() if self.eos_asked is None else {self.eos_asked})
+        return self.listed_special_ids() | marked | (set() if self.eos_asked is None else {self.eos_asked})
 
     @cached_property
     def digest(self) -> str | None:
-        """What decides the ids of a text: the tokenizer as it is in memory, or else its files."""
+        """A digest of what decides the ids of a text: the tokenizer in memory, or else its files."""
         if self.tokenizer is None:
             return None
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
@@ -104,7 +104,7 @@ class Encoder:
             return hashlib.blake2b(data, digest_size=16).hexdigest()
 
     def describe(self) -> dict[str, Any]:
-        """As a store records it."""
+        """The tokenizer as a store records it."""
         split = {"split_special_tokens": True} if self.split_special else {}
         return {"blake2b": self.digest, "eos_id": self.eos_id, **split}
 
@@ -112,14 +112,14 @@ class Encoder:
 def open_encoder(
     model: ModelSource, name: str | None = None, eos: int | str | None = None, split_special: bool = False
 ) -> Encoder:
-    """The model's tokenizer, or the one that `name` (--tokenizer) means. Raises UserError for one that knows no text
-    or gives only special ids, and for an `eos` that it does not have."""
+    """The model's tokenizer, or the one that `name` (--tokenizer) means. Raises UserError for one that knows no text or
+    returns only special ids, and for an `eos` that it does not have."""
     source = model if name is None else resolve_tokenizer(name)
     if source.local and source.gguf is None and not has_files(source):
         if name is not None:
             raise UserError(f"--tokenizer {name}: the folder holds no tokenizer ({', '.join(FILES[:4])}, …)")
         return Encoder(source, None, split_special, eos_number(None, eos))
-    encoder = Encoder(source, load(source), split_special)
+    encoder = Encoder(source, load_from_source(source), split_special)
     encoder = replace(encoder, eos_asked=eos_number(encoder.tokenizer, eos))
     check_knows_text(encoder)
     return encoder
@@ -132,7 +132,7 @@ def load_tokenizer(source: ModelSource) -> Any:
     return encoder.tokenizer
 
 
-def load(source: ModelSource) -> Any:
+def load_from_source(source: ModelSource) -> Any:
     from transformers import AutoTokenizer
 
     with explained_loading(source, "tokenizer"):
@@ -148,12 +148,14 @@ def has_files(source: ModelSource) -> bool:
 
 
 def resolve_tokenizer(name: str) -> ModelSource:
-    """Like a model, but no weights and no config.json are wanted."""
+    """The tokenizer that a name means; like `resolve_model`, but needs no weights and no config.json."""
     if not name.strip():
         raise UserError("--tokenizer is empty: give a folder, a GGUF file or a Hugging Face id")
     place = Path(os.path.expanduser(ALIASES.get(name, name) if not Path(name).exists() else name))
     if place.is_dir() or place.is_file():
         folder = place if place.is_dir() else place.parent
+        if place.is_dir():
+            check_small(place, name)
         gguf = None if place.is_dir() and any((place / file).exists() for file in FILES) else gguf_of(name, place)
         if gguf:
             check_gguf(folder / gguf, name)
@@ -178,16 +180,16 @@ def eos_number(tokenizer: Any, eos: int | str | None) -> int | None:
 
 def check_knows_text(encoder: Encoder) -> None:
     """Raises UserError where plain text becomes nothing, or only unknown and special ids."""
-    useless = encoder.special() | {getattr(encoder.tokenizer, "unk_token_id", None)}
-    given = set(numbers(encoder))
+    useless = encoder.special_ids() | {getattr(encoder.tokenizer, "unk_token_id", None)}
+    given = set(sample_ids(encoder))
     if not given - useless:
         what = f"only unknown or special tokens (ids {sorted(given)[:5]})" if given else "no token at all"
         raise UserError(
-            f"--model {encoder.source.name}: its tokenizer makes {what} of plain text, so its vocabulary is missing or "
-            "of something else. Copy the tokenizer's files beside the model, or name another with --tokenizer"
+            f"--model {encoder.source.name}: its tokenizer turns plain text into {what}, so its vocabulary is missing "
+            "or belongs to another model. Copy the tokenizer's files beside the model, or name another with --tokenizer"
         )
 
 
-def numbers(encoder: Encoder) -> Iterable[int]:
+def sample_ids(encoder: Encoder) -> Iterable[int]:
     for text in SAMPLES:
         yield from encoder.ids(text)

@@ -1,7 +1,7 @@
-"""The weights in a model's folder, looked at without loading them: which files they are, and whether they are whole.
+"""Checks the weights in a model's folder without loading them: which files they are, and whether they are complete.
 
-Reads the index and the headers of safetensors files, which takes milliseconds. Whether the tensors are those of the
-model is seen when it is loaded (shared/model/language_model.py).
+It reads the index and the headers of safetensors files, which takes milliseconds. Whether the tensors belong to the
+model is checked at loading (shared/model/language_model.py).
 """
 
 import json
@@ -16,9 +16,18 @@ from shared.errors import UserError
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
 CONFIG: Final = "config.json"
-MOST_HEADER: Final = 100 << 20
-MOST_JSON: Final = 64 << 20
-"""Bytes. The first is safetensors' own limit."""
+MAX_HEADER: Final = 100 << 20
+MAX_JSON: Final = 64 << 20
+"""Largest JSON file, in bytes. MAX_HEADER is safetensors' own limit."""
+DESCRIPTIONS: Final = (
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tokenizer.model", "spiece.model",
+    "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+"""What transformers reads beside the weights: configurations, vocabularies, templates."""
+MAX_DESCRIPTION: Final = 128 << 20
+"""Largest of them, in bytes; the largest tokenizers have 40 MB."""
 POINTER: Final = b"version https://git-lfs"
 ITEMSIZE: Final = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
@@ -33,8 +42,9 @@ PACKED: Final = re.compile(
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
-    """The files that hold a folder's weights, sorted, each whole by its own header. Raises UserError, naming the file,
-    where there are none or transformers could not load them, and for weights that are quantised or an adapter's."""
+    """The files that hold a folder's weights, sorted, each complete by its own header. Raises UserError, naming the
+    file, where there are none or transformers could not load them, and for weights that are quantised or an
+    adapter's."""
     if (folder / "adapter_config.json").exists():
         raise UserError(
             f"--model {name}: the folder holds an adapter (adapter_config.json). Merge it into its model "
@@ -49,11 +59,11 @@ def weight_files(folder: Path, name: str) -> list[Path]:
     if stray:
         raise UserError(
             f"--model {name}: the folder holds {stray[0]}, but neither {SINGLE} nor {INDEX}, where its weights are "
-            "looked for. Rename the file, or save the model anew with save_pretrained"
+            "looked for. Rename the file, or save the model again with save_pretrained"
         )
     raise UserError(
         f"--model {name}: the folder holds no weights (*.safetensors). Pickled ones (*.bin) are never read: save the "
-        "model anew with save_pretrained"
+        "model again with save_pretrained"
     )
 
 
@@ -61,7 +71,7 @@ def indexed_files(index: Path, name: str) -> list[Path]:
     """The shards that an index names: plain names of files beside it, with the tensors that they should hold."""
     where = read_json(index, name).get("weight_map")
     if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise UserError(f"--model {name}: {index.name} names no weights (weight_map); download or save the model anew")
+        raise UserError(f"--model {name}: {index.name} names no weights (weight_map); download or save the model again")
     wanted: dict[str, set[str]] = {}
     for tensor, file in where.items():
         wanted.setdefault(file, set()).add(tensor)
@@ -74,21 +84,22 @@ def indexed_files(index: Path, name: str) -> list[Path]:
     absent = [file for file in sorted(wanted) if not (index.parent / file).exists()]
     if absent:
         raise UserError(
-            f"--model {name}: of its {len(wanted)} weights files {len(absent)} are missing: {some(absent)}. Download "
-            "or copy the model again"
+            f"--model {name}: of its {len(wanted)} weights files {len(absent)} are missing: {first_names(absent)}. "
+            "Download or copy the model again"
         )
     for file, tensors in sorted(wanted.items()):
         lacking = sorted(tensors - check_tensors(index.parent / file, name).keys())
         if lacking:
             raise UserError(
                 f"--model {name}: {file} lacks {len(lacking)} of the tensors that {INDEX} says it holds: "
-                f"{some(lacking)}. Download or save the model again"
+                f"{first_names(lacking)}. Download or save the model again"
             )
     return [index.parent / file for file in sorted(wanted)]
 
 
 def check_tensors(path: Path, name: str) -> dict[str, Any]:
-    """The header of a safetensors file. Raises UserError for a file that is cut, is something else, or is quantised."""
+    """The header of a safetensors file. Raises UserError for a file that is cut short, is something else, or is
+    quantised."""
     header, start = read_header(path, name)
     end = start
     for tensor, about in header.items():
@@ -99,23 +110,23 @@ def check_tensors(path: Path, name: str) -> dict[str, Any]:
         except (TypeError, KeyError, ValueError, OverflowError):
             sound = False
         if not sound:
-            raise no_weights(path, name, f"what its header says of {tensor[:200]!r} cannot be")
+            raise no_weights(path, name, f"its header is impossible for {tensor[:200]!r}")
         if PACKED.search(tensor) or (tensor.endswith(".weight") and dtype not in FLOATS):
             raise quantised(name, f"{tensor} in {path.name} is {dtype}")
         end = max(end, start + last)
     size = path.stat().st_size
     if size != end:
-        raise no_weights(path, name, f"it has {size:,} bytes, its header tells of {end:,}")
+        raise no_weights(path, name, f"it has {size:,} bytes, its header says {end:,}")
     return header
 
 
 def read_header(path: Path, name: str) -> tuple[dict[str, Any], int]:
-    """The tensors that the header tells of, and where their bytes begin."""
+    """The tensors in the header, and the offset at which their bytes begin."""
     check_regular(path, name)
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
-        if size < 10 or length > min(size - 8, MOST_HEADER):
+        if size < 10 or length > min(size - 8, MAX_HEADER):
             raise no_weights(path, name, "it is cut, or no safetensors file")
         try:
             header = json.loads(file.read(length))
@@ -130,7 +141,7 @@ def read_header(path: Path, name: str) -> tuple[dict[str, Any], int]:
 
 
 def check_gguf(path: Path, name: str) -> None:
-    """Raises UserError for a file that is no GGUF file at its very beginning. The rest is seen when it is read."""
+    """Raises UserError for a file that does not begin like a GGUF file. The rest is checked when it is read."""
     check_regular(path, name)
     with path.open("rb") as file:
         head = file.read(24)
@@ -143,7 +154,7 @@ def check_gguf(path: Path, name: str) -> None:
 
 
 def check_regular(path: Path, name: str) -> None:
-    """Raises UserError for what is no file that can be read, and for the pointer that Git LFS leaves in its place."""
+    """Raises UserError for anything but a readable file, and for the pointer that Git LFS leaves in its place."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             raise UserError(f"--model {name}: {path.name} is not a file")
@@ -159,10 +170,10 @@ def check_regular(path: Path, name: str) -> None:
 
 
 def read_json(path: Path, name: str) -> dict[str, Any]:
-    """Raises UserError for anything but an object."""
+    """The object in a JSON file. Raises UserError for anything else."""
     check_regular(path, name)
     try:
-        if path.stat().st_size > MOST_JSON:
+        if path.stat().st_size > MAX_JSON:
             raise ValueError("it is too large")
         found = json.loads(path.read_bytes())
         if not isinstance(found, dict):
@@ -174,6 +185,17 @@ def read_json(path: Path, name: str) -> dict[str, Any]:
             f"({str(error)[:200]}). Download or save the model again"
         ) from error
     return found
+
+
+def check_small(folder: Path, name: str) -> None:
+    """Raises UserError for a file beside the weights that is larger than any of its kind: transformers would read it
+    whole."""
+    for path in (folder / file for file in DESCRIPTIONS):
+        if path.is_file() and path.stat().st_size > MAX_DESCRIPTION:
+            raise UserError(
+                f"--model {name}: {path.name} has {path.stat().st_size:,} bytes; a file of its kind has at most "
+                f"{MAX_DESCRIPTION:,}. Download or save the model again"
+            )
 
 
 def no_weights(path: Path, name: str, why: str) -> UserError:
@@ -189,7 +211,7 @@ def quantised(name: str, how: str) -> UserError:
     )
 
 
-def some(names: list[str], most: int = 3) -> str:
-    """The first few, and how many more."""
+def first_names(names: list[str], most: int = 3) -> str:
+    """The first few names, and how many more there are."""
     more = f" and {len(names) - most:,} more" if len(names) > most else ""
     return ", ".join(name[:200] for name in names[:most]) + more

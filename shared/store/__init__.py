@@ -1,1 +1,1 @@
-"""The store on disk: its format, how it is written, read, listed and verified."""
+"""The store on disk: its format, and how it is written, read, listed and verified."""

@@ -1,8 +1,8 @@
-"""Commits in columns: what a manifest says, in a few hundred bytes a shard, and its lines to and from that.
+"""Commits in columns: the content of a manifest in a few hundred bytes per shard, and its conversion from and to lines.
 
 A store may have 100,000 shards of fourteen files each. As objects they would take kilobytes and microseconds each; as
-arrays they are read, checked and added up all at once. A Commit is made when somebody asks for one. Every line is
-checked against the store's spec before anything of it is used.
+arrays they are read, checked and summed all at once. A Commit object is only made on request. Every line is checked
+against the store's spec before any of it is used.
 """
 
 import json
@@ -23,21 +23,21 @@ from shared.store.spec import StoreSpec
 
 MANIFEST_VERSION: Final = 1
 LINE_BYTES: Final = 1 << 20
-"""Most bytes of a line. Ours have about a hundred a file."""
+"""Largest line in bytes. Ours have about a hundred per file."""
 AT_A_TIME: Final = 4096
-"""Lines whose numbers are read at once."""
+"""Lines whose numbers are parsed at once."""
 LARGEST: Final = 10**18 - 1
 MADE: Final = 1024
-"""Commits that are kept once they were made."""
+"""Commit objects that are kept once they were made."""
 SHARD, ROWS, START, STOP, KEPT = range(5)
-"""Columns of numbers."""
+"""Columns of `CommitColumns.numbers`."""
 NUMBERS: Final = 5
 ABSENT: Final = -1
-"""In the columns of `nonfinite`: the line does not name this hookpoint."""
+"""Value in the columns of `nonfinite` where the line does not name the hookpoint."""
 CHECKSUM: Final = rb',"c":'
 
 Sizes = dict[str, tuple[int, int]]
-"""Length and crc32 of whole files."""
+"""Length and crc32 of whole files, by path."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,9 @@ class Commit:
     kept: int
     """Rows that count in the statistics: not position 0, not a special token."""
     files: Mapping[str, tuple[int, int]]
-    """By array."""
+    """Length and crc32 of each file, by array."""
     nonfinite: dict[str, int] = field(default_factory=dict)
-    """Of the kept rows, those with a NaN or an infinity, which the moments leave out: by hookpoint that has any such
+    """Number of kept rows with a NaN or an infinity, which the moments leave out, for each hookpoint that has any such
     row, kept or not."""
 
     def line(self) -> str:
@@ -88,14 +88,14 @@ def under_seal(line: bytes) -> bytes | None:
 
 
 def unsealed(line: str | bytes) -> dict[str, Any] | None:
-    """The body of a sealed line; None when the line is torn or altered. Raises BadData when what was sealed is no JSON
+    """The body of a sealed line; None when the line is torn or altered. Raises BadData when the sealed text is no JSON
     that we write."""
     text = under_seal(line.encode(errors="replace") if isinstance(line, str) else line)
     return None if text is None else members(parse_json(text), (), None)
 
 
 class FileSizes(Mapping[str, tuple[int, int]]):
-    """The files of one commit, where they lie in the columns."""
+    """The files of one commit, as a view of the columns."""
 
     def __init__(self, columns: "CommitColumns", row: int) -> None:
         self.columns, self.row = columns, row
@@ -119,28 +119,28 @@ class FileSizes(Mapping[str, tuple[int, int]]):
 
 @dataclass(frozen=True, eq=False)
 class CommitColumns(Sequence[Commit]):
-    """Commits one after another, as they were read. n of them, of A arrays and H hookpoints."""
+    """n commits in the order in which they were read, with A arrays and H hookpoints."""
 
     arrays: tuple[str, ...]
-    """Sorted."""
+    """Array names, sorted."""
     hooks: tuple[str, ...]
     numbers: NDArray[np.int64]
     """[n, 5]: shard, rows, start, stop, kept."""
     sizes: NDArray[np.int64]
-    """[n, A]"""
+    """[n, A] bytes."""
     crcs: NDArray[np.uint32]
-    """[n, A]"""
+    """[n, A] crc32."""
     nonfinite: NDArray[np.int64] | None = None
     """[n, H], ABSENT where a line does not name the hookpoint; None where no line names any."""
 
     @classmethod
-    def none(cls, spec: StoreSpec) -> "CommitColumns":
+    def empty(cls, spec: StoreSpec) -> "CommitColumns":
         arrays, hooks = tuple(sorted(spec.arrays())), tuple(sorted(spec.hookpoints))
         return cls(arrays, hooks, np.empty((0, NUMBERS), np.int64), *no_files(len(arrays)))
 
     @classmethod
-    def of(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "CommitColumns":
-        """Of commits that all have a file in each of these arrays."""
+    def from_commits(cls, commits: Sequence[Commit], arrays: Iterable[str], hooks: Iterable[str]) -> "CommitColumns":
+        """Makes columns of commits that all have a file in each of these arrays."""
         arrays, hooks = tuple(sorted(arrays)), tuple(sorted(hooks))
         numbers = [(c.shard, c.rows, c.start, c.stop, c.kept) for c in commits]
         files = np.array([[c.files[array] for array in arrays] for c in commits], np.int64)
@@ -172,16 +172,15 @@ class CommitColumns(Sequence[Commit]):
     def named(self, row: int) -> dict[str, int]:
         if self.nonfinite is None:
             return {}
-        return {
-            hook: n for hook, n in zip(self.hooks, self.nonfinite[row].tolist(), strict=True) if n != ABSENT
-        }  # fmt: skip
+        counts = zip(self.hooks, self.nonfinite[row].tolist(), strict=True)
+        return {hook: count for hook, count in counts if count != ABSENT}
 
     def take(self, rows: NDArray[np.int64]) -> "CommitColumns":
         marked = None if self.nonfinite is None else self.nonfinite[rows]
         return CommitColumns(self.arrays, self.hooks, self.numbers[rows], self.sizes[rows], self.crcs[rows], marked)
 
     def lines(self) -> Iterator[str]:
-        """What `Commit.line` gives of each."""
+        """The manifest line of each commit, as `Commit.line` writes it."""
         body = template(self.arrays, "%d")
         for row in range(len(self)):
             if self.named(row):
@@ -195,8 +194,8 @@ def no_files(arrays: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
     return np.empty((0, arrays), np.int64), np.empty((0, arrays), np.uint32)
 
 
-def joined(parts: Sequence[CommitColumns]) -> CommitColumns:
-    """One after another; at least one."""
+def concatenate_columns(parts: Sequence[CommitColumns]) -> CommitColumns:
+    """Concatenates columns; there must be at least one."""
     if len(parts) == 1:
         return parts[0]
     first, marked = parts[0], None
@@ -212,7 +211,7 @@ def joined(parts: Sequence[CommitColumns]) -> CommitColumns:
 
 
 class Commits(Mapping[int, Commit]):
-    """The commits of a store by shard, in order. Of a shard that is committed twice the last one counts."""
+    """The commits of a store by shard, in order. If a shard is committed twice, the last commit counts."""
 
     def __init__(self, columns: CommitColumns) -> None:
         shards = columns.numbers[:, SHARD]
@@ -222,24 +221,24 @@ class Commits(Mapping[int, Commit]):
             columns = columns.take(order[last])
         self.columns = columns
         self.made: dict[int, Commit] = {}
-        """Some: whoever reads a chunk asks for its shard's several times."""
+        """Some commit objects: reading one chunk requests its shard's commit several times."""
 
     @classmethod
-    def of(cls, commits: Mapping[int, Commit]) -> "Commits":
+    def from_mapping(cls, commits: Mapping[int, Commit]) -> "Commits":
         if isinstance(commits, Commits):
             return commits
         found = list(commits.values())
         arrays = set(found[0].files) if found else set[str]()
-        return cls(CommitColumns.of(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
+        return cls(CommitColumns.from_commits(found, arrays, {hook for commit in found for hook in commit.nonfinite}))
 
     @cached_property
     def shards(self) -> NDArray[np.int64]:
-        """[n] sorted."""
+        """[n] shard numbers, sorted."""
         return self.columns.numbers[:, SHARD].copy()
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """[n] of each shard."""
+        """[n] rows of each shard."""
         return self.columns.numbers[:, ROWS]
 
     @cached_property
@@ -248,11 +247,11 @@ class Commits(Mapping[int, Commit]):
 
     @property
     def n_bytes(self) -> int:
-        """Of all files."""
+        """Bytes of all files."""
         return int(self.columns.sizes.sum())
 
     def bytes_of(self, array: str) -> int:
-        """Of the files in one array."""
+        """Bytes of the files in one array."""
         return int(self.columns.sizes[:, self.columns.places[array]].sum()) if len(self) else 0
 
     def kept(self, hook: str) -> int:
@@ -264,12 +263,12 @@ class Commits(Mapping[int, Commit]):
         return total - int(counts[counts != ABSENT].sum())
 
     def row(self, shard: object) -> int | None:
-        """Where a shard is in the columns; None when it is not committed."""
+        """The place of a shard in the columns; None when it is not committed."""
         try:
             number = operator.index(shard)  # type: ignore[arg-type]
         except TypeError:
             return None
-        if 0 <= number < len(self) and self.shards[number] == number:  # all before it are there
+        if 0 <= number < len(self) and self.shards[number] == number:  # the common case: no shard before it is missing
             return number
         row = int(np.searchsorted(self.shards, number))
         return row if row < len(self) and self.shards[row] == number else None
@@ -303,7 +302,7 @@ class Commits(Mapping[int, Commit]):
         return f"Commits of {len(self):,} shards"
 
     def only(self, shards: Iterable[int]) -> "Commits":
-        """Fewer of them. Raises KeyError for a shard that is not committed."""
+        """The commits of some shards. Raises KeyError for a shard that is not committed."""
         wanted = np.fromiter(shards, np.int64)
         rows = np.minimum(np.searchsorted(self.shards, wanted), max(0, len(self) - 1))
         if len(wanted) and (not len(self) or (lacking := self.shards[rows] != wanted).any()):
@@ -311,7 +310,7 @@ class Commits(Mapping[int, Commit]):
         return Commits(self.columns.take(rows))
 
     def fresh(self, before: "Commits | NDArray[np.int64]") -> NDArray[np.int64]:
-        """Shards that are here and not there, sorted."""
+        """Shards that are committed here and not in `before`, sorted."""
         return np.setdiff1d(self.shards, before.shards if isinstance(before, Commits) else before, assume_unique=True)
 
     def lines(self) -> Iterator[str]:
@@ -323,36 +322,37 @@ class Commits(Mapping[int, Commit]):
 
 @dataclass(frozen=True)
 class ParsedLines:
-    """What some lines of a log say."""
+    """The parsed lines of a log."""
 
     commits: CommitColumns
     bad: dict[int, str]
-    """Lines that are no commits of this store, by number from 1, and what is wrong with each."""
+    """Lines that are no commits of this store: line number from 1, and what is wrong."""
     lines: int
     torn: bool
-    """Whether the last line is one that does not end, or that was altered: being written, or torn by a crash."""
+    """Whether the last line is unterminated or altered: still being written, or torn by a crash."""
     whole: int
     """Bytes before that line."""
 
 
 def template(arrays: Sequence[str], number: str) -> str:
-    """A line without its checksum, as the writer makes it where no row has a NaN: with `number` for every number."""
+    """A line without its checksum, as the writer makes it where no row has a NaN, with `number` for every number."""
     files = ",".join(f'{json.dumps(array)}:{{"bytes":{number},"crc32":{number}}}' for array in arrays)
     head = f'{{"v":{MANIFEST_VERSION},"k":{number},"rows":{number},"in":[{number},{number}],"kept":{number}'
     return f'{head},"files":{{{files}}}}}'
 
 
 def pattern(arrays: Sequence[str]) -> re.Pattern[bytes]:
-    """Of a whole line as the writer makes it: the text under the checksum, every number in it, the checksum."""
+    """Matches a whole line as the writer makes it. Groups: the text under the checksum, every number in it, the
+    checksum."""
     text = re.escape(template(arrays, "\0")).replace(re.escape("\0"), "(0|[1-9][0-9]{0,17})")
     under = text[: -len(re.escape("}"))]
     return re.compile((f"({under})" + r",\"c\":([0-9]{1,10})\}\n").encode())
 
 
 def parse_lines(data: bytes, spec: StoreSpec, before: int = 0) -> ParsedLines:
-    """The lines of a log, after `before` others. What the writer makes is matched as a whole, anything else is read as
-    JSON; either way all of it is checked against the spec. Raises UserError for a newer version."""
-    empty, read = CommitColumns.none(spec), CommitParser(spec)
+    """Parses the lines of a log, after `before` others. Lines in the writer's exact form are matched as a whole, others
+    are parsed as JSON; all are checked against the spec. Raises UserError for a newer version."""
+    empty, read = CommitColumns.empty(spec), CommitParser(spec)
     match, at, number, torn, whole = pattern(empty.arrays).match, 0, before, False, len(data)
     while at < len(data):
         number += 1
@@ -380,7 +380,7 @@ class CommitParser:
         self.numbers: list[int] = []
         self.bad: dict[int, str] = {}
         self.nonfinite: dict[int, list[int]] = {}
-        """By place among the lines that were read."""
+        """Non-finite counts, by place among the parsed lines."""
 
     def add(self, number: int, values: tuple[bytes, ...]) -> None:
         self.numbers.append(number)
@@ -450,7 +450,7 @@ def values_of(body: dict[str, Any], arrays: tuple[str, ...], hooks: tuple[str, .
 
 
 def check_version(body: dict[str, Any]) -> None:
-    """Raises UserError for a newer manifest, BadData for none."""
+    """Raises UserError for a newer manifest, BadData where the version is missing."""
     version = integer(body.get("v"), "v", 1, LARGEST)
     if version > MANIFEST_VERSION:
         raise UserError(
@@ -478,10 +478,10 @@ def of_this_store(
 
 
 def what_is_wrong(numbers: list[int], spec: StoreSpec) -> str:
-    """Of a line that cannot be of this store, in words."""
+    """Describes why a line cannot belong to this store."""
     shard, rows, start, stop, kept = numbers
     if not 0 <= shard < spec.n_shards:
-        return f"shard {shard:,} is committed, of {spec.n_shards:,}"
+        return f"shard {shard:,} is committed, but the store has {spec.n_shards:,} shards"
     if (start, stop) != spec.shard_range(shard) or rows != stop - start:
         return f"shard {shard:,} is committed for other rows than it has"
     if kept > rows:
@@ -490,8 +490,8 @@ def what_is_wrong(numbers: list[int], spec: StoreSpec) -> str:
 
 
 def size_bounds(spec: StoreSpec, arrays: Sequence[str]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Bytes that a shard's file in each of these arrays has at least and at most. A row of an array with one row a
-    shard has one length; what is compressed may be larger than its rows, but not by much."""
+    """The smallest and largest number of bytes of a shard's file, for each of these arrays. Arrays with one row per
+    shard have one length; compressed data may be somewhat larger than its rows."""
     low, high, layouts, rows = [], [], spec.layouts(), spec.rows_of_shards()
     for array in arrays:
         if array in rows:
@@ -507,7 +507,7 @@ def size_bounds(spec: StoreSpec, arrays: Sequence[str]) -> tuple[NDArray[np.int6
 
 
 def parse_commit(line: str) -> Commit | None:
-    """The commit of a manifest line, whatever store it may be of; None when it is torn or altered, or no commit."""
+    """The commit in a manifest line of any store; None when the line is torn or altered, or no commit."""
     try:
         body = unsealed(line)
         if body is None:

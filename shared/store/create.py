@@ -1,7 +1,8 @@
-"""The life of a store on disk: its tokens, its empty arrays, its end. What is written once is written here.
+"""The life of a store on disk: its tokens, its empty arrays, its end. Everything that is written only once is written
+here.
 
-The order is what makes it safe: everything that no commit covers first, with its checksums; then the store's own
-zarr.json, with which it exists; the commits; and at the end one sorted index of them.
+The order makes it safe. First comes everything that no commit covers, with its checksums; then the store's own
+zarr.json, with which the store exists; then the commits; and at the end one sorted index of them.
 """
 
 import hashlib
@@ -19,8 +20,8 @@ from numpy.typing import NDArray
 
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
-from shared.files.handles import again
-from shared.files.local import LocalFiles, explained, remove_temporaries, sync
+from shared.files.handles import retry_interrupted
+from shared.files.local import LocalFiles, explained, read_whole, remove_temporaries, sync
 from shared.files.locks import HELD_FILE, LOCK_FILE
 from shared.record import sealed_json
 from shared.store.commits import Commits
@@ -33,7 +34,7 @@ BUILDING: Final = "tokens.building"
 SECONDS_BEHIND: Final = 10
 RECORD: Final = "record.json"
 DELETING: Final = "deleting.tmp"
-"""Says of a folder without zarr.json that a store in it was being deleted."""
+"""Marks a folder without zarr.json as a store whose deletion was interrupted."""
 OURS: Final = {LOCK_FILE, STATE_FILE, RECORD, BUILDING, "tokens", "index", "stats", "scale", "manifest"}
 
 
@@ -44,7 +45,7 @@ def is_ours(name: str) -> bool:
 
 @dataclass(frozen=True)
 class WrittenTokens:
-    """Token rows that were written, not yet in their place."""
+    """Token rows that were written, not yet in their final place."""
 
     folder: Path
     dtype: TokenType
@@ -55,8 +56,8 @@ class WrittenTokens:
 
 @contextmanager
 def building(files: Files) -> Iterator[Path]:
-    """An empty folder for tokens that are being written: inside a local store, else a temporary one. Deleted at the
-    end unless `place_tokens` took it."""
+    """An empty folder for tokens: inside a local store, or else a temporary folder. Deleted at the end unless
+    `place_tokens` moved it."""
     if isinstance(files, LocalFiles):
         folder = files.root / BUILDING
         shutil.rmtree(folder, ignore_errors=True)
@@ -91,7 +92,7 @@ class TokenWriter:
             self._add(block[start : start + self.layout.chunk_rows])
 
     def _add(self, block: NDArray[Any]) -> None:
-        """Of a chunk's rows at most."""
+        """Adds at most one chunk of rows."""
         fitting = min(len(block), self.layout.chunk_rows - self.filled)
         self.chunk[self.filled : self.filled + fitting] = block[:fitting]
         self.filled += fitting
@@ -101,15 +102,15 @@ class TokenWriter:
             self.filled = len(block) - fitting
 
     def close(self) -> WrittenTokens:
-        """Writes the last chunk, which may be short of rows."""
+        """Writes the last chunk, which may have fewer rows."""
         if self.filled:
             self._write()
         return WrittenTokens(self.folder, self.dtype, self.rows, self.digest.hexdigest(), self.files)
 
     def reopen(self, files: Sizes, held: NDArray[Any]) -> None:
-        """Goes on after the chunks in `files`. Raises DamagedError when they are not what was written."""
+        """Resumes after the chunks in `files`. Raises DamagedError when they are not what was written."""
         for number, (path, (size, crc)) in enumerate(files.items()):
-            data = (self.folder / "c" / str(number) / "0").read_bytes()
+            data = read_whole(self.folder / "c" / str(number) / "0", size)
             if (path, len(data), crc32(data)) != (shard_file("tokens", number, True), size, crc):
                 raise DamagedError(f"{self.folder}: chunk {number} is not what was written")
             decode_chunk(data, self.layout, self.chunk, str(self.folder))
@@ -135,7 +136,7 @@ def write_tokens(folder: Path, blocks: Iterable[NDArray[Any]], context: int, voc
 
 
 def place_tokens(files: Files, tokens: WrittenTokens) -> None:
-    """Gives the rows that `write_tokens` wrote their final name."""
+    """Moves the rows that `write_tokens` wrote to their final place."""
     if isinstance(files, LocalFiles):
         tokens.folder.rename(files.root / "tokens")
         sync(files.root)
@@ -145,7 +146,8 @@ def place_tokens(files: Files, tokens: WrittenTokens) -> None:
 
 
 def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict[str, Any]) -> None:
-    """An empty store around tokens that are in their place. Its own zarr.json comes last: with it, it exists."""
+    """Creates an empty store around tokens that are in their place. The store exists once its zarr.json, the last file,
+    is written."""
     documents = spec.documents()
     for path, data in documents.items():
         files.write(path, [data])
@@ -155,7 +157,7 @@ def create_store(files: Files, spec: StoreSpec, token_files: Sizes, record: dict
 
 
 def clean_up(files: Files) -> None:
-    """After a crash, for whoever holds the lock: deletes files that were not yet renamed, and torn lines."""
+    """Deletes temporary files and torn lines after a crash. The caller holds the lock."""
     if isinstance(files, LocalFiles):
         cut_torn_lines(files)
         spec, _ = read_state(files)
@@ -164,28 +166,29 @@ def clean_up(files: Files) -> None:
     files.join_logs("manifest", "rank-")
 
 
-def reopen(store: Store) -> None:
-    """A final store that lost commits is being written again: until it is final, they are in more than the index."""
+def reopen_store(store: Store) -> None:
+    """Marks a final store that lost commits as being written: until it is final again, its commits are in more places
+    than the index."""
     if store.state == "final":
         write_state(store.files, store.spec, "writing")
 
 
 def finish_store(files: Files, spec: StoreSpec) -> None:
-    """When every shard is committed: the commits in one sorted index, the logs go, and last the state: a final store
-    is not touched again. Nothing in it tells how many processes wrote, or in what order."""
+    """Finishes a store whose shards are all committed: writes the sorted index, deletes the logs, and sets the state
+    last. A final store is not changed any further. Nothing in it shows how many processes wrote, or in what order."""
     write_index(files, all_commits(files, spec))
     remove_logs(files)
     if isinstance(files, LocalFiles):  # another writer may have been killed since this one cleaned up
         remove_temporaries(files.root, spec.arrays())
     write_state(files, spec, "final")
     if isinstance(files, LocalFiles):
-        for path in files.root.glob(f"{LOCK_FILE}.[0-9]*"):  # of the other writers, which are done
+        for path in files.root.glob(f"{LOCK_FILE}.[0-9]*"):  # the locks of the other writers, which are done
             path.unlink(missing_ok=True)
 
 
 def all_commits(files: Files, spec: StoreSpec) -> Commits:
-    """Of every shard. A shared file system may be a few seconds behind what its other machines wrote; raises UserError
-    when it stays so."""
+    """The commits of every shard. A shared file system may show the writes of other machines some seconds late; raises
+    UserError when commits are still missing after SECONDS_BEHIND."""
     for last in (*[False] * SECONDS_BEHIND, True):
         commits = read_manifest(files, spec, final=False)
         if len(commits) == spec.n_shards:
@@ -199,7 +202,8 @@ def all_commits(files: Files, spec: StoreSpec) -> Commits:
 
 
 def what_is_deleted(files: Files) -> str:
-    """In words. Raises UserError when there is neither a store nor a rest of one."""
+    """Describes what `remove_store` would delete. Raises UserError when there is neither a store nor the rest of
+    one."""
     try:
         files.read(DELETING)
     except FileNotFoundError:
@@ -209,31 +213,31 @@ def what_is_deleted(files: Files) -> str:
 
 
 def remove_store(files: Files) -> None:
-    """Deletes a store that nobody is writing to or reading, or what is left of one whose deletion was broken off. Its
-    zarr.json goes first, so that a rest is never taken for a store, and the mark of a rest last; a local folder goes
-    too, unless it holds anything else."""
+    """Deletes a store that no process is writing to or reading, or the rest of one whose deletion was interrupted. Its
+    zarr.json is deleted first, so that a rest is never taken for a store; the mark of a rest is deleted last. A local
+    folder is deleted too, unless it holds anything else."""
     what_is_deleted(files)
     with files.lock(), files.unread():
         files.check_removable(is_ours)
-        with suppress(OSError, UserError):  # a full disk has no room for it, and yet the store can go
+        with suppress(OSError, UserError):  # on a full disk the mark cannot be written, but the store can be deleted
             files.write(DELETING, [])
         files.remove(STATE_FILE)
         clear_store(files, keep=(LOCK_FILE, DELETING))
     files.remove(LOCK_FILE)
     files.remove(DELETING)
     if isinstance(files, LocalFiles) and not any(files.root.iterdir()):
-        with suppress(OSError):  # an empty folder is no store
-            again(files.root.rmdir)
+        with suppress(OSError):  # a leftover empty folder does no harm
+            retry_interrupted(files.root.rmdir)
 
 
 def check_replaceable(files: Files) -> None:
-    """Raises UserError where the store that is here could not be deleted, or is being read."""
+    """Raises UserError where the existing store could not be deleted, or is being read."""
     with files.unread():
         files.check_removable(is_ours)
 
 
-def make_way(files: Files, building: str) -> None:
-    """Deletes the store that is here, but for the folder of the tokens of the next one. Its zarr.json goes first."""
+def delete_old_store(files: Files, building: str) -> None:
+    """Deletes the existing store, except the folder with the tokens of the next one. Its zarr.json is deleted first."""
     with files.unread():
         files.check_removable(is_ours)
         files.remove(STATE_FILE)
@@ -241,5 +245,5 @@ def make_way(files: Files, building: str) -> None:
 
 
 def clear_store(files: Files, keep: tuple[str, ...] = (LOCK_FILE,)) -> None:
-    """Deletes all that a store puts into its folder, but for `keep`, and for what stands for a lock that is held."""
+    """Deletes everything that a store puts into its folder, except `keep` and the file that replaces a held lock."""
     files.clear(lambda name: is_ours(name) and name not in keep and not name.startswith(HELD_FILE))

@@ -1,7 +1,6 @@
-"""Arrays that another tool encoded anew, with codecs that are not ours, through zarr-python. Slow and general.
+"""Reads arrays that another tool rewrote with other codecs, through zarr-python. Slow and general.
 
 Such codecs may check nothing, so a shard's whole file is compared with its committed crc32 before its first use.
-The one door to Zarr.
 """
 
 import asyncio
@@ -23,13 +22,14 @@ from shared.store.shard import check_any_blosc, file_crc
 from shared.store.spec import MOST_CHUNKS, shard_file
 
 CODECS: Final = ("bytes", "transpose", "blosc", "zstd", "gzip", "crc32c")
-"""That an array may name. All are compiled into zarr-python's own requirements; none loads anything by its name."""
+"""Codecs that an array may name. All are compiled into zarr-python's own requirements; none loads anything by its
+name."""
 SLACK: Final = 1 << 16
-"""Bytes that a codec after another one may have beyond those of a chunk."""
+"""Bytes by which the input of a codec after another one may exceed those of a chunk."""
 
 
 def checked_codecs() -> Any:
-    """While it is entered, arrays are opened with decoders that bound what a chunk can make of itself."""
+    """A context in which arrays are opened with decoders that limit how large a chunk can become."""
     ours = {"blosc": CheckedBlosc, "gzip": BoundedGzip}
     return zarr.config.set({f"codecs.{name}": f"{kind.__module__}.{kind.__qualname__}" for name, kind in ours.items()})
 
@@ -39,7 +39,7 @@ def chunk_bytes_of(spec: Any) -> int:
 
 
 class CheckedBlosc(BloscCodec):
-    """blosc believes its header: it is compared with the buffer first."""
+    """blosc trusts its header, so the header is first compared with the buffer."""
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
         data = memoryview(chunk_bytes.to_bytes())
@@ -48,7 +48,7 @@ class CheckedBlosc(BloscCodec):
 
 
 class BoundedGzip(GzipCodec):
-    """A few bytes of gzip can be gigabytes."""
+    """A gzip decoder with a limit: a few bytes of gzip can become gigabytes."""
 
     async def _decode_single(self, chunk_bytes: Any, chunk_spec: Any) -> Any:
         most = chunk_bytes_of(chunk_spec) + SLACK
@@ -61,7 +61,7 @@ register_codec("gzip", BoundedGzip)
 
 
 def unzipped(data: bytes, most: int) -> bytes:
-    """Raises ValueError for more than `most` bytes."""
+    """The unpacked bytes. Raises ValueError when there are more than `most`."""
     unpack = zlib.decompressobj(wbits=31)
     found = unpack.decompress(data, most)
     if not unpack.eof:
@@ -70,7 +70,7 @@ def unzipped(data: bytes, most: int) -> bytes:
 
 
 def check_document(document: dict[str, Any], shard_rows: int) -> None:
-    """Raises BadData for an array that names anything but well-known codecs, or more chunks than there can be."""
+    """Raises BadData for an array that names an unknown codec, or more chunks than there can be."""
     if document.get("storage_transformers"):
         raise BadData("names storage transformers, which are not read")
     check_codecs(document["codecs"], shard_rows, (*CODECS, "sharding_indexed"))
@@ -90,16 +90,16 @@ def check_codecs(codecs: Any, shard_rows: int, allowed: tuple[str, ...]) -> None
             for size in inside["chunk_shape"]:
                 integer(size, "chunk_shape", 1)
             if -(-shard_rows // inside["chunk_shape"][0]) > MOST_CHUNKS:
-                raise BadData(f"chunk_shape makes more than {MOST_CHUNKS:,} chunks a shard")
+                raise BadData(f"chunk_shape makes more than {MOST_CHUNKS:,} chunks per shard")
             check_codecs(inside["codecs"], shard_rows, CODECS)
             check_codecs(inside["index_codecs"], shard_rows, ("bytes", "crc32c"))
 
 
 class ZarrReader:
-    """The same answers as shared.store.reader.ArrayReader, for any of these codecs."""
+    """A reader with the interface of shared.store.reader.ArrayReader, for any of these codecs."""
 
     def __init__(self, store: Store, array: str, document: dict[str, Any] | None = None) -> None:
-        """`document`: its zarr.json, where that was read already."""
+        """`document` is the array's zarr.json, if it was read already."""
         self.store, self.array = store, array
         self.layout = store.spec.layouts()[array]
         what = f"{store.name}/{array}"
@@ -117,7 +117,7 @@ class ZarrReader:
         try:
             with checked_codecs():
                 self.zarr = zarr.open_array(place, path=path, mode="r")
-        except Exception as error:  # whatever a codec that is not installed raises
+        except Exception as error:  # a missing codec can raise anything
             raise DamagedError(f"{what}: zarr-python cannot open it ({quoted(str(error), 400)})") from error
         shape = (store.spec.n_tokens, *self.layout.row_shape)
         if self.zarr.shape != shape or self.zarr.dtype != self.layout.dtype:
@@ -127,12 +127,13 @@ class ZarrReader:
         self.checked = lru_cache(maxsize=1 << 16)(self.check_file)
 
     def check_grid(self) -> None:
-        """A commit vouches for one file a shard: other files would be read unchecked."""
+        """Raises DamagedError unless the array has one file per shard. A commit covers only that file; others would be
+        read unchecked."""
         whole = (self.layout.shard_rows, *self.layout.row_shape)
         file = shard_file(self.array, 0, bool(self.layout.row_shape))
         key = self.zarr.metadata.encode_chunk_key((0,) * len(whole))
         if (self.zarr.shards or self.zarr.chunks) != whole or f"{self.array}/{key}" != file:
-            raise DamagedError(f"{self.store.name}/{self.array}: has not one file a shard, named like {file}")
+            raise DamagedError(f"{self.store.name}/{self.array}: does not have one file per shard, named like {file}")
 
     def check_file(self, shard: int) -> None:
         path = shard_file(self.array, shard, bool(self.layout.row_shape))
@@ -151,7 +152,7 @@ class ZarrReader:
         stop = min(start + count * self.layout.chunk_rows, self.store.commits[shard].stop)
         try:
             out[: stop - start] = self.zarr[start:stop]
-        except Exception as error:  # codecs and stores share no base
+        except Exception as error:  # errors of codecs and stores share no base
             raise DamagedError(
                 f"{self.store.name}/{self.array}: rows {start} to {stop}: {quoted(str(error), 400)}"
             ) from error

@@ -1,4 +1,4 @@
-"""What stores there are and what is in them, for `sagsae store ls` and `info`."""
+"""Lists stores and describes their content, for `sagsae store ls` and `info`."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ from shared.store.spec import DTYPES
 
 
 def list_stores(location: str | Path) -> list[dict[str, Any]]:
-    """One row a hookpoint of every store in a folder (or of the folder itself, when it is a store)."""
+    """One row per hookpoint of every store in a folder (or of the folder itself, when it is a store)."""
     files = open_files(location)
     if isinstance(files, LocalFiles) and not files.root.is_dir():
         raise UserError(f"{location}: there is no such folder. Stores are made with: sagsae harvest")
@@ -35,7 +35,7 @@ def store_rows(store: Store) -> list[dict[str, Any]]:
         size = store.stored_bytes(hook)
         raw = store.n_rows * spec.d_in * DTYPES[store.spec.dtype][0].itemsize
         layer, _, name = hook.partition("/")
-        rows.append({
+        row = {
             "store": folder_name(store.files),
             "model": store.spec.model["name"],
             "layer": layer.removeprefix("layer_"),
@@ -47,7 +47,8 @@ def store_rows(store: Store) -> list[dict[str, Any]]:
             "ratio": round(raw / size, 3) if size else None,
             "MB": round(size / 1e6, 1),
             "state": store.state if store.state == "final" else f"{len(store.commits)}/{store.spec.n_shards} shards",
-        })  # fmt: skip
+        }
+        rows.append(row)
     return rows
 
 
@@ -56,7 +57,7 @@ def folder_name(files: Files) -> str:
 
 
 def describe_store(location: str | Path) -> dict[str, Any]:
-    """The whole specification; of every hookpoint the moments, norms and outlying dimensions."""
+    """The whole spec, and for every hookpoint its moments, norms and outlying dimensions."""
     store = Store.open(location)
     with store.files.reading():
         return described(store, location)

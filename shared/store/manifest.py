@@ -1,8 +1,9 @@
-"""What exists in a store: the commits, one line each, and the checksums of the files that no commit covers.
+"""The manifest says what exists in a store: the commits, one line each, and the checksums of files that no commit
+covers.
 
 A shard is committed by one line in its writer's log, appended and synced after all its files are in place. The line
 carries the length and crc32 of every file and ends in its own crc32c, so a torn line is recognised. When a store is
-complete its lines are sorted into one index: then nothing in it tells how many writers there were.
+complete, its lines are sorted into one index; then nothing in it shows how many writers there were.
 """
 
 from collections.abc import Iterable, Iterator
@@ -20,7 +21,7 @@ from shared.store.commits import (
     Commits,
     as_json,
     check_version,
-    joined,
+    concatenate_columns,
     parse_lines,
     under_seal,
 )
@@ -34,33 +35,33 @@ from shared.store.spec import StoreSpec
 INDEX: Final = "manifest/index.jsonl"
 METADATA: Final = "manifest/metadata.json"
 AT_ONCE: Final = 16
-"""Small files read at once: from an object store each takes the time of a round trip."""
+"""Small files read in parallel: from an object store each takes a round trip."""
 LISTINGS: Final = 100
-"""Tries to read logs of which one is gone each time: writers join logs, and delete them at the end."""
+"""Tries of reading all logs, when one of them disappears each time: writers join logs, and delete them at the end."""
 WRITTEN_AT_ONCE: Final = 4096
-"""Lines."""
+"""Lines per write."""
 
 
 @dataclass(frozen=True)
 class ManifestLog:
-    """One file of the manifest as it is now."""
+    """The present content of one file of the manifest."""
 
     path: str
     commits: CommitColumns
-    """In the order of its lines."""
+    """Commits in the order of the file's lines."""
     bad: dict[int, str]
-    """Lines that are no commits, by number, and what is wrong with each."""
+    """Lines that are no commits: line number, and what is wrong."""
     lines: int
     torn: bool
-    """Whether only its last line is bad, and does not end or was altered: being written, or torn by a crash."""
+    """Whether only the last line is bad, and is unterminated or altered: still being written, or torn by a crash."""
     mark: LogMark | None = None
-    """What the file was when it was read."""
+    """The state of the file when it was read."""
     whole: int = 0
     """Bytes before a torn last line."""
 
 
 class Manifest:
-    """The manifest of one store, read as it grows: every look reads only what was not there at the last one."""
+    """The manifest of one store, read as it grows: every read fetches only what is new."""
 
     def __init__(self, files: Files, spec: StoreSpec) -> None:
         self.files, self.spec = files, spec
@@ -68,36 +69,36 @@ class Manifest:
         self.found: Commits | None = None
 
     def logs(self, final: bool) -> list[ManifestLog]:
-        """The whole manifest, the index first. A final store has it in one file, which can be read where files cannot
-        be listed. Otherwise the index is read last: a harvest that ends meanwhile writes it before it deletes the
-        logs."""
+        """The whole manifest, the index first. The manifest of a final store is one file, which can be read where files
+        cannot be listed. Otherwise the index is read last, because a harvest that ends meanwhile writes it before it
+        deletes the logs."""
         if final:
             self.known = {INDEX: self.read(INDEX, None)}
             return list(self.known.values())
         for _ in range(LISTINGS):
             try:
-                logs = self.look(self.files.marks("manifest", "rank-"))
-                self.known = self.look(self.files.marks("manifest", "index")) | logs
-            except FileNotFoundError:  # joined with others, or in the index, since the listing
+                logs = self.read_changed(self.files.marks("manifest", "rank-"))
+                self.known = self.read_changed(self.files.marks("manifest", "index")) | logs
+            except FileNotFoundError:  # since the listing it was joined with others, or moved into the index
                 continue
             return list(self.known.values())
-        raise DamagedError(f"{self.files.name}/manifest: what is listed there cannot be read")
+        raise DamagedError(f"{self.files.name}/manifest: the listed logs cannot be read")
 
-    def look(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
+    def read_changed(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
         new = [path for path, mark in marks.items() if path not in self.known or self.known[path].mark != mark]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(new, pool.map(lambda path: self.read(path, marks[path]), new), strict=True))
         return {path: read.get(path) or self.known[path] for path in marks}
 
     def read(self, path: str, mark: LogMark | None) -> ManifestLog:
-        """All of a log, or what was appended to it. Raises FileNotFoundError, for the index of a final store
+        """Reads a log, or only what was appended to it. Raises FileNotFoundError; for the index of a final store
         DamagedError."""
         before = self.known.get(path)
         if before is not None and before.mark is not None and mark is not None and mark.continues(before.mark):
             more = parse_lines(self.files.read_from(path, before.whole), self.spec, before.lines - before.torn)
             bad = ({} if before.torn else before.bad) | more.bad
-            commits, whole = joined([before.commits, more.commits]), before.whole + more.whole
-            return ManifestLog(path, commits, bad, more.lines, torn(path, bad, more.lines, more.torn), mark, whole)
+            commits, whole = concatenate_columns([before.commits, more.commits]), before.whole + more.whole
+            return ManifestLog(path, commits, bad, more.lines, is_torn(path, bad, more.lines, more.torn), mark, whole)
         try:
             data = self.files.read(path)
         except FileNotFoundError:
@@ -107,12 +108,12 @@ class Manifest:
         found = parse_lines(data, self.spec)
         whole = found.whole
         return ManifestLog(
-            path, found.commits, found.bad, found.lines, torn(path, found.bad, found.lines, found.torn), mark, whole
+            path, found.commits, found.bad, found.lines, is_torn(path, found.bad, found.lines, found.torn), mark, whole
         )
 
     def commits(self, final: bool, lenient: bool = False) -> Commits:
-        """Every committed shard; the same object when nothing is new. A torn last line is not a commit; raises
-        DamagedError for any other bad line (unless `lenient`): no crash makes one."""
+        """Every committed shard; the same object when nothing is new. A torn last line is not a commit. Raises
+        DamagedError for any other bad line (unless `lenient`), because no crash makes one."""
         before = self.known
         logs = self.logs(final)
         for log in logs:
@@ -120,23 +121,25 @@ class Manifest:
                 number, what = next(iter(log.bad.items()))
                 raise DamagedError(
                     f"{self.files.name}/{log.path}: line {number} of the manifest is damaged ({what}). Restore it from "
-                    "a copy, or give up its shard with: sagsae store verify --repair"
+                    "a copy, or drop its shard with: sagsae store verify --repair"
                 )
         if (
             self.found is None
             or before.keys() != self.known.keys()
             or any(before[path] is not log for path, log in self.known.items())
         ):
-            self.found = Commits(joined([log.commits for log in logs]) if logs else CommitColumns.none(self.spec))
+            self.found = Commits(
+                concatenate_columns([log.commits for log in logs]) if logs else CommitColumns.empty(self.spec)
+            )
         return self.found
 
 
-def torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
+def is_torn(path: str, bad: dict[int, str], lines: int, last: bool) -> bool:
     return last and list(bad) == [lines] and path != INDEX
 
 
 def read_logs(files: Files, spec: StoreSpec, final: bool) -> list[ManifestLog]:
-    """The whole manifest, as it is."""
+    """The whole manifest, unchecked."""
     return Manifest(files, spec).logs(final)
 
 
@@ -151,7 +154,8 @@ def append_commit(files: Files, writer: int, commit: Commit) -> None:
 
 
 def cut_torn_lines(files: Files) -> None:
-    """Appending cuts a line that does not end. One that ends but was altered would be in the middle after that."""
+    """Cuts off altered last lines. Appending cuts an unterminated line itself, but a terminated one that was altered
+    would end up in the middle."""
     for path in files.logs("manifest", "rank-"):
         data = files.read(path)
         last = data.rfind(b"\n", 0, -1) + 1
@@ -164,24 +168,24 @@ def write_index(files: Files, commits: Commits) -> None:
 
 
 def in_pieces(lines: Iterable[str]) -> Iterator[bytes]:
-    """Many lines a write."""
+    """Joins lines into pieces of WRITTEN_AT_ONCE lines."""
     left = iter(lines)
     while some := list(islice(left, WRITTEN_AT_ONCE)):
         yield "".join(some).encode()
 
 
 def remove_logs(files: Files) -> None:
-    """After `write_index`: the writers' own logs say nothing more."""
+    """Deletes the writers' logs after `write_index`, which contains all of them."""
     files.remove_all(files.logs("manifest", "rank-"))
 
 
 def write_metadata(files: Files, sizes: Sizes) -> None:
-    """The checksums of what is written once, before the first commit."""
+    """Writes the checksums of the files that are written once, before the first commit."""
     files.write(METADATA, [sealed({"v": MANIFEST_VERSION, "files": as_json(sizes)}).encode()])
 
 
 def read_metadata(files: Files) -> Sizes:
-    """Raises DamagedError when it is missing or altered."""
+    """Reads the checksums of `write_metadata`. Raises DamagedError when they are missing or altered."""
     what = f"{files.name}/{METADATA}"
     try:
         data = files.read(METADATA)

@@ -1,10 +1,10 @@
-"""What the rows of a hookpoint look like beside their moments: norms, massive rows and outlying dimensions.
+"""Statistics of a hookpoint's rows beside their moments: norms, massive rows and outlying dimensions.
 
-Norms were taken in float64 while harvesting, and each is read once. Quantiles are order statistics: exact for up to
+Norms were computed in float64 while harvesting, and each is read once. Quantiles are order statistics: exact for up to
 `EXACT` rows, beyond that from counts in bins that are 1/4096 wide, so that memory does not grow with the store.
 
 A row is *massive* when its norm exceeds `MASSIVE` times the median norm. In many language models a few tokens (the
-first of a context, delimiters) are (arXiv 2402.17762), and hold most of the variance that R² is about.
+first of a context, delimiters) are massive (arXiv 2402.17762), and hold most of the variance that R² is about.
 """
 
 from collections import Counter
@@ -21,17 +21,18 @@ from shared.store.spec import rows_that_count
 
 QUANTILES: Final = (0.0, 0.01, 0.5, 0.99, 1.0)
 OUTLYING: Final = 6.0
-"""A dimension is outlying when its root mean square is so many times that of the median dimension."""
+"""A dimension is outlying when its root mean square is this many times that of the median dimension."""
 MASSIVE: Final = 5.0
-"""Norms of ordinary rows reach 4.4 times the median (mlp_out of the shipped model); of Gemma 3 270M's massive ones a
-tenth is between 5 and 10, and none between 3 and 5 (docs/experiments.md)."""
+"""A row is massive when its norm is this many times the median norm. Norms of ordinary rows reach 4.4 times the median
+(mlp_out of the shipped model). Of Gemma 3 270M's massive rows a tenth is between 5 and 10, and none between 3 and 5
+(docs/records/experiments.md)."""
 WORTH_SAYING: Final = 0.1
-"""Share of the variance that massive rows hold, from which on a person is told."""
+"""Share of the variance in massive rows from which on a message is printed."""
 EXACT: Final = 1 << 22
 LARGEST: Final = 512
-"""Rows whose positions and tokens are looked at."""
+"""Rows whose positions and tokens are collected."""
 SAMPLED: Final = 32
-"""Shards that `sample` looks at."""
+"""Shards that `sample` reads."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +42,17 @@ class MassiveRows:
     norm: float
     rows: int
     of: int
-    """Rows that were looked at."""
+    """Rows that were examined."""
     variance: float
-    """The least share of E|x - mean|² that they can hold, by their norms and that of the mean."""
+    """A lower bound on their share of E|x - mean|², from their norms and the norm of the mean."""
     positions: dict[int, int]
-    """Where in a context the largest of them are, the most frequent positions, and how many are there."""
+    """The most frequent positions in a context among the largest of them, with their counts."""
     tokens: dict[int, int]
-    """Which token ids the largest of them have, likewise."""
+    """The most frequent token ids among the largest of them, with their counts."""
 
     @property
     def text(self) -> str | None:
-        """What to tell a person; None where they matter little."""
+        """The message for a person; None where the massive rows hold little variance."""
         if self.variance < WORTH_SAYING:
             return None
         return (
@@ -68,7 +69,7 @@ class Norms:
     n: int
     mean: float
     quantiles: dict[float, float]
-    """The row of rank floor(q (n - 1)), in order of size."""
+    """The row of rank floor(q (n - 1)), in order of magnitude, by q."""
     at_position_0: float | None
     """Their mean over all contexts; None where none is finite."""
     nonfinite: int
@@ -82,8 +83,8 @@ class Norms:
 
 @dataclass
 class Distribution:
-    """Of numbers that are not negative: all of them, or how many fall into bins of float32's upper 20 bits, which order
-    like they do."""
+    """The distribution of non-negative numbers: all of them, or their counts in bins of float32's upper 20 bits, which
+    order like the numbers."""
 
     n: int = 0
     total: float = 0.0
@@ -107,7 +108,7 @@ class Distribution:
             self.kept, self.held = [], 0
 
     def counts(self) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """Values in order of size, and how often each occurs."""
+        """Values in ascending order, and how often each occurs."""
         kept = np.concatenate([np.empty(0, np.float32), *self.kept])
         if self.bins is None:
             return np.sort(kept).astype(np.float64), np.ones(len(kept), np.int64)
@@ -144,7 +145,7 @@ class LargestNorms:
 
 @dataclass(frozen=True)
 class ShardNorms:
-    """Of the rows of one shard, in stored order."""
+    """The rows of one shard, in stored order: norms, whether they count, positions, token ids."""
 
     norms: NDArray[np.float32]
     counts: NDArray[np.bool_]
@@ -153,7 +154,7 @@ class ShardNorms:
 
 
 def sample(store: Store, hook: str) -> Norms | None:
-    """Over some of the committed shards, evenly spread: enough to see massive rows, and soon done."""
+    """Norms over some of the committed shards, evenly spread: enough to see massive rows, and quick."""
     shards = sorted(store.commits)
     if len(shards) > SAMPLED:
         shards = [shards[i * len(shards) // SAMPLED] for i in range(SAMPLED)]
@@ -161,7 +162,7 @@ def sample(store: Store, hook: str) -> Norms | None:
 
 
 def norms(store: Store, hook: str) -> Norms | None:
-    """Over the committed shards; None when no row counts."""
+    """Norms over the committed shards; None when no row counts."""
     found, largest = Distribution(), LargestNorms()
     first, n_first, nonfinite = 0.0, 0, 0
     for shard in shards(store, hook, store.commits):
@@ -175,12 +176,16 @@ def norms(store: Store, hook: str) -> Norms | None:
     if not found.n:
         return None
     quantiles, at = found.quantiles(), first / n_first if n_first else None
-    there = massive(found, largest, MASSIVE * quantiles[0.5], store.statistics(hook) if store.kept(hook) > 1 else None)
+    there = massive_rows(
+        found, largest, MASSIVE * quantiles[0.5], store.statistics(hook) if store.kept(hook) > 1 else None
+    )
     return Norms(found.n, found.total / found.n, quantiles, at, nonfinite, there)
 
 
-def massive(found: Distribution, largest: LargestNorms, limit: float, statistics: Statistics | None) -> MassiveRows:
-    """|x - mean| is at least |x| - |mean|."""
+def massive_rows(
+    found: Distribution, largest: LargestNorms, limit: float, statistics: Statistics | None
+) -> MassiveRows:
+    """The massive rows. The bound on the variance uses |x - mean| >= |x| - |mean|."""
     values, counts = found.counts()
     above = values > limit
     variance = float(statistics.variance.sum()) if statistics else 0.0
@@ -210,7 +215,7 @@ def share(value: float) -> str:
 
 
 def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[ShardNorms]:
-    """Of each of these committed shards the rows' norms, whether they count, their positions and their tokens. Raises
+    """For each of these committed shards: the rows' norms, whether they count, their positions and tokens. Raises
     DamagedError where the index of a shard names rows of another."""
     tokens, spec = store.token_rows(check=False), store.spec
     contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
@@ -225,8 +230,7 @@ def shards(store: Store, hook: str, among: Iterable[int]) -> Iterator[ShardNorms
 
 
 def outlying(statistics: Statistics) -> dict[int, float]:
-    """Dimensions whose root mean square is far above the median dimension's, by number: how many times; largest
-    first."""
+    """Dimensions whose root mean square is far above the median dimension's: number and ratio, largest first."""
     rms = np.sqrt(statistics.variance + statistics.mean**2)
     times = rms / max(float(np.median(rms)), np.finfo(np.float64).tiny)
     found = [int(dim) for dim in np.argsort(-times) if times[dim] > OUTLYING]

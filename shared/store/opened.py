@@ -1,8 +1,8 @@
-"""A store opened for reading: what it is, what was committed, its tokens and its statistics.
+"""A store opened for reading: its spec, its commits, its tokens and its statistics.
 
-docs/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system or an
-array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its files
-are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
+docs/reference/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system
+or an array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its
+files are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
 """
 
 import os
@@ -35,7 +35,7 @@ STATES: Final[tuple[State, State]] = ("writing", "final")
 
 
 def state_document(spec: StoreSpec, state: State) -> bytes:
-    """The store's own zarr.json. It carries a crc32c of what it says: a changed letter in it would go unnoticed."""
+    """The store's own zarr.json. It carries a crc32c of its content, because a changed letter would go unnoticed."""
     attributes = {"sagsae": seal({**spec.as_json(), "state": state})}
     return as_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
@@ -71,7 +71,7 @@ def read_state(files: Files) -> tuple[StoreSpec, State]:
 
 
 def sagsae_of(data: bytes) -> dict[str, Any]:
-    """`attributes.sagsae` of a store's zarr.json. Raises BadData."""
+    """`attributes.sagsae` of a store's zarr.json. Raises BadData when it is missing."""
     attributes = members(members(parse_json(data), ("attributes",), None)["attributes"], ("sagsae",), None)
     return members(attributes["sagsae"], ("format_version",), None)
 
@@ -92,17 +92,17 @@ class Statistics:
 
 @dataclass(frozen=True)
 class Quantisation:
-    """What int8 cost, measured while writing, over the rows that count."""
+    """The loss through int8, measured while writing, over the rows that count."""
 
     snr_db: float
     """10 log10 of E|x|^2 over the mean squared error."""
     fvu: float
-    """Mean squared error over E|x - mean|^2: what it adds to a fraction of variance unexplained."""
+    """Mean squared error over E|x - mean|^2: the amount that int8 adds to a fraction of variance unexplained."""
 
 
 @dataclass(frozen=True)
 class Store:
-    """A frozen snapshot of what was committed when it was opened."""
+    """A frozen snapshot of what was committed when the store was opened."""
 
     files: Files
     spec: StoreSpec
@@ -111,8 +111,8 @@ class Store:
 
     @classmethod
     def open(cls, location: str | Path | Files, *, lenient: bool = False) -> "Store":
-        """Raises UserError when there is no store, DamagedError when its description or manifest is damaged. `lenient`
-        opens what is left of a damaged manifest."""
+        """Opens a store. Raises UserError when there is none, DamagedError when its description or manifest is damaged.
+        `lenient` opens what is left of a damaged manifest."""
         files = open_files(location) if isinstance(location, str | Path) else location
         return GrowingStore(files).open(lenient=lenient)
 
@@ -122,14 +122,14 @@ class Store:
 
     @property
     def root(self) -> Path:
-        """The folder of a store on a disk. Raises UserError for one that is elsewhere."""
+        """The folder of a store on a disk. Raises UserError for a remote store."""
         if not isinstance(self.files, LocalFiles):
             raise UserError(f"{self.name}: is not on a disk here")
         return self.files.root
 
     @property
     def location(self) -> str:
-        """Names the store from anywhere on this machine."""
+        """A location that names the store from anywhere on this machine."""
         return str(self.root.resolve()) if isinstance(self.files, LocalFiles) else self.files.name
 
     @property
@@ -151,7 +151,7 @@ class Store:
 
     @cached_property
     def snapshot_id(self) -> str:
-        """Names this set of committed shards: equal ids mean equal bytes."""
+        """An id of this set of committed shards: equal ids mean equal bytes."""
         crc = 0
         for line in self.commits.lines():
             crc = crc32c(line.encode(), crc)
@@ -159,7 +159,7 @@ class Store:
 
     @cached_property
     def spec_id(self) -> str:
-        """Names what the store will be when it is final."""
+        """An id of the store that this will be when it is final."""
         return f"{crc32c(state_document(self.spec, 'final')):08x}"
 
     def only(self, shards: list[int]) -> "Store":
@@ -167,7 +167,7 @@ class Store:
         return Store(self.files, self.spec, self.state, self.commits.only(shards))
 
     def tokens(self) -> NDArray[Any]:
-        """Token ids [n_contexts, context], in corpus order, all in memory: of a large store take `token_rows`. Raises
+        """Token ids [n_contexts, context], in corpus order, all in memory; use `token_rows` for a large store. Raises
         DamagedError when they are not what was written."""
         dtype = self.token_rows(check=False).layout.dtype
         try:
@@ -181,25 +181,25 @@ class Store:
         return ids
 
     def token_rows(self, *, check: bool = True) -> TokenRows:
-        """The same without having them in memory. Raises DamagedError when they are not what was written, which takes
-        reading all of them once."""
+        """Token ids that are read from disk on request. With `check`, all of them are read once; raises DamagedError
+        when they are not what was written."""
         rows = TokenRows(self.files, self.spec)
         return rows.check() if check else rows
 
     def statistics(self, hook: str) -> Statistics:
-        """Of one hookpoint, over the committed shards. Raises UserError when too few rows count, DamagedError when its
-        sums are no numbers."""
+        """Moments of one hookpoint over the committed shards. Raises UserError when too few rows count, DamagedError
+        when its sums are not finite."""
         n = self.counted(hook)
         total, squares = (self.total(f"stats/{hook}/{name}") for name in ("sum", "sum_of_squares"))
         with np.errstate(all="ignore"):
             mean = total / n
             square, most = squares / n, mean**2
         if not (np.isfinite(most) & np.isfinite(square)).all():
-            raise DamagedError(f"{self.name}/stats/{hook}: its moments are no numbers. {VERIFY}")
+            raise DamagedError(f"{self.name}/stats/{hook}: its moments are NaN or infinite. {VERIFY}")
         return Statistics(n, mean, np.maximum(square - most, 0.0))
 
     def counted(self, hook: str) -> int:
-        """Rows that the moments are over."""
+        """Rows that the moments are over. Raises UserError when there are fewer than 2."""
         n = self.kept(hook)
         if n < 2:
             raise UserError(f"{self.name}: only {n} rows of {hook} count; at least 2 are needed. Harvest more tokens")
@@ -210,47 +210,47 @@ class Store:
 
     @cached_property
     def totals(self) -> dict[str, NDArray[np.float64]]:
-        """Those that were worked out."""
+        """Sums that were computed already, by array path."""
         return {}
 
     def total(self, path: str) -> NDArray[np.float64]:
         """The sum of one per-shard statistic over the committed shards, [d_in]."""
         if path not in self.totals:
-            self.totals[path] = self.summed(path)
+            self.totals[path] = self.add_rows(path)
         return self.totals[path]
 
-    def summed(self, path: str) -> NDArray[np.float64]:
-        """Row after row, as numpy adds the rows of one large array, some rows in memory at a time."""
+    def add_rows(self, path: str) -> NDArray[np.float64]:
+        """Adds row after row, as numpy adds the rows of one large array, with ROWS_ADDED rows in memory at a time."""
         shards, rows = self.commits.shards.tolist(), list[NDArray[np.float64]]()
         width = self.spec.rows_of_shards()[path][0]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for at in range(0, len(shards), ROWS_ADDED):
                 rows += pool.map(lambda shard: self.row_of_shard(path, shard), shards[at : at + ROWS_ADDED])
-                if width > 1:  # else numpy adds pairs of numbers
+                if width > 1:  # a single column is added pairwise by numpy
                     rows = [np.sum(rows, axis=0)]
         total: NDArray[np.float64] = np.sum(rows, axis=0)
         return total
 
     def row_of_shard(self, path: str, shard: int) -> NDArray[Any]:
-        """One shard's row of an array with one row a shard, [d_in]."""
+        """One shard's row of an array with one row per shard, [d_in]."""
         file, (d_in, dtype) = shard_file(path, shard, True), self.row_kinds[path]
         size, crc = self.commits[shard].files[path]
         if size != d_in * dtype.itemsize + 4:
-            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed, which are not {d_in} {dtype}")
+            raise DamagedError(f"{self.name}/{file}: {size} bytes were committed; {d_in} {dtype} are expected")
         payload = without_crc(self.files.open(file, size, crc).read(0, size), f"{self.name}/{file}")
         return np.frombuffer(payload, dtype).copy()
 
     @cached_property
     def row_kinds(self) -> dict[str, tuple[int, np.dtype[Any]]]:
-        """Of the arrays with one row a shard: path -> (d_in, data type)."""
+        """The arrays with one row per shard: path -> (d_in, data type)."""
         return self.spec.rows_of_shards()
 
     def dim_scale(self, hook: str, shard: int) -> NDArray[np.float32]:
-        """Of int8, [d_in]."""
+        """The scale of each dimension for int8, [d_in]."""
         return self.row_of_shard(f"scale/{hook}/dim", shard)
 
     def quantisation(self, hook: str) -> Quantisation | None:
-        """None for a store that is not quantised."""
+        """The loss through int8; None for a store that is not quantised."""
         if not self.spec.quantised:
             return None
         n, squares = self.counted(hook), self.total(f"stats/{hook}/sum_of_squares").sum()
@@ -260,24 +260,24 @@ class Store:
         return Quantisation(float(10 * np.log10(ratio)), float(error / n / variance) if variance else 0.0)
 
     def stored_bytes(self, hook: str) -> int:
-        """Of a hookpoint's activations, with what is needed to read them back."""
+        """Bytes of a hookpoint's activations, including the scales that are needed to read them back."""
         paths = [hook, *([f"scale/{hook}/row", f"scale/{hook}/dim"] if self.spec.quantised else [])]
         return sum(self.commits.bytes_of(path) for path in paths)
 
 
 class GrowingStore:
-    """A store that is looked at again and again while it is written: each time only what is new is read."""
+    """A store that is opened repeatedly while it is written: each time only the new part is read."""
 
     def __init__(self, files: Files) -> None:
         self.files = files
         self.manifest: Manifest | None = None
 
     def open(self, *, lenient: bool = False) -> Store:
-        """As it is now: see `Store.open`."""
+        """The present state of the store: see `Store.open`."""
         spec, state = read_state(self.files)
         if self.manifest is None or self.manifest.spec != spec:
             self.manifest = Manifest(self.files, spec)
-        while True:  # a harvest that ends between the two moves its commits from one place to another
+        while True:  # a harvest that ends in between moves its commits from the logs to the index
             commits = self.manifest.commits(state == "final", lenient)
             now = read_state(self.files)[1] if state == "writing" else state
             if now == state:
@@ -321,8 +321,8 @@ def find_hookpoint(location: str | Path, hook: str | None) -> tuple[Store, str]:
 
 
 def is_store(files: Files) -> bool:
-    """Whether a harvest was begun here. Raises DamagedError when a zarr.json is there but cannot be read: a store that
-    is out of reach for a moment must not be taken for an empty folder."""
+    """Whether a harvest was begun here. Raises DamagedError when a zarr.json exists but cannot be read, because a store
+    that cannot be reached for a moment must not be taken for an empty folder."""
     try:
         document = parse_json(files.read(STATE_FILE))
     except FileNotFoundError:

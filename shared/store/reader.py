@@ -1,8 +1,8 @@
-"""Reading a store back: inner chunks straight from their files, each checked, decoded where they are wanted.
+"""Reads a store back: inner chunks straight from their files, each checked and decoded into the caller's memory.
 
-Positional reads into one buffer a thread and a decode into the caller's memory: nothing is allocated for a chunk, and
-no Zarr library is on the way. Property-tested equal to zarr-python, which takes over where an array was encoded anew
-with other codecs (shared/store/foreign.py). Open files and shard indexes are kept, both bounded over the whole process.
+Reads are positional, into one buffer per thread; no memory is allocated per chunk, and no Zarr library is involved.
+Property-tested equal to zarr-python, which takes over where an array was rewritten with other codecs
+(shared/store/foreign.py). Open files and shard indexes are kept, both bounded over the whole process.
 """
 
 import threading
@@ -23,29 +23,29 @@ from shared.store.shard import ShardLayout, check_index, decode_chunk, decode_in
 from shared.store.spec import shard_file, sharded_document
 
 FILES: Final = 4096
-"""Files known of one array. How many of them are open, shared/files/handles.py decides."""
+"""Files of one array that are remembered. shared/files/handles.py decides how many of them are open."""
 INDEX_BYTES: Final = 64 << 20
-"""Of the shard indexes kept by all readers: 2 kB each with the default of 128 chunks a shard."""
+"""Bytes of the shard indexes that all readers keep: 2 kB each with the default of 128 chunks per shard."""
 OVERHEAD: Final = 256
-"""Bytes that keeping one takes besides."""
+"""Bytes of memory per kept index, in addition to its content."""
 DECIDES_THE_BYTES: Final = ("shape", "data_type", "chunk_grid", "chunk_key_encoding", "codecs")
-"""Of an array's description."""
+"""The members of an array's description that decide its bytes."""
 
 
 @runtime_checkable
 class Reader(Protocol):
-    """Inner chunks of one sharded array."""
+    """Reads inner chunks of one sharded array."""
 
     store: Store
     layout: ShardLayout
 
     def read(self, shard: int, chunk: int, out: NDArray[Any] | None = None, *, check: bool = True) -> NDArray[Any]:
-        """The rows of one inner chunk. `out` (chunk_rows, *row_shape) is decoded into and a view of it returned.
-        `check=False` leaves out the chunk's checksum. Raises DamagedError."""
+        """Returns the rows of one inner chunk, decoded into `out` (chunk_rows, *row_shape), as a view of it.
+        `check=False` skips the chunk's checksum. Raises DamagedError."""
         ...
 
     def read_run(self, shard: int, first: int, count: int, out: NDArray[Any], *, check: bool = True) -> NDArray[Any]:
-        """`count` neighbouring chunks in one request, into `out` (count * chunk_rows, *row_shape)."""
+        """Reads `count` neighbouring chunks in one request, into `out` (count * chunk_rows, *row_shape)."""
         ...
 
 
@@ -67,7 +67,8 @@ def open_reader(store: Store, array: str) -> Reader:
 
 
 def is_foreign(store: Store, array: str, document: dict[str, Any]) -> bool:
-    """Whether a sharded array was encoded in another way than ours. Raises BadData for no description of an array."""
+    """Whether a sharded array was encoded in another way than ours. Raises BadData when the document describes no
+    array."""
     written = sharded_document(store.spec.n_tokens, store.spec.layouts()[array], {})
     found = members(document, DECIDES_THE_BYTES, None)
     return any(found[key] != written[key] for key in DECIDES_THE_BYTES)
@@ -82,7 +83,7 @@ class IndexCache:
         self.kept: deque[tuple[ReferenceType[ArrayReader], int, int]] = deque()
 
     def count(self, reader: "ArrayReader", shard: int, size: int) -> None:
-        """A reader keeps one more."""
+        """Records that a reader keeps one more index."""
         with self.lock:
             self.kept.append((ref(reader), shard, size))
             self.size += size
@@ -157,7 +158,8 @@ class ArrayReader:
 
 
 def open_shard(store: Store, array: str, layout: ShardLayout, shard: int) -> OpenFile:
-    """No method: a reader that is kept by what it keeps would end late, and its files with it."""
+    """Opens a shard's file. It is no method, because a cache that refers to its reader would keep the reader and its
+    files alive."""
     return store.files.open(shard_file(array, shard, bool(layout.row_shape)), *store.commits[shard].files[array])
 
 
@@ -183,8 +185,8 @@ def read_shard(reader: Reader, shard: int) -> NDArray[Any]:
 
 
 def read_places(contexts: Reader, positions: Reader, shard: int) -> NDArray[np.int64]:
-    """Which token of a shard's part of the token stream each of its rows belongs to, [n] in stored order. Raises
-    DamagedError unless each token is there once."""
+    """The token to which each row of a shard belongs, as a place in the shard's part of the token stream, [n] in stored
+    order. Raises DamagedError unless each token occurs once."""
     store = contexts.store
     context, position = (read_shard(reader, shard).astype(np.int64) for reader in (contexts, positions))
     start, stop = store.spec.shard_range(shard)

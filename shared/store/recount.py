@@ -1,8 +1,9 @@
-"""What a store says twice, compared: rows with their norms and sums, int8's scales with its rows, both with the commit.
+"""Compares what a store says twice: rows with their norms and sums, int8's scales with its rows, and both with the
+commit.
 
-Sums are first taken in float32, which costs a fraction of decoding; where they differ by more than a few parts in a
-million they are taken again in float64, as the writer did, and only what differs then is damage. Of int8 the rows that
-the moments are over are gone: there the stored error says how far a moment may be from what is read back.
+Sums are first computed in float32, which costs a fraction of decoding. Where they differ by more than a few parts in a
+million they are computed again in float64, as the writer did, and only a remaining difference is damage. With int8 the
+original rows of the moments are gone; there the stored error bounds how far a moment may be from the decoded rows.
 """
 
 from collections.abc import Generator, Iterable, Iterator
@@ -23,20 +24,20 @@ from shared.store.spec import rows_that_count, shard_file
 from shared.store.tokens import TokenRows
 
 FAST: Final = (2e-6, 2e-8)
-"""Relative differences that are not looked at again, of what was summed in float32: squares, and values (relative to
-the sum of what they could be at most)."""
+"""Relative differences that need no second look, for float32 sums: of squares, and of values (relative to the sum of
+absolute values)."""
 EXACT: Final = (1e-9, 1e-12)
-"""The same of what was summed in float64, in another order than the writer's."""
+"""The same tolerances for float64 sums, in another order than the writer's."""
 ROUNDED: Final = 2.0**-23
-"""Of a norm, which is stored as float32."""
+"""Relative rounding of a norm, which is stored as float32."""
 HALF_A_STEP: Final = 0.5001
-"""Of int8: the largest error, in steps of row * dim."""
+"""Largest error of int8, in steps of row * dim."""
 AT_ONCE: Final = 256
 """Rows that are summed in float32 before float64 takes over."""
 WIDE: Final = 512
-"""Narrower rows are summed several side by side."""
+"""Narrower rows are summed several side by side, up to this width."""
 CACHED: Final = 1 << 18
-"""Numbers that are worked on at a time: 1 MB of float32, about a core's cache."""
+"""Numbers that are processed at a time: 1 MB of float32, about a core's cache."""
 
 Floats = NDArray[np.float64]
 Marks = NDArray[np.bool_]
@@ -44,29 +45,29 @@ Marks = NDArray[np.bool_]
 
 @dataclass(frozen=True)
 class RowSums:
-    """Of the rows of one hookpoint in one shard."""
+    """Sums over the rows of one hookpoint in one shard."""
 
     norms: Floats
-    """[n] of every row."""
+    """[n] norm of every row."""
     total: Floats
-    """[d_in] over the rows that count."""
+    """[d_in] sum over the rows that count."""
     squares: Floats
-    """[d_in]"""
+    """[d_in] sum of squares over the rows that count."""
 
 
 @dataclass(frozen=True)
 class Recount:
-    """A store whose values are compared, shard by shard, from any number of threads."""
+    """Compares the values of a store shard by shard, from any number of threads."""
 
     store: Store
     readers: dict[str, Reader]
-    """Of the arrays that can be read."""
+    """Readers of the arrays that can be read."""
     tokens: TokenRows | None
     """[n_contexts, context]; None when they are damaged."""
 
     def differences(self, shard: int, broken: set[str]) -> list[str]:
-        """One line for every file of the shard that does not decode, or says something else than another. `broken` are
-        the arrays whose files are known to be damaged."""
+        """One line for every file of the shard that does not decode, or contradicts another. `broken` are the arrays
+        whose files are known to be damaged."""
         commit = self.store.commits[shard]
         order = permutation(commit.rows, self.store.spec.seed, SHARD_ROWS, shard)
         lines: list[str] = []
@@ -89,12 +90,13 @@ class Recount:
                 lines.append(str(error))
         return lines
 
-    def alone(self) -> set[str]:
-        """Arrays whose checksums are looked at here, with their values: their files are read once."""
+    def arrays_checked_here(self) -> set[str]:
+        """Arrays whose checksums are checked here together with their values, so that their files are read once."""
         return {array for array, reader in self.readers.items() if reader.layout.row_shape and is_ours(reader)}
 
     def decoded(self, shard: int, broken: set[str], lines: list[str]) -> dict[str, NDArray[Any]]:
-        """All of a shard that has one number a row, by array. What does not decode gets a line."""
+        """All arrays of a shard with one number per row, by name. An array that does not decode adds a line to
+        `lines`."""
         found = {}
         for array, reader in self.readers.items():
             if array in broken or reader.layout.row_shape:
@@ -136,18 +138,18 @@ def is_matrix(recount: Recount, array: str) -> bool:
 
 @dataclass(frozen=True)
 class HookpointRecount:
-    """One hookpoint in one shard."""
+    """Compares one hookpoint in one shard."""
 
     recount: Recount
     hook: str
     shard: int
 
     def differences(self, found: dict[str, NDArray[Any]], kept: Marks | None, broken: set[str]) -> list[str]:
-        """`found` are the shard's arrays that decode. Raises DamagedError where the rows or the sums do not."""
+        """`found` are the shard's arrays that decode. Raises DamagedError where the rows or the sums do not decode."""
         store, norm, scale = self.recount.store, f"stats/{self.hook}/norm", f"scale/{self.hook}/row"
         sums_there = not any(path in broken for path in store.row_kinds if f"/{self.hook}/" in path)
         if kept is None or norm not in found or not sums_there or (store.spec.quantised and scale not in found):
-            for _ in chunks(self.reader, self.shard):  # there is nothing to compare with, but they have to decode
+            for _ in chunks(self.reader, self.shard):  # nothing to compare with, but the chunks must decode
                 pass
             return []
         norms = found[norm]
@@ -168,24 +170,24 @@ class HookpointRecount:
         return self.recount.store.row_of_shard(f"stats/{self.hook}/{name}", self.shard)
 
     def wrong_count(self, norms: NDArray[np.float32], kept: Marks) -> list[str]:
-        """Rows with a NaN or an infinity, against the commit."""
+        """Compares the number of rows with a NaN or an infinity with the commit."""
         bad = ~np.isfinite(norms)
         found = int((bad & kept).sum()) if bad.any() else None
         said = self.recount.store.commits[self.shard].nonfinite.get(self.hook)
         if found == said:
             return []
         names = ["none" if count is None else f"some, {count} of which would count" for count in (found, said)]
-        return [f"{self.file(f'stats/{self.hook}/norm')}: rows with NaN or infinities: {names[0]}; the manifest says "
-                f"{names[1]}"]  # fmt: skip
+        norms_file = self.file(f"stats/{self.hook}/norm")
+        return [f"{norms_file}: rows with NaN or infinities: {names[0]}; the manifest says {names[1]}"]
 
     def wrong_moments(self, norms: NDArray[np.float32], counted: Marks) -> list[str]:
-        """Of rows that were stored without loss."""
+        """Compares the moments of rows that were stored without loss."""
         stored = self.sum_of_shard("sum"), self.sum_of_shard("sum_of_squares")
         rows = as_numbers(self.reader, self.shard, self.recount.store.spec.dtype, np.float32)
-        lines = self.unequal(sums(rows, counted), norms, *stored, counted, FAST)
+        lines = self.unequal(row_sums(rows, counted), norms, *stored, counted, FAST)
         if lines:
             rows = as_numbers(self.reader, self.shard, self.recount.store.spec.dtype, np.float64)
-            lines = self.unequal(sums(rows, counted), norms, *stored, counted, EXACT)
+            lines = self.unequal(row_sums(rows, counted), norms, *stored, counted, EXACT)
         return lines
 
     def unequal(
@@ -230,8 +232,8 @@ class HookpointRecount:
     def wrong_quantised(
         self, norms: NDArray[np.float32], kept: Marks, counted: Marks, scales: NDArray[np.float32]
     ) -> list[str]:
-        """Of int8: the scales that moments and rows demand, and moments as near to what is read back as the stored
-        error lets them be."""
+        """For int8: compares the scales with those that moments and rows demand, and the moments with the decoded rows,
+        within the stored error."""
         store, quantised = self.recount.store, f"scale/{self.hook}"
         total, squares, error = (self.sum_of_shard(n) for n in ("sum", "sum_of_squares", "sum_of_squared_error"))
         dim = store.dim_scale(self.hook, self.shard)
@@ -267,7 +269,7 @@ class HookpointRecount:
             return lines + self.wrong_norms(np.where(lost, 0, norms), np.where(lost, 0, found.norms), reach)
 
     def wrong_levels(self, scales: NDArray[np.float32], levels: NDArray[np.int16], counted: Marks) -> list[str]:
-        """The largest of a row is 127, unless all are zero."""
+        """Checks that the largest level of a row is 127, unless all are zero."""
         right = np.where(
             np.isfinite(scales),
             (scales > 0)
@@ -326,7 +328,7 @@ def decoded(
 
 
 def blocks(reader: Reader, shard: int) -> Iterator[NDArray[Any]]:
-    """The rows of a shard, a few at a time that stay in a processor's cache."""
+    """The rows of a shard in blocks small enough for a core's cache."""
     at_once = max(1, CACHED // (reader.layout.row_shape[0]))
     for rows in chunks(reader, shard):
         for at in range(0, len(rows), at_once):
@@ -334,7 +336,7 @@ def blocks(reader: Reader, shard: int) -> Iterator[NDArray[Any]]:
 
 
 def as_numbers(reader: Reader, shard: int, dtype: str, kind: type[Any]) -> Iterator[NDArray[Any]]:
-    """Stored rows as numbers of a kind, in memory that may be written over."""
+    """Stored rows as numbers of a type, in memory that the caller may overwrite."""
     memory = np.empty(0, kind)
     for rows in blocks(reader, shard):
         if memory.size < rows.size:
@@ -350,7 +352,7 @@ def as_numbers(reader: Reader, shard: int, dtype: str, kind: type[Any]) -> Itera
 def sums_of_levels(
     parts: Iterable[NDArray[Any]], scales: NDArray[np.float32], dim: NDArray[np.float32], counted: Marks
 ) -> tuple[RowSums, NDArray[np.int16]]:
-    """Of quantised rows in parts, as they are read back, in float32; and the largest absolute level of each row."""
+    """Sums of quantised rows in parts, as they are decoded, in float32; and the largest absolute level of each row."""
     norms, levels, at = np.empty(len(counted)), np.empty(len(counted), np.int16), 0
     memory, absolute = np.empty(0, np.float32), np.empty(0, np.int8)
     total, squares, wide = np.zeros(len(dim)), np.zeros(len(dim)), np.square(dim, dtype="f4")
@@ -372,8 +374,8 @@ def sums_of_levels(
     return RowSums(norms, total, squares), levels
 
 
-def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
-    """Of rows [n, d_in] in parts, which are written over."""
+def row_sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
+    """Sums of rows [n, d_in] in parts, which are overwritten."""
     norms, at = np.empty(len(counted)), 0
     total: Floats | float = 0.0
     squares: Floats | float = 0.0
@@ -390,7 +392,7 @@ def sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
 
 
 def column_sums(x: NDArray[Any]) -> Floats:
-    """[d_in] sums over rows [n, d_in], AT_ONCE at a time in their own kind."""
+    """[d_in] sums over rows [n, d_in], AT_ONCE at a time in the type of `x`."""
     n, d_in = x.shape
     side = max(1, WIDE // d_in)
     whole = n // side * side

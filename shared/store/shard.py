@@ -1,8 +1,9 @@
-"""The bytes of one shard: rows to the Zarr v3 `sharding_indexed` encoding and back.
+"""The bytes of one shard: encodes rows to Zarr v3's `sharding_indexed` and decodes them.
 
-A shard holds `chunks_per_shard` inner chunks of `chunk_rows` whole rows. Each chunk is encoded on its own (blosc,
-then crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length) pairs and its crc32c close the file.
-Only whole shards are written: one written chunk by chunk would be encoded anew for each. No file is touched here.
+A shard holds `chunks_per_shard` inner chunks of `chunk_rows` whole rows. Each chunk is encoded on its own (blosc, then
+crc32c), so a reader decodes 2 MiB at a time; the index of (offset, length) pairs and its crc32c close the file. Only
+whole shards are written: written chunk by chunk, a shard would be encoded again for each chunk. This module opens no
+file.
 """
 
 import struct
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-from crc32c import crc32c as crc32c_of  # releases the interpreter's lock, unlike google-crc32c
+from crc32c import crc32c as crc32c_of  # releases the GIL, unlike google-crc32c
 from isal import isal_zlib
 from numcodecs import blosc
 from numpy.typing import NDArray
@@ -23,7 +24,7 @@ from shared.files.handles import Buffer
 blosc.use_threads = False  # parallelism is across chunks, in our own threads
 
 BLOCK_BYTES = 8 << 20
-"""Of a whole file, read at a time."""
+"""Bytes of a whole file that are read at a time."""
 MISSING = np.uint64(2**64 - 1)
 """Index entry of an inner chunk that lies wholly beyond the end of the array."""
 
@@ -49,18 +50,18 @@ BLOSC_HEADER: Final = struct.Struct("<BBBBIII")
 BLOSC_FORMAT: Final = 2
 COMPRESSOR_FORMAT: Final = 1
 COMPRESSORS: Final = {"lz4": 1, "zstd": 4}
-"""Numbers in the upper three bits of the flags."""
+"""Compressor numbers in the upper three bits of the flags."""
 SAFE_COMPRESSORS: Final = (*COMPRESSORS.values(), 3)
-"""And zlib: their decoders are given the bounds of what they read and write, and keep to them."""
+"""These and zlib have decoders that receive, and keep to, the bounds of what they read and write."""
 STORED, RESERVED = 0b10, 0b1000
-"""Flags: the values follow as they are; not in use."""
+"""Flags: the values follow uncompressed; reserved."""
 BLOSC_MOST: Final = 2**31 - 1 - 16
-"""Bytes of values that a buffer can hold."""
+"""Largest number of bytes of values in one buffer."""
 
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """How one array's rows become shards."""
+    """The shape of one array's shards."""
 
     chunk_rows: int
     chunks_per_shard: int
@@ -84,18 +85,19 @@ class ShardLayout:
 
 
 def crc32c(data: Buffer, before: int = 0) -> int:
-    """Of `data`, or of all that `before` is the crc32c of and then `data`."""
+    """The CRC-32C of `data`, continuing from the CRC `before`."""
     return crc32c_of(data, before)
 
 
 def crc32(data: Buffer, before: int = 0) -> int:
-    """Of a whole file. Another polynomial than the chunks': the crc32c of bytes that end in their own crc32c depends on
-    nothing but how many they are, and would not tell one shard from another."""
+    """The CRC-32 of `data`, continuing from the CRC `before`. Whole files use another polynomial than chunks: the
+    crc32c of bytes that end in their own crc32c depends only on their number, and could not tell one shard from
+    another."""
     return isal_zlib.crc32(data, before)
 
 
 def file_crc(file: OpenFile, size: int) -> int:
-    """crc32 of a whole file, a block at a time."""
+    """The CRC-32 of a whole file, read block by block."""
     crc = 0
     for at in range(0, size, BLOCK_BYTES):
         crc = crc32(file.read(at, min(BLOCK_BYTES, size - at)), crc)
@@ -120,7 +122,7 @@ def without_crc(data: Buffer, what: str, check: bool = True) -> memoryview:
 
 
 def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
-    """C-contiguous `rows` through the codec, without the crc32c that follows it in the file."""
+    """Encodes C-contiguous `rows`, without the crc32c that follows in the file."""
     parameters = CODECS[codec]
     if parameters is None:
         return rows.tobytes()
@@ -136,7 +138,8 @@ def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
 
 
 def decode_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str, check: bool = True) -> None:
-    """Checks (unless told not to) and decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous."""
+    """Decodes one inner chunk into `out` (chunk_rows, *row_shape), C-contiguous, and checks its crc32c if `check`.
+    Raises DamagedError."""
     payload = without_crc(data, what, check)
     try:
         unpack(payload, layout, out)
@@ -147,21 +150,21 @@ def decode_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str
 
 
 def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
-    """One inner chunk without its crc32c. Whatever the bytes are, it reads nothing but them and writes all of `out`, or
-    raises ValueError or RuntimeError."""
+    """Decodes one inner chunk without its crc32c. For any bytes, it reads nothing else and either fills `out` or raises
+    ValueError or RuntimeError."""
     if CODECS[layout.codec] is not None:
         check_blosc(payload, layout.codec, layout.dtype.itemsize, out.nbytes)
         blosc.decompress(payload, out)
         return
-    if len(payload) != out.nbytes:  # one byte would be copied to every place
+    if len(payload) != out.nbytes:  # numpy would broadcast a single byte
         raise ValueError(f"{len(payload)} bytes instead of {out.nbytes}")
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
 
 
 def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> None:
-    """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values, in our compressor, and says so of
-    itself: blosc believes its header, reads as many bytes as that names and leaves alone what it does not fill. What is
-    inside the blocks its decoders check (docs/threat-model.md)."""
+    """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values in our compressor, and its header
+    agrees. blosc trusts its header: it reads as many bytes as that names, and leaves what it does not fill untouched.
+    The decoders check the content of the blocks (docs/explanation/threat-model.md)."""
     compressor, typesize, values = check_header(payload)
     if compressor != COMPRESSORS[codec]:
         raise ValueError(f"its blosc header is not of a buffer packed with {codec}")
@@ -173,7 +176,7 @@ def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> 
 
 
 def check_any_blosc(payload: memoryview, most: int) -> None:
-    """The same for a buffer of another tool, of at most `most` bytes of values."""
+    """The same check for a buffer of another tool, with at most `most` bytes of values."""
     compressor, _, values = check_header(payload)
     if compressor not in SAFE_COMPRESSORS or values > most:
         raise ValueError(f"its blosc header is of a buffer of {values} bytes, in a compressor of number {compressor}")
@@ -181,7 +184,7 @@ def check_any_blosc(payload: memoryview, most: int) -> None:
 
 def check_header(payload: memoryview) -> tuple[int, int, int]:
     """The compressor's number, the size of a value, and the bytes of all values of a blosc buffer. Raises ValueError
-    unless its header and the starts of its blocks are consistent with one another and with its length."""
+    unless its header and the starts of its blocks are consistent with each other and with its length."""
     if len(payload) < BLOSC_HEADER.size:
         raise ValueError(f"{len(payload)} bytes are no blosc buffer")
     version, inner, flags, typesize, values, block, size = BLOSC_HEADER.unpack_from(payload)
@@ -205,7 +208,7 @@ def check_header(payload: memoryview) -> tuple[int, int, int]:
 
 
 def pad_chunk(rows: NDArray[Any], layout: ShardLayout) -> NDArray[Any]:
-    """The rows of a chunk at the array's end, filled up to a whole chunk as Zarr asks."""
+    """The rows of a chunk at the array's end, padded to a whole chunk as Zarr requires."""
     if len(rows) == layout.chunk_rows:
         return rows
     whole = np.full(layout.chunk_shape, layout.fill, layout.dtype)
@@ -214,7 +217,7 @@ def pad_chunk(rows: NDArray[Any], layout: ShardLayout) -> NDArray[Any]:
 
 
 def shard_pieces(chunks: Iterable[bytes], layout: ShardLayout) -> Iterator[bytes]:
-    """The file of a shard, piece by piece: its encoded chunks, each with its crc32c, then the index with its own.
+    """Yields the file of a shard piece by piece: its encoded chunks, each with its crc32c, then the index with its own.
     Chunks beyond the last are marked missing."""
     index = np.full((layout.chunks_per_shard, 2), MISSING, "<u8")
     end = 0
@@ -227,7 +230,7 @@ def shard_pieces(chunks: Iterable[bytes], layout: ShardLayout) -> Iterator[bytes
 
 
 def encode_shard(rows: NDArray[Any], layout: ShardLayout) -> Iterator[bytes]:
-    """The file of one shard for `rows` (n <= shard_rows, *row_shape), piece by piece."""
+    """Yields the file of one shard for `rows` (n <= shard_rows, *row_shape), piece by piece."""
     if len(rows) > layout.shard_rows or rows.shape[1:] != layout.row_shape or rows.dtype != layout.dtype:
         raise ValueError(
             f"rows {rows.shape} {rows.dtype} do not fit shards of {layout.shard_rows} {layout.row_shape} {layout.dtype}"

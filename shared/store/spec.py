@@ -1,7 +1,7 @@
-"""What a store is: everything that decides its bytes, and the Zarr v3 documents that follow from it.
+"""The spec of a store: everything that decides its bytes, and the Zarr v3 documents that follow from it.
 
 The arrays' zarr.json are written out here, not by a Zarr library: their bytes are part of the format
-(docs/store-format.md) and do not change with a library's version. That Zarr libraries read them is tested with four.
+(docs/reference/store-format.md) and do not change with a library's version. Tests read them with four Zarr libraries.
 """
 
 import json
@@ -21,7 +21,7 @@ TOKENS_PER_CHUNK: Final = 1 << 20
 FEW_IDS: Final = 8
 
 # bf16 has no Zarr v3 data type that zarr-python knows: its bit pattern is stored as uint16. The fill values are NaN,
-# or a value that is never written, so that reading what does not exist is loud.
+# or a value that is never written, so that a read of missing data is noticed.
 DTYPES: Final[dict[str, tuple[np.dtype[Any], float | int]]] = {
     "bfloat16": (np.dtype("<u2"), 0x7FC0),
     "float16": (np.dtype("<f2"), float("nan")),
@@ -34,20 +34,20 @@ TokenType = Literal["uint16", "uint32"]
 
 MOST_TOKENS: Final = 1 << 40
 MOST_CONTEXT: Final = 1 << 16
-"""index/position is uint16."""
+"""Limit of index/position, which is uint16."""
 MOST_CONTEXTS: Final = 1 << 32
-"""index/context is uint32."""
+"""Limit of index/context, which is uint32."""
 MOST_SHARDS: Final = 1 << 22
 MOST_CHUNKS: Final = 1 << 20
-"""Of a shard: its index has 16 bytes of each."""
+"""Chunks per shard: its index has 16 bytes for each."""
 MOST_SHARD_ROWS: Final = BLOSC_MOST // 4
-"""Norms and index arrays have one chunk a shard."""
+"""Rows per shard: norms and index arrays have one chunk per shard."""
 MOST_WIDTH: Final = 1 << 24
 MOST_HOOKPOINTS: Final = 1 << 14
 HOOKPOINT: Final = re.compile(r"layer_[0-9]{2,6}/[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
-"""What harvest and synth call a hookpoint's path (shared/model/hooks.py)."""
+"""The path of a hookpoint, as harvest and synth write it (shared/model/hooks.py)."""
 NOT_A_HOOKPOINT: Final = (".json", ".jsonl", ".tmp")
-"""Ends of the names of files that are something else."""
+"""Endings that mark names of other files."""
 
 Count = Annotated[int, Field(strict=True, ge=1)]
 TokenId = Annotated[int, Field(strict=True, ge=0, lt=1 << 32)]
@@ -66,8 +66,8 @@ class HookSpec(Frozen):
 
 
 class StoreSpec(Frozen):
-    """Two harvests with equal specs write equal stores. All numbers are bounded, and consistent with one another:
-    nothing is allocated or looped over that a store could not have."""
+    """Everything that decides the bytes of a store: harvests with equal specs write equal stores. All numbers are
+    bounded, and consistent with each other, so nothing is allocated or looped over that a store could not have."""
 
     format_version: Annotated[int, Field(strict=True)] = FORMAT_VERSION
     model: dict[str, Any]
@@ -84,9 +84,9 @@ class StoreSpec(Frozen):
         dict[Annotated[str, AfterValidator(hookpoint_path)], HookSpec],
         Field(min_length=1, max_length=MOST_HOOKPOINTS),
     ]
-    """By path inside the store, such as `layer_08/mlp_out`."""
+    """Hookpoints by path inside the store, such as `layer_08/mlp_out`."""
     dtype: Literal["bfloat16", "float16", "float32"]
-    """What the model's activations were rounded to. With codec int8 they were quantised after that."""
+    """The type to which the model's activations were rounded. With codec int8 they were quantised after that."""
     codec: Codec
     chunk_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
     shard_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
@@ -97,7 +97,7 @@ class StoreSpec(Frozen):
         if self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
         if self.shard_rows // self.chunk_rows > MOST_CHUNKS:
-            raise ValueError(f"chunk_rows: {self.chunk_rows} makes more than {MOST_CHUNKS:,} chunks a shard")
+            raise ValueError(f"chunk_rows: {self.chunk_rows} makes more than {MOST_CHUNKS:,} chunks per shard")
         if self.n_shards > MOST_SHARDS:
             raise ValueError(f"shard_rows: {self.shard_rows} makes more than {MOST_SHARDS:,} shards")
         if self.n_contexts > MOST_CONTEXTS:
@@ -106,11 +106,12 @@ class StoreSpec(Frozen):
             raise ValueError(f"skip_positions: {self.skip_positions} is more than context = {self.context}")
         widest = max(hook.d_in for hook in self.hookpoints.values())
         if self.chunk_rows * widest * DTYPES[self.dtype][0].itemsize > BLOSC_MOST:
-            raise ValueError(f"chunk_rows: {self.chunk_rows} rows of {widest} numbers are more than 2 GiB a chunk")
+            raise ValueError(f"chunk_rows: {self.chunk_rows} rows of {widest} numbers are more than 2 GiB per chunk")
         return self
 
     def as_json(self) -> dict[str, Any]:
-        """A skip_positions of 1 goes unsaid: stores were written before there was any other."""
+        """The spec as JSON. A skip_positions of 1 is left out, as in stores written before there was any other
+        value."""
         return self.model_dump(mode="json", exclude={"skip_positions"} if self.skip_positions == 1 else None)
 
     @property
@@ -131,8 +132,8 @@ class StoreSpec(Frozen):
         return self.codec == "int8"
 
     def layouts(self) -> dict[str, ShardLayout]:
-        """Every sharded array: hookpoints, int8's row scales, row norms, and where each row came from. What is read a
-        shard at a time has one chunk a shard."""
+        """Every sharded array: hookpoints, int8's row scales, row norms, and where each row came from. Arrays that are
+        read shard by shard have one chunk per shard."""
         per_shard = self.shard_rows // self.chunk_rows
         dtype, fill = INT8 if self.quantised else DTYPES[self.dtype]
         codec = "none" if self.quantised else self.codec
@@ -149,7 +150,7 @@ class StoreSpec(Frozen):
         return layouts
 
     def rows_of_shards(self) -> dict[str, tuple[int, np.dtype[Any]]]:
-        """The arrays with one row a shard, [n_shards, d_in], each row a file: path -> (d_in, data type)."""
+        """The arrays with one row per shard, [n_shards, d_in], each row a file: path -> (d_in, data type)."""
         float64, float32 = np.dtype("<f8"), np.dtype("<f4")
         arrays: dict[str, tuple[int, np.dtype[Any]]] = {}
         for path, hook in self.hookpoints.items():
@@ -160,7 +161,7 @@ class StoreSpec(Frozen):
         return arrays
 
     def arrays(self) -> set[str]:
-        """Every array of which a shard has a file."""
+        """Every array in which a shard has a file."""
         return {*self.layouts(), *self.rows_of_shards()}
 
     def token_files(self) -> list[str]:
@@ -169,7 +170,7 @@ class StoreSpec(Frozen):
         return [shard_file("tokens", number, True) for number in range(-(-self.n_contexts // rows))]
 
     def documents(self) -> dict[str, bytes]:
-        """Every zarr.json but the store's own: arrays, and the groups that they are in."""
+        """Every zarr.json but the store's own: arrays, and the groups that contain them."""
         tokens = token_layout(self.context, self.token_dtype)
         found = {"tokens": plain_document((self.n_contexts, self.context), tokens, ("context", "position"))}
         for path, layout in self.layouts().items():
@@ -185,8 +186,8 @@ class StoreSpec(Frozen):
 
 
 def read_spec(about: dict[str, Any]) -> StoreSpec:
-    """The spec of an existing store, with what its readers need of the model and the corpus. Raises BadData naming the
-    first member that it cannot have."""
+    """The spec of an existing store, including what its readers need of the model and the corpus. Raises BadData naming
+    the first member that is invalid."""
     try:
         spec = StoreSpec.model_validate(about)
     except ValidationError as error:
@@ -228,7 +229,7 @@ def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
 
 
 def are_special(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[np.bool_]:
-    """`np.isin(tokens, special_ids)`; of a few ids without what that puts into memory."""
+    """`np.isin(tokens, special_ids)`; for a few ids without its memory cost."""
     if len(special_ids) > FEW_IDS:
         return np.isin(tokens, special_ids)
     found = np.zeros(tokens.shape, bool)
@@ -238,7 +239,7 @@ def are_special(tokens: NDArray[Any], special_ids: tuple[int, ...]) -> NDArray[n
 
 
 def token_layout(context: int, dtype: TokenType) -> ShardLayout:
-    """Chunks of the token ids, [n_contexts, context]; each is a file of its own."""
+    """The chunks of the token ids, [n_contexts, context]; each is a file of its own."""
     return ShardLayout(max(1, TOKENS_PER_CHUNK // context), 1, (context,), np.dtype(dtype).newbyteorder("<"), "zstd", 0)
 
 
@@ -262,7 +263,7 @@ CRC: Final = {"name": "crc32c"}
 
 
 def chunk_codecs(layout: ShardLayout) -> list[dict[str, Any]]:
-    """How a chunk is encoded, in Zarr's words."""
+    """The encoding of a chunk, in Zarr's terms."""
     parameters = CODECS[layout.codec]
     raw = LITTLE if layout.dtype.itemsize > 1 else {"name": "bytes"}
     if parameters is None:
@@ -291,7 +292,7 @@ def sharded_document(rows: int, layout: ShardLayout, attributes: dict[str, Any])
 
 
 def plain_document(shape: tuple[int, ...], layout: ShardLayout, names: tuple[str, ...]) -> dict[str, Any]:
-    """Of an array whose every chunk is a file."""
+    """The zarr.json of an array whose every chunk is a file."""
     return document(shape, layout.chunk_shape, layout, chunk_codecs(layout), names, {})
 
 

@@ -1,4 +1,4 @@
-"""Watching a harvest from outside: what was committed since the last look."""
+"""Watches a harvest from outside: reports what was committed since the last look."""
 
 import time
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from shared.files.locks import is_locked
 from shared.store.commits import Commits
 from shared.store.opened import GrowingStore, Store
 
-NOTHING: Final = Commits.of({})
+NOTHING: Final = Commits.from_mapping({})
 
 
 @dataclass(frozen=True)
@@ -20,15 +20,15 @@ class StoreLook:
 
     store: Store
     new: list[int]
-    """Shards committed since the look before."""
+    """Shards committed since the previous look."""
     seconds: float
-    """Since the first look."""
+    """Seconds since the first look."""
     at_work: bool | None
     """Whether a harvest is alive on this machine; None where that cannot be seen."""
 
 
-def looks(files: Files, every: float) -> Iterator[StoreLook]:
-    """One look now and one whenever something was committed; ends when the store is final. Reads only."""
+def watch_store(files: Files, every: float) -> Iterator[StoreLook]:
+    """Yields one look now and one whenever something was committed; ends when the store is final. Reads only."""
     started, growing, seen = time.monotonic(), GrowingStore(files), None
     while True:
         store = growing.open()
@@ -42,8 +42,8 @@ def looks(files: Files, every: float) -> Iterator[StoreLook]:
         time.sleep(every)
 
 
-def describe(look: StoreLook, first: StoreLook) -> str:
-    """One line for a person."""
+def describe_look(look: StoreLook, first: StoreLook) -> str:
+    """The progress in one line, for a person."""
     store = look.store
     size = store.commits.n_bytes
     rows = store.n_rows - first.store.n_rows
@@ -51,4 +51,4 @@ def describe(look: StoreLook, first: StoreLook) -> str:
     done = f"{len(store.commits)}/{store.spec.n_shards} shards, {store.n_rows:,} tokens, {size / 1e6:,.1f} MB{rate}"
     if store.state == "final":
         return f"{done}: final"
-    return done if look.at_work in (True, None) else f"{done}: nobody is harvesting into it"
+    return done if look.at_work in (True, None) else f"{done}: no harvest is writing into it"

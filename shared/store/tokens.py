@@ -1,7 +1,7 @@
-"""The token ids of a store, read chunk by chunk: nothing here grows with the store.
+"""The token ids of a store, read chunk by chunk: memory does not grow with the store.
 
-Whoever needs ids takes a slice and gets that; whoever needs to know which rows count takes a slice of the token stream.
-A chunk that was read before has to be the same when it is read again.
+A caller that needs ids takes a slice of contexts; a caller that needs to know which rows count takes a slice of the
+token stream. A chunk that is read again must be the same as before.
 """
 
 import hashlib
@@ -19,20 +19,20 @@ from shared.store.shard import crc32, decode_chunk
 from shared.store.spec import StoreSpec, rows_that_count, shard_file, token_layout
 
 CHUNKS_KEPT: Final = 4
-"""Decoded, of about a million ids each: shards are captured in order, a few of them to a chunk."""
+"""Decoded chunks kept, about a million ids each: shards are captured in order, a few of them per chunk."""
 
 
 @runtime_checkable
 class TokenMask(Protocol):
-    """Which rows of the token stream are marked, worked out when it is asked for."""
+    """Marks rows of the token stream, computed on request."""
 
     def __getitem__(self, rows: slice) -> NDArray[np.bool_]:
-        """[stop - start]"""
+        """[stop - start] bool."""
         ...
 
 
 def flat(mask: NDArray[np.bool_] | TokenMask) -> NDArray[np.bool_] | TokenMask:
-    """A mask [contexts, context] in memory, or one that is worked out, as one of the token stream."""
+    """A mask [contexts, context] in memory, or one that is computed on request, as a mask of the token stream."""
     return mask.reshape(-1) if isinstance(mask, np.ndarray) else mask
 
 
@@ -74,7 +74,7 @@ class TokenRows:
         )
 
     def take(self, contexts: NDArray[np.int64]) -> NDArray[Any]:
-        """These contexts, sorted, [n, context]. Raises DamagedError."""
+        """The given contexts, sorted, [n, context]. Raises DamagedError."""
         found = np.empty((len(contexts), self.spec.context), self.layout.dtype)
         chunks = contexts // self.layout.chunk_rows
         for number in np.unique(chunks).tolist():
@@ -82,7 +82,7 @@ class TokenRows:
         return found
 
     def blocks(self) -> Iterator[NDArray[Any]]:
-        """All of them, chunk by chunk. Raises DamagedError at the end when they are not what was written."""
+        """Yields all contexts, chunk by chunk. Raises DamagedError at the end when they are not what was written."""
         digest = hashlib.blake2b(digest_size=16)
         for number in range(self.n_chunks):
             block = self.chunk(number)
@@ -92,7 +92,7 @@ class TokenRows:
             raise DamagedError(f"{self.files.name}/tokens: the token ids are not the ones that were written")
 
     def check(self) -> "TokenRows":
-        """Looks at all of them once. Raises DamagedError when they are not what was written."""
+        """Reads all contexts once. Raises DamagedError when they are not what was written."""
         for _ in self.blocks():
             pass
         return self
@@ -118,14 +118,14 @@ class TokenRows:
         except FileNotFoundError as error:
             raise DamagedError(f"{what}: is missing. Restore it from a copy") from error
         if self.crcs.setdefault(number, crc := crc32(data)) != crc:
-            raise DamagedError(f"{what}: is another file than it was. Was the store replaced meanwhile?")
+            raise DamagedError(f"{what}: changed since it was first read. Was the store replaced?")
         ids = np.empty((self.layout.chunk_rows, self.spec.context), self.layout.dtype)
         decode_chunk(data, self.layout, ids, what)
         return ids[: self.spec.n_contexts - number * self.layout.chunk_rows]
 
 
 class CountedMask:
-    """Which rows count in the moments, of any slice of the token stream."""
+    """Marks the rows that count in the moments, for any slice of the token stream."""
 
     def __init__(self, tokens: TokenRows) -> None:
         self.tokens = tokens

@@ -1,7 +1,7 @@
-"""Everything in a store that is not as it was written, and taking damaged shards back to the harvest.
+"""Finds everything in a store that is not as it was written, and drops damaged shards so that they are harvested again.
 
-Quick: the presence, length and crc32 of every file. Full: besides, every chunk is decoded, and what the store says
-twice is compared (shared/store/recount.py). Either way every byte that a store holds is looked at.
+The quick check covers the presence, length and crc32 of every file. The full check also decodes every chunk and
+compares what the store says twice (shared/store/recount.py). Either way every byte of a store is read.
 """
 
 import os
@@ -32,18 +32,18 @@ from shared.store.tokens import TokenRows
 
 @dataclass
 class Damage:
-    """What was found."""
+    """The damage that was found."""
 
     lines: list[str] = field(default_factory=list)
-    """One for each damaged file, in words."""
+    """One line for each damaged file, in words."""
     shards: list[int] = field(default_factory=list)
-    """The committed shards that have damaged files: harvesting them again mends them."""
+    """The committed shards with damaged files: harvesting them again repairs them."""
     lasting: list[str] = field(default_factory=list)
-    """The lines that harvesting again does not mend."""
+    """The lines that harvesting again does not repair."""
 
 
 def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None = None) -> Damage:
-    """`advance(bytes, note)` is told of progress."""
+    """Checks a store. `advance(bytes, note)` is called with the progress."""
     damage = Damage()
     for check in (check_missing, check_logs, check_state, check_metadata, check_record):
         try:
@@ -52,7 +52,7 @@ def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None 
             damage.lines += str(error).splitlines()
             damage.lasting += [] if check in (check_missing, check_logs) else str(error).splitlines()
     recount = recount_of(store, damage)
-    for shard, lines in each_shard(store, recount if full else None):
+    for shard, lines in checked_shards(store, recount if full else None):
         damage.lines += lines
         if lines:
             damage.shards.append(shard)
@@ -63,7 +63,7 @@ def verify(store: Store, full: bool, advance: Callable[[int, str], None] | None 
 
 
 def recount_of(store: Store, damage: Damage) -> Recount:
-    """What the values of shards are compared with. What of it is damaged is said."""
+    """Prepares the comparison of values; adds damage of tokens and array descriptions to `damage`."""
     tokens: TokenRows | None = (rows := store.token_rows(check=False))
     readers: dict[str, Reader] = {}
     try:
@@ -81,8 +81,8 @@ def recount_of(store: Store, damage: Damage) -> Recount:
     return Recount(store, readers, tokens)
 
 
-def each_shard(store: Store, recount: Recount | None) -> Iterator[tuple[int, list[str]]]:
-    """The shards in order, each with a line for every damaged file. A few are looked at side by side."""
+def checked_shards(store: Store, recount: Recount | None) -> Iterator[tuple[int, list[str]]]:
+    """The shards in order, each with a line for every damaged file. A few are checked side by side."""
     threads = len(os.sched_getaffinity(0))
     matrices = {array for array, layout in store.spec.layouts().items() if layout.row_shape} | store.row_kinds.keys()
     left, waiting = iter(store.commits), deque[tuple[int, Future[list[str]]]]()
@@ -102,9 +102,9 @@ def each_shard(store: Store, recount: Recount | None) -> Iterator[tuple[int, lis
 def check_shard(store: Store, recount: Recount | None, matrices: set[str], shard: int) -> list[str]:
     """One line for every damaged file of a shard."""
     found: dict[str, str] = {}
-    alone = recount.alone() if recount else set()
+    checked_there = recount.arrays_checked_here() if recount else set()
     for array, (size, crc) in sorted(store.commits[shard].files.items()):
-        if array in alone:
+        if array in checked_there:
             continue
         path = shard_file(array, shard, array in matrices)
         try:
@@ -116,7 +116,7 @@ def check_shard(store: Store, recount: Recount | None, matrices: set[str], shard
 
 
 def check_token_ids(store: Store, tokens: TokenRows) -> None:
-    """Raises DamagedError for ids that are not those that were written, that the vocabulary lacks, and where a row does
+    """Raises DamagedError for ids that differ from the written ones or that the vocabulary lacks, and where a row does
     not begin as the spec says."""
     spec = store.spec
     vocab_size = spec.corpus.get("vocab_size", 1 << 32)
@@ -142,7 +142,7 @@ def check_missing(store: Store) -> None:
 
 def check_logs(store: Store) -> None:
     logs = read_logs(store.files, store.spec, store.state == "final")
-    cure = "The same sagsae harvest command again, or --repair, gives up its shard and writes it anew"
+    cure = "Run the same sagsae harvest command again, or use --repair, to drop and rewrite its shard"
     bad = [(f"{log.path}: line {number}", why) for log in logs for number, why in log.bad.items()]
     if bad:
         lines = [f"{store.name}/{where} is torn or damaged ({why}). {cure}" for where, why in bad]
@@ -160,7 +160,7 @@ def check_metadata(store: Store) -> None:
             continue
         if len(data) != size or crc32(data) != crc:
             wrong.append(f"{store.name}/{path}: is not as it was written")
-        elif path in written and data != written[path] and not encoded_anew(store, path, data):
+        elif path in written and data != written[path] and not is_rewritten(store, path, data):
             wrong.append(f"{store.name}/{path}: does not say what the store's zarr.json says")
     try:
         check_metadata_paths(store, metadata)
@@ -170,8 +170,8 @@ def check_metadata(store: Store) -> None:
         raise DamagedError("\n".join(wrong))
 
 
-def encoded_anew(store: Store, path: str, data: bytes) -> bool:
-    """Whether a document may be another tool's: of an array that is read through zarr-python, which looks at it."""
+def is_rewritten(store: Store, path: str, data: bytes) -> bool:
+    """Whether a document may be another tool's: that of an array read through zarr-python, which checks it."""
     array = path.removesuffix("/zarr.json")
     try:
         return array in store.spec.layouts() and is_foreign(store, array, parse_json(data))
@@ -192,16 +192,17 @@ def check_record(store: Store) -> None:
 
 
 def repair(files: Files, shards: list[int]) -> list[int]:
-    """Takes back the commits of damaged shards, and bad lines, so that the same harvest command writes these shards
-    again. Nothing else is touched. Gives all shards that are to be written. Raises UserError while somebody writes."""
+    """Removes the commits of damaged shards, and bad lines, so that the same harvest command rewrites these shards.
+    Nothing else is changed. Returns all shards that must be written. Raises UserError while another process is
+    writing."""
     with files.explained(), files.lock(), files.unread():
         store = Store.open(files, lenient=True)
         logs = read_logs(files, store.spec, store.state == "final")
         if store.state == "final" and (store.missing or set(shards) & set(store.commits)):
             write_state(files, store.spec, "writing")
-        given_up = set(shards)
+        dropped = set(shards)
         for log in logs:
-            kept = [commit for commit in log.commits if commit.shard not in given_up]
+            kept = [commit for commit in log.commits if commit.shard not in dropped]
             if len(kept) < len(log.commits) or log.bad:
                 files.write(log.path, [commit.line().encode() for commit in kept])
     return Store.open(files).missing

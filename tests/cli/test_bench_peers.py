@@ -21,7 +21,7 @@ from shared.errors import UserError
 from shared.saes import sae_config
 from shared.store.opened import Store
 from train.bench.peers import find_peers, running
-from train.bench.steps import StepBenchPlan, in_turns, products, rows, step_seconds
+from train.bench.steps import StepBenchPlan, alternate, products, rows, step_seconds
 from train.bench.train import against
 from train.sae.base import StepInputs
 from train.sae.families import family
@@ -216,9 +216,8 @@ def test_no_process_is_left(tools: Path, settings: dict[str, Any]) -> None:  # n
 
 
 def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  # noqa: ARG001
-    plan = StepBenchPlan(
-        [16, 24], 64, 3, "float32", 2, 8, 1, "cpu", find_peers([sys.executable], "float32", "cpu"), False
-    )
+    peers = find_peers([sys.executable], "float32", "cpu")
+    plan = StepBenchPlan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", peers, compiled=False, run_rounds=2)
     notes: list[str] = []
     found = step_seconds(store, "layer_01/mlp_out", tmp_path / "new", plan, lambda _, note: notes.append(note))
     kinds = ["sparse", "dense", "autograd", "products", "saelens", "dictionary_learning"]
@@ -235,7 +234,7 @@ def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  #
 
 
 def test_a_ratio_is_of_the_same_round() -> None:
-    found = in_turns({"a": lambda number: 2.0 * number, "b": lambda number: 1.0 * number}, 8, 3, lambda *_: None)
+    found = alternate({"a": lambda number: 2.0 * number, "b": lambda number: 1.0 * number}, 8, 3, lambda *_: None)
     assert found == {"a": [2.0, 4.0, 6.0], "b": [1.0, 2.0, 3.0]}
     assert against(found, "a", "b") == 2.0
     assert against(found, "saelens", "b") is None

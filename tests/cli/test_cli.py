@@ -168,7 +168,7 @@ def test_a_harvest_is_followed_from_outside(sagsae: Sagsae, store: Store, tmp_pa
     began = time.monotonic()
     stopped = sagsae("store", "tail", copy, "--every", "0.2", stop=(signal.SIGINT, more))
     assert "4/10 shards, 2,048 tokens" in stopped.stdout or "7/10 shards" in stopped.stdout
-    assert "nobody is harvesting into it" in stopped.stdout
+    assert "no harvest is writing into it" in stopped.stdout
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_harvest_values(changes: dict[str, Any], message: str) -> None:
         ({"saes": []}, "name at least one autoencoder"),
         ({"saes": [SAE, SAE]}, r"gated-8-lambda0.1-seed0 is listed twice"),
         ({"batch": 100, "streams": 8}, "batch: 100 is not a multiple of streams = 8"),
-        ({"saes": [{**SAE, "arch": "topk"}]}, r"arch: 'topk' is none of sa-gsae, gated, relu"),
+        ({"saes": [{**SAE, "arch": "top"}]}, r"arch: 'top' is none of sa-gsae, gated, relu"),
         ({"saes": [{**SAE, "sparsity": -1}]}, r"sparsity: must be 0 or more"),
         ({"saes": [{**SAE, "d_sae": 0}]}, r"d_sae: must be 1 or more"),
         ({"saes": [{**SAE, "l0_target": 8}]}, r"l0_target: 8 of 8 latents cannot be active"),
@@ -75,7 +75,7 @@ def test_toml_and_set(tmp_path: Path) -> None:
 
 
 def test_a_grid_of_autoencoders() -> None:
-    axes = {"d_sae": [8], "sparsity": [0.1, 0.2], "seed": [0, 1]}
+    axes: dict[str, list[Any]] = {"d_sae": [8], "sparsity": [0.1, 0.2], "seed": [0, 1]}
     grid = sae_grid(["sa-gsae", "gated:16"], axes, {})
     assert len(grid) == 8
     assert {(sae["arch"], sae["d_sae"]) for sae in grid} == {("sa-gsae", 8), ("gated", 16)}
@@ -86,15 +86,16 @@ def test_a_grid_of_autoencoders() -> None:
         {"arch": "abs-topk", "d_sae": 8, "k": 1},
         {"arch": "abs-topk", "d_sae": 8, "k": 2},
     ]
-    for archs, axes, options, message in (
+    refused: list[tuple[list[str], dict[str, list[Any]], dict[str, Any], str]] = [
         (["gated"], {}, {}, "how wide"),
         (["gated:x"], {"d_sae": [8]}, {}, "expected ARCH or ARCH:WIDTH"),
         (["gate"], {"d_sae": [8]}, {}, "is none of sa-gsae"),
         (["relu"], {"d_sae": [8]}, {"theta0": 1.0}, "--theta0: none of the architectures"),
         (["abs-topk"], {"d_sae": [8], "sparsity": [0.1]}, {}, "--sparsity: none of the architectures"),
-    ):
+    ]
+    for archs, wanted, options, message in refused:
         with pytest.raises(UserError, match=message):
-            sae_grid(archs, axes, options)
+            sae_grid(archs, wanted, options)
 
 
 def test_names_say_what_is_unusual() -> None:

@@ -51,6 +51,11 @@ L0S = (4.0, 16.0, 64.0, 256.0)
 LAMBDAS = (0.4, 0.2, 0.1, 0.05)
 
 
+def constantly(value: float) -> Callable[[float], float]:
+    """A line that is level."""
+    return lambda _: value
+
+
 def points(
     arm: str,
     r2: Callable[[float], float],
@@ -96,7 +101,7 @@ def test_matched_difference_of_parallel_lines() -> None:
     a, b = points("a", lambda x: line(x) + 0.01), points("b", line, at=(8.0, 32.0, 128.0, 512.0))
     found = compare(curves(a), curves(b))
     assert found is not None
-    assert (found.l0_low, found.l0_high) == (pytest.approx(8), pytest.approx(256))
+    assert [found.l0_low, found.l0_high] == pytest.approx([8, 256])
     for value in (found.mean, found.lowest, found.highest):
         assert value.mean == pytest.approx(0.01)
         assert value.low == pytest.approx(0.01)
@@ -161,7 +166,7 @@ def test_verdict(shift: float, expected: str) -> None:
 def test_dead_ratio_counts_half_a_latent_at_least() -> None:
     gated = curves(points("g", line, lambda _: 0.2), "dead")
     for dead, ratio, bound in ((0.1, 2.0, ""), (0.0, 40.0, "≥")):
-        found = geometric_ratio(gated, curves(points("s", line, lambda _, dead=dead: dead), "dead"), 0.005)
+        found = geometric_ratio(gated, curves(points("s", line, constantly(dead)), "dead"), 0.005)
         assert found is not None
         assert found[0].mean == pytest.approx(ratio)
         assert found[1] == bound
@@ -280,7 +285,8 @@ def test_half_of_the_cells_are_enough_for_dominance_as_in_the_paper() -> None:
 
 def test_a_cell_without_a_number_does_not_pass() -> None:
     claim = next(claim for claim in CLAIMS if claim.most == 1 and claim.value is not CLAIMS[0].value)
-    passes = Interval(*[claim.bound + (1 if claim.above else -1)] * 3, 3)
+    value = claim.bound + (1 if claim.above else -1)
+    passes = Interval(value, value, value, 3)
     assert mark(claim, [passes, passes]) == REPRODUCED
     assert mark(claim, [passes, None]) == PARTLY
     assert mark(claim, [None, None]) == NOT_MEASURED
@@ -350,10 +356,10 @@ def test_paper_preset_is_two_models_six_cells_three_seeds() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"preset": "huge"}, "--preset huge: is none of smoke, tiny, paper"),
+        ({"preset": "huge"}, "--preset huge: is unknown. Choose from smoke, tiny, paper"),
         ({"cells": "mlp_out,nope"}, "--cells nope: is not a hookpoint"),
         ({"seeds": 0}, "--seeds 0: at least one"),
-        ({"tokens": 10}, "--tokens 10: fewer than"),
+        ({"tokens": 10}, "--tokens 10: too few to train on. Give at least"),
         ({"layer": 9}, "--layer 9: the model has 4 layers"),
         ({"cells": "resid_mid"}, "--cells resid_mid: tiny has no such hookpoint in layer 2"),
         ({"models": ("nope",)}, "--model nope: is not an alias"),

@@ -60,7 +60,7 @@ def test_another_configuration_is_no_seed(tmp_path: Path, other: dict[str, Any])
     parts = sections([read_run(one), read_run(two)])
     assert len(parts) == 2
     html = write_report([one, two], tmp_path / "r.html").read_text(encoding="utf-8")
-    assert "Seeds of the same setting differ" not in html
+    assert "Seeds of the same autoencoder differ" not in html
     (name,) = other
     label = {"snapshot": "rows", "seed": "seed of the order"}.get(name, name)
     assert f"<li>{label}: " in html
@@ -100,7 +100,7 @@ def test_a_repetition_is_no_seed(tmp_path: Path) -> None:
     one = write_run(tmp_path / "one", sweep((0,)))
     again = write_run(tmp_path / "again", [{**sae, "r2": sae["r2"] + 1e-3} for sae in sweep((0,))])
     (part,) = sections([read_run(one), read_run(again)])
-    assert "One seed for each setting" in " ".join(part.answer.remarks)
+    assert "was trained with one seed only" in " ".join(part.answer.remarks)
     assert "was trained in" in " ".join(part.notes)
     assert "That is no other seed" in " ".join(part.notes)
     assert dict(part.facts)["Autoencoders"] == "6 in 2 runs"
@@ -117,7 +117,7 @@ def test_where_steering_began_decides(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "saes": saes}))
         runs.append(read_run(folder))
     (part,) = sections(runs)
-    assert "One seed for each setting" in " ".join(part.answer.remarks)
+    assert "was trained with one seed only" in " ".join(part.answer.remarks)
 
 
 def test_one_bad_run_does_not_end_the_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_a_report_does_not_go_through_links(tmp_path: Path) -> None:
 def test_eval_replaces_evaluations_alone(train_config: Callable[..., TrainConfig]) -> None:
     run = train(train_config()).run
     (run / "evaluation.json").write_text("<!doctype html>")
-    with pytest.raises(UserError, match=r"is no evaluation\. Move it away"):
+    with pytest.raises(UserError, match=r"is not an evaluation\. Move it away"):
         evaluate(EvalConfig(run=run, ce=False, device="cpu"))
     (run / "evaluation.json").write_text('{"tokens": 3, "sa')  # cut short: measured anew
     assert evaluate(EvalConfig(run=run, ce=False, device="cpu")).results["saes"]
@@ -314,9 +314,9 @@ def test_a_missed_k_is_said() -> None:
 
     entry = {"name": "x", "r2": 0.5, "l0": 106.0, "dead_fraction": 0.0, "k": 100}
     assert useless([entry]) == []
-    assert useless([{**entry, "l0": 130.0}]) == ["x: its L0 is 130, k 100 was asked for"]
+    assert useless([{**entry, "l0": 130.0}]) == ["x: its L0 is 130, but k is 100"]
     assert useless([{**entry, "r2": None, "dead_fraction": 0.95}]) == [
-        "x: its R² is no number, 95 % of its latents are dead"
+        "x: its R² is NaN or infinite, 95 % of its latents are dead"
     ]
     assert len(useless([{**entry, "r2": -1.0}] * 30)) == 9
 

@@ -1,5 +1,5 @@
 """Thousands of damages with matching checksums: no crash, no hang, no traceback, and nothing wrong without a word. What
-a store says only once is left out; docs/threat-model.md names it."""
+a store says only once is left out; docs/explanation/threat-model.md names it."""
 
 import json
 import subprocess
@@ -21,7 +21,7 @@ def run(script: str, *arguments: object) -> dict[str, object]:
 
 def fuzz_stores(codec: str, seed: int, cases: int) -> None:
     """Hostile stores that were downloaded made the commands write outside, read memory, crash, hang or say nothing."""
-    found = run("hostile.py", codec, seed, cases)
+    found = run("support/hostile.py", codec, seed, cases)
     assert found["faults"] == []
     counts = found["counts"]
     assert isinstance(counts, dict)
@@ -31,7 +31,7 @@ def fuzz_stores(codec: str, seed: int, cases: int) -> None:
 
 def fuzz_buffers(codec: str, seed: int, cases: int) -> None:
     """numcodecs hands blosc a buffer without its length (issue 228): header, blocks and streams are checked here."""
-    counts = run("guarded.py", codec, seed, cases)
+    counts = run("faults/guarded.py", codec, seed, cases)
     assert counts["unwritten"] == 0
     assert counts["refused"] + counts["accepted"] == cases  # type: ignore[operator]
     assert counts["refused"] > cases / 2  # type: ignore[operator]

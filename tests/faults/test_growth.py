@@ -37,10 +37,11 @@ from shared.store.manifest import INDEX, Commit, append_commit, parse_commit, re
 from shared.store.opened import GrowingStore, Store, state_document, write_state
 from shared.store.shard import crc32c, with_crc
 from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
-from shared.store.tail import looks
+from shared.store.tail import watch_store
 from shared.store.tokens import CountedMask, TokenRows
 from shared.store.verify import verify
 from train.bench.scale import READING
+from train.data.follow import Segments, waiting_text
 from train.data.order import ChunkRun, ReadOrder, heldout_contexts, rows_in_shards, runs, split, split_rows
 from train.data.row_mask import RowMask
 
@@ -125,8 +126,8 @@ def test_lines_are_read_at_once_as_one_by_one(data: st.DataObject) -> None:
         elif how == "cut":
             line = line[: data.draw(st.integers(1, len(line) - 2))] + "\n"
         lines.append(line)
-    whole = "".join(lines).encode()
-    if lines and data.draw(st.booleans()):
+    whole, cut_short = "".join(lines).encode(), data.draw(st.booleans())
+    if lines and cut_short:
         whole = whole[:-1]
     expected, bad_lines = old_lines(whole)
     found = parse_lines(whole, spec)
@@ -226,7 +227,7 @@ def test_a_snapshot_is_named_as_before(tmp_path: Path) -> None:
 @settings(max_examples=30, deadline=None)
 @given(shards=st.integers(1, 40), width=st.integers(1, 4), seed=st.integers(0, 5), at_once=st.integers(1, 7))
 def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int, at_once: int) -> None:
-    """A row of each of 100,000 shards was in memory at once. The sum keeps its bits."""
+    """The sum keeps its bits, however many rows are added at once."""
     rows = np.random.default_rng(seed).standard_normal((shards, width)) * 1e3
     spec = spec_of(shards, hooks=1)
     spec = spec.model_copy(update={"hookpoints": {"layer_00/hook_0": HookSpec(name="x", d_in=width)}})
@@ -235,8 +236,22 @@ def test_sums_over_shards_are_added_as_before(shards: int, width: int, seed: int
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(shared.store.opened, "ROWS_ADDED", at_once)
         patch.setattr(Store, "row_of_shard", lambda _self, _path, shard: rows[shard])
-        store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.of(commits))
+        store = Store(LocalFiles(Path("nowhere")), spec, "final", Commits.from_mapping(commits))
         assert store.total(array).tobytes() == np.sum(list(rows), axis=0).tobytes()
+
+
+def test_a_sum_over_shards_holds_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row of each of 100,000 shards was in memory at once."""
+    spec, n = spec_of(3000, hooks=1), 3000
+    manifest_only(tmp_path / "s", spec, [commit_of(spec, shard).line() for shard in range(n)])
+    store = Store.open(tmp_path / "s")
+    monkeypatch.setattr(Store, "row_of_shard", lambda *_: np.ones(1024))
+    tracemalloc.start()
+    total = store.total("stats/layer_00/hook_0/sum")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert total.tolist() == [n] * 1024
+    assert peak < 8192 * n, "they were there twice"
 
 
 # What is looked at again and again
@@ -252,7 +267,7 @@ def test_tail_reads_only_what_is_new(tmp_path: Path) -> None:
     spec = spec_of(3000)
     lines = [commit_of(spec, shard).line() for shard in range(3000)]
     store = manifest_only(tmp_path / "s", spec, lines[:2900], "writing")
-    watched = looks(store.files, 0.01)
+    watched = watch_store(store.files, 0.01)
     assert next(watched).new == []
     for shard in range(2900, 2905):
         append_commit(store.files, 0, commit_of(spec, shard))
@@ -267,24 +282,25 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     """`train --follow` opened the whole store again every second."""
     spec = spec_of(3000)
     store = manifest_only(tmp_path / "s", spec, [commit_of(spec, k).line() for k in range(2900)], "writing")
-    opened = [0]
-    real = train.data.follow.Segments.waiting
+    looks = 0
+    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "has_enough": str}
+    fields |= {name: str for name in ("content",) if name in Segments.__dataclass_fields__}
+    segments = Segments(**fields)
 
-    def said(segments: Any, now: Store) -> str:
-        opened[0] += 1
-        segments.closed.set() if opened[0] == 20 else None
-        return real(segments, now)
+    def said(now: Store) -> str:
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            segments.closed.set()
+        return waiting_text(now)
 
     monkeypatch.setattr(train.data.follow, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(train.data.follow, "SAY_SECONDS", -100)
-    monkeypatch.setattr(train.data.follow.Segments, "waiting", said)
-    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "enough": str}
-    fields |= {name: str for name in ("content",) if name in train.data.follow.Segments.__dataclass_fields__}
-    segments = train.data.follow.Segments(**fields)
+    monkeypatch.setattr(train.data.follow, "waiting_text", said)
     before = bytes_read()
     with pytest.raises(Interrupted):
-        segments.next()
-    assert opened[0] == 20
+        segments.next_segment()
+    assert looks == 20
     assert bytes_read() - before < 3 * 2900 * 1100, "once, not twenty times; modules may be imported meanwhile"
 
 
@@ -520,7 +536,7 @@ def test_masks_in_bits_are_the_masks(tmp_path_factory: pytest.TempPathFactory, d
         assert rows_in_shards(marks, spec, shards) == (flat[:n_tokens] & there).sum()
         some = marks.places()[::3]
         anywhere = np.arange(0, flat.size, 3)
-        assert np.array_equal(marks.at(anywhere), flat[anywhere])
+        assert np.array_equal(marks.marked_at(anywhere), flat[anywhere])
         without = flat.copy()
         without[some] = False
         assert np.array_equal(marks.without(some)[0 : flat.size], without)
@@ -544,9 +560,19 @@ def old_heldout(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int64]:
     wanted=st.integers(1, 999), seed=st.integers(0, 3),
 )  # fmt: skip
 def test_the_same_contexts_are_held_out(n_tokens: int, context: int, shard_rows: int, wanted: int, seed: int) -> None:
-    """Every context was looked at for every shard that was drawn."""
     spec = spec_of(1, n_tokens=n_tokens, context=context, shard_rows=16 * shard_rows)
     assert np.array_equal(heldout_contexts(spec, wanted, seed), old_heldout(spec, wanted, seed))
+
+
+def test_what_is_held_out_does_not_take_a_number_for_every_context() -> None:
+    """All contexts were numbered, and looked at again for every shard that was drawn."""
+    spec = spec_of(1 << 15, hooks=1, rows=1 << 16, context=128, chunk_rows=1 << 12)
+    tracemalloc.start()
+    chosen = heldout_contexts(spec, 100_000, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(chosen) == -(-100_000 // 128)
+    assert peak < spec.n_contexts
 
 
 def test_no_process_holds_all_tokens(tmp_path: Path) -> None:
@@ -587,7 +613,7 @@ def test_tokens_that_are_replaced_meanwhile_are_noticed(tmp_path: Path) -> None:
     store = token_store(tmp_path, 6400, 16)
     rows = store.token_rows()
     (tmp_path / shard_file("tokens", 3, True)).write_bytes((tmp_path / shard_file("tokens", 4, True)).read_bytes())
-    with pytest.raises(DamagedError, match=r"tokens/c/3/0: is another file than it was"):
+    with pytest.raises(DamagedError, match=r"tokens/c/3/0: changed since it was first read"):
         rows[12:16]
     with pytest.raises(DamagedError, match="the token ids are not the ones that were written"):
         store.token_rows()
@@ -612,7 +638,6 @@ def old_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -
     chunk_rows=st.integers(1, 20), run_chunks=st.integers(1, 12),
 )  # fmt: skip
 def test_runs_in_numbers_are_the_list_of_runs(rows_per_shard: dict[int, int], chunk_rows: int, run_chunks: int) -> None:
-    """A list of objects for 10^10 rows took gigabytes."""
     found, expected = runs(rows_per_shard, chunk_rows, run_chunks), old_runs(rows_per_shard, chunk_rows, run_chunks)
     assert found == expected
     assert len(found) == len(expected)
@@ -620,6 +645,17 @@ def test_runs_in_numbers_are_the_list_of_runs(rows_per_shard: dict[int, int], ch
     assert found[1:-1] == expected[1:-1]
     with pytest.raises(IndexError):
         found[len(expected)]
+
+
+def test_the_runs_of_a_store_are_no_objects() -> None:
+    """A list of an object a run took 4 GB for 10^10 rows."""
+    rows_per_shard = dict.fromkeys(range(20_000), 4096)
+    tracemalloc.start()
+    found = runs(rows_per_shard, 64, 8)
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(found) == 160_000
+    assert held < 160_000 * 16
 
 
 def old_windows(order: ReadOrder, epoch: int, stream: int) -> list[NDArray[np.int64]]:
@@ -665,7 +701,7 @@ def test_a_row_of_a_shard_of_two_columns_has_one_length() -> None:
     """So that nothing of another length is read for it."""
     spec = spec_of(1, hooks=1)
     assert len(with_crc(np.zeros(2).tobytes())) == commit_of(spec, 0).files["stats/layer_00/hook_0/sum"][0]
-    columns = CommitColumns.of([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
+    columns = CommitColumns.from_commits([commit_of(spec, 0)], spec.arrays(), spec.hookpoints)
     assert [replace(c, files=dict(c.files)) for c in columns] == [commit_of(spec, 0)]
 
 

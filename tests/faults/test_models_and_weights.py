@@ -26,12 +26,12 @@ import shared.model.source
 from harvest.run import harvest as run_harvest
 from shared.config import EvalConfig, HarvestConfig, RecodeConfig, SynthConfig, TrainConfig
 from shared.errors import UserError
-from shared.files.digest import file_digest, identity, remember, remembered
+from shared.files.digest import cache_file, file_digest, file_identity, write_cached
 from shared.model.hooks import hook_table
 from shared.model.language_model import load_weights
 from shared.model.outline import outline
 from shared.model.source import read_config, resolve_model, same_model, sampled_digest
-from shared.model.tokenizer import Encoder, open_encoder
+from shared.model.tokenizer import Encoder, open_encoder, resolve_tokenizer
 from shared.model.weights import INDEX, SINGLE, weight_files
 from shared.store.opened import Store
 
@@ -214,8 +214,8 @@ def prefixed(folder: Path) -> None:
     rewrite(folder, lambda weights: {f"module.{name}": tensor for name, tensor in weights.items()})
 
 
-DAMAGES = {
-    cut: "it has .* bytes, its header tells of", pointer: "is a Git LFS pointer", missing_shard: "1 are missing",
+DAMAGES: dict[Callable[[Path], None], str] = {
+    cut: "it has .* bytes, its header says", pointer: "is a Git LFS pointer", missing_shard: "1 are missing",
     outside: "names '../outside.safetensors'", shard_without_its_tensor: "lacks 1 of the tensors",
     other_shapes: "9 weights have another shape in the files than config.json says: .*64.* for .*96",
     lies_about_size: "it is cut, or no safetensors",
@@ -301,11 +301,11 @@ def test_digests_are_remembered_for_as_long_as_the_file_stays(tmp_path: Path, mo
     file.write_bytes(os.urandom(5 << 20))
     true = hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest()
     assert file_digest(file) == true
-    about = identity(file)
-    place = remembered(about)
+    about = file_identity(file)
+    place = cache_file(about)
     assert place is not None
     assert not place.exists(), "it changed a moment ago"
-    remember(place, about, "ab" * 32)
+    write_cached(place, about, "ab" * 32)
     assert file_digest(file) == "ab" * 32, "not read again"
     good = place.read_bytes()
     for damaged in (b"", good[:-5], good.replace(b"ab", b"cd", 1), b"\xff" * 200, good + good):
@@ -319,7 +319,7 @@ def test_digests_are_remembered_for_as_long_as_the_file_stays(tmp_path: Path, mo
     place.symlink_to(tmp_path / "elsewhere")
     assert file_digest(file) == true, "a link"
     place.unlink()
-    remember(place, about, "ab" * 32)
+    write_cached(place, about, "ab" * 32)
     file.write_bytes(os.urandom(5 << 20))
     assert file_digest(file) == hashlib.blake2b(file.read_bytes(), digest_size=32).hexdigest()
 
@@ -347,10 +347,11 @@ def test_a_lossless_codec_is_the_stores_own(copied: Path, ask: Config, capsys: A
 def test_refusals_name_what_loses_nothing_first(copied: Path, ask: Config) -> None:
     """More tokens or another hookpoint for a finished store: the advice was --overwrite alone."""
     run_harvest(ask(copied))
-    for changes, advice in [
+    mended: list[tuple[dict[str, Any], str]] = [
         ({"tokens": 800}, "another --name.*is not made longer"),
         ({"hooks": ("mlp_out",)}, "beside it .another --name.: it takes the tokens"),
-    ]:
+    ]
+    for changes, advice in mended:
         with pytest.raises(UserError, match=rf"{advice}.*--overwrite would delete"):
             run_harvest(ask(copied, **changes))
 
@@ -402,7 +403,7 @@ def test_a_tokenizer_that_knows_no_text(kind: str, copied: Path, ask: Config) ->
     else:
         edit(copied / "tokenizer_config.json", eos_token=None)
     (copied / "tokenizer.json").write_text(json.dumps(found))
-    refused(ask(copied), "names no end-of-text token.*--eos" if kind == "no end" else "makes .* of plain text")
+    refused(ask(copied), "names no end-of-text token.*--eos" if kind == "no end" else "turns plain text into")
     if kind == "no end":
         assert Store.open(run_harvest(ask(copied, eos=END)).store).spec.tokenizer["eos_id"] == 0
         refused(ask(copied, eos="nothing such", out=ask(copied).out + "2"), "neither an id nor a token")
@@ -442,7 +443,7 @@ def test_a_store_with_fewer_special_ids_goes_on(
         found["added_tokens"].append({**found["added_tokens"][0], "id": number, "content": token})
     (copied / "tokenizer.json").write_text(json.dumps(found))
     with monkeypatch.context() as patch:
-        patch.setattr("shared.model.tokenizer.Encoder.special", lambda self: self.listed())
+        patch.setattr("shared.model.tokenizer.Encoder.special_ids", lambda self: self.listed_special_ids())
         old = Store.open(run_harvest(ask(copied)).store).spec.special_ids
     run_harvest(ask(copied))
     said = capsys.readouterr().err
@@ -458,7 +459,7 @@ def test_ids_are_refused_not_lengths(copied: Path, ask: Config, tmp_path: Path) 
     corpus = save_corpus(tmp_path / "c.jsonl", [*sentences(40), "look <image_soft_token> here", *sentences(40)])
     refused(
         ask(copied, corpus=str(corpus), out=str(tmp_path / "other")),
-        r"the tokenizer gives id 300, and the model has embeddings for 0 to 299",
+        r"the tokenizer returns id 300, and the model has embeddings for 0 to 299",
     )
 
 
@@ -488,7 +489,7 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "remote code": ({"model_type": "mine", "auto_map": {"AutoConfig": "evil.C"}}, "comes with code of its own"),
     "unknown type": ({"model_type": "nothing-such"}, "configuration cannot be loaded"),
     "no decoder": ({"model_type": "vit"}, "no causal language model"),
-    "bert": ({"model_type": "bert"}, "sees those after it"),
+    "bert": ({"model_type": "bert"}, "its attention is bidirectional"),
     "kernel": ({"_attn_implementation": "owner/kernel"}, "code from the hub, which is never fetched"),
     "kernel inside": ({"text_config": {"attn_implementation": "o/k@v:f"}}, "code from the hub"),
     "own file": ({"transformers_weights": "../x.safetensors"}, "a weights file of its own"),
@@ -564,7 +565,7 @@ def test_dynamic_rope_is_harvested(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path / "m", LlamaConfig(**SHAPE, rope_parameters=rope))
     config = read_config(resolve_model(str(folder)))
     for attention in ("sdpa", "eager"):
-        assert "blocks.1.hook_resid_post" in outline(config, attention, "m", [1])  # type: ignore[arg-type]
+        assert "blocks.1.hook_resid_post" in outline(config, attention, "m", [1])
 
 
 def test_advice_is_tried_first(monkeypatch: pytest.MonkeyPatch, llama: Path) -> None:
@@ -574,7 +575,7 @@ def test_advice_is_tried_first(monkeypatch: pytest.MonkeyPatch, llama: Path) -> 
         raise AttributeError("no such thing")
 
     monkeypatch.setattr("transformers.models.llama.modeling_llama.LlamaMLP.forward", fails)
-    with pytest.raises(UserError, match="Nor can it with the other kind of attention"):
+    with pytest.raises(UserError, match="The other kind of attention fails too"):
         outline(config, "sdpa", "m", [1])
 
 
@@ -590,11 +591,11 @@ def test_home_in_every_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ask
     assert HarvestConfig(model="tiny", out="~/st").out == f"{home}/st"
     assert SynthConfig(d_in=8, features=8, l0=2, out="~/st").out == f"{home}/st"
     saes = [{"arch": "relu", "d_sae": 4}]
-    train = TrainConfig(store="~/st/s", saes=saes, out="~/run")  # type: ignore[arg-type]
+    train = TrainConfig(store="~/st/s", saes=saes, out="~/run")
     assert (train.store, str(train.out)) == (f"{home}/st/s", f"{home}/run")
     recode = RecodeConfig(source="~/a", target="~/b", codec="lz4")
     assert (recode.source, recode.target) == (f"{home}/a", f"{home}/b")
-    measured = EvalConfig(run="~/run", store="~/st/s")  # type: ignore[arg-type]
+    measured = EvalConfig(run="~/run", store="~/st/s")
     assert (str(measured.run), measured.store) == (f"{home}/run", f"{home}/st/s")
     assert HarvestConfig(model="tiny", out="s3://a~/b").out == "s3://a~/b"
     run_harvest(ask("~/model", out="~/out", corpus="~/model/corpus.jsonl"))
@@ -719,3 +720,15 @@ def test_any_gguf_file_is_taken_or_refused_in_words(change: tuple[list[tuple[int
         open_encoder(source)
         outline(read_config(source), "sdpa", "m", [0])
         load_weights(source, "cpu", "float32", "sdpa")
+
+
+@pytest.mark.parametrize("file", ["tokenizer.json", "generation_config.json", "chat_template.jinja", "config.json"])
+def test_descriptions_of_a_model_are_bounded(file: str, copied: Path) -> None:
+    """Cold review: a hole of 8 GB beside the weights was read whole by the library, into memory."""
+    (copied / file).touch()
+    os.truncate(copied / file, 8 << 30)
+    with pytest.raises(UserError, match=rf"{file} has 8,589,934,592 bytes"):
+        resolve_model(str(copied))
+    if file != "config.json":
+        with pytest.raises(UserError, match=rf"{file} has 8,589,934,592 bytes"):
+            resolve_tokenizer(str(copied))

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from support.folders import contents, rewrite, without
 from support.runs import begun, unfinished_run
 from support.stores import unfinished
-from support.variants import VARIANTS, batch, variant, weights
+from support.variants import FOLDING, VARIANTS, batch, variant, weights
 
 import train.autoencoder
 import train.plan.job
@@ -27,15 +29,20 @@ from harvest.run import harvest as run_harvest
 from shared.command.grid import multiples_of_d_in
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.saes import sae_config
+from shared.saes import sae_config, sae_grid
 from shared.store.opened import Store
 from shared.store.spec import seal
 from train.autoencoder import Autoencoder
+from train.data.follow import segments_of
 from train.data.snapshot import as_ranges, from_ranges
-from train.evaluate import evaluate
+from train.evaluate import evaluate, last_logged_inactive
+from train.fit.member import Member
 from train.plan.job import make_job
+from train.report.data import read_run
 from train.run import train as run_train
+from train.runs.checkpoint import end_checkpoint, read_state
 from train.runs.folder import CLEARING, RunFolder, read_sealed
+from train.sae.activation import Folded
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -105,7 +112,7 @@ def test_identity_a_lossless_recode_keeps_runs(train_config: Config, store: Stor
     before = evaluate(EvalConfig(run=whole, ce=False, device="cpu")).results
     part = begun(train_config(store=place, out=tmp_path / "part"), 9)
     for codec in ("lz4", "none", "int8"):
-        recode(str(place), str(tmp_path / codec), codec)  # type: ignore[arg-type]
+        recode(str(place), str(tmp_path / codec), codec)
     shutil.rmtree(place)
     for codec in ("lz4", "none"):
         again = evaluate(EvalConfig(run=whole, ce=False, device="cpu", store=str(tmp_path / codec))).results
@@ -129,8 +136,10 @@ def test_identity_precision_auto_is_what_the_run_began_with(
     native = "bfloat16"
     assert run_train(config).run == first
     assert weights_of(first) == weights_of(whole)
-    assert "goes on with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
-    with pytest.raises(UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for what it has"):
+    assert "resumes with float32 products, as it began; precision = auto would be bfloat16" in capsys.readouterr().err
+    with pytest.raises(
+        UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for its settings"
+    ):
         run_train(train_config(out=first, precision="bfloat16"))
     assert store.spec.n_tokens
 
@@ -289,13 +298,13 @@ def test_checkpoint_damaged_goes_on_from_the_one_before(train_config: Config, tm
         newest = run / "checkpoints" / "step-00000013"
         flip(newest / what, (newest / what).stat().st_size // 2)
         run_train(train_config(out=run))
-        assert "going on from step-00000008, the one before" in capsys.readouterr().err
+        assert "resuming from step-00000008, the one before" in capsys.readouterr().err
         assert weights_of(run) == weights_of(whole)
         unfinished_run(run)
         for folder in (run / "checkpoints").glob("step-*"):
             flip(folder / what, (folder / what).stat().st_size // 2)
         before = contents(run)
-        with pytest.raises(DamagedError, match="There is no whole checkpoint before it"):
+        with pytest.raises(DamagedError, match="There is no undamaged checkpoint before it"):
             run_train(train_config(out=run))
         assert contents(run) == before
 
@@ -342,7 +351,7 @@ def test_checkpoint_replaced_by_one_of_the_same_step_is_never_absent(
     """Killed between the two renames, the only checkpoint would be gone."""
     whole = run_train(train_config(checkpoint_every=100, out=tmp_path / "whole")).run
     run = begun(train_config(checkpoint_every=100), 5)
-    end, (newest,) = train.resume.end_checkpoint, (run / "checkpoints").iterdir()
+    end, (newest,) = end_checkpoint, (run / "checkpoints").iterdir()
     with monkeypatch.context() as patch:
         rename = Path.rename
 
@@ -423,7 +432,7 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
     assert "heldout_tokens = 100,000: at most a tenth of the store is held out, here 496" in said
     assert "window_rows = 1: a window of a stream has at least one run, here 64 rows" in said
     for settings, message in (
-        ({"exclude_positions": (99,)}, "99 is no position of a context of 16"),
+        ({"exclude_positions": (99,)}, "a context of 16 has no position 99"),
         ({"exclude_positions": (-1,)}, "-1 is no position"),
         ({"step": "sparse", "saes": (sae_config(arch="relu", d_sae=8),)}, "none is asked for"),
     ):
@@ -431,10 +440,43 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
             make_job(train_config(**settings), CPU)
 
 
+@pytest.mark.parametrize(
+    ("sae", "message"),
+    [
+        ({"arch": "batch-topk", "k": 4, "aux_k": 49}, "aux_k: 49 of 48 latents cannot be active"),
+        ({"arch": "abs-topk", "k": 4, "aux_k": 10**9}, "aux_k: 1,000,000,000 of 48 latents"),
+        ({"arch": "gated", "theta0": 1e300}, r"theta0: 1e\+300 is too large for float32"),
+        ({"arch": "jumprelu", "bandwidth": 1e39}, r"bandwidth: 1e\+39 is too large"),
+        ({"arch": "relu", "sparsity": 1e300}, r"sparsity: 1e\+300 is too large"),
+    ],
+)
+def test_setting_of_an_autoencoder_that_cannot_be_kept(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch, sae: dict[str, Any], message: str
+) -> None:
+    """Cold review: aux_k above d_sae was cut without a word, theta0 of 1e300 ended in a traceback. A run of an earlier
+    version, which cut it, still goes on."""
+    config = train_config(saes=(sae_config(d_sae=48, **sae),))
+    with pytest.raises(UserError, match=message):
+        make_job(config, CPU)
+    if "aux_k" in sae:
+        with monkeypatch.context() as patch:
+            patch.setattr(train.plan.job, "check_saes", lambda _: None)
+            run_train(config)
+        run_train(config)
+
+
+def test_setting_a_width_that_no_architecture_takes() -> None:
+    """Cold review: --arch gated:32 --d-sae 64 trained 32 latents without a word."""
+    with pytest.raises(UserError, match=r"--d-sae: every --arch has a width of its own \(gated:32\)"):
+        sae_grid(["gated:32"], {"d_sae": [64]}, {})
+    widths = [sae["d_sae"] for sae in sae_grid(["gated:32", "relu"], {"d_sae": [64], "sparsity": [0.1]}, {})]
+    assert widths == [32, 64]
+
+
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
 def test_setting_expansion_is_a_number(store: Store, times: float) -> None:
     """Field report: --expansion nan ended in a traceback."""
-    with pytest.raises(UserError, match="--expansion: must be a number above 0"):
+    with pytest.raises(UserError, match=r"--expansion: must be a number above 0"):
         multiples_of_d_in(str(store.root), "mlp_out", [times])
 
 
@@ -515,7 +557,8 @@ def test_nan_stays_nan(name: str) -> None:
     sae, x = Autoencoder.of(variant(name), weights(variant(name)), 7.5), 7.5 * batch()
     spoilt = x.clone()
     spoilt[1, 3] = float("nan")
-    for function in (sae, sae.fold()):
+    functions: list[Autoencoder | Folded] = [sae, *([sae.fold()] if name in FOLDING else [])]
+    for function in functions:
         f = function.encode(spoilt)
         assert f[1].isnan().all()
         assert function.decode(f)[1].isnan().all()
@@ -535,7 +578,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     train_config: Config, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     """The last loss is a number, the last update is not: the autoencoder has diverged, and the others are saved."""
-    step = train.fit.member.Member.step_
+    step = Member.step_
 
     def spoil(self: Any, x: Any, number: int) -> Any:
         found = step(self, x, number)
@@ -543,8 +586,66 @@ def test_weights_that_are_no_numbers_after_the_last_step(
             self.weights.W_enc[0, 0] = float("nan")
         return found
 
-    monkeypatch.setattr(train.fit.member.Member, "step_", spoil)
+    monkeypatch.setattr(Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
     assert "its weights are no numbers any more after step 20" in capsys.readouterr().err
     assert os.listdir(summary.run / "saes") == [NAME]
+
+
+# A run that was downloaded is hostile, too
+
+
+@contextmanager
+def within(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError where it takes longer."""
+
+    def late(*_: Any) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def put_there(path: Path, kind: str) -> None:
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.touch()
+        os.truncate(path, 1 << 42)  # a hole
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "hole"])
+@pytest.mark.parametrize("name", ["config.json", "record.json", "evaluation.json", "metrics.jsonl", "segments.jsonl"])
+def test_hostile_files_of_a_run_are_ordinary_and_bounded(train_config: Config, name: str, kind: str) -> None:
+    """Cold review: a pipe in a run was waited for, /dev/zero was read until memory was full, a hole of 8 GB whole."""
+    run = run_train(train_config()).run
+    (run / name).touch()
+    put_there(run / name, kind)
+    with within(60):
+        with pytest.raises((UserError, DamagedError)):
+            read_run(run) if name != "segments.jsonl" else segments_of(run)
+        if name in ("config.json", "record.json"):
+            with pytest.raises(DamagedError, match=rf"{name}: is no ordinary file of at most 16 MiB"):
+                run_train(train_config())
+        elif name == "metrics.jsonl":
+            assert last_logged_inactive(RunFolder(run), 1) == {}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("name", ["state.json", "tensors-0000.safetensors"])
+def test_hostile_files_of_a_checkpoint_are_ordinary(train_config: Config, name: str, kind: str) -> None:
+    """Kind of: a pipe in a run was waited for."""
+    run = begun(train_config(checkpoint_every=4), 9)
+    newest = max((run / "checkpoints").glob("step-*"))
+    put_there(newest / name, kind)
+    with within(60), pytest.raises(DamagedError):
+        read_state(newest)

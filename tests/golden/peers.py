@@ -100,7 +100,8 @@ class StandIn:
         return torch.ones(CONTEXTS[self.at], CONTEXT, dtype=torch.long)
 
     def part(self, index: int) -> Any:
-        return self.batches[self.at][index].unflatten(0, (-1, CONTEXT))
+        rows = self.batches[self.at][index]
+        return rows.reshape(-1, CONTEXT, *rows.shape[1:])
 
     def run_with_cache(self, *_: Any, **__: Any) -> tuple[None, dict[str, Any]]:
         return None, {HOOK: self.part(0)}
@@ -133,7 +134,7 @@ def sae_lens() -> dict[str, float]:
         one, one, one, ActivationScaler(), len(CONTEXTS), False, True, True, True, 1, {}
     )  # fmt: skip
     trainer = SimpleNamespace(feature_sparsity=torch.tensor(features["feature_density"]))
-    logged = SAETrainer._build_sparsity_log_dict(trainer)  # type: ignore[arg-type]
+    logged = SAETrainer._build_sparsity_log_dict(trainer)
     return {
         "r2": metrics["explained_variance"],
         "r2_legacy": metrics["explained_variance_legacy"],

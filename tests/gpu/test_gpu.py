@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.batches import batches
 from support.folders import contents
-from support.variants import GATED, VARIANTS, batch, by_autograd, silences, variant, weights
+from support.variants import GATED, VARIANTS, batch, by_autograd, gated_family, silences, variant, weights
 
 import train.fit.member
 import train.run
@@ -29,7 +29,7 @@ from train.sae.base import StepInputs
 from train.sae.families import family
 from train.sae.gated import pole, pre_activations
 from train.sae.sparse.cpu import open_entries
-from train.sae.sparse.open import UnsummedGradient, has_kernels
+from train.sae.sparse.open import EntryRoom, UnsummedGradient, has_kernels
 from train.sae.sparse.step import sparse_gradients, summed
 
 pytestmark = [
@@ -122,8 +122,8 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
     else:
         pytest.fail("no numbers with a margin")
     on_device = type(w)(**{key: tensor.cuda() for key, tensor in w.named().items()})
-    found, step = sparse_gradients(family(config), on_device, x.cuda(), StepInputs(0.3))
-    again, _ = sparse_gradients(family(config), on_device, x.cuda(), StepInputs(0.3))
+    found, step = sparse_gradients(gated_family(config), on_device, x.cuda(), StepInputs(0.3))
+    again, _ = sparse_gradients(gated_family(config), on_device, x.cuda(), StepInputs(0.3))
     expected, loss = by_autograd(config, w, x, StepInputs(0.3))
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.named().items():
@@ -133,7 +133,7 @@ def test_the_sparse_step_on_cuda(name: str, height: float, kernels: bool, monkey
         loss.item(), rel=1e-5
     )
     assert torch.equal(found.W_dec, again.W_dec), "no atomics"
-    assert len(open_entries(family(config), on_device, x.cuda() - on_device.b_dec).u) > 0 or height == 1e3
+    assert len(open_entries(gated_family(config), on_device, x.cuda() - on_device.b_dec).u) > 0 or height == 1e3
 
 
 @pytest.mark.parametrize("blocks", range(CHOICES), indirect=True)
@@ -199,7 +199,7 @@ def test_recorded_steps_on_cuda(matmul: torch.dtype, monkeypatch: pytest.MonkeyP
         for w, optimizer, steps in members:
             w.theta.mul_({8: 0.3, 16: 8.0}.get(number, 1.0))
             rounded = optimizer.rounded(matmul)
-            plain, plain_step = on_gpu.kernel_gradients(steps.family, w, x, now, rounded, on_gpu.Room(301 * 37))
+            plain, plain_step = on_gpu.kernel_gradients(steps.family, w, x, now, rounded, EntryRoom(301 * 37))
             expected = summed(plain)
             gradients, step = steps.gradients(x, now, rounded)
             replays += steps.recorded is not None
@@ -216,7 +216,7 @@ def margin(config: SAEConfig, w: Any, x: torch.Tensor) -> float:
     """How far the nearest entry is from where its gate, or its ReLU, turns."""
     wide = type(w)(**{key: tensor.double() for key, tensor in w.named().items()})
     u = pre_activations(wide, x.double())
-    a, _ = family(config).size(u)
+    a, _ = gated_family(config).size(u)
     gate = a - pole(wide.theta, u)
     magnitude = torch.exp(pole(wide.r, u)) * a + pole(wide.b, u)
     return float(torch.minimum(gate.abs(), magnitude.abs()).min())
@@ -278,7 +278,7 @@ def test_adam_on_cuda_updates_as_on_a_cpu(d_in: int, clip: float | None) -> None
     for step in range(6):
         grads = {name: torch.randn(tensor.shape, generator=generator) for name, tensor in w.trained().items()}
         there.step_({name: grad.cuda() for name, grad in grads.items()}, 0.01)
-        here.step_(grads, 0.01)
+        here.step_({**grads}, 0.01)
         if step == 2:
             again = Optimizer(placed, unit_decoder=True, clip_norm=clip)
             again.load_({name: tensor.cpu() for name, tensor in there.state().items()})  # as a checkpoint has it

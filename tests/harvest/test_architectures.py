@@ -129,7 +129,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
         "JetMoe",
         {**VOCABULARY, "hidden_size": 32, "num_hidden_layers": 3, "num_key_value_heads": 2, "kv_channels": 8,
          "intermediate_size": 64, "max_position_embeddings": 64, "num_local_experts": 4, "num_experts_per_tok": 2},
-        "JetMoeForCausalLM cannot be run with --attention sdpa to see what its hookpoints give",
+        "JetMoeForCausalLM cannot be run with --attention sdpa to find the shapes at its hookpoints",
     ),
 }  # fmt: skip
 

@@ -8,9 +8,10 @@ import socket
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import datasets
 import numpy as np
@@ -22,7 +23,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harvest.corpus.open import Corpus, open_corpus
+from harvest.corpus.documents import Corpus
+from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, pack, shuffled
 from shared.config import HarvestConfig
 from shared.errors import UserError
@@ -66,10 +68,12 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def opened(corpus: Path | str, **settings: object) -> Corpus:
-    return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
+    corpus_of_texts = open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, 300)
+    assert isinstance(corpus_of_texts, Corpus)
+    return corpus_of_texts
 
 
-def texts_of(corpus: Path | str, **settings: object) -> list[str]:
+def texts_of(corpus: Path | str, **settings: object) -> list[Any]:
     return list(opened(corpus, **settings).documents())
 
 
@@ -79,7 +83,7 @@ def write_jsonl(path: Path, texts: list[str] = TEXTS, field: str = "text") -> Pa
     return path
 
 
-def write_parquet(path: Path, texts: list[str | None] = TEXTS, field: str = "text") -> Path:
+def write_parquet(path: Path, texts: Sequence[str | None] = TEXTS, field: str = "text") -> Path:
     pq.write_table(pa.table({"id": range(len(texts)), field: texts}), path, row_group_size=2)
     return path
 
@@ -138,7 +142,7 @@ def test_packing_reads_one_batch_ahead_at_most(tokenizer: PreTrainedTokenizerFas
 def test_long_documents_are_neither_cut_nor_warned_about(tokenizer: PreTrainedTokenizerFast) -> None:
     records: list[logging.LogRecord] = []
     handler = logging.Handler()
-    handler.emit = records.append  # type: ignore[method-assign]
+    handler.emit = records.append  # type: ignore[method-assign, assignment]
     logger = logging.getLogger("transformers")  # does not propagate, so caplog would see nothing
     logger.addHandler(handler)
     tokenizer.deprecation_warnings.clear()  # it warns once
@@ -168,7 +172,7 @@ def test_a_corpus_without_text_is_an_error(tokenizer: PreTrainedTokenizerFast, t
 
 
 def order(n: int, seed: int, buffer: int) -> list[int]:
-    return [int(text) for text in shuffled(map(str, range(n)), seed, buffer)]
+    return [int(str(text)) for text in shuffled(map(str, range(n)), seed, buffer)]
 
 
 def test_golden_order() -> None:
@@ -276,7 +280,9 @@ def test_description_of_one_file(tmp_path: Path) -> None:
 
 def test_the_default_is_the_file_beside_the_model(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "corpus.jsonl")
-    assert list(open_corpus(HarvestConfig(model="tiny"), path, 300).documents()) == TEXTS
+    beside = open_corpus(HarvestConfig(model="tiny"), path, 300)
+    assert isinstance(beside, Corpus)
+    assert list(beside.documents()) == TEXTS
     for none in (None, tmp_path / "absent.jsonl"):
         with pytest.raises(UserError, match="no corpus: pass --corpus FILE"):
             open_corpus(HarvestConfig(model="tiny"), none, 300)
@@ -371,10 +377,10 @@ def test_not_utf8_names_the_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "parts"),
     [
-        ('{"text": "a"', ["is not JSON", "one object a line"]),
-        ("[" * 100_000, ["is not JSON", "one object a line"]),
-        ("1" * 5000, ["is not JSON", "one object a line"]),
-        ('["text"]', ["is a list", 'one object a line, {"text": ...}']),
+        ('{"text": "a"', ["is not JSON", "one object per line"]),
+        ("[" * 100_000, ["is not JSON", "one object per line"]),
+        ("1" * 5000, ["is not JSON", "one object per line"]),
+        ('["text"]', ["is a list", 'one object per line, {"text": ...}']),
         ('{"body": "b", "n": 1}', ["no field 'text'", "there are: body, n.", "--set text_field=NAME"]),
         ("{}", ["no field 'text'", "there are: none."]),
         ('{"text": 3}', ["'text' is of type int, not a string or a list of ids", "--set text_field=NAME"]),
@@ -395,9 +401,9 @@ def test_a_damaged_gzip_file(tmp_path: Path) -> None:
     fails(path, "a.jsonl.gz: cannot be read (Not a gzipped file")
     whole = gzip.compress(os.urandom(4000).hex().encode(), mtime=0)
     path.write_bytes(whole[:2000])
-    fails(path, "a.jsonl.gz: is damaged or cut short", "anew")
+    fails(path, "a.jsonl.gz: is damaged or cut short", "write it again")
     path.write_bytes(whole[:12] + b"\xff" * 40 + whole[52:])
-    fails(path, "a.jsonl.gz: is damaged or cut short", "anew")
+    fails(path, "a.jsonl.gz: is damaged or cut short", "write it again")
 
 
 def test_bad_parquet_files(tmp_path: Path) -> None:
@@ -408,13 +414,13 @@ def test_bad_parquet_files(tmp_path: Path) -> None:
     write_parquet(path, ["a", "b", None])
     fails(path, "a.parquet, row 3: 'text' is of type NoneType")
     path.write_bytes(path.read_bytes()[:-9])
-    fails(path, "a.parquet: is not a readable parquet file", "write it anew")
+    fails(path, "a.parquet: is not a readable parquet file", "write it again")
     latin = pa.Array.from_buffers(pa.string(), 1, pa.array([b"\xe9"]).buffers())
     pq.write_table(pa.table({"text": latin}), path)
-    fails(path, "a.parquet, row 1: 'text' is not UTF-8", "write it anew")
+    fails(path, "a.parquet, row 1: 'text' is not UTF-8", "write it again")
 
 
-# --- Hugging Face data sets
+# --- Hugging Face datasets
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -426,7 +432,7 @@ def examples(files: list[str]) -> Iterator[dict[str, object]]:
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """The hub's one answer: whatever the data set and the revision, they are at COMMIT. Returns the questions."""
+    """The hub's one answer: whatever the dataset and the revision, they are at COMMIT. Returns the questions."""
     questions: list[object] = []
 
     def answer(_api: object, name: str, revision: str | None, timeout: float) -> SimpleNamespace:
@@ -439,7 +445,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[object]:
 
 @pytest.fixture
 def asked(hub: list[object], monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """`datasets.load_dataset` gives a real streamed data set of unknown columns; returns its calls, after the hub's."""
+    """`datasets.load_dataset` gives a real streamed dataset of unknown columns; returns its calls, after the hub's."""
     calls = hub
 
     def load(*names: object, **options: object) -> datasets.IterableDataset:

@@ -1,4 +1,4 @@
-"""Kinds of corpora beyond plain files: packed files, data sets in folders, ids, arrays; bad documents; the hub.
+"""Kinds of corpora beyond plain files: packed files, datasets in folders, ids, arrays; bad documents; the hub.
 
 Everything is read from real files; ids have to give the rows that tokenising the same texts gives."""
 
@@ -68,11 +68,20 @@ def opened(corpus: Path | str, **settings: object) -> Corpus | JoinedIds:
     return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, VOCABULARY)
 
 
+def corpus_of_documents(corpus: Path | str) -> Corpus:
+    """One that is made of documents."""
+    found = opened(corpus)
+    assert isinstance(found, Corpus)
+    return found
+
+
 def documents_of(corpus: Path | str, **settings: object) -> list[Any]:
     """Every document, ids as a list; twice, because a second pass is a fresh one."""
     found = opened(corpus, **settings)
     passes = [list(found.documents() if isinstance(found, Corpus) else found.blocks()) for _ in range(2)]
-    plain = [[document if isinstance(document, str) else document.tolist() for document in one] for one in passes]
+    plain = [
+        [document if isinstance(document, str) else np.asarray(document).tolist() for document in one] for one in passes
+    ]
     assert plain[0] == plain[1]
     return plain[0]
 
@@ -125,15 +134,15 @@ def test_damage_is_refused_whatever_is_done_with_bad_documents(tmp_path: Path, n
     for data in (whole[: len(whole) // 2], whole[:40] + b"\xff" * 400 + whole[440:]):
         path.write_bytes(data)
         with pytest.raises(
-            UserError, match=rf"corpus .*{name}: is damaged or cut short \(.*\); fetch or write it anew"
+            UserError, match=rf"corpus .*{name}: is damaged or cut short \(.*\); fetch or write it again"
         ):
-            list(opened(path).documents(lambda _error: None))
+            list(corpus_of_documents(path).documents(lambda _error: None))
     path.unlink()
     path.symlink_to(tmp_path / "nowhere")
     fails(tmp_path, f"{name}: cannot be read (No such file or directory)")
 
 
-# --- data sets in folders
+# --- datasets in folders
 
 
 def data_set(documents: list[Any] = TEXTS, field: str = "text") -> datasets.Dataset:
@@ -176,14 +185,14 @@ def test_saved_splits(tmp_path: Path) -> None:
 def test_a_damaged_saved_data_set(tmp_path: Path) -> None:
     data_set().save_to_disk(tmp_path / "set")
     next((tmp_path / "set").glob("*.arrow")).write_bytes(b"not arrow at all")
-    fails(tmp_path / "set", "is not readable as a Hugging Face data set", "another file or folder")
+    fails(tmp_path / "set", "is not readable as a Hugging Face dataset", "another file or folder")
     (tmp_path / "set" / "state.json").write_text("{")
-    fails(tmp_path / "set", "is not readable as a Hugging Face data set")
+    fails(tmp_path / "set", "is not readable as a Hugging Face dataset")
 
 
 @pytest.fixture
 def repository(tmp_path: Path) -> Path:
-    """A data-set repository with two configurations, as a clone leaves it."""
+    """A dataset repository with two configurations, as a clone leaves it."""
     folder = tmp_path / "repository"
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "a.jsonl").write_bytes(json_lines(TEXTS))
@@ -295,7 +304,7 @@ def test_ids_give_the_rows_of_their_texts(
     def refuse(*_names: object, **_options: object) -> None:
         raise AssertionError("ids need no tokenizer")
 
-    rows, counts = packed(corpus, refuse, bos_id)  # type: ignore[arg-type]
+    rows, counts = packed(corpus, refuse, bos_id)
     assert rows == expected
     assert counts == counted
 
@@ -325,7 +334,7 @@ def test_lists_that_are_no_ids(tmp_path: Path, value: list[Any], parts: list[str
     (tmp_path / "a.jsonl").write_bytes(json_lines([[299], value, []]))
     fails(tmp_path, "a.jsonl:2: ", *parts)
     bad: list[BadDocument] = []
-    assert [list(ids) for ids in opened(tmp_path).documents(bad.append)] == [[299], []]
+    assert [np.asarray(ids).tolist() for ids in corpus_of_documents(tmp_path).documents(bad.append)] == [[299], []]
     assert len(bad) == 1
 
 
@@ -381,9 +390,9 @@ def test_rows_are_taken_as_they_are(tmp_path: Path, harvest_config: MakeConfig, 
     assert np.array_equal(store.tokens(), rows)
     assert store.spec.bos_id is None
     assert store.spec.corpus["shuffled"] is False
-    with pytest.raises(UserError, match=r"^--context 8: .* rows of 16 ids.*Say --context 16, or give .* one stream"):
+    with pytest.raises(UserError, match=r"^--context 8: .* rows of 16 ids.*Use --context 16, or give .* one stream"):
         harvest(config.model_copy(update={"context": 8, "name": "t"}))
-    with pytest.raises(UserError, match=r"^bos: .* so no BOS can be put in"):
+    with pytest.raises(UserError, match=r"^bos: .* so no BOS can be added"):
         harvest(config.model_copy(update={"bos": "true", "name": "t"}))
     assert [each.name for each in (tmp_path / "out").iterdir()] == ["s"]
 
@@ -426,7 +435,7 @@ def test_arrays_that_cannot_be_read(tmp_path: Path) -> None:
     fails(tmp_path / "group", "group: is not a Zarr array that can be read (", "the folder of one array of ids")
     torn = write_array(tmp_path, np.arange(100) % 3, "zarr", chunk=50)
     (torn / "c" / "1").write_bytes(b"torn")
-    fails(torn, "a.zarr: cannot be read at 0 (", "write it anew")
+    fails(torn, "a.zarr: cannot be read at 0 (", "write it again")
     fails("nope.npy", "there is no such file or folder")
 
 
@@ -443,7 +452,7 @@ def test_every_bad_line_is_told_and_the_next_is_read(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(data)
         bad: list[BadDocument] = []
-        assert list(opened(tmp_path / name).documents(bad.append)) == ["one", "two"]
+        assert list(corpus_of_documents(tmp_path / name).documents(bad.append)) == ["one", "two"]
         assert [str(error).split(": ")[0] for error in bad] == [f"{tmp_path / name}:{line}" for line in range(2, 7)]
         words = ["not UTF-8", "not JSON", "no field 'text'", "of type int", "is id 900"]
         assert all(word in str(error) for word, error in zip(words, bad, strict=True))
@@ -452,7 +461,9 @@ def test_every_bad_line_is_told_and_the_next_is_read(tmp_path: Path) -> None:
 def test_bad_documents_of_other_kinds(tmp_path: Path) -> None:
     def told(path: Path) -> tuple[list[Any], list[str]]:
         bad: list[BadDocument] = []
-        return list(opened(path).documents(bad.append)), [str(error).removeprefix(f"{tmp_path}/") for error in bad]
+        return list(corpus_of_documents(path).documents(bad.append)), [
+            str(error).removeprefix(f"{tmp_path}/") for error in bad
+        ]
 
     (tmp_path / "a.txt").write_bytes(b"one\n\xe9")
     assert told(tmp_path / "a.txt") == (
@@ -542,12 +553,12 @@ PACK = """
 import sys, numpy as np, hashlib
 from pathlib import Path
 from tokenizers import Tokenizer  # alone: it holds the threads, transformers only the seconds to import it
-from harvest.corpus.pack import Counts, pack
+from harvest.corpus.pack import PackCounts, pack
 texts = Path(sys.argv[2]).read_text().split("|")
 fast = Tokenizer.from_file(f"{sys.argv[1]}/tokenizer.json")
 def tokenizer(texts, **_options):
     return {"input_ids": [each.ids for each in fast.encode_batch(texts, add_special_tokens=False)]}
-blocks = pack(iter(texts), tokenizer, context=16, eos_id=0, bos_id=None, counts=Counts())
+blocks = pack(iter(texts), tokenizer, context=16, eos_id=0, bos_id=None, counts=PackCounts())
 print(hashlib.sha256(np.concatenate(list(blocks)).tobytes()).hexdigest())
 """
 
@@ -574,7 +585,7 @@ def test_packing_does_not_depend_on_the_tokenizers_threads(tmp_path: Path, model
 
 @pytest.fixture
 def hub_says(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], list[object]]:
-    """Sets the hub's answer about every data set, an error or COMMIT; returns the questions."""
+    """Sets the hub's answer about every dataset, an error or COMMIT; returns the questions."""
     questions: list[object] = []
 
     def say(error: Exception | None) -> list[object]:
@@ -590,7 +601,7 @@ def hub_says(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception | None], li
     return say
 
 
-def refusal(kind: type[Exception]) -> Exception:
+def refusal(kind: Callable[..., Exception]) -> Exception:
     return kind("no", response=httpx.Response(404, request=httpx.Request("GET", "https://hub")))
 
 
@@ -599,7 +610,7 @@ def refusal(kind: type[Exception]) -> Exception:
     [
         (hub_errors.GatedRepoError, ["corpus owner/name: needs permission", "hf auth login"]),
         (hub_errors.RevisionNotFoundError, ["corpus_revision v2: owner/name has no such branch, tag or commit"]),
-        (hub_errors.RepositoryNotFoundError, ["has no data set of that name", "local file or folder"]),
+        (hub_errors.RepositoryNotFoundError, ["has no dataset of that name", "local file or folder"]),
     ],
 )
 def test_what_the_hub_refuses(
@@ -611,7 +622,7 @@ def test_what_the_hub_refuses(
 
 
 def test_names_that_the_hub_cannot_have() -> None:
-    fails("owner/na me", "Hugging Face has no data set of that name")
+    fails("owner/na me", "Hugging Face has no dataset of that name")
 
 
 def test_out_of_reach_and_not_in_the_cache(
@@ -691,7 +702,7 @@ def test_reading_corpora_is_lazy() -> None:
 
 
 def test_the_count_of_uses_is_switched_off(hub_says: Callable[[Exception | None], list[object]]) -> None:
-    """Reading a named data set asks the hub for it, and nothing else."""
+    """Reading a named dataset asks the hub for it, and nothing else."""
     hub_says(None)
     datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = True
     seen: list[object] = []

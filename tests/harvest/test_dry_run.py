@@ -95,5 +95,5 @@ def test_a_bench_that_does_not_fit_says_what_to_do(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(bench_harvest, "cut_off", lambda *_: refuse)
-    with pytest.raises(UserError, match=r"does not suffice for 8 contexts at once .*--set batch_tokens=N"):
+    with pytest.raises(UserError, match=r"its memory is too small for 8 contexts at once .*--set batch_tokens=N"):
         bench_harvest.bench_harvest(harvest_config(tmp_path, batch_tokens=128), tmp_path, 1, lambda *_: None)

@@ -46,7 +46,7 @@ def test_what_cannot_be_harvested_is_refused(model_folder: Path) -> None:
         r"no such hookpoint\. Near: .*blocks\.1\.mlp\.hook_p.*--attention eager": ("mlp.hook_prost", sdpa),
         r"attn\.hook_q: this model has no such hookpoint": ("attn.hook_q", sdpa),
         r"hook_pattern: never fires .*--attention eager makes more fire": ("attn.hook_pattern", sdpa),
-        r"hook_pattern: gives \[batch, 2, context, context\] in a forward pass": ("attn.hook_pattern", eager),
+        r"hook_pattern: returns \[batch, 2, context, context\] in a forward pass": ("attn.hook_pattern", eager),
     }
     for message, (part, found) in refused.items():
         with pytest.raises(UserError, match=message):

@@ -183,10 +183,12 @@ def test_models_side_by_side(folder: Path) -> None:
     batches = torch.randint(0, 300, (24, 3, 16), generator=torch.Generator().manual_seed(1))
     alone = LanguageModel(resolve_model(str(folder)), "cpu", "float32")
     expected = [rows_of(alone, tokens) for tokens in batches]
+
+    def share_of(k: int) -> list[Any]:
+        return [rows_of(models[k], tokens) for tokens in batches[k::3]]
+
     with ThreadPoolExecutor(3) as threads:
-        shares = [
-            threads.submit(lambda k=k: [rows_of(models[k], tokens) for tokens in batches[k::3]]) for k in range(3)
-        ]
+        shares = [threads.submit(share_of, k) for k in range(3)]
     for k, share in enumerate(shares):
         for found, wanted in zip(share.result(), expected[k::3], strict=True):
             assert torch.equal(found, wanted)

@@ -346,7 +346,7 @@ def test_an_unsigned_dictionary_of_that_width_has_half(store: Store, known: tupl
     assert 0.5 < found.mcs < 0.8
     assert found.slope == pytest.approx(1, abs=0.01), "over what has a match"
     whole = known[0].recovery(perfect(store, "sa-gsae").split(), known[1], "cpu")
-    assert (whole.rec, whole.mcs) == (1, pytest.approx(1, abs=1e-6))
+    assert [whole.rec, whole.mcs] == [1, pytest.approx(1, abs=1e-6)]
     assert whole.slope == pytest.approx(known[0].recovery(perfect(store, "sa-gsae"), known[1], "cpu").slope, abs=1e-6)
 
 
@@ -407,7 +407,7 @@ def test_train_and_evaluate(synth_config: Callable[..., SynthConfig], tmp_path: 
     assert [entry["rec"] for entry in entries] == [signed["rec"], unsigned["rec"]]
     assert [entry["ce_recovered"] for entry in entries] == [None, None]
     assert "rec" in json.loads((tmp_path / "run" / "evaluation.json").read_text())["saes"][0]
-    with pytest.raises(UserError, match=r"--ce: .* is synthetic; no language model stands behind it"):
+    with pytest.raises(UserError, match=r"--ce: .* is synthetic and has no language model"):
         evaluate(EvalConfig(run=tmp_path / "run", ce=True, device="cpu"))
 
 

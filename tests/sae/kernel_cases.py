@@ -9,12 +9,11 @@ import torch
 import triton
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.variants import batch, by_autograd, variant, weights
+from support.variants import batch, by_autograd, gated_family, variant, weights
 from torch import Tensor
 
 from train.fit.optim import Optimizer
 from train.sae.base import StepInputs
-from train.sae.families import family
 from train.sae.sparse import entries, kernels
 from train.sae.sparse import gpu as on_gpu
 from train.sae.sparse.adam import AdamUpdate, adam_rows_
@@ -150,15 +149,15 @@ def test_an_update_by_a_sum_is_adams_by_that_gradient(chunk: int, unit: bool, co
     generator, normal = numbers(4)
     both = [torch.nn.functional.normalize(normal(6, 17), dim=1) for _ in range(2)]
     both[1].copy_(both[0])
-    moments = [[torch.zeros(6, 17) for _ in range(2)] for _ in both]
+    (m, v), (other_m, other_v) = ([torch.zeros(6, 17) for _ in range(2)] for _ in both)
     copy = torch.zeros(6, 17, dtype=torch.bfloat16) if copies else None
     for step in range(1, 4):
         segment = torch.randint(1, 6, (30,), generator=generator).sort().values
         index = torch.randint(0, 9, (30,), generator=generator)
         of = sum_of(segment, index, 6, normal(30), normal(9, 17))
-        kernels.update_(of, AdamUpdate(both[0], *moments[0], copy, 0.01, step, unit), chunk)
-        adam_rows_(kernels.sum_rows(of, chunk), AdamUpdate(both[1], *moments[1], None, 0.01, step, unit))
-        for found, wanted in zip([both[0], *moments[0]], [both[1], *moments[1]], strict=True):
+        kernels.update_(of, AdamUpdate(both[0], m, v, copy, 0.01, step, unit), chunk)
+        adam_rows_(kernels.sum_rows(of, chunk), AdamUpdate(both[1], other_m, other_v, None, 0.01, step, unit))
+        for found, wanted in zip([both[0], m, v], [both[1], other_m, other_v], strict=True):
             torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-6)
         if copy is not None:
             torch.testing.assert_close(copy.float(), both[0], rtol=2**-7, atol=0)
@@ -187,7 +186,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def opened(config: Any, w: Any, x: Tensor, room: int = 10_000) -> Any:
-    return on_gpu.open_entries(family(config), w.theta, x - w.b_dec, w.W_enc, room)
+    return on_gpu.open_entries(gated_family(config), w.theta, x - w.b_dec, w.W_enc, room)
 
 
 @pytest.mark.parametrize("share", [1.0, 0.3, 0.02, 0.0])
@@ -196,7 +195,7 @@ def test_a_whole_step_equals_autograd(on_kernels: list[str], name: str, share: f
     """In float64, from every gate open to none, with odd sizes throughout."""
     config = variant(name, 13)
     w, x = weights(config, 5, 19), batch(5, 11, 19)
-    size, _ = family(config).size((x - w.b_dec) @ w.W_enc.T)
+    size, _ = gated_family(config).size((x - w.b_dec) @ w.W_enc.T)
     many = round(share * size.numel())
     edge = torch.cat([size.flatten().sort(descending=True).values, size.min()[None] - 1])
     edge = torch.cat([edge[:1] + 1, edge])
@@ -229,7 +228,7 @@ def test_room_for_entries_is_found(on_kernels: list[str], block: int, monkeypatc
     wanted: dict[str, Tensor] = {}
     for before in (10_000, 1, 60, 250):
         room = EntryRoom(before)
-        gradients, step = on_gpu.kernel_gradients(family(config), w, x, StepInputs(0.3), (w.W_enc, w.W_dec), room)
+        gradients, step = on_gpu.kernel_gradients(gated_family(config), w, x, StepInputs(0.3), (w.W_enc, w.W_dec), room)
         count = opened(config, w, x)[1].item()
         assert 60 < count < 250
         assert room.entries == (250 if before == 250 else count + count // 4 + 3)
@@ -253,7 +252,8 @@ def test_steps_that_write_their_own_copies(on_kernels: list[str]) -> None:
         optimizer, room = Optimizer(w, unit_decoder=True), EntryRoom()
         for _ in range(3):
             rounded = optimizer.rounded(torch.float16)  # the interpreter cuts bfloat16 off
-            gradients, _ = on_gpu.kernel_gradients(family(config), w, x, StepInputs(0.3, torch.float16), rounded, room)
+            now = StepInputs(0.3, torch.float16)
+            gradients, _ = on_gpu.kernel_gradients(gated_family(config), w, x, now, rounded, room)
             if not kept:
                 gradients = {
                     k: kernels.sum_rows(v) if isinstance(v, UnsummedGradient) else v for k, v in gradients.items()
@@ -267,7 +267,7 @@ def test_steps_that_write_their_own_copies(on_kernels: list[str]) -> None:
 
 
 def check_step(config: Any, w: Any, x: Tensor) -> None:
-    found, step = sparse_gradients(family(config), w, x, StepInputs(0.3))
+    found, step = sparse_gradients(gated_family(config), w, x, StepInputs(0.3))
     expected, loss = by_autograd(config, w, x, StepInputs(0.3))
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.named().items():
@@ -296,7 +296,7 @@ def test_adam_by_rows_equals_torchs(d_in: int, unit: bool) -> None:
                 expected.grad -= (expected.grad * expected).sum(1, keepdim=True) * expected
             adam.step()
             if unit:
-                expected /= expected.norm(dim=1, keepdim=True)
+                expected.div_(expected.norm(dim=1, keepdim=True))
         adam_rows_(grad, AdamUpdate(matrix, m, v, None, lr, step, unit))
         state = adam.state[expected]
         for found, wanted in ((matrix, expected), (m, state["exp_avg"]), (v, state["exp_avg_sq"])):

@@ -86,7 +86,7 @@ def test_the_other_kernels_compile_for_an_h100(
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel = getattr(importlib.import_module(f"train.sae.{module}"), name)
+    kernel = getattr(importlib.import_module(f"train.sae.sparse.{module}"), name)
     types = {
         **dict.fromkeys(INT64, "*i64"), **dict.fromkeys(INT32, "*i32"), **dict.fromkeys(INT16, "*i16"),
         **dict.fromkeys(("pace", "widen"), "fp32"),

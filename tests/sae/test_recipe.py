@@ -1,4 +1,4 @@
-"""What a right implementation reaches on activations whose features are known; bounds of docs/method.md."""
+"""What a right implementation reaches on activations whose features are known; bounds of docs/explanation/method.md."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -86,7 +86,7 @@ def test_training_is_deterministic(name: str) -> None:
         assert tensor.isfinite().all()
 
 
-SLOW = {
+SLOW: dict[tuple[str, float, int], dict[str, tuple[float, float]]] = {
     ("sa-gsae", 1.0, 96): {"r2": (0.94, 1), "l0": (2.8, 4.0), "rec": (0.93, 1)},
     ("gated", 1.0, 96): {"r2": (0, 0.85), "rec": (0, 0.5)},
     ("gated", 1.0, 192): {"rec": (0.9, 1)},

@@ -6,7 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.variants import BATCH, D_IN, D_SAE, GATED, VARIANTS, batch, by_autograd, silences, update, variant, weights
+from support.variants import (
+    BATCH,
+    D_IN,
+    D_SAE,
+    FOLDING,
+    GATED,
+    VARIANTS,
+    batch,
+    by_autograd,
+    gated_family,
+    silences,
+    update,
+    variant,
+    weights,
+)
 
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
 from train.sae.activation import bi_jump_relu
@@ -45,6 +59,7 @@ def test_a_step_measures_what_the_code_is(name: str) -> None:
     w, x = weights(config), batch()
     _, step = family(config).gradients(w, x, now_of())
     if config.arch in ("batch-topk", "abs-topk"):  # a step has its own threshold; afterwards it is the running mean
+        assert step.threshold is not None
         w = replace(w, threshold=step.threshold * (1 - 1e-6))
     f = family(config).encode(w, x)
     assert step.l0 == pytest.approx((f != 0).sum().item() / BATCH)
@@ -125,7 +140,7 @@ def test_odd_symmetry(name: str) -> None:
 
 
 @settings(max_examples=20, deadline=None)
-@given(name=st.sampled_from(sorted(VARIANTS)), seed=st.integers(0, 999))
+@given(name=st.sampled_from(sorted(FOLDING)), seed=st.integers(0, 999))
 def test_the_folded_form_is_the_same_function(name: str, seed: int) -> None:
     """To 1e-5, but for entries that lie on a threshold within rounding."""
     config = variant(name)
@@ -153,7 +168,8 @@ def test_bi_jump_relu() -> None:
 
 @pytest.mark.parametrize("name", ["sa-gsae", "r tied", "untied"])
 def test_sa_gsae_is_a_gated_sae_of_twice_the_width(name: str) -> None:
-    """Every SA-GSAE(H) is a Gated(2H) with the same loss (docs/method.md): no win at half width is capacity."""
+    """Every SA-GSAE(H) is a Gated(2H) with the same loss (docs/explanation/method.md):
+    a win at half width is not a matter of capacity."""
     config, twice = variant(name), variant("gated", 2 * D_SAE)
     w, x = weights(config), batch()
     halves = split(w)
@@ -181,7 +197,7 @@ def test_latents_that_never_open_get_no_gradient(name: str) -> None:
 def test_a_reset_opens_latents_on_their_share(name: str) -> None:
     """θ0 = 100 closes everything; after the reset each latent in it fires on 1 % of the batch."""
     config = variant(name, theta0=100.0)
-    w, x, mathematics = weights(config), batch(n=2000), family(config)
+    w, x, mathematics = weights(config), batch(n=2000), gated_family(config)
     w = replace(w, theta=torch.full_like(w.theta, 100 / D_IN**0.5))
     assert not mathematics.encode(w, x).any()
     which = torch.arange(D_SAE) % 3 > 0
@@ -196,7 +212,7 @@ def test_a_reset_opens_latents_on_their_share(name: str) -> None:
 def test_a_reset_in_pieces_is_the_reset(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nearly all latents of a wide dictionary may be silent: what it takes is bounded."""
     config, which = variant(name), torch.arange(D_SAE) % 5 > 0
-    w, x, mathematics = weights(config), batch(n=200), family(config)
+    w, x, mathematics = weights(config), batch(n=200), gated_family(config)
     found = []
     for at_once in (1 << 24, 200 * 7, 1):
         monkeypatch.setattr("train.sae.gated.AT_ONCE", at_once)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.variants import GATED, batch, by_autograd, variant, weights
+from support.variants import GATED, batch, by_autograd, gated_family, variant, weights
 
 from shared.config import TrainConfig
 from shared.saes import sae_config
@@ -34,7 +34,7 @@ def test_gradients_equal_autograd(
     config = variant(name, d_sae)
     w, x, now = weights(config, seed, d_in), batch(seed, n, d_in), StepInputs(sparsity)
     w.theta.mul_(height)
-    found, step = sparse_gradients(family(config), w, x, now)
+    found, step = sparse_gradients(gated_family(config), w, x, now)
     expected, loss = by_autograd(config, w, x, now)
     size = torch.cat([grad.flatten() for grad in expected.values()]).norm()
     for key, grad in found.named().items():
@@ -56,8 +56,8 @@ def test_one_open_entry(name: str) -> None:
     size = u.abs() if family(config).signed else u
     second, largest = size.flatten().topk(2).values.flip(0)
     w.theta.fill_(float(second + largest) / 2)
-    assert len(open_entries(family(config), w, x - w.b_dec).u) == 1
-    found, _ = sparse_gradients(family(config), w, x, StepInputs(0.3))
+    assert len(open_entries(gated_family(config), w, x - w.b_dec).u) == 1
+    found, _ = sparse_gradients(gated_family(config), w, x, StepInputs(0.3))
     expected, _ = by_autograd(config, w, x, StepInputs(0.3))
     for key, grad in found.named().items():
         torch.testing.assert_close(grad.double(), expected[key], rtol=1e-4, atol=1e-6)
@@ -66,9 +66,9 @@ def test_one_open_entry(name: str) -> None:
 def test_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     config = variant("untied")
     w, x = weights(config), batch()
-    whole = open_entries(family(config), w, x - w.b_dec)
+    whole = open_entries(gated_family(config), w, x - w.b_dec)
     monkeypatch.setattr("train.sae.sparse.cpu.BLOCK", 7 * len(x))
-    parts = open_entries(family(config), w, x - w.b_dec)
+    parts = open_entries(gated_family(config), w, x - w.b_dec)
     for key in ("latent", "token", "by_token", "token_bounds", "latent_bounds"):
         assert torch.equal(getattr(whole, key), getattr(parts, key)), key
     torch.testing.assert_close(parts.u, whole.u)
@@ -80,7 +80,7 @@ def test_bfloat16_products(name: str) -> None:
     config = variant(name)
     w, x = weights(config), batch()
     exact, _ = family(config).gradients(w, x, StepInputs(0.3))
-    rounded, _ = sparse_gradients(family(config), w, x, StepInputs(0.3, torch.bfloat16))
+    rounded, _ = sparse_gradients(gated_family(config), w, x, StepInputs(0.3, torch.bfloat16))
     for key, grad in exact.named().items():
         assert (getattr(rounded, key) - grad).norm() <= 0.08 * grad.norm(), key
 

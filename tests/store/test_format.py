@@ -1,5 +1,6 @@
-"""The format of a store (docs/store-format.md): its bytes stay what they are, a reader written from the specification
-alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest would be.
+"""The format of a store (docs/reference/store-format.md): its bytes stay what they are, a reader written from the
+specification alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest
+would be.
 
 golden/ holds one small store for each codec, in format 2. Its bytes may change only together with FORMAT_VERSION: a
 store that somebody has written must not stop being readable. `pack_golden()` writes it anew.
@@ -75,7 +76,7 @@ def recoded(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Callable[
     """The session's store, written anew with another codec."""
     found = {"zstd": store}
 
-    def get(codec: str) -> Store:
+    def get(codec: Any) -> Store:
         if codec not in found:
             found[codec] = Store.open(recode(str(store.root), str(tmp_path_factory.mktemp("re") / codec), codec).store)
         return found[codec]
@@ -98,7 +99,8 @@ def values(store: Store, hook: str) -> NDArray[np.float32]:
 
 def stream(store: Store) -> NDArray[np.int64]:
     """Where in the token stream each row comes from."""
-    return stored(store, "index/context").astype("i8") * store.spec.context + stored(store, "index/position")
+    contexts, positions = (stored(store, f"index/{name}").astype(np.int64) for name in ("context", "position"))
+    return np.asarray(contexts * store.spec.context + positions)
 
 
 def as_read_by_the_product(store: Store) -> dict[str, NDArray[Any]]:
@@ -126,7 +128,7 @@ def assert_equal(found: dict[str, NDArray[Any]], expected: dict[str, NDArray[Any
 
 
 GOLDEN = Path(__file__).parents[1] / "golden"
-GOLDEN_RECORD = {"command": "none: written by tests/store/test_format.py", "naïve": [1.5, None, True]}
+GOLDEN_RECORD = {"command": "none: written by tests/test_format.py", "naïve": [1.5, None, True]}
 
 
 def golden_spec(codec: Any) -> StoreSpec:
@@ -276,7 +278,7 @@ def test_a_manifest_line_is_written_as_it_is_read(tmp_path: Path) -> None:
 
 
 def test_the_worked_example_of_the_specification(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "store-format.md").read_text()
+    text = (ROOT / "docs" / "reference" / "store-format.md").read_text()
     root = golden(tmp_path, "none")
     data = (root / "layer_00" / "attn_out" / "c" / "2" / "0").read_bytes()
     parts = re.findall(r"^ *(\d+)  ((?:[0-9a-f]{2} +)+)", text, re.MULTILINE)
@@ -380,8 +382,8 @@ def test_other_libraries_read_the_same_bytes(recoded: Callable[[str], Store], li
 
 
 def test_xarray_gives_the_numbers_by_the_documented_recipe(recoded: Callable[[str], Store]) -> None:
-    """docs/store-format.md, "With other libraries"."""
-    settings = {"consolidated": False, "mask_and_scale": False, "chunks": None}
+    """docs/reference/store-format.md, "With other libraries"."""
+    settings: dict[str, Any] = {"consolidated": False, "mask_and_scale": False, "chunks": None}
     store = recoded("zstd")
     layer = xarray.open_zarr(store.root / "layer_01", **settings)
     assert layer["mlp_out"].dims == ("token", "d_model")
@@ -446,12 +448,12 @@ def random_store(root: Path, spec: StoreSpec, seed: int) -> Store:
             shape = (stop - start, *layout.row_shape, layout.dtype.itemsize)
             rows = rng.integers(0, 256, shape, dtype=np.uint8).view(layout.dtype)[..., 0]
             data = b"".join(encode_shard(rows, layout))
-            path = root / shard_file(array, shard, bool(layout.row_shape))
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(data)
+            file = root / shard_file(array, shard, bool(layout.row_shape))
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
             sizes[array] = len(data), crc32(data)
         commits[shard] = Commit(shard, stop - start, start, stop, 0, sizes)
-    return Store(files, spec, "final", Commits.of(commits))
+    return Store(files, spec, "final", Commits.from_mapping(commits))
 
 
 @settings(max_examples=25, deadline=None)
@@ -476,7 +478,7 @@ def test_the_fast_reader_and_zarr_python_give_equal_bytes(
             for chunk in range(count):
                 assert fast.read(shard, chunk).tobytes() == slow.read(shard, chunk).tobytes()
             runs = [np.empty((count * layout.chunk_rows, *layout.row_shape), layout.dtype) for _ in range(2)]
-            found = [r.read_run(shard, 0, count, out) for r, out in zip((fast, slow), runs, strict=True)]
+            found = [fast.read_run(shard, 0, count, runs[0]), slow.read_run(shard, 0, count, runs[1])]
             assert found[0].tobytes() == found[1].tobytes()
             assert len(found[0]) == len(found[1]) == commit.rows
 
@@ -499,7 +501,7 @@ def encode_anew(root: Path, array: str, **how: Any) -> Store:
         Commit(c.shard, c.rows, c.start, c.stop, c.kept, {**c.files, array: sizes[c.shard]})
         for c in store.commits.values()
     ]
-    write_index(store.files, Commits.of({commit.shard: commit for commit in commits}))
+    write_index(store.files, Commits.from_mapping({commit.shard: commit for commit in commits}))
     document = f"{array}/zarr.json"
     write_metadata(store.files, {**read_metadata(store.files), document: checksum(root / document)})
     return Store.open(root)
@@ -509,7 +511,7 @@ def checksum(path: Path) -> tuple[int, int]:
     return len(path.read_bytes()), crc32(path.read_bytes())
 
 
-FOREIGN = {
+FOREIGN: dict[str, tuple[str, dict[str, Any]]] = {
     "gzip in shards": (HOOK, {"compressors": GzipCodec()}),
     "zstd in shards, of int8": (f"scale/{HOOK}/row", {"compressors": ZstdCodec(level=3)}),
     "one zstd chunk a shard": (HOOK, {"chunks": (512, 32), "shards": None, "compressors": ZstdCodec()}),
@@ -556,7 +558,7 @@ def test_damage_in_an_array_of_another_tool_is_seen(store: Store, tmp_path: Path
         assert damage.shards == [4]
 
 
-OTHER_FILES = {
+OTHER_FILES: dict[str, dict[str, Any]] = {
     "larger shards": {"shards": (1024, 32)},
     "larger shards, our codecs": {
         "shards": (1024, 32),
@@ -569,10 +571,10 @@ OTHER_FILES = {
 
 @pytest.mark.parametrize("case", OTHER_FILES)
 def test_an_array_with_other_files_than_one_a_shard_is_refused(store: Store, tmp_path: Path, case: str) -> None:
-    """The manifest vouches for one file a shard; nobody would check others."""
+    """The manifest covers one file per shard; no reader would check others."""
     how = {"compressors": GzipCodec(), **OTHER_FILES[case]}
     copy = encode_anew(Path(shutil.copytree(store.root, tmp_path / "s")), HOOK, **how)
-    with pytest.raises(DamagedError, match="not one file a shard"):
+    with pytest.raises(DamagedError, match="not have one file per shard"):
         open_reader(copy, HOOK)
 
 
@@ -692,12 +694,12 @@ def test_int8_keeps_38_decibels(store: Store, recoded: Callable[[str], Store]) -
 def test_int8_is_right_to_half_a_step(n: int, d: int, seed: int, rows: int, dims: int, zeros: float) -> None:
     """With outlier rows and dimensions, with rows and dimensions that are all zero, in any scale."""
     rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, d)) * 2.0 ** (rows * rng.random((n, 1))) * 2.0 ** (dims * rng.random(d))
-    x = (x * (rng.random((n, 1)) >= zeros) * (rng.random(d) >= zeros)).astype("<f4")
+    wide = rng.standard_normal((n, d)) * 2.0 ** (rows * rng.random((n, 1))) * 2.0 ** (dims * rng.random(d))
+    x = (wide * (rng.random((n, 1)) >= zeros) * (rng.random(d) >= zeros)).astype(np.float32)
     dim = dim_scale(np.square(x.astype("f8")).sum(axis=0), n)
     assert np.array_equal(dim == 1, ~x.any(axis=0)) or (x == 1).any()
     q, row = quantise(x, dim)
-    assert (q.dtype, row.dtype, dim.dtype) == (np.int8, np.float32, np.float32)
+    assert [array.dtype.name for array in (q, row, dim)] == ["int8", "float32", "float32"]
     assert np.abs(q.astype(int)).max() <= LEVELS
     assert np.array_equal(np.abs(q.astype(int)).max(axis=1) == LEVELS, x.any(axis=1)), "all levels are used"
     assert (q[:, ~x.any(axis=0)] == 0).all()

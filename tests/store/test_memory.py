@@ -25,7 +25,7 @@ import numpy as np, torch
 from shared.config import TrainConfig
 from shared.store.opened import Store
 from train.plan.job import make_passes
-from train.data.order import Position, Split, share
+from train.data.order import Split, StreamPosition, share
 from train.data.loader import Loader
 from train.data.stream import BatchStream
 
@@ -44,7 +44,7 @@ def read(window_rows, epochs):
     config = TrainConfig.model_validate(about)
     passes, v = make_passes(config, store, hook, Split(all_rows, ~all_rows), 1, store.root, True)
     loader = Loader(passes, range(v), "always", torch.device("cpu"), threads)
-    stream = BatchStream(loader, share(512, v, 0, 1), 512 // v, [Position()] * v)
+    stream = BatchStream(loader, share(512, v, 0, 1), 512 // v, [StreamPosition()] * v)
     for _ in range(epochs * store.n_rows // 512):
         stream.next_batch()
     stream.close()

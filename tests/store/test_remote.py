@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support import servers
 from support.servers import DATA, SIZE, Server
 
 import shared.files.client
@@ -26,6 +27,8 @@ from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.files.open import open_files
 from shared.files.remote import RemoteFiles
+
+moto, front, s3, server, alone = (getattr(servers, n) for n in ("moto", "front", "s3", "server", "alone"))
 
 
 def pieces(total: int, size: int) -> Iterator[memoryview]:
@@ -448,4 +451,4 @@ def test_a_folder_that_cannot_be_written_means_no_cache(
         monkeypatch.setenv("SAGSAE_CACHE", str(folder))
         opened = open_files(server.url + "/bucket").open("file", SIZE, 5)
         assert opened.read(10, 20) == opened.read(10, 20) == DATA[10:30]
-        assert capsys.readouterr().err.count("cannot keep what was fetched") == 1
+        assert capsys.readouterr().err.count("cannot cache fetched data") == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 import tensorstore
 import zarr
 from support.stores import unfinished
+from zarr.core.metadata import ArrayV3Metadata
 
 from shared.errors import DamagedError, UserError
 from shared.files.local import LocalFiles, write_file
@@ -48,9 +50,12 @@ def test_other_readers_see_the_same_values(store: Store) -> None:
 
 def test_the_group_opens_as_zarr(store: Store) -> None:
     group = zarr.open_group(store.root, mode="r")
-    assert group.attrs["sagsae"]["state"] == "final"
+    about = group.attrs["sagsae"]
+    assert isinstance(about, dict)
+    assert about["state"] == "final"
     array = group[HOOK]
     assert isinstance(array, zarr.Array)
+    assert isinstance(array.metadata, ArrayV3Metadata)
     assert array.metadata.dimension_names == ("token", "d_model")
     assert array.attrs["sagsae"] == {"logical_dtype": "bfloat16", "hook": "blocks.1.hook_mlp_out"}
     for path in store.spec.rows_of_shards():
@@ -81,7 +86,7 @@ def test_statistics_equal_a_direct_computation(store: Store) -> None:
     np.testing.assert_allclose(norms, np.linalg.norm(x, axis=1), rtol=1e-6)
 
 
-DAMAGES = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
     "emptied": lambda path: os.truncate(path, 0),
     "missing": lambda path: path.unlink(),

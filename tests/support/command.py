@@ -10,5 +10,5 @@ ROOT = Path(__file__).parents[2]
 
 class Sagsae(Protocol):
     def __call__(
-        self, *arguments: str | Path, stop: tuple[int, Callable[[], bool]] | None = None
+        self, *arguments: object, stop: tuple[int, Callable[[], bool]] | None = None
     ) -> subprocess.CompletedProcess[str]: ...

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from harvest.writer import ShardRows, ShardWriter
 from shared.errors import DamagedError, UserError
@@ -37,7 +38,6 @@ from shared.store.spec import HookSpec, StoreSpec, rows_that_count, shard_file
 from shared.store.verify import verify
 
 CONTEXT, VOCABULARY = 32, 500
-HITS = 8
 ROOT = Path(__file__).parents[2]
 
 
@@ -56,9 +56,11 @@ class Size:
 def bits(hook: str, positions: np.ndarray, d_in: int) -> np.ndarray:
     """The rows [n, d_in] that belong at these token positions, as bfloat16 bit patterns."""
     start = positions.astype("<u4")[:, None] * np.uint32(2654435761) + np.uint32(zlib.crc32(hook.encode()))
-    mixed = (start + np.arange(d_in, dtype="<u4") * np.uint32(2246822519)) * np.uint32(3266489917)
+    mixed: NDArray[np.uint32] = (start + np.arange(d_in, dtype=np.uint32) * np.uint32(2246822519)) * np.uint32(
+        3266489917
+    )
     mixed ^= mixed >> np.uint32(15)
-    return ((mixed.view("<i4").astype("<f4") * np.float32(2**-31)).view("<u4") >> 16).astype("<u2")
+    return np.asarray((mixed.view("<i4").astype("<f4") * np.float32(2**-31)).view("<u4") >> 16).astype("<u2")
 
 
 def token_ids(n_contexts: int) -> np.ndarray:
@@ -249,10 +251,14 @@ def dying(root: Path, size: Size, step: int, begun: Callable[[], Any]) -> None:
     write(root, size)
 
 
+def not_synced(fd: object) -> None:
+    """The processes die, the machine does not."""
+
+
 def kill_at_every_step(folder: Path, size: Size) -> dict[str, Any]:
     """For every change that a writer makes to the file system: one that is killed in front of it. What is committed
     then must be right, and a second writer must complete the store to the bytes of one that nobody killed."""
-    os.fsync = lambda _handle: None  # the processes die, the machine does not
+    os.fsync = not_synced
     root, wrong, counts, before = folder / "killed", [], Counter[str](kills=0, stores=0, rows=0), 0
     write(folder / "whole", size)
     whole = contents(folder / "whole")
@@ -294,22 +300,22 @@ def read_everything(root: Path) -> str:
     return "wrong" if wrong else "right"
 
 
-def damage(root: Path, size: Size, shards: int, times: int) -> dict[str, Any]:
-    """Alters one random byte of one file after another, so many times, and puts it back: HITS times in each, for the
-    rest in those that say what the store is. A store with fewer `shards` than it should have is unfinished."""
+def damage(root: Path, size: Size, shards: int, hits: int, more: int) -> dict[str, Any]:
+    """Alters one random byte of one file after another and puts it back: `hits` times in each file, then `more` times
+    in those that say what the store is. A store with fewer `shards` than it should have is unfinished."""
     files, rng, silent = LocalFiles(root), random.Random(0), []
     root.mkdir()
     begin(files, size)
     fill(files, range(shards))
     if not Store.open(root).missing:
         finish_store(files, Store.open(root).spec)
-    counts = Counter(error=0, wrong=0, right=0, damages=times)
+    counts = Counter(error=0, wrong=0, right=0)
     if seen_by_verify(root) or read_everything(root) != "right":
         silent.append("was damaged from the beginning")
     paths = sorted(path for path in root.rglob("*") if path.is_file() and path.stat().st_size)
     top = [path for path in paths if path.parent in (root, root / "manifest")]
-    for number in range(times):
-        path = paths[number % len(paths)] if number < HITS * len(paths) else rng.choice(top)
+    for number in range(hits * len(paths) + more):
+        path = paths[number % len(paths)] if number < hits * len(paths) else rng.choice(top)
         before = path.read_bytes()
         at = rng.randrange(len(before))
         after = before[:at] + bytes([(before[at] + rng.randint(1, 255)) % 256]) + before[at + 1 :]
@@ -339,7 +345,7 @@ def main(command: str, folder: str, size: str, *rest: str) -> Any:
     if command == "pair":
         return pair(root, int(numbers[0]), numbers[1])
     if command == "damage":
-        return damage(root, how_large, int(numbers[0]), int(numbers[1]))
+        return damage(root, how_large, int(numbers[0]), int(numbers[1]), int(numbers[2]))
     return follow(root) if command == "follow" else kill_at_every_step(root, how_large)
 
 
@@ -390,7 +396,7 @@ def result(process: subprocess.Popen[str]) -> Any:
     output, _ = process.communicate(timeout=200)
     sys.stdout.write(f"{output}\n")
     if process.returncode:
-        raise AssertionError(f"{process.args} failed")
+        raise AssertionError(f"{process.args!r} failed")
     return json.loads(output)
 
 

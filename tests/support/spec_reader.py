@@ -1,4 +1,4 @@
-"""A reader of store format 2 written from docs/store-format.md alone: no code of the product, no Zarr library.
+"""A reader of store format 2 written from docs/reference/store-format.md alone: without the product and Zarr libraries.
 
 It stands for a reader in another language: where it agrees with the product's, the specification says enough. It is
 slow and strict: every checksum is compared and every byte of a shard accounted for.
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from numcodecs import blosc
+from numpy.typing import NDArray
 
 TABLE = list(range(256))
 for _ in range(8):
@@ -65,7 +66,8 @@ class Reader:
         check(spec["state"] == "writing" or len(self.commits) == -(-self.n // self.shard_rows), "manifest: shards")
 
     def manifest(self) -> dict[int, dict[str, Any]]:
-        folder, commits, final = self.root / "manifest", {}, self.spec["state"] == "final"
+        folder, final = self.root / "manifest", self.spec["state"] == "final"
+        commits: dict[int, dict[str, Any]] = {}
         index = folder / "index.jsonl"
         for log in [index] * (final or index.exists()) + ([] if final else sorted(folder.glob("rank-*.jsonl"))):
             bodies = sealed_lines(log.read_bytes())
@@ -105,10 +107,11 @@ class Reader:
         data = [self.file(f"{array}/c/{shard}/0", c["files"][array]) for shard, c in self.commits.items()]
         return np.stack([np.frombuffer(payload(row, array), kind) for row in data])
 
-    def stream(self) -> np.ndarray:
+    def stream(self) -> NDArray[Any]:
         """The place in the token stream of each row."""
         contexts, positions = (self.rows(f"index/{n}", t, self.shard_rows) for n, t in INDEX.items())
-        rows, orders = contexts.astype("<i8") * self.spec["context"] + positions, []
+        rows: NDArray[Any] = contexts.astype("<i8") * self.spec["context"] + positions
+        orders = []
         for shard, commit in self.commits.items():
             start, stop = shard * self.shard_rows, min((shard + 1) * self.shard_rows, self.n)
             check(commit["in"] == [start, stop], commit)
@@ -117,13 +120,16 @@ class Reader:
         check((rows == np.concatenate(orders)).all(), "the rows are in another order than the specified one")
         return rows
 
-    def activations(self, hook: str) -> np.ndarray:
+    def activations(self, hook: str) -> NDArray[Any]:
         d_in, chunk_rows, codec = self.spec["hookpoints"][hook]["d_in"], self.spec["chunk_rows"], self.spec["codec"]
         if codec == "int8":
             q = self.rows(hook, ("i1", (d_in,)), chunk_rows, False).astype("<f4")
             row = self.rows(f"scale/{hook}/row", "<f4", chunk_rows)[:, None]
             dim = self.row_of_shard(f"scale/{hook}/dim", "<f4")
-            return q * row * np.repeat(dim, [commit["rows"] for commit in self.commits.values()], axis=0)
+            values: NDArray[Any] = (
+                q * row * np.repeat(dim, [commit["rows"] for commit in self.commits.values()], axis=0)
+            )
+            return values
         x = self.rows(hook, (DTYPES[self.spec["dtype"]], (d_in,)), chunk_rows, codec != "none")
         return (x.astype("<u4") << 16).view("<f4") if self.spec["dtype"] == "bfloat16" else x.astype("<f4")
 
@@ -133,7 +139,8 @@ class Reader:
         files = [self.root / f"tokens/c/{chunk}/0" for chunk in range(-(-rows // chunk_rows))]
         data = b"".join(blosc.decompress(payload(file.read_bytes(), file)) for file in files)
         ids = np.frombuffer(data, dtype)[: rows * context].reshape(rows, context)
-        check(hashlib.blake2b(ids, digest_size=16).hexdigest() == self.spec["corpus"]["ids_blake2b"], "tokens")
+        digest = hashlib.blake2b(ids.tobytes(), digest_size=16).hexdigest()
+        check(digest == self.spec["corpus"]["ids_blake2b"], "tokens")
         return ids
 
 

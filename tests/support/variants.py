@@ -10,6 +10,7 @@ from shared.saes import SAEConfig, sae_config
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
 from train.sae.base import StepInputs, StepMetrics, Weights, decode
 from train.sae.families import family
+from train.sae.gated import GatedFamily
 
 D_IN, D_SAE, BATCH = 16, 48, 64
 
@@ -28,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu": {"arch": "jumprelu"},
     "batch-topk": {"arch": "batch-topk", "k": 4, "aux_k": 5, "aux_after": 100},
     "abs-topk": {"arch": "abs-topk", "k": 4, "aux_k": 5, "aux_after": 100},
+    "topk": {"arch": "topk", "k": 4, "aux_k": 5, "aux_after": 100},
 }
 GATED = [name for name, values in VARIANTS.items() if values["arch"] in ("sa-gsae", "gated")]
 
@@ -35,6 +37,16 @@ GATED = [name for name, values in VARIANTS.items() if values["arch"] in ("sa-gsa
 def variant(name: str, d_sae: int = D_SAE, **changes: Any) -> SAEConfig:
     config: SAEConfig = sae_config(**{"d_sae": d_sae, **VARIANTS[name], **changes})
     return config
+
+
+def gated_family(config: SAEConfig) -> GatedFamily:
+    """The mathematics of a gated variant."""
+    mathematics = family(config)
+    assert isinstance(mathematics, GatedFamily)
+    return mathematics
+
+
+FOLDING = [name for name in VARIANTS if family(variant(name)).folds]
 
 
 def weights(config: SAEConfig, seed: int = 0, d_in: int = D_IN) -> Any:
@@ -72,7 +84,7 @@ def by_autograd(config: SAEConfig, w: Any, x: Tensor, now: StepInputs) -> tuple[
     """(gradients, loss) in float64."""
     wide = {name: tensor.double().requires_grad_() for name, tensor in w.named().items()}
     loss = family(config).loss(type(w)(**wide), x.double(), now)
-    loss.backward()
+    torch.autograd.backward(loss)
     zeros = {name: torch.zeros_like(tensor) for name, tensor in wide.items()}
     return {name: zeros[name] if p.grad is None else p.grad for name, p in wide.items()}, loss.detach()
 

@@ -109,7 +109,10 @@ def test_a_followed_run_that_was_killed_ends_with_the_same_bits(
     before = lock.read_bytes()
 
     def started() -> bool:
-        return lock.read_bytes() != before and time.sleep(8) is None
+        if lock.read_bytes() == before:
+            return False
+        time.sleep(8)
+        return True
 
     stopped = sagsae(*command("killed"), stop=(signal.SIGTERM, started))
     assert stopped.returncode == 130, stopped.stderr

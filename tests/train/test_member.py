@@ -174,9 +174,15 @@ def test_the_first_look_takes_a_few_rows_at_a_time(
         sae_config(arch="sa-gsae", d_sae=48, theta0=90.0), train_config(), 100, torch.float32, statistics, Ranks(CPU)
     )
     x = torch.randn(64, len(statistics.mean), generator=torch.Generator().manual_seed(0))
-    seen, encode = [], member.family.encode
+    seen: list[int] = []
+    encode = member.family.encode
+
+    def counted(w: Any, x: torch.Tensor) -> torch.Tensor:
+        seen.append(len(x))
+        return encode(w, x)
+
     monkeypatch.setattr("train.fit.member.BLOCK", 48 * 10)
-    monkeypatch.setattr(member.family, "encode", lambda w, x: seen.append(len(x)) or encode(w, x))
+    monkeypatch.setattr(member.family, "encode", counted)
     with pytest.raises(UserError, match="theta0 = 90 closes every latent") as raised:
         member.begin(x)
     assert seen == 2 * [10, 10, 10, 10, 10, 10, 4]
@@ -212,25 +218,26 @@ def test_gradients_that_are_alive_with_parts(
     assert most == parts.bit_length()
 
 
-def test_one_two_and_four_processes_train_the_same_bits(
-    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("counts", "steps"), [((1, 2), 80), pytest.param((1, 2, 4), 200, marks=pytest.mark.slow)])
+def test_any_number_of_processes_trains_the_same_bits(
+    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, counts: tuple[int, ...], steps: int
 ) -> None:
     """Gradients, thresholds, TopK's sizes, controllers and resets of the whole batch, whoever computes which part."""
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     command = ["train", "--store", store.root, "--hook", "mlp_out", "--arch", "sa-gsae:48", "--arch", "gated:48",
                "--arch", "relu:48", "--arch", "jumprelu:48", "--arch", "batch-topk:48", "--arch", "abs-topk:40",
                "--tie", "none", "--l0-target", "8", "--k", "6", "--reset-every", "60", "--batch", "64",
-               "--tokens", 64 * 200, "--device", "cpu", "--set", "precision=float32", "--set", "parts=4",
+               "--tokens", 64 * steps, "--device", "cpu", "--set", "precision=float32", "--set", "parts=4",
                "--set", "log_every=10", "--parallel", "data", "--json", "--out"]  # fmt: skip
-    for processes in (1, 2, 4):
+    for processes in counts:
         done = sagsae(*command, tmp_path / str(processes), "--processes", processes)
         assert done.returncode == 0, done.stderr
         assert json.loads((tmp_path / str(processes) / "record.json").read_text())["processes"] == processes
     one = weights_of(tmp_path / "1")
     assert len(one) == 12, "weights and settings of six"
-    for processes in ("2", "4"):
-        assert weights_of(tmp_path / processes) == one
-        assert lines_of(tmp_path / processes) == lines_of(tmp_path / "1")
+    for processes in counts[1:]:
+        assert weights_of(tmp_path / str(processes)) == one
+        assert lines_of(tmp_path / str(processes)) == lines_of(tmp_path / "1")
 
 
 def test_a_run_before_on_another_device_decides_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -262,6 +269,7 @@ def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store)
             found.append(member.gradients(x, 10))
         (whole, measured), (cut, also) = found
         for name, tensor in whole.items():
+            assert isinstance(tensor, torch.Tensor)
             torch.testing.assert_close(cut[name], tensor, rtol=1e-4, atol=1e-5 * float(tensor.abs().max()) + 1e-9)
         assert torch.equal(measured.fired, also.fired)
         for name in ("reconstruction", "sparsity", "auxiliary", "l0"):
@@ -271,7 +279,7 @@ def test_parts_of_a_batch_give_its_gradients(train_config: Config, store: Store)
 
 
 def test_parts_that_cannot_be(train_config: Config) -> None:
-    with pytest.raises(UserError, match=r"parts = 7: a --batch of 64 does not divide into so many equal parts"):
+    with pytest.raises(UserError, match=r"parts = 7: a --batch of 64 does not divide into 7 equal micro-batches"):
         run_train(train_config(batch=64, parts=7))
-    with pytest.raises(UserError, match=r"parts = 2: 4 processes cannot share out so many parts"):
+    with pytest.raises(UserError, match=r"parts = 2: 4 processes cannot share 2 micro-batches"):
         shared_out(train_config(batch=64, parts=2, parallel="data"), 4)

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from shared.config import HarvestConfig
 from shared.errors import UserError
 from shared.model.language_model import LanguageModel
 from shared.model.source import resolve_model
-from shared.saes import ARCHITECTURES, SIGNED, sae_config
+from shared.saes import ARCHITECTURES, sae_config
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
 from train.data.rows import HookRows
@@ -31,8 +32,8 @@ from train.measure.metrics import (
     reconstructions,
     recovered,
 )
+from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
-from train.sae.topk import TopKWeights
 
 D_IN, D_SAE = 32, 40
 
@@ -40,7 +41,7 @@ D_IN, D_SAE = 32, 40
 def autoencoder(arch: str = "sa-gsae", scale: float = 3.0, **settings: Any) -> Autoencoder:
     config = sae_config(arch=arch, d_sae=D_SAE, **settings)
     weights = family(config).initial(D_IN, torch.linspace(-1, 1, D_IN), torch.Generator().manual_seed(0))
-    if isinstance(weights, TopKWeights):
+    if isinstance(weights, BatchTopKWeights):
         weights = replace(weights, threshold=torch.tensor(0.5))
     return Autoencoder.of(config, weights, scale)
 
@@ -94,8 +95,9 @@ def test_fit_equals_its_definition(arch: str) -> None:
     assert fit.l0_neg == pytest.approx((f < 0).sum(1).mean(), rel=1e-6)
     assert fit.dead_fraction == pytest.approx(1 - live.mean())
     assert fit.dead["never"]["fraction"] == fit.dead_fraction
+    assert fit.directions is not None
     assert fit.directions["latents"] == live.sum()
-    if arch in SIGNED:
+    if ARCHITECTURES[arch].signed:
         assert fit.l0_neg > 0
         assert fit.bipolar_fraction == pytest.approx((minority > 0.1).mean())
         mass = np.abs(f).sum(0)
@@ -124,7 +126,7 @@ def test_r2_sees_a_constant_bias() -> None:
     variance = x.double().var(0, correction=0).sum().item()
     assert measure(fixed(lambda x: x), x, "cpu").r2 == 1
     for bias in (0.1, 1.0, 5.0):
-        biased = measure(fixed(lambda x, bias=bias: x + bias), x, "cpu")
+        biased = measure(fixed(partial(torch.add, bias)), x, "cpu")
         assert biased.r2 == pytest.approx(1 - D_IN * bias**2 / variance, abs=1e-5)
     closed = fixed(lambda x: activations().mean(0).expand(len(x), -1), lambda x: torch.zeros(len(x), D_SAE))
     nothing = measure(closed, x, "cpu")
@@ -236,8 +238,14 @@ def test_a_wide_dictionary_is_spliced_by_parts(shape: tuple[int, ...], monkeypat
     x, sae = activations(21).view(shape), autoencoder()
     whole = reconstructed(sae, x)
     monkeypatch.setattr("train.measure.metrics.CODES_AT_A_TIME", 5 * D_SAE)
-    sizes, encode = [], Autoencoder.encode
-    monkeypatch.setattr(Autoencoder, "encode", lambda self, part: (sizes.append(len(part)), encode(self, part))[1])
+    sizes: list[int] = []
+    encode = Autoencoder.encode
+
+    def counted(self: Autoencoder, part: Any) -> Any:
+        sizes.append(len(part))
+        return encode(self, part)
+
+    monkeypatch.setattr(Autoencoder, "encode", counted)
     torch.testing.assert_close(reconstructed(sae, x), whole)
     assert sizes == [5, 5, 5, 5, 1]
 

@@ -16,6 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from support.batches import HOOK, batches, open_stream
 from support.processes import until
 
@@ -81,6 +82,7 @@ def test_an_epoch_gives_every_kept_row_once(store: Store, train_config: Config, 
     """With one stream exactly; with several but for what the longer ones have to go when an epoch's rows are out."""
     config = train_config(batch=4, streams=streams)
     keep = split(store.spec, store.tokens(), config).train
+    assert isinstance(keep, np.ndarray)
     n = int(keep.reshape(-1)[:5000].sum())
     rows = HookRows.of(store, HOOK)
     kept = KeptRows(rows, keep)
@@ -97,15 +99,18 @@ def positions_after(batch: tuple[torch.Tensor, dict[int, StreamPosition]]) -> li
     return [batch[1][stream] for stream in sorted(batch[1])]
 
 
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("run_chunks", "paced"), [(1, False), (3, False), (1, True)])
-def test_batches_go_on_from_every_position(store: Store, train_config: Config, run_chunks: int, paced: bool) -> None:
+def test_batches_resume_from_every_position(
+    store: Store, train_config: Config, run_chunks: int, paced: bool, every: int
+) -> None:
     """State saved before any of the batches of one and a half epochs gives the same batches to the end."""
     config = train_config(batch=96, streams=4, window_rows=256, run_chunks=run_chunks)
     whole = list(batches(store, config, 66))
     epochs = [min(at.epoch for at in batch[1].values()) for batch in whole]
     assert epochs[0] == 0
     assert epochs[-1] == 1
-    for cut in range(66):
+    for cut in range(0, 66, every):
         at = positions_after(whole[cut - 1]) if cut else None
         again = batches(store, config, 66 - cut, at=at, paced=paced)
         assert all(torch.equal(a, b) for (a, _), (b, _) in zip(whole[cut:], again, strict=True)), cut
@@ -117,7 +122,7 @@ def test_batches_go_on_with_another_number_of_ranks(
 ) -> None:
     config = train_config(batch=96, streams=4, window_rows=256)
     whole = [batch for batch, _ in batches(store, config, 66)]
-    for cut in range(1, 66, 4):
+    for cut in range(1, 66, 11):
         parts = [list(batches(store, config, cut, world=(rank, before))) for rank in range(before)]
         at = {stream: position for part in parts for stream, position in part[-1][1].items()}
         positions = [at[stream] for stream in range(4)]
@@ -154,7 +159,7 @@ def test_what_every_world_reads_is_the_whole_epoch(store: Store, train_config: C
     for number in range(4):
         stream = VirtualStream(loader, number, StreamPosition())
         while True:
-            window = stream.enter(lambda future: future.result())
+            window = stream.current_window(lambda future: future.result())
             assert window is not None
             assert loader.memory is not None
             if stream.at.epoch:
@@ -193,8 +198,8 @@ def test_the_way_over_a_device(
     monkeypatch.setattr(torch.cuda, "Event", StandIn)
     start = Loader.__init__
 
-    def with_copies(loader: Loader, *arguments: Any, paced: bool | None) -> None:
-        start(loader, *arguments, paced=True if paced is None else paced)
+    def with_copies(loader: Loader, passes: Any, streams: Any, verify: Any, device: Any, paced: bool | None) -> None:
+        start(loader, passes, streams, verify, device, paced=True if paced is None else paced)
         loader.copies = StandIn()  # type: ignore[assignment]
 
     monkeypatch.setattr(Loader, "__init__", with_copies)
@@ -202,18 +207,26 @@ def test_the_way_over_a_device(
     assert all(torch.equal(one, other) for one, other in zip(direct, over, strict=True))
 
 
+def masks(store: Store, config: TrainConfig) -> tuple[NDArray[np.bool_], NDArray[np.bool_]]:
+    """What is trained on and what is held out, [contexts, context] each."""
+    parts = split(store.spec, store.tokens(), config)
+    assert isinstance(parts.train, np.ndarray)
+    assert isinstance(parts.heldout, np.ndarray)
+    return parts.train, parts.heldout
+
+
 def test_held_out_contexts_are_never_trained_on(store: Store, train_config: Config) -> None:
-    parts = split(store.spec, store.tokens(), train_config())
-    assert not (parts.train & parts.heldout).any()
-    assert not (parts.train.any(1) & parts.heldout.any(1)).any(), "no context is in both"
-    assert parts.heldout.any(1).sum() == 320 // store.spec.context
+    train, heldout = masks(store, train_config())
+    assert not (train & heldout).any()
+    assert not (train.any(1) & heldout.any(1)).any(), "no context is in both"
+    assert heldout.any(1).sum() == 320 // store.spec.context
     tokens = store.tokens()
-    for mask in (parts.train, parts.heldout):
+    for mask in (train, heldout):
         assert not mask[:, 0].any()
         assert not (mask & np.isin(tokens, store.spec.special_ids)).any()
     everything = train_config(exclude_positions=(), exclude_special=False)
-    parts = split(store.spec, store.tokens(), everything)
-    assert (parts.train | parts.heldout).all()
+    train, heldout = masks(store, everything)
+    assert (train | heldout).all()
 
 
 def test_held_out_contexts_are_bounded_and_seeded(store: Store) -> None:
@@ -258,33 +271,33 @@ def test_reading_keeps_pace_with_training(
 ) -> None:
     """Left alone after each batch, the loader reads until it is as far ahead as it may be, or all is read."""
     config, reading = train_config(batch=24, streams=4, window_rows=2048), [0]
-    room, read = ReadAhead.room, ReadAhead.read
+    wait_for_rows, add = ReadAhead.wait_for_rows, ReadAhead.add
 
-    def begun(lead: ReadAhead, rows: int, wanted: int) -> int:
+    def begun(pace: ReadAhead, rows: int, wanted: int) -> int:
         reading[0] = rows
-        return room(lead, rows, wanted)
+        return wait_for_rows(pace, rows, wanted)
 
-    def complete(lead: ReadAhead, rows: int) -> None:
+    def complete(pace: ReadAhead, rows: int) -> None:
         reading[0] = 0
-        read(lead, rows)
+        add(pace, rows)
 
-    monkeypatch.setattr(ReadAhead, "room", begun)
-    monkeypatch.setattr(ReadAhead, "read", complete)
+    monkeypatch.setattr(ReadAhead, "wait_for_rows", begun)
+    monkeypatch.setattr(ReadAhead, "add", complete)
     monkeypatch.setattr(loading, "decoding_threads", lambda *_: 2)
     with closing(open_stream(store, config, (0, ranks), paced=True)) as stream:
-        lead, unit, all_read = stream.loader.lead, store.spec.chunk_rows, 0
+        pace, unit, all_read = stream.loader.pace, store.spec.chunk_rows, 0
         most = (1 + SPARE) * len(stream.shares) * stream.loader.passes.get(0).order.longest * unit
         for _ in range(250):
             stream.next_batch()
-            assert not lead.lifted
+            assert not pace.lifted
             patience = time.monotonic() + 10
             while not (done := all(s.following and s.following.done() for s in stream.streams.values())):
-                if lead.rows + reading[0] >= most:
+                if pace.rows + reading[0] >= most:
                     break
                 assert time.monotonic() < patience, "neither read nor waiting"
                 time.sleep(0.001)
             all_read += done
-            assert lead.rows + reading[0] < most + unit
+            assert pace.rows + reading[0] < most + unit
     assert 0 < all_read < 175, "the next windows are read as the last are used up"
 
 
@@ -334,7 +347,7 @@ def test_closing_ends_reading_with_the_chunks_that_are_being_read(
     until(lambda: len(begun) == 2)
     closed = threading.Thread(target=stream.close)
     closed.start()
-    until(lambda: stream.loader.lead.closed)
+    until(lambda: stream.loader.pace.closed)
     go_on.set()
     closed.join()
     assert len(begun) == 2
@@ -345,7 +358,7 @@ def test_who_waits_for_a_window_has_it_read(store: Store, train_config: Config) 
     config = train_config(batch=96, streams=4, window_rows=256)
     direct = [batch for batch, _ in batches(store, config, 66)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ReadAhead, "limit", lambda lead, _rows: setattr(lead, "most", 0))
+        patch.setattr(ReadAhead, "limit", lambda pace, _rows: setattr(pace, "limit_rows", 0))
         paced = [batch for batch, _ in batches(store, config, 66, paced=True)]
     assert all(torch.equal(one, other) for one, other in zip(direct, paced, strict=True))
 

@@ -8,87 +8,87 @@ from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 import pytest
 from support.processes import until
 
-from train.data.read_ahead import Needed, ReadAhead
+from train.data.read_ahead import Priority, ReadAhead
 
 
 @pytest.fixture
-def lead() -> ReadAhead:
+def pace() -> ReadAhead:
     return ReadAhead()
 
 
 @pytest.fixture
-def threads(lead: ReadAhead) -> Iterator[ThreadPoolExecutor]:
+def threads(pace: ReadAhead) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(10) as pool:
         yield pool
-        lead.close()  # nobody waits for ever
+        pace.close()  # nobody waits for ever
 
 
-def test_what_is_needed_first_is_read_first_and_alone(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
+def test_what_is_needed_first_is_read_first_and_alone(pace: ReadAhead, threads: ThreadPoolExecutor) -> None:
     read, reading = [], threading.Lock()
 
-    def wait(needed: Needed) -> None:
-        with lead.turn(needed):
+    def wait(needed: Priority) -> None:
+        with pace.turn(needed):
             assert reading.acquire(blocking=False), "two windows are read at once"
             read.append(needed)
             reading.release()
 
     needed = [(rows, stream) for stream, rows in enumerate([70, 30, 30, 0, 90, 20, 50, 10])]
     random.Random(3).shuffle(needed)
-    with lead.turn((0, 9)):
+    with pace.turn((0, 9)):
         done = [threads.submit(wait, each) for each in needed]
-        until(lambda: len(lead.waiting) == len(needed))
+        until(lambda: len(pace.waiting) == len(needed))
     for each in done:
         each.result()
     assert read == sorted(needed)
 
 
-def reading_without_room(lead: ReadAhead, threads: ThreadPoolExecutor) -> Future[int]:
+def reading_without_room(pace: ReadAhead, threads: ThreadPoolExecutor) -> Future[int]:
     """In the middle of a window that is needed after 100 rows."""
-    lead.limit(8)
-    lead.read(9)
+    pace.limit(8)
+    pace.add(9)
 
     def read() -> int:
-        with lead.turn((100, 1)):
-            return lead.room(2, 4)
+        with pace.turn((100, 1)):
+            return pace.wait_for_rows(2, 4)
 
     found = threads.submit(read)
-    until(lambda: lead.now == (100, 1))
+    until(lambda: pace.reading == (100, 1))
     return found
 
 
-def ask(lead: ReadAhead, needed: Needed) -> None:
-    with lead.turn(needed):
+def ask(pace: ReadAhead, needed: Priority) -> None:
+    with pace.turn(needed):
         pass
 
 
 def test_keeping_pace_is_over_when_another_window_is_needed_sooner(
-    lead: ReadAhead, threads: ThreadPoolExecutor
+    pace: ReadAhead, threads: ThreadPoolExecutor
 ) -> None:
-    held = reading_without_room(lead, threads)
-    later = threads.submit(ask, lead, (200, 2))
-    until(lambda: lead.waiting == [(200, 2)])
+    held = reading_without_room(pace, threads)
+    later = threads.submit(ask, pace, (200, 2))
+    until(lambda: pace.waiting == [(200, 2)])
     with pytest.raises(TimeoutError):
         held.result(timeout=0.1)
-    sooner = threads.submit(ask, lead, (50, 3))
+    sooner = threads.submit(ask, pace, (50, 3))
     assert held.result(timeout=10) == 4
     sooner.result(timeout=10)
     later.result(timeout=10)
 
 
-def test_there_is_room_for_what_was_given_out(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
-    held = reading_without_room(lead, threads)
-    lead.take(2)
+def test_there_is_room_for_what_was_given_out(pace: ReadAhead, threads: ThreadPoolExecutor) -> None:
+    held = reading_without_room(pace, threads)
+    pace.take(2)
     with pytest.raises(TimeoutError):
         held.result(timeout=0.1)
-    lead.take(3)
+    pace.take(3)
     assert held.result(timeout=10) == 3
 
 
-def test_nobody_waits_for_a_turn_or_room_when_all_is_over(lead: ReadAhead, threads: ThreadPoolExecutor) -> None:
-    held = reading_without_room(lead, threads)
-    later = threads.submit(ask, lead, (200, 2))
-    until(lambda: bool(lead.waiting))
-    lead.close()
-    for each in (held, later, threads.submit(ask, lead, (0, 0))):
+def test_nobody_waits_for_a_turn_or_room_when_all_is_over(pace: ReadAhead, threads: ThreadPoolExecutor) -> None:
+    held = reading_without_room(pace, threads)
+    later = threads.submit(ask, pace, (200, 2))
+    until(lambda: bool(pace.waiting))
+    pace.close()
+    for each in (held, later, threads.submit(ask, pace, (0, 0))):
         with pytest.raises(CancelledError):
             each.result(timeout=10)

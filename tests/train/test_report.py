@@ -34,7 +34,7 @@ needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chrom
 
 def test_other_rows_are_another_setting(tmp_path: Path) -> None:
     """Of one model and hookpoint, but another corpus, revision, codec or synthetic world: never averaged as seeds."""
-    runs = []
+    runs: list[Any] = []
     for name, rows in (("a", "one-10"), ("b", "two-10"), ("c", "one-10")):
         folder = write_run(tmp_path / name, sweep(seeds=(len(runs),)))
         config = json.loads((folder / "config.json").read_text())
@@ -55,7 +55,7 @@ def test_one_that_diverged_is_said(tmp_path: Path) -> None:
     assert "gated-192-lambda0.8-seed0 diverged: its loss is no number since step 140" in " ".join(section.notes)
 
 
-NOT_SPLICED = {"ce_spliced": None, "ce_recovered": None, "ce_recovered_mean": None, "ce_tokens": None}
+NOT_SPLICED: dict[str, Any] = {"ce_spliced": None, "ce_recovered": None, "ce_recovered_mean": None, "ce_tokens": None}
 
 
 @pytest.fixture(scope="module")
@@ -527,6 +527,6 @@ def test_without_javascript_the_numbers_are_there(browser: Any, report: Path) ->
     page = context.new_page()
     page.goto(report.as_uri())
     assert page.locator("tbody tr").count() == 18
-    assert page.get_by_text("The figures are drawn by JavaScript").first.is_visible()
+    assert page.get_by_text("JavaScript is switched off").first.is_visible()
     assert not page.locator(".plots").first.is_visible()
     context.close()

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from itertools import count, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -125,7 +125,7 @@ def same_document_pairs(batches: NDArray[np.uint16]) -> int:
     ordered = np.sort(batches, axis=1)
     total = 0
     for distance in count(1):
-        found = np.count_nonzero(ordered[:, distance:] == ordered[:, :-distance])
+        found = int(np.count_nonzero(ordered[:, distance:] == ordered[:, :-distance]))
         total += found
         if not found:
             break
@@ -164,7 +164,7 @@ def test_batches_from_runs_of_two_chunks_are_well_mixed() -> None:
 
 
 @pytest.mark.parametrize("harm", [{"permuted": False}, {"run_chunks": 8}])
-def test_the_measures_tell_when_batches_are_badly_mixed(harm: dict[str, int]) -> None:
+def test_the_measures_tell_when_batches_are_badly_mixed(harm: dict[str, Any]) -> None:
     """Without the permutation inside a shard, or with runs too long for the window, both bars are exceeded."""
     pairs, inflation = mixing(batches(default_chunk_rows(2 * 2048), **harm))
     assert pairs > 1.2 * MOST_PAIRS
@@ -217,7 +217,7 @@ def test_streams_without_a_unit_have_no_windows(n: int, streams: int, window: in
 
 def rows_of(batch: int, streams: int, rank: int, ranks: int) -> list[int]:
     """A rank's share as row numbers of the global batch."""
-    piece, rows = batch // streams, []
+    piece, rows = batch // streams, list[int]()
     for stream, lo, hi in share(batch, streams, rank, ranks):
         assert 0 <= lo < hi <= piece
         assert 0 <= stream < streams

@@ -23,11 +23,11 @@ from shared.errors import Interrupted, UserError
 from shared.saes import SAEConfig, sae_config
 from shared.store.opened import Store
 from train.data.order import share
-from train.evaluate import evaluate, last_silent
+from train.evaluate import evaluate, last_logged_inactive
 from train.fit.member import Member
 from train.plan.job import TrainJob, make_job
 from train.plan.memory import circumstances, most_streams, needs_of, reader_bytes, together
-from train.plan.waves import packed, planned
+from train.plan.waves import pack_waves, plan_waves
 from train.ranks import Ranks
 from train.report.data import read_run
 from train.run import train as run_train
@@ -85,10 +85,10 @@ def test_as_few_waves_as_fit_the_widest_first() -> None:
     )
 
     def widths(room: int) -> list[list[int]]:
-        def fits(some: Any) -> bool:
+        def fits(some: Sequence[SAEConfig]) -> bool:
             return sum(sae.d_sae for sae in some) <= room
 
-        return [[sae.d_sae for sae in wave] for wave in packed(saes, fits)]
+        return [[sae.d_sae for sae in wave] for wave in pack_waves(saes, fits)]
 
     assert widths(200) == [[10, 60, 50, 40, 30, 10]], "in the order in which they were asked for"
     assert widths(100) == [[10, 50, 30, 10], [60, 40]]
@@ -101,7 +101,7 @@ def test_waves_end_with_the_bits_of_one_stack(train_config: Config, tmp_path: Pa
     whole = run_train(config)
     said = capsys.readouterr().err
     assert re.search(
-        r"whole: takes [\d.]+ KB of cpu memory; [\d.]+ GB may be taken\n +weights .*, moments .*, activations", said
+        r"whole: takes [\d.]+ KB of cpu memory; [\d.]+ GB may be used\n +weights .*, moments .*, activations", said
     )
     assert "They do not fit" not in said
     assert waves_of(whole.run) == [NAMES]
@@ -151,7 +151,7 @@ def test_stopped_in_any_wave_it_ends_with_the_same_bits(
         if stop_after != 20:
             assert f"wave {wave} of 2: stopped after step {step}. To continue" in str(stopped.value)
         run = run_train(here.model_copy(update={"memory": "auto"})).run
-        assert f"wave {wave} of 2: going on after step {step}" in capsys.readouterr().err
+        assert f"wave {wave} of 2: resuming after step {step}" in capsys.readouterr().err
         assert waves_of(run) == waves_of(whole), "planned when the run began, whatever there is now"
         assert weights_of(run) == weights_of(whole), stop_after
         assert lines_of(run) == lines_of(whole), stop_after
@@ -167,7 +167,7 @@ def test_a_run_goes_on_in_its_waves_or_says_that_they_do_not_fit(
             run_train(config)
     before = contents(config.out or Path())
     with pytest.raises(
-        UserError, match=r"wave 1 of sa-gsae-48.*: training takes .* may be taken \(memory\).*--set memory"
+        UserError, match=r"wave 1 of sa-gsae-48.*: training takes .* may be used \(memory\).*--set memory"
     ):
         run_train(config.model_copy(update={"memory": 10_000}))
     assert contents(config.out or Path()) == before
@@ -183,7 +183,7 @@ def test_one_that_does_not_fit_even_alone(train_config: Config, tmp_path: Path) 
         "weights ",
         "activations ",
         "reader ",
-        "may be taken (memory)",
+        "may be used (memory)",
         "d_sae",
         "--batch (64)",
         "window_rows (1024)",
@@ -296,7 +296,7 @@ def test_waves_of_two_processes(
     for done in (sagsae(*command(one, 64 * 120)), sagsae(*command(two, 64 * 120, *sweep))):
         assert done.returncode == 0, done.stderr
     assert [len(wave) for wave in waves_of(two)] == [2, 1]
-    assert "of cpu memory in a process" in done.stderr
+    assert "of cpu memory per process" in done.stderr
     killed = sagsae(
         *command(both, 64 * 120, *sweep[-2:]),
         stop=(signal.SIGKILL, lambda: any(both.glob("checkpoints/step-00000170"))),
@@ -321,7 +321,7 @@ def test_what_was_logged_of_dead_latents(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path)
     folder.metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
     expected = {"fraction": 0.2, "tokens": 15}
-    assert last_silent(folder, 15) == {"a": expected, "b": expected}
+    assert last_logged_inactive(folder, 15) == {"a": expected, "b": expected}
     folder.cut_metrics(2, 1)
     assert [json.loads(line)["wave"] for line in folder.metrics.read_text().splitlines()] == [1, 1, 2]
     folder.cut_metrics(1, 1)
@@ -356,5 +356,5 @@ def test_memory_is_kept_only_where_there_is_plenty(train_config: Config, monkeyp
     at = circumstances(job, False, 1)
     need = together(needs_of(job.config, at).values(), reader_bytes(job, at.rows, job.streams)).total
     for times, calls in ((1.1, 0), (2.4, 0), (2.6, 1)):
-        planned(make_job(train_config(memory=int(times * need)), CPU), Ranks(CPU), False)
+        plan_waves(make_job(train_config(memory=int(times * need)), CPU), Ranks(CPU), False)
         assert len(kept) == calls, times

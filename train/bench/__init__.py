@@ -1,1 +1,1 @@
-"""The benchmarks of reading and training, beside other tools."""
+"""Benchmarks of reading and training, compared with other tools."""

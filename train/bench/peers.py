@@ -1,8 +1,8 @@
-"""The training steps of SAELens and dictionary_learning, for `sagsae bench train`: each in a process of its own.
+"""Runs training steps of SAELens and dictionary_learning for `sagsae bench train`, each in its own process.
 
-Their requirements exclude ours, so they are never imported here. bench_runner.py runs under an interpreter that has
-them, is kept alive, and does one step whenever it is asked: steps of all tools take turns. Rows travel in a safetensors
-file, everything else as JSON.
+Their requirements conflict with ours, so they are never imported here. runner.py runs under an interpreter that has the
+tool, stays alive, and does one step per request, so that the steps of all tools can alternate. Rows are passed in a
+safetensors file, everything else as JSON.
 """
 
 import json
@@ -21,14 +21,14 @@ from shared.errors import UserError
 RUNNER: Final = Path(__file__).with_name("runner.py")
 PACKAGES: Final = {"saelens": "sae-lens", "dictionary_learning": "dictionary-learning"}
 QUIET: Final = {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-"""No step needs the network."""
+"""Environment variables that keep the tools off the network."""
 
 Ask = Callable[..., dict[str, Any]]
 
 
 @dataclass(frozen=True)
 class PeerTool:
-    """A tool, and where it can be run."""
+    """A tool and the interpreter that has it."""
 
     name: str
     python: str
@@ -38,27 +38,29 @@ class PeerTool:
 
 @dataclass(frozen=True)
 class PeerTools:
+    """The tools that are measured and those that are not."""
+
     found: tuple[PeerTool, ...] = ()
     left_out: dict[str, str] = field(default_factory=dict)
-    """Why a tool is not measured."""
+    """For each tool that is not measured, the reason."""
 
 
 def find_peers(pythons: Sequence[str], precision: str, device: str) -> PeerTools:
-    """Which tools these interpreters have. Raises UserError for an interpreter that cannot be used or has none of
-    them, and when two have the same one."""
+    """Finds the tools that these interpreters have. Raises UserError for an interpreter that cannot be used or has no
+    tool, and when two interpreters have the same tool."""
     found: dict[str, PeerTool] = {}
     for python in pythons:
         for peer in installed(python):
             if peer.name in found:
                 raise UserError(
-                    f"--peer-python {python}: {PACKAGES[peer.name]} is in {found[peer.name].python} already, and one "
-                    "is measured. Give one interpreter for each package"
+                    f"--peer-python {python}: {PACKAGES[peer.name]} is in {found[peer.name].python} already, and only "
+                    "one is measured. Give one interpreter per package"
                 )
             found[peer.name] = peer
     left_out = {name: missing(package, pythons) for name, package in PACKAGES.items() if name not in found}
     if precision == "bfloat16" and device == "cpu" and "dictionary_learning" in found:
         del found["dictionary_learning"]
-        left_out["dictionary_learning"] = "on a CPU it computes in float32, whatever it is asked for"
+        left_out["dictionary_learning"] = "on a CPU it always computes in float32"
     return PeerTools(tuple(found[name] for name in PACKAGES if name in found), left_out)
 
 
@@ -69,7 +71,7 @@ def missing(package: str, pythons: Sequence[str]) -> str:
 
 
 def installed(python: str) -> list[PeerTool]:
-    """The tools that an interpreter has."""
+    """Returns the tools that an interpreter has. Raises UserError when it cannot be used or has none."""
     try:
         asked = [python, str(RUNNER), "versions"]
         done = subprocess.run(asked, capture_output=True, text=True, stdin=subprocess.DEVNULL)
@@ -98,8 +100,8 @@ def installed(python: str) -> list[PeerTool]:
 
 @contextmanager
 def running(peer: PeerTool, settings: dict[str, Any]) -> Iterator[Ask]:
-    """A process of bench_runner.py, and the function that asks it. Asking raises UserError with the last line that it
-    wrote to stderr when it has ended."""
+    """Starts runner.py and yields the function that sends it a request. The function raises UserError with the last
+    line of the process's stderr when the process has ended."""
     command = [peer.python, str(RUNNER), peer.name, json.dumps(settings)]
     with (
         tempfile.TemporaryFile() as errors,

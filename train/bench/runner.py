@@ -1,13 +1,13 @@
-"""A training step of another tool's Gated autoencoder, timed, as often as it is asked for.
+"""Times training steps of another tool's Gated autoencoder, one per request.
 
-bench_peers.py starts this file by its path, with the interpreter of an environment that has the tool. It imports that
-tool, torch and safetensors, and nothing of sagsae.
+peers.py starts this file by its path, with the interpreter of an environment that has the tool. It imports that tool,
+torch and safetensors, and nothing of sagsae.
 
-    python bench_runner.py versions              prints {package: version, or null where it is not installed}
-    python bench_runner.py saelens SETTINGS      JSON: rows (a safetensors file with x), l0, precision, device, threads
+    python runner.py versions              prints {package: version, or null when it is not installed}
+    python runner.py saelens SETTINGS      JSON: rows (a safetensors file with x), l0, precision, device, threads
 
-Then every line of JSON on stdin is answered by one on stdout. {"d_sae": 4096} makes an autoencoder and gives the L0
-that its gates are set to; {"step": 0} does that step on all rows and gives its seconds. It ends when stdin does.
+It then answers every line of JSON on stdin with a line on stdout. {"d_sae": 4096} makes an autoencoder and returns the
+L0 that its gates are set to; {"step": 0} does that step on all rows and returns the seconds. It ends when stdin ends.
 """
 
 import gc
@@ -22,11 +22,11 @@ from typing import Any
 
 PACKAGES = ("sae-lens", "dictionary-learning", "torch", "safetensors")
 L1, LR = 0.1, 1e-12
-"""The learning rate is next to nothing, so that as many latents stay active."""
+"""The learning rate is nearly zero, so that the number of active latents does not change."""
 
 
 class SAELensStep:
-    """SAETrainer.step, which `fit` calls: forward and backward pass, gradients clipped, Adam, counts of firings."""
+    """Runs SAETrainer.step, which `fit` calls: forward and backward pass, gradient clipping, Adam, firing counts."""
 
     def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
         from sae_lens import GatedTrainingSAE, GatedTrainingSAEConfig
@@ -37,10 +37,14 @@ class SAELensStep:
         config = GatedTrainingSAEConfig(d_in=d_in, d_sae=d_sae, l1_coefficient=L1, device=settings["device"])
         sae = GatedTrainingSAE(config)
         asked = SAETrainerConfig(
-            total_training_samples=10**6 * batch, train_batch_size_samples=batch, lr=LR, lr_end=LR,
-            device=settings["device"], autocast=settings["precision"] == "bfloat16",
+            total_training_samples=10**6 * batch,
+            train_batch_size_samples=batch,
+            lr=LR,
+            lr_end=LR,
+            device=settings["device"],
+            autocast=settings["precision"] == "bfloat16",
             logger=LoggingConfig(log_to_wandb=False),
-        )  # fmt: skip
+        )
         self.trainer = SAETrainer(asked, sae, iter(()))
         self.l0 = set_gates(sae.b_gate, x[:64] @ sae.W_enc, settings["l0"])
 
@@ -50,16 +54,24 @@ class SAELensStep:
 
 
 class DictionaryLearningStep:
-    """GatedSAETrainer.update, in the surroundings that `trainSAE` gives it."""
+    """Runs GatedSAETrainer.update under the same autocast as `trainSAE`."""
 
     def __init__(self, x: Any, d_sae: int, settings: dict[str, Any]) -> None:
         import torch
         from dictionary_learning.trainers.gdm import GatedSAETrainer
 
         self.trainer = GatedSAETrainer(
-            steps=10**6, activation_dim=x.shape[1], dict_size=d_sae, layer=0, lm_name="", lr=LR, l1_penalty=L1,
-            warmup_steps=0, sparsity_warmup_steps=None, device=settings["device"],
-        )  # fmt: skip
+            steps=10**6,
+            activation_dim=x.shape[1],
+            dict_size=d_sae,
+            layer=0,
+            lm_name="",
+            lr=LR,
+            l1_penalty=L1,
+            warmup_steps=0,
+            sparsity_warmup_steps=None,
+            device=settings["device"],
+        )
         self.low = torch.bfloat16 if settings["precision"] == "bfloat16" else None
         ae = self.trainer.ae
         self.l0 = set_gates(ae.gate_bias, (x[:64] - ae.decoder_bias) @ ae.encoder.weight.T, settings["l0"])
@@ -79,8 +91,8 @@ TOOLS: dict[str, type[SAELensStep] | type[DictionaryLearningStep]] = {
 
 
 def set_gates(bias: Any, pre: Any, l0: int) -> float:
-    """The one value of the gates' bias at which `l0` latents a row are open, given pre-activations without it [rows,
-    d_sae]; gives how many are."""
+    """Sets all gate biases to the value at which `l0` gates per row are open, given the pre-activations [rows, d_sae]
+    without bias. Returns how many gates per row are then open."""
     values = pre.detach().flatten()
     threshold = values.kthvalue(max(1, len(values) - l0 * len(pre))).values
     bias.data.fill_(-threshold)
@@ -109,7 +121,7 @@ def serve(name: str, settings: dict[str, Any], answers: Any) -> None:
     for line in sys.stdin:
         asked = json.loads(line)
         if "d_sae" in asked:
-            tool = None  # frees the one before
+            tool = None  # frees the memory of the last one
             tool = TOOLS[name](x, asked["d_sae"], settings)
             answer = {"l0": tool.l0}
         else:
@@ -125,7 +137,7 @@ def serve(name: str, settings: dict[str, Any], answers: Any) -> None:
 
 
 def wait(device: Any) -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has finished all queued work."""
     import torch
 
     if device.type != "cpu":
@@ -133,10 +145,10 @@ def wait(device: Any) -> None:
 
 
 def main() -> None:
-    here = str(Path(__file__).resolve().parent)
-    sys.path[:] = [place for place in sys.path if place != here]  # sagsae's modules must not pass for the tool's
+    folder = str(Path(__file__).resolve().parent)
+    sys.path[:] = [place for place in sys.path if place != folder]  # sagsae's modules must not hide the tool's
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what the tools print is no answer
+    os.dup2(2, 1)  # what the tools print goes to stderr
     if sys.argv[1] == "versions":
         answers.write(json.dumps(versions()) + "\n")
         answers.flush()

@@ -1,4 +1,4 @@
-"""`sagsae bench scale`, the half that reads: what is done with stores of growing size, each in a process of its own."""
+"""The reading half of `sagsae bench scale`: operations on stores of growing size, each run in a fresh process."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -18,18 +18,23 @@ from train.plan.job import make_job
 
 BATCH: Final = 16
 HELDOUT: Final = 4096
-"""So many that contexts of several shards are drawn: of the rows, a last shard is not committed."""
+"""Enough held-out tokens that contexts of several shards are drawn, because the store's last shard is not committed."""
 WINDOW_ROWS: Final = 16_384
-"""Few, so that what does not grow with the store is small beside what does."""
+"""Small, so that memory that does not depend on the store's size does not hide memory that does."""
 
 
 def start_training(place: str) -> Any:
-    """All that `sagsae train` does up to and with its first batch."""
+    """Does everything that `sagsae train` does up to and including its first batch."""
     sae = sae_config(arch="gated", d_sae=16, sparsity=0.1)
     config = TrainConfig(
-        store=place, saes=(sae,), batch=BATCH, window_rows=WINDOW_ROWS, heldout_tokens=HELDOUT, device="cpu",
+        store=place,
+        saes=(sae,),
+        batch=BATCH,
+        window_rows=WINDOW_ROWS,
+        heldout_tokens=HELDOUT,
+        device="cpu",
         out=Path(place).parent / "run",
-    )  # fmt: skip
+    )
     job = make_job(config, torch.device("cpu"))
     shares = share(config.batch, job.streams, 0, 1)
     loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, torch.device("cpu"))
@@ -46,4 +51,4 @@ READING: Final[dict[str, Callable[[str], Any]]] = {
     "verify": lambda place: verify(Store.open(place, lenient=True), full=False),
     "train": start_training,
 }
-"""By what it is called in the table. `train` is its start."""
+"""The operations, by their names in the table. `train` is the start of a training run."""

@@ -1,4 +1,4 @@
-"""The steps that `sagsae bench train` times: ours in three forms, their matrix products alone, other tools'."""
+"""Times training steps for `sagsae bench train`: several forms of ours, their matrix products alone, other tools'."""
 
 import gc
 import time
@@ -30,13 +30,13 @@ from train.sae.gated import pre_activations
 
 Advance = Callable[[int, str], None]
 KINDS = ("sparse", "dense", "compiled", "autograd", "products")
-"""Steps of ours (compiled: the dense one through torch.compile), and the matrix products of the dense one without the
-rest."""
+"""Our steps (`compiled` is the dense step under torch.compile), and `products`, the dense step's matrix products
+alone."""
 
 
 @dataclass(frozen=True)
 class StepBenchPlan:
-    """What is measured."""
+    """The settings of `sagsae bench train`."""
 
     widths: Sequence[int]
     batch: int
@@ -44,13 +44,15 @@ class StepBenchPlan:
     precision: str
     rounds: int
     together: int
-    """Autoencoders in the one pass."""
+    """Number of autoencoders that are trained in one pass."""
     tokens: int
-    """Training tokens of each of them."""
+    """Training tokens per autoencoder."""
     device: str
     peers: PeerTools
     compiled: bool
-    """Whether the compiled step is measured, too."""
+    """Whether to measure the compiled step too."""
+    run_rounds: int
+    """Rounds of whole runs: all autoencoders in one pass, then one after the other."""
 
     @property
     def kinds(self) -> list[str]:
@@ -59,7 +61,7 @@ class StepBenchPlan:
     @property
     def runs(self) -> int:
         steps = len(self.kinds) + len(self.peers.found)
-        return (self.rounds + 1) * len(self.widths) * steps + 2 * (self.rounds // 2 + 1)
+        return (self.rounds + 1) * len(self.widths) * steps + 2 * self.run_rounds
 
     @property
     def matmul(self) -> torch.dtype:
@@ -79,21 +81,27 @@ def make_plan(options: TrainBenchOptions, device: str, peers: PeerTools) -> Step
         device=device,
         peers=peers,
         compiled=device != "cpu" if options.compiled is None else options.compiled,
+        run_rounds=options.rounds // 2 + 1 if options.runs is None else options.runs,
     )
 
 
 def step_seconds(
     store: Store, hook: str, folder: Path, plan: StepBenchPlan, advance: Advance
 ) -> dict[int, dict[str, list[float]]]:
-    """Seconds of one step by width and kind, round by round, after a round that does not count; the kinds take
-    turns."""
+    """Returns the seconds of one step per round, by width and kind. The kinds alternate, and a first round does not
+    count."""
     device = Ranks(torch.device(plan.device)).device
     reuse_memory(device)  # as training does
     x = rows(store, hook, plan.batch) / store.statistics(hook).scale
     folder.mkdir(parents=True, exist_ok=True)
     save_file({"x": x}, folder / "rows.safetensors")
-    settings = {"rows": str(folder / "rows.safetensors"), "l0": plan.l0, "precision": plan.precision,
-                "device": plan.device, "threads": torch.get_num_threads()}  # fmt: skip
+    settings = {
+        "rows": str(folder / "rows.safetensors"),
+        "l0": plan.l0,
+        "precision": plan.precision,
+        "device": plan.device,
+        "threads": torch.get_num_threads(),
+    }
     found: dict[int, dict[str, list[float]]] = {}
     with ExitStack() as stack:
         peers = {peer.name: stack.enter_context(running(peer, settings)) for peer in plan.peers.found}
@@ -101,14 +109,15 @@ def step_seconds(
             for ask in peers.values():
                 ask(d_sae=width)
             runs = our_steps(store, hook, width, x.to(device), plan)
-            runs |= {name: partial(their_step, ask) for name, ask in peers.items()}
-            found[width] = in_turns(runs, width, plan.rounds, advance)
+            runs |= {name: partial(peer_step, ask) for name, ask in peers.items()}
+            found[width] = alternate(runs, width, plan.rounds, advance)
     return found
 
 
-def in_turns(
+def alternate(
     runs: dict[str, Callable[[int], float]], width: int, rounds: int, advance: Advance
 ) -> dict[str, list[float]]:
+    """Runs each kind once per round, in alternating order, and returns the seconds; the first round does not count."""
     found: dict[str, list[float]] = {kind: [] for kind in runs}
     for number in range(rounds + 1):
         for kind in list(runs) if number % 2 else list(runs)[::-1]:
@@ -120,30 +129,30 @@ def in_turns(
     return found
 
 
-def their_step(ask: Ask, number: int) -> float:
+def peer_step(ask: Ask, number: int) -> float:
     return float(ask(step=number)["seconds"])
 
 
 def our_steps(
     store: Store, hook: str, width: int, x: Float[Tensor, "batch d_in"], plan: StepBenchPlan
 ) -> dict[str, Callable[[int], float]]:
-    """What does one step on x, in units of unit variance, and gives its seconds."""
+    """Returns, for each kind, a function that does one step on x (scaled to unit variance) and returns its seconds."""
     sae = sae_config(arch="sa-gsae", d_sae=width, sparsity=0.1)
     members = {kind: make_member(store, hook, sae, kind, plan) for kind in plan.kinds if kind != "products"}
-    some = x[:: -(-len(x) // 512)]  # rows differ in how many latents they open
+    some = x[:: -(-len(x) // 512)]  # about 512 rows: how many gates open differs from row to row
     u = pre_activations(members["dense"].weights, some).abs().flatten()
     theta = u.kthvalue(max(1, len(some) * (width - plan.l0))).values
     for member in members.values():
         member.weights.theta.fill_(theta)  # type: ignore[attr-defined]
     work: dict[str, Callable[[], object]] = {
         **{kind: partial(member.step_, x, 0) for kind, member in members.items()},
-        "autograd": partial(by_autograd, members["autograd"], x),
+        "autograd": partial(autograd_step, members["autograd"], x),
         "products": products(x, width, plan.matmul),
     }
-    return {kind: partial(clocked, work[kind], x.device) for kind in plan.kinds}
+    return {kind: partial(timed, work[kind], x.device) for kind in plan.kinds}
 
 
-def clocked(work: Callable[[], object], device: torch.device, number: int) -> float:  # noqa: ARG001 (in_turns calls it)
+def timed(work: Callable[[], object], device: torch.device, number: int) -> float:  # noqa: ARG001 (alternate passes it)
     wait(device)
     started = time.perf_counter()
     work()
@@ -152,14 +161,14 @@ def clocked(work: Callable[[], object], device: torch.device, number: int) -> fl
 
 
 def wait(device: torch.device) -> None:
-    """Until the device has done all that it was given."""
+    """Waits until the device has finished all queued work."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize()
 
 
 def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) -> Callable[[], None]:
-    """What does the seven matrix products of the dense step (docs/method.md, gradients) and nothing else, on numbers
-    of the same shapes and type."""
+    """Returns a function that does only the seven matrix products of the dense step (docs/explanation/method.md,
+    gradients), on random numbers of the same shapes and type."""
     low = x.to(matmul)
     W_enc, W_dec = (torch.randn(d_sae, x.shape[1], device=x.device).to(matmul) for _ in range(2))
     f = torch.randn(len(x), d_sae, device=x.device).to(matmul)
@@ -167,8 +176,8 @@ def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) ->
     def work() -> None:
         low @ W_enc.T
         for _ in range(2):
-            f @ W_dec  # the reconstruction from the code, and from the gates alone
-            low @ W_dec.T  # what its error asks of the latents
+            f @ W_dec  # the reconstruction from the code, and that from the gates alone
+            low @ W_dec.T  # the gradient of the code
             f.T @ low  # the gradients of W_dec and of W_enc
 
     return work
@@ -177,14 +186,22 @@ def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) ->
 def make_member(store: Store, hook: str, sae: SAEConfig, kind: str, plan: StepBenchPlan) -> Member:
     step = "sparse" if kind == "sparse" else "dense"
     config = TrainConfig(
-        store=store.location, hook=hook, saes=(sae,), batch=plan.batch, streams=1, step=step, lr=1e-12,
-        precision=plan.precision, device=plan.device, compile=kind == "compiled",
-    )  # fmt: skip
+        store=store.location,
+        hook=hook,
+        saes=(sae,),
+        batch=plan.batch,
+        streams=1,
+        step=step,
+        lr=1e-12,
+        precision=plan.precision,
+        device=plan.device,
+        compile=kind == "compiled",
+    )
     return Member(sae, config, 1000, plan.matmul, store.statistics(hook), Ranks(torch.device(plan.device)))
 
 
-def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
-    """The same step from the loss as it is written, with PyTorch's own backward pass."""
+def autograd_step(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
+    """Does the same step with PyTorch's own backward pass of the loss."""
     weights = {name: tensor.detach().requires_grad_() for name, tensor in member.weights.named().items()}
     with torch.enable_grad(), torch.autocast(x.device.type, torch.bfloat16, enabled=member.matmul == torch.bfloat16):
         loss = member.family.loss(type(member.weights)(**weights), x, StepInputs(0.1, member.matmul))
@@ -195,6 +212,7 @@ def by_autograd(member: Member, x: Float[Tensor, "batch d_in"]) -> None:
 
 
 def rows(store: Store, hook: str, count: int) -> Float[Tensor, "count d_in"]:
+    """Returns the first `count` training rows in float32. Raises UserError when the store holds fewer."""
     config = TrainConfig(store=store.location, hook=hook, saes=(sae_config(arch="relu", d_sae=1),))
     found = read_heldout(HookRows.of(store, hook), split(store.spec, store.tokens(), config).train)[:count]
     if len(found) < count:

@@ -1,4 +1,4 @@
-"""`sagsae bench store`, the half that reads: from what decoding alone costs to batches, other readers, verifying."""
+"""The reading half of `sagsae bench store`: decoding, reading chunks, windows and batches, other readers, verifying."""
 
 import importlib.util
 import time
@@ -24,12 +24,12 @@ from train.data.stream import BatchStream
 from train.plan.job import make_passes
 
 BATCH_BYTES = 4 << 20
-"""1,024 rows of 2,048 in bfloat16: what a CPU trains on at a time."""
+"""1,024 rows of 2,048 bfloat16 values: the usual batch on a CPU."""
 
 
 def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
-    """Each reads every chunk of a hookpoint once, in random order, on one thread (but for "2 threads" and verifying,
-    which take the whole store in its own order)."""
+    """Returns the runs to time, by name. Each reads every chunk of a hookpoint once, in random order, on one thread;
+    except "2 threads", and except checksums and verifying, which read the whole store in its own order."""
     reader = ArrayReader(store, hook)
     rows = reader.layout.chunk_rows
     places = [(s, c) for s, commit in store.commits.items() for c in range(commit.rows // rows)]
@@ -50,7 +50,7 @@ def reading(store: Store, hook: str, others: bool) -> dict[str, Run]:
 
 
 def decoding(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
-    """The limit: encoded chunks that lie in memory, decoded into one buffer, nothing checked."""
+    """The lower bound: decodes chunks from memory into one buffer, without checks."""
     encoded = [encoded_chunk(reader, *place) for place in places]
     out = np.empty(reader.layout.chunk_shape, reader.layout.dtype)
 
@@ -89,7 +89,8 @@ def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
 
 
 def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **settings: int) -> BatchStream:
-    """What `sagsae train` reads with, all rows used: its memory is there after the first round, as in a long run."""
+    """Opens the stream that `sagsae train` reads with, on all rows. After the first round its memory is allocated, as
+    in a long run."""
     sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
     batch = BATCH_BYTES // (2 * store.spec.hookpoints[hook].d_in)
     given = {"store": store.location, "saes": [sae], "batch": batch, "verify": verify, **settings}
@@ -101,8 +102,9 @@ def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **set
 
 
 def windows(store: Store, hook: str, verify: str) -> Run:
-    """Every window of an epoch, read and checked, not gathered: what goes to a GPU. Always the same epoch: in a large
-    store, working out its order is shared by thousands of windows, here it would be by eight."""
+    """Reads every window of an epoch without gathering batches, which is the CPU's part of feeding a GPU. It reads the
+    same epoch each time, because the cost of working out an epoch's order would be shared by only eight windows here,
+    and by thousands in a large store."""
     stream = open_stream(store, hook, verify)
     settle(stream)
     loader, row_bytes = stream.loader, bytes_of_a_row(store, hook)
@@ -119,14 +121,14 @@ def windows(store: Store, hook: str, verify: str) -> Run:
 
 
 def batches(store: Store, hook: str, verify: str) -> Run:
-    """An epoch of batches, gathered on the CPU by one thread."""
+    """Reads an epoch of batches, gathered on the CPU by one thread."""
     stream = open_stream(store, hook, verify)
 
     def run() -> int:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         rows = sum(len(stream.next_batch()) for _ in range(store.n_rows // stream.rows))
-        settle(stream)  # else what runs next would pay for them
+        settle(stream)  # so that the windows read ahead do not slow down the next run
         torch.set_num_threads(threads)
         return rows * bytes_of_a_row(store, hook)
 
@@ -134,8 +136,9 @@ def batches(store: Store, hook: str, verify: str) -> Run:
 
 
 def wait_share(store: Store, hook: str) -> float:
-    """Share of its time for which a device waits that takes batches half as fast as they can be had: 0 where every
-    window is read before it is needed. Windows may have two thirds of an epoch, which leaves most to go wrong."""
+    """Returns the share of time for which a simulated device waits for data when it takes batches at half the reading
+    speed: 0 when every window is read before it is needed. A window may hold two thirds of an epoch, which is the
+    hardest case."""
     stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
     steps = store.n_rows // stream.rows
 
@@ -155,7 +158,7 @@ def wait_share(store: Store, hook: str) -> float:
 
 
 def checksums(store: Store, hook: str) -> Run:
-    """The least that verifying can cost: every byte of the store's files, read and checksummed once."""
+    """The lower bound of verifying: reads every byte of the store's files once and computes its checksum."""
     files = [path for path in sorted(store.root.rglob("*")) if path.is_file()]
     sizes = {path.relative_to(store.root).as_posix(): path.stat().st_size for path in files}
 
@@ -168,7 +171,8 @@ def checksums(store: Store, hook: str) -> Run:
 
 
 def verifying(store: Store, hook: str) -> Run:
-    """`sagsae store verify --full`. Raises DamagedError when it finds something: nothing would then be compared."""
+    """Runs `sagsae store verify --full`. Raises DamagedError when it finds damage, because the time would then mean
+    nothing."""
 
     def run() -> int:
         if lines := verify(store, full=True).lines:
@@ -189,14 +193,14 @@ def bytes_of_a_row(store: Store, hook: str) -> int:
 
 
 def warmed(run: Run) -> Run:
-    """After so many epochs that every window's memory has its size, as in a long run."""
+    """Runs it three times first, so that all memory is allocated, as in a long run."""
     for _ in range(3):
         run()
     return run
 
 
 def other_readers(store: Store, hook: str, starts: list[tuple[int, int]]) -> dict[str, Run]:
-    """The same chunks through whichever Zarr readers are installed."""
+    """Reads the same chunks with zarr-python, and with zarrs and tensorstore if they are installed."""
     path = str(store.root / hook)
     found: dict[str, Callable[[int, int], Any]] = {}
     import zarr

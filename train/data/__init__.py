@@ -1,1 +1,1 @@
-"""From a store to batches: which rows, in which order, read ahead in windows."""
+"""Turns a store into batches: selects rows, orders them, and reads them ahead in windows."""

@@ -1,8 +1,8 @@
-"""Training while a harvest goes on: what is committed is taken in segments, and each segment is one pass.
+"""Trains from a store that is still being harvested. Committed shards are taken in segments; each segment is one pass.
 
-A segment is frozen when enough new shards are committed for one window of every stream, and written down in the run's
-folder before it is used: a run that goes on later, or another rank, sees the same segments although more shards exist
-by then. When the harvest is complete the last segment takes the rest, and later passes read all of the store.
+A segment is frozen once enough new shards are committed for one window of every stream. It is recorded in the run's
+folder before it is used, so that a resumed run and every other rank read the same segments, whatever has been committed
+since. When the harvest is complete, the last segment takes the remaining shards; later passes read the whole store.
 """
 
 import threading
@@ -15,7 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.local import LocalFiles
+from shared.files.base import WHOLE_BYTES
+from shared.files.local import LocalFiles, read_whole
 from shared.files.locks import is_locked
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
@@ -30,20 +31,21 @@ SAY_SECONDS: Final = 30.0
 
 @dataclass
 class Segments:
-    """The passes of a run that follows a harvest."""
+    """The passes of a run that follows a harvest: a `PassSource` with one pass per segment."""
 
     store: Store
-    """As it was when the run began; opened again to see what came since."""
+    """The store as it was when the run began. It is opened again to find shards committed since."""
     folder: Path
-    """The run's, in which the segments are written down. Several nodes have to share it."""
+    """The run's folder, where the segments are recorded. All nodes must share it."""
     leads: bool
-    """Whether this process freezes segments; the others wait for what it writes down."""
+    """Whether this process freezes segments. The other processes wait until it has recorded them."""
     make_pass: Callable[[Store], StorePass]
-    enough: Callable[[Store], bool]
+    has_enough: Callable[[Store], bool]
     """Whether the new shards are enough for a segment."""
     content: Callable[[Store], str]
-    """Names what is in the committed shards of a store (train/data/snapshot.py)."""
+    """Returns the content digest of a store's committed shards (train/data/snapshot.py)."""
     frozen: list[StorePass] = field(default_factory=list)
+    """The passes of the segments known so far, in order."""
     growing: GrowingStore = field(init=False)
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: threading.Event = field(default_factory=threading.Event)
@@ -59,84 +61,88 @@ class Segments:
             return self.frozen[epoch]
         with self.lock:
             while len(self.frozen) <= epoch:
-                self.frozen.append(self.next())
+                self.frozen.append(self.next_segment())
             return self.frozen[epoch]
 
     def close(self) -> None:
         self.closed.set()
 
-    def next(self) -> StorePass:
-        """The segment after those known, waiting until there is one."""
-        said = time.monotonic() - SAY_SECONDS + 5
+    def next_segment(self) -> StorePass:
+        """Returns the pass of the next segment, and waits until there is one. Raises Interrupted after `close`."""
+        last_said = time.monotonic() - SAY_SECONDS + 5
         while True:
-            shards = self.written(len(self.frozen))
-            now = self.growing.open()
+            shards = self.recorded(len(self.frozen))
+            store = self.growing.open()
             if shards is None and self.leads:
-                shards = self.freeze(now)
+                shards = self.freeze(store)
             if shards is not None:
-                return self.make_pass(self.checked(now, shards))
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                say(self.waiting(now))
+                return self.make_pass(self.checked(store, shards))
+            if time.monotonic() - last_said > SAY_SECONDS:
+                last_said = time.monotonic()
+                say(waiting_text(store))
             if self.closed.wait(POLL_SECONDS):
                 raise Interrupted("stopped while waiting for the harvest")
 
-    def written(self, number: int) -> list[int] | None:
-        """Segment `number` as it was written down; None when it is not there yet."""
+    def recorded(self, number: int) -> list[int] | None:
+        """Returns the shards of segment `number` as they were recorded, or None when it is not recorded yet."""
         found = segments_of(self.folder)
         return found[number][0] if number < len(found) else None
 
-    def freeze(self, now: Store) -> list[int] | None:
-        """Chooses the next segment and writes it down; None while there are too few new shards."""
+    def freeze(self, store: Store) -> list[int] | None:
+        """Chooses and records the next segment. Returns its shards, or None while too few new ones are committed."""
         used = [part.rows.store.commits.shards for part in self.frozen]
-        fresh = now.commits.fresh(np.unique(np.concatenate([np.empty(0, np.int64), *used]))).tolist()
-        complete = now.complete
+        fresh = store.commits.fresh(np.unique(np.concatenate([np.empty(0, np.int64), *used]))).tolist()
+        complete = store.complete
         if not fresh and complete:
-            shards = list(now.commits)
-        elif fresh and (complete or self.enough(now.only(fresh))):
+            shards = list(store.commits)
+        elif fresh and (complete or self.has_enough(store.only(fresh))):
             shards = fresh
         else:
             return None
-        body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": self.content(now.only(shards))}
+        body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": self.content(store.only(shards))}
         LocalFiles(self.folder).append(SEGMENTS, sealed(body).encode(), len(self.frozen))
         return shards
 
-    def checked(self, now: Store, shards: list[int]) -> Store:
-        """The segment's shards. Raises UserError when they are not the ones that were frozen."""
-        gone = sorted(set(shards) - set(now.commits))
+    def checked(self, store: Store, shards: list[int]) -> Store:
+        """Returns the store restricted to the segment's shards. Raises UserError when they are not those that were
+        frozen."""
+        gone = sorted(set(shards) - set(store.commits))
         if gone:
-            raise UserError(f"{now.name}: shards {gone}, which this run has trained on, are not committed any more")
-        part = now.only(shards)
+            raise UserError(f"{store.name}: shards {gone}, which this run has trained on, are not committed any more")
+        part = store.only(shards)
         named = segments_of(self.folder)[len(self.frozen)][1]
-        if named not in (self.content(part), part.snapshot_id):  # an earlier sagsae named all bytes of the manifest
-            raise UserError(f"{now.name}: its shards changed since this run began. Start afresh with --overwrite")
+        if named not in (self.content(part), part.snapshot_id):  # earlier versions recorded the manifest's digest
+            raise UserError(f"{store.name}: its shards changed since this run began. Restart the run with --overwrite")
         return part
 
-    def waiting(self, now: Store) -> str:
-        at_work = not isinstance(now.files, LocalFiles) or is_locked(now.files.root) is not False
-        note = "" if at_work else ". Nobody is harvesting into it: run the same sagsae harvest command again"
-        return f"waiting for {now.name}: {len(now.commits)} of {now.spec.n_shards} shards are committed{note}"
-
-    def complete(self, shards: set[int], stop_asked: Callable[[], bool]) -> Store:
-        """The store once these shards are committed."""
-        said, growing = time.monotonic(), GrowingStore(self.store.files)
+    def wait_for_shards(self, shards: set[int], stop_asked: Callable[[], bool]) -> Store:
+        """Waits until all of `shards` are committed and returns the store. Raises Interrupted when a stop is asked
+        for."""
+        last_said, growing = time.monotonic(), GrowingStore(self.store.files)
         while True:
-            now = growing.open()
-            if all(shard in now.commits for shard in shards):
-                return now
-            if time.monotonic() - said > SAY_SECONDS:
-                said = time.monotonic()
-                say(self.waiting(now))
+            store = growing.open()
+            if all(shard in store.commits for shard in shards):
+                return store
+            if time.monotonic() - last_said > SAY_SECONDS:
+                last_said = time.monotonic()
+                say(waiting_text(store))
             if stop_asked():
                 raise Interrupted("stopped while waiting for held-out shards. Run the same command again")
             time.sleep(POLL_SECONDS)
 
 
+def waiting_text(store: Store) -> str:
+    """Says how many shards are committed, and what to do when no harvest holds the store's lock."""
+    at_work = not isinstance(store.files, LocalFiles) or is_locked(store.files.root) is not False
+    note = "" if at_work else ". Nobody is harvesting into it: run the same sagsae harvest command again"
+    return f"waiting for {store.name}: {len(store.commits)} of {store.spec.n_shards} shards are committed{note}"
+
+
 def segments_of(folder: Path) -> list[tuple[list[int], str]]:
-    """The shards of each segment that is written down, and what names their content. A last line that was torn is not
-    written yet. Raises DamagedError for any other that was altered."""
+    """Returns the shards and the content digest of every segment recorded in a run's folder. A torn last line counts as
+    not written yet. Raises DamagedError when any other line was altered."""
     try:
-        lines = (folder / SEGMENTS).read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = read_whole(folder / SEGMENTS, WHOLE_BYTES).decode(errors="replace").splitlines(keepends=True)
     except FileNotFoundError:
         return []
     found = []
@@ -148,14 +154,14 @@ def segments_of(folder: Path) -> list[tuple[list[int], str]]:
             found.append(segment(body))
         except (ValueError, RecursionError) as error:
             raise DamagedError(
-                f"{folder / SEGMENTS}: line {number + 1} is damaged. Restore it from a copy, or start afresh with "
+                f"{folder / SEGMENTS}: line {number + 1} is damaged. Restore it from a copy, or restart the run with "
                 "--overwrite"
             ) from error
     return found
 
 
 def check_segments(store: Store, folder: Path, content: Callable[[Store], str]) -> None:
-    """Raises UserError when a segment that the run in `folder` read is not what the store has in its shards."""
+    """Raises UserError when the store's shards no longer hold what the run in `folder` read in one of its segments."""
     for shards, named in segments_of(folder):
         gone = [shard for shard in shards if shard not in store.commits]
         if gone:
@@ -166,7 +172,7 @@ def check_segments(store: Store, folder: Path, content: Callable[[Store], str]) 
 
 
 def segment(body: Any) -> tuple[list[int], str]:
-    """Raises BadData."""
+    """Returns the shards and the content digest of one line of segments.jsonl. Raises BadData for anything else."""
     body = members(body, ("shards", "snapshot"), None)
     if not isinstance(body["shards"], list) or not body["shards"]:
         raise BadData("a segment has no shards")

@@ -1,9 +1,9 @@
-"""Windows of rows from a store's committed shards into memory, read by threads in the background.
+"""Background threads read windows of rows from a store's committed shards into memory.
 
-A window is decoded where it will lie, or (on CUDA) in a pinned buffer and then copied to the device: memory is two
-windows of every stream that is read here, laid out once, and what is being decoded. The window that is needed first is
-read first, and for a GPU reading keeps pace with training (train/data/read_ahead.py); on a CPU it has the cores that
-training has.
+On a CPU a window is decoded in place. On CUDA it is decoded into a pinned host buffer and copied to the device. Memory
+holds two windows of every stream that this process reads, allocated once, plus what is being decoded. The window that
+training needs first is read first. On CUDA, reading is paced to training (train/data/read_ahead.py); on a CPU, reading
+and training share the cores.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,36 +28,36 @@ Verify = Literal["always", "first-epoch", "off"]
 
 @dataclass(frozen=True)
 class StorePass:
-    """One time through some committed shards."""
+    """One pass over some committed shards."""
 
     rows: HookRows
     kept: KeptRows
     units: Sequence[ChunkRun]
     unit_rows: int
-    """Of a whole unit."""
+    """Rows in a full unit of reading."""
     order: ReadOrder
 
 
 @runtime_checkable
 class PassSource(Protocol):
-    """What is read in each epoch."""
+    """Supplies the pass that is read in each epoch."""
 
     def open(self) -> None:
-        """From here on `get` may wait, after a `close` too."""
+        """Allows `get` to wait, also after an earlier `close`."""
         ...
 
     def get(self, epoch: int) -> StorePass:
-        """May wait for a harvest that goes on."""
+        """Returns the pass of an epoch. May wait for a running harvest."""
         ...
 
     def close(self) -> None:
-        """Ends a wait."""
+        """Ends any wait in `get`."""
         ...
 
 
 @dataclass(frozen=True)
 class FixedSnapshot:
-    """The same snapshot in every epoch."""
+    """Reads the same snapshot in every epoch."""
 
     whole: StorePass
 
@@ -73,20 +73,20 @@ class FixedSnapshot:
 
 @dataclass
 class WindowMemory:
-    """Where windows lie: two for every stream that is read here, used in turn."""
+    """The memory that windows are read into: two windows per stream, used alternately."""
 
     data: Tensor
     """[places, d_in] in the stored data type."""
     scale: Tensor
-    """[places] float32, int8's for each row; empty otherwise."""
+    """[places] float32: the int8 scale of each row; empty for other codecs."""
     dims: Tensor
-    """[places / rows of a unit, d_in] float32, int8's for each dimension in a unit; empty otherwise."""
+    """[places / rows per unit, d_in] float32: the int8 scale of each dimension in each unit; empty for other codecs."""
 
     @classmethod
     def of(
         cls, units: int, unit_rows: int, source: HookRows, device: torch.device, pinned: bool = False
     ) -> "WindowMemory":
-        """Untouched memory of the host costs nothing yet."""
+        """Allocates memory for `units` units. Host memory costs nothing until it is first written."""
         layout, spec = source.activations.layout, source.store.spec
         rows, scaled = units * unit_rows, spec.quantised
         if device.type == "cpu":
@@ -99,6 +99,7 @@ class WindowMemory:
         return cls(data.pin_memory(), scale.pin_memory(), dims.pin_memory()) if pinned else found
 
     def part(self, first_unit: int, units: int, unit_rows: int) -> "WindowMemory":
+        """A view of `units` units from `first_unit` on."""
         rows = slice(first_unit * unit_rows, (first_unit + units) * unit_rows)
         return WindowMemory(self.data[rows], self.scale[rows], self.dims[first_unit : first_unit + units])
 
@@ -108,7 +109,8 @@ class WindowMemory:
         self.dims.copy_(other.dims, non_blocking=True)
 
     def batch(self, rows: int) -> Float[Tensor, "rows d_in"]:
-        """Memory for so many rows as numbers. On a CPU it is numpy's, which asks for large pages."""
+        """Allocates a batch [rows, d_in]: float32 for int8 rows, else the stored type. On a CPU numpy allocates it,
+        because numpy asks for large pages."""
         dtype, shape = torch.float32 if len(self.dims) else self.data.dtype, (rows, *self.data.shape[1:])
         if self.data.device.type != "cpu":
             return torch.empty(shape, dtype=dtype, device=self.data.device)
@@ -116,7 +118,7 @@ class WindowMemory:
         return torch.from_numpy(np.empty(size, np.uint8)).view(dtype).view(shape)
 
     def gather(self, places: Tensor, unit_rows: int, out: Float[Tensor, "rows d_in"]) -> None:
-        """The rows at these places, as numbers."""
+        """Copies the rows at `places` to `out` and applies int8 scales."""
         if not len(self.dims):
             torch.index_select(self.data, 0, places, out=out)
             return
@@ -135,18 +137,18 @@ DEVICE_TYPES: Final = {
 
 @dataclass(frozen=True)
 class Window:
-    """Rows in memory, in the order in which they are given out."""
+    """The rows of one window in memory, in the order in which they go into batches."""
 
     order: Tensor
-    """[rows] int32: places in the memory of the rows that are kept."""
+    """[rows] int32: the places in memory of the rows that are kept."""
     rows: int
     ready: Any
-    """Passed when the copy to the device is complete."""
+    """A CUDA event that is recorded after the copy to the device; None on a CPU."""
 
 
 class Loader:
-    """Reads windows, one after another for all streams, with threads that decode their chunks. Only streams that have
-    to wait for a harvest, or for their turn, wait side by side."""
+    """Reads one window at a time, for all streams, with a pool of threads that decode its chunks. A second pool has one
+    thread per stream, which waits for the harvest or for its turn to read."""
 
     def __init__(
         self,
@@ -157,37 +159,38 @@ class Loader:
         threads: int | None = None,
         paced: bool | None = None,
     ) -> None:
-        """`streams`: those that are read here. `paced`: whether reading keeps pace with training. Default: on CUDA."""
+        """`streams`: the streams that this process reads. `threads`: how many threads decode. `paced`: whether reading
+        is paced to training; by default on CUDA only."""
         self.passes, self.verify, self.device = passes, verify, device
         self.slots = {stream: slot for slot, stream in enumerate(streams)}
-        """Where each stream's two windows lie."""
+        """The slot in memory of each stream's two windows."""
         passes.open()
         cuda = device.type == "cuda"
         self.paced = cuda if paced is None else paced
-        self.lead = ReadAhead()
+        self.pace = ReadAhead()
         self.threads = threads or decoding_threads(local_cores(), self.paced)
-        here = None
-        if cuda:  # a thread begins with the first GPU
+        initializer = None
+        if cuda:  # a new thread would use the first GPU
             index = torch.cuda.current_device() if device.index is None else device.index
-            here = partial(torch.cuda.set_device, index)
-        self.windows = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=here)
-        self.chunks = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+            initializer = partial(torch.cuda.set_device, index)
+        self.window_pool = ThreadPoolExecutor(len(self.slots), thread_name_prefix="window", initializer=initializer)
+        self.decode_pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         self.copies = torch.cuda.Stream(device) if cuda else None  # type: ignore[no-untyped-call]
         self.memory: WindowMemory | None = None
         self.staging: list[WindowMemory] = []
         self.staged: list[Any] = [None, None]
-        """Passed when what lies in a staging buffer is on the device."""
+        """For each staging buffer, the CUDA event recorded after its last copy to the device."""
         self.free: dict[tuple[int, int], Any] = {}
-        """Passed when the last batch was gathered from a stream's window: by stream and turn."""
+        """By stream and turn, the CUDA event recorded after the last batch was gathered from that window."""
         self.unit_rows = self.full = 0
 
     def prepare(self, part: StorePass) -> WindowMemory:
-        """Memory for two windows of every stream, and on CUDA two pinned windows on the host."""
+        """Allocates, on first use, two windows per stream, and on CUDA two pinned staging buffers on the host."""
         if self.memory is None:
             units = part.order.longest if isinstance(self.passes, FixedSnapshot) else part.order.window_units
             self.unit_rows, self.full = part.unit_rows, units
             if self.paced:
-                self.lead.limit(len(self.slots) * units * self.unit_rows)
+                self.pace.limit(len(self.slots) * units * self.unit_rows)
             self.memory = WindowMemory.of(2 * len(self.slots) * units, self.unit_rows, part.rows, self.device)
             if self.copies is not None:
                 host = torch.device("cpu")
@@ -195,96 +198,97 @@ class Loader:
         return self.memory
 
     def load(self, stream: int, epoch: int, window: int, turn: int, needed: int) -> Window:
-        """Reads and places one window when it is its turn: `needed` is how many rows the stream gives out before. On a
-        CPU it is decoded where it stays; on CUDA in one of two pinned buffers. Raises CancelledError when the loader is
-        closed meanwhile."""
+        """Waits for the window's turn, then reads it and returns it. `turn` (0 or 1) chooses which of the stream's two
+        windows is written. `needed` is how many rows the stream gives out before it needs this window. Raises
+        CancelledError when the loader is closed meanwhile."""
         part = self.passes.get(epoch)
-        with self.lead.turn((needed, stream)):
+        with self.pace.turn((needed, stream)):
             return self.load_now(part, stream, epoch, window, turn)
 
     def load_now(self, part: StorePass, stream: int, epoch: int, window: int, turn: int) -> Window:
+        """Decodes one window, works out the order of its rows and, on CUDA, starts the copy to the device."""
         units = [part.units[int(unit)] for unit in part.order.windows(epoch, stream)[window]]
         check = self.verify == "always" or (self.verify == "first-epoch" and epoch == 0)
         memory = self.prepare(part)
         first = (2 * self.slots[stream] + turn) * self.full
-        there = memory.part(first, len(units), self.unit_rows)
-        host = there if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
+        target = memory.part(first, len(units), self.unit_rows)
+        host = target if self.copies is None else self.staging[turn].part(0, len(units), self.unit_rows)
         if self.staged[turn] is not None:
             self.staged[turn].synchronize()
         holds = self.read_units(part, units, host, check)
         places = part.order.places(epoch, len(holds), part.order.window_units * self.unit_rows)
         kept = (places if holds.all() else places[holds[places]]) + np.int32(first * self.unit_rows)
         order = torch.from_numpy(kept)
-        self.lead.read(len(order))
+        self.pace.add(len(order))
         if self.copies is None:
             return Window(order, len(order), None)
-        return self.to_device(host, there, order, (stream, turn))
+        return self.to_device(host, target, order, (stream, turn))
 
     def read_units(
         self, part: StorePass, units: list[ChunkRun], memory: WindowMemory, check: bool
     ) -> NDArray[np.bool_]:
-        """Decodes units into a window's memory. Gives which places hold a row that is kept."""
+        """Decodes units into a window's memory. Returns a mask [places] of those that hold a row that is kept."""
         data, n = memory.data, self.unit_rows
         rows = (data.view(torch.uint16) if data.dtype == torch.bfloat16 else data).numpy()
         scale, dims, holds = memory.scale.numpy(), memory.dims.numpy(), np.zeros(len(data), np.bool_)
 
         def read(slots: Iterator[int]) -> None:
-            """Units until none is left: a task for each would cost a few percent."""
+            """Decodes units until none is left. One task per unit would cost a few percent."""
             for slot in slots:
-                if self.lead.closed:
+                if self.pace.closed:
                     raise CancelledError
-                at = slice(slot * n, (slot + 1) * n)
-                read_unit(part, units[slot], rows[at], scale[at], holds[at], check)
+                span = slice(slot * n, (slot + 1) * n)
+                read_unit(part, units[slot], rows[span], scale[span], holds[span], check)
                 if part.rows.row_scale is not None:
                     dims[slot] = part.rows.dim_scale(units[slot].shard)
 
         done, count = 0, len(units)
         while done < count:
-            more = -(-self.lead.room(done * n, (count - done) * n) // n)
+            more = -(-self.pace.wait_for_rows(done * n, (count - done) * n) // n)
             slots = iter(range(done, done + more))
-            for _ in self.chunks.map(read, [slots] * min(more, self.threads)):
+            for _ in self.decode_pool.map(read, [slots] * min(more, self.threads)):
                 pass
             done += more
         return holds
 
-    def to_device(self, host: WindowMemory, there: WindowMemory, order: Tensor, key: tuple[int, int]) -> Window:
-        """Copies a window on a stream of its own, behind the last gather from the memory that it goes to. Waits for
-        nothing: the next window is decoded meanwhile."""
+    def to_device(self, host: WindowMemory, target: WindowMemory, order: Tensor, key: tuple[int, int]) -> Window:
+        """Starts the copy of a window on a separate CUDA stream, after the last gather from the memory that it
+        overwrites. Does not wait: the next window is decoded meanwhile."""
         assert self.copies is not None
         with torch.cuda.stream(self.copies):
             if key in self.free:
                 self.copies.wait_event(self.free[key])
-            there.copy_(host)
+            target.copy_(host)
             window = Window(sent(order, self.device), len(order), new_event())
             window.ready.record(self.copies)
         self.staged[key[1]] = window.ready
         return window
 
     def await_copy(self, window: Window) -> None:
-        """What is asked of the device from now on comes after the window's copy."""
+        """Makes all later work on the current CUDA stream wait for the window's copy."""
         if window.ready is not None:
-            here = torch.cuda.current_stream(self.device)
-            here.wait_event(window.ready)
-            window.order.record_stream(here)  # it was made on the copies' stream
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(window.ready)
+            window.order.record_stream(current)  # it was allocated on the copy stream
 
     def release(self, key: tuple[int, int]) -> None:
-        """All gathers from a stream's memory of this turn have been asked of the device."""
+        """Marks a window's memory as free once all gathers queued so far are done. `key`: stream and turn."""
         if self.copies is not None:
             self.free[key] = new_event()
             self.free[key].record(torch.cuda.current_stream(self.device))
 
     def close(self) -> None:
         self.passes.close()
-        self.lead.close()
-        self.windows.shutdown(cancel_futures=True)
-        self.chunks.shutdown()
+        self.pace.close()
+        self.window_pool.shutdown(cancel_futures=True)
+        self.decode_pool.shutdown()
         if self.copies is not None:
-            self.copies.synchronize()  # before the memory goes that they read and write
+            self.copies.synchronize()  # before the memory that the copies use is freed
 
 
 def decoding_threads(cores: int, paced: bool) -> int:
-    """One a core. Where reading keeps pace with training, the thread that gives the GPU its work has a core to itself,
-    and eight threads read as fast as sixteen (docs/benchmarks.md)."""
+    """One thread per core. With paced reading, one core is left to the thread that launches the GPU's kernels, and at
+    most eight threads (or half the cores) decode: eight read as fast as sixteen (docs/records/benchmarks.md)."""
     return max(1, min(8, cores - 1), cores // 2) if paced else cores
 
 
@@ -296,7 +300,8 @@ def read_unit(
     holds: NDArray[np.bool_],
     check: bool,
 ) -> None:
-    """Decodes a unit into its part of a window, and marks the places that hold a row that is kept."""
+    """Decodes a unit into its part of a window (`rows`, `scale`) and marks in `holds` the places of rows that are kept.
+    `check`: verify each chunk's checksum."""
     where = unit.shard, unit.first, unit.count
     start = unit.first * part.rows.activations.layout.chunk_rows
     n = len(part.rows.activations.read_run(*where, rows, check=check))

@@ -1,8 +1,8 @@
-"""Training and measuring without the rows of the largest norms (`max_norm`).
+"""Leaves rows with very large norms out of training and measuring (the setting `max_norm`).
 
-Which rows those are is decided by the norms of the store: so many times the median of the rows that count. The limit
-is worked out when a run begins and goes into its config.json, so that what is measured later is what was trained on.
-Mean and scale are then those of the rows that are left.
+The limit is `max_norm` times the median norm of the store's rows that count. It is worked out when a run begins and
+recorded in its config.json, so that evaluation leaves out the same rows as training. Mean and scale are computed on the
+rows that remain.
 """
 
 import math
@@ -31,16 +31,18 @@ class FilteredRows:
 
     limit: float
     places: Mapping[int, NDArray[np.int64]]
-    """By shard, only of shards that have some: context x length of a context + position, in stored order."""
+    """The rows' positions in the token stream (context * context length + position), in stored order, by shard. Only
+    shards with such a row are in it."""
 
     @property
     def everywhere(self) -> NDArray[np.int64]:
+        """The positions in the token stream of all left-out rows."""
         return np.concatenate([np.empty(0, np.int64), *self.places.values()])
 
 
 def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
-    """The largest norm that is trained and measured on; None without `max_norm`. Reads all norms. Raises UserError for
-    a store that still grows."""
+    """Returns the largest norm that is trained and measured on, or None without `max_norm`. Reads all norms. Raises
+    UserError with `follow`, because the median is not known while a store grows."""
     if config.max_norm is None:
         return None
     if config.follow:
@@ -55,17 +57,17 @@ def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
 
 
 def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
-    """`norm_limit` of a run's config.json. Raises DamagedError when it is no norm."""
+    """Returns `norm_limit` from a run's config.json, or None. Raises DamagedError when it is not a positive number."""
     limit = identity.get("norm_limit")
     if limit is None:
         return None
     if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
-        raise DamagedError(f"{what}/config.json: norm_limit is no norm. Restore it from a copy")
+        raise DamagedError(f"{what}/config.json: norm_limit is not a positive number. Restore it from a copy")
     return float(limit)
 
 
 def left_out(store: Store, hook: str, limit: float | None) -> FilteredRows | None:
-    """Reads all norms."""
+    """Returns the committed rows whose norm exceeds `limit`, or None without a limit. Reads all norms."""
     if limit is None:
         return None
     norm = open_reader(store, f"stats/{hook}/norm")
@@ -81,6 +83,7 @@ def left_out(store: Store, hook: str, limit: float | None) -> FilteredRows | Non
 
 
 def without(parts: Split, rows: FilteredRows | None) -> Split:
+    """Returns both masks of the split with these rows unmarked."""
     if rows is None:
         return parts
     train, heldout = (RowMask.of(mask).without(rows.everywhere) for mask in (parts.train, parts.heldout))
@@ -88,8 +91,9 @@ def without(parts: Split, rows: FilteredRows | None) -> Split:
 
 
 def statistics(store: Store, hook: str, rows: FilteredRows | None) -> Statistics:
-    """Moments of the rows that count and are left. Shards with a row that is not are read as a whole and summed anew
-    in float64: to subtract rows from sums that are nearly theirs would leave few digits."""
+    """Returns mean and variance [d_in] of the rows that count and are not left out. Shards with a left-out row are read
+    and summed again in float64, because subtracting a few large rows from the stored sums would cancel most digits.
+    Raises UserError when fewer than two rows remain."""
     if rows is None:
         return store.statistics(hook)
     d_in, source = store.spec.hookpoints[hook].d_in, HookRows.of(store, hook)
@@ -114,7 +118,7 @@ def statistics(store: Store, hook: str, rows: FilteredRows | None) -> Statistics
 def moments(
     rows: HookRows, shard: int, left: NDArray[np.bool_]
 ) -> tuple[int, NDArray[np.float64], NDArray[np.float64]]:
-    """How many of a shard's rows are marked, their sum and sum of squares [d_in]."""
+    """Returns how many of a shard's rows are marked in `left`, their sum [d_in] and their sum of squares [d_in]."""
     spec, chunk_rows = rows.store.spec, rows.activations.layout.chunk_rows
     d_in = rows.activations.layout.row_shape[0]
     total, squares = np.zeros(d_in), np.zeros(d_in)

@@ -1,11 +1,11 @@
-"""Which window is read next, and how far reading is ahead of training.
+"""Decides which window is read next and how far reading may run ahead of training.
 
-One window is read at a time, by all threads that decode: of those that wait for it the one that training needs first.
+All decoding threads work on one window at a time: of the windows that wait, the one that training needs first.
 
-For a GPU, reading goes on evenly. The thread that gives the GPU its work needs a core, and Python's interpreter between
-any two orders, which every thread that decodes takes now and then. The next windows can all be read at once when the
-last have been entered: on one machine with sixteen cores steps then took three times as long for half of the time
-(docs/benchmarks.md). So what is read is kept a little ahead of what is needed, and no more.
+On CUDA, reading is paced. The thread that launches the GPU's kernels needs a core and, between any two launches, the
+GIL, which every decoding thread holds now and then. Without a limit, all next windows would be decoded at once as soon
+as the last ones are in use: on a machine with sixteen cores, steps then took three times as long for half of the time
+(docs/records/benchmarks.md). So the rows that are read and not yet used are limited to 9/8 of one window per stream.
 """
 
 import math
@@ -17,71 +17,75 @@ from heapq import heappop, heappush
 from typing import Final
 
 SPARE: Final = 0.125
-"""Part of the next windows that is read before it would have to be."""
+"""The share of the next windows that may be read before it would have to be."""
 
-Needed = tuple[int, int]
-"""When a window is: after how many rows that a stream gives out, from where the run began; the stream's number."""
+Priority = tuple[int, int]
+"""When a window is needed: the rows that its stream gives out before it, counted from where the run began; then the
+stream's number."""
 
 
 class ReadAhead:
-    """Rows that are read and not yet given out, and whose turn it is. Nobody keeps pace while training waits for a
-    window, or another window is needed sooner."""
+    """Counts the rows that are read and not yet used, and gives windows their turn to be read, the most urgent first.
+    The limit is lifted while training waits for a window, or while a more urgent window waits for its turn."""
 
     def __init__(self) -> None:
         self.rows = 0
-        self.most = math.inf
+        """Rows that are read and not yet given out."""
+        self.limit_rows = math.inf
+        """The limit on `rows`."""
         self.lifted = False
-        """Whether there is no limit now."""
+        """Whether the limit is lifted."""
         self.closed = False
-        self.waiting: list[Needed] = []
-        """A heap."""
-        self.now: Needed | None = None
-        """Whose turn it is."""
+        self.waiting: list[Priority] = []
+        """The windows that wait for their turn, as a heap."""
+        self.reading: Priority | None = None
+        """The window that is being read."""
         self.changed = threading.Condition()
 
     def limit(self, rows: int) -> None:
-        """`rows` are in one window of every stream. The windows in use are read, and the next ones as far as those are
-        used up: they are whole before they are entered."""
+        """Sets the limit to 9/8 of `rows`, the rows in one window of every stream. Each next window is then read as
+        fast as the one before is used up, and is complete before it is needed."""
         with self.changed:
-            self.most = int((1 + SPARE) * rows)
+            self.limit_rows = int((1 + SPARE) * rows)
 
     @contextmanager
-    def turn(self, needed: Needed) -> Iterator[None]:
-        """Waits for the turn to read a window. Raises CancelledError when nothing is read any more."""
+    def turn(self, priority: Priority) -> Iterator[None]:
+        """Waits for a window's turn to be read; the next turn begins when the block ends. Raises CancelledError after
+        `close`."""
         with self.changed:
-            heappush(self.waiting, needed)
+            heappush(self.waiting, priority)
             self.changed.notify_all()
-            self.changed.wait_for(lambda: self.closed or (self.now is None and self.waiting[0] == needed))
+            self.changed.wait_for(lambda: self.closed or (self.reading is None and self.waiting[0] == priority))
             if self.closed:
                 raise CancelledError
-            self.now = heappop(self.waiting)
+            self.reading = heappop(self.waiting)
         try:
             yield
         finally:
             with self.changed:
-                self.now = None
+                self.reading = None
                 self.changed.notify_all()
 
-    def room(self, reading: int, wanted: int) -> int:
-        """Waits until more may be read of a window of which `reading` rows are; gives for how many of the `wanted`
-        ones there is room. Raises CancelledError when nothing is read any more."""
+    def wait_for_rows(self, done: int, wanted: int) -> int:
+        """Waits until the limit allows more rows of the window being read, and returns how many of the `wanted` ones.
+        `done`: rows of it that are read. Raises CancelledError after `close`."""
         with self.changed:
-            self.changed.wait_for(lambda: self.hurries() or self.rows + reading < self.most)
+            self.changed.wait_for(lambda: self.unlimited() or self.rows + done < self.limit_rows)
             if self.closed:
                 raise CancelledError
-            return wanted if self.hurries() else int(min(wanted, self.most - self.rows - reading))
+            return wanted if self.unlimited() else int(min(wanted, self.limit_rows - self.rows - done))
 
-    def hurries(self) -> bool:
-        sooner = self.now is not None and bool(self.waiting) and self.waiting[0] < self.now
+    def unlimited(self) -> bool:
+        sooner = self.reading is not None and bool(self.waiting) and self.waiting[0] < self.reading
         return self.lifted or self.closed or sooner
 
-    def read(self, rows: int) -> None:
-        """A window is complete."""
+    def add(self, rows: int) -> None:
+        """Counts the rows of a window that is complete."""
         with self.changed:
             self.rows += rows
 
     def take(self, rows: int) -> None:
-        """Rows are given out, or left out."""
+        """Counts rows that were given out or skipped."""
         with self.changed:
             self.rows -= rows
             self.changed.notify_all()
@@ -92,8 +96,8 @@ class ReadAhead:
             self.changed.notify_all()
 
     @contextmanager
-    def awaited(self) -> Iterator[None]:
-        """Training waits for a window."""
+    def lifted_while_waiting(self) -> Iterator[None]:
+        """Lifts the limit while training waits for a window."""
         self.lift(True)
         try:
             yield
@@ -101,6 +105,7 @@ class ReadAhead:
             self.lift(False)
 
     def close(self) -> None:
+        """Ends every wait."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()

@@ -1,7 +1,7 @@
-"""From windows in memory to batches on the device.
+"""Makes batches on the device from windows in memory.
 
 While one window of a stream is used, its next one is read ahead (train/data/loader.py). A batch is one gather over all
-streams, on the device, where int8 rows become numbers. A stream resumes from a position by reading its window again.
+streams, on the device, where int8 rows are dequantised. A stream resumes from a position by reading its window again.
 """
 
 import time
@@ -20,36 +20,39 @@ from train.data.order import StreamPosition
 
 
 class StopWaiting(Exception):
-    """A stop was asked for while the rows of the next batch were still to come."""
+    """Raised when a stop is asked for while the next batch is not complete."""
 
 
 class VirtualStream:
-    """One of the V streams: its windows, one after another, epoch after epoch.
+    """One of the V streams: its windows one after another, epoch after epoch.
 
-    Rows are gathered after several streams have said where theirs are. Until then no window may be read into the memory
-    that they lie in: the next one is read ahead when `read_ahead` says that the gathers are done.
+    A batch first takes places in the windows of all streams and then gathers their rows at once. Until that gather is
+    done, no window may be read into the memory of a window just left: `read_ahead` is called after the gather and
+    starts the next read.
     """
 
-    def __init__(self, loader: Loader, number: int, at: StreamPosition) -> None:
-        self.loader, self.number, self.at, self.turn = loader, number, at, 0
-        self.offset, self.last_epoch = at.offset, at.epoch
+    def __init__(self, loader: Loader, number: int, start: StreamPosition) -> None:
+        self.loader, self.number, self.at, self.turn = loader, number, start, 0
+        self.offset, self.last_epoch = start.offset, start.epoch
         self.passed = 0
-        """Rows given out or left out, of which the loader was not told yet."""
+        """Rows given out or skipped that are not yet counted in the loader's `pace`."""
         self.until = 0
-        """Rows from where it began to the end of its window, where the next one is needed."""
+        """Rows from the stream's start to the end of its current window, where the next window is needed."""
         self.window: Window | None = None
-        self.following: Future[Any] | None = loader.windows.submit(self.load_from, at, self.turn, self.until)
+        self.following: Future[Any] | None = loader.window_pool.submit(self.load_from, start, self.turn, self.until)
+        """The read of the next window; None until it is submitted."""
 
-    def load_from(self, at: StreamPosition, turn: int, needed: int) -> tuple[StreamPosition, Window]:
-        """The window at a position, or the next one that there is: a stream may have no part in a small pass."""
-        epoch, window, offset = at.epoch, at.window, at.offset
+    def load_from(self, start: StreamPosition, turn: int, needed: int) -> tuple[StreamPosition, Window]:
+        """Reads the window at a position, or the next one that exists: a small pass may have no window for this
+        stream."""
+        epoch, window, offset = start.epoch, start.window, start.offset
         while window >= len(self.loader.passes.get(epoch).order.windows(epoch, self.number)):
             epoch, window, offset = epoch + 1, 0, 0
         return StreamPosition(epoch, window, offset), self.loader.load(self.number, epoch, window, turn, needed)
 
-    def enter(self, wait: Callable[[Future[Any]], Any]) -> Window | None:
-        """The window that the stream stands in, waiting for it where it must; None when `read_ahead` has to come first.
-        Raises UserError when two epochs had nothing to give."""
+    def current_window(self, wait: Callable[[Future[Any]], Any]) -> Window | None:
+        """Returns the window that holds the stream's next row, and waits for it if needed. Returns None when
+        `read_ahead` must be called first. Raises UserError when two epochs held no row."""
         while self.window is None and self.following is not None:
             self.at, found = wait(self.following)
             self.following = None
@@ -66,7 +69,7 @@ class VirtualStream:
         return self.window
 
     def advance(self, stop: int) -> None:
-        """The window's rows up to `stop` are taken."""
+        """Moves on to row `stop` of the window; leaves the window at its end."""
         self.passed += stop - self.offset
         self.offset = stop
         assert self.window is not None
@@ -74,20 +77,21 @@ class VirtualStream:
             self.at, self.window, self.offset = StreamPosition(self.at.epoch, self.at.window + 1), None, 0
 
     def read_ahead(self) -> None:
-        """All rows that were taken are gathered: the memory of the window before this one is free."""
+        """Starts reading the next window unless it is being read. Call it only after all rows taken so far were
+        gathered, because the read overwrites the window before this one."""
         if self.following is None:
             after = self.at if self.window is None else StreamPosition(self.at.epoch, self.at.window + 1)
             self.loader.release((self.number, self.turn))
-            self.following = self.loader.windows.submit(self.load_from, after, self.turn, self.until)
+            self.following = self.loader.window_pool.submit(self.load_from, after, self.turn, self.until)
 
-    def stands(self) -> StreamPosition:
-        """The next row to give out."""
+    def position(self) -> StreamPosition:
+        """Returns the position of the next row to give out."""
         return StreamPosition(self.at.epoch, self.at.window, self.offset)
 
 
 class BatchStream:
-    """Endless batches [rows, d_in] on the device: this rank's share of each global batch. Bfloat16 rows stay that,
-    quantised ones become float32."""
+    """Endless batches [rows, d_in] on the device: this rank's share of each global batch. Rows keep their stored type;
+    int8 rows become float32."""
 
     def __init__(
         self,
@@ -97,25 +101,27 @@ class BatchStream:
         positions: Sequence[StreamPosition],
         stop_asked: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`shares`: (stream, lo, hi), the part of a stream's piece that this rank gives out (train.data.order)."""
+        """`shares`: (stream, lo, hi), the part of each stream's piece that this rank gives out (train.data.order).
+        `positions`: the start of every stream. `stop_asked` is polled while a batch waits for rows."""
         self.loader, self.shares, self.rows_per_stream, self.stop_asked = loader, shares, rows_per_stream, stop_asked
         self.streams = {v: VirtualStream(loader, v, positions[v]) for v, _, _ in shares}
         self.rows = sum(hi - lo for _, lo, hi in shares)
         self.waited = 0.0
         """Seconds spent waiting for windows."""
-        self.whole = self.stands()
+        self.after_batch = self.stream_positions()
         self.batch: Tensor | None = None
         self.places: list[Tensor] = []
-        """Of rows that are taken and not yet gathered."""
+        """Places in memory of the rows that are taken and not yet gathered."""
         self.filled = 0
+        """Rows of the batch that are gathered."""
 
     def next_batch(self) -> Float[Tensor, "rows d_in"]:
-        """Valid until the next call, which writes over it. Raises StopWaiting when a stop is asked for while the rows
-        are still to come; the positions stay those before this batch."""
+        """Returns the next batch, which the following call overwrites. Raises StopWaiting when a stop is asked for
+        while it waits for rows; `positions` are then those before this batch."""
         for number, lo, hi in self.shares:
             stream, given = self.streams[number], 0
             while given < self.rows_per_stream:
-                window = stream.enter(self.wait)
+                window = stream.current_window(self.wait)
                 if window is None:
                     self.gather()
                     continue
@@ -127,12 +133,13 @@ class BatchStream:
                 stream.advance(start + upto)
                 given = upto
         self.gather()
-        self.filled, self.whole = 0, self.stands()
+        self.filled, self.after_batch = 0, self.stream_positions()
         assert self.batch is not None
         return self.batch
 
     def gather(self) -> None:
-        """The rows taken so far into the batch, in one gather for all streams; then windows may be read ahead."""
+        """Copies the rows taken so far into the batch, in one gather for all streams, and starts reading next
+        windows."""
         memory = self.loader.memory
         if self.places and memory is not None:
             places = torch.cat(self.places)
@@ -143,14 +150,15 @@ class BatchStream:
             self.places.clear()
         for stream in self.streams.values():
             stream.read_ahead()
-        self.loader.lead.take(sum(stream.passed for stream in self.streams.values()))
+        self.loader.pace.take(sum(stream.passed for stream in self.streams.values()))
         for stream in self.streams.values():
             stream.passed = 0
 
     def wait(self, future: Future[Any]) -> Any:
+        """Returns the future's result; polls `stop_asked` and adds the time to `waited`."""
         started = time.monotonic()
         try:
-            with nullcontext() if future.done() else self.loader.lead.awaited():
+            with nullcontext() if future.done() else self.loader.pace.lifted_while_waiting():
                 while True:
                     try:
                         return future.result(timeout=0.2)
@@ -162,12 +170,12 @@ class BatchStream:
         finally:
             self.waited += time.monotonic() - started
 
-    def stands(self) -> dict[int, StreamPosition]:
-        return {number: stream.stands() for number, stream in self.streams.items()}
+    def stream_positions(self) -> dict[int, StreamPosition]:
+        return {number: stream.position() for number, stream in self.streams.items()}
 
     def positions(self) -> dict[int, StreamPosition]:
-        """Where each of this rank's streams stands after the last whole batch: all that is needed to go on."""
-        return self.whole
+        """Returns the position of each of this rank's streams after the last whole batch: all that a resume needs."""
+        return self.after_batch
 
     def close(self) -> None:
         self.loader.close()

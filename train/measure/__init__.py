@@ -1,1 +1,1 @@
-"""What an autoencoder is worth: metrics, latents, directions, recovery of known features."""
+"""Measures trained autoencoders: metrics, latents, decoder directions, recovery of known features."""

@@ -1,4 +1,4 @@
-"""What fires, how often, and with which sign: counts over tokens, and what is read off them.
+"""Counts how often each latent fires over tokens, and with which sign, and derives statistics from these counts.
 
 A latent is *live* when it fired with either sign, and *bipolar* when it is live and its rarer sign makes up more than
 a tenth of its firings. Activation mass is Σ|f|.
@@ -32,6 +32,7 @@ class Firings:
 
     @classmethod
     def none(cls, d_sae: int, device: str = "cpu") -> "Firings":
+        """Returns counts over no tokens: all zero."""
         zeros = torch.zeros(3, d_sae, dtype=torch.float64, device=device)
         return cls(zeros[0], zeros[1], zeros[2])
 
@@ -51,7 +52,7 @@ class Firings:
 
     @property
     def minority(self) -> Float[Tensor, " d_sae"]:
-        """Share of a latent's firings that have its rarer sign, 0 to 1/2; 0 where it never fired."""
+        """The share of each latent's firings that have its rarer sign, 0 to 1/2; 0 for latents that never fired."""
         return torch.minimum(self.positive, self.negative) / self.total.clamp_min(1)
 
     @property
@@ -60,11 +61,11 @@ class Firings:
 
 
 def dead(firings: Firings, silent: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The share of latents that is dead by three conventions, each with the number of tokens that decided it.
+    """Returns the share of dead latents by three conventions, each with the number of tokens it was measured on.
 
     never    fired on none of these tokens
-    rare     fired on less than 1e-5 of these tokens; the same as `never` below 100,000 of them
-    silent   did not fire, in training, for the last so many tokens: what the trainer logged, given as `silent`
+    rare     fired on less than 1e-5 of these tokens; equal to `never` below 100,000 tokens
+    silent   was inactive for the last `dead_after_tokens` training tokens; the trainer logged it, `silent` passes it on
     """
     rare = firings.total < RARE * firings.tokens
     return {
@@ -75,7 +76,8 @@ def dead(firings: Firings, silent: dict[str, Any] | None = None) -> dict[str, An
 
 
 def densities(firings: Firings) -> dict[str, Any]:
-    """How many latents fire on which share of the tokens: with either sign, positive, and negative."""
+    """Returns histograms of log10 of the share of tokens on which latents fire: with either sign, positive, negative;
+    and how many latents never do."""
     parts = {"either": firings.total, "positive": firings.positive, "negative": firings.negative}
     return {
         "log10_edges": DENSITY_EDGES,
@@ -85,8 +87,9 @@ def densities(firings: Firings) -> dict[str, Any]:
 
 
 def census(firings: Firings) -> dict[str, Any]:
-    """How much of a signed dictionary is used with both signs: of its live latents, of the activation mass, and both
-    again in ten equal parts of the live latents, from the one that fires most to the one that fires least."""
+    """Returns how much of a signed dictionary is bipolar: the share of its live latents, the share of the activation
+    mass, and both again for ten equal groups of the live latents, from those that fire most to those that fire
+    least."""
     live = torch.nonzero(firings.live).squeeze(1)
     order = live[torch.argsort(firings.total[live], descending=True, stable=True)]
     parts = torch.tensor_split(order, DECILES)
@@ -112,12 +115,13 @@ def share(which: Bool[Tensor, " n"]) -> float:
 
 
 def ratio(part: Tensor, whole: Tensor | int) -> float | None:
-    """None where there is nothing to take a share of."""
+    """Returns part / whole, or None when `whole` is zero."""
     return float(part) / float(whole) if whole else None
 
 
 def histogram(values: Tensor, edges: list[float]) -> list[int]:
-    """Counts between edges, [left, right) and the last closed; what lies outside counts in the outermost bins."""
+    """Counts values between edges. Bins are [left, right), the last one closed; values outside go to the outermost
+    bins."""
     inner = torch.tensor(edges[1:-1], dtype=torch.float64, device=values.device)
     bins = torch.bucketize(values.double(), inner, right=True)
     return torch.bincount(bins, minlength=len(edges) - 1).tolist()

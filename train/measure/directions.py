@@ -1,7 +1,7 @@
-"""How the directions of a decoder lie to each other: repeats, and pairs that point opposite ways.
+"""Compares the directions of a decoder: repeated directions, and pairs of opposite directions.
 
-Two latents of a dictionary without signs whose decoder rows are antipodal do the work of one signed latent, so the
-number of such pairs is how many latents a signed dictionary would save.
+In a dictionary without signs, two latents with antipodal decoder rows do the work of one signed latent. The number of
+such pairs is therefore the number of latents that a signed dictionary would save.
 """
 
 from typing import Any, Final
@@ -14,9 +14,10 @@ from train.measure.census import histogram
 
 COSINES_AT_A_TIME: Final = 1 << 26
 AT_MOST: Final = 1 << 28
-"""Cosines that are computed: all of 16,384 directions. Of more, a sample is set against all: 4,096 of 65,536."""
+"""Maximum number of cosines that are computed: all pairs of up to 16,384 directions. In a wider dictionary, a sample is
+compared with all directions: 4,096 of 65,536."""
 FEWEST: Final = 256
-"""Directions in a sample."""
+"""Minimum number of directions in a sample."""
 PARALLEL: Final = 0.9
 """|cosine| above which two directions count as one line."""
 COSINE_EDGES: Final = [round(tenth / 10, 1) for tenth in range(-10, 11)]
@@ -25,8 +26,9 @@ COSINE_EDGES: Final = [round(tenth / 10, 1) for tenth in range(-10, 11)]
 def extremes(
     directions: Float[Tensor, "n d_in"], which: Int[Tensor, " m"] | None = None
 ) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"], Float[Tensor, " m"], Int[Tensor, " m"]]:
-    """For each direction (of those numbered in `which`) the largest cosine to another one and whose it is, then the
-    smallest and whose. Needs n >= 2. Cosines are computed a block of rows at a time, so that no m x n matrix exists."""
+    """Returns, for each direction in `which` (default: all), the largest cosine to another direction and that
+    direction's index, then the smallest cosine and its index. Needs n >= 2. Cosines are computed in blocks of rows, so
+    that no m x n matrix exists."""
     unit = directions / directions.norm(dim=1, keepdim=True).clamp_min(1e-8)
     n = len(unit)
     which = torch.arange(n, device=unit.device) if which is None else which
@@ -44,17 +46,18 @@ def extremes(
 
 
 def mutual_pairs(partner: Int[Tensor, " n"], counts: Tensor) -> int:
-    """How many pairs name each other, both of them counting. (A pair is seen twice.)"""
-    here = torch.arange(len(partner), device=partner.device)
-    return int(((partner[partner] == here) & counts & counts[partner]).sum()) // 2
+    """Returns the number of pairs whose members are each other's `partner` and both marked in `counts`."""
+    numbers = torch.arange(len(partner), device=partner.device)
+    return int(((partner[partner] == numbers) & counts & counts[partner]).sum()) // 2
 
 
 def directions(W_dec: Float[Tensor, "n d_in"], seed: int = 0) -> dict[str, Any]:
-    """Histograms of every row's largest and smallest cosine to another row, and the pairs of mutual extremes: antipodal
-    (cosine < -0.9) and repeated (> 0.9). Give the live latents' rows: a dead latent's row is whatever it was.
+    """Returns histograms of every row's largest and smallest cosine to another row, and the numbers of antipodal pairs
+    (cosine < -0.9) and repeated pairs (> 0.9) of mutual extremes. Pass only the rows of live latents, because a dead
+    latent's row means nothing.
 
-    Of a wide dictionary a sample of `sampled` rows, drawn with `seed`, is set against all: the histograms are of the
-    sample, the numbers of pairs are estimates for the whole."""
+    In a wide dictionary, a sample of `sampled` rows, drawn with `seed`, is compared with all rows: the histograms
+    describe the sample, and the numbers of pairs are estimates for the whole dictionary."""
     n = len(W_dec)
     sampled = max(FEWEST, AT_MOST // n) if n * n > AT_MOST else None
     found = {"latents": n, "sampled": sampled, "edges": COSINE_EDGES, "nearest": None, "farthest": None}
@@ -79,8 +82,8 @@ def directions(W_dec: Float[Tensor, "n d_in"], seed: int = 0) -> dict[str, Any]:
 
 
 def estimated_pairs(W_dec: Tensor, draw: Tensor, partner: Tensor, counts: Tensor, partners: int) -> int:
-    """The number of mutual pairs in the whole, from how many of the sampled rows have a partner that names them.
-    `partners`: where `extremes` says whose the extreme cosine is."""
+    """Estimates the number of mutual pairs in the whole dictionary from the sampled rows whose partner's own extreme
+    they are. `partners`: the position in the result of `extremes` of the index wanted (1 nearest, 3 farthest)."""
     if not counts.any():
         return 0
     back = extremes(W_dec, partner[counts])[partners]

@@ -1,10 +1,10 @@
-"""What an autoencoder is worth, measured on held-out tokens: one definition of every metric, sums in float64.
+"""Measures autoencoders on held-out tokens. Each metric has one definition, here; sums are in float64.
 
-R² = 1 - SSE/SST over the whole split, with the split's own mean per dimension; on the rows that are not massive again,
-with theirs. L0 = non-zero latents a token, of
-either sign. What is read off counts of firings is in census.py, off the decoder in directions.py. CE recovered =
-(ablated - spliced) / (ablated - clean), with the hookpoint set to zero or to its mean; excluded positions stay clean
-and their predictions are not counted.
+R² = 1 - SSE/SST over the whole split, about the split's mean per dimension. It is measured again on the rows that are
+not massive, about their own mean. L0 = non-zero latents per token, of either sign. census.py derives statistics from
+counts of firings, directions.py from the decoder. CE recovered = (ablated - spliced) / (ablated - clean), with the
+hookpoint ablated to zero or to its mean. Excluded positions keep their clean activations, and their predictions are not
+counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -30,20 +30,20 @@ from train.measure.directions import directions
 ROWS_AT_A_TIME: Final = 4096
 LOGITS_AT_A_TIME: Final = 1 << 26
 CODES_AT_A_TIME: Final = 1 << 28
-"""Entries of the code, so that a wide dictionary is measured on fewer rows at a time."""
+"""Maximum entries of a code in memory: a wide dictionary is measured on fewer rows at a time."""
 SMALLEST_GAP: Final = 1e-3
-"""Nats. Where ablation changes the loss by less, the share recovered means nothing and is not given."""
+"""In nats. Where ablation changes the loss by less, CE recovered is meaningless and is None."""
 
 
 @dataclass(frozen=True)
 class ReconstructionFit:
-    """How well activations are reconstructed, and with how many latents."""
+    """The measurements of one autoencoder: how well it reconstructs activations, and with how many latents."""
 
     r2: float
     r2_rest: float
     """R² on the rows that are not massive (shared/store/norms.py), about their own mean."""
     r2_all: float
-    """R² on all rows, those too that `max_norm` leaves out of every other number."""
+    """R² on all rows, including those that `max_norm` leaves out of every other number."""
     rescaling: float | None
     """The factor on x̂ - mean that gives the best R²: above 1, reconstructions are too short (shrinkage)."""
     r2_rescaled: float | None
@@ -54,13 +54,13 @@ class ReconstructionFit:
     dead_fraction: float
     dead: dict[str, Any]
     bipolar_fraction: float | None
-    """Of the live latents; None for an architecture without signs or with no live latent."""
+    """Share of the live latents that are bipolar; None for an architecture without signs or with no live latent."""
     bipolar_mass: float | None
-    """Of Σ|f|."""
+    """Share of the activation mass Σ|f| that bipolar latents carry."""
     census: dict[str, Any] | None
     densities: dict[str, Any]
     directions: dict[str, Any] | None
-    """None where they were not asked for."""
+    """See `train.measure.directions`; None when it was not asked for."""
     tokens: int
 
 
@@ -89,7 +89,7 @@ class ErrorSums:
 
     @property
     def rescaling(self) -> float | None:
-        """None where every reconstruction is the mean."""
+        """The factor on x̂ - mean that gives the best R²; None when every reconstruction is the mean."""
         return self.along / self.length if self.length > 1e-9 * self.sst else None
 
     @property
@@ -100,7 +100,7 @@ class ErrorSums:
 
 @dataclass(frozen=True)
 class RowGroups:
-    """Which of the held-out rows count, and which are not massive."""
+    """Masks over the held-out rows: those that count, and those that are not massive."""
 
     counted: Bool[Tensor, " rows"]
     rest: Bool[Tensor, " rows"]
@@ -109,18 +109,18 @@ class RowGroups:
 
     @classmethod
     def of(cls, lengths: NDArray[np.floating[Any]], norm_limit: float | None = None) -> "RowGroups":
-        """By the norms of all held-out rows; `norm_limit`: see `max_norm`."""
+        """Groups rows by their norms. `norm_limit` (setting `max_norm`): rows above it do not count."""
         limit = MASSIVE * float(np.median(lengths)) if len(lengths) else 0.0
         counted = np.ones(len(lengths), bool) if norm_limit is None else lengths <= norm_limit
         return cls(torch.from_numpy(counted), torch.from_numpy(lengths <= limit), limit)
 
     def distinct(self) -> dict[str, Bool[Tensor, " rows"]]:
-        """The rows that count; and those that are not massive (rest) and all, where these are others."""
+        """Returns the masks that differ: the rows that count, those that are not massive ("rest"), and all rows."""
         others = {"rest": self.rest, "all": torch.ones_like(self.counted)}
         return {"counted": self.counted, **{name: m for name, m in others.items() if not m.equal(self.counted)}}
 
     def about(self, rows: Float[Tensor, "rows d_in"]) -> dict[str, Any]:
-        """What evaluation.json says of massive rows: how many there are, and which share of E|x - mean|² they hold."""
+        """Returns the entry on massive rows for evaluation.json: their number, and their share of E|x - mean|²."""
         mean, massive = mean_row(rows), rows[~self.rest]
         parts = torch.split(rows, ROWS_AT_A_TIME) if len(massive) else ()
         whole = sum((part.double() - mean).square().sum().item() for part in parts)
@@ -140,8 +140,8 @@ class ModelLosses:
 
 
 def read_heldout(rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> Float[Tensor, "rows d_in"]:
-    """Every committed row marked in `keep` [contexts, context], in stored order and data type. Reads only the shards
-    that hold such rows."""
+    """Returns the committed rows marked in `keep` [contexts, context], in stored order and data type. Reads only the
+    shards that hold such rows."""
     spec, marked = rows.store.spec, KeptRows(rows, keep)
     shards = [k for k in RowMask.of(keep).shards(spec.shard_rows, spec.n_tokens) if k in rows.store.commits]
     part = replace(rows, store=rows.store.only(shards))
@@ -160,10 +160,11 @@ def measure(
     look_at_directions: bool = True,
     advance: Callable[[int], None] = lambda _: None,
 ) -> ReconstructionFit:
-    """Fit of one autoencoder on raw activations, computed in float32. `silent`: what training logged (census.dead).
-    `groups`: by the rows' own norms, if not given. `advance` is told how many rows were taken."""
+    """Measures one autoencoder on raw activations, in float32. `silent`: the inactive latents that training logged
+    (census.dead). `groups`: by default worked out from the rows' norms. `advance` is called with the number of rows
+    done."""
     groups = groups or RowGroups.of(lengths_of(rows))
-    errors, firings = sums(sae, rows, device, groups.distinct(), advance)
+    errors, firings = sum_errors(sae, rows, device, groups.distinct(), advance)
     mine, n = errors["counted"], int(groups.counted.sum())
     counted = census(firings) if sae.signed else None
     return ReconstructionFit(
@@ -186,20 +187,21 @@ def measure(
     )
 
 
-def sums(
+def sum_errors(
     sae: Autoencoder,
     rows: Float[Tensor, "rows d_in"],
     device: str,
     masks: Mapping[str, Bool[Tensor, " rows"]],
     advance: Callable[[int], None],
 ) -> tuple[dict[str, ErrorSums], Firings]:
-    """Errors on the rows of each mask, each about its own mean, and firings on those that count."""
+    """Returns the error sums of each mask's rows, about those rows' own mean, and the firings on the rows that
+    count."""
     errors = {name: ErrorSums(mean_row(rows, mask).to(device)) for name, mask in masks.items()}
     firings, start = Firings.none(sae.config.d_sae, device), 0
     for x, f, x_hat in reconstructions(sae, rows, device):
         for name, mask in masks.items():
-            here = mask[start : start + len(x)].to(device)
-            some = slice(None) if here.all() else here  # a copy of nearly all rows is saved where all are meant
+            marked = mask[start : start + len(x)].to(device)
+            some = slice(None) if marked.all() else marked  # indexing by a mask would copy the rows
             errors[name].add_(x[some], x_hat[some])
             if name == "counted":
                 firings.add_(f[some])
@@ -209,13 +211,13 @@ def sums(
 
 
 def lengths_of(rows: Float[Tensor, "rows d_in"]) -> NDArray[np.float64]:
-    """Norms, in float64."""
+    """Returns the rows' norms, in float64."""
     parts = [part.double().norm(dim=1) for part in torch.split(rows, ROWS_AT_A_TIME)]
     return np.asarray(torch.cat(parts).numpy(), dtype=np.float64)
 
 
 def mean_row(rows: Float[Tensor, "rows d_in"], mask: Bool[Tensor, " rows"] | None = None) -> Float[Tensor, " d_in"]:
-    """Of the marked rows, in float64."""
+    """Returns the mean of the marked rows (default: all), in float64."""
     mask = torch.ones(len(rows), dtype=torch.bool) if mask is None else mask
     parts = zip(torch.split(rows, ROWS_AT_A_TIME), torch.split(mask, ROWS_AT_A_TIME), strict=True)
     sums = [(part if mine.all() else part[mine]).double().sum(0) for part, mine in parts]
@@ -225,9 +227,9 @@ def mean_row(rows: Float[Tensor, "rows d_in"], mask: Bool[Tensor, " rows"] | Non
 def reconstructions(
     sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str
 ) -> Iterator[tuple[Float[Tensor, "batch d_in"], Float[Tensor, "batch d_sae"], Float[Tensor, "batch d_in"]]]:
-    """x, f and x̂, some rows at a time, float32."""
+    """Yields x, f and x̂ in float32, some rows at a time."""
     *parts, last = torch.split(rows, max(1, min(ROWS_AT_A_TIME, CODES_AT_A_TIME // sae.config.d_sae)))
-    if parts and len(last) == 1:  # a row alone has no variance, by which a peer divides (train/measure/peers.py)
+    if parts and len(last) == 1:  # other tools divide by a batch's variance, and one row has none (peers.py)
         last = torch.cat([parts.pop(), last])
     for part in (*parts, last):
         x = part.to(device).float()
@@ -244,14 +246,14 @@ def language_losses(
     mean: NDArray[np.float64],
     saes: Iterable[Autoencoder],
 ) -> ModelLosses:
-    """Losses of the language model on `tokens` [n, context] with the hookpoint left alone, set to zero, set to
+    """Returns the language model's losses on `tokens` [n, context] with the hookpoint unchanged, set to zero, set to
     `mean` [d_in], and replaced by each autoencoder's reconstruction, at the positions marked in `counted`. A
-    prediction counts where its position is marked and its target is not a special token. Autoencoders are taken one
-    after another and let go. Raises UserError when no prediction counts."""
+    prediction counts when its position is marked and its target is not a special token. Only one autoencoder is in
+    memory at a time. Raises UserError when no prediction counts."""
     predicted = counted[:, :-1] & ~np.isin(tokens[:, 1:], list(special_ids))
     if not predicted.any():
         raise UserError(
-            "no prediction of the held-out contexts counts: their positions are excluded, or what follows them are "
+            "no prediction of the held-out contexts counts: their positions are excluded, or the next tokens are "
             "special tokens. Harvest more tokens, exclude fewer positions, or measure without the loss: --no-ce"
         )
     average = torch.from_numpy(mean).float().to(model.device)
@@ -263,13 +265,13 @@ def language_losses(
             some = slice(start, start + batch)
             ids = torch.from_numpy(tokens[some].astype("int64")).to(model.device)
             here, wanted = (torch.from_numpy(mask[some]).to(model.device) for mask in (counted, predicted))
-            hook = None if replace is None else (hook_name, only_at(here, replace))
+            hook = None if replace is None else (hook_name, replaced_at(here, replace))
             total += model.losses(ids, hook)[wanted].double().sum().item()
         return total / int(predicted.sum())
 
     ablated = loss(None), loss(torch.zeros_like)
-    middle = loss(lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x))  # heads lie side by side
-    return ModelLosses(*ablated, middle, [loss(partial(reconstructed, sae)) for sae in saes], int(predicted.sum()))
+    at_mean = loss(lambda x: average.to(x.dtype).view(x.shape[2:]).expand_as(x))  # attention has a dimension of heads
+    return ModelLosses(*ablated, at_mean, [loss(partial(reconstructed, sae)) for sae in saes], int(predicted.sum()))
 
 
 def reconstructed(sae: Autoencoder, x: Float[Tensor, "contexts context *shape"]) -> Tensor:
@@ -277,8 +279,10 @@ def reconstructed(sae: Autoencoder, x: Float[Tensor, "contexts context *shape"])
     return torch.cat([sae.decode(sae.encode(part)).to(x.dtype) for part in rows]).view_as(x)
 
 
-def only_at(here: Bool[Tensor, "contexts context"], replace: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """`replace` at the marked positions, the activations as they are elsewhere."""
+def replaced_at(
+    here: Bool[Tensor, "contexts context"], replace: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Returns a function that applies `replace` at the marked positions and keeps the other activations."""
 
     def spliced(x: Tensor) -> Tensor:
         mask = here.view(*here.shape, *[1] * (x.ndim - 2))
@@ -288,17 +292,18 @@ def only_at(here: Bool[Tensor, "contexts context"], replace: Callable[[Tensor], 
 
 
 def recovered(ablated: float, spliced: float, clean: float) -> float | None:
-    """Share of the ablation's damage that splicing avoids; None where ablation does next to nothing."""
+    """Returns CE recovered, the share of the ablation's damage that splicing avoids; None when ablation changes the
+    loss by at most 0.001 nats."""
     return (ablated - spliced) / (ablated - clean) if ablated - clean > SMALLEST_GAP else None
 
 
 def entry(sae: Autoencoder, fit: ReconstructionFit, losses: ModelLosses | None, index: int) -> dict[str, Any]:
-    """One autoencoder's part of evaluation.json; it is number `index` in `losses`. Of `sparsity`, `l0_target` and `k`
-    the one that set its number of active latents is given, the others are null."""
+    """Returns one autoencoder's entry of evaluation.json; `index` is its place in `losses`. Only the setting among
+    `sparsity`, `l0_target` and `k` that fixed the number of active latents is given; the others are null."""
     config = sae.config
     knobs = {key: getattr(config, key, None) for key in ("sparsity", "l0_target", "k")}
     if knobs["l0_target"] is not None:
-        knobs["sparsity"] = None  # where λ began says nothing of the result
+        knobs["sparsity"] = None  # the initial λ does not decide the result
     spliced = losses.spliced[index] if losses else None
     return {
         "name": config.name,

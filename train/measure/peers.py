@@ -1,8 +1,8 @@
-"""The same autoencoder by other tools' definitions of R², L0 and dead, for reading numbers that those tools gave.
+"""Measures autoencoders by other tools' definitions of R², L0 and dead latents, for comparison with their numbers.
 
-Ours are in metrics.py. Each class states one tool's definitions, takes batches, and names the release it follows; where
-a definition depends on the batch, a batch is `metrics.ROWS_AT_A_TIME` rows here. The tests hold them against numbers
-that the tools' own code gave (tests/golden/peers.py).
+Our definitions are in metrics.py. Each class implements one tool's definitions and names the release it follows. Where
+a definition depends on the batch, a batch is `metrics.ROWS_AT_A_TIME` rows here. Tests compare the classes with numbers
+from the tools' own code (tests/golden/peers.py).
 """
 
 import math
@@ -17,10 +17,12 @@ from train.autoencoder import Autoencoder
 from train.measure.metrics import reconstructions
 
 Numbers = dict[str, float | None]
-"""r2, l0, dead, and r2_legacy where a tool has two of them."""
+"""r2, l0 and dead; and r2_legacy for a tool that defines R² twice."""
 
 
 class PeerMetrics(ABC):
+    """One tool's metrics of one autoencoder: call `add` with each batch, then `result`."""
+
     name: ClassVar[str]
 
     @abstractmethod
@@ -36,10 +38,10 @@ class SAELensMetrics(PeerMetrics):
     """SAELens 6.54.12, sae_lens/evals.py and sae_lens/training/sae_trainer.py.
 
     r2         `explained_variance`: 1 - mean |x - x̂|² / (mean |x|² - |mean x|²) over all batches: our R²
-    r2_legacy  `explained_variance_legacy`: mean over tokens of 1 - |x - x̂|² / |x - batch mean|², a ratio a token
-    l0         non-zero latents a token
-    dead       `sparsity/below_1e-5`: latents that fire on less than 1e-5 of the tokens. (Its `dead_features` needs
-               training steps: silent for more than `dead_feature_window`, 1000 of them.)
+    r2_legacy  `explained_variance_legacy`: mean over tokens of 1 - |x - x̂|² / |x - batch mean|², a ratio per token
+    l0         non-zero latents per token
+    dead       `sparsity/below_1e-5`: latents that fire on less than 1e-5 of the tokens. (Its `dead_features` counts
+               training steps: inactive for more than `dead_feature_window`, 1000 steps.)
     """
 
     name = "SAELens"
@@ -70,10 +72,10 @@ class SAELensMetrics(PeerMetrics):
 class DictionaryLearningMetrics(PeerMetrics):
     """dictionary_learning 0.1.0, dictionary_learning/evaluation.py.
 
-    r2    `frac_variance_explained`: mean over batches of 1 - Σ Var(x - x̂) / Σ Var(x). The variance of the residual
-          leaves its mean out, so a constantly biased reconstruction costs nothing
-    l0    mean over batches of the non-zero latents a token
-    dead  1 - `frac_alive`: latents whose activations sum to zero, which those of a signed latent may do alive
+    r2    `frac_variance_explained`: mean over batches of 1 - Σ Var(x - x̂) / Σ Var(x). A constant bias of the
+          reconstruction costs nothing, because the residual's variance ignores its mean
+    l0    mean over batches of the non-zero latents per token
+    dead  1 - `frac_alive`: latents whose activations sum to zero. A live signed latent can sum to zero too
     """
 
     name = "dictionary_learning"
@@ -101,10 +103,10 @@ class SAEBench(PeerMetrics):
     """SAEBench 0.6.0, sae_bench/evals/core/main.py.
 
     r2         `explained_variance`: 1 - A / (B - C²) with batch means A of |x - x̂|² and B of |x|², averaged over
-               batches, and C the mean over batches *and dimensions* of x²: squares where the mean of x belongs
-    r2_legacy  `explained_variance_legacy`: as SAELens's
-    l0         non-zero latents a token
-    dead       1 - `frac_alive`: latents that are never *positive*, those that only ever fire negatively among them
+               batches, and C the mean over batches *and dimensions* of x², where the mean of x would be right
+    r2_legacy  `explained_variance_legacy`: the same as in SAELens
+    l0         non-zero latents per token
+    dead       1 - `frac_alive`: latents that are never *positive*, including those that only fire negatively
     """
 
     name = "SAEBench"
@@ -140,13 +142,13 @@ PEERS: tuple[type[PeerMetrics], ...] = (SAELensMetrics, DictionaryLearningMetric
 
 
 def legacy_ratios(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_in"]) -> float:
-    """Σ over tokens of 1 - |x - x̂|² / |x - batch mean|²."""
+    """Returns the sum over tokens of 1 - |x - x̂|² / |x - batch mean|²."""
     residuals = (x - x_hat).double().square().sum(1)
     return (1 - residuals / (x - x.mean(0)).double().square().sum(1)).sum().item()
 
 
 def by_peers(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> dict[str, Numbers]:
-    """What each tool would say of an autoencoder on raw activations."""
+    """Returns each tool's metrics of an autoencoder on raw activations, by the tool's name."""
     peers = [peer() for peer in PEERS]
     for x, f, x_hat in reconstructions(sae, rows, device):
         for peer in peers:

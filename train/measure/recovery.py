@@ -1,12 +1,12 @@
-"""How much of the truth an autoencoder found, where the truth is known: on a synthetic store (shared/synthetic.py).
+"""Measures how many of a synthetic store's known features an autoencoder recovered (shared/synthetic.py).
 
-Directed features are +a_i, and -a_i of a bipolar feature; directions that can match one are a latent's decoder row and,
-for signed latents, its negative: each pole that fires on more than 1e-4 of the held-out rows.
+Directed features are +a_i and, for a bipolar feature, -a_i as well. They are matched against the poles of latents: a
+decoder row and, for signed latents, its negative. Only poles that fire on more than 1e-4 of the held-out rows count.
 
-    rec     share of the directed features whose best such direction has a cosine above 0.9
+    rec     share of the directed features whose best pole has a cosine above 0.9
     mcs     mean over the directed features of that best cosine
-    slope   of f on the true coefficient, by least squares through the origin, over the active directed features with a
-            match: below 1 where latents are shrunk or miss a feature that is there
+    slope   slope of f over the true coefficient, by least squares through the origin, over the active directed features
+            with a match: below 1 when latents are shrunk or miss an active feature
 """
 
 from collections.abc import Iterator
@@ -32,39 +32,42 @@ FEATURES_AT_A_TIME: Final = 1024
 
 @dataclass(frozen=True)
 class Recovery:
+    """The metrics above, for one autoencoder."""
+
     rec: float
     mcs: float
     slope: float | None
-    """None where nothing matched."""
+    """None when nothing matched."""
 
 
 @dataclass(frozen=True)
 class FeatureMatches:
-    """The best pole for every directed feature."""
+    """The best-matching pole for every directed feature."""
 
     cosine: Float[Tensor, " directed"]
-    """0 where no pole fires."""
+    """Cosine of the feature and the pole; 0 when no pole fires."""
     latent: Int[Tensor, " directed"]
     sign: Float[Tensor, " directed"]
-    """Of the pole: 1 or -1."""
+    """The pole's sign, 1 or -1."""
 
 
 @dataclass(frozen=True)
 class KnownFeatures:
-    """The truth behind the held-out rows."""
+    """The features that the held-out rows were made from."""
 
     truth: TrueFeatures
     codes: SyntheticCodes
-    """Of the rows, in the order in which `read_heldout` gives them."""
+    """The true coefficients of the rows, in the order of `read_heldout`."""
 
     @classmethod
     def of(cls, rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> "KnownFeatures | None":
-        """Of the committed rows marked in `keep` [contexts, context]; None for a store that was harvested."""
+        """Returns the features of the committed rows marked in `keep` [contexts, context], or None for a store that was
+        harvested."""
         truth = truth_of(rows.store.spec.model)
         return None if truth is None else cls(truth, truth.codes(places(rows, keep)))
 
     def recovery(self, sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> Recovery:
-        """Of one autoencoder, on the held-out rows."""
+        """Measures one autoencoder on the held-out rows."""
         fired = torch.zeros(2, sae.config.d_sae, dtype=torch.float64, device=device)
         for _, f in encoded(sae, rows, device):
             fired += torch.stack([(f > 0).sum(0), (f < 0).sum(0)])
@@ -97,12 +100,12 @@ class KnownFeatures:
 
 
 def places(rows: HookRows, keep: NDArray[np.bool_] | RowMask) -> NDArray[np.int64]:
-    """Positions in the token stream of the rows that `read_heldout` gives, in its order."""
+    """Returns the positions in the token stream of the rows that `read_heldout` returns, in the same order."""
     return norms_and_places(rows, keep)[1]
 
 
 def encoded(sae: Autoencoder, rows: Tensor, device: str) -> Iterator[tuple[int, Float[Tensor, "part d_sae"]]]:
-    """The number of the first row, and the code of that row and those after it."""
+    """Yields the codes of some rows at a time, each with the index of its first row."""
     for start in range(0, len(rows), ROWS_AT_A_TIME):
         yield start, sae.encode(rows[start : start + ROWS_AT_A_TIME].to(device).float())
 
@@ -110,13 +113,14 @@ def encoded(sae: Autoencoder, rows: Tensor, device: str) -> Iterator[tuple[int, 
 def best_poles(
     directed: Float[Tensor, "directed d_in"], W_dec: Float[Tensor, "d_sae d_in"], fires: Bool[Tensor, "2 d_sae"]
 ) -> FeatureMatches:
-    """`fires`: the positive and the negative pole of each latent. One that does not fire matches nothing."""
+    """Finds the pole with the largest cosine for every directed feature. `fires` says which positive and negative poles
+    fire; the others match nothing."""
     unit = W_dec / W_dec.norm(dim=1, keepdim=True).clamp_min(1e-8)
     poles = torch.cat([unit, -unit])
-    silent = ~fires.reshape(-1)
+    inactive = ~fires.reshape(-1)
     cosines, numbers = [], []
     for part in torch.split(directed, FEATURES_AT_A_TIME):
-        best = (part @ poles.T).masked_fill(silent, -2.0).max(dim=1)
+        best = (part @ poles.T).masked_fill(inactive, -2.0).max(dim=1)
         cosines.append(best.values)
         numbers.append(best.indices)
     cosine, number = torch.cat(cosines), torch.cat(numbers)

@@ -1,1 +1,1 @@
-"""What a training run will do, worked out before it begins: its job, memory, waves, ranks."""
+"""Plans a training run before it begins: its job, memory, waves, and what each rank trains."""

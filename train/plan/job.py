@@ -1,4 +1,4 @@
-"""What a training run will do, worked out before anything is written."""
+"""Works out what a training run will do (rows, steps, precision, folder) before anything is written."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import is_remote
 from shared.progress import say
-from shared.saes import SAEConfig, Thresholded
+from shared.saes import ARCHITECTURES, FixedL0, SAEConfig
 from shared.store.listing import folder_name
 from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
@@ -28,70 +28,87 @@ from train.data.norm_filter import FilteredRows, left_out, norm_limit, recorded_
 from train.data.order import ReadOrder, Split, make_order, rows_in_shards, rows_together, split_rows
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows, KeptRows
-from train.data.snapshot import SnapshotWatch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
+from train.data.snapshot import (
+    SnapshotWatch,
+    as_ranges,
+    as_recorded,
+    content_of,
+    content_of_spec,
+    followed_snapshot,
+    is_earlier,
+)
 from train.fit.optim import usual_warmup
 from train.runs.folder import FREE, RunFolder
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
-"""So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times
-that of independent rows (tests/train/test_shuffle.py)."""
+"""A run may have one chunk per this many `window_rows`: the variance of a batch's mean then stays near 1.15 times that
+of independent rows (tests/train/test_shuffle.py)."""
+
+SCALARS: Final = {"theta0", "bandwidth", "sparsity"}
+"""Settings of an autoencoder that become numbers of float32."""
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """A configuration with every question answered, before anything is written."""
+    """A training run with every setting resolved."""
 
     config: TrainConfig
+    """The configuration; settings that the user left open are as the resumed run recorded them."""
     store: Store
+    """The store, restricted to the shards that the run reads."""
     hook: str
     parts: Split
     passes: PassSource
     streams: int
     steps: int
+    """Steps of each wave."""
     epoch_rows: int
+    """Training rows in an epoch."""
     heldout_rows: int
     matmul: torch.dtype
     folder: RunFolder
     identity: dict[str, Any]
+    """The content of config.json: everything that decides the result."""
     on_cpu: bool
     waves: tuple[tuple[SAEConfig, ...], ...]
-    """Which autoencoders are trained together, one wave after another (train/plan/waves.py)."""
+    """The autoencoders of each wave. Those of one wave are trained together (train/plan/waves.py)."""
     asked: TrainConfig
-    """What was asked for. In `config`, what was left to be decided is as the run that is here began with."""
+    """The configuration as the user gave it."""
     watch: SnapshotWatch
     wave: int = 1
-    """Whose turn it is."""
+    """The wave that is trained, counted from 1."""
     left_out: FilteredRows | None = None
-    """What `max_norm` leaves out. `parts.train` is without it, `parts.heldout` is not: both are measured."""
+    """The rows that `max_norm` leaves out. `parts.train` excludes them. `parts.heldout` includes them, because R² is
+    measured with and without them."""
     rows_left_out: int = 0
-    """Of those that would count."""
+    """How many of the rows that would count are left out."""
 
     @property
     def saes(self) -> tuple[SAEConfig, ...]:
-        """Of this wave."""
+        """The autoencoders of this wave."""
         return self.waves[self.wave - 1]
 
     @property
     def title(self) -> str:
-        """What this part of the run is called."""
+        """The run's folder and, if it has several, the wave: a prefix for messages."""
         return f"{self.folder.path}" + (f", wave {self.wave} of {len(self.waves)}" if len(self.waves) > 1 else "")
 
     def in_waves(self, waves: tuple[tuple[SAEConfig, ...], ...]) -> "TrainJob":
         return replace(self, waves=waves)
 
-    def turn(self, wave: int) -> "TrainJob":
+    def for_wave(self, wave: int) -> "TrainJob":
         return replace(self, wave=wave)
 
     @cached_property
     def statistics(self) -> Statistics:
-        """What the activations are normalised with: of the store, or of the first segment of one that grows. Waits for
-        that segment, and writes it into the run's folder."""
+        """The mean and scale that activations are normalised with: those of the store or, with `follow`, of the first
+        segment. Then it waits for that segment, which is recorded in the run's folder. Raises UserError when all
+        activations are equal."""
         found = statistics(self.passes.get(0).rows.store, self.hook, self.left_out)
         if not found.scale > 0:
             raise UserError(
-                f"{self.store.name}/{self.hook}: all activations are equal, as far as {self.store.spec.dtype} tells "
-                "them apart; there is nothing to learn. Where they differ a little about a large mean, harvest with "
-                "--set store_dtype=float32"
+                f"{self.store.name}/{self.hook}: all activations are equal in {self.store.spec.dtype}, so there is "
+                "nothing to learn. If they differ a little around a large mean, harvest with --set store_dtype=float32"
             )
         return found
 
@@ -102,7 +119,7 @@ class TrainJob:
 
     @property
     def longest_window(self) -> int:
-        """Rows."""
+        """The number of rows in the longest window."""
         unit_rows: int = self.identity["run_chunks"] * self.store.spec.layouts()[self.hook].chunk_rows
         if isinstance(self.passes, FixedSnapshot):
             return self.passes.whole.order.longest * unit_rows
@@ -110,18 +127,18 @@ class TrainJob:
 
     @property
     def most_windows(self) -> int:
-        """In an epoch of a stream."""
+        """The maximum number of windows in an epoch of one stream."""
         if isinstance(self.passes, FixedSnapshot):
             return self.passes.whole.order.windows_full + 1
         return self.store.spec.n_tokens
 
     def heldout_store(self, stop_asked: Callable[[], bool]) -> Store:
-        """The store with every held-out row that it will have."""
+        """Returns the store with all held-out rows; with `follow` it waits until they are committed."""
         if not isinstance(self.passes, Segments):
             return self.store
         spec = self.store.spec
         shards = RowMask.of(self.parts.heldout).shards(spec.shard_rows, spec.n_tokens)
-        return self.passes.complete(set(shards), stop_asked)
+        return self.passes.wait_for_shards(set(shards), stop_asked)
 
 
 def make_job(
@@ -130,63 +147,93 @@ def make_job(
     leads: bool = True,
     gather: Callable[[list[int]], list[list[int]]] = lambda mine: [mine],
 ) -> TrainJob:
-    """Raises UserError for a store that does not fit the configuration. `leads`: whether this process decides what is
-    read next from a store that grows. `gather` gives every rank's value on every rank."""
+    """Resolves a configuration. Raises UserError when the store does not fit it. `leads`: whether this process decides
+    what is read next from a growing store. `gather` returns every rank's value on every rank."""
     store, hook = find_hookpoint(config.store, config.hook)
     folder = RunFolder(config.out or default_folder(store, hook, config))
-    here = None if config.overwrite else folder.identity()  # before any rank can have begun the run
-    asked, config = config, config if here is None else taken_over(config, folder, device)
+    recorded = None if config.overwrite else folder.identity()  # before any rank can have begun the run
+    asked, config = config, config if recorded is None else with_recorded_settings(config, folder, device)
     matmul = matmul_dtype(config.precision, device)
-    run_chunks = config.run_chunks or (
-        max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
+    identity = identity_of(config, store, hook, matmul)
+    check_store(store, config, recorded is None)
+    check_settings(config, store)
+    if recorded is None:
+        check_saes(config.saes)
+    if recorded is not None and folder.differs(
+        {**identity, "warmup_steps": asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps"))}
+    ):
+        recorded = None  # the folder holds another run: `train` says so
+    if recorded is not None:
+        store = recorded_shards(store, hook, recorded, folder, config.follow)
+    if not config.follow:
+        store = store.only(committed_on_all_ranks(gather(list(store.commits))))
+    limit = norm_limit(store, hook, config) if recorded is None else recorded_limit(recorded, f"{folder.path}")
+    massive = left_out(store, hook, limit)
+    every = split_rows(store.token_rows(check=False), config)
+    parts = without(every, massive)
+    heldout_rows, epoch_rows, steps = count_rows_and_steps(store, parts, config)
+    check_compiler(config, device)
+    config = config.model_copy(update={"warmup_steps": warmup(config, steps, recorded)})
+    identity |= rows_identity(store, hook, config, limit, recorded)
+    passes, streams = make_passes(config, store, hook, parts, identity["run_chunks"], folder.path, leads)
+    if leads:
+        say_unreached_bounds(asked, store, hook, streams, identity["run_chunks"])
+    job = TrainJob(
+        config=config,
+        store=store,
+        hook=hook,
+        parts=Split(parts.train, every.heldout),
+        passes=passes,
+        streams=streams,
+        steps=steps,
+        epoch_rows=epoch_rows,
+        heldout_rows=heldout_rows,
+        matmul=matmul,
+        folder=folder,
+        identity=identity,
+        on_cpu=device.type == "cpu",
+        waves=(config.saes,),
+        asked=asked,
+        watch=SnapshotWatch(store, hook),
+        left_out=massive,
+        rows_left_out=count_marked(every) - count_marked(parts),
     )
-    identity = {
+    if not config.follow:
+        _ = job.statistics  # raises UserError when all activations are equal
+    return job
+
+
+def identity_of(config: TrainConfig, store: Store, hook: str, matmul: torch.dtype) -> dict[str, Any]:
+    """Returns what decides a run's result, as far as the configuration and the store decide it."""
+    usual_chunks = max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
+    return {
         **config.model_dump(mode="json"),
         "store": store.location,
         "hook": hook,
         "precision": "tf32" if config.precision == "tf32" else str(matmul).removeprefix("torch."),
-        "run_chunks": run_chunks,
+        "run_chunks": config.run_chunks or usual_chunks,
     }
-    check_store(store, config, here is None)
-    check_settings(config, store)
-    if here is not None and folder.differs(
-        {**identity, "warmup_steps": kept_or(config.warmup_steps, here.get("warmup_steps"))}
-    ):
-        here = None  # another run: `train` says so
-    if here is not None:
-        store = of_the_run(store, hook, here, folder, config.follow)
-    if not config.follow:
-        store = store.only(seen_by_all(gather(list(store.commits))))
-    limit = norm_limit(store, hook, config) if here is None else recorded_limit(here, f"{folder.path}")
-    massive = left_out(store, hook, limit)
-    every = split_rows(store.token_rows(check=False), config)
-    parts = without(every, massive)
-    heldout_rows, epoch_rows, steps = amounts(store, parts, config)
-    check_compiler(config, device)
-    config = config.model_copy(update={"warmup_steps": warmup(config, steps, here)})
-    rows = {"snapshot": follows(store, hook)} if config.follow else snapshot_of(store, hook)
-    if here is not None:
-        rows = {key: here[key] for key in ("snapshot", "shards") if key in here}
-    identity |= {**rows, "norm_limit": limit, "warmup_steps": here.get("warmup_steps") if here else config.warmup_steps}
-    passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
-    if leads:
-        say_what_is_less(asked, store, hook, streams, run_chunks)
-    job = TrainJob(
-        config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
-        matmul, folder, identity, device.type == "cpu", (config.saes,), asked, SnapshotWatch(store, hook),
-        left_out=massive, rows_left_out=marked(every) - marked(parts),
-    )  # fmt: skip
-    if not config.follow:
-        _ = job.statistics  # raises where there is nothing to learn
-    return job
 
 
-def amounts(store: Store, parts: Split, config: TrainConfig) -> tuple[int, int, int]:
-    """Held-out rows, training rows of an epoch, and steps of the run. Raises UserError where there are too few."""
-    there = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
-    heldout_rows, epoch_rows = (rows_in_shards(marks, store.spec, there) for marks in (parts.heldout, parts.train))
+def rows_identity(
+    store: Store, hook: str, config: TrainConfig, limit: float | None, recorded: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Returns the rest of it: which rows are read, the norm limit and the warm-up. A resumed run keeps what it
+    recorded."""
+    if recorded is not None:
+        rows: dict[str, Any] = {key: recorded[key] for key in ("snapshot", "shards") if key in recorded}
+        return {**rows, "norm_limit": limit, "warmup_steps": recorded.get("warmup_steps")}
+    read = {"snapshot": followed_snapshot(store, hook)} if config.follow else snapshot_of(store, hook)
+    return {**read, "norm_limit": limit, "warmup_steps": config.warmup_steps}
+
+
+def count_rows_and_steps(store: Store, parts: Split, config: TrainConfig) -> tuple[int, int, int]:
+    """Returns the number of held-out rows, of training rows in an epoch, and of the run's steps. Raises UserError when
+    there are too few of any."""
+    shards = np.arange(store.spec.n_shards) if config.follow else store.commits.shards
+    heldout_rows, epoch_rows = (rows_in_shards(marks, store.spec, shards) for marks in (parts.heldout, parts.train))
     if not heldout_rows:
-        raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest go on, then train")
+        raise UserError(f"{store.name}: no held-out context is committed yet. Let sagsae harvest continue, then train")
     steps = (config.tokens or epoch_rows) // config.batch
     if steps < 1:
         raise UserError(
@@ -197,20 +244,20 @@ def amounts(store: Store, parts: Split, config: TrainConfig) -> tuple[int, int, 
 
 
 def check_compiler(config: TrainConfig, device: torch.device) -> None:
-    """Raises UserError where steps are to be compiled and nothing can do it."""
+    """Raises UserError when steps are to be compiled on a CPU and there is no C++ compiler."""
     needed = config.compile and device.type == "cpu"
     if needed and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise UserError("compile = true: there is no C++ compiler here. Install g++, or leave compile off")
 
 
 def snapshot_of(store: Store, hook: str) -> dict[str, str]:
-    """What a run records of the rows that it reads."""
+    """Returns what a run records of the rows that it reads."""
     return {"snapshot": content_of(store, hook), "shards": as_ranges(store.commits)}
 
 
-def of_the_run(store: Store, hook: str, here: dict[str, Any], folder: RunFolder, follow: bool) -> Store:
-    """The shards that the run which is here reads. Says it where the store has more by now."""
-    found = as_recorded(store, hook, here, f"{folder.path}")
+def recorded_shards(store: Store, hook: str, recorded: dict[str, Any], folder: RunFolder, follow: bool) -> Store:
+    """Returns the store restricted to the shards that the resumed run reads, and says so when it has more by now."""
+    found = as_recorded(store, hook, recorded, f"{folder.path}")
     if not follow and len(found.commits) < len(store.commits):
         say(
             f"{folder.path}: reads the {len(found.commits):,} shards that {store.name} had when it began; there are "
@@ -219,16 +266,19 @@ def of_the_run(store: Store, hook: str, here: dict[str, Any], folder: RunFolder,
     return found
 
 
-def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> TrainConfig:
-    """What the configuration leaves open, as the run that is here has it: the precision, whatever this machine would
-    take; what is read together; the warm-up. And its autoencoders in the run's order."""
+def with_recorded_settings(config: TrainConfig, folder: RunFolder, device: torch.device) -> TrainConfig:
+    """Returns the configuration with the recorded values of what it leaves open (`precision = auto`, `run_chunks`), and
+    with its autoencoders in the recorded order."""
     run = folder.config()
     found: dict[str, Any] = {}
     if config.precision == "auto":
-        here = str(matmul_dtype("auto", device)).removeprefix("torch.")
+        automatic = str(matmul_dtype("auto", device)).removeprefix("torch.")
         found["precision"] = run.precision
-        if run.precision not in ("auto", here):
-            say(f"{folder.path}: goes on with {run.precision} products, as it began; precision = auto would be {here}")
+        if run.precision not in ("auto", automatic):
+            say(
+                f"{folder.path}: resumes with {run.precision} products, as it began; precision = auto would be "
+                f"{automatic}"
+            )
     if config.run_chunks is None:
         found["run_chunks"] = run.run_chunks
     by_name = {sae.name: sae for sae in config.saes}
@@ -239,22 +289,34 @@ def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> 
 
 
 def check_settings(config: TrainConfig, store: Store) -> None:
-    """Raises UserError for a setting that could not be kept."""
+    """Raises UserError for a setting that cannot be applied."""
     context = store.spec.context
     for position in config.exclude_positions or ():
         if not 0 <= position < context:
             raise UserError(
-                f"exclude_positions: {position} is no position of a context of {context}; the last one is {context - 1}"
+                f"exclude_positions: a context of {context} has no position {position}; the last one is {context - 1}"
             )
-    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+    sparse = [name for name, architecture in ARCHITECTURES.items() if architecture.sparse_step]
+    if config.step == "sparse" and not any(sae.arch in sparse for sae in config.saes):
         raise UserError(
-            "step = sparse: is a way to compute gated architectures (sa-gsae, gated), and none is asked for. Leave it "
-            "out"
+            f"step = sparse: works for gated architectures only ({', '.join(sparse)}), and none is asked for. "
+            "Leave it out"
         )
 
 
-def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:
-    """In a line each: settings that were given, are upper bounds, and are not reached on this store."""
+def check_saes(saes: tuple[SAEConfig, ...]) -> None:
+    """Raises UserError for a setting of an autoencoder that could not be kept. Those of earlier versions may have one:
+    they cut it."""
+    for sae in saes:
+        if isinstance(sae, FixedL0) and (sae.aux_k or 0) > sae.d_sae:
+            raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
+        for key in SCALARS & dict(sae).keys():
+            if getattr(sae, key) > torch.finfo(torch.float32).max:
+                raise UserError(f"{key}: {getattr(sae, key):g} is too large for float32 ({sae.name})")
+
+
+def say_unreached_bounds(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:
+    """Prints a line for each upper bound that the user set and that this store does not reach."""
     given, spec = asked.model_fields_set, store.spec
     tenth = max(1, spec.n_contexts // 10)
     if "heldout_tokens" in given and -(-asked.heldout_tokens // spec.context) > tenth:
@@ -263,7 +325,7 @@ def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, 
             f"{tenth * spec.context:,}"
         )
     if "streams" in given and streams < asked.streams:
-        say(f"streams = {asked.streams}: the store is small and is read in {streams}")
+        say(f"streams = {asked.streams}: the store is small, so it is read in {streams}")
     layout = store.spec.layouts()[hook]
     per_shard = layout.shard_rows // layout.chunk_rows
     if "run_chunks" in given and run_chunks > per_shard:
@@ -273,16 +335,16 @@ def say_what_is_less(asked: TrainConfig, store: Store, hook: str, streams: int, 
         say(f"window_rows = {asked.window_rows:,}: a window of a stream has at least one run, here {least:,} rows")
 
 
-def kept_or(asked: Any, recorded: Any) -> Any:
+def asked_or_recorded(asked: Any, recorded: Any) -> Any:
     return recorded if asked is None else asked
 
 
-def warmup(config: TrainConfig, steps: int, here: dict[str, Any] | None) -> int:
-    """Steps of the warm-up: as many as were asked for, as the run that is here has, or the usual number. Raises
-    UserError for more than the run has."""
-    if here is not None and is_earlier(here):  # which cut what was asked for
-        return min(int(here.get("warmup_steps") or 0), steps // 20)
-    asked: int | None = kept_or(config.warmup_steps, here.get("warmup_steps") if here else None)
+def warmup(config: TrainConfig, steps: int, recorded: dict[str, Any] | None) -> int:
+    """Returns the number of warm-up steps: the user's, else what the resumed run recorded, else the usual number.
+    Raises UserError when it is more than the run has."""
+    if recorded is not None and is_earlier(recorded):  # earlier versions cut long warm-ups
+        return min(int(recorded.get("warmup_steps") or 0), steps // 20)
+    asked: int | None = asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps") if recorded else None)
     if asked is None:
         return usual_warmup(steps)
     if asked > steps:
@@ -292,18 +354,18 @@ def warmup(config: TrainConfig, steps: int, here: dict[str, Any] | None) -> int:
     return asked
 
 
-def marked(parts: Split) -> int:
+def count_marked(parts: Split) -> int:
     return sum(every.count(0, len(every)) for every in map(RowMask.of, (parts.train, parts.heldout)))
 
 
-def seen_by_all(shards: list[list[int]]) -> list[int]:
-    """Of the shards that each rank found committed. A harvest may commit one while the ranks open its store."""
+def committed_on_all_ranks(shards: list[list[int]]) -> list[int]:
+    """Returns the shards that every rank found committed. A harvest may commit one while the ranks open its store."""
     everywhere = set.intersection(*map(set, shards))
     return [shard for shard in shards[0] if shard in everywhere]
 
 
 def check_store(store: Store, config: TrainConfig, new: bool) -> None:
-    """Raises where there is nothing to train on. `new`: whether the run begins."""
+    """Raises UserError or DamagedError when there is nothing to train on. `new`: whether the run is new."""
     if store.state == "final" and store.missing:
         raise DamagedError(f"{store.name}: is final, but shards {store.missing} are not in its manifest")
     if config.follow:
@@ -317,7 +379,7 @@ def check_store(store: Store, config: TrainConfig, new: bool) -> None:
 def make_passes(
     config: TrainConfig, store: Store, hook: str, parts: Split, run_chunks: int, folder: Path, leads: bool
 ) -> tuple[PassSource, int]:
-    """What is read in each epoch, and in how many streams."""
+    """Returns the source of passes, and the number of streams they are read in."""
     layout = store.spec.layouts()[hook]
     unit_rows = run_chunks * layout.chunk_rows
     block_rows = rows_together(layout.dtype.itemsize * layout.row_shape[0], layout.chunk_rows)
@@ -328,7 +390,7 @@ def make_passes(
         return FixedSnapshot(StorePass(rows, KeptRows(rows, parts.train), units, unit_rows, order)), order.streams
     window_units = max(1, config.window_rows // (config.streams * unit_rows))
 
-    known: dict[int, NDArray[np.uint8]] = {}  # a shard's rows are marked alike in every pass
+    known: dict[int, NDArray[np.uint8]] = {}  # a shard has the same marks in every pass
 
     def make_pass(part: Store) -> StorePass:
         rows = HookRows.of(part, hook)
@@ -336,41 +398,44 @@ def make_passes(
         order = ReadOrder(len(units), config.streams, window_units, config.seed, block_rows)
         return StorePass(rows, KeptRows(rows, parts.train, known), units, unit_rows, order)
 
-    def enough(part: Store) -> bool:
+    def has_enough(part: Store) -> bool:
         return part.n_rows >= config.streams * window_units * unit_rows
 
-    return Segments(store, folder, leads, make_pass, enough, partial(content_of, hook=hook)), config.streams
+    return Segments(store, folder, leads, make_pass, has_enough, partial(content_of, hook=hook)), config.streams
 
 
 def default_folder(store: Store, hook: str, config: TrainConfig) -> Path:
-    """By its name; or the one in which an earlier sagsae, which named runs otherwise, began what is asked for."""
+    """Returns the folder `runs/NAME`, or the folder in which an earlier version of sagsae, which named runs
+    differently, began the same run."""
     usual = Path("runs") / run_name(store, hook, config)
     if usual.exists() or config.overwrite:
         return usual
     for path in sorted(usual.parent.glob(f"{usual.name.rpartition('-')[0]}-????????")):
         try:
-            here = RunFolder(path).identity()
+            recorded = RunFolder(path).identity()
         except DamagedError:
             continue
-        if here and is_earlier(here) and here["snapshot"] == store.snapshot_id and asks_for(config, hook, here):
-            say(f"{path}: was begun by an earlier sagsae with these settings; it is taken")
+        if not recorded or not is_earlier(recorded) or recorded["snapshot"] != store.snapshot_id:
+            continue
+        if matches_run(config, hook, recorded):
+            say(f"{path}: was begun by an earlier version of sagsae with these settings, and is resumed")
             return path
     return usual
 
 
-def asks_for(config: TrainConfig, hook: str, here: dict[str, Any]) -> bool:
-    """Whether a configuration asks for an earlier sagsae's run, as far as it says."""
+def matches_run(config: TrainConfig, hook: str, recorded: dict[str, Any]) -> bool:
+    """Whether every setting that a configuration fixes is as in a run of an earlier version."""
     asked = config.model_dump(mode="json", exclude=FREE | {"hook", "saes"})
     left_open = {"precision": "auto", "run_chunks": None, "warmup_steps": None}
     said = {key: value for key, value in asked.items() if key not in left_open or value != left_open[key]}
     saes = config.model_dump(mode="json")["saes"]
-    same = here.get("hook") == hook and all(here.get(key) == value for key, value in said.items())
-    return same and len(saes) == len(here["saes"]) and all(sae in here["saes"] for sae in saes)
+    same = recorded.get("hook") == hook and all(recorded.get(key) == value for key, value in said.items())
+    return same and len(saes) == len(recorded["saes"]) and all(sae in recorded["saes"] for sae in saes)
 
 
 def run_name(store: Store, hook: str, config: TrainConfig) -> str:
-    """The same command gives the same name; any setting that matters changes it. What only this machine decides does
-    not, nor how many shards there are: a run that is here goes on with what it began with."""
+    """Returns a run's default name. Every setting that decides the result changes it; settings that depend on the
+    machine, and the number of committed shards, do not, because a resumed run keeps what it recorded."""
     asked = config.model_dump(mode="json", exclude=FREE | {"hook", "saes"}, exclude_defaults=True)
     saes = sorted(json.dumps(sae.model_dump(mode="json"), sort_keys=True) for sae in config.saes)
     rows = content_of_spec(store, hook), str(store.spec.model.get("commit"))

@@ -1,4 +1,4 @@
-"""Which rank trains which autoencoders of a run, where each has some to itself."""
+"""Assigns a run's autoencoders to ranks in a sweep, where each rank trains its own autoencoders on whole batches."""
 
 from collections.abc import Sequence
 
@@ -7,13 +7,13 @@ from shared.errors import UserError
 from shared.saes import SAEConfig
 
 UNEVEN = 1.25
-"""How many times the mean a rank's share of the latents may be, for `auto` to share autoencoders out."""
+"""`parallel = auto` sweeps when the largest rank's latents are at most this many times the mean."""
 
 
 def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
-    """Each rank's autoencoders. None where every rank trains all of them on its part of each batch. Raises UserError
-    when a sweep has fewer autoencoders than ranks, or when parts of a batch would not be equal."""
-    shares = dealt(config.saes, ranks)
+    """Returns each rank's autoencoders in a sweep, or None when every rank trains all of them on its share of each
+    batch. Raises UserError when a sweep has fewer autoencoders than ranks, or when the batch does not divide evenly."""
+    shares = deal_out(config.saes, ranks)
     even = latents(max(shares, key=latents)) * ranks <= UNEVEN * sum(map(latents, shares))
     if config.parallel == "sweep" and not all(shares):
         raise UserError(
@@ -23,26 +23,27 @@ def shared_out(config: TrainConfig, ranks: int) -> list[list[SAEConfig]] | None:
     parts = config.parts or 1
     if config.batch % parts:
         raise UserError(
-            f"parts = {parts}: a --batch of {config.batch} does not divide into so many equal parts. Choose a divisor "
-            "of it"
+            f"parts = {parts}: a --batch of {config.batch} does not divide into {parts} equal micro-batches. Choose a "
+            "divisor of it"
         )
     if config.parallel == "sweep" or (config.parallel == "auto" and ranks > 1 and even):
         return shares
     if config.parts and config.parts % ranks:
         raise UserError(
-            f"parts = {config.parts}: {ranks} processes cannot share out so many parts of a batch evenly. Choose a "
-            "multiple of their number"
+            f"parts = {config.parts}: {ranks} processes cannot share {config.parts} micro-batches evenly. Choose a "
+            f"multiple of {ranks}"
         )
     if config.batch % ranks:
         raise UserError(
             f"{ranks} processes cannot share a batch of {config.batch} evenly. Choose a --batch that is a multiple of "
-            "their number"
+            f"{ranks}"
         )
     return None
 
 
-def dealt(saes: Sequence[SAEConfig], ranks: int) -> list[list[SAEConfig]]:
-    """The widest first, each to the rank with the fewest latents so far; none to some where there are too few."""
+def deal_out(saes: Sequence[SAEConfig], ranks: int) -> list[list[SAEConfig]]:
+    """Deals autoencoders to ranks: the widest first, each to the rank with the fewest latents so far. A rank gets none
+    when there are fewer autoencoders than ranks."""
     shares: list[list[SAEConfig]] = [[] for _ in range(ranks)]
     for sae in sorted(saes, key=lambda sae: -sae.d_sae):
         min(shares, key=latents).append(sae)

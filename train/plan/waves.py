@@ -1,8 +1,7 @@
-"""Which autoencoders of a run are trained together: all of them, or as many at a time as the device's memory takes.
+"""Groups a run's autoencoders into waves that fit into the device's memory. Each wave is trained in its own pass.
 
-Autoencoders never depend on one another, so each wave, in a pass over the same data of its own, ends with the bits that
-one stack would have ended with. The waves are written into the run's record when it begins, and a run that goes on
-keeps to them.
+Autoencoders never depend on one another, and every wave reads the same data, so the result has the same bits as if all
+were trained together. The waves are recorded when the run begins, and a resumed run keeps them.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,55 +16,57 @@ from shared.progress import say
 from shared.saes import SAEConfig
 from train.plan.job import TrainJob
 from train.plan.memory import MemoryNeed, circumstances, most_streams, needs_of, reader_bytes, together
-from train.plan.sweep import dealt
+from train.plan.sweep import deal_out
 from train.ranks import Ranks
 
 KEPT_FREE: Final = 0.1
-"""Share of what is free that is left alone: memory comes in pieces, and libraries take some that nobody counts."""
+"""Share of the free memory that is not used, for fragmentation and for what libraries allocate."""
 
-HOLES: Final = 2.5
-"""Times what a run takes that must be there for it to keep what it frees: between large pieces there are holes, which
-made one wide run take 1.8 times as much (docs/benchmarks.md)."""
+FRAGMENTATION: Final = 2.5
+"""Freed memory is kept for the next batch only when this many times the estimate is available: kept memory fragments,
+and fragmentation once cost 1.8 times the estimate (docs/records/benchmarks.md)."""
 
 Saes = tuple[SAEConfig, ...]
 
 
-def planned(job: TrainJob, ranks: Ranks, sweep: bool) -> TrainJob:
-    """The job with its waves, said to the user: those of the run that is here, or as few as fit. Raises UserError on
-    every rank, before anything is written, for an autoencoder that does not fit even alone, and for waves of a run that
-    is here which do not fit any more. Where there is plenty, the process keeps from here on what it frees."""
-    at = circumstances(job, sweep, ranks.count)
+def plan_waves(job: TrainJob, ranks: Ranks, sweep: bool) -> TrainJob:
+    """Returns the job with its waves and prints the estimated memory. The waves are those that the run in the folder
+    recorded, or as few as fit. Raises UserError on every rank, before anything is written, when an autoencoder does not
+    fit even alone or a recorded wave no longer fits. When memory is plentiful, this process keeps freed memory from now
+    on."""
+    conditions = circumstances(job, sweep, ranks.count)
     streams = most_streams(job.config.batch, job.streams, 1 if sweep else ranks.count)
-    each, reader = needs_of(job.config, at), reader_bytes(job, at.rows * at.parts, streams)
-    room = the_least(ranks.gather(room_of(job, ranks.device)))
+    each, reader = needs_of(job.config, conditions), reader_bytes(job, conditions.rows * conditions.parts, streams)
+    limit = smallest_known(ranks.gather(memory_limit(job, ranks.device)))
 
     def need(saes: Sequence[SAEConfig]) -> MemoryNeed:
-        """Of the rank that needs most."""
-        shares = dealt(saes, ranks.count) if sweep else [list(saes)]
+        """Returns the memory of the rank that needs most."""
+        shares = deal_out(saes, ranks.count) if sweep else [list(saes)]
         return max(
             (together([each[sae.name] for sae in share], reader) for share in shares if share), key=lambda n: n.total
         )
 
     def fits(saes: Sequence[SAEConfig]) -> bool:
-        return room is None or need(saes).total <= room
+        return limit is None or need(saes).total <= limit
 
-    begun = ranks.gather(recorded(job))[0]
-    waves = begun or packed(job.config.saes, fits)
+    recorded = ranks.gather(recorded_waves(job))[0]
+    waves = recorded or pack_waves(job.config.saes, fits)
     for number, wave in enumerate(waves, 1):
         if not fits(wave):
-            raise too_large(job, wave, need(wave), room or 0, f"wave {number} of " if begun and len(waves) > 1 else "")
+            prefix = f"wave {number} of " if recorded and len(waves) > 1 else ""
+            raise too_large(job, wave, need(wave), limit or 0, prefix)
     if ranks.leads:
-        say(in_short(job, need(job.config.saes), room, ranks))
+        say(memory_text(job, need(job.config.saes), limit, ranks))
         if len(waves) > 1:
-            say(in_waves(waves, bool(begun)))
-    if room is None or HOLES * max(need(wave).total for wave in waves) <= room:
+            say(waves_text(waves, bool(recorded)))
+    if limit is None or FRAGMENTATION * max(need(wave).total for wave in waves) <= limit:
         reuse_memory(ranks.device)
     return job.in_waves(tuple(waves))
 
 
-def room_of(job: TrainJob, device: torch.device) -> int | None:
-    """Bytes that this process may take; None where that is not known and nobody said. Processes on one host share its
-    memory; a GPU is one process's."""
+def memory_limit(job: TrainJob, device: torch.device) -> int | None:
+    """Returns the bytes that this process may use: the setting `memory`, or 90 % of the free memory; None when that is
+    not known. Processes on one host share its memory; each GPU belongs to one process."""
     if job.config.memory != "auto":
         return job.config.memory
     free = free_memory(device)
@@ -73,12 +74,13 @@ def room_of(job: TrainJob, device: torch.device) -> int | None:
     return None if free is None else int(free * (1 - KEPT_FREE)) // beside
 
 
-def the_least(rooms: Sequence[int | None]) -> int | None:
-    return min((room for room in rooms if room is not None), default=None)
+def smallest_known(limits: Sequence[int | None]) -> int | None:
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
-def recorded(job: TrainJob) -> list[Saes] | None:
-    """The waves of the run that is here and goes on; None when a new one begins."""
+def recorded_waves(job: TrainJob) -> list[Saes] | None:
+    """Returns the waves of the run that is resumed, or None when a new run begins. Raises DamagedError when the record
+    does not fit the run's autoencoders."""
     if job.config.overwrite or not job.folder.exists():
         return None
     by_name = {sae.name: sae for sae in job.config.saes}
@@ -92,9 +94,10 @@ def recorded(job: TrainJob) -> list[Saes] | None:
         raise job.folder.damaged("record.json", "its waves are not those of its autoencoders") from None
 
 
-def packed(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes]:
-    """Waves that fit: the widest first, each into the first wave that still takes it. Within a wave, and by their first
-    one among waves, autoencoders keep their order. One that fits nowhere has a wave to itself."""
+def pack_waves(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes]:
+    """Packs autoencoders into waves that fit: the widest first, each into the first wave that still has space for it.
+    An autoencoder that fits nowhere gets its own wave. Waves, and autoencoders within a wave, keep the order of
+    `saes`."""
     waves: list[list[SAEConfig]] = []
     for sae in sorted(saes, key=lambda sae: -sae.d_sae):
         takes = next((wave for wave in waves if fits([*wave, sae])), None)
@@ -107,32 +110,32 @@ def packed(saes: Saes, fits: Callable[[Sequence[SAEConfig]], bool]) -> list[Saes
     return sorted(ordered, key=lambda wave: place[wave[0].name])
 
 
-def in_short(job: TrainJob, need: MemoryNeed, room: int | None, ranks: Ranks) -> str:
-    """What the whole run takes, part by part, against what there is."""
-    each = " in a process" if ranks.count > 1 else ""
-    there = "how much is free is not known" if room is None else f"{in_words(room)} {source(job)}"
-    return f"{job.folder.path}: takes {in_words(need.total)} of {ranks.device.type} memory{each}; {there}\n  {need}"
+def memory_text(job: TrainJob, need: MemoryNeed, limit: int | None, ranks: Ranks) -> str:
+    """Says how much memory the whole run takes, item by item, and how much may be used."""
+    each = " per process" if ranks.count > 1 else ""
+    available = "the free memory is not known" if limit is None else limit_text(job, limit)
+    return f"{job.folder.path}: takes {in_words(need.total)} of {ranks.device.type} memory{each}; {available}\n  {need}"
 
 
-def in_waves(waves: Sequence[Saes], begun: bool) -> str:
+def waves_text(waves: Sequence[Saes], resumed: bool) -> str:
     sizes = ", ".join(str(len(wave)) for wave in waves)
-    why = "The run began in waves" if begun else "They do not fit together"
+    why = "The run began in waves" if resumed else "They do not fit together"
     return f"  {why}: {len(waves)} waves of {sizes} autoencoders, one after another, each in a pass over the store"
 
 
-def source(job: TrainJob) -> str:
-    return "may be taken" + ("" if job.config.memory == "auto" else " (memory)")
+def limit_text(job: TrainJob, limit: int) -> str:
+    return f"{in_words(limit)} may be used" + ("" if job.config.memory == "auto" else " (memory)")
 
 
-def too_large(job: TrainJob, wave: Saes, need: MemoryNeed, room: int, which: str) -> UserError:
-    """`which`: of a run that is here."""
+def too_large(job: TrainJob, wave: Saes, need: MemoryNeed, limit: int, prefix: str) -> UserError:
+    """Returns the error for a wave that does not fit. `prefix` names the wave when the run is resumed."""
     names = ", ".join(sae.name for sae in wave)
-    way = "have more memory free, or say how much to use: --set memory=BYTES"
-    if which or len(wave) > 1:
-        way += ". Or start afresh with --overwrite, in smaller waves"
+    way = "free some memory, or set how much to use: --set memory=BYTES"
+    if prefix or len(wave) > 1:
+        way += ". Or restart the run with --overwrite, in smaller waves"
     else:
         way += f". Or lower its d_sae, --batch ({job.config.batch}) or window_rows ({job.config.window_rows})"
     return UserError(
-        f"{which}{names}: training takes {in_words(need.total)} of memory ({need}); {in_words(room)} {source(job)}. "
+        f"{prefix}{names}: training takes {in_words(need.total)} of memory ({need}); {limit_text(job, limit)}. "
         f"To train it, {way}"
     )

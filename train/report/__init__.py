@@ -1,11 +1,11 @@
-"""Run folders in, one self-contained HTML page out.
+"""Turns run folders into one self-contained HTML page.
 
     data -> frontier -> answer ─┐
     data -> figures ────────────┴─> settings -> page
 
-`data` reads and checks, `frontier` is the arithmetic, `answer` and `wording` put it into words, `figures` into plotly,
-`settings` keeps apart what cannot be compared (`comparable` says what decides that), `page` renders, `place` says where
-it may be written. The page is about 5 MB, nearly all of it plotly.js.
+`data` reads and checks the runs, `frontier` does the arithmetic, `answer` and `wording` make sentences of it, `figures`
+makes plotly figures. `settings` separates runs that cannot be compared (`comparable` decides which), `page` renders and
+`place` checks where the page may be written. The page is about 5 MB, nearly all of it plotly.js.
 """
 
 from pathlib import Path
@@ -18,10 +18,10 @@ from train.report.place import check_place, write_page
 
 
 def write_report(runs: list[Path], out: Path, overwrite: bool = False) -> Path:
-    """Writes the report on evaluated runs to the file `out`, whole or not at all, and returns it. Says which runs were
-    left out because nothing could be reported on them.
+    """Writes the report on evaluated runs to the file `out`, atomically, and returns its path. Prints which runs were
+    left out because they could not be read or were not evaluated.
 
-    Raises UserError when no run is left, and where `out` cannot be written or is something else than a report
+    Raises UserError when no run is left, when `out` cannot be written, and when `out` is another file than a report
     (`overwrite` replaces such a file).
     """
     check_place(out, overwrite)

@@ -1,6 +1,6 @@
 """The short answer at the top of a report: sentences and a few large numbers, all computed from the measurements.
 
-SA-GSAE of width H is set against Gated of width 2H, and against Gated of width H where one was trained, at matched L0.
+SA-GSAE of width H is compared with Gated of width 2H, and with Gated of width H if one was trained, at matched L0.
 """
 
 import re
@@ -12,20 +12,20 @@ from train.report.frontier import FrontierComparison, FrontierPoint, compare, me
 from train.report.sae import FrontierKey, MeasuredSAE
 
 Series = dict[FrontierKey, list[MeasuredSAE]]
-"""(architecture, width, variant) -> its autoencoders, all λ (or k, or L0 targets) and seeds."""
+"""The autoencoders of each (architecture, width, variant): all λ (or k, or L0 targets) and seeds."""
 
 NEGLIGIBLE = 0.0005
 """Differences in R² that round to 0.000 are called equal."""
 
 CAVEAT = (
-    "SA-GSAE of width H is contained in Gated of width 2H with identical loss (split every latent into its two poles), "
-    "so a win at half the width is an effect of optimisation, not of capacity."
+    "Every SA-GSAE of width H can be written as a Gated SAE of width 2H with the same loss (split each latent into its "
+    "two poles). So a win at half the width is an effect of optimisation, not of capacity."
 )
 
 
 @dataclass(frozen=True)
 class NumberTile:
-    """One large number."""
+    """One large number with its name and a note."""
 
     name: str
     value: str
@@ -34,7 +34,7 @@ class NumberTile:
 
 @dataclass(frozen=True)
 class Verdict:
-    """One SA-GSAE width against one Gated width."""
+    """The comparison of one SA-GSAE width with one Gated width."""
 
     title: str
     text: str
@@ -43,11 +43,14 @@ class Verdict:
 
 @dataclass(frozen=True)
 class Answer:
+    """All comparisons of a setting, and remarks on it."""
+
     verdicts: tuple[Verdict, ...]
     remarks: tuple[str, ...]
 
 
 def answer(series: Series, d_in: int | None) -> Answer:
+    """Answers for one setting. `d_in` is needed for the number of parameters."""
     verdicts = tuple(_verdict(series, a, b, d_in) for a, b in _pairs(series))
     remarks = [] if verdicts else [_no_pair(series)]
     remarks += [_bipolar(saes) for saes in series.values() if saes[0].signed and _known(saes, "bipolar_fraction")]
@@ -57,8 +60,8 @@ def answer(series: Series, d_in: int | None) -> Answer:
 
 
 def _pairs(series: Series) -> list[tuple[FrontierKey, FrontierKey]]:
-    """Each SA-GSAE with the Gated of twice its width, and of its own, that has the same other settings; with the
-    default Gated where none has."""
+    """Pairs each SA-GSAE with the Gated of twice its width and the Gated of its own width that has the same other
+    settings, or else with the default Gated."""
     pairs = []
     for key in sorted(key for key in series if key.arch == "sa-gsae"):
         for width in (2 * key.d_sae, key.d_sae):
@@ -68,19 +71,19 @@ def _pairs(series: Series) -> list[tuple[FrontierKey, FrontierKey]]:
 
 
 def _other_settings(key: FrontierKey) -> str:
-    """Its variant without what a Gated one cannot have."""
+    """Returns the variant without the settings that Gated does not have."""
     return re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
 
 
-def _verdict(series: Series, of: FrontierKey, against: FrontierKey, d_in: int | None) -> Verdict:
-    a, b = series[of], series[against]
-    h, other = of.d_sae, against.d_sae
-    names = wording.label(of), wording.label(against)
+def _verdict(series: Series, signed: FrontierKey, gated: FrontierKey, d_in: int | None) -> Verdict:
+    a, b = series[signed], series[gated]
+    h, other = signed.d_sae, gated.d_sae
+    names = wording.label(signed), wording.label(gated)
     points_a, points_b = mean_of_seeds(a, "r2"), mean_of_seeds(b, "r2")
     matched = compare(points_a, points_b)
-    text = _sentence(names, matched) if matched else _apart(names, points_a, points_b)
-    if _other_settings(of) != against.variant:
-        text += f" They differ in other settings too ({_other_settings(of)}): the difference is not of signs alone."
+    text = _sentence(names, matched) if matched else _no_overlap(names, points_a, points_b)
+    if _other_settings(signed) != gated.variant:
+        text += f" They differ in other settings too ({_other_settings(signed)}), not only in the signs of latents."
     tiles = _tiles(a, b, matched)
     if d_in is not None:
         tiles = (*tiles, _parameter_tile(h, other, d_in))
@@ -89,16 +92,16 @@ def _verdict(series: Series, of: FrontierKey, against: FrontierKey, d_in: int | 
 
 
 def _sentence(names: tuple[str, str], matched: FrontierComparison) -> str:
-    """What the difference in R² is over the shared range, in words."""
+    """Describes the difference in R² over the shared range of L0."""
     a, b = names
     where = f"At matched L0 ({wording.l0_range(matched.l0_low, matched.l0_high)})"
     low, high = wording.fixed(abs(matched.lowest), 4), wording.fixed(abs(matched.highest), 4)
     if max(abs(matched.lowest), abs(matched.highest)) < NEGLIGIBLE:
         return f"{where}, {a} and {b} reach the same R² to within {NEGLIGIBLE:g}."
     if matched.lowest > -NEGLIGIBLE:
-        return f"{where}, {a} reaches a higher R² than {b} {_by(matched.lowest, matched.highest)}."
+        return f"{where}, {a} reaches a higher R² than {b} {_amount(matched.lowest, matched.highest)}."
     if matched.highest < NEGLIGIBLE:
-        return f"{where}, {a} reaches a lower R² than {b} {_by(-matched.highest, -matched.lowest)}."
+        return f"{where}, {a} reaches a lower R² than {b} {_amount(-matched.highest, -matched.lowest)}."
     crossings = " and ".join(wording.l0(l0) for l0 in matched.crossings)
     return (
         f"{where}, {a} is ahead of {b} in part of the range (R² higher by up to {high}) and behind in the rest "
@@ -106,16 +109,16 @@ def _sentence(names: tuple[str, str], matched: FrontierComparison) -> str:
     )
 
 
-def _by(small: float, large: float) -> str:
-    """`small` may be a negligible difference of the other sign."""
+def _amount(small: float, large: float) -> str:
+    """Says by how much. `small` may be a negligible difference of the other sign."""
     if small < NEGLIGIBLE:
         return f"nearly throughout, by up to {wording.fixed(large, 4)}"
     low, high = wording.fixed(small, 4), wording.fixed(large, 4)
     return f"throughout, by {high}" if low == high else f"throughout, by {low} to {high}"
 
 
-def _apart(names: tuple[str, str], a: list[FrontierPoint], b: list[FrontierPoint]) -> str:
-    """Why there is no difference to state, and what would give one."""
+def _no_overlap(names: tuple[str, str], a: list[FrontierPoint], b: list[FrontierPoint]) -> str:
+    """Says why no difference can be stated, and what to train to get one."""
     if not a or not b:
         missing = names[0] if not a else names[1]
         return f"{missing} has no measured R² at a non-zero L0, so there is nothing to compare."
@@ -129,23 +132,25 @@ def _apart(names: tuple[str, str], a: list[FrontierPoint], b: list[FrontierPoint
 
 def _tiles(a: list[MeasuredSAE], b: list[MeasuredSAE], matched: FrontierComparison | None) -> tuple[NumberTile, ...]:
     if matched is None:
-        return (NumberTile("R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
-    between = f"SA-GSAE minus Gated, {wording.signed(matched.lowest)} to {wording.signed(matched.highest)}"
-    tiles = [NumberTile("R² at matched L0", wording.signed(matched.mean), between)]
+        return (NumberTile("Difference in R² at matched L0", wording.ABSENT, "the frontiers do not overlap"),)
+    low, high = wording.signed(matched.lowest), wording.signed(matched.highest)
+    between = f"SA-GSAE minus Gated, mean over the range of L0 (lowest {low}, highest {high})"
+    tiles = [NumberTile("Difference in R² at matched L0", wording.signed(matched.mean), between)]
     ce = compare(mean_of_seeds(a, "ce_recovered"), mean_of_seeds(b, "ce_recovered"))
     if ce:
         low, mean, high = (wording.signed(100 * value, 2) for value in (ce.lowest, ce.mean, ce.highest))
-        tiles.append(NumberTile("CE loss recovered at matched L0", mean, f"percentage points, {low} to {high}"))
+        note = f"percentage points, SA-GSAE minus Gated, mean over the range of L0 (lowest {low}, highest {high})"
+        tiles.append(NumberTile("Difference in CE recovered at matched L0", mean, note))
     dead = compare(mean_of_seeds(a, "dead_fraction"), mean_of_seeds(b, "dead_fraction"))
     if dead:
-        note = f"Gated: {wording.percent(dead.mean_b)}, both means over the range"
+        note = f"of SA-GSAE, {wording.percent(dead.mean_b)} of Gated (means over the range of L0)"
         tiles.append(NumberTile("Dead latents at matched L0", wording.percent(dead.mean_a), note))
     return tuple(tiles)
 
 
 def _parameter_tile(h: int, other: int, d_in: int) -> NumberTile:
     a, b = parameters(h, d_in), parameters(other, d_in)
-    return NumberTile("Parameters", wording.short(a), f"Gated: {wording.short(b)}, a ratio of {a / b:.2f}")
+    return NumberTile("Parameters", wording.short(a), f"of SA-GSAE, {wording.short(b)} of Gated (ratio {a / b:.2f})")
 
 
 def _no_pair(series: Series) -> str:
@@ -185,8 +190,8 @@ def _antipodal(saes: Sequence[MeasuredSAE]) -> str:
         return f"No two live latents of {name} are antipodal (cosine below −0.9)."
     pairs = f"{low:,}" if low == high else f"{low:,} to {high:,}"
     return (
-        f"{name} has {pairs} antipodal pairs of live latents (cosine below −0.9): so many latents would a dictionary "
-        "with signs save."
+        f"{name} has {pairs} antipodal pairs of live latents (cosine below −0.9). A dictionary with signs would need "
+        "one latent instead of each pair."
     )
 
 
@@ -194,7 +199,8 @@ def _spread(saes: Sequence[MeasuredSAE]) -> str:
     spread = seed_spread(saes)
     if spread is None:
         return (
-            "One seed for each setting: the spread between seeds is not measured, so read small differences with care."
+            "Each autoencoder was trained with one seed only. The spread between seeds is not known, so small "
+            "differences may be noise."
         )
     most = wording.fixed(spread, 4)
-    return f"Seeds of the same setting differ by up to {most} in R²; differences smaller than that are noise."
+    return f"Seeds of the same autoencoder differ by up to {most} in R². Differences smaller than that may be noise."

@@ -1,7 +1,7 @@
-"""What the results of a run hang on, so that only runs that are alike in all of it are compared.
+"""Decides which runs may be compared: those with the same value of every setting that decides the results.
 
-All that is in a run's config.json decides, but for what is listed here: a setting that is added to `TrainConfig` keeps
-runs apart until someone says that it need not.
+Everything in a run's config.json counts, except the settings listed in IMMATERIAL. So a setting that is added to
+`TrainConfig` separates runs until somebody adds it to that list.
 """
 
 import json
@@ -14,42 +14,43 @@ from pydantic_core import PydanticUndefined
 from shared.config import TrainConfig
 from train.report.data import ReportedRun
 
-IMMATERIAL: Final = frozenset({
-    "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",  # what is written, and where
-    "dead_after_tokens",  # a count in the log
-    "store", "verify", "memory",  # where rows come from (`snapshot` says which), how they are checked and kept
-    "device", "parallel", "parts", "compile", "step",  # who computes the same numbers: other rounding at most
-    "tokens",  # asked for; `training tokens` says how many there were
-    "norm_limit", "shards",  # follow from `max_norm` and the rows, and are in `snapshot`
-    "saes",  # told apart one by one, within a setting
-})  # fmt: skip
-"""Settings that do not decide what is trained and measured."""
+WRITTEN: Final = ("out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints")
+"""These decide what is written, and where."""
+READ: Final = ("store", "verify", "memory")
+"""These decide where rows come from, how they are checked and kept; `snapshot` says which rows they are."""
+COMPUTED: Final = ("device", "parallel", "parts", "compile", "step")
+"""These decide how the same numbers are computed, and change rounding at most."""
+FOUND_ELSEWHERE: Final = ("tokens", "norm_limit", "shards", "saes")
+"""`tokens` is compared as `training tokens`; `norm_limit` and `shards` follow from `max_norm` and `snapshot`;
+autoencoders are compared one by one."""
+IMMATERIAL: Final = frozenset({*WRITTEN, *READ, *COMPUTED, *FOUND_ELSEWHERE, "dead_after_tokens"})
+"""Settings that do not decide what is trained and measured. (`dead_after_tokens` decides a number in the log.)"""
 LONGEST: Final = 60
-"""Letters of a value that are shown."""
+"""Number of characters of a value that are shown."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One thing in which settings differ."""
+    """A value in which the settings of a report differ."""
 
     name: str
     values: tuple[tuple[str, tuple[int, ...]], ...]
-    """Each value, and the numbers of the settings that have it, from 1."""
+    """Each value, with the numbers (from 1) of the settings that have it."""
 
     @property
     def text(self) -> str:
-        """`clip_norm: none (setting 1), 1e-09 (settings 2 and 3)`."""
+        """Text such as `clip_norm: none (setting 1), 1e-09 (settings 2 and 3)`."""
         return f"{self.name}: " + ", ".join(f"{value} ({_settings(numbers)})" for value, numbers in self.values)
 
 
 def deciding(run: ReportedRun) -> dict[str, Any]:
-    """All that decides a run's results, by name. A setting that an older run did not have is what it is by default."""
-    usual = {name: field.default for name, field in TrainConfig.model_fields.items()
-             if field.default is not PydanticUndefined}  # fmt: skip
+    """Returns everything that decides a run's results, by name. Settings that an older run lacks have their default."""
+    fields = TrainConfig.model_fields.items()
+    usual = {name: field.default for name, field in fields if field.default is not PydanticUndefined}
     found = {key: value for key, value in {**usual, **run.config}.items() if key not in IMMATERIAL | {"hook"}}
     snapshot = found.pop("snapshot", None) or run.config.get("store")
     return {
-        "model": run.store.get("commit") or run.model,  # whatever it is called
+        "model": run.store.get("commit") or run.model,  # the commit, because one model may have several names
         "hookpoint": run.hook,
         "rows": snapshot,
         "training tokens": run.tokens_trained,
@@ -60,12 +61,12 @@ def deciding(run: ReportedRun) -> dict[str, Any]:
 
 
 def identity(run: ReportedRun) -> str:
-    """Equal for runs whose autoencoders may be compared."""
+    """Returns a text that is equal for runs whose autoencoders may be compared."""
     return json.dumps(deciding(run), sort_keys=True, default=str)
 
 
 def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
-    """In what the settings differ; each group holds the runs of one."""
+    """Returns the values in which the settings differ. Each group holds the runs of one setting."""
     each = [(deciding(group[0]), shown(group[0])) for group in groups]
     names = dict.fromkeys(name for values, _ in each for name in values)
     found = []
@@ -80,7 +81,7 @@ def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
 
 
 def shown(run: ReportedRun) -> dict[str, str]:
-    """`deciding`, for people."""
+    """Returns the values of `deciding` as text for people."""
     commit = str(run.store.get("commit") or "")
     known = {"model": f"{run.model} ({commit[:12]})" if commit else run.model, "rows": run.rows}
     return {name: known.get(name) or written(value) for name, value in deciding(run).items()}

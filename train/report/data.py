@@ -1,7 +1,7 @@
 """Reads run folders: `config.json`, `record.json`, `evaluation.json` and, if there is one, `metrics.jsonl`.
 
-Only what the report cannot do without is required: a missing optional key is shown as not recorded, NaN or infinity (a
-diverged autoencoder) as not measured. Everything a person can get wrong ends in a UserError naming the folder.
+Optional keys may be missing and are shown as not recorded. NaN and infinities (of a diverged autoencoder) are shown as
+not measured. Every other fault raises UserError or DamagedError that names the folder.
 """
 
 import json
@@ -14,16 +14,18 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from shared.errors import DamagedError, UserError
+from shared.files.base import most_bytes
+from shared.files.local import read_whole
 from shared.saes import sae_config
 from shared.store.spec import is_sealed
 from train.report.sae import MeasuredSAE
 
 CURVE_POINTS = 400
-"""A training curve is thinned to at most about this many of its logged steps."""
+"""A training curve shows about this many of its logged steps at most."""
 
 
 class HeldOutMassive(BaseModel):
-    """The held-out rows whose norm is so many times the median."""
+    """The massive held-out rows: those whose norm is above `times_median` times the median."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -33,7 +35,7 @@ class HeldOutMassive(BaseModel):
 
 
 class EvaluationFile(BaseModel):
-    """`evaluation.json`: what was measured on the held-out split, for every autoencoder of the run."""
+    """The content of `evaluation.json`: measurements on held-out rows, for every autoencoder of the run."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -44,13 +46,13 @@ class EvaluationFile(BaseModel):
     ce_mean: float | None = None
     massive: HeldOutMassive | None = None
     left_out: int = 0
-    """Rows that `max_norm` left out."""
+    """Number of rows that `max_norm` left out."""
     saes: tuple[MeasuredSAE, ...]
 
 
 @dataclass(frozen=True)
 class Curve:
-    """What training logged of one autoencoder, in the order of the steps."""
+    """The training log of one autoencoder, in the order of the steps."""
 
     tokens: list[int]
     fvu: list[float | None]
@@ -59,7 +61,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """One run folder."""
+    """The content of one run folder."""
 
     folder: Path
     config: dict[str, Any]
@@ -74,14 +76,14 @@ class ReportedRun:
 
     @property
     def rows(self) -> str:
-        """Which they are: the store's name, and what of it was committed."""
+        """The store's name and the snapshot that the run read."""
         name = str(self.store.get("path") or self.config.get("store") or "store not recorded").rstrip("/")
         snapshot = self.config.get("snapshot")
         return name.rpartition("/")[2] + (f" ({str(snapshot)[:24]})" if snapshot else "")
 
     @property
     def diverged(self) -> dict[str, Any]:
-        """Autoencoders whose loss is no number any more, and since which step."""
+        """Autoencoders whose loss became NaN or infinite, with the step of each."""
         found = self.record.get("diverged")
         return found if isinstance(found, dict) else {}
 
@@ -95,7 +97,8 @@ class ReportedRun:
 
     @cached_property
     def begun_at(self) -> dict[str, float]:
-        """By name, the λ that steering to an L0 target began with, where it is not the usual one: names do not say."""
+        """By autoencoder, the λ from which steering to an L0 target began, if it is not the default. Names do not tell
+        it."""
         saes, found = self.config.get("saes"), {}
         for values in saes if isinstance(saes, list) else ():
             try:
@@ -114,7 +117,7 @@ class ReportedRun:
 
     @property
     def tokens_trained(self) -> int | None:
-        """The last logged count of training tokens; without a log, steps times batch."""
+        """The number of training tokens: the last logged one or, without a log, steps times batch."""
         logged = [curve.tokens[-1] for curve in self.curves.values() if curve.tokens]
         steps, batch = self.record.get("steps"), self.config.get("batch")
         planned = steps * batch if isinstance(steps, int) and isinstance(batch, int) else None
@@ -123,14 +126,15 @@ class ReportedRun:
 
 @dataclass(frozen=True)
 class SkippedFolder:
-    """A folder that nothing could be reported on, and why: the reason names the folder and the way out."""
+    """A folder that is not in the report, and the reason, which names the folder and what to do."""
 
     folder: Path
     reason: str
 
 
 def read_runs(folders: list[Path]) -> tuple[list[ReportedRun], list[SkippedFolder]]:
-    """Every run once, in the order given, and what was left out. Raises UserError when no run is left."""
+    """Reads every folder once, in the order given. Returns the runs and the folders that were left out. Raises
+    UserError when no run is left."""
     if not folders:
         raise UserError("no run to report on: name at least one run folder, such as `sagsae report runs/NAME`")
     unique = {folder.resolve(): folder for folder in reversed(folders)}
@@ -147,7 +151,8 @@ def read_runs(folders: list[Path]) -> tuple[list[ReportedRun], list[SkippedFolde
 
 
 def read_run(folder: Path) -> ReportedRun:
-    """Raises UserError when the folder is not a run, is not evaluated, or holds something unreadable."""
+    """Reads one run folder. Raises UserError when it is not a run, is not evaluated, or cannot be read; DamagedError
+    when a file was altered."""
     try:
         for name in ("config.json", "record.json"):
             if not (folder / name).is_file():
@@ -164,11 +169,11 @@ def read_run(folder: Path) -> ReportedRun:
 
 
 def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
-    steps, made = record.get("steps"), metrics[-1].get("step") if metrics else 0
-    if "finished" not in record and isinstance(steps, int) and isinstance(made, int) and made < steps:
+    steps, logged = record.get("steps"), metrics[-1].get("step") if metrics else 0
+    if "finished" not in record and isinstance(steps, int) and isinstance(logged, int) and logged < steps:
         return (
-            f"is not finished: {made:,} of {steps:,} steps are logged. Its `sagsae train` command (record.json has it) "
-            "goes on with it and measures it at the end"
+            f"is not finished: {logged:,} of {steps:,} steps are logged. Run its `sagsae train` command again to "
+            "resume and evaluate it (record.json has the command)"
         )
     return f"has no evaluation.json: run `sagsae eval {folder}` first"
 
@@ -190,13 +195,15 @@ def _read_evaluation(folder: Path) -> EvaluationFile:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_whole(path, most_bytes(path.name)).decode()
+    except DamagedError as error:
+        raise UserError(f"{path}: is no ordinary file, or too large for a run. Restore it from a copy") from error
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read as UTF-8 text ({error})") from error
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
-    """A JSON object, its NaN and infinities as None."""
+    """Parses a JSON object; NaN and infinities become None."""
     try:
         value = json.loads(text, parse_float=_finite, parse_constant=lambda _: None)
     except (ValueError, RecursionError) as error:
@@ -212,7 +219,7 @@ def _finite(text: str) -> float | None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    """Without its checksum, which the files of earlier runs do not have."""
+    """Returns the object in a JSON file without its checksum. Files of earlier versions have none."""
     value = _parse(_read_text(path), str(path))
     if "crc32c" in value and not is_sealed(value):
         raise DamagedError(f"{path}: was altered: its checksum does not match. Restore it from a copy")
@@ -220,7 +227,7 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The log's lines. A last line that its writer did not finish (no line end) is left out."""
+    """Returns the lines of the log. A last line without a line end is incomplete and left out."""
     if not path.exists():
         return []
     lines = _read_text(path).split("\n")[:-1]
@@ -237,7 +244,7 @@ def _metric(text: str, where: str) -> dict[str, Any]:
 
 
 def _curves(lines: list[dict[str, Any]]) -> dict[str, Curve]:
-    """Autoencoders that were trained in different waves are in lines of their own."""
+    """Returns the training curve of each autoencoder. Each line of the log holds the autoencoders of one wave."""
     waves: dict[object, list[dict[str, Any]]] = {}
     for line in lines:
         waves.setdefault(line.get("wave"), []).append(line)
@@ -257,5 +264,5 @@ def _thinned(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _rounded(value: object) -> float | None:
-    """Five significant digits: a plot shows no more, and the page stays small."""
+    """Rounds to five significant digits, which is enough for a plot and keeps the page small."""
     return float(f"{value:.5g}") if isinstance(value, int | float) else None

@@ -1,8 +1,8 @@
-"""The figures, as plotly traces and layouts without colours: `page.js` paints them, in light, dark and on paper.
+"""Makes the figures as plotly traces and layouts without colours. `page.js` adds colours for light, dark and print.
 
-A trace says in its `meta` which architecture's colour it takes and which entry of the legend switches it. Width is told
-by marker and dash besides, so that nothing hangs on colour alone. Names pass through `html.escape`, for plotly reads
-its texts as HTML.
+The `meta` of a trace names its architecture, which decides the colour, and its entry in the legend. Marker and dash
+show the width as well, so that colour is never the only difference. Names pass through `html.escape`, because plotly
+reads its texts as HTML.
 """
 
 import math
@@ -24,7 +24,7 @@ MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 Curves = Sequence[tuple[MeasuredSAE, Curve]]
 Looks = dict[FrontierKey, int]
-"""Which marker and dash a series has: alike for equal widths (and other settings) of all architectures."""
+"""The marker and dash of each series, as an index: the same for equal widths and variants of all architectures."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
 FAINTEST = 0.4
 """Opacity of a curve with the smallest λ (or k, or L0 target); the largest has 1."""
@@ -32,7 +32,7 @@ FAINTEST = 0.4
 
 @dataclass(frozen=True)
 class Plot:
-    """One set of axes: plotly's JSON, and what it shows in words."""
+    """One set of axes: plotly's JSON, and a title in words."""
 
     name: str
     title: str
@@ -41,7 +41,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Figure:
-    """One or more plots with a common legend and caption."""
+    """One or more plots that share a legend and a caption."""
 
     name: str
     title: str
@@ -50,22 +50,22 @@ class Figure:
 
 
 def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
-    """Every figure there is data for. A series has the same marker and dash in all of them."""
+    """Returns every figure for which there is data. A series has the same marker and dash in all of them."""
     kinds = sorted({key[1:] for key in series})
     looks = {key: kinds.index(key[1:]) for key in series}
     saes = [sae for group in series.values() for sae in group]
     signed = {key: group for key, group in series.items() if group[0].signed}
     captions = _captions(saes)
 
-    def against_l0(name: str, of: Series, field: str, axis: str, title: str) -> Figure:
-        plot = _frontier(of, field, axis, looks, f"{prefix}-{name}-plot")
+    def against_l0(name: str, shown: Series, field: str, axis: str, title: str) -> Figure:
+        plot = _frontier(shown, field, axis, looks, f"{prefix}-{name}-plot")
         return Figure(f"{prefix}-{name}", f"{title} against L0", (plot,), captions[name])
 
     massive = any(sae.has_massive for sae in saes)
     found = (
         against_l0("r2", series, "r2", "R²", "R²"),
-        *((against_l0("rest", series, "r2_rest", "R² on the rest", "R² without massive tokens"),) if massive else ()),
-        against_l0("ce", series, "ce_recovered", "CE loss recovered", "CE loss recovered"),
+        *((against_l0("rest", series, "r2_rest", "R² rest", "R² without massive tokens"),) if massive else ()),
+        against_l0("ce", series, "ce_recovered", "CE recovered (zero)", "CE recovered"),
         against_l0("dead", series, "dead_fraction", "Share of latents dead", "Dead latents"),
         against_l0("poles", signed, "bipolar_fraction", "Share of live latents", "Latents that use both poles"),
         _census(signed, looks, f"{prefix}-census", captions["census"]),
@@ -75,33 +75,36 @@ def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
 
 
 def _captions(saes: Sequence[MeasuredSAE]) -> dict[str, str]:
-    """What to look for, and on how many tokens it was measured."""
+    """Returns the captions: what a figure shows, and on how many tokens it was measured."""
     rows = wording.tokens((sae.tokens for sae in saes), "held-out tokens")
     ce_rows = wording.tokens(sae.ce_tokens for sae in saes)
     ten, none, whole = (wording.percent(share, 0) for share in (0.1, 0.0, 1.0))
     return {
-        "r2": "Up and to the left is better. A point is one autoencoder, a line joins the means over seeds. "
+        "r2": "Up and to the left is better. Each point is one autoencoder; lines join the means over seeds. "
         f"Measured on {rows}.",
-        "rest": "Only tokens whose norm is at most 5 times the median: what the autoencoder makes of ordinary tokens.",
-        "ce": f"The reconstruction is spliced into the model: {whole} is the clean model, {none} the hookpoint set to "
-        f"zero. Measured on the predictions of {ce_rows}.",
-        "dead": f"Dead: did not fire, with either sign, on any of the {rows}. Fewer tokens make more look dead.",
-        "poles": f"Of the live latents, those whose rarer sign makes up more than {ten} of their firings. "
-        f"Measured on {rows}.",
-        "census": "Live latents in ten equal groups, from those that fire most to those that fire least: which share "
-        "of a group uses both poles, and which share of its activation mass Σ|f| those carry. Means over seeds; a "
-        f"stronger line is a larger λ (or k). A latent seen a few times only looks one-sided. Measured on {rows}.",
+        "rest": "The same on ordinary tokens only: those whose norm is at most 5 times the median.",
+        "ce": f"The reconstruction replaces the activation in the language model: {whole} is as good as the unchanged "
+        f"model, {none} as bad as setting the hookpoint to zero. Measured on the predictions of {ce_rows}.",
+        "dead": f"The share of latents that did not fire, with either sign, on any of the {rows}. On fewer tokens, "
+        "more latents look dead.",
+        "poles": "The share of live latents that fire with both signs: the rarer sign makes up more than "
+        f"{ten} of the latent’s firings. Measured on {rows}.",
+        "census": "The live latents are divided into ten equal groups, from those that fire most often (1) to those "
+        "that fire least (10). The first plot shows the share of each group that uses both poles, the second the share "
+        "of the group’s activation mass Σ|f| that those latents carry. Means over seeds; fainter lines have a smaller "
+        "λ (or k). A "
+        f"latent that fired only a few times looks one-sided. Measured on {rows}.",
     }
 
 
 def _census(series: Series, looks: Looks, name: str, caption: str) -> Figure:
-    share = _deciles(series, "bipolar", "Share that uses both poles", looks, f"{name}-share")
-    mass = _deciles(series, "bipolar_mass", "Share of mass in these", looks, f"{name}-mass")
+    share = _deciles(series, "bipolar", "Share using both poles", looks, f"{name}-share")
+    mass = _deciles(series, "bipolar_mass", "Share of activation mass", looks, f"{name}-mass")
     return Figure(name, "Both poles, by how often a latent fires", (share, mass), caption)
 
 
 def _deciles(series: Series, field: str, title: str, looks: Looks, name: str) -> Plot:
-    """One line for each λ of each series, the mean over its seeds."""
+    """Plots one line per λ of each series: the mean over its seeds."""
     traces = []
     for key, saes in series.items():
         knobs = sorted({sae.knob for sae in saes})
@@ -115,7 +118,7 @@ def _deciles(series: Series, field: str, title: str, looks: Looks, name: str) ->
                 head = f"<b>{escape(wording.label(key))}</b>, {entry}"
                 trace.hoverinfo, trace.hovertemplate = None, f"{head}<br>group %{{x}}: %{{y:.1%}}<extra></extra>"
                 traces.append(trace)
-    layout = _layout("tenth of the live latents, busiest first", title)
+    layout = _layout("tenth of live latents, 1 = fires most", title)
     layout.yaxis.update(tickformat=",.0%", range=[-0.03, 1.03])
     layout.xaxis.dtick = 1
     return Plot(name, f"{title}, by tenths of the live latents", go.Figure(traces, layout).to_plotly_json())
@@ -126,8 +129,8 @@ def _mean(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _strength(rank: int, of: int) -> float:
-    return FAINTEST + (1 - FAINTEST) * rank / of
+def _strength(rank: int, count: int) -> float:
+    return FAINTEST + (1 - FAINTEST) * rank / count
 
 
 def _training(curves: Curves, looks: Looks, name: str) -> Figure:
@@ -138,14 +141,14 @@ def _training(curves: Curves, looks: Looks, name: str) -> Figure:
         name,
         "Training curves",
         (fvu, l0),
-        f"FVU is 1 − R². Logged on the training batches themselves, over {most:,} tokens, so these are not held-out "
-        "values. A stronger line is a larger λ (or k); seeds look alike. Choose an entry to hide or show it, with "
-        "Shift to see it alone.",
+        f"FVU is 1 − R². These values were logged on the training batches, over {most:,} tokens; they are not held-out "
+        "values. Fainter lines have a smaller λ (or k); seeds look the same. Click an entry of the legend to hide "
+        "or show it; Shift-click shows it alone.",
     )
 
 
 def _frontier(series: Series, field: str, title: str, looks: Looks, name: str) -> Plot:
-    """One line and its markers for each series."""
+    """Plots one line and its markers per series."""
     traces = []
     for key, saes in series.items():
         shown = [sae for sae in saes if sae.l0 and getattr(sae, field) is not None]
@@ -163,7 +166,7 @@ def _frontier(series: Series, field: str, title: str, looks: Looks, name: str) -
 
 
 def _curves(curves: Curves, field: str, title: str, looks: Looks, name: str) -> Plot:
-    """One line for each autoencoder, fainter for a smaller λ."""
+    """Plots one line per autoencoder, fainter for a smaller λ."""
     traces = []
     for key, group in groupby(curves, key=lambda pair: pair[0].key):
         pairs = list(group)
@@ -204,7 +207,7 @@ def _points(saes: Sequence[MeasuredSAE], field: str, meta: dict[str, str], look:
 
 
 def _hover(sae: MeasuredSAE) -> str:
-    """Every number of one autoencoder."""
+    """Returns the hover text with every number of one autoencoder."""
     zero, mean = wording.percent(sae.ce_recovered, 2), wording.percent(sae.ce_recovered_mean, 2)
     lines = [
         _head(sae),
@@ -229,17 +232,18 @@ def _curve_hover(sae: MeasuredSAE, title: str) -> str:
 
 
 def _log_axis(values: Iterable[float | None]) -> dict[str, Any]:
-    """A range with some air, and as many ticks as make plotly label 1, 2, 5, 10 rather than every digit."""
+    """Returns a log axis with a margin, and with so many ticks that plotly labels 1, 2, 5, 10 instead of every
+    digit."""
     logs = [math.log10(value) for value in values if value is not None and value > 0] or [0.0]
     low, high = min(logs), max(logs)
-    air = max(0.05 * (high - low), 0.04)
-    decades = high - low + 2 * air
+    margin = max(0.05 * (high - low), 0.04)
+    decades = high - low + 2 * margin
     ticks = 5 if decades < 1 else max(3, math.ceil(decades / 0.65))
-    return {"type": "log", "range": [low - air, high + air], "nticks": ticks, "minorloglabels": "complete"}
+    return {"type": "log", "range": [low - margin, high + margin], "nticks": ticks, "minorloglabels": "complete"}
 
 
 def _layout(x: str, y: str) -> go.Layout:
-    """Transparent, without legend and with room for the labels only."""
+    """Returns a transparent layout without a legend, with margins for the labels only."""
     axis = {"zeroline": False, "showline": False}
     return go.Layout(
         template=go.layout.Template(),

@@ -1,8 +1,8 @@
-"""The arithmetic of comparing two frontiers: what is reached at the *same* L0, which the same λ does not give.
+"""Compares two frontiers at the *same* L0. (The same λ gives different architectures a different L0.)
 
-A frontier is one architecture at one width over its λ values (or k, or L0 targets): the seeds of one are averaged (the
-value plainly, L0 geometrically, for its axis is logarithmic) and joined by straight lines in log L0. Two frontiers are
-compared only where both exist; nothing is extrapolated.
+A frontier is one architecture at one width over its λ values (or k, or L0 targets). The seeds of each λ are averaged
+(the value arithmetically; L0 geometrically, because its axis is logarithmic) and joined by straight lines in log L0.
+Two frontiers are compared only in the range of L0 that both cover; nothing is extrapolated.
 """
 
 import math
@@ -26,7 +26,7 @@ class FrontierPoint:
 
 @dataclass(frozen=True)
 class FrontierComparison:
-    """Frontier a minus frontier b wherever both have an L0. Means are over log L0."""
+    """Frontier a minus frontier b over the range of L0 that both cover. Means are over log L0."""
 
     l0_low: float
     l0_high: float
@@ -39,7 +39,8 @@ class FrontierComparison:
 
 
 def mean_of_seeds(saes: Sequence[MeasuredSAE], field: str) -> list[FrontierPoint]:
-    """The frontier of autoencoders that differ in knob and seed only, by rising L0; on a log axis 0 has no place."""
+    """Returns the frontier of autoencoders that differ only in knob and seed, sorted by L0. Those with L0 = 0 have no
+    logarithm and are left out."""
     known = [sae for sae in saes if sae.l0 and sae.l0 > 0 and getattr(sae, field) is not None]
     points = []
     for _, group in groupby(sorted(known, key=lambda sae: sae.knob), key=lambda sae: sae.knob):
@@ -50,7 +51,8 @@ def mean_of_seeds(saes: Sequence[MeasuredSAE], field: str) -> list[FrontierPoint
 
 
 def compare(a: Sequence[FrontierPoint], b: Sequence[FrontierPoint]) -> FrontierComparison | None:
-    """None where the two ranges of L0 do not touch. Both are straight between knots, so the knots hold the extremes."""
+    """Compares two frontiers; None when their ranges of L0 do not overlap. Both are straight between their points, so
+    the extremes lie at points."""
     if not a or not b:
         return None
     low, high = max(a[0].l0, b[0].l0), min(a[-1].l0, b[-1].l0)
@@ -73,7 +75,7 @@ def compare(a: Sequence[FrontierPoint], b: Sequence[FrontierPoint]) -> FrontierC
 
 
 def seed_spread(saes: Sequence[MeasuredSAE]) -> float | None:
-    """The largest difference in R² between two autoencoders that differ in their seed only; None with one seed each."""
+    """Returns the largest difference in R² between autoencoders that differ only in seed; None when no two do."""
     groups: dict[tuple[FrontierKey, SparsityKnob], list[float]] = {}
     for sae in saes:
         if sae.r2 is not None:
@@ -82,13 +84,14 @@ def seed_spread(saes: Sequence[MeasuredSAE]) -> float | None:
 
 
 def parameters(d_sae: int, d_in: int) -> int:
-    """Encoder, decoder, three scalars a latent, the decoder's bias: alike for both architectures."""
+    """Returns the number of parameters, the same for SA-GSAE and Gated: encoder, decoder, three scalars per latent, the
+    decoder's bias."""
     return 2 * d_sae * d_in + 3 * d_sae + d_in
 
 
 def _interpolate(points: Sequence[FrontierPoint], log_l0: NDArray[np.float64]) -> NDArray[np.float64]:
-    at, values = np.log([point.l0 for point in points]), np.array([point.value for point in points])
-    return np.asarray(np.interp(log_l0, at, values), dtype=np.float64)
+    known, values = np.log([point.l0 for point in points]), np.array([point.value for point in points])
+    return np.asarray(np.interp(log_l0, known, values), dtype=np.float64)
 
 
 def _mean(values: NDArray[np.float64], knots: NDArray[np.float64]) -> float:
@@ -97,7 +100,8 @@ def _mean(values: NDArray[np.float64], knots: NDArray[np.float64]) -> float:
 
 
 def _crossings(difference: NDArray[np.float64], knots: NDArray[np.float64]) -> tuple[float, ...]:
-    """Where the difference changes sign: between two knots, or at the first of the knots where it is exactly zero."""
+    """Returns the L0 at which the difference changes sign: between two points, or at the first point where it is
+    exactly zero."""
     crossings = []
     for left, right in pairwise(np.flatnonzero(difference)):
         before, after = difference[left], difference[right]

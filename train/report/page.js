@@ -1,4 +1,4 @@
-/* Draws the plots in the page's colours, builds their legends, sorts the table. Nothing is fetched. */
+/* Draws the plots in the page's colours, builds their legends and sorts the table. Makes no network requests. */
 "use strict";
 
 const figures = JSON.parse(document.getElementById("plots").textContent);
@@ -14,10 +14,10 @@ function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
 }
 
-/* The colours of one plot as plotly's update: one value a trace, and the layout's. */
+/* Returns the colours of one plot as arguments of Plotly.update: one value per trace, and those of the layout. */
 function paint(data) {
-  const own = data.map(trace => colour(trace.meta.arch));
-  const traces = { "line.color": own, "marker.color": own, "marker.line.color": own.map(() => colour("surface")) };
+  const colours = data.map(trace => colour(trace.meta.arch));
+  const traces = { "line.color": colours, "marker.color": colours, "marker.line.color": colours.map(() => colour("surface")) };
   const layout = { "font.color": colour("muted"), "hoverlabel.bgcolor": colour("surface"),
     "hoverlabel.bordercolor": colour("line"), "hoverlabel.font.color": colour("ink"),
     "modebar.bgcolor": "rgba(0,0,0,0)", "modebar.color": colour("muted"), "modebar.activecolor": colour("ink") };
@@ -39,8 +39,8 @@ async function draw(plot) {
   await Plotly.update(plot, ...paint(plot.data));
 }
 
-/* One row a group (architecture and width). A group of nameless entry "" is one button; otherwise the group has a button,
-   without data-entry, and each entry its own. */
+/* Builds one row per group (architecture and width). A group whose only entry is "" has one button. Another group has a
+   button for itself, without data-entry, and one for each entry. */
 function buildLegend(figure) {
   const traces = [...figure.querySelectorAll(".plot")].flatMap(plot => figures[plot.id].data);
   const groups = new Map();
@@ -78,7 +78,7 @@ function swatch(trace, entry) {
   return svg;
 }
 
-/* A button switches what it names; with Shift it leaves that alone in view, or brings everything back. */
+/* Shows or hides what a button names. With Shift it shows that alone, or everything again. */
 function choose(figure, button, alone) {
   const { group, entry } = button.dataset;
   const buttons = [...figure.querySelectorAll(".legend button")];
@@ -94,7 +94,7 @@ function choose(figure, button, alone) {
   show(figure, buttons);
 }
 
-/* A group's button follows its entries. */
+/* Sets the state of each group's button: pressed when any of its entries is. */
 function summarise(buttons) {
   for (const head of buttons.filter(button => button.dataset.entry === undefined)) {
     const entries = buttons.filter(other => other.dataset.entry && other.dataset.group === head.dataset.group);
@@ -121,7 +121,7 @@ function sortTable(button) {
     (key(a) === "") - (key(b) === "") || sign * compare(key(a), key(b))));
 }
 
-/* Paper is light and narrow, whatever the screen is. */
+/* Prints light and narrow, whatever the screen is. */
 async function paper(printing) {
   document.documentElement.toggleAttribute("data-paper", printing);
   for (const plot of document.querySelectorAll(".plot")) {

@@ -1,7 +1,7 @@
-"""Renders the page: one HTML file with its style, its script and plotly inside, which asks the network for nothing.
+"""Renders the page: one HTML file that contains its style, its script and plotly, and makes no network requests.
 
 Everything read from a run is escaped: by jinja2 in the page, by `tojson` in the plots. Only this package's own files
-and plotly's are put in as they are.
+and plotly's are inserted unescaped.
 """
 
 import json
@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.comparable import differences
 from train.report.data import ReportedRun, SkippedFolder
@@ -25,7 +26,7 @@ HERE = Path(__file__).parent
 
 @dataclass(frozen=True)
 class TableColumn:
-    """A column of the table. Numbers are aligned on the right and sorted as numbers."""
+    """A column of the table. Numbers are right-aligned and sorted as numbers."""
 
     title: str
     number: bool = True
@@ -33,7 +34,7 @@ class TableColumn:
 
 @dataclass(frozen=True)
 class TableCell:
-    """`value` is what sorting compares, empty where nothing was measured."""
+    """A cell of the table. `value` is what sorting compares; it is empty where nothing was measured."""
 
     text: str
     value: str
@@ -41,13 +42,15 @@ class TableCell:
 
 @dataclass(frozen=True)
 class TableRow:
+    """A row of the table: one autoencoder."""
+
     arch: str
     cells: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """How one run was made."""
+    """The command, versions and settings that produced one run."""
 
     folder: str
     command: str
@@ -58,7 +61,7 @@ class Provenance:
 COLUMNS = (
     TableColumn("Architecture", number=False),
     *(TableColumn(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
-    *(TableColumn(title) for title in ("Both poles", "Their mass", "Rescaling", "Antipodal pairs")),
+    *(TableColumn(title) for title in ("Both poles", "Mass of both poles", "Rescaling", "Antipodal pairs")),
     *(
         TableColumn(title)
         for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")
@@ -70,7 +73,7 @@ SITE = TableColumn("Model and hookpoint", number=False)
 
 
 def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) -> str:
-    """The whole page."""
+    """Returns the page as HTML."""
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
     setting_of = {run.folder: number for number, part in enumerate(parts, 1) for run in part.runs}
@@ -86,7 +89,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
         plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
-        css=_own("page.css"),
+        css=_own("page.css") + _architectures(),
         js=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
@@ -96,12 +99,26 @@ def _own(name: str) -> Markup:
     return Markup((HERE / name).read_text(encoding="utf-8"))
 
 
+def _architectures() -> Markup:
+    """Each architecture's colour as a custom property, and its swatch in the table, round where latents are signed."""
+    light, dark = (
+        " ".join(f"--{name}: {architecture.colours[ground]};" for name, architecture in ARCHITECTURES.items())
+        for ground in (0, 1)
+    )
+    swatches = "\n".join(
+        f".swatch.{name} {{ background: var(--{name});{'' if architecture.signed else ' border-radius: 1px;'} }}"
+        for name, architecture in ARCHITECTURES.items()
+    )
+    on_screens = f"@media screen and (prefers-color-scheme: dark) {{ :root:not([data-paper]) {{ {dark} }} }}"
+    return Markup(f":root {{ {light} }}\n{on_screens}\n{swatches}\n")
+
+
 def _site(run: ReportedRun) -> str:
     return f"{run.model} {run.hook}"
 
 
 def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting: int) -> TableRow:
-    """In the order of COLUMNS, then SETTING and SITE where the page has several."""
+    """Returns the cells in the order of COLUMNS, then SETTING and SITE when the page has several."""
     where = f"{run.folder.name}/{sae.name}"
     pairs = sae.directions.antipodal_pairs if sae.directions else None
     return TableRow(

@@ -1,4 +1,4 @@
-"""Where a report may be written: onto nothing, or onto a report; onto another file only when that is asked for."""
+"""Checks where a report may be written: to a new file or over a report; over another file only with --overwrite."""
 
 import os
 import stat
@@ -8,35 +8,35 @@ from typing import Final
 from shared.errors import UserError
 
 MARK: Final = b'<meta name="generator" content="sagsae report'
-"""In the first kB of every report."""
+"""A tag in the first 1,024 bytes of every report."""
 NAME_ANOTHER: Final = "Name another file"
 
 
 def check_place(out: Path, overwrite: bool) -> None:
-    """Raises UserError where `out` is not to be written: a folder, a link, a special file, a file that is no report
-    (unless it may be overwritten), or a name in a run or a store that is not of a page."""
+    """Raises UserError when `out` must not be written: a folder, a link, a special file, a file that is not a report
+    (unless `overwrite`), or a file without an .html ending inside a run, a store or an autoencoder's folder."""
     try:
         found = os.lstat(out)
     except (FileNotFoundError, NotADirectoryError):
         found = None
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be looked at ({error.strerror}). {NAME_ANOTHER}") from error
+        raise UserError(f"--out {out}: cannot be accessed ({error.strerror}). {NAME_ANOTHER}") from error
     if found and stat.S_ISLNK(found.st_mode):
         raise UserError(f"--out {out}: is a link. Name the file itself, or remove the link")
     if found and stat.S_ISDIR(found.st_mode):
         raise UserError(f"--out {out}: is a folder; name a file in it, such as {out / 'report.html'}")
     if found and not stat.S_ISREG(found.st_mode):
-        raise UserError(f"--out {out}: is no ordinary file. {NAME_ANOTHER}")
+        raise UserError(f"--out {out}: is not an ordinary file. {NAME_ANOTHER}")
     ours = not found or is_report(out)
     owner = owner_of(out)
     if owner and not (ours and out.suffix.lower() in (".html", ".htm")):
         raise UserError(f"--out {out}: is in {owner}; only a page (.html) may be written there. {NAME_ANOTHER}")
     if not ours and not overwrite:
-        raise UserError(f"--out {out}: exists and is no report. {NAME_ANOTHER}, or replace it with --overwrite")
+        raise UserError(f"--out {out}: exists and is not a report. {NAME_ANOTHER}, or replace it with --overwrite")
 
 
 def is_report(path: Path) -> bool:
-    """Or an empty file, which has nothing to lose."""
+    """Whether the file is a report, or empty."""
     try:
         with path.open("rb") as file:
             begin = file.read(1024)
@@ -46,7 +46,7 @@ def is_report(path: Path) -> bool:
 
 
 def owner_of(out: Path) -> str | None:
-    """What the file would lie in: a run, a store or an autoencoder's folder."""
+    """Returns the run, store or autoencoder's folder that the file would be in, in words; else None."""
     for folder in Path(os.path.abspath(out)).parents:
         for name, what in (("config.json", "the run"), ("zarr.json", "the store"), ("cfg.json", "the autoencoder")):
             if (folder / name).is_file() and (name != "config.json" or (folder / "record.json").is_file()):
@@ -55,7 +55,7 @@ def owner_of(out: Path) -> str | None:
 
 
 def write_page(out: Path, html: str) -> None:
-    """Whole or not at all. Raises OSError."""
+    """Writes the page atomically. Raises OSError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name[:200]}.{os.getpid()}.tmp")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)

@@ -1,4 +1,4 @@
-"""What was measured of one cell, put into the numbers that the claims are about. Pure: points in, numbers out."""
+"""Computes, from the measurements of one cell, the numbers that the claims are about. Pure functions."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -25,15 +25,15 @@ from train.reproduce.plan import GATED_FULL, GATED_HALF, SA_FULL, SA_HALF, TIE_R
 Arms = Mapping[str, Sequence[ArmMeasurement]]
 
 MATCHED_L0: Final = 64.0
-"""Where dead latents are compared, or at the nearest L0 that both arms have."""
+"""The L0 at which dead latents are compared; if not both arms reach it, the nearest L0 that both have."""
 TOLERANCE: Final = 0.025
-"""In R². The paper's "matches"."""
+"""The difference in R² up to which the paper says that two methods match."""
 NO_OVERLAP: Final = "no overlap"
 
 
 @dataclass(frozen=True)
 class DeadComparison:
-    """Dead latents of both arms at one L0."""
+    """Shares of dead latents of both arms at one L0."""
 
     l0: float
     sa: Interval
@@ -44,16 +44,17 @@ class DeadComparison:
 
 @dataclass(frozen=True)
 class DeadRatio:
-    """Dead latents of Gated over those of SA-GSAE, geometric mean over the overlap."""
+    """The dead latents of Gated divided by those of SA-GSAE, as a geometric mean over the overlap."""
 
     ratio: Interval
     bound: str
-    """≥, ≤, ≈ or nothing: fewer dead latents than half a one, somewhere, count as half a one (`geometric_ratio`)."""
+    """≥, ≤, ≈ or empty: how `ratio` bounds the true one. Where fewer than half a latent is dead, half a latent is
+    counted (`geometric_ratio`)."""
 
 
 @dataclass(frozen=True)
 class ChangeEffect:
-    """An ablation or a baseline."""
+    """The results of an ablation or a baseline."""
 
     width: int
     l0: Interval | None
@@ -61,14 +62,14 @@ class ChangeEffect:
     dead: Interval | None
     loss_recovered: Interval | None
     difference: Interval | None
-    """In R², to SA-GSAE at H at matched L0; None where its L0 is outside that frontier."""
+    """R² minus that of SA-GSAE at H at matched L0; None when its L0 is outside that frontier."""
     more_dead: Interval | None
-    """Than SA-GSAE at H of the same λ."""
+    """Share of dead latents minus that of SA-GSAE at H with the same λ."""
 
 
 @dataclass(frozen=True)
 class CellResult:
-    """One cell's numbers."""
+    """All numbers of one cell."""
 
     cell: str
     hook: str
@@ -76,26 +77,26 @@ class CellResult:
     """SA-GSAE at H minus Gated at 2H."""
     verdict: str
     certain: bool
-    """The verdict holds for the whole interval at every L0, not for the mean alone."""
+    """Whether the verdict holds for the whole interval at every L0, not only for the mean."""
     dead: DeadComparison | None
     dead_ratio: DeadRatio | None
     bipolar: Interval | None
     """Share of the live latents of SA-GSAE at H that use both poles, at `dead.l0`."""
     concentration: Interval | None
-    """The same share of the tenth that fires most, minus `bipolar`."""
+    """The same share among the tenth of latents that fires most, minus `bipolar`."""
     equal_width: MatchedArms | None
     """SA-GSAE at H minus Gated at H."""
     full_width: MatchedArms | None
     """SA-GSAE at 2H minus SA-GSAE at H."""
     tied_r: Interval | None
-    """R² with r tied minus untied, each against SA-GSAE at H at matched L0."""
+    """R² with r tied minus R² untied, each relative to SA-GSAE at H at matched L0."""
     tied: Interval | None
-    """R² of SA-GSAE, all tied, minus untied."""
+    """R² of SA-GSAE with everything tied minus R² untied."""
     changed: dict[str, ChangeEffect]
 
 
 def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
-    """Every number of a cell."""
+    """Computes all numbers of a cell."""
     sa, gated = main.get(SA_HALF, ()), main.get(GATED_FULL, ())
     r2_of = {arm: frontiers(points, "r2") for arm, points in main.items()}
     half = r2_of.get(SA_HALF, {})
@@ -115,14 +116,14 @@ def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
         equal_width=compare(half, r2_of.get(GATED_HALF, {})),
         full_width=compare(r2_of.get(SA_FULL, {}), half),
         tied_r=difference(ablations.get(TIE_R, ()), ablations.get(UNTIED, ()), sa),
-        tied=None if untied is None else negative(untied),
+        tied=None if untied is None else negated(untied),
         changed={arm: changed(points, sa) for arm, points in ablations.items()},
     )
 
 
 def verdict(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> str:
-    """By the seeds' mean at its worst L0 of the overlap: above zero, it dominates; not below minus the tolerance, it is
-    within it; else it is worse."""
+    """Returns the verdict by the lowest mean over seeds in the overlap: "dominates" above zero, "within 0.025" down to
+    minus the tolerance, "worse" below."""
     if r2 is None:
         return NO_OVERLAP
     if r2.lowest.mean > 0:
@@ -131,7 +132,7 @@ def verdict(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> str:
 
 
 def certain(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> bool:
-    """Whether the verdict would be the same at either end of the intervals. Never with one seed."""
+    """Whether the verdict is the same at both ends of the intervals. With one seed it never is certain."""
     if r2 is None or r2.floor is None or r2.lowest.high is None:
         return False
     found = verdict(r2, tolerance)
@@ -145,19 +146,21 @@ def certain(r2: MatchedArms | None, tolerance: float = TOLERANCE) -> bool:
 def dead_at(
     sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement], target: float = MATCHED_L0
 ) -> DeadComparison | None:
-    """At the target L0, or at the nearest that every seed of both has."""
+    """Compares dead latents at the target L0, or at the nearest L0 that every seed of both arms has. Returns None
+    without such an L0."""
     a, b = frontiers(sa, "dead"), frontiers(gated, "dead")
     span = overlap(a, b)
     if span is None:
         return None
-    at = nearest(target, span)
-    found, other = value_at(a, at), value_at(b, at)
-    gap = interval([float(a[seed].at(np.array(at)) - b[seed].at(np.array(at))) for seed in a if seed in b])
-    return DeadComparison(math.exp(at), found, other, gap) if found and other and gap else None
+    log_l0 = nearest(target, span)
+    found, other = value_at(a, log_l0), value_at(b, log_l0)
+    gap = interval([float(a[seed].at(np.array(log_l0)) - b[seed].at(np.array(log_l0))) for seed in a if seed in b])
+    return DeadComparison(math.exp(log_l0), found, other, gap) if found and other and gap else None
 
 
 def dead_ratio(sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement]) -> DeadRatio | None:
-    """Half a latent of the narrower dictionary is the least that counts, for both."""
+    """Returns dead(Gated) / dead(SA-GSAE). Fewer dead latents than half a latent of the narrower dictionary count as
+    half a latent, in both."""
     widths = [point.d_sae for point in (*sa, *gated)]
     if not widths:
         return None
@@ -166,7 +169,7 @@ def dead_ratio(sa: Sequence[ArmMeasurement], gated: Sequence[ArmMeasurement]) ->
 
 
 def changed(points: Sequence[ArmMeasurement], sa: Sequence[ArmMeasurement]) -> ChangeEffect:
-    """The means of a seed, then over seeds."""
+    """Summarises an ablation or baseline: means within each seed, then over seeds."""
     same = {(point.seed, point.setting): point.dead for point in sa}
     more = [
         point.dead - before
@@ -196,7 +199,7 @@ def over_seeds(points: Sequence[ArmMeasurement], field: str) -> Interval | None:
 def difference(
     a: Sequence[ArmMeasurement], b: Sequence[ArmMeasurement], sa: Sequence[ArmMeasurement]
 ) -> Interval | None:
-    """R² of a minus b, each against the frontier of SA-GSAE at H, seed by seed."""
+    """Returns R² of a minus R² of b, each relative to the frontier of SA-GSAE at H, seed by seed."""
     reference = frontiers(sa, "r2")
     gaps = []
     for seed in reference:
@@ -206,6 +209,6 @@ def difference(
     return interval(gaps)
 
 
-def negative(found: Interval) -> Interval:
+def negated(found: Interval) -> Interval:
     low, high = (None if end is None else -end for end in (found.high, found.low))
     return Interval(-found.mean, low, high, found.n)

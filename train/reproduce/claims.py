@@ -1,9 +1,9 @@
-"""The paper's claims, each with its published figure, and the one rule that marks them.
+"""The paper's claims, each with its published figure, and the rule that marks them.
 
-A claim names a number of a cell, the bound that it has to pass, and the cells it is about. **Reproduced**: in at least
-`most` of those cells the whole 95 % interval over seeds passes the bound. **Partly**: in at least `some` of them the
-mean passes the weaker bound (`weak`, or the same one). Else **not**. Without a number in any of the cells: **not
-measured**. So one seed, which has no interval, can show no more than partly.
+A claim names a number of a cell, the bound that the number must pass, and the cells it is about. **Reproduced**: in at
+least the share `most` of those cells, the whole 95 % interval over seeds passes the bound. **Partly**: in at least the
+share `some` of them, the mean passes the weaker bound (`weak`, or the same one). Otherwise **not**. **Not measured**:
+no cell has the number. One seed has no interval, so it can show "partly" at most.
 """
 
 from collections.abc import Callable, Sequence
@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from train.reproduce.analysis import TOLERANCE, CellResult
-from train.reproduce.curves import Interval, size
+from train.reproduce.curves import Interval, magnitude_of
 from train.reproduce.plan import LARGE, LARGE_RESET, NO_AUX, ONE_SIDED
 
 REPRODUCED, PARTLY, NOT, NOT_MEASURED = "reproduced", "partly", "not", "not measured"
@@ -28,24 +28,24 @@ def not_dominating(cell: CellResult) -> bool:
     return cell.verdict != "dominates"
 
 
-def at(hook: str) -> Where:
-    """The residual stream under any of its names; else one hookpoint."""
+def at_hook(hook: str) -> Where:
+    """Selects the cells of one hookpoint; "resid" selects the residual stream under any of its names."""
     return lambda cell: cell.hook.startswith("resid") if hook == "resid" else cell.hook == hook
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What the paper says, and when a measurement agrees with it."""
+    """A claim of the paper, and the rule by which a measurement agrees with it."""
 
     name: str
     paper: str
-    """The abstract's figure."""
+    """The figure in the paper's abstract."""
     ours: str
-    """What our number is."""
+    """A description of our number."""
     value: Value
     bound: float
     above: bool = True
-    """Whether the number has to be above the bound, or below it."""
+    """Whether the number must be above the bound or, if False, below it."""
     weak: float | None = None
     most: float = 1.0
     some: float = 0.5
@@ -56,14 +56,14 @@ class Claim:
 
 @dataclass(frozen=True)
 class Finding:
-    """A claim and what was measured of it."""
+    """A claim, our numbers and the mark."""
 
     claim: str
     paper: str
     ours: str
     rule: str
     values: dict[str, Interval | None]
-    """By cell."""
+    """Our number in each cell that the claim is about."""
     mark: str
 
 
@@ -72,7 +72,8 @@ def changed(arm: str, field: str) -> Value:
 
 
 def lowest(cell: CellResult) -> Interval | None:
-    """Its lower end is the lowest over the whole overlap: that every interval passes is what a claim on it means."""
+    """Returns the lowest difference in R². Its lower end is the lowest of the intervals at any L0, because a claim
+    about it means that every interval passes."""
     return replace(cell.r2.lowest, low=cell.r2.floor) if cell.r2 else None
 
 
@@ -80,12 +81,13 @@ def dead_ratio(cell: CellResult) -> Interval | None:
     return cell.dead_ratio.ratio if cell.dead_ratio else None
 
 
-def sized(value: Interval | None) -> Interval | None:
-    return size(value) if value else None
+def magnitude(value: Interval | None) -> Interval | None:
+    return magnitude_of(value) if value else None
 
 
-def nothing(_: CellResult) -> None:
-    return None
+def not_measured(_: CellResult) -> None:
+    """The value of a claim that this program does not measure."""
+    return
 
 
 RATIO: Final = "geometric mean over the overlap of dead(Gated) / dead(SA-GSAE)"
@@ -99,12 +101,12 @@ CLAIMS: Final = (
           "dead(SA-GSAE) − dead(Gated) at L0 64 or the nearest",
           lambda cell: cell.dead.difference if cell.dead else None, -0.35, above=False, weak=0.0, where=not_dominating),
     Claim("Fewer dead latents over the sweep: MLP output", "100 to 500 times fewer", RATIO, dead_ratio, 100.0, weak=2.0,
-          where=at("mlp_out")),
+          where=at_hook("mlp_out")),
     Claim("Fewer dead latents over the sweep: attention", "2 to 4 times fewer", RATIO, dead_ratio, 2.0, weak=1.0,
-          where=at("attn_out")),
+          where=at_hook("attn_out")),
     Claim("Fewer dead latents over the sweep: residual stream",
           "100 to 500 times fewer (Pythia-1B), 2 to 4 (SmolLM3-3B)", RATIO, dead_ratio, 2.0, weak=1.0,
-          where=at("resid")),
+          where=at_hook("resid")),
     Claim("Without the auxiliary loss reconstruction collapses", "no R² in the abstract", "R² without it",
           changed(NO_AUX, "r2"), 0.3, above=False, weak=0.5),
     Claim("Without it the loss recovered collapses", "0.27", "loss recovered against zero ablation",
@@ -114,30 +116,32 @@ CLAIMS: Final = (
           "R² of the one-sided gate − two-sided, same width, matched L0", changed(ONE_SIDED, "difference"), 0.0,
           above=False),
     Claim("Tying r of both poles changes nothing", "|ΔR²| = 0.0015", "|R² with r tied − untied| at matched L0",
-          lambda cell: sized(cell.tied_r), 0.005, above=False, at_bound=True),
+          lambda cell: magnitude(cell.tied_r), 0.005, above=False, at_bound=True),
     Claim("Nor does tying everything", "ours: no figure in the abstract", "|R² with all tied − untied| at matched L0",
-          lambda cell: sized(cell.tied), 0.005, above=False, at_bound=True),
+          lambda cell: magnitude(cell.tied), 0.005, above=False, at_bound=True),
     Claim("MLP output: most latents carry both polarities", "“most”", "share of live latents with both poles",
-          lambda cell: cell.bipolar, 0.5, where=at("mlp_out")),
+          lambda cell: cell.bipolar, 0.5, where=at_hook("mlp_out")),
     Claim("Attention: bipolar structure is concentrated in the top latents", "no figure in the abstract",
           "share with both poles in the tenth that fires most − in all live latents",
-          lambda cell: cell.concentration, 0.1, weak=0.0, where=at("attn_out")),
+          lambda cell: cell.concentration, 0.1, weak=0.0, where=at_hook("attn_out")),
     Claim("SA-GSAE at 2H collapses at the residual stream", "SmolLM3-3B only",
           "lowest R² of SA-GSAE at 2H − at H over the overlap",
           lambda cell: cell.full_width.lowest if cell.full_width else None, -0.1, above=False, weak=-0.025,
-          where=at("resid")),
+          where=at_hook("resid")),
     Claim("A large initial threshold kills latents", "no figure in the abstract", "dead − dead at the tuned threshold",
           changed(LARGE, "more_dead"), 0.25, weak=0.0),
     Claim("Threshold resets prevent that", "no figure in the abstract",
           "dead with resets − dead at the tuned threshold", changed(LARGE_RESET, "more_dead"), 0.05, above=False,
           weak=0.25),
-    Claim("A nameable opposition between the poles is rare", "v2, no figure", "needs reading of latents", nothing, 0.0),
-    Claim("A latent's value is a causal dial, in a limited scope", "v2, no figure", "needs steering", nothing, 0.0),
+    Claim("A nameable opposition between the poles is rare", "v2, no figure", "needs reading of latents", not_measured,
+          0.0),
+    Claim("A latent's value is a causal dial, in a limited scope", "v2, no figure", "needs steering", not_measured,
+          0.0),
 )  # fmt: skip
 
 
 def judge(claim: Claim, cells: Sequence[CellResult]) -> Finding:
-    """A claim against all cells that it is about."""
+    """Marks a claim by all cells that it is about."""
     values = {cell.cell: claim.value(cell) for cell in cells if claim.where(cell)}
     return Finding(claim.name, claim.paper, claim.ours, rule(claim), values, mark(claim, list(values.values())))
 
@@ -166,8 +170,8 @@ def passes(claim: Claim, value: float | None, bound: float) -> bool:
 
 
 def rule(claim: Claim) -> str:
-    """In words."""
-    if claim.value is nothing:
+    """Describes the claim's rule in words."""
+    if claim.value is not_measured:
         return "–"
     side = ("≥" if claim.above else "≤") if claim.at_bound else (">" if claim.above else "<")
     where = "every cell" if claim.most == 1 else f"{claim.most:.0%} of cells"

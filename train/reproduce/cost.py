@@ -1,4 +1,4 @@
-"""What a reproduction takes, estimated before it starts."""
+"""Estimates time, disk and memory of a reproduction before it starts."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -12,42 +12,45 @@ from train.reproduce.plan import ReproductionCell, ablation_arms, every_sae, har
 from train.reproduce.preset import Request
 
 GPU_RATE: Final = 1.5e14
-"""FLOP a second that training is assumed to reach on one data-centre GPU, in bfloat16."""
+"""Assumed speed of training on one data-centre GPU in bfloat16, in FLOP per second."""
 CORE_RATE: Final = 1.25e11
-"""The same for one CPU core that multiplies bfloat16 natively."""
+"""Assumed speed of one CPU core that multiplies bfloat16 natively, in FLOP per second."""
 OVERHEAD: Final = 1.25
-"""Harvest, evaluation and reading, as a factor."""
+"""Factor for harvest, evaluation and reading."""
 FLOPS: Final = 14
-"""For each weight of the encoder, a token and a step: seven matrix products (docs/method.md)."""
+"""FLOP per weight of the encoder and token: seven matrix products (docs/explanation/method.md)."""
 WEIGHT_BYTES: Final = 32
-"""For each weight of the encoder: encoder and decoder, their gradients and two moments, float32."""
+"""Bytes per weight of the encoder: encoder and decoder, their gradients and Adam's two moments, in float32."""
 STORE_RATIO: Final = 1.4
-"""Compression of bfloat16 activations."""
+"""Compression ratio of bfloat16 activations."""
 ASK_HOURS: Final = 2.0
 ASK_BYTES: Final = 50e9
 
 
 @dataclass(frozen=True)
 class ReproductionCost:
+    """The size and estimated cost of a reproduction."""
+
     cells: int
     autoencoders: int
     harvested_tokens: int
-    """Of every model."""
+    """Tokens harvested per model."""
     trained_tokens: int
-    """Of every autoencoder, the pilot's apart."""
+    """Training tokens per autoencoder, outside the pilot."""
     flops: float
     hours: float
-    """On this device."""
+    """Hours on this device."""
     gpu_hours: float
+    """Hours on one data-centre GPU."""
     store_bytes: int
     memory_bytes: int
-    """Of the largest pass, weights and moments alone."""
+    """Bytes of weights, gradients and moments in the largest pass."""
 
     @property
     def text(self) -> str:
         return (
             f"{self.autoencoders} autoencoders in {many(self.cells, 'cell')}, {self.trained_tokens:,} training tokens "
-            f"each; {self.harvested_tokens:,} tokens harvested of each model; {self.flops:.2g} FLOP: about "
+            f"each; {self.harvested_tokens:,} tokens harvested from each model; {self.flops:.2g} FLOP: about "
             f"{spell(self.hours)} on this device ({self.gpu_hours:.2g} GPU-hours on a data-centre GPU), "
             f"{self.store_bytes / 1e9:.2g} GB of disk, {self.memory_bytes / 1e9:.2g} GB of memory for weights"
         )
@@ -65,7 +68,7 @@ def many(count: int, thing: str) -> str:
 
 
 def estimate(request: Request, cells: Sequence[ReproductionCell]) -> ReproductionCost:
-    """From the plan's own configurations; which candidates the pilot will choose does not matter to it."""
+    """Estimates the cost from the plan's configurations. It does not depend on which candidates the pilot chooses."""
     any_choice = PilotChoice(1e-3, 1.0)
     pilot = [sae for arm in pilot_arms(request).values() for saes in arm.values() for sae in saes]
     main = every_sae(main_arms(request, any_choice, any_choice))
@@ -95,6 +98,6 @@ def latents(saes: Sequence[SAEConfig]) -> int:
 
 
 def check_consent(cost: ReproductionCost, yes: bool) -> None:
-    """Raises UserError for what is long or large and was not agreed to."""
+    """Raises UserError for a long or large job without `--yes`."""
     if not yes and (cost.hours > ASK_HOURS or cost.store_bytes > ASK_BYTES):
         raise UserError(f"this is a large job: {cost.text}. To start it, run the same command again with --yes")

@@ -1,6 +1,6 @@
-"""What a reproduction will do, as configurations of a harvest and of training runs, and what it costs. Writes nothing.
+"""Turns a reproduction into configurations of harvests and training runs. Writes nothing.
 
-An *arm* is a set of autoencoders that differ in λ (or k) and seed only; its name says what it is for in the analysis.
+An *arm* is a set of autoencoders that differ only in λ (or k) and seed; the analysis refers to arms by name.
 """
 
 import re
@@ -44,9 +44,9 @@ class ReproductionCell:
 
     model: str
     hook: str
-    """Its short name."""
+    """The hookpoint's short name."""
     path: str
-    """In the store, such as layer_02/mlp_out."""
+    """The hookpoint's name in the store, such as layer_02/mlp_out."""
     d_in: int
 
     @property
@@ -59,7 +59,7 @@ class ReproductionCell:
 
 
 def slug(name: str) -> str:
-    """As part of a file's name."""
+    """Returns a name that can be part of a file name."""
     return re.sub(r"[^\w.-]+", "-", name).strip("-.") or "model"
 
 
@@ -68,27 +68,27 @@ def store_name(model: str) -> str:
 
 
 def make_cells(request: Request) -> list[ReproductionCell]:
-    """Raises UserError for a model that does not have the layer or one of the hookpoints."""
+    """Returns all cells of a reproduction. Raises UserError when a model lacks the layer or one of the hookpoints."""
     cells: list[ReproductionCell] = []
     if len({store_name(model) for model in request.models}) < len(request.models):
         raise UserError(f"--model {' --model '.join(request.models)}: two of them have the same name")
     for model in request.models:
         table = hook_table(model, None, (request.layer,), "sdpa")
-        here = {hook.short: hook for hook in table if hook.short}
+        by_name = {hook.short: hook for hook in table if hook.short}
         for name in request.cells:
-            if name not in here:
+            if name not in by_name:
                 layer = table[0].layer if table else request.layer
                 raise UserError(
-                    f"--cells {name}: {model} has no such hookpoint in layer {layer}. It has {', '.join(here)}"
+                    f"--cells {name}: {model} has no such hookpoint in layer {layer}. It has {', '.join(by_name)}"
                 )
-            hook = here[name]
+            hook = by_name[name]
             cells.append(ReproductionCell(model, name, f"layer_{hook.layer:02d}/{name}", hook.width))
     return cells
 
 
 def harvest_config(request: Request, model: str) -> HarvestConfig:
-    """All hookpoints of a model in one forward. A tenth is held out and some rows never count (the first position,
-    special tokens), so there are a fifth more than are trained on."""
+    """Returns the harvest of all hookpoints of a model in one forward pass. It has a fifth more tokens than are trained
+    on, because a tenth is held out and some rows never count (the first position, special tokens)."""
     own_text = local_place(model) is not None and request.corpus == request.preset.corpus
     return HarvestConfig(
         model=model,
@@ -106,7 +106,7 @@ def harvest_config(request: Request, model: str) -> HarvestConfig:
 def train_config(
     request: Request, cell: ReproductionCell, store: str, stage: str, saes: Iterable[SAEConfig]
 ) -> TrainConfig:
-    """One pass over a cell's activations for all of these autoencoders."""
+    """Returns the configuration that trains all of these autoencoders in one pass over a cell's activations."""
     preset = request.preset
     tokens = min(request.tokens, preset.pilot_tokens) if stage == "pilot" else request.tokens
     return TrainConfig(
@@ -124,12 +124,12 @@ def train_config(
 
 
 def method(arm: str, request: Request) -> dict[str, Any]:
-    """Architecture and width of a compared arm."""
+    """Returns architecture and width of one of the two compared arms."""
     return {"arch": METHODS[arm], "d_sae": request.preset.width * (2 if arm == GATED_FULL else 1)}
 
 
 def pilot_arms(request: Request) -> dict[str, dict[PilotChoice, tuple[SAEConfig, ...]]]:
-    """For both methods the same candidates, the same λ, one seed."""
+    """Returns the pilot's autoencoders: for both methods the same candidates and λ, with one seed."""
     preset = request.preset
     choices = [PilotChoice(lr, theta0) for lr in preset.pilot_lrs for theta0 in preset.pilot_theta0s]
     return {
@@ -145,25 +145,25 @@ def pilot_arms(request: Request) -> dict[str, dict[PilotChoice, tuple[SAEConfig,
 
 
 def main_arms(request: Request, sa: PilotChoice, gated: PilotChoice) -> Arms:
-    """SA-GSAE and Gated at H and at 2H. The two that are compared have every λ and seed; the others, which only show
-    what width does, a thinner grid and one seed."""
-    preset, seeds = request.preset, range(request.seeds)
+    """Returns SA-GSAE and Gated at H and at 2H. The two arms that are compared have every λ and seed. The others show
+    the effect of width alone and have fewer λ and one seed."""
+    preset, every_seed = request.preset, range(request.seeds)
 
-    def arm(arch: str, width: int, choice: PilotChoice, sparsities: Iterable[float], of: Iterable[int]) -> Any:
+    def arm(arch: str, width: int, choice: PilotChoice, sparsities: Iterable[float], seeds: Iterable[int]) -> Any:
         fixed = {"arch": arch, "d_sae": width, "lr": choice.lr, "theta0": choice.theta0}
-        return tuple(sae_config(**fixed, sparsity=sparsity, seed=seed) for seed in of for sparsity in sparsities)
+        return tuple(sae_config(**fixed, sparsity=sparsity, seed=seed) for seed in seeds for sparsity in sparsities)
 
     return {
-        SA_HALF: arm("sa-gsae", preset.width, sa, preset.sparsities, seeds),
-        GATED_FULL: arm("gated", 2 * preset.width, gated, preset.sparsities, seeds),
+        SA_HALF: arm("sa-gsae", preset.width, sa, preset.sparsities, every_seed),
+        GATED_FULL: arm("gated", 2 * preset.width, gated, preset.sparsities, every_seed),
         SA_FULL: arm("sa-gsae", 2 * preset.width, sa, preset.thin_sparsities, [0]),
         GATED_HALF: arm("gated", preset.width, gated, preset.thin_sparsities, [0]),
     }
 
 
 def ablation_arms(request: Request, sa: PilotChoice, gated: PilotChoice) -> Arms:
-    """SA-GSAE at H with one thing changed, at one λ and every seed; and the baselines, one seed: signed ones at H,
-    one-sided ones at 2H, with the learning rate of the method of their kind."""
+    """Returns SA-GSAE at H with one setting changed, at one λ and every seed; and the baselines, with one seed. Signed
+    baselines have width H and SA-GSAE's learning rate, the others 2H and Gated's."""
     preset, width = request.preset, request.preset.width
     steps = request.tokens // preset.batch
 

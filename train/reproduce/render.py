@@ -1,4 +1,5 @@
-"""Writes a reproduction down: reproduction.json, reproduction.md, a frontier of each cell as SVG, report.html."""
+"""Writes the results of a reproduction: reproduction.json, reproduction.md, report.html, and an SVG of each cell's
+frontiers."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -32,19 +33,19 @@ td:last-child{white-space:nowrap}svg{width:100%;height:auto}"""
 
 @dataclass(frozen=True)
 class Results:
-    """All that was found."""
+    """All results of a reproduction."""
 
     protocol: dict[str, Any]
     cost: dict[str, Any]
     pilots: Mapping[str, Pilot]
     points: Mapping[str, Arms]
-    """Cell -> arm -> its autoencoders, the ablations' too."""
+    """The autoencoders of each arm of each cell, ablations included."""
     cells: Sequence[CellResult]
     findings: Sequence[Finding]
     record: dict[str, Any]
 
     def key_results(self) -> dict[str, Any]:
-        """What --json prints."""
+        """Returns the object that `--json` prints."""
         return {
             "preset": self.protocol["preset"],
             "claims": {finding.claim: finding.mark for finding in self.findings},
@@ -61,6 +62,7 @@ class Results:
         }
 
     def document(self) -> dict[str, Any]:
+        """Returns the content of reproduction.json."""
         return {
             **self.record,
             "protocol": self.protocol,
@@ -87,7 +89,7 @@ class Results:
 
 
 def write_results(results: Results, out: Path) -> None:
-    """Every file whole or not at all; the JSON last."""
+    """Writes every file atomically, the JSON last."""
     figures = {
         cell: frontier_svg(cell, {arm: arms[arm] for arm in FRONTIERS if arm in arms})
         for cell, arms in results.points.items()
@@ -118,7 +120,7 @@ def markdown(results: Results, cells: Sequence[str]) -> str:
 
 
 def page(results: Results, figures: Mapping[str, str]) -> str:
-    """One self-contained page that asks the network for nothing."""
+    """Returns one self-contained HTML page that makes no network requests."""
     parts = [f"<h1>{escape(title(results))}</h1><p>{escape(summary(results))}</p>"]
     parts.append("".join(f"<figure>{svg}</figure>" for svg in figures.values()))
     for table in results.tables():

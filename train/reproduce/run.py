@@ -1,7 +1,7 @@
-"""reproduce(request, harvest): a store for every model, three passes for every cell, then the analysis.
+"""Runs a reproduction: harvests a store per model, trains in three passes per cell, then analyses the results.
 
-Harvests and training runs go on where they were; the analysis is made anew from what they measured. The harvest comes
-from outside, for the stages know nothing of each other.
+Repeating the command resumes harvests and training runs and repeats the analysis. The caller passes in the harvest,
+because the train stage does not import the harvest stage.
 """
 
 import json
@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.config import EvalConfig, HarvestConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
+from shared.files.local import read_whole
+from shared.gate import SMALL, parse_json
 from shared.progress import say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
@@ -43,12 +45,12 @@ from train.runs.folder import RunFolder
 
 PLAN: Final = "plan.json"
 Harvest = Callable[[HarvestConfig], str]
-"""Makes or completes a store and says where it is."""
+"""Creates or completes a store and returns its path."""
 
 
 def reproduce(request: Request, harvest: Harvest, yes: bool = False) -> Results:
-    """Raises UserError for a model without the hookpoints, an --out that is something else, or a large job that was not
-    agreed to."""
+    """Runs a reproduction and writes its results. Raises UserError when a model lacks the hookpoints, `--out` holds
+    something else, or the job is large and `yes` is not set."""
     started = time.monotonic()
     cells = make_cells(request)
     cost, protocol = estimate(request, cells), describe(request)
@@ -75,7 +77,7 @@ def reproduce(request: Request, harvest: Harvest, yes: bool = False) -> Results:
 
 
 def run_pilot(request: Request, cell: ReproductionCell, store: str) -> Pilot:
-    """Every candidate of both methods in one short pass."""
+    """Trains every candidate of both methods in one short pass and ranks them."""
     arms = pilot_arms(request)
     saes = [sae for candidates in arms.values() for group in candidates.values() for sae in group]
     run = train(train_config(request, cell, store, "pilot", saes)).run
@@ -87,12 +89,12 @@ def run_pilot(request: Request, cell: ReproductionCell, store: str) -> Pilot:
     found = choose(measured)
     for arm in arms:
         best = found.choice(arm)
-        say(f"{cell.name}: {arm} with learning rate {best.lr:g} and theta0 {best.theta0:g}")
+        say(f"{cell.name}: the pilot chose learning rate {best.lr:g} and theta0 {best.theta0:g} for {arm}")
     return found
 
 
 def run_arms(request: Request, cell: ReproductionCell, store: str, stage: str, arms: Arms) -> Points:
-    """All arms in one pass; for the ablations, the language model's loss too."""
+    """Trains and measures all arms in one pass; the ablations also with the language model's loss."""
     run = train(train_config(request, cell, store, stage, every_sae(arms))).run
     if stage == "ablations" and read_evaluation(run).get("ce_tokens") is None:
         evaluate(EvalConfig(run=run, device=request.device, ce_tokens=request.preset.ce_tokens))
@@ -109,11 +111,12 @@ def read_entries(run: Path) -> dict[str, dict[str, Any]]:
 
 
 def measured_of(arm: str, saes: Iterable[SAEConfig], entries: Mapping[str, Mapping[str, Any]]) -> list[ArmMeasurement]:
-    """What was measured; nothing of one that diverged."""
+    """Returns the measurements of an arm, without autoencoders that diverged."""
     return [point(arm, sae, entries) for sae in saes if sae.name in entries]
 
 
 def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> ArmMeasurement:
+    """Returns one autoencoder's measurements from evaluation.json."""
     entry = entries[sae.name]
     every = entry.get("bipolar_fraction")
     top = entry["census"]["deciles"]["bipolar"][0] if entry.get("census") else None
@@ -133,7 +136,7 @@ def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> ArmMe
 
 
 def describe(request: Request) -> dict[str, Any]:
-    """All that decides the numbers; the device and the folder do not."""
+    """Returns everything that decides the results: all settings but the device and the folder."""
     sizes = {**asdict(request.preset), **asdict(request)}
     sizes["preset"] = request.preset.name
     for key in ("name", "device", "out"):
@@ -143,22 +146,26 @@ def describe(request: Request) -> dict[str, Any]:
 
 
 def check_folder(out: Path, protocol: dict[str, Any]) -> None:
-    """Raises UserError for a folder that holds something else, or a reproduction with other settings."""
+    """Raises UserError when the folder holds something else, or a reproduction with other settings."""
     if not out.exists():
         return
     if not out.is_dir():
         raise UserError(f"--out {out}: is a file. Name a folder")
     try:
-        here = json.loads((out / PLAN).read_text(encoding="utf-8"))
+        recorded = parse_json(read_whole(out / PLAN, SMALL))
     except FileNotFoundError:
         if any(out.iterdir()):
             raise UserError(f"--out {out}: exists and is not a reproduction. Choose another --out") from None
         return
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DamagedError) as error:
         raise UserError(f"--out {out}: its {PLAN} cannot be read ({error}). Choose another --out") from error
-    if not isinstance(here, dict) or here.keys() != protocol.keys():
+    if not isinstance(recorded, dict) or recorded.keys() != protocol.keys():
         raise UserError(f"--out {out}: its {PLAN} is not a reproduction's. Choose another --out")
-    differ = [f"{key}: it has {here[key]}, this asks for {protocol[key]}" for key in here if here[key] != protocol[key]]
+    differ = [
+        f"{key}: it has {recorded[key]}, this asks for {protocol[key]}"
+        for key in recorded
+        if recorded[key] != protocol[key]
+    ]
     if differ:
         raise UserError(f"--out {out}: holds another reproduction. {'; '.join(differ)}. Choose another --out")
 

@@ -1,4 +1,4 @@
-"""The results as tables of text, the same for Markdown and HTML. Minus is a real minus sign, what is missing a dash."""
+"""The results as tables of text, for both Markdown and HTML. Missing numbers are an en dash."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +15,8 @@ Row = tuple[str, ...]
 
 @dataclass(frozen=True)
 class ReproductionTable:
+    """One table of the results."""
+
     title: str
     note: str
     header: Row
@@ -22,7 +24,7 @@ class ReproductionTable:
 
 
 def number(found: Interval | None, digits: int = 4, sign: bool = False) -> str:
-    """`0.123 [0.120, 0.126]`; without the bracket where there was one seed."""
+    """Returns text such as `0.123 [0.120, 0.126]`, without the bracket when there was one seed."""
     if found is None:
         return ABSENT
 
@@ -45,8 +47,8 @@ def claims_table(findings: Sequence[Finding]) -> ReproductionTable:
         ours = f"{found.ours}: {'; '.join(values)}" if values else found.ours
         rows.append((found.claim, found.paper, ours, found.rule, found.mark))
     note = (
-        "In brackets the 95 % t interval over seeds. Reproduced: the whole interval passes the rule's bound in as many "
-        "cells as it says; partly: the mean passes the weaker bound. One seed has no interval."
+        "Brackets hold the 95 % t interval over seeds. Reproduced: the whole interval passes the rule's bound in the "
+        "cells that the rule asks for. Partly: the mean passes the weaker bound. One seed has no interval."
     )
     return ReproductionTable("Claims", note, ("Claim", "Paper", "Here", "Rule", "Mark"), tuple(rows))
 
@@ -62,7 +64,9 @@ def cells_table(cells: Sequence[CellResult]) -> ReproductionTable:
         verdict = cell.verdict + ("" if cell.certain or r2 is None else " (by the mean)")
         rows.append((cell.cell, span, mean, lowest, highest, f"{r2.ahead:.0%}" if r2 else ABSENT, verdict))
     header = ("Cell", "L0", "ΔR², mean", "ΔR², lowest", "ΔR², highest", "Ahead over", "Verdict")
-    note = "R² of SA-GSAE at H minus R² of Gated at 2H at matched L0, over the L0 that every seed of both has."
+    note = (
+        "R² of SA-GSAE at H minus R² of Gated at 2H at matched L0, over the range of L0 that every seed of both covers."
+    )
     return ReproductionTable("R² at matched L0", note, header, tuple(rows))
 
 
@@ -71,16 +75,23 @@ def dead_table(cells: Sequence[CellResult]) -> ReproductionTable:
     for cell in cells:
         dead, ratio = cell.dead, cell.dead_ratio
         times = f"{ratio.bound} {number(ratio.ratio, 2)}".lstrip() if ratio else ABSENT
-        rows.append((
-            cell.cell, short_l0(dead.l0) if dead else ABSENT, number(dead.sa, 3) if dead else ABSENT,
-            number(dead.gated, 3) if dead else ABSENT, number(dead.difference, 3, True) if dead else ABSENT, times,
-            number(cell.bipolar, 3),
-        ))  # fmt: skip
+        numbers = (dead.sa, dead.gated) if dead else (None, None)
+        rows.append(
+            (
+                cell.cell,
+                short_l0(dead.l0) if dead else ABSENT,
+                *(number(value, 3) for value in numbers),
+                number(dead.difference if dead else None, 3, True),
+                times,
+                number(cell.bipolar, 3),
+            )
+        )
     header = ("Cell", "L0", "Dead, SA-GSAE H", "Dead, Gated 2H", "Difference", "Ratio over the sweep", "Both poles")
     note = (
-        "Share of latents dead at L0 64 or the nearest that both have; the geometric mean of dead(Gated) / "
-        "dead(SA-GSAE) over the overlap, where fewer than half a latent counts as half (≥, ≤: a lower, an upper "
-        "bound; ≈: neither); and the share of SA-GSAE's live latents that use both poles, at the same L0."
+        "The share of dead latents at L0 64, or at the nearest L0 that both have. The ratio is the geometric mean of "
+        "dead(Gated) / dead(SA-GSAE) over the overlap; fewer than half a dead latent counts as half (≥: the ratio is a "
+        "lower bound, ≤: an upper bound, ≈: neither). Both poles: the share of SA-GSAE's live latents that fire with "
+        "both signs, at the same L0."
     )
     return ReproductionTable("Dead latents", note, header, tuple(rows))
 
@@ -88,16 +99,22 @@ def dead_table(cells: Sequence[CellResult]) -> ReproductionTable:
 def changed_table(cells: Sequence[CellResult]) -> ReproductionTable:
     rows = [
         (
-            cell.cell, arm, str(found.width), number(found.r2), number(found.l0, 2), number(found.dead, 3),
-            number(found.loss_recovered, 3), number(found.difference, 4, True),
+            cell.cell,
+            arm,
+            str(found.width),
+            number(found.r2),
+            number(found.l0, 2),
+            number(found.dead, 3),
+            number(found.loss_recovered, 3),
+            number(found.difference, 4, True),
         )
         for cell in cells
         for arm, found in cell.changed.items()
-    ]  # fmt: skip
+    ]
     header = ("Cell", "Change", "Width", "R²", "L0", "Dead", "Loss recovered", "ΔR² at matched L0")
     note = (
-        "Ablations of SA-GSAE at H, and baselines (means over their settings). The difference is to SA-GSAE at H at "
-        "the same L0, a dash where it has no such L0. Loss recovered is against zero ablation."
+        "Ablations of SA-GSAE at H, and baselines (means over their settings). ΔR² is the difference to SA-GSAE at H "
+        "at the same L0; a dash means that SA-GSAE does not reach that L0. Loss recovered is relative to zero ablation."
     )
     return ReproductionTable("Ablations and baselines", note, header, tuple(rows))
 
@@ -121,15 +138,20 @@ def widths_table(cells: Sequence[CellResult]) -> ReproductionTable:
 def pilot_table(pilots: Mapping[str, Pilot]) -> ReproductionTable:
     rows = [
         (
-            cell, arm, f"{trial.choice.lr:g}", f"{trial.choice.theta0:g}", short_l0(pilot.l0), fixed(trial.r2, 4),
-            "chosen" if not place else "" if trial.reaches else "does not reach it",
+            cell,
+            arm,
+            f"{trial.choice.lr:g}",
+            f"{trial.choice.theta0:g}",
+            short_l0(pilot.l0),
+            fixed(trial.r2, 4),
+            "chosen" if not place else "" if trial.reaches else "does not reach this L0",
         )
         for cell, pilot in pilots.items()
         for arm, trials in pilot.trials.items()
         for place, trial in enumerate(trials)
-    ]  # fmt: skip
-    header = ("Cell", "Method", "Learning rate", "θ0·√d_in", "L0", "R² there", "")
-    note = "Both methods are tuned by R² at the same L0: the geometric mean of all that the cell's pilot has."
+    ]
+    header = ("Cell", "Method", "Learning rate", "θ0·√d_in", "L0", "R² at this L0", "")
+    note = "Both methods are tuned by R² at the same L0: the geometric mean over all autoencoders of the cell's pilot."
     return ReproductionTable("Pilot", note, header, tuple(rows))
 
 

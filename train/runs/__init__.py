@@ -1,1 +1,1 @@
-"""A run on disk and on screen: its folder, checkpoints, trackers and live table."""
+"""A training run on disk and on screen: its folder, checkpoints, trackers and live table."""

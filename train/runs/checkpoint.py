@@ -1,8 +1,8 @@
-"""A training run's state on disk: safetensors and JSON, no pickle. A checkpoint is a folder that is whole or absent.
+"""Reads and writes a run's checkpoints: folders of safetensors and JSON, no pickle, each complete or absent.
 
-Each rank that trains autoencoders of its own writes a part; the leading one makes the folder whole. state.json carries
-a checksum of itself and the BLAKE2b of each part: a checkpoint that was altered is told from a whole one before
-anything is taken from it, and the one before it is used.
+Each rank that trains its own autoencoders writes one part; rank 0 completes the folder. state.json holds its own
+checksum and the BLAKE2b of each part, so that an altered checkpoint is detected before anything is loaded from it. The
+run then resumes from the checkpoint before it.
 """
 
 import hashlib
@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import DamagedError
-from shared.files.handles import Buffer
-from shared.files.local import sync, write_file
+from shared.files.handles import Buffer, open_to_read
+from shared.files.local import read_whole, sync, write_file
 from shared.gate import MOST, SMALL, BadData, members, parse_json, quoted
 from shared.record import sealed_json
 from shared.store.spec import is_sealed
@@ -30,25 +30,25 @@ VERSION: Final = 4
 KEPT: Final = 2
 BUILDING: Final = "building"
 DAMAGED: Final = "damaged."
-"""Before the name of a checkpoint that could not be used."""
+"""Prefix of the name of a checkpoint that could not be used."""
 STEP: Final = re.compile(r"step-[0-9]{8,12}")
 MOST_HEADER: Final = SMALL
-"""Bytes that describe the tensors of a file."""
+"""Maximum bytes of the header that describes a file's tensors."""
 REPLACED: Final = "replaced."
-"""Before the name of a checkpoint that is about to be replaced by one of the same step."""
+"""Prefix of the name of a checkpoint while one of the same step replaces it."""
 READ_AT_ONCE: Final = 1 << 22
 TYPES: Final = {torch.float32: "F32", torch.int64: "I64", torch.uint8: "U8", torch.bool: "BOOL"}
-"""What a state is made of, by safetensors' names."""
+"""The data types of checkpoint tensors, with their names in safetensors."""
 
 
 def begin_checkpoint(folder: Path) -> None:
-    """Makes room for a new one."""
+    """Creates the empty folder in which the next checkpoint is built."""
     shutil.rmtree(folder / BUILDING, ignore_errors=True)
     (folder / BUILDING).mkdir(parents=True)
 
 
 def save_part(folder: Path, rank: int, tensors: dict[str, Tensor]) -> str:
-    """Gives its BLAKE2b, worked out while it is written."""
+    """Writes one rank's tensors and returns the file's BLAKE2b."""
     digest = hashlib.blake2b(digest_size=16)
     write_file(folder / BUILDING / part_name(rank), digested(pieces(tensors), digest))
     return digest.hexdigest()
@@ -65,15 +65,15 @@ def digested(pieces: Iterable[Buffer], digest: Any) -> Iterator[Buffer]:
 
 
 def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
-    """A safetensors file, one tensor after another. The library's own `save` makes the whole file in memory, twice: as
-    much again as the states of all autoencoders, and more."""
-    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # each then begins where it may
+    """Yields a safetensors file, one tensor after another. The library's own `save` builds the whole file in memory,
+    twice."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].element_size())  # so that each is aligned
     header: dict[str, Any] = {}
-    at = 0
+    start = 0
     for name, tensor in ordered:
-        size = tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [at, at + size]}
-        at += size
+        end = start + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
@@ -82,47 +82,48 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
 
 
 def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
-    """A file that `pieces`, or the safetensors library, wrote of the types that states have: tensors that follow one
-    another to its end. They lie in `data`. Raises BadData for anything else, before anything is allocated."""
+    """Returns the tensors of a safetensors file as views of `data`. The file must hold only the types in TYPES, packed
+    without gaps to its end, as `pieces` and the safetensors library write it. Raises BadData for anything else, before
+    anything is allocated."""
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > min(MOST_HEADER, len(data) - 8):
-        raise BadData("is cut short, or no safetensors file")
+        raise BadData("is cut short, or is not a safetensors file")
     header = parse_json(data[8 : 8 + length].tobytes(), MOST_HEADER)
     if not isinstance(header, dict):
-        raise BadData(f"has {quoted(header)} for a header")
+        raise BadData(f"has the header {quoted(header)}, which is not an object")
     header.pop("__metadata__", None)
-    body, at, tensors = data[8 + length :], 0, {}
+    body, expected, tensors = data[8 + length :], 0, {}
     entries = [(name, *tensor_entry(name, entry)) for name, entry in header.items()]
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
-        if begin != at or end - begin != math.prod(shape) * dtype.itemsize or end > len(body):
-            raise BadData(f"has its tensor {quoted(name)} in a place where it cannot be")
+        if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or end > len(body):
+            raise BadData(f"has an impossible place of its tensor {quoted(name)}")
         part = body[begin:end] if body[begin:end].ctypes.data % dtype.itemsize == 0 else body[begin:end].copy()
         tensors[name] = torch.from_numpy(part).view(dtype).view(shape)
-        at = end
-    if at != len(body):
-        raise BadData(f"has {len(body) - at:,} bytes after its last tensor")
+        expected = end
+    if expected != len(body):
+        raise BadData(f"has {len(body) - expected:,} bytes after its last tensor")
     return tensors
 
 
 def tensor_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
-    """Type, shape, begin and end. Raises BadData."""
+    """Returns the data type, shape, first byte and end of a tensor. Raises BadData."""
     entry = members(entry, ("dtype", "shape", "data_offsets"))
     dtype = next((dtype for dtype, known in TYPES.items() if known == entry["dtype"]), None)
     if dtype is None:
         raise BadData(
-            f"has its tensor {quoted(name)} in {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
+            f"has its tensor {quoted(name)} in the type {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
         )
     shape, place = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(place, list) and len(shape) <= 4 and len(place) == 2):
-        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+        raise BadData(f"has an invalid shape or place of its tensor {quoted(name)}")
     if not all(type(number) is int and 0 <= number < MOST for number in (*shape, *place)):
-        raise BadData(f"has its tensor {quoted(name)} in a shape or a place that is none")
+        raise BadData(f"has an invalid shape or place of its tensor {quoted(name)}")
     return dtype, shape, place[0], place[1]
 
 
 def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
-    """`folder/step-NNNNNNNN` is there; then all but the newest two are deleted. `number` grows from one to the next.
-    Whatever fails, and whenever, a checkpoint that was there before is whole."""
+    """Completes the checkpoint as `folder/step-NNNNNNNN` and deletes all but the newest two. `number` must rise from
+    one checkpoint to the next. A failure at any moment leaves the earlier checkpoints complete."""
     write_file(folder / BUILDING / "state.json", sealed_json(state))
     final = folder / f"step-{number:08d}"
     before = folder / f"{REPLACED}{final.name}"
@@ -136,7 +137,7 @@ def end_checkpoint(folder: Path, number: int, state: dict[str, Any]) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """After a process was killed: what was being written goes, and what was about to be replaced is there again."""
+    """Cleans up after a killed process: deletes the unfinished checkpoint and restores one that was being replaced."""
     shutil.rmtree(folder / BUILDING, ignore_errors=True)
     for before in folder.glob(f"{REPLACED}step-*"):
         final = before.with_name(before.name.removeprefix(REPLACED))
@@ -147,22 +148,23 @@ def tidy(folder: Path) -> None:
 
 
 def newest_first(folder: Path) -> list[Path]:
+    """Returns the folders of all checkpoints, the newest first."""
     found = [path for path in folder.glob("step-*") if STEP.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
 
 
 def newest(folder: Path) -> tuple[Path, dict[str, Any]] | None:
-    """The newest checkpoint and its state.json, or None when there is none. Raises DamagedError when it cannot be
-    read, or a part of it is not what was written."""
+    """Returns the newest checkpoint and its state.json, or None when there is none. Raises DamagedError when it cannot
+    be read or was altered."""
     found = newest_first(folder)
     return (found[0], read_state(found[0])) if found else None
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json, once its parts were compared with what it says of them. Raises DamagedError. One that an earlier
-    sagsae wrote has no checksums."""
+    """Returns state.json after checking it and all parts against their checksums. A checkpoint of an earlier version of
+    sagsae has no checksums. Raises DamagedError when a file cannot be read or was altered."""
     try:
-        state = parse_json((checkpoint / "state.json").read_bytes())
+        state = parse_json(read_whole(checkpoint / "state.json", SMALL))
         if not isinstance(state, dict):
             raise BadData(f"state.json is {quoted(state)} instead of an object")
         if state.get("version") != VERSION and "version" in state:
@@ -171,22 +173,22 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
             raise BadData("state.json was altered: its checksum does not match")
         for rank, digest in enumerate(state.get("blake2b") or ()):
             if blake2b_of(checkpoint / part_name(rank)) != digest:
-                raise BadData(f"{part_name(rank)} is not what was written (another BLAKE2b)")
-    except (OSError, BadData) as error:
+                raise BadData(f"{part_name(rank)} was altered: its BLAKE2b does not match")
+    except (OSError, BadData, DamagedError) as error:
         raise damaged(checkpoint, error) from error
     return {key: value for key, value in state.items() if key != "crc32c"}
 
 
 def blake2b_of(path: Path) -> str:
     digest = hashlib.blake2b(digest_size=16)
-    with path.open("rb", buffering=0) as file:
+    with open(open_to_read(path)[0], "rb", buffering=0) as file:
         while block := file.read(READ_AT_ONCE):
             digest.update(block)
     return digest.hexdigest()
 
 
 def set_aside(checkpoint: Path) -> None:
-    """Nothing goes on from it any more."""
+    """Renames a damaged checkpoint so that no run resumes from it."""
     aside = checkpoint.with_name(DAMAGED + checkpoint.name)
     shutil.rmtree(aside, ignore_errors=True)
     checkpoint.rename(aside)
@@ -194,7 +196,7 @@ def set_aside(checkpoint: Path) -> None:
 
 
 def load_tensors(checkpoint: Path, parts: int) -> dict[str, Tensor]:
-    """Of all parts. Raises DamagedError when one cannot be read."""
+    """Returns the tensors of all parts by name. Raises DamagedError when a part cannot be read."""
     try:
         loaded = [read_tensors(mapped(checkpoint / part_name(rank))) for rank in range(parts)]
     except (OSError, BadData) as error:
@@ -203,7 +205,7 @@ def load_tensors(checkpoint: Path, parts: int) -> dict[str, Tensor]:
 
 
 def mapped(path: Path) -> NDArray[np.uint8]:
-    """The file's bytes, read when they are used. Raises BadData for an empty one."""
+    """Maps a file into memory. Raises BadData when it is missing or empty."""
     if not path.is_file() or not path.stat().st_size:
         raise BadData(f"{path.name} is missing or empty")
     return np.memmap(path, np.uint8, "c")

@@ -1,18 +1,19 @@
-"""A run's folder: what is in it and whether it belongs to the run that is asked for.
+"""A run's folder: its files, and whether it belongs to the run that the user asks for.
 
-run.toml         the settings, for `sagsae train --config`
-config.json      what decides the result: the configuration, the rows that are read, the precision
-record.json      what produced it: command, versions, device, times; "finished" appears when it is, and "diverged": at
-                 which step the loss of an autoencoder was seen to be no number any more, if one's was
-metrics.jsonl    a line every `log_every` steps, of the autoencoders of one wave; "wave" counts from 1
-segments.jsonl   with --follow: which shards were read in which pass
-checkpoints/     the newest two states, from which an interrupted run goes on; in each, saes/NAME as it was then. They
-                 are removed when the run is finished, unless keep_checkpoints is set
-saes/NAME/       each trained autoencoder; evaluation.json what they are worth
-tensorboard/ wandb/   with --track: what the trackers were told
+run.toml          the settings, for `sagsae train --config`
+config.json       everything that decides the result: the configuration, the rows that are read, the precision
+record.json       how it was produced: command, versions, device, times. "finished" is added at the end; "diverged"
+                  names autoencoders whose loss became NaN or infinite, with the step at which this was seen
+metrics.jsonl     one line every `log_every` steps for the autoencoders of one wave; "wave" counts from 1
+segments.jsonl    with --follow: the shards that were read in each pass
+checkpoints/      the two newest states, from which an interrupted run resumes, each with saes/NAME as it was then. They
+                  are removed when the run is finished, unless keep_checkpoints is set
+saes/NAME/        each trained autoencoder
+evaluation.json   what was measured on held-out tokens
+tensorboard/ wandb/   with --track: the trackers' files
 
-JSON of a run carries a crc32c of what it says ("crc32c"), but for metrics.jsonl. A run that cannot be read is damaged,
-never absent: nothing is deleted unless --overwrite asks for it.
+All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
+damaged, never as absent: nothing is deleted unless --overwrite asks for it.
 """
 
 import contextlib
@@ -28,22 +29,32 @@ import tomli_w
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
+from shared.files.base import WHOLE_BYTES
 from shared.files.handles import open_regular
-from shared.files.local import check_removable, remove_tree, sync, touch, write_file
+from shared.files.local import check_removable, read_whole, remove_tree, sync, touch, write_file
 from shared.files.locks import LOCK_FILE
-from shared.gate import BadData, parse_json, quoted
+from shared.gate import SMALL, BadData, parse_json, quoted
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build
 from shared.store.spec import is_sealed
 from train.runs import checkpoint
 
 FREE: Final = {
-    "out", "parallel", "overwrite", "device", "store", "verify", "log_every", "checkpoint_every", "keep_checkpoints",
-    "memory", "track",
-}  # fmt: skip
-"""Settings that may differ when a run goes on: they do not change what is trained."""
+    "out",
+    "parallel",
+    "overwrite",
+    "device",
+    "store",
+    "verify",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "memory",
+    "track",
+}
+"""Settings that may change when a run is resumed, because they do not change the result."""
 CLEARING: Final = "being-cleared"
-"""There from the moment at which a run's config.json is given up until all of the run is."""
+"""A file that exists while a run is being deleted: config.json is renamed to it first, and it is removed last."""
 OURS: Final = {
     LOCK_FILE,
     CLEARING,
@@ -58,27 +69,29 @@ OURS: Final = {
     "tensorboard",
     "wandb",
 }
-"""All that a run puts into its folder, and all that is ever deleted there."""
+"""Every name that a run puts into its folder. Nothing else is ever deleted there."""
 RESULTS: Final = ("evaluation.json", "saes", "checkpoints")
-"""What is worth something by itself."""
+"""Files and folders that show that a run was here even when its config.json is gone."""
 INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
 }
-"""What a run puts into these folders, as patterns of paths in them."""
-CURE: Final = "Restore it from a copy, or start afresh with --overwrite"
+"""Patterns of the paths that a run puts into these folders."""
+CURE: Final = "Restore it from a copy, or restart the run with --overwrite"
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """An object of JSON, without its checksum. A file of an earlier sagsae has none. Raises BadData for anything else,
-    FileNotFoundError when there is none."""
+    """Returns the JSON object in a file, without its checksum. Files of earlier versions have no checksum. Raises
+    BadData when it is no object or was altered, FileNotFoundError when there is no file."""
     try:
-        data = path.read_bytes()
+        data = read_whole(path, SMALL)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(error)) from error
     except OSError as error:
         raise BadData(f"cannot be read ({error.strerror})") from error
+    except DamagedError as error:
+        raise BadData(f"is no ordinary file of at most {SMALL >> 20} MiB") from error
     value = parse_json(data)
     if not isinstance(value, dict):
         raise BadData(f"is {quoted(value)} instead of an object")
@@ -88,12 +101,14 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def write_sealed(path: Path, value: dict[str, Any]) -> None:
-    """Whole or not at all; null for NaN and infinities, which JSON does not have."""
+    """Writes a JSON object with its checksum, atomically. NaN and infinities become null, because JSON lacks them."""
     write_file(path, sealed_json(finite(value)))
 
 
 @dataclass(frozen=True)
 class RunFolder:
+    """The folder of one training run."""
+
     path: Path
 
     @property
@@ -112,8 +127,8 @@ class RunFolder:
         return self.path / "saes" / name
 
     def identity(self) -> dict[str, Any] | None:
-        """config.json of the run that was begun here; None when there is no run (a config.json alone may be anybody's).
-        Raises DamagedError for a run whose config.json is gone, or was altered."""
+        """Returns config.json of the run in this folder, or None when there is no run (a config.json alone is not proof
+        of one). Raises DamagedError for a run whose config.json is gone or was altered."""
         try:
             found = read_sealed(self.path / "config.json")
         except FileNotFoundError:
@@ -127,27 +142,28 @@ class RunFolder:
         if {"snapshot", "saes"} <= set(found):
             return found
         if any(map(self.holds, RESULTS)) and self.may_be_a_run():
-            raise self.damaged("config.json", "lacks what the run read")
+            raise self.damaged("config.json", "does not say which rows the run read")
         return None
 
     def exists(self) -> bool:
-        """Whether a run was begun here. Raises DamagedError as `identity` does."""
+        """Whether this folder holds a run. Raises DamagedError as `identity` does."""
         return self.identity() is not None
 
     def holds(self, name: str) -> bool:
+        """Whether the folder has a file, or a folder with something in it, of this name."""
         path = self.path / name
         return path.is_file() or (path.is_dir() and any(path.iterdir()))
 
     def may_be_a_run(self) -> bool:
-        """Nothing is here but what a run puts here, and more than a config.json."""
-        return (self.holds("run.toml") or self.holds("record.json")) and not self.strangers()
+        """Whether the folder holds only files of a run, and more of them than a config.json."""
+        return (self.holds("run.toml") or self.holds("record.json")) and not self.foreign_names()
 
     def damaged(self, name: str, why: object) -> DamagedError:
         return DamagedError(f"{self.path / name}: {why}. {CURE}")
 
     def read(self, name: str) -> dict[str, Any]:
-        """config.json, record.json or evaluation.json. Raises UserError when this is no run, DamagedError when the file
-        is gone or was altered."""
+        """Returns config.json, record.json or evaluation.json. Raises UserError when this is no run, DamagedError when
+        the file is gone or was altered."""
         identity = self.identity()
         if identity is None:
             raise UserError(f"{self.path}: is not a training run. Make one with: sagsae train")
@@ -161,6 +177,7 @@ class RunFolder:
             raise self.damaged(name, error) from error
 
     def config(self) -> TrainConfig:
+        """Returns the run's configuration. Raises DamagedError when config.json is not valid."""
         values = self.read("config.json")
         try:
             return build(TrainConfig, {key: values[key] for key in TrainConfig.model_fields if key in values})
@@ -168,18 +185,18 @@ class RunFolder:
             raise self.damaged("config.json", error) from error
 
     def finished(self) -> bool:
-        """A finished run stays one without its evaluation.json, which `sagsae eval` writes anew."""
+        """Whether training is finished. evaluation.json may still be missing; `sagsae eval` writes it again."""
         return self.exists() and "finished" in self.read("record.json")
 
     def make(self, overwrite: bool = False) -> None:
-        """The folder. Raises UserError when it cannot be made or written to, or when something else is there,
-        DamagedError when a damaged run is and is not to be overwritten."""
+        """Creates the folder and its lock file. Raises UserError when it cannot be written to or holds something else
+        than a run, DamagedError when it holds a damaged run and `overwrite` is not set."""
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"--out {self.path}: is a file. Choose another --out")
         try:
-            ours = self.exists() or not (self.strangers() or self.holds("config.json"))
+            ours = self.exists() or not (self.foreign_names() or self.holds("config.json"))
         except DamagedError:
-            if not overwrite or self.strangers():
+            if not overwrite or self.foreign_names():
                 raise
             ours = True
         if not ours:
@@ -190,14 +207,14 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"--out {self.path}: cannot be written to ({error.strerror})") from error
 
-    def strangers(self) -> list[str]:
-        """Names in the folder that no run puts there."""
+    def foreign_names(self) -> list[str]:
+        """Returns the names in the folder that are not a run's."""
         if not self.path.is_dir():
             return []
         return [path.name for path in self.path.iterdir() if path.name not in OURS and not is_leftover(path.name)]
 
-    def strangers_inside(self) -> list[str]:
-        """Paths in what `clear` would delete that no run puts there. Trackers' folders are the trackers'."""
+    def foreign_paths(self) -> list[str]:
+        """Returns the paths that `clear` would delete although no run wrote them; trackers' folders are left out."""
         found = []
         for name, pattern in INSIDE.items():
             root = self.path / name
@@ -206,36 +223,37 @@ class RunFolder:
                 found += [f"{name}/{path}" for path in paths if not re.fullmatch(pattern, path)]
         return sorted(found)
 
-    def begin(self, config: TrainConfig, identity: dict[str, Any], record: dict[str, Any]) -> None:
-        """The run exists when config.json does, which is written last."""
+    def create(self, config: TrainConfig, identity: dict[str, Any], record: dict[str, Any]) -> None:
+        """Writes the files of a new run. config.json comes last: from then on the run exists."""
         settings = config.model_dump(mode="json", exclude_none=True, exclude={"out", "overwrite"})
         write_file(self.path / "run.toml", tomli_w.dumps(settings).encode())
         write_sealed(self.path / "record.json", record)
         write_sealed(self.path / "config.json", identity)
 
     def clear(self) -> None:
-        """Deletes what a run put here, config.json first: then the rest is only what a run left behind. Of a link, the
-        link. Raises UserError, before anything is deleted, when something else is in there."""
-        others = [path for path in self.strangers_inside() if not (self.path / path.split("/")[0]).is_symlink()]
+        """Deletes the run. config.json goes first, so that an interrupted deletion leaves no run that looks whole.
+        Links are removed, not followed. Raises UserError, before anything is deleted, when a folder holds files that no
+        run wrote."""
+        others = [path for path in self.foreign_paths() if not (self.path / path.split("/")[0]).is_symlink()]
         if others:
             raise UserError(
                 f"{self.path}: {others[0]} was not put there by a run, and would be deleted with it. Move it away, or "
                 "choose another --out"
             )
-        here = [self.path / name for name in sorted(OURS - {LOCK_FILE, CLEARING, "config.json"})]
-        here = [path for path in here if os.path.lexists(path)]
-        check_removable(here)
+        present = [self.path / name for name in sorted(OURS - {LOCK_FILE, CLEARING, "config.json"})]
+        present = [path for path in present if os.path.lexists(path)]
+        check_removable(present)
         with contextlib.suppress(FileNotFoundError):
             (self.path / "config.json").rename(self.path / CLEARING)
             sync(self.path)
-        if here and not (self.path / CLEARING).exists():
+        if present and not (self.path / CLEARING).exists():
             (self.path / CLEARING).touch()
-        for path in here:
+        for path in present:
             remove_tree(path)
         (self.path / CLEARING).unlink(missing_ok=True)
 
     def tidy(self) -> None:
-        """Deletes what was being written when an earlier process was killed."""
+        """Deletes the temporary files that a killed process left behind."""
         for place in (self.path, *self.path.glob("saes/*")):
             for leftover in place.glob("*.tmp"):
                 if is_leftover(leftover.name):
@@ -243,8 +261,8 @@ class RunFolder:
         checkpoint.tidy(self.checkpoints)
 
     def drop_checkpoints(self) -> None:
-        """Of a run that is finished: nothing will go on from them. Left alone where something else is among them."""
-        if any(path.startswith("checkpoints/") for path in self.strangers_inside()):
+        """Deletes all checkpoints of a finished run, unless the folder holds files that no run wrote."""
+        if any(path.startswith("checkpoints/") for path in self.foreign_paths()):
             return
         for folder in self.checkpoints.glob("*step-*"):
             shutil.rmtree(folder, ignore_errors=True)
@@ -252,25 +270,27 @@ class RunFolder:
             self.checkpoints.rmdir()
 
     def differs(self, identity: dict[str, Any]) -> list[str]:
-        """Every setting in which the run that is here differs from the one asked for, in words."""
-        here = self.read("config.json")
-        return [each for key in identity if key not in FREE for each in differences(key, here.get(key), identity[key])]
+        """Describes every setting in which the run in this folder differs from the one asked for."""
+        recorded = self.read("config.json")
+        return [
+            each for key in identity if key not in FREE for each in differences(key, recorded.get(key), identity[key])
+        ]
 
     def check_same(self, identity: dict[str, Any]) -> None:
-        """Raises UserError naming every setting in which the run that is here differs from the one asked for."""
+        """Raises UserError that names every setting in which this run differs from the one asked for."""
         differ = self.differs(identity)
         if differ:
             raise UserError(
-                f"{self.path}: holds a run with other settings. {'; '.join(differ)}. To go on with it, ask for what it "
-                "has; or choose another --out, or start afresh with --overwrite"
+                f"{self.path}: holds a run with other settings. {'; '.join(differ)}. To resume it, ask for its "
+                "settings; or choose another --out, or restart the run with --overwrite"
             )
 
     def cut_metrics(self, wave: int, step: int) -> None:
-        """Forgets what was logged after `step` of a wave: those steps are about to be repeated."""
+        """Deletes the lines logged after `step` of `wave`, because a resumed run repeats those steps."""
         if not self.metrics.exists():
             return
         kept = []
-        for line in self.metrics.read_bytes().splitlines(keepends=True):
+        for line in read_whole(self.metrics, WHOLE_BYTES).splitlines(keepends=True):
             try:
                 logged = parse_json(line)
                 if (logged["wave"], logged["step"]) > (wave, step) or not line.endswith(b"\n"):
@@ -281,18 +301,19 @@ class RunFolder:
         write_file(self.metrics, b"".join(kept))
 
     def log(self, line: dict[str, Any]) -> None:
+        """Appends one line to metrics.jsonl."""
         with open(open_regular(self.metrics, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a", encoding="utf-8") as file:
             file.write(to_json(line) + "\n")
 
 
 def is_leftover(name: str) -> bool:
-    """Whether it is the temporary name of a file that a run was writing."""
+    """Whether this is the name of a temporary file of a run."""
     found = re.fullmatch(r"(.+)\.\d+\.tmp", name)
     return found is not None and found[1] in OURS | {"sae_weights.safetensors", "cfg.json"}
 
 
 def differences(name: str, here: Any, asked: Any) -> Iterator[str]:
-    """Where two values of a setting differ, in autoencoders field by field."""
+    """Describes where two values of a setting differ; autoencoders are compared field by field."""
     if isinstance(here, dict) and isinstance(asked, dict):
         for key in {**here, **asked}:
             yield from differences(f"{name}.{key}", here.get(key), asked.get(key))

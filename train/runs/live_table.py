@@ -1,4 +1,4 @@
-"""What a terminal shows of a run under the bar: its autoencoders, as of the newest line of metrics.jsonl."""
+"""The table of autoencoders that a terminal shows under the progress bar, from the newest line of metrics.jsonl."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -11,20 +11,20 @@ from rich.text import Text
 from shared.tables import share
 
 OTHER_LINES: Final = 6
-"""Lines of the screen that are not rows: the bar, the title, the names of columns, what is left out, the prompt."""
+"""Lines of the screen that are not rows: the bar, the title, the column names, "and N more", the prompt."""
 
 
 class LiveTable:
-    """As many autoencoders as the screen has room for, in the run's order. R² is 1 - FVU of the newest batch."""
+    """Shows as many autoencoders as fit on the screen, in the run's order. R² is 1 - FVU of the newest batch."""
 
     def __init__(self, names: Sequence[str], steps: int) -> None:
         self.names, self.steps = names, steps
         self.line: dict[str, Any] | None = None
         self.diverged: dict[str, str] = {}
-        """When the loss of an autoencoder was seen to be no number any more, in words."""
+        """For each autoencoder whose loss became NaN or infinite, the text that says when this was seen."""
 
     def update(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl with `tokens_per_second` and `waiting_for_data` beside its numbers."""
+        """Takes a line of metrics.jsonl to which `tokens_per_second` and `waiting_for_data` were added."""
         for name in self.names:
             values = line["saes"].get(name)
             if values is None:
@@ -54,7 +54,7 @@ class LiveTable:
             yield Text(f"and {len(self.names) - room} more", style="dim")
 
     def cells(self, name: str, saes: dict[str, dict[str, float]]) -> list[Text]:
-        """R², L0, dead latents, λ, and whether it is still trained."""
+        """Returns the cells of one autoencoder: R², L0, dead latents, λ, and when it diverged."""
         if name in self.diverged:
             return [*(Text("–") for _ in range(4)), Text(self.diverged[name], style="bold red")]
         values = saes[name]

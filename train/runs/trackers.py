@@ -1,6 +1,6 @@
-"""A run as experiment trackers see it: each line of metrics.jsonl, in the run's folder, told by rank 0 alone.
+"""Logs each line of metrics.jsonl to experiment trackers, from rank 0, with their files in the run's folder.
 
-A run that goes on is the same run to them. Nothing leaves this machine unless the user set WANDB_MODE.
+A resumed run stays one run in a tracker. Nothing leaves this machine unless the user sets WANDB_MODE.
 """
 
 import hashlib
@@ -24,43 +24,44 @@ def check_installed(names: Sequence[str]) -> None:
 
 
 class Tracking:
-    """Begun with the first line: a run that is refused at its first step leaves nothing behind. Without names it does
-    nothing."""
+    """Starts the trackers with the first logged line, so that a run that fails in its first step leaves no files.
+    Without names it does nothing."""
 
     def __init__(
         self, names: Sequence[str], folder: RunFolder, identity: dict[str, Any], start: int, ranks: Ranks
     ) -> None:
-        """`identity`: the resolved configuration. `start`: the steps made so far; lines after it are made anew."""
+        """`identity`: the resolved configuration. `start`: the step from which the run resumes; later lines that an
+        earlier process logged are replaced."""
         self.names, self.folder, self.identity, self.start, self.ranks = names, folder, identity, start, ranks
         self.begun = False
-        self.told: Any = None
+        self.accelerator: Any = None
 
     def log(self, line: dict[str, Any]) -> None:
-        """A line of metrics.jsonl, and whatever other numbers are beside them; called on every rank. Raises UserError
-        on every rank when a tracker cannot begin."""
+        """Logs a line of metrics.jsonl and any other numbers in it. Call it on every rank. Raises UserError on every
+        rank when a tracker cannot start."""
         if self.names and not self.begun:
-            problem = next((found for found in self.ranks.gather(self.begin()) if found), None)
+            problem = next((found for found in self.ranks.gather(self.start_trackers()) if found), None)
             if problem:
                 raise UserError(problem)
             self.begun = True
-        if self.told is not None:
-            self.told.log(flattened(line), step=line["step"])
+        if self.accelerator is not None:
+            self.accelerator.log(flattened(line), step=line["step"])
 
-    def begin(self) -> str | None:
-        """On rank 0; what went wrong, else None."""
+    def start_trackers(self) -> str | None:
+        """Starts the trackers on rank 0. Returns an error message, or None."""
         if not self.ranks.leads:
             return None
         settings = {}
-        if "tensorboard" in self.names:  # what was logged after `start` is not shown any more
+        if "tensorboard" in self.names:  # lines logged after `start` are hidden
             path = self.folder.path
             settings["tensorboard"] = {"run_name": "tensorboard", "logging_dir": path, "purge_step": self.start + 1}
         if "wandb" in self.names:
             settings["wandb"] = wandb_settings(self.folder)
         try:
-            self.told = self.ranks.trackers(self.folder.path, settings)
+            self.accelerator = self.ranks.trackers(self.folder.path, settings)
         except wandb_errors(self.names) as error:
             return f"--track wandb: {str(error).rstrip('.')}. Leave WANDB_MODE unset to keep it on this machine"
-        for tracker in self.told.trackers:
+        for tracker in self.accelerator.trackers:
             if tracker.name == "wandb":
                 tracker.store_init_configuration(self.identity)
             else:
@@ -69,15 +70,15 @@ class Tracking:
         return None
 
     def close(self) -> None:
-        for tracker in self.told.trackers if self.told is not None else ():
+        for tracker in self.accelerator.trackers if self.accelerator is not None else ():
             tracker.finish()
             if tracker.name == "wandb" and wandb_mode() == "offline":
                 parts = self.folder.path / "wandb" / f"offline-run-*-{run_id(self.folder)}"
-                say(f"--track wandb: was offline. To upload: wandb sync {parts}")
+                say(f"--track wandb: the run was logged offline. To upload it: wandb sync {parts}")
 
 
 def flattened(line: dict[str, Any]) -> dict[str, float]:
-    """A line's numbers by name, an autoencoder's as `NAME/METRIC`; without the step."""
+    """Returns a line's numbers by name, those of an autoencoder as `NAME/METRIC`, without the step."""
     values = {key: float(value) for key, value in line.items() if key not in ("step", "saes")}
     for name, metrics in line["saes"].items():
         values |= {f"{name}/{metric}": float(value) for metric, value in metrics.items()}
@@ -89,8 +90,8 @@ def wandb_mode() -> str:
 
 
 def wandb_settings(folder: RunFolder) -> dict[str, Any]:
-    """What wandb's run is begun with. Offline it says nothing and asks nothing; and its reports on itself, which look
-    for a server even then, are off."""
+    """Returns the settings of wandb's run. Offline, wandb prints nothing and asks nothing; its error reporting, which
+    would contact a server even then, is off."""
     if wandb_mode() == "offline":
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # read when wandb is imported, too
     import wandb
@@ -115,6 +116,6 @@ def wandb_errors(names: Sequence[str]) -> tuple[type[Exception], ...]:
 
 
 def run_id(folder: RunFolder) -> str:
-    """The same whenever a run goes on, another once it was started afresh."""
+    """Returns wandb's run id: the same when a run is resumed, another after it was restarted with --overwrite."""
     decides = json.dumps([folder.read("config.json"), folder.read("record.json")["started"]], sort_keys=True)
     return hashlib.blake2b(decides.encode(), digest_size=8).hexdigest()
