@@ -26,7 +26,6 @@ WORDS = {
     r"(does|do|did) not suffice": "is too small; not enough",
     r"nobody": "no thread, no process",
     r"whoever": "the caller, the thread that",
-    r"says? so\b": "say what it says",
     r"data[ -]sets?\b": "dataset",
     r"room (on|for|left|in)\b": "space, capacity",
     r"of its own accord": "automatically",

@@ -73,7 +73,7 @@ class StepConditions:
 
     d_in: int
     rows: int
-    """Of a batch that are computed at once, on this rank."""
+    """Rows of a micro-batch on this rank."""
     rounded: bool = False
     """Whether matrix products are taken in a type of two bytes."""
     sparse: bool = False
@@ -98,7 +98,7 @@ def circumstances(job: TrainJob, sweep: bool, ranks: int) -> StepConditions:
 
 
 def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
-    """Of one autoencoder, from its first update on."""
+    """The memory of one autoencoder, from its first update on."""
     mathematics = family(config)
     sizes = {name: FLOAT * math.prod(shape) for name, shape in mathematics.shapes(at.d_in).items()}
     gradients = sum(size for name, size in sizes.items() if name not in mathematics.weights.KEPT)
@@ -140,7 +140,7 @@ def sparse_alive(config: SAEConfig, at: StepConditions) -> float:
 
 
 def together(needs: Iterable[MemoryNeed], reader: int) -> MemoryNeed:
-    """Of several autoencoders that are trained in turn. Raises ValueError when there is none."""
+    """The memory of several autoencoders that are trained in turn. Raises ValueError when there is none."""
     needs = list(needs)
     largest = max(needs, key=lambda need: need.step)
     return MemoryNeed(
@@ -150,7 +150,7 @@ def together(needs: Iterable[MemoryNeed], reader: int) -> MemoryNeed:
 
 
 def most_streams(batch: int, streams: int, ranks: int) -> int:
-    """That one of the ranks which share each batch reads."""
+    """The largest number of streams that one rank reads, when `ranks` share each batch."""
     return max(len(share(batch, streams, rank, ranks)) for rank in range(ranks))
 
 
@@ -168,7 +168,7 @@ def reader_bytes(job: TrainJob, rows: int, streams: int) -> int:
 
 
 def window_units(job: TrainJob, unit_rows: int) -> int:
-    """Of the longest window."""
+    """Units of the longest window."""
     if isinstance(job.passes, FixedSnapshot):
         return job.passes.whole.order.longest
     return max(1, job.config.window_rows // (job.streams * unit_rows))

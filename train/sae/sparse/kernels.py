@@ -281,8 +281,8 @@ def sum_chunk(
     index, latent, weight, rows, bounds, parts, d_sae, d_in, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of `CHUNK` entries, those that belong to long latents: at most two, the one at the beginning and the one at the
-    end, whose sums of these entries are kept apart."""
+    """Sums, of `CHUNK` entries, those that belong to long latents: at most two, the one at the beginning and the one at
+    the end. Their sums are kept apart."""
     program = tl.program_id(0).to(tl.int64)
     entries = tl.load(bounds + d_sae)
     first = program * CHUNK
