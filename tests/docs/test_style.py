@@ -100,7 +100,7 @@ def sentence_lengths(text: str) -> list[int]:
         if not bare.startswith(("#", "|", "<")):
             block += " " + re.sub(r"^([*-]|\d+\.) ", "", bare)
     prose = [re.sub(r"\]\([^)]*\)|[*`\[]", "", block) for block in blocks if block.strip()]
-    sentences = [sentence for block in prose for sentence in re.split(r"(?<=[.!?:])\s+", block.strip())]
+    sentences = [sentence for block in prose for sentence in re.split(r"(?<=[.!?])\s+", block.strip())]
     return [len(sentence.split()) for sentence in sentences if sentence]
 
 
