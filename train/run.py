@@ -378,9 +378,17 @@ def summarise(job: TrainJob, seconds: float, steps: int, waiting: float) -> Trai
     saes = measured_of(job.folder)
     rate = steps * job.config.batch / seconds if seconds else 0.0
     return TrainSummary(
-        job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
-        round(seconds, 2), round(rate, 1), round(waiting, 4), saes,
-    )  # fmt: skip
+        job.folder.path,
+        job.store.name,
+        job.hook,
+        tokens,
+        job.steps,
+        round(tokens / job.epoch_rows, 3),
+        round(seconds, 2),
+        round(rate, 1),
+        round(waiting, 4),
+        saes,
+    )
 
 
 def measured_of(folder: RunFolder) -> list[dict[str, Any]]:

@@ -239,8 +239,9 @@ class Member:
         for key, wanted in like.items():
             found = state[key]
             if found.dtype != wanted.dtype or found.shape != wanted.shape:
-                raise BadData(f"{name}: {key} is {found.dtype} {list(found.shape)} instead of {wanted.dtype} "
-                              f"{list(wanted.shape)}")  # fmt: skip
+                raise BadData(
+                    f"{name}: {key} is {found.dtype} {list(found.shape)} instead of {wanted.dtype} {list(wanted.shape)}"
+                )
         since, steps = int(state["diverged"]), [state[key] for key in updated if key.endswith(".step")]
         if not (since == -1 or 1 <= since <= self.steps) or any(not 1 <= step <= self.steps for step in steps):
             raise BadData(f"{name}: its counts of steps are not those of a run of {self.steps}")

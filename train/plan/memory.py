@@ -60,8 +60,13 @@ class MemoryNeed:
         return self.weights + self.moments + self.step + self.reader + self.recorded
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients,
-                 "activations": self.activations, "reader": self.reader}  # fmt: skip
+        parts = {
+            "weights": self.weights,
+            "moments": self.moments,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "reader": self.reader,
+        }
         if self.recorded:
             parts["recorded"] = self.recorded
         return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
@@ -92,9 +97,15 @@ def circumstances(job: TrainJob, sweep: bool, ranks: int) -> StepConditions:
     sharing = 1 if sweep else ranks
     parts = config.parts or sharing
     return StepConditions(
-        d_in, config.batch // parts, job.matmul != torch.float32, config.step == "sparse", parts > 1, job.on_cpu,
-        parts // sharing, config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
-    )  # fmt: skip
+        d_in,
+        config.batch // parts,
+        job.matmul != torch.float32,
+        config.step == "sparse",
+        parts > 1,
+        job.on_cpu,
+        parts // sharing,
+        config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
+    )
 
 
 def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
@@ -111,9 +122,12 @@ def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
     kept, recorded = kept_by_kernels(mathematics, at, matrix)
     held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
     return MemoryNeed(
-        sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after),
+        sum(sizes.values()) + 8 * config.d_sae + kept,
+        2 * gradients,
+        held * gradients,
+        max(during, after),
         recorded=recorded,
-    )  # fmt: skip
+    )
 
 
 def kept_by_kernels(mathematics: Family[Any], at: StepConditions, matrix: int) -> tuple[int, int]:
@@ -144,9 +158,13 @@ def together(needs: Iterable[MemoryNeed], reader: int) -> MemoryNeed:
     needs = list(needs)
     largest = max(needs, key=lambda need: need.step)
     return MemoryNeed(
-        sum(need.weights for need in needs), sum(need.moments for need in needs), largest.gradients,
-        largest.activations, reader, max(need.recorded for need in needs),
-    )  # fmt: skip
+        sum(need.weights for need in needs),
+        sum(need.moments for need in needs),
+        largest.gradients,
+        largest.activations,
+        reader,
+        max(need.recorded for need in needs),
+    )
 
 
 def most_streams(batch: int, streams: int, ranks: int) -> int:

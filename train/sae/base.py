@@ -149,8 +149,7 @@ class Family(ABC, Generic[W]):
         """What shape each tensor of the weights has."""
         sizes = {"d_in": d_in, "d_sae": self.config.d_sae}
         axes = {f.name: str(f.type.dim_str).split() for f in fields(self.weights)}  # type: ignore[union-attr]
-        return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names)
-                for name, names in axes.items()}  # fmt: skip
+        return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names) for name, names in axes.items()}
 
     def absorb_(self, w: W, step: StepMetrics) -> None:
         """Takes what the step measured into the weights that are not trained."""

@@ -116,7 +116,7 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         nothing = torch.zeros_like(threshold)
         return grads, StepMetrics(
             error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired, threshold
-        )  # fmt: skip
+        )
 
     def constrain_(self, w: BatchTopKWeights) -> None:
         pass

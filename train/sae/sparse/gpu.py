@@ -72,9 +72,13 @@ def open_entries(
         stop = min(first + block, d_sae)
         pre_activations = W_enc[first:stop] @ low.T
         write_entries(
-            pre_activations, theta[:, first:stop], family.signed, latent_bounds[first : stop + 1], (latent, token, u),
+            pre_activations,
+            theta[:, first:stop],
+            family.signed,
+            latent_bounds[first : stop + 1],
+            (latent, token, u),
             first,
-        )  # fmt: skip
+        )
     count = latent_bounds[-1:].clone()
     latent_bounds.clamp_(max=room)
     ordered, by_token = torch.sort(token, stable=True)  # places without an entry come last
