@@ -116,7 +116,7 @@ def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None
     if counts.bad:
         say(f"{plan.name}: {counts.bad:,} bad documents were skipped")
     if counts.rough:
-        say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/corpora.md)")
+        say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/reference/corpora.md)")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
     if available < (wanted or 1):
         asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"

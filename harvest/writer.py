@@ -1,8 +1,8 @@
 """Commits a shard: permutes, encodes, writes and syncs its rows, then appends the manifest line.
 
 Rows are permuted inside the shard before they are encoded. This costs one gather, and makes a window of a few chunks
-nearly as well mixed as a shuffle of the whole corpus (docs/store-format.md has the measurement). Any number of
-processes may write one store, each with its own shards and its own log in the manifest.
+nearly as well mixed as a shuffle of the whole corpus (docs/reference/store-format.md has the measurement). Any number
+of processes may write one store, each with its own shards and its own log in the manifest.
 """
 
 from collections import deque

@@ -111,8 +111,8 @@ def native_dtype(device: "torch.device") -> str:
 
 def reuse_memory(device: "torch.device") -> None:
     """On a CPU, makes the process keep the memory that it frees, for later allocations. Otherwise a loop over batches
-    maps its largest tensors again, page by page, in every batch: a tenth of a harvest's seconds (docs/benchmarks.md).
-    Does nothing where the C library is not glibc."""
+    maps its largest tensors again, page by page, in every batch: a tenth of a harvest's seconds
+    (docs/records/benchmarks.md). Does nothing where the C library is not glibc."""
     if device.type != "cpu":
         return
     with suppress(OSError, AttributeError):  # no such library, or it has no mallopt

@@ -3,7 +3,7 @@
 `arch` decides which settings there are; a setting that an architecture does not have is refused. `ARCHITECTURES` holds
 one entry for each. Training, `memory`, `report` and `--help` read it; nothing here needs torch. To add an architecture,
 write a configuration and an entry here, and its mathematics in one file in train/sae/.
-docs/how-to/add-an-architecture.md explains every line of it; docs/method.md explains the mathematics of those here.
+docs/how-to/add-an-architecture.md explains every line of it; docs/explanation/method.md explains the mathematics.
 """
 
 import re

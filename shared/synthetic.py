@@ -4,7 +4,7 @@
 
 Feature i of m is active with probability p_i ∝ i^-zipf, Σ p_i = l0, independently of the others. Then c_i is uniform
 between two positive numbers; if i is one of the round(p_bipolar · m) bipolar features, it is negative in half of all
-cases. s makes E|x - mean|² = 1 (docs/synthetic.md).
+cases. s makes E|x - mean|² = 1 (docs/explanation/synthetic.md).
 
 Rows come in blocks of 256, each from its own random words (Philox, keyed by seed and block): any row can be made
 without the ones before it. Every number is a function of raw words and of operations in a fixed order, so shards,

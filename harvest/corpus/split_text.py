@@ -77,7 +77,7 @@ def tokenise_texts(texts: list[str], tokenizer: Callable[..., Any] | None) -> li
     if tokenizer is None:
         raise UserError(
             "the corpus has texts, and the model has no tokenizer. Give one, or a corpus of token ids: documents that "
-            "are lists of ids, or an array (docs/corpora.md)"
+            "are lists of ids, or an array (docs/reference/corpora.md)"
         )
     try:
         encoded = tokenizer(  # not verbose: it would warn of documents longer than the model's context

@@ -3,7 +3,7 @@
 With `sdpa` every module keeps Hugging Face's own computation and the bridge only adds hooks, so activations equal the
 Hugging Face forward pass bit for bit. With `eager` it is TransformerLens' stock bridge, which computes attention again
 in Python: slower (up to five times at long contexts), equal up to rounding, and with hookpoints inside attention.
-Neither changes the weights. docs/models.md lists the architectures that were tried.
+Neither changes the weights. docs/reference/models.md lists the architectures that were tried.
 """
 
 from collections.abc import Iterator, Sequence

@@ -25,7 +25,7 @@ OUTLYING: Final = 6.0
 MASSIVE: Final = 5.0
 """A row is massive when its norm is this many times the median norm. Norms of ordinary rows reach 4.4 times the median
 (mlp_out of the shipped model). Of Gemma 3 270M's massive rows a tenth is between 5 and 10, and none between 3 and 5
-(docs/experiments.md)."""
+(docs/records/experiments.md)."""
 WORTH_SAYING: Final = 0.1
 """Share of the variance in massive rows from which on a message is printed."""
 EXACT: Final = 1 << 22

@@ -1,8 +1,8 @@
 """A store opened for reading: its spec, its commits, its tokens and its statistics.
 
-docs/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system or an
-array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its files
-are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
+docs/reference/store-format.md is the specification. Three rules carry the weight. The manifest, never the file system
+or an array's shape, says what exists: in Zarr a missing shard silently reads as fill values. A shard counts once its
+files are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
 """
 
 import os

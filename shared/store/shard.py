@@ -164,7 +164,7 @@ def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
 def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> None:
     """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values in our compressor, and its header
     agrees. blosc trusts its header: it reads as many bytes as that names, and leaves what it does not fill untouched.
-    The decoders check the content of the blocks (docs/threat-model.md)."""
+    The decoders check the content of the blocks (docs/explanation/threat-model.md)."""
     compressor, typesize, values = check_header(payload)
     if compressor != COMPRESSORS[codec]:
         raise ValueError(f"its blosc header is not of a buffer packed with {codec}")

@@ -1,7 +1,7 @@
 """The spec of a store: everything that decides its bytes, and the Zarr v3 documents that follow from it.
 
 The arrays' zarr.json are written out here, not by a Zarr library: their bytes are part of the format
-(docs/store-format.md) and do not change with a library's version. Tests read them with four Zarr libraries.
+(docs/reference/store-format.md) and do not change with a library's version. Tests read them with four Zarr libraries.
 """
 
 import json

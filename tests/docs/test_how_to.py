@@ -112,7 +112,7 @@ def test_training_while_harvesting_as_its_page_does(
     assert (tmp_path / "runs/following/segments.jsonl").read_text(encoding="utf-8").count("\n") >= 1
 
 
-# ---- the pages themselves
+# ---- links; tests/docs/test_style.py reads the prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 
@@ -151,32 +151,3 @@ def test_pages_named_in_the_text_exist() -> None:
     named = {(name, path) for path in files for name in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg|png)", path.read_text())}
     assert named
     assert sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in named if not (ROOT / name).exists()) == []
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_pages_can_be_read(page: Path) -> None:
-    """Lines of at most 120 characters, cells of at most 160, sentences of at most 25 words on average."""
-    text, prose, outside = page.read_text(encoding="utf-8"), [], True
-    for number, line in enumerate(text.splitlines(), 1):
-        if line.startswith("```"):
-            outside = not outside
-        elif line.startswith("|"):
-            assert max(len(cell.strip()) for cell in line.split("|")) <= 160, f"{page}:{number}: a cell is a paragraph"
-        elif outside:
-            assert len(line) <= 120, f"{page}:{number}: is {len(line)} characters long"
-            prose.append("" if line.startswith(("#", "    ", ":::")) else line)
-    assert mean_words("\n".join(prose)) <= 25
-
-
-def mean_words(text: str) -> float:
-    """Words per sentence; a paragraph and an item of a list end one, too. A piece of code is a word."""
-    paragraphs = re.split(r"\n\s*\n|\n(?=\s*(?:[-*]|\d+\.) )", re.sub(r"\]\([^)]*\)", "]", text))
-    plain = [re.sub(r"`[^`]*`", "X", " ".join(paragraph.split())) for paragraph in paragraphs]
-    sentences = [one.split() for each in plain for one in re.split(r"(?<=[.!?:])\s+(?=[A-Z*\[])", each)]
-    counts = [len(words) for words in sentences if len(words) > 2]
-    return sum(counts) / max(1, len(counts))
-
-
-def test_long_sentences_are_noticed() -> None:
-    assert mean_words("One two three. " + "word " * 60 + ".") > 25
-    assert mean_words("One two three four. One two three four.") == 4

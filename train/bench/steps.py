@@ -167,8 +167,8 @@ def wait(device: torch.device) -> None:
 
 
 def products(x: Float[Tensor, "batch d_in"], d_sae: int, matmul: torch.dtype) -> Callable[[], None]:
-    """Returns a function that does only the seven matrix products of the dense step (docs/method.md, gradients), on
-    random numbers of the same shapes and type."""
+    """Returns a function that does only the seven matrix products of the dense step (docs/explanation/method.md,
+    gradients), on random numbers of the same shapes and type."""
     low = x.to(matmul)
     W_enc, W_dec = (torch.randn(d_sae, x.shape[1], device=x.device).to(matmul) for _ in range(2))
     f = torch.randn(len(x), d_sae, device=x.device).to(matmul)

@@ -288,7 +288,7 @@ class Loader:
 
 def decoding_threads(cores: int, paced: bool) -> int:
     """One thread per core. With paced reading, one core is left to the thread that launches the GPU's kernels, and at
-    most eight threads (or half the cores) decode: eight read as fast as sixteen (docs/benchmarks.md)."""
+    most eight threads (or half the cores) decode: eight read as fast as sixteen (docs/records/benchmarks.md)."""
     return max(1, min(8, cores - 1), cores // 2) if paced else cores
 
 

@@ -5,7 +5,7 @@ All decoding threads work on one window at a time: of the windows that wait, the
 On CUDA, reading is paced. The thread that launches the GPU's kernels needs a core and, between any two launches, the
 GIL, which every decoding thread holds now and then. Without a limit, all next windows would be decoded at once as soon
 as the last ones are in use: on a machine with sixteen cores, steps then took three times as long for half of the time
-(docs/benchmarks.md). So the rows that are read and not yet used are limited to 9/8 of one window per stream.
+(docs/records/benchmarks.md). So the rows that are read and not yet used are limited to 9/8 of one window per stream.
 """
 
 import math

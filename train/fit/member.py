@@ -30,7 +30,7 @@ DECIDE_EVERY: Final = 20
 """Steps between decisions for the sparse or the dense step."""
 SPARSE_BELOW: Final = {"cpu": 0.06, "cuda": 0.005}
 """Share of the dictionary that is active, below which the sparse step is faster: on a CPU as measured
-(docs/benchmarks.md); on CUDA an estimate: on an H200 it was 2.6 times as fast as the compiled dense step at 0.2 %."""
+(docs/records/benchmarks.md); on CUDA an estimate: on an H200 at 0.2 % it was 2.6 times as fast as the compiled step."""
 
 
 @cache

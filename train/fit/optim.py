@@ -121,7 +121,7 @@ class Optimizer:
     def refresh_(self, names: Sequence[str], which: Bool[Tensor, " d_sae"]) -> None:
         """After scalars `names` [poles, d_sae] of the latents in `which` were set: no momentum, and the mean second
         moment of the other latents. With a second moment of zero the next updates would be several times as large as
-        any other, and kill the latent again (docs/method.md, resets)."""
+        any other, and kill the latent again (docs/explanation/method.md, resets)."""
         others = (~which).float()
         for name in names:
             moments = self.adam.state[self.weights.trained()[name]]

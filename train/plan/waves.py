@@ -24,7 +24,7 @@ KEPT_FREE: Final = 0.1
 
 FRAGMENTATION: Final = 2.5
 """Freed memory is kept for the next batch only when this many times the estimate is available: kept memory fragments,
-and fragmentation once cost 1.8 times the estimate (docs/benchmarks.md)."""
+and fragmentation once cost 1.8 times the estimate (docs/records/benchmarks.md)."""
 
 Saes = tuple[SAEConfig, ...]
 

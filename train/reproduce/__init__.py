@@ -1,4 +1,4 @@
-"""`sagsae reproduce`: tests which of the SA-GSAE paper's claims hold on a model (docs/reproduction.md).
+"""`sagsae reproduce`: tests which of the SA-GSAE paper's claims hold on a model (docs/records/reproduction.md).
 
     preset -> plan -> pilot -> run ─> curves -> analysis -> claims ─> render
 

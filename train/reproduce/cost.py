@@ -18,7 +18,7 @@ CORE_RATE: Final = 1.25e11
 OVERHEAD: Final = 1.25
 """Factor for harvest, evaluation and reading."""
 FLOPS: Final = 14
-"""FLOP per weight of the encoder and token: seven matrix products (docs/method.md)."""
+"""FLOP per weight of the encoder and token: seven matrix products (docs/explanation/method.md)."""
 WEIGHT_BYTES: Final = 32
 """Bytes per weight of the encoder: encoder and decoder, their gradients and Adam's two moments, in float32."""
 STORE_RATIO: Final = 1.4

@@ -5,9 +5,9 @@
     loss  |x - x̂|² + ⅛ |(x - x̂)‾ - h W_dec|²             bar: no gradient
 
 h is s·a of each token's `aux_k` largest among the latents that have been silent for `aux_after` tokens: without this
-term a fifth of an AbsTopK dictionary stays dead (docs/method.md). After training a latent is active above one threshold
-for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows trained on.
-During training it is the running mean of T, which lags behind and belongs to weights that are no more.
+term a fifth of an AbsTopK dictionary stays dead (docs/explanation/method.md). After training a latent is active above
+one threshold for all, a Bi-JumpReLU without offsets: above which k latents per token are active on a sample of the
+rows trained on. During training it is the running mean of T, which lags behind and belongs to older weights.
 """
 
 from collections.abc import Iterable
@@ -127,7 +127,7 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
 
     def settle_(self, w: BatchTopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
-        """Sets the threshold above which k latents a token are active on these `rows` rows together. Returns how many
+        """Sets the threshold above which k latents per token are active on these `rows` rows together. Returns how many
         are: fewer than k where fewer are above zero, or where sizes are equal."""
         wanted = self.config.k * rows
         largest = w.W_enc.new_empty(0)

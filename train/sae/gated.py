@@ -5,10 +5,11 @@
     code   f = s·m·ReLU(eʳ a + b)                   x̂ = f W_dec + b_dec
     loss   |x - x̂|² + λ Σ|g| + |x - (g W̄_dec + b̄_dec)|²       summed over d_in, mean over the batch; bars: no gradient
 
-Gated: arXiv 2404.16014. SA-GSAE (arXiv 2605.28149) as derived in docs/method.md: the ReLU acts on the magnitude of each
-side, so an open latent can never change its sign. θ, r, b have a row for each pole, or one for both (`tie`); an entry
-uses the row of the sign of u, which is all of it because θ >= 0 lets at most one pole be open. Decoder rows have unit
-norm; x has unit variance. θ is trained by the L1 and auxiliary terms alone, r and b by the reconstruction alone.
+Gated: arXiv 2404.16014. SA-GSAE (arXiv 2605.28149) as derived in docs/explanation/method.md: the ReLU acts on the
+magnitude of each side, so an open latent can never change its sign. θ, r, b have a row for each pole, or one for both
+(`tie`); an entry uses the row of the sign of u, which is all of it because θ >= 0 lets at most one pole be open.
+Decoder rows have unit norm; x has unit variance. θ is trained by the L1 and auxiliary terms alone, r and b by the
+reconstruction alone.
 
 The free decoder (`Gated.decoder`) has no bars and no unit norm; its penalty is λ Σ|g_i||d_i|.
 """
@@ -87,8 +88,8 @@ class GatedFamily(Family[GatedWeights]):
     def gradients(
         self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
     ) -> tuple[GatedWeights, StepMetrics]:
-        """Seven matrix products (docs/method.md, gradients); thresholds and sums stay float32. b_dec is subtracted
-        before rounding to `now.matmul`: activations have a mean much longer than their spread."""
+        """Seven matrix products (docs/explanation/method.md, gradients); thresholds and sums stay float32. b_dec is
+        subtracted before rounding to `now.matmul`: activations have a mean much longer than their spread."""
         batch = len(x)
         W_enc, W_dec = w.W_enc.to(now.matmul), w.W_dec.to(now.matmul)
         centred = x - w.b_dec
@@ -144,7 +145,7 @@ class GatedFamily(Family[GatedWeights]):
             w.theta.clamp_(min=0.0)
 
     def fold(self, w: GatedWeights) -> Folded:
-        """z = e^(r⁺)·u, T = max(eʳθ, -b) for each pole, ρ = e^(r⁻ - r⁺) (docs/method.md, inference)."""
+        """z = e^(r⁺)·u, T = max(eʳθ, -b) for each pole, ρ = e^(r⁻ - r⁺) (docs/explanation/method.md, inference)."""
         W_enc = torch.exp(w.r[0])[:, None] * w.W_enc
         threshold = torch.maximum(torch.exp(w.r) * w.theta, -w.b).expand(2, -1).clone()
         if not self.signed:
