@@ -121,7 +121,7 @@ class HarvestConfig(Frozen):
     corpus: str | None = None
     """A file, a folder or a Hugging Face dataset. Default: the corpus.jsonl beside a local model.
 
-    docs/corpora.md describes every kind."""
+    docs/reference/corpora.md describes every kind."""
     corpus_config: str | None = None
     """Configuration (subset) of a Hugging Face dataset. Default: the dataset's own."""
     corpus_split: str = "train"
@@ -183,7 +183,7 @@ class HarvestConfig(Frozen):
 
 
 class SynthConfig(Synthetic):
-    """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
+    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md), and what every store has."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Features": "d_in features p_bipolar l0 zipf coefficients noise seed",
@@ -265,7 +265,8 @@ class TrainConfig(Frozen):
     compile: bool = False
     """Compile the dense steps with torch.compile.
 
-    Faster by what docs/benchmarks.md says, after up to a minute per autoencoder. Needs a C++ compiler on a CPU."""
+    Faster by what docs/records/benchmarks.md says, after up to a minute per autoencoder. Needs a C++ compiler on a
+    CPU."""
     parts: Annotated[int, Field(ge=1)] | None = None
     """Gradient accumulation: micro-batches per batch. Default: one per process that shares the batch.
 
@@ -289,7 +290,7 @@ class TrainConfig(Frozen):
     max_norm: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Leave out rows whose norm exceeds this many times the median. Default: no limit.
 
-    5 leaves out massive activations: a few tokens that hold most of the variance (docs/method.md)."""
+    5 leaves out massive activations: a few tokens that hold most of the variance (docs/explanation/method.md)."""
     follow: bool = False
     """Train while the store is still being harvested.
 
@@ -324,7 +325,7 @@ class TrainConfig(Frozen):
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers. wandb stays offline unless WANDB_MODE says otherwise.
 
-    They are sent each line of metrics.jsonl and write into the run's folder (docs/training.md)."""
+    They are sent each line of metrics.jsonl and write into the run's folder (docs/explanation/training.md)."""
     out: Folder | None = None
     """The run's folder. Default: runs/NAME, where NAME follows from the store and the settings."""
     overwrite: bool = False
