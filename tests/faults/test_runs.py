@@ -589,7 +589,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     monkeypatch.setattr(Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
-    assert "its weights are no numbers any more after step 20" in capsys.readouterr().err
+    assert "its weights are NaN or infinite after step 20" in capsys.readouterr().err
     assert os.listdir(summary.run / "saes") == [NAME]
 
 
