@@ -54,7 +54,7 @@ docs: $(READY)    ## build the site into site/; a broken link or an unknown name
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 reference: $(READY)    ## rewrite docs/reference/settings.md and cli.md from the schemas and from --help
-	$(BIN)/python -c 'import cli, pathlib, shared.reference, typer; shared.reference.write_reference(pathlib.Path("docs/reference"), typer.main.get_command(cli.app))'
+	$(BIN)/sagsae reference docs/reference
 
 clean:    ## remove what these targets have made
 	rm -rf $(VENV) demo build site gpu.md *.egg-info

@@ -1,18 +1,24 @@
 """The frozen configuration of each stage: what a TOML file, `--set key=value` and the command line may say.
 
+A field is an option, a key and an entry of docs/reference/settings.md at once: its docstring is the help text (the
+first paragraph in `--help`, all of it in the reference), and `Default: …` says in words what None stands for. A new
+field needs a place in its class's `groups` and `make reference`.
+
 Unknown keys are refused with the nearest valid name. Nothing here is changed after it is built; what a run works out
 from it (a default context length, the number of steps) goes into the run's record.
 """
 
 import os
+import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
-from shared.schema import Frozen
+from shared.schema import Frozen, Shown
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
@@ -24,7 +30,11 @@ def at_home(value: object) -> object:
     return os.path.expanduser(value) if isinstance(value, str) else value  # leaves an unknown ~user alone
 
 
-Location = Annotated[str, BeforeValidator(lambda value: at_home(str(value) if isinstance(value, Path) else value))]
+Location = Annotated[
+    str,
+    BeforeValidator(lambda value: at_home(str(value) if isinstance(value, Path) else value)),
+    Shown("PATH|URL", type="path or URL"),
+]
 """A folder or a URL. Not a Path, which would take a slash out of `s3://`."""
 Folder = Annotated[Path, BeforeValidator(at_home)]
 
@@ -34,7 +44,26 @@ def memory_of(value: object) -> object:
     if isinstance(value, str) and value != "auto":
         value = parse_bytes(value)
     if isinstance(value, int) and value < 1:
-        raise ValueError("expected auto, or at least one byte")
+        raise ValueError("must be auto, or at least one byte")
+    return value
+
+
+def layer_number(value: object) -> object:
+    """A layer's number from its text, or `mid`."""
+    if not isinstance(value, str) or value == "mid":
+        return value
+    if not re.fullmatch("-?[0-9]{1,9}", value):
+        raise ValueError("must be a layer number from 0, or mid")
+    return int(value)
+
+
+Layer = Annotated[int | Literal["mid"], BeforeValidator(layer_number), Shown("LAYER", type="integer or mid")]
+
+
+def store_name(value: str) -> str:
+    """The name of a folder inside the folder that holds stores."""
+    if not re.fullmatch(r"\w[\w.-]*", value):
+        raise ValueError("must begin with a letter or a digit; then letters, digits, dots, - and _ can follow")
     return value
 
 
@@ -45,73 +74,104 @@ DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
 class HarvestConfig(Frozen):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "Model": "model revision tokenizer eos special_ids split_special_tokens bos",
+        "Activations": "layers hooks tokens context skip_positions allow_nonfinite",
+        "Corpus": "corpus corpus_config corpus_split corpus_revision text_field on_bad_document shuffle_documents seed",
+        "Store": "out name codec store_dtype chunk_rows shard_rows overwrite",
+        "Computation": "device dtype attention batch_tokens",
+    }
+
     model: str
-    """An alias (`tiny`, `pythia-1b`, `gpt2`, …: shared/model/source.py), a Hugging Face id, a folder or a GGUF file."""
+    """An alias (tiny, pythia-1b, gpt2, …), a Hugging Face id, a folder or a GGUF file.
+
+    `sagsae models` lists the aliases."""
     revision: str | None = None
-    """Branch, tag or commit of a Hugging Face model."""
+    """Branch, tag or commit of a Hugging Face model. Default: its main branch."""
     tokenizer: str | None = None
-    """Another tokenizer than the model's own: a folder, a GGUF file or a Hugging Face id."""
+    """Another tokenizer: a folder, a GGUF file or a Hugging Face id. Default: the model's own."""
     eos: int | str | None = None
     """The id, or the token, that ends a document. Default: the tokenizer's."""
     special_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Further ids that count as special: left out of statistics and training, beside all that the tokenizer marks."""
+    """Further token ids to leave out of statistics and training.
+
+    What the tokenizer marks as special is left out anyway."""
     split_special_tokens: bool = False
-    """Take special tokens that are spelt out in a text as text. Default: they become their ids."""
+    """Treat special tokens that are spelt out in a text as plain text. Otherwise they become their ids."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in. auto: what the store has that is gone on with, else bfloat16 where the hardware
-    multiplies it natively, else float32."""
+    """What the model computes in. auto: bfloat16 where the hardware multiplies it natively, else float32.
+
+    A harvest that resumes keeps the dtype of its store."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: the model's own modules, bit for bit. eager: TransformerLens' attention, slower, with hooks inside it."""
+    """sdpa: the model's own modules, bit for bit. eager: slower, with hooks inside attention.
+
+    eager is TransformerLens' attention."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, …; map spreads a model over every GPU, as transformers' device_map="auto" does."""
-    layers: tuple[int | Literal["mid"], ...] = ("mid",)
-    """Layer numbers from 0; `mid` is n_layers // 2."""
+    """auto, cpu, cuda, cuda:1, …, or map, which spreads a model over every GPU.
+
+    map is transformers' device_map="auto"."""
+    layers: tuple[Layer, ...] = ("mid",)
+    """Layer numbers from 0; mid is n_layers // 2."""
     hooks: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
-    """Short names, or TransformerLens names such as `blocks.3.attn.hook_z`."""
+    """Short names (resid_pre, mlp_out, …) or TransformerLens names such as `blocks.3.attn.hook_z`.
+
+    `sagsae hooks` lists those of a model."""
     corpus: str | None = None
-    """A file, a folder or the name of a Hugging Face data set (docs/corpora.md). Default: the `corpus.jsonl` beside a
-    local model."""
+    """A file, a folder or a Hugging Face dataset. Default: the corpus.jsonl beside a local model.
+
+    docs/corpora.md describes every kind."""
     corpus_config: str | None = None
-    """Configuration (subset) of a Hugging Face data set."""
+    """Configuration (subset) of a Hugging Face dataset. Default: the dataset's own."""
     corpus_split: str = "train"
+    """Split of a Hugging Face dataset."""
     corpus_revision: str | None = None
-    """Branch, tag or commit of a Hugging Face data set."""
+    """Branch, tag or commit of a Hugging Face dataset. Default: its main branch."""
     text_field: str = "text"
-    """The field or column that holds a document, in JSON lines, parquet and Hugging Face data sets: its text, or the
-    list of its token ids."""
+    """The field or column that holds a document: its text, or the list of its token ids.
+
+    It applies to JSON lines, parquet and Hugging Face datasets."""
     on_bad_document: Literal["refuse", "skip"] = "refuse"
-    """What to do at a document that is not UTF-8, not JSON, lacks the field or holds something else in it."""
+    """What to do with a document that cannot be read; skip counts them.
+
+    Such a document is not UTF-8, not JSON, lacks the field or holds something else in it."""
     shuffle_documents: bool = True
-    """Shuffle documents (seeded, a buffer of 100,000 and 1 GiB) before they are packed."""
+    """Shuffle documents before they are packed.
+
+    The shuffle is seeded and uses a buffer of 100,000 documents and 1 GiB."""
     context: Annotated[int, Field(ge=2)] | None = None
-    """Tokens in a row. Default: the model's longest, at most 1024."""
+    """Tokens per row of the corpus. Default: the model's longest context, at most 1024."""
     bos: Literal["auto", "true", "false"] = "auto"
     """Begin every row with the BOS token. auto: as the model's tokenizer does."""
     skip_positions: Annotated[int, Field(ge=0)] = 1
-    """The first positions of every context: stored, but left out of statistics and training. In most models position 0
-    is an outlier."""
+    """Positions at the start of every context to leave out of statistics and training.
+
+    They are stored all the same. In most models position 0 is an outlier."""
     tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    """Activation rows wanted, exactly. Default: all that the corpus gives."""
+    """Activation rows to write, exactly. Default: all that the corpus gives."""
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens in one forward pass. Default: 2,048 on a CPU, on a GPU what surely fits, at most 65,536. What does not
-    fit after all is halved."""
+    """Tokens in one forward pass. Default: 2048 on a CPU; on a GPU what fits, at most 65536.
+
+    A batch that runs out of memory is halved."""
     allow_nonfinite: bool = False
-    """Keep rows with NaN or infinities instead of stopping; they are left out of statistics and training."""
+    """Keep rows with NaN or infinities, marked, instead of stopping.
+
+    They are left out of statistics and training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Shuffles documents and permutes rows inside a shard."""
+    """Seeds the shuffles of documents and of rows inside a shard."""
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
     """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
+    """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
     out: Location = "stores"
-    """The folder that holds stores, or an s3:// prefix."""
-    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] | None = None
-    """The store's folder in `out`. Default: the model's name."""
+    """The folder, or s3:// prefix, that holds stores."""
+    name: Annotated[str, AfterValidator(store_name)] | None = None
+    """The store's folder inside --out. Default: the model's name."""
     overwrite: bool = False
+    """Start from scratch instead of resuming."""
 
     @model_validator(mode="after")
     def check(self) -> "HarvestConfig":
@@ -125,21 +185,29 @@ class HarvestConfig(Frozen):
 class SynthConfig(Synthetic):
     """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "Features": "d_in features p_bipolar l0 zipf coefficients noise seed",
+        "Store": "tokens context out name codec store_dtype chunk_rows shard_rows overwrite",
+    }
+
     tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1_000_000
-    """Rows."""
+    """Rows to write."""
     context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
-    """Rows that are held out together. Otherwise they have nothing to do with each other."""
+    """Rows that are held out together. They have nothing else to do with each other."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows decoded at a time. Default: the power of two that makes at most 2 MiB."""
+    """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows committed at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
     out: Location = "stores"
-    """The folder that holds stores, or an s3:// prefix."""
-    name: Annotated[str, Field(pattern=r"^[\w][\w.-]*$")] = "synthetic"
-    """The store's folder in `out`."""
+    """The folder, or s3:// prefix, that holds stores."""
+    name: Annotated[str, AfterValidator(store_name)] = "synthetic"
+    """The store's folder inside --out."""
     overwrite: bool = False
+    """Start from scratch instead of resuming."""
 
     @model_validator(mode="after")
     def check_shape(self) -> "SynthConfig":
@@ -151,81 +219,116 @@ class SynthConfig(Synthetic):
 class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
+    groups: ClassVar[Mapping[str, str]] = {
+        "Activations": "store hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed",
+        "Autoencoders": "saes",
+        "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
+        "Run": "out overwrite checkpoint_every keep_checkpoints log_every track dead_after_tokens",
+        "Computation": "device precision memory parallel parts step compile",
+        "Reading": "verify streams run_chunks window_rows",
+    }
+
     store: Location
-    """A folder or a URL (s3://, gs://, http(s)://): of a store (with `hook`, or with one hookpoint inside), or of one
-    hookpoint's array inside a store."""
+    """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, http(s)://)."""
     hook: str | None = None
-    """Which hookpoint of the store, such as `layer_08/mlp_out`."""
+    """Which hookpoint of the store, such as layer_08/mlp_out or mlp_out. Default: the only one there is."""
     saes: tuple[AnySAE, ...]
+    """The autoencoders, each with its architecture (`arch`), its width (`d_sae`) and what else it is to have.
+
+    The command line builds this list: every combination of what its options name."""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Training tokens. Default: one epoch. More than the store holds means several epochs."""
+    """Training tokens; more than the store holds means several epochs. Default: one epoch."""
     batch: Annotated[int, Field(ge=1)] = 4096
-    """Tokens in a step, over all processes."""
-    lr: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1e-3
-    """Peak learning rate of Adam. Short runs (under a million tokens) want 3e-3 to 8e-3."""
+    """Tokens per step, over all processes."""
+    lr: Annotated[float, Field(gt=0, allow_inf_nan=False), Shown(repeatable=True)] = 1e-3
+    """Peak learning rate of Adam. Runs under a million tokens want 3e-3 to 8e-3.
+
+    Several rates on the command line train every autoencoder with each of them."""
     warmup_steps: Annotated[int, Field(ge=0)] | None = None
     """Steps of linear warm-up. Default: 100, or 5 % of a run that is shorter than 2,000 steps."""
     decay_fraction: Annotated[float, Field(ge=0, le=1)] = 0.3
     """The last part of the run, over which the learning rate falls linearly to zero."""
     clip_norm: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    """Longest gradient of an autoencoder, all its weights together; longer ones are scaled down. Default: no limit."""
+    """Maximum gradient norm of an autoencoder, all its weights together. Default: no limit.
+
+    A longer gradient is scaled down to it."""
     precision: Literal["auto", "float32", "tf32", "bfloat16"] = "auto"
-    """Matrix products' inputs. auto: bfloat16 where the hardware multiplies it natively, else float32. tf32: float32,
-    rounded to 10 bits of mantissa inside a CUDA device's products. Everything else, the weights too, is float32."""
+    """Inputs of matrix products. auto: bfloat16 where the hardware multiplies it natively, else float32.
+
+    tf32 is float32, rounded to 10 bits of mantissa inside a CUDA device's products. Everything else, the weights too,
+    is float32."""
     parallel: Literal["auto", "data", "sweep"] = "auto"
-    """How several processes share the work. data: each computes a part of every batch. sweep: each trains some of the
-    autoencoders, on whole batches, and reads all of the store. auto: sweep where they can be shared out evenly."""
+    """How several processes share the work. auto: sweep where the autoencoders can be shared out evenly, else data.
+
+    data: each process computes a part of every batch. sweep: each trains some of the autoencoders, on whole batches,
+    and reads all of the store."""
     compile: bool = False
-    """Compile the dense steps (torch.compile): faster by what docs/benchmarks.md says, after up to a minute an
-    autoencoder. Needs a C++ compiler on a CPU."""
+    """Compile the dense steps with torch.compile.
+
+    Faster by what docs/benchmarks.md says, after up to a minute per autoencoder. Needs a C++ compiler on a CPU."""
     parts: Annotated[int, Field(ge=1)] | None = None
-    """Equal parts of each batch whose gradients are computed one after another and then averaged: less memory, and on
-    CPUs, for powers of two, the same bits with any number of processes that divides it. Default: one for each process
-    that shares the batch."""
+    """Gradient accumulation: micro-batches per batch. Default: one per process that shares the batch.
+
+    More micro-batches take less memory. On CPUs, for powers of two, the result has the same bits with any number of
+    processes that divides it."""
     step: Literal["auto", "dense", "sparse"] = "auto"
-    """How gated architectures compute a step: with every latent, or from the open gates alone. auto: the faster one, by
-    the share of the dictionary that is active; on CUDA by an estimate of that share, and only where triton is."""
+    """How gated architectures compute a step: with every latent, or from the open gates. auto: the faster one.
+
+    auto decides by the share of the dictionary that is active; on CUDA by an estimate of that share, and only where
+    triton is installed."""
     device: str = "auto"
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Orders the activations and chooses the held-out contexts."""
+    """auto, cpu, cuda, cuda:1, …"""
+    seed: Annotated[int, Field(ge=0, lt=2**63), Shown(option="--data-seed")] = 0
+    """Seeds the order of the activations and the choice of held-out contexts."""
     heldout_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Tokens kept from training for evaluation, as whole contexts; at most a tenth of the store."""
     exclude_positions: tuple[int, ...] | None = None
-    """Positions in a context that are neither trained nor measured on. Default: the store's `skip_positions`."""
+    """Positions in a context to leave out of training and evaluation. Default: the store's skip_positions."""
     exclude_special: bool = True
-    """Neither train nor measure on the tokenizer's special tokens."""
+    """Leave the tokenizer's special tokens out of training and evaluation."""
     max_norm: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
-    """Rows whose norm exceeds so many times the median are neither trained nor measured on. Default: all count. 5
-    leaves out massive activations: a few tokens that hold most of the variance (docs/method.md)."""
+    """Leave out rows whose norm exceeds this many times the median. Default: no limit.
+
+    5 leaves out massive activations: a few tokens that hold most of the variance (docs/method.md)."""
     follow: bool = False
-    """Train while the store is still being harvested, on what is committed so far; waits for the harvest where it
-    must. One epoch is all that is planned for the store."""
+    """Train while the store is still being harvested.
+
+    Training uses what is committed so far and waits for the harvest where it must. It plans one epoch."""
     verify: Literal["always", "first-epoch", "off"] = "always"
-    """When the checksum of each chunk is compared. Lengths and indexes always are."""
+    """When to compare the checksum of each chunk.
+
+    Lengths and indexes are always compared."""
     streams: Annotated[int, Field(ge=1)] = 8
     """Virtual streams that a global batch is made of."""
     run_chunks: Annotated[int, Field(ge=1)] | None = None
-    """Neighbouring chunks read together. Default: 1 on a disk; 2 from an object store, where a request costs more.
-    Batches stay as well mixed with 1 for every 262,144 of `window_rows`."""
+    """Neighbouring chunks to read together. Default: 1 from a disk, 2 from an object store.
+
+    A request to an object store costs more. Use at most one chunk per 262,144 `window_rows` to keep batches well
+    mixed."""
     window_rows: Annotated[int, Field(ge=1)] = 524_288
-    """Most rows in memory that are shuffled together, over all streams."""
-    memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of)] = "auto"
-    """What training may take on each device, such as 24GB. auto: nine tenths of what is free. Autoencoders that do not
-    fit into it together are trained in waves, each in a pass over the store."""
+    """Maximum rows that are held in memory and shuffled together, over all streams."""
+    memory: Annotated[Literal["auto"] | int, BeforeValidator(memory_of), Shown("auto|SIZE", type="auto or a size")] = (
+        "auto"
+    )
+    """What training may take on each device, such as 24GB. auto: nine tenths of what is free.
+
+    Autoencoders that do not fit into it together are trained in waves, each in a pass over the store."""
     dead_after_tokens: Annotated[int, Field(ge=1)] = 1_000_000
-    """A latent counts as dead in metrics.jsonl when it has not fired for this many training tokens."""
+    """Training tokens without firing after which metrics.jsonl counts a latent as dead."""
     checkpoint_every: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
-    """Steps between checkpoints. auto: 1000, or more where they would take more than a tenth of the time."""
+    """Steps between checkpoints. auto: 1000, or more where they would take over a tenth of the time."""
     keep_checkpoints: bool = False
     """Keep a finished run's checkpoints, which are several times as large as its autoencoders."""
     log_every: Annotated[int, Field(ge=1)] = 50
     """Steps between lines of metrics.jsonl."""
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
-    """Experiment trackers that are told each line of metrics.jsonl, in the run's folder (docs/training.md). wandb stays
-    offline unless WANDB_MODE says otherwise."""
+    """Experiment trackers. wandb stays offline unless WANDB_MODE says otherwise.
+
+    They are sent each line of metrics.jsonl and write into the run's folder (docs/training.md)."""
     out: Folder | None = None
-    """The run's folder. Default: runs/NAME, where NAME follows from the store and this configuration."""
+    """The run's folder. Default: runs/NAME, where NAME follows from the store and the settings."""
     overwrite: bool = False
+    """Start from scratch instead of resuming."""
 
     @model_validator(mode="after")
     def check(self) -> "TrainConfig":
@@ -240,32 +343,89 @@ class TrainConfig(Frozen):
 
 
 class RecodeConfig(Frozen):
-    """A store written anew with another codec."""
+    """A store rewritten with another codec."""
 
-    source: Location
-    target: Location
+    groups: ClassVar[Mapping[str, str]] = {"Store": "source target codec"}
+
+    source: Annotated[Location, Shown(option="SOURCE")]
+    """A finished store."""
+    target: Annotated[Location, Shown(option="TARGET")]
+    """The new store: a folder or an s3:// URL."""
     codec: Literal["zstd", "lz4", "none", "int8"]
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
 
 
 class EvalConfig(Frozen):
     """One evaluation of a finished training run on its held-out tokens."""
 
-    run: Folder
-    """The run's folder."""
+    groups: ClassVar[Mapping[str, str]] = {
+        "Run": "run store model device",
+        "Measures": "ce ce_tokens directions peer_conventions",
+    }
+
+    run: Annotated[Folder, Shown(option="RUN")]
+    """The training run's folder."""
     store: Location | None = None
-    """Where the run's store is now, if it moved."""
+    """Where the run's store is now. Default: where it was."""
     ce: bool | None = None
-    """Splice reconstructions into the language model and measure its next-token loss. Default: where there is one; a
-    synthetic store has none."""
+    """Splice reconstructions into the language model and measure its loss. Default: on where there is one.
+
+    A synthetic store has no language model. --no-ce keeps what an earlier evaluation measured."""
     model: str | None = None
-    """The language model, if it moved. Default: the one the store was harvested from."""
+    """The language model. Default: the one the store was harvested from."""
     device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
     ce_tokens: Annotated[int, Field(ge=1)] = 100_000
-    """Predictions that the losses are averaged over, at most (and at most the held-out ones)."""
+    """Maximum number of predictions that the losses are averaged over."""
     directions: bool = True
-    """Measure how the decoder's directions lie to each other; of a wide dictionary, those of a sample of latents."""
+    """Compare the decoder's directions with each other; in a wide dictionary, those of a sample of latents."""
     peer_conventions: bool = False
-    """R², L0 and dead as SAELens, dictionary_learning and SAEBench define them, beside ours."""
+    """Report R², L0 and dead by other tools' definitions, too.
+
+    The tools are SAELens, dictionary_learning and SAEBench."""
+
+
+class ReportConfig(Frozen):
+    """One HTML page that compares evaluated runs."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Report": "runs out overwrite"}
+
+    runs: Annotated[tuple[Folder, ...], Shown(option="RUN...")]
+    """Folders of evaluated runs."""
+    out: Folder = Path("report.html")
+    """The HTML file to write."""
+    overwrite: bool = False
+    """Replace a file that is no report, too."""
+
+
+class ReproduceConfig(Frozen):
+    """The paper's comparison on a model: SA-GSAE at widths H and 2H against Gated, at every λ and seed."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Comparison": "models preset cells seeds layer tokens corpus",
+        "Run": "out yes device",
+    }
+
+    models: tuple[str, ...] = ()
+    """Alias, Hugging Face id or folder. Default: the preset's."""
+    preset: str = "tiny"
+    """smoke (minutes), tiny (under an hour) or paper (GPU-days)."""
+    cells: str | None = None
+    """Hookpoints, with commas. Default: resid_post,attn_out,mlp_out."""
+    seeds: int | None = None
+    """Seeds of the two arms that are compared. Default: the preset's."""
+    layer: Layer = "mid"
+    """Layer number from 0, or mid."""
+    tokens: int | None = None
+    """Training tokens of every autoencoder. Default: the preset's."""
+    corpus: str | None = None
+    """A file, a folder or a Hugging Face dataset. Default: the preset's."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    out: Folder = Path("reproduction")
+    """The folder for everything."""
+    yes: bool = False
+    """Start a job that takes hours or tens of GB."""
 
 
 def demo_harvest(out: Path) -> HarvestConfig:

@@ -82,3 +82,27 @@ def number(
         limit = f"below {of} ({below})" if of else f"at most {below - 1}" if below < 1 << 31 else f"{at_least} or more"
         raise UserError(f"{name}={text[:40]}: expected a whole number {limit}. {CURE.format(name)}")
     return int(text)
+
+
+# what the processes of a command know
+
+
+def launched(processes: int) -> bool:
+    """Whether this is one of several processes already. Raises UserError when they are not as many as asked for."""
+    size = number(os.environ, "WORLD_SIZE", 1, at_least=1)
+    if size not in (1, processes):
+        raise UserError(f"--processes {processes}: was started as one of {size}. Leave --processes to the launcher")
+    return settle().size > 1
+
+
+def is_helper() -> bool:
+    """Whether another process of this command does the talking."""
+    return os.environ.get("RANK", "0") != "0"
+
+
+def wait_briefly() -> None:
+    """Has threads of a matrix product that wait for one another spin for a hundredth of the usual time. They keep their
+    core busy for milliseconds otherwise, while the writer or another program could use it (docs/experiments.md).
+    Takes effect when torch is imported."""
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -1,13 +1,16 @@
-"""What an autoencoder can be asked to be: a small frozen configuration per architecture (mathematics: docs/method.md).
+"""Every architecture of autoencoder: its settings, and what the program knows of it beside its mathematics.
 
-`arch` decides which; a setting that an architecture does not have is refused. Adding an architecture is one class here,
-one line in `ARCHITECTURES`, one file in train/sae/ and one line in its `family`.
+`arch` decides which settings there are; a setting that an architecture does not have is refused. `ARCHITECTURES` holds
+one entry for each. Training, `memory`, `report` and `--help` read it; nothing here needs torch. To add an architecture,
+write a configuration and an entry here, and its mathematics in one file in train/sae/.
+docs/how-to/add-an-architecture.md explains every line of it; docs/method.md explains the mathematics of those here.
 """
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
@@ -16,17 +19,31 @@ from shared.schema import Frozen, build
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 JUMPRELU_SPARSITIES = (0.001, 0.002, 0.005, 0.01, 0.02)
-"""λ of JumpReLU is the price of a latent, not of its size: with the others' grid all of them end at an L0 of 3."""
+"""λ of JumpReLU is the price of an active latent, not of its magnitude: with the others' grid every L0 ends at 3."""
 DEFAULT_KS = (8, 16, 32, 64, 128)
-"""Those that are at most a quarter of the latents."""
+"""Of these, a grid takes those that are at most a quarter of the latents."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
+class StepMemory(NamedTuple):
+    """How many tensors a dense training step holds at its peak, counted in float32."""
+
+    codes: float
+    """Tensors [batch, d_sae]."""
+    matrices: float
+    """Tensors [d_sae, d_in], beside the weights and their gradients."""
+
+
+UNMEASURED: Final = StepMemory(16.0, 2.0)
+"""For an architecture whose step was not measured: more than any that was."""
+
+
 class SAEConfig(Frozen):
-    """What every autoencoder has."""
+    """The settings that every autoencoder has."""
 
     arch: str
+    """The architecture."""
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
@@ -36,12 +53,16 @@ class SAEConfig(Frozen):
 
     @property
     def knob(self) -> str:
-        """What sets the number of active latents, as part of a name."""
+        """The setting that decides the number of active latents, as part of a name."""
         raise NotImplementedError
+
+    def step_memory(self, rounded: bool) -> StepMemory:  # noqa: ARG002
+        """What a dense step holds. `rounded`: its matrix products take in a type of two bytes."""
+        return UNMEASURED
 
     @property
     def name(self) -> str:
-        """Says all that is not as it would be by default."""
+        """The autoencoder's unique name in a run. It lists every setting that differs from its default."""
         usual = {"arch", "d_sae", "seed", "sparsity", "l0_target", "k"}
         special = [
             f"-{key.replace('_', '-')}-{format(value, 'g') if isinstance(value, float) else str(value).lower()}"
@@ -52,7 +73,7 @@ class SAEConfig(Frozen):
 
 
 class Penalised(SAEConfig):
-    """λ times a penalty decides how many latents are active."""
+    """Settings where λ times a penalty decides how many latents are active."""
 
     sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
     """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins."""
@@ -75,16 +96,19 @@ class Penalised(SAEConfig):
 
 
 class Thresholded(Penalised):
-    """Latents with a gate of their own."""
+    """Settings of latents that each have a gate with a threshold of its own."""
 
     aux: bool = True
     """The auxiliary reconstruction, which is what trains the thresholds. Without it everything dies (an ablation)."""
     theta0: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.4
     """Initial threshold, in units of 1/sqrt(d_in)."""
     reset_every: Annotated[int, Field(ge=0)] = 0
-    """Steps after which latents that did not fire since get a new threshold. 0: never."""
+    """Steps between resets: latents that did not fire since the last one get a new threshold. 0: never."""
     reset_share: Annotated[float, Field(gt=0, lt=1)] = 0.01
     """Share of a batch on which a latent fires after its reset."""
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(10.1, 1.5) if rounded else StepMemory(9.1, 0.0)
 
 
 class SaGsae(Thresholded):
@@ -96,20 +120,29 @@ class SaGsae(Thresholded):
     one_sided: bool = False
     """Close every negative pole (an ablation): a Gated SAE of the same width."""
 
+    def step_memory(self, rounded: bool) -> StepMemory:
+        if self.one_sided:
+            return super().step_memory(rounded)
+        by_tie = {"symmetric": 0.0, "magnitude": 0.5, "none": 2.5}
+        return StepMemory((12.1 if rounded else 13.1) + by_tie[self.tie], 1.5 if rounded else 0.0)
+
 
 class Gated(Thresholded):
     """Gated SAE (arXiv 2404.16014)."""
 
     arch: Literal["gated"]
     decoder: Literal["unit", "free"] = "unit"
-    """unit: rows of norm one, not trained by the auxiliary term. free: neither is so, and the penalty is weighted by
-    the rows' norms. Half of the one and half of the other does not exist: it trains worse than both."""
+    """unit: decoder rows have norm one, and the auxiliary term does not train them. free: their norms are free, the
+    auxiliary term trains them too, and each latent's penalty is weighted by its row's norm. A mixture trains worse."""
 
 
 class Relu(Penalised):
     """ReLU with an L1 penalty."""
 
     arch: Literal["relu"]
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(4.1, 0.5) if rounded else StepMemory(3.1, 0.0)
 
 
 class JumpRelu(Penalised):
@@ -123,18 +156,23 @@ class JumpRelu(Penalised):
     bandwidth: Positive = 0.5
     """Width of the kernel that stands for the step's derivative, in units of 1/sqrt(d_in)."""
 
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(6.1, 0.5 if rounded else 0.0)
 
-class TopK(SAEConfig):
-    """The k largest latents a token, on average over the batch, are active."""
+
+class FixedL0(SAEConfig):
+    """Settings where k latents per token are active, and inactive ones learn from what these leave."""
 
     k: Annotated[int, Field(ge=1)] = 32
+    """Active latents per token."""
     aux_k: Annotated[int, Field(ge=0)] | None = None
-    """Latents silent for `aux_after` tokens that reconstruct what the others leave. Default: d_in / 8, at least 16."""
+    """How many latents that were inactive for `aux_after` tokens reconstruct what the active ones leave. Default:
+    d_in / 8, at least 16; for topk d_in / 2."""
     aux_after: Annotated[int, Field(ge=1)] = 200_000
     """Training tokens."""
 
     @model_validator(mode="after")
-    def check(self) -> "TopK":
+    def check(self) -> "FixedL0":
         if self.k > self.d_sae:
             raise ValueError(f"k: {self.k} of {self.d_sae} latents cannot be active")
         return self
@@ -144,31 +182,132 @@ class TopK(SAEConfig):
         return f"k{self.k}"
 
 
-class BatchTopK(TopK):
-    """BatchTopK (arXiv 2412.06410)."""
+class TopK(FixedL0):
+    """TopK: the k largest latents of each token (arXiv 2406.04093)."""
+
+    arch: Literal["topk"]
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(7.1, 1.5 if rounded else 1.0)
+
+
+class BatchTopK(FixedL0):
+    """BatchTopK: the k largest latents per token, on average over the batch (arXiv 2412.06410)."""
 
     arch: Literal["batch-topk"]
 
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(9.1, 1.5 if rounded else 1.0)
 
-class AbsTopK(TopK):
+
+class AbsTopK(FixedL0):
     """BatchTopK by absolute value, with signed latents (arXiv 2510.00404)."""
 
     arch: Literal["abs-topk"]
 
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(11.6, 1.5) if rounded else StepMemory(11.1, 1.0)
 
-ARCHITECTURES: dict[str, type[SAEConfig]] = {
-    "sa-gsae": SaGsae, "gated": Gated, "relu": Relu, "jumprelu": JumpRelu, "batch-topk": BatchTopK, "abs-topk": AbsTopK,
-}  # fmt: skip
-SIGNED = ("sa-gsae", "abs-topk")
-"""Whose latents carry a sign."""
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the program knows of an architecture."""
+
+    config: type[SAEConfig]
+    """Its settings. The first line of the docstring is its help text, and `arch` is its name."""
+    family: str
+    """Its mathematics, as `module:class`; train/sae/families.py imports it when it is needed."""
+    label: str
+    """Its name in a report."""
+    colours: tuple[str, str]
+    """In a report: on a light and on a dark ground."""
+    signed: bool = False
+    """Whether latents carry a sign."""
+    sparse_step: bool = False
+    """Whether a step can be computed from open gates alone, as long as decoder rows have norm one."""
+    sparsities: tuple[float, ...] = DEFAULT_SPARSITIES
+    """The grid of λ where none is asked for."""
+
+    @property
+    def name(self) -> str:
+        (name,) = get_args(self.config.model_fields["arch"].annotation)
+        return str(name)
+
+    @property
+    def summary(self) -> str:
+        """One line for `--help`."""
+        return (self.config.__doc__ or "").partition("\n")[0].removesuffix(".")
+
+    def has(self, setting: str) -> bool:
+        return setting in self.config.model_fields
+
+
+ARCHITECTURES: Final[Mapping[str, Architecture]] = {
+    entry.name: entry
+    for entry in (
+        Architecture(
+            SaGsae,
+            family="train.sae.gated:GatedFamily",
+            label="SA-GSAE",
+            colours=("#0072b2", "#56b4e9"),
+            signed=True,
+            sparse_step=True,
+        ),
+        Architecture(
+            Gated,
+            family="train.sae.gated:GatedFamily",
+            label="Gated",
+            colours=("#d55e00", "#f0914a"),
+            sparse_step=True,
+        ),
+        Architecture(
+            Relu,
+            family="train.sae.relu:ReluFamily",
+            label="ReLU",
+            colours=("#7a6a00", "#d6c54c"),
+        ),
+        Architecture(
+            JumpRelu,
+            family="train.sae.relu:JumpReluFamily",
+            label="JumpReLU",
+            colours=("#00805c", "#3fc79a"),
+            sparsities=JUMPRELU_SPARSITIES,
+        ),
+        Architecture(
+            BatchTopK,
+            family="train.sae.batch_topk:BatchTopKFamily",
+            label="BatchTopK",
+            colours=("#c2528b", "#ea9cc6"),
+        ),
+        Architecture(
+            AbsTopK,
+            family="train.sae.batch_topk:BatchTopKFamily",
+            label="AbsTopK",
+            colours=("#6a3fb5", "#ab93f0"),
+            signed=True,
+        ),
+        Architecture(
+            TopK,
+            family="train.sae.topk:TopKFamily",
+            label="TopK",
+            colours=("#6b4226", "#c8a27c"),
+        ),
+    )
+}
+"""By name, in the order in which they are listed. Hues after Okabe and Ito."""
+
+
+def architectures_with(setting: str) -> list[str]:
+    """The names of those that have a setting."""
+    return [name for name, architecture in ARCHITECTURES.items() if architecture.has(setting)]
 
 
 def sae_config(**values: Any) -> Any:
     """The configuration of the architecture that `arch` names. Raises UserError naming the first wrong setting."""
     arch = values.get("arch")
-    if arch not in ARCHITECTURES:
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise UserError(f"arch: {arch!r} is none of {', '.join(ARCHITECTURES)}")
-    return build(ARCHITECTURES[arch], values)
+    return build(ARCHITECTURES[arch].config, values)
 
 
 def known(value: Any) -> Any:
@@ -184,15 +323,15 @@ def usual_ks(d_sae: int) -> list[int]:
 
 
 def shared_sparsity(archs: Sequence[str], sparsity: Sequence[float]) -> str | None:
-    """What to say where one list of λ is asked for of architectures for which λ means different things."""
+    """A warning where one list of λ goes to architectures whose λ means different things."""
     asked = {named.partition(":")[0] for named in archs}
-    penalised = {arch for arch in asked if "sparsity" in ARCHITECTURES[arch].model_fields}
-    if not sparsity or "jumprelu" not in penalised or len(penalised) < 2:
+    grids = {arch: ARCHITECTURES[arch].sparsities for arch in sorted(asked) if ARCHITECTURES[arch].has("sparsity")}
+    if not sparsity or len(set(grids.values())) < 2:
         return None
+    own = "; ".join(f"{arch} {grid[0]:g} to {grid[-1]:g}" for arch, grid in grids.items())
     return (
-        f"--sparsity goes to {', '.join(sorted(penalised))} alike, but λ of jumprelu is the price of a latent, about a "
-        f"hundredth of the others' for the same L0 (its own grid: {JUMPRELU_SPARSITIES[0]:g} to "
-        f"{JUMPRELU_SPARSITIES[-1]:g}). Give it a run of its own, or --l0-target"
+        f"--sparsity goes to {', '.join(grids)} alike, but λ is not the same price of a latent in all of them (their "
+        f"own grids: {own}). Train them in runs of their own, or give --l0-target"
     )
 
 
@@ -212,7 +351,7 @@ def sae_grid(
             raise UserError(f"--arch {named}: is none of {', '.join(ARCHITECTURES)}")
         if colon and not re.fullmatch("[0-9]+", own):
             raise UserError(f"--arch {named}: expected ARCH or ARCH:WIDTH, such as gated:8192")
-        fields = ARCHITECTURES[arch].model_fields
+        fields = ARCHITECTURES[arch].config.model_fields
         mine = {key: list(values) for key, values in axes.items() if key in fields and values}
         if colon:
             mine["d_sae"] = [int(own)]
@@ -221,7 +360,7 @@ def sae_grid(
         if "d_sae" not in mine:
             raise UserError(f"--arch {named}: how wide? Give --d-sae, or {arch}:WIDTH")
         if "sparsity" in fields and not {"sparsity", "l0_target"} & set(mine):
-            mine["sparsity"] = list(JUMPRELU_SPARSITIES if arch == "jumprelu" else DEFAULT_SPARSITIES)
+            mine["sparsity"] = list(ARCHITECTURES[arch].sparsities)
         points = [dict(zip(mine, point, strict=True)) for point in product(*mine.values())]
         if "k" in fields and "k" not in mine:
             points = [{**point, "k": k} for point in points for k in usual_ks(point["d_sae"])]

@@ -1,6 +1,8 @@
 """What commands print for people: short texts, and tables that are as wide as what they hold."""
 
 import re
+import sys
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -10,6 +12,20 @@ def harvest_text(summary: Any) -> str:
         f"  {path}: d_in {h['d_in']}, {h['bytes'] / 1e6:.1f} MB, ratio {h['ratio']}"
         for path, h in summary.hookpoints.items()
     ]
+    return "\n".join(lines)
+
+
+def recode_text(done: Any, source: str) -> str:
+    ratio = done.bytes_after / max(1, done.bytes_before)
+    return f"{done.store}: {done.tokens:,} tokens, {done.codec}, {ratio:.3f} times the size of {source}"
+
+
+def verify_text(document: dict[str, Any]) -> str:
+    damage, again = document["damage"], document["to_harvest"]
+    found = f"{len(damage)} damaged files" if damage else "no damage"
+    lines = [*damage, f"{document['store']}: {document['shards']} of {document['of_shards']} shards committed, {found}"]
+    if again:
+        lines.append(f"shards {again} are to be written again: run the same sagsae harvest command once more")
     return "\n".join(lines)
 
 
@@ -87,6 +103,19 @@ def print_saes(title: str, saes: list[dict[str, Any]]) -> None:
     print_table(title, rows)
 
 
+def print_evaluation(title: str, saes: list[dict[str, Any]], by_peers: bool) -> None:
+    """What `sagsae eval` measured; with other tools' definitions where they were asked for."""
+    print_saes(title, saes)
+    if by_peers:
+        print_peers("\nThe same by other tools' definitions", saes)
+
+
+def print_findings(title: str, findings: Iterable[Any]) -> None:
+    """What `sagsae reproduce` found: each claim of the paper with its mark."""
+    rows = [{"mark": finding.mark, "claim": finding.claim, "paper": finding.paper} for finding in findings]
+    print_table(title, rows)
+
+
 def print_peers(title: str, saes: list[dict[str, Any]]) -> None:
     """R², L0 and dead by other tools' definitions, ours first (`sagsae eval --peer-conventions`)."""
     rows = []
@@ -121,3 +150,45 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(*(Text("–" if value is None else str(value)) for value in row.values()))
     Console(width=max(Console().width, 110)).print(table)  # a cell that is cut off is worth less than a long line
+
+
+def print_ratios(
+    title: str, rows: list[dict[str, Any]], ratios: dict[str, Any], left_out: dict[str, str] | None = None
+) -> None:
+    """A benchmark's figures, below them every ratio that was measured, and why something was not."""
+    print_table(title, rows)
+    width = max((len(name) for name in ratios), default=0)
+    print_lines(f"{name:{width}} {value}" for name, value in ratios.items() if value is not None)
+    print_lines(f"{name} was not measured: {why}" for name, why in (left_out or {}).items())
+
+
+def print_growth(found: dict[str, Any]) -> None:
+    """What `bench scale` found: each measurement, how it grows, and what grows too fast."""
+    print_table("Each in a fresh process; MB of memory that is no file's, beyond the process's own", found["table"])
+    print_table("Growth: exponent of the size, bytes a shard or row between the two largest", found["growth"])
+    verdict = "nothing grows faster than the store" if found["holds"] else "more than is promised: see above"
+    print_lines([*found["failed"], verdict])
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+
+
+def print_settings(name: str, rows: list[dict[str, Any]]) -> None:
+    """The settings of a command, a table under each heading; the last column is wrapped."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console(width=max(Console().width, 110))
+    for group in dict.fromkeys(row["group"] for row in rows):
+        table = Table(
+            title=Text(f"{name}: {group}"), title_justify="left", box=None, pad_edge=False, padding=(0, 2, 0, 0)
+        )
+        for column in ("setting", "type", "default", "meaning"):
+            table.add_column(column, max_width=None if column in ("setting", "meaning") else 22)
+        for row in (row for row in rows if row["group"] == group):
+            default = "required" if row["required"] else row["default"]
+            table.add_row(*(Text(text) for text in (row["setting"], row["type"], default, row["meaning"])))
+        console.print(table)
+        console.print()

@@ -81,8 +81,14 @@ class Autoencoder:
 
     def fold(self) -> Folded:
         """Returns the inference form of the same function: two matrix products with one activation, Bi-JumpReLU,
-        between them."""
-        return family(self.config).fold(self.weights)
+        between them. Raises UserError for an architecture that has no such form."""
+        mathematics = family(self.config)
+        if not mathematics.folds:
+            raise UserError(
+                f"{self.config.name}: does not fold, since no threshold of a latent alone decides whether it is "
+                "active. Use encode and decode"
+            )
+        return mathematics.fold(self.weights)
 
     def split(self) -> "Autoencoder":
         """Returns the Gated SAE of twice the width that computes the same function as this SA-GSAE: latent i becomes
@@ -145,8 +151,8 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
         about = read_sealed(folder / SETTINGS)
         members(about, ("arch", "d_in", "scale", "sha256"), None)
         arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
-        fields = members(about, ARCHITECTURES[arch].model_fields, None)
-        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].model_fields})
+        fields = members(about, ARCHITECTURES[arch].config.model_fields, None)
+        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].config.model_fields})
         d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
         scale = number(about["scale"], "scale", sys.float_info.min)
         return config, d_in, scale, text(about["sha256"], "sha256", 64)

@@ -7,7 +7,7 @@ links of one another. Rows lie in the order of the corpus; no timing depends on 
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from harvest.fill import fill
 from harvest.team import Team
+from shared.bench.scale import ScalePoint, in_a_process
 from shared.config import HarvestConfig
 from shared.files.local import LocalFiles, make_folders
 from shared.model.source import resolve_model
@@ -206,3 +207,41 @@ def harvest_the_rest(place: str) -> Store:
     with store.files.lock():
         fill(store, config, source, Team(), lambda: None, store.missing)
     return store
+
+
+def measure_growth(
+    folder: Path, quick: bool, command: Sequence[str], advance: Callable[[int, str], None]
+) -> list[ScalePoint]:
+    """Everything that is measured, once with each of the stores, which are made in `folder`. `command` with what to do
+    and `--place STORE` behind it runs one measurement in a process of its own."""
+    shards, rows = sizes(quick)
+    points = []
+
+    def measure(axis: str, size: int, store: Path, what: str) -> None:
+        points.append(ScalePoint(axis, what, size, in_a_process([*command, what, "--place", str(store)])))
+        advance(1, f"{what}, {size:,} {axis}")
+
+    for size in shards:
+        make_manifest(folder / "manifest" / str(size), size)
+        measure("shards", size, folder / "manifest" / str(size), "open")
+        make_store(folder / "shards" / str(size), size, SMALL_SHARDS)
+        for what in ("info", "verify", "train"):
+            measure("shards", size, folder / "shards" / str(size), what)
+    for size in rows:
+        make_store(folder / "rows" / str(size), max(1, size // SHARD_ROWS), LARGE_SHARDS)
+        for what in ("open", "info", "verify", "train", "harvest"):
+            measure("rows", size, folder / "rows" / str(size), what)
+    return points
+
+
+def sizes(quick: bool) -> tuple[list[int], list[int]]:
+    """Numbers of shards and of rows that stores are made with."""
+    if quick:
+        return [10, 100, 400], [10**5, 10**6]
+    return [10, 100, 1000, 10_000, 100_000], [10**5, 10**6, 10**7, 10**8, 10**9]
+
+
+def measurements(quick: bool) -> int:
+    """How many measurements `measure_growth` makes."""
+    shards, rows = sizes(quick)
+    return 4 * len(shards) + 5 * len(rows)

@@ -56,10 +56,13 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
         (["harvest", "--model", "nope"], "error: --model nope: is not an alias"),
         (["harvest"], "error: model: is needed; give --model"),
         (["harvest", "--model", "tiny", "--layer", "9"], "error: --layer 9: the model has 4 layers, 0 to 3"),
-        (["harvest", "--model", "tiny", "--layer", "--5"], "--5: expected a layer number from 0, or mid"),
+        (
+            ["harvest", "--model", "tiny", "--layer", "--5"],
+            "error: --layer: must be a layer number from 0, or mid (got '--5')",
+        ),
         (["harvest", "--model", "tiny", "--hook", "resid_mid"], "Use resid_pre, resid_post, attn_out or mlp_out"),
         (["harvest", "--model", "tiny", "--context", "4096"], "was made for at most 128 tokens"),
-        (["harvest", "--model", "tiny", "--tokens", "-5"], "error: tokens:"),
+        (["harvest", "--model", "tiny", "--tokens", "-5"], "error: --tokens: must be 1 or more (got -5)"),
         (["harvest", "--model", "tiny", "--corpus", "./none"], "there is no such file or folder"),
         (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Free space and run"),
         (["train", "--store", "none", "--arch", "gated:8"], "does not exist. Make a store with: sagsae harvest"),
@@ -108,7 +111,8 @@ def test_stores_are_listed_described_verified_and_removed(sagsae: Sagsae, store:
     assert done.returncode == 3
     assert "List all damage with: sagsae store verify" in done.stderr
     assert "Traceback" not in done.stderr
-    assert sagsae("store", "rm", copy, "--yes").returncode == 0
+    done = sagsae("store", "rm", copy, "--yes", "--json")
+    assert (done.returncode, json.loads(done.stdout)) == (0, {"store": str(copy), "deleted": "5,000 tokens of tiny"})
     assert not copy.exists()
 
 

@@ -1,4 +1,4 @@
-"""docker/ and docs/docker.md without a Docker engine: schema, lint, and every command against the program itself.
+"""docker/ and its how-to page without a Docker engine: schema, lint, and every command against the program itself.
 
 docker_compose_spec.json is the Compose Specification's schema (Apache-2.0; docker_README.md says where it is from).
 """
@@ -26,11 +26,12 @@ import yaml
 from packaging.requirements import Requirement
 
 import cli
+from shared.command import options
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
 COMPOSE = yaml.safe_load((ROOT / "docker/compose.yaml").read_text(encoding="utf-8"))
-PAGE = (ROOT / "docs/docker.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/how-to/docker.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SCRIPTS = Path(sys.executable).parent
 HADOLINT = shutil.which("hadolint", path=str(SCRIPTS)) or shutil.which("hadolint")
@@ -423,10 +424,10 @@ def parsed(words: list[str]) -> dict[str, Any]:
 
 def configured(words: list[str]) -> Any:
     """A command's validated configuration: the command runs up to there."""
-    resolve = cli.resolve
+    resolve = options.resolve
 
-    def stop(*arguments: Any) -> None:
-        raise Resolved(resolve(*arguments))
+    def stop(*arguments: Any, **more: Any) -> None:
+        raise Resolved(resolve(*arguments, **more))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "resolve", stop)
@@ -455,8 +456,8 @@ def test_services_hand_over_to_each_other() -> None:
     assert train.hook in harvest.hooks
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
-    report = parsed(command("report", **given))
-    assert (report["runs"], report["out"]) == ([train.out], train.out.with_suffix(".html"))
+    report = configured(command("report", **given))
+    assert (report.runs, report.out) == ((train.out,), train.out.with_suffix(".html"))
 
 
 def test_variables_reach_the_commands() -> None:
@@ -471,7 +472,7 @@ def test_variables_reach_the_commands() -> None:
     assert parsed(command("train", **given))["processes"] == 4
 
 
-# ---- docs/docker.md
+# ---- docs/how-to/docker.md
 
 TAKES_A_VALUE = {
     "-v",

@@ -1,5 +1,5 @@
 """Thousands of damages with matching checksums: no crash, no hang, no traceback, and nothing wrong without a word. What
-a store says only once is left out; docs/threat-model.md names it."""
+a store says only once is left out; docs/explanation/threat-model.md names it."""
 
 import json
 import subprocess

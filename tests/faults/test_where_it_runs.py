@@ -35,6 +35,7 @@ import shared.files.local
 from harvest.recode import recode
 from harvest.synth import synth
 from harvest.team import Team
+from shared.command.start import on_this_machine
 from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.device import local_cores, share_cores, usable_cores
 from shared.errors import DamagedError, UserError
@@ -42,7 +43,7 @@ from shared.files.handles import HANDLES, HandlePool, LocalFile
 from shared.files.local import LocalFiles, remove_temporaries, write_file
 from shared.files.locks import folder_lock
 from shared.files.open import open_files
-from shared.launch import ProcessPlace, read
+from shared.launch import ProcessPlace, is_helper, read
 from shared.progress import say
 from shared.saes import sae_config
 from shared.store.create import clean_up, remove_store
@@ -641,13 +642,13 @@ def test_alone_is_alone_for_libraries_too(monkeypatch: pytest.MonkeyPatch, capsy
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     assert Team.join() == Team()
     assert not {"RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"} & set(os.environ)
-    assert not cli.is_helper()
+    assert not is_helper()
     assert "this is one process alone" in capsys.readouterr().err.replace("\n", " ")
 
 
 def test_processes_of_one_machine_meet_on_loopback() -> None:
     """Where a machine's own name did not resolve, `--processes` waited for ever."""
-    options = " ".join(cli.on_this_machine())
+    options = " ".join(on_this_machine())
     assert "--local-addr=127.0.0.1" in options
     assert "--rdzv-endpoint=127.0.0.1:0" in options
 

@@ -461,7 +461,9 @@ def test_every_bad_line_is_told_and_the_next_is_read(tmp_path: Path) -> None:
 def test_bad_documents_of_other_kinds(tmp_path: Path) -> None:
     def told(path: Path) -> tuple[list[Any], list[str]]:
         bad: list[BadDocument] = []
-        return list(corpus_of_documents(path).documents(bad.append)), [str(error).removeprefix(f"{tmp_path}/") for error in bad]
+        return list(corpus_of_documents(path).documents(bad.append)), [
+            str(error).removeprefix(f"{tmp_path}/") for error in bad
+        ]
 
     (tmp_path / "a.txt").write_bytes(b"one\n\xe9")
     assert told(tmp_path / "a.txt") == (
@@ -531,7 +533,7 @@ def test_the_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         result = CliRunner().invoke(cli.app, ["harvest", "--model", "tiny", *options])
     assert [config.on_bad_document for config in configs] == ["refuse", "skip"]
     assert [config.corpus_revision for config in configs] == [None, "v2"]
-    assert "on_bad_document: Input should be 'refuse' or 'skip' (got 'ask')" in str(result.exception)
+    assert "--on-bad-document: must be refuse or skip (got 'ask')" in str(result.exception)
 
 
 # --- what a harvest gives

@@ -125,4 +125,4 @@ def test_commands(sagsae: Sagsae) -> None:
     done = sagsae("hooks", "--model", "tiny", "--layer", "3", "--json")
     assert {"name": "blocks.3.hook_mlp_out", "short": "mlp_out", "layer": 3, "width": 256} in json.loads(done.stdout)
     done = sagsae("hooks", "--model", "tiny", "--attention", "flash")
-    assert (done.returncode, done.stderr) == (2, "error: attention: Input should be 'sdpa' or 'eager' (got 'flash')\n")
+    assert (done.returncode, done.stderr) == (2, "error: --attention: must be sdpa or eager (got 'flash')\n")

@@ -230,15 +230,15 @@ def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"features": 0}, "features: Input should be greater than or equal to 1"),
-        ({"p_bipolar": 1.5}, "p_bipolar: Input should be less than or equal to 1"),
-        ({"p_bipolar": -0.1}, "p_bipolar: Input should be greater than or equal to 0"),
-        ({"d_in": 0}, "d_in: Input should be greater than or equal to 1"),
-        ({"tokens": 0}, "tokens: Input should be greater than or equal to 1"),
-        ({"l0": 0}, "l0: Input should be greater than 0"),
+        ({"features": 0}, "features: must be 1 or more"),
+        ({"p_bipolar": 1.5}, "p_bipolar: must be 1 or less"),
+        ({"p_bipolar": -0.1}, "p_bipolar: must be 0 or more"),
+        ({"d_in": 0}, "d_in: must be 1 or more"),
+        ({"tokens": 0}, "tokens: must be 1 or more"),
+        ({"l0": 0}, "l0: must be above 0"),
         ({"l0": 20}, "more than once a row; with 24 features and zipf 0.5 it can be at most 8.43$"),
-        ({"l0": float("nan")}, "l0: Input should be a finite number"),
-        ({"noise": -1}, "noise: Input should be greater than or equal to 0"),
+        ({"l0": float("nan")}, "l0: must be a finite number"),
+        ({"noise": -1}, "noise: must be 0 or more"),
         ({"coefficients": [2, 1]}, r"coefficients: expected two sizes 0 <= low <= high"),
         ({"coefficients": [1]}, "coefficients"),
         ({"features": 1, "l0": 1, "p_bipolar": 0, "coefficients": [1, 1], "noise": 0}, "every row would be the same"),
@@ -419,7 +419,7 @@ def test_command_line(sagsae: Sagsae, tmp_path: Path) -> None:
     assert Store.open(tmp_path / "s").spec.model["synthetic"]["coefficients"] == [1, 2]
     wrong = sagsae("synth", "--p-bipolar", "2", "--out", tmp_path / "new")
     assert (wrong.returncode, wrong.stdout) == (2, "")
-    assert wrong.stderr == "error: p_bipolar: Input should be less than or equal to 1 (got 2.0)\n"
+    assert wrong.stderr == "error: --p-bipolar: must be 1 or less (got 2.0)\n"
     assert not (tmp_path / "new").exists()
     other = sagsae("synth", "--tokens", "2000", "--name", "s", "--out", tmp_path)
     assert other.returncode == 2

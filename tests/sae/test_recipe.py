@@ -1,4 +1,4 @@
-"""What a right implementation reaches on activations whose features are known; bounds of docs/method.md."""
+"""What a right implementation reaches on activations whose features are known; bounds of docs/explanation/method.md."""
 
 from collections.abc import Iterator
 from dataclasses import replace

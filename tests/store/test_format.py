@@ -1,5 +1,6 @@
-"""The format of a store (docs/store-format.md): its bytes stay what they are, a reader written from the specification
-alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest would be.
+"""The format of a store (docs/reference/store-format.md): its bytes stay what they are, a reader written from the
+specification alone and four libraries read the same values, other codecs are read too, and a recode is what a harvest
+would be.
 
 golden/ holds one small store for each codec, in format 2. Its bytes may change only together with FORMAT_VERSION: a
 store that somebody has written must not stop being readable. `pack_golden()` writes it anew.
@@ -277,7 +278,7 @@ def test_a_manifest_line_is_written_as_it_is_read(tmp_path: Path) -> None:
 
 
 def test_the_worked_example_of_the_specification(tmp_path: Path) -> None:
-    text = (ROOT / "docs" / "store-format.md").read_text()
+    text = (ROOT / "docs" / "reference" / "store-format.md").read_text()
     root = golden(tmp_path, "none")
     data = (root / "layer_00" / "attn_out" / "c" / "2" / "0").read_bytes()
     parts = re.findall(r"^ *(\d+)  ((?:[0-9a-f]{2} +)+)", text, re.MULTILINE)
@@ -381,7 +382,7 @@ def test_other_libraries_read_the_same_bytes(recoded: Callable[[str], Store], li
 
 
 def test_xarray_gives_the_numbers_by_the_documented_recipe(recoded: Callable[[str], Store]) -> None:
-    """docs/store-format.md, "With other libraries"."""
+    """docs/reference/store-format.md, "With other libraries"."""
     settings: dict[str, Any] = {"consolidated": False, "mask_and_scale": False, "chunks": None}
     store = recoded("zstd")
     layer = xarray.open_zarr(store.root / "layer_01", **settings)

@@ -337,8 +337,8 @@ DAMAGES = [damage_document] * 5 + [damage_bytes] * 3 + [damage_value] * 3 + [dam
 
 
 UNPROTECTED = ("model", "tokenizer", "corpus", "chunk_rows", "special_ids")
-"""Members of the spec that nothing else in a store tells (docs/threat-model.md); special ids as far as they do not
-change which rows count, which is compared."""
+"""Members of the spec that nothing else in a store tells (docs/explanation/threat-model.md); special ids as far as they
+do not change which rows count, which is compared."""
 
 
 def values(store: Store) -> dict[str, Any]:
@@ -373,7 +373,7 @@ def concatenated(store: Store, array: str) -> np.ndarray:
 
 
 def differences(found: dict[str, Any], right: dict[str, Any], quantised: bool) -> list[str]:
-    """What is not as it was written, beyond the bounds that docs/threat-model.md states."""
+    """What is not as it was written, beyond the bounds that docs/explanation/threat-model.md states."""
     if found.keys() != right.keys():
         return ["arrays"]
     names = [f"spec: {n}" for n, value in right["spec"].items() if found["spec"][n] != value]

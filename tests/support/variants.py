@@ -29,6 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "jumprelu": {"arch": "jumprelu"},
     "batch-topk": {"arch": "batch-topk", "k": 4, "aux_k": 5, "aux_after": 100},
     "abs-topk": {"arch": "abs-topk", "k": 4, "aux_k": 5, "aux_after": 100},
+    "topk": {"arch": "topk", "k": 4, "aux_k": 5, "aux_after": 100},
 }
 GATED = [name for name, values in VARIANTS.items() if values["arch"] in ("sa-gsae", "gated")]
 
@@ -43,6 +44,9 @@ def gated_family(config: SAEConfig) -> GatedFamily:
     mathematics = family(config)
     assert isinstance(mathematics, GatedFamily)
     return mathematics
+
+
+FOLDING = [name for name in VARIANTS if family(variant(name)).folds]
 
 
 def weights(config: SAEConfig, seed: int = 0, d_in: int = D_IN) -> Any:

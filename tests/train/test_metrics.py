@@ -19,7 +19,7 @@ from shared.config import HarvestConfig
 from shared.errors import UserError
 from shared.model.language_model import LanguageModel
 from shared.model.source import resolve_model
-from shared.saes import ARCHITECTURES, SIGNED, sae_config
+from shared.saes import ARCHITECTURES, sae_config
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
 from train.data.rows import HookRows
@@ -32,8 +32,8 @@ from train.measure.metrics import (
     reconstructions,
     recovered,
 )
+from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
-from train.sae.topk import TopKWeights
 
 D_IN, D_SAE = 32, 40
 
@@ -41,7 +41,7 @@ D_IN, D_SAE = 32, 40
 def autoencoder(arch: str = "sa-gsae", scale: float = 3.0, **settings: Any) -> Autoencoder:
     config = sae_config(arch=arch, d_sae=D_SAE, **settings)
     weights = family(config).initial(D_IN, torch.linspace(-1, 1, D_IN), torch.Generator().manual_seed(0))
-    if isinstance(weights, TopKWeights):
+    if isinstance(weights, BatchTopKWeights):
         weights = replace(weights, threshold=torch.tensor(0.5))
     return Autoencoder.of(config, weights, scale)
 
@@ -97,7 +97,7 @@ def test_fit_equals_its_definition(arch: str) -> None:
     assert fit.dead["never"]["fraction"] == fit.dead_fraction
     assert fit.directions is not None
     assert fit.directions["latents"] == live.sum()
-    if arch in SIGNED:
+    if ARCHITECTURES[arch].signed:
         assert fit.l0_neg > 0
         assert fit.bipolar_fraction == pytest.approx((minority > 0.1).mean())
         mass = np.abs(f).sum(0)

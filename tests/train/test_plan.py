@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,15 @@ def test_every_architecture_is_known() -> None:
         assert need.moments == 2 * need.gradients
     with pytest.raises(TypeError, match="no architecture is known"):
         need_of(SAEConfig(arch="another", d_sae=48), at)
+
+
+def test_an_unmeasured_architecture_takes_more_than_any_measured_one() -> None:
+    """A new architecture trains before anybody has measured it."""
+    for name, rounded in product(VARIANTS, (False, True)):
+        config = variant(name)
+        measured, cautious = config.step_memory(rounded), SAEConfig.step_memory(config, rounded)
+        assert measured.codes < cautious.codes, name
+        assert measured.matrices < cautious.matrices, name
 
 
 def test_what_kernels_keep_from_step_to_step() -> None:

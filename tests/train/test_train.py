@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.locks import folder_lock
 from shared.model.source import ModelSource
-from shared.saes import Gated, sae_config
+from shared.saes import ARCHITECTURES, Architecture, Gated, Penalised, sae_config
 from shared.store.opened import Store
 from shared.store.spec import shard_file
 from train import load
@@ -37,6 +37,7 @@ from train.autoencoder import Autoencoder, matmul_dtype
 from train.data.snapshot import content_of
 from train.evaluate import evaluate, find_model
 from train.plan.job import make_job
+from train.report import write_report
 from train.run import train as run_train
 from train.runs.checkpoint import end_checkpoint
 from train.runs.folder import CLEARING, RunFolder, read_sealed
@@ -65,6 +66,26 @@ def test_a_run_and_its_folder(train_config: Config, store: Store) -> None:
         assert entry["ce_recovered"] is None, "not measured yet"
         assert entry["tokens"] == record["store"]["heldout_tokens"]
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000296", "step-00000300"]
+
+
+class Plain(Penalised):
+    """An architecture of this test."""
+
+    arch: Literal["plain"]
+
+
+def test_an_entry_is_all_that_the_program_asks_of_an_architecture(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """With an entry alone, and no measured memory, an architecture trains, is loaded and stands in a report."""
+    entry = Architecture(Plain, "train.sae.relu:ReluFamily", "Quite plain", ("#123456", "#fedcba"))
+    monkeypatch.setitem(ARCHITECTURES, "plain", entry)
+    run = run_train(train_config(saes=(sae_config(arch="plain", d_sae=48),))).run
+    assert load(run / "saes" / "plain-48-lambda0.2-seed0").config == Plain(arch="plain", d_sae=48)
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "Quite plain" in page
+    assert re.search(r":root \{[^}]*--plain: #123456;", page)
+    assert re.search(r":root:not\(\[data-paper\]\) \{[^}]*--plain: #fedcba;", page)
 
 
 def test_the_model_of_an_evaluation_is_the_one_that_was_harvested(

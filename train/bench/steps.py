@@ -13,6 +13,7 @@ from jaxtyping import Float
 from safetensors.torch import save_file
 from torch import Tensor
 
+from shared.bench.options import TrainBenchOptions
 from shared.config import TrainConfig
 from shared.device import reuse_memory
 from shared.errors import UserError
@@ -65,6 +66,23 @@ class StepBenchPlan:
     @property
     def matmul(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bfloat16" else torch.float32
+
+
+def make_plan(options: TrainBenchOptions, device: str, peers: PeerTools) -> StepBenchPlan:
+    """The plan that a command line asks for."""
+    return StepBenchPlan(
+        options.widths,
+        options.batch,
+        options.l0,
+        options.precision,
+        options.rounds,
+        together=8,
+        tokens=200_000,
+        device=device,
+        peers=peers,
+        compiled=device != "cpu" if options.compiled is None else options.compiled,
+        run_rounds=options.rounds // 2 + 1 if options.runs is None else options.runs,
+    )
 
 
 def step_seconds(

@@ -21,10 +21,8 @@ from train.fit.optim import Optimizer, learning_rate, usual_warmup
 from train.ranks import PairwiseSum, Ranks
 from train.sae.base import StepInputs, StepMetrics, Weights
 from train.sae.families import family
-from train.sae.gated import GatedFamily
 from train.sae.sparse.open import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device
 from train.sae.sparse.step import sparse_gradients, summed
-from train.sae.topk import TopKFamily
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
@@ -64,7 +62,7 @@ class Member:
         )
         self.optimizer = Optimizer(self.weights, self.family.unit_decoder, run.clip_norm)
         self.sparsity = SparsityController(config, steps, ranks.device)
-        has_sparse = isinstance(self.family, GatedFamily) and self.family.unit_decoder
+        has_sparse = self.family.sparse_step
         where = ranks.device.type
         self.kernels = has_sparse and has_kernels(where, len(mean))
         self.steps_on_gpu: Any = None
@@ -82,7 +80,7 @@ class Member:
     @property
     def needs_threshold(self) -> bool:
         """See `StepInputs.threshold`."""
-        return self.parts > 1 and isinstance(self.family, TopKFamily)
+        return self.parts > 1 and self.family.batch_k > 0
 
     def begin(self, x: Float[Tensor, "batch d_in"]) -> None:
         """Raises UserError when no latent opens on the first batch: none of them could ever learn. A few rows at a
@@ -133,7 +131,7 @@ class Member:
         now = StepInputs(sparsity, self.matmul, self.silent, count)
         parts = x.chunk(count // self.ranks.count)
         if self.needs_threshold:
-            now = replace(now, threshold=self.threshold(self.family, parts, now))  # type: ignore[arg-type]
+            now = replace(now, threshold=self.threshold(parts, now))
         if count == 1:
             return self.gradients_of(x, now)
         sums = PairwiseSum()
@@ -167,29 +165,28 @@ class Member:
             return self.steps_on_gpu.gradients(part, now, rounded)  # type: ignore[no-any-return]
         return kernel_gradients(self.family, self.weights, part, now, rounded, self.steps_on_gpu.room)  # type: ignore[arg-type]
 
-    def threshold(self, topk: TopKFamily, parts: Sequence[Tensor], now: StepInputs) -> Callable[[Tensor], Tensor]:
+    def threshold(self, parts: Sequence[Tensor], now: StepInputs) -> Callable[[Tensor], Tensor]:
         """See `StepInputs.threshold`. Several parts on one rank are computed twice: the first time for this alone."""
 
         def smallest(found: Tensor) -> Tensor:
             everywhere = self.ranks.all(found)
-            many = min(len(everywhere), topk.config.k * self.run.batch)
+            many = min(len(everywhere), self.family.batch_k * self.run.batch)
             return torch.topk(everywhere, many, sorted=False).values.min()
 
         if len(parts) == 1:
             return smallest
-        common = smallest(torch.cat([topk.largest(self.weights, part, now) for part in parts]))  # type: ignore[arg-type]
+        common = smallest(torch.cat([self.family.largest(self.weights, part, now) for part in parts]))
         return lambda _: common
 
     def reset_(self, x: Float[Tensor, "batch d_in"], done: int) -> None:
         """New thresholds for latents that were silent since the last look, from the batch as a whole. Not while the
         learning rate falls: a latent that cannot learn any more only adds noise."""
         assert isinstance(self.config, Thresholded)
-        assert isinstance(self.family, GatedFamily)
         if done > (1 - self.run.decay_fraction) * self.steps:
             return
         which = self.silent >= self.config.reset_every * self.run.batch
-        self.family.reset_(self.weights, self.ranks.all(x), which)  # type: ignore[arg-type]
-        self.optimizer.refresh_(self.family.SCALARS, which)
+        self.family.reset_(self.weights, self.ranks.all(x), which)
+        self.optimizer.refresh_(self.family.resets, which)
         self.silent.masked_fill_(which, 0)
 
     def progress(self, step: StepMetrics, tokens: int) -> dict[str, Any]:

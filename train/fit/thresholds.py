@@ -7,12 +7,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.saes import TopK
 from train.data.loader import StorePass
 from train.data.rows import to_tensor
 from train.fit.member import Member
 from train.plan.job import TrainJob
-from train.sae.topk import TopKFamily
 
 ROWS: Final = 1 << 14
 SIZES: Final = 1 << 24
@@ -21,15 +19,14 @@ CODES_AT_A_TIME: Final = 1 << 26
 
 
 def settle(job: TrainJob, member: Member) -> dict[str, Any]:
-    """Sets the threshold of a TopK autoencoder after its last step. Gives what its cfg.json says of it; nothing for
-    other architectures."""
-    if not isinstance(member.family, TopKFamily):
+    """Sets, after the last step, the threshold of an autoencoder whose active latents a batch chose. Returns what its
+    cfg.json says of it; nothing for other architectures."""
+    if not member.family.batch_k:
         return {}
-    assert isinstance(member.config, TopK)
-    rows = sample(job.passes.get(0), min(ROWS, max(1, SIZES // member.config.k)))
+    rows = sample(job.passes.get(0), min(ROWS, max(1, SIZES // member.family.batch_k)))
     device, at_once = member.ranks.device, max(1, CODES_AT_A_TIME // member.config.d_sae)
     batches = (part.to(device).float() / job.statistics.scale for part in torch.split(rows, at_once))
-    l0 = member.family.settle_(member.weights, batches, len(rows))  # type: ignore[arg-type]
+    l0 = member.family.settle_(member.weights, batches, len(rows))
     return {"threshold_from": {"tokens": len(rows), "l0": l0}}
 
 

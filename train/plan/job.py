@@ -18,7 +18,7 @@ from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import is_remote
 from shared.progress import say
-from shared.saes import SAEConfig, Thresholded, TopK
+from shared.saes import ARCHITECTURES, FixedL0, SAEConfig
 from shared.store.listing import folder_name
 from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import matmul_dtype
@@ -296,9 +296,11 @@ def check_settings(config: TrainConfig, store: Store) -> None:
             raise UserError(
                 f"exclude_positions: a context of {context} has no position {position}; the last one is {context - 1}"
             )
-    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+    sparse = [name for name, architecture in ARCHITECTURES.items() if architecture.sparse_step]
+    if config.step == "sparse" and not any(sae.arch in sparse for sae in config.saes):
         raise UserError(
-            "step = sparse: works for gated architectures only (sa-gsae, gated), and none is asked for. Leave it out"
+            f"step = sparse: works for gated architectures only ({', '.join(sparse)}), and none is asked for. "
+            "Leave it out"
         )
 
 
@@ -306,7 +308,7 @@ def check_saes(saes: tuple[SAEConfig, ...]) -> None:
     """Raises UserError for a setting of an autoencoder that could not be kept. Those of earlier versions may have one:
     they cut it."""
     for sae in saes:
-        if isinstance(sae, TopK) and (sae.aux_k or 0) > sae.d_sae:
+        if isinstance(sae, FixedL0) and (sae.aux_k or 0) > sae.d_sae:
             raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
         for key in SCALARS & dict(sae).keys():
             if getattr(sae, key) > torch.finfo(torch.float32).max:

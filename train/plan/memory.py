@@ -2,7 +2,8 @@
 
 The autoencoders of a run are trained one after another within a step. Weights and moments of all of them are there all
 the time; gradients and activations are there for one at a time, so of these the largest counts. How many activations
-[batch, d_sae] are alive at once in each family's `gradients` was measured; tests/train/test_plan.py measures it again.
+[batch, d_sae] each architecture's `gradients` holds at once was measured (`step_memory` in shared/saes.py; a cautious
+figure where it was not); tests/train/test_plan.py measures it again.
 """
 
 import math
@@ -14,13 +15,12 @@ import torch
 
 from shared.config import TrainConfig
 from shared.memory import in_words
-from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
+from shared.saes import SAEConfig, Thresholded
 from train.data.loader import FixedSnapshot
 from train.data.order import share
 from train.plan.job import TrainJob
 from train.sae.base import Family
 from train.sae.families import family
-from train.sae.gated import GatedFamily
 from train.sae.sparse.open import BLOCK, GPU_BLOCK, has_kernels
 
 FLOAT: Final = 4
@@ -103,8 +103,8 @@ def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
     sizes = {name: FLOAT * math.prod(shape) for name, shape in mathematics.shapes(at.d_in).items()}
     gradients = sum(size for name, size in sizes.items() if name not in mathematics.weights.KEPT)
     matrix, code = FLOAT * config.d_sae * at.d_in, FLOAT * config.d_sae * at.rows
-    sparse = at.sparse and isinstance(mathematics, GatedFamily) and mathematics.unit_decoder
-    codes, matrices = (sparse_alive(config, at), 0.0) if sparse else alive(config, at.rounded)
+    sparse = at.sparse and mathematics.sparse_step
+    codes, matrices = (sparse_alive(config, at), 0.0) if sparse else config.step_memory(at.rounded)
     during = int(codes * code + matrices * matrix) + ROWS_ALIVE * FLOAT * at.rows * at.d_in
     radial = matrix if mathematics.unit_decoder else 0  # the part that is taken off the decoder's gradient
     after = FOR_A_MEAN * gradients if at.averaged else radial
@@ -119,7 +119,7 @@ def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
 def kept_by_kernels(mathematics: Family[Any], at: StepConditions, matrix: int) -> tuple[int, int]:
     """From step to step: both matrices rounded and the rows of a recorded step; and the block of u that is recorded
     ones' on their way. Lists of open entries are small beside these."""
-    if not at.kernels or not isinstance(mathematics, GatedFamily) or not mathematics.unit_decoder:
+    if not at.kernels or not mathematics.sparse_step:
         return 0, 0
     number = 2 if at.rounded else FLOAT
     block = number * min(mathematics.config.d_sae * at.rows, GPU_BLOCK)
@@ -128,28 +128,10 @@ def kept_by_kernels(mathematics: Family[Any], at: StepConditions, matrix: int) -
     return (matrix if at.rounded else 0) + ROWS_KEPT * FLOAT * at.rows * at.d_in, block
 
 
-def alive(config: SAEConfig, rounded: bool) -> tuple[float, float]:
-    """At the peak of the dense step: tensors [batch, d_sae] of float32, and [d_sae, d_in] beside the gradients."""
-    match config:
-        case SaGsae(one_sided=False):
-            by_tie = {"symmetric": 0.0, "magnitude": 0.5, "none": 2.5}
-            return (12.1 if rounded else 13.1) + by_tie[config.tie], 1.5 if rounded else 0.0
-        case SaGsae() | Gated():
-            return (10.1, 1.5) if rounded else (9.1, 0.0)
-        case Relu():
-            return (4.1, 0.5) if rounded else (3.1, 0.0)
-        case JumpRelu():
-            return 6.1, 0.5 if rounded else 0.0
-        case TopK():
-            codes = (11.6 if rounded else 11.1) if family(config).signed else 9.1
-            return codes, 1.5 if rounded else 1.0
-    raise TypeError(f"{type(config).__name__}: what a step of it takes is not known")
-
-
 def sparse_alive(config: SAEConfig, at: StepConditions) -> float:
     """The same for the step from open gates alone: as many as are open at first where pre-activations are normal, as
     those of random directions nearly are."""
-    assert isinstance(config, SaGsae | Gated)
+    assert isinstance(config, Thresholded)
     above = 0.5 * math.erfc(config.theta0 / math.sqrt(2))
     signed = family(config).signed
     share = 2 * above if signed else above

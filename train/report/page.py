@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.comparable import differences
 from train.report.data import ReportedRun, SkippedFolder
@@ -88,7 +89,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
         plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
-        css=_own("page.css"),
+        css=_own("page.css") + _architectures(),
         js=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
@@ -96,6 +97,20 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
 
 def _own(name: str) -> Markup:
     return Markup((HERE / name).read_text(encoding="utf-8"))
+
+
+def _architectures() -> Markup:
+    """Each architecture's colour as a custom property, and its swatch in the table, round where latents are signed."""
+    light, dark = (
+        " ".join(f"--{name}: {architecture.colours[ground]};" for name, architecture in ARCHITECTURES.items())
+        for ground in (0, 1)
+    )
+    swatches = "\n".join(
+        f".swatch.{name} {{ background: var(--{name});{'' if architecture.signed else ' border-radius: 1px;'} }}"
+        for name, architecture in ARCHITECTURES.items()
+    )
+    on_screens = f"@media screen and (prefers-color-scheme: dark) {{ :root:not([data-paper]) {{ {dark} }} }}"
+    return Markup(f":root {{ {light} }}\n{on_screens}\n{swatches}\n")
 
 
 def _site(run: ReportedRun) -> str:

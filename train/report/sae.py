@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
-from shared.saes import ARCHITECTURES, SIGNED
+from shared.saes import ARCHITECTURES
 from shared.tables import variant
 
 
@@ -107,4 +107,4 @@ class MeasuredSAE(BaseModel):
 
     @property
     def signed(self) -> bool:
-        return self.arch in SIGNED
+        return ARCHITECTURES[self.arch].signed

@@ -20,7 +20,6 @@ from train.report.data import ReportedRun
 from train.report.figures import Figure, figures
 from train.report.sae import MeasuredSAE
 
-ARCH_ORDER = tuple(ARCHITECTURES)
 IN_A_TITLE = 4
 """Differences that a section's title names."""
 
@@ -66,8 +65,9 @@ def _site(run: ReportedRun) -> tuple[str, str]:
 
 
 def in_order(saes: Iterable[MeasuredSAE]) -> list[MeasuredSAE]:
-    """SA-GSAE first, then by width, variant, λ and seed."""
-    return sorted(saes, key=lambda sae: (ARCH_ORDER.index(sae.arch), *sae.key[1:], sae.knob, sae.seed))
+    """In the order of the registry, SA-GSAE first, then by width, variant, λ and seed."""
+    order = list(ARCHITECTURES)
+    return sorted(saes, key=lambda sae: (order.index(sae.arch), *sae.key[1:], sae.knob, sae.seed))
 
 
 def measured(run: ReportedRun) -> list[MeasuredSAE]:

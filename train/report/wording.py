@@ -2,22 +2,19 @@
 
 from collections.abc import Iterable
 
+from shared.saes import ARCHITECTURES
 from train.report.sae import FrontierKey, SparsityKnob
 
-ARCH_LABELS = {
-    "sa-gsae": "SA-GSAE", "gated": "Gated", "relu": "ReLU", "jumprelu": "JumpReLU", "batch-topk": "BatchTopK",
-    "abs-topk": "AbsTopK",
-}  # fmt: skip
 ABSENT = "–"
 
 
 def label(key: FrontierKey) -> str:
     """`Gated 512`, or `SA-GSAE 256 (tie-none)`."""
-    return f"{ARCH_LABELS[key.arch]} {key.d_sae}{special(key)}"
+    return f"{ARCHITECTURES[key.arch].label} {key.d_sae}{special(key)}"
 
 
 def architecture(key: FrontierKey) -> str:
-    return f"{ARCH_LABELS[key.arch]}{special(key)}"
+    return f"{ARCHITECTURES[key.arch].label}{special(key)}"
 
 
 def special(key: FrontierKey) -> str:

@@ -5,7 +5,7 @@ poles.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Final, Generic, TypeVar
 
@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from shared.saes import SAEConfig
+from shared.saes import ARCHITECTURES, SAEConfig
 from train.sae.activation import Folded
 
 SMALLEST_NORM: Final = 1e-6
@@ -91,7 +91,22 @@ class Family(ABC, Generic[W]):
     weights: ClassVar[type[Any]]
     poles: Mapping[str, int] = {}
     """How many rows each of the tensors has whose first axis is the poles."""
+    batch_k: int = 0
+    """Active latents per token where a batch as a whole chooses them: `largest` and `settle_` are then there. 0: each
+    token's own are chosen."""
+    resets: ClassVar[tuple[str, ...]] = ()
+    """The weights that `reset_` sets; none: it is not there."""
     config: SAEConfig
+
+    @property
+    def sparse_step(self) -> bool:
+        """Whether its gradients can be computed from open gates alone (train/sae/sparse/)."""
+        return ARCHITECTURES[self.config.arch].sparse_step and self.unit_decoder
+
+    @property
+    def folds(self) -> bool:
+        """Whether one threshold per latent and pole does after training what the activation does: `fold` is there."""
+        return type(self).fold is not Family.fold
 
     @abstractmethod
     def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> W:
@@ -113,9 +128,22 @@ class Family(ABC, Generic[W]):
     def constrain_(self, w: W) -> None:
         """After the optimiser's step: back to what the weights may be. Decoder rows aside."""
 
-    @abstractmethod
     def fold(self, w: W) -> Folded:
         """The same function as one matrix product, one comparison and one more product."""
+        raise NotImplementedError
+
+    def largest(self, w: W, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, " n"]:
+        """The magnitudes in this micro-batch that may be among the active ones of the whole batch."""
+        raise NotImplementedError
+
+    def settle_(self, w: W, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
+        """Sets, after training, the threshold that makes `batch_k` latents per token active on `rows` rows. Returns
+        the L0 that it gives."""
+        raise NotImplementedError
+
+    def reset_(self, w: W, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
+        """Sets the weights named by `resets` anew for the latents in `which`."""
+        raise NotImplementedError
 
     def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
         """What shape each tensor of the weights has."""

@@ -1,23 +1,16 @@
 """The mathematics of every architecture, by its configuration."""
 
+from importlib import import_module
 from typing import Any
 
-from shared.saes import Gated, JumpRelu, Relu, SAEConfig, SaGsae, TopK
+from shared.saes import ARCHITECTURES, SAEConfig
 from train.sae.base import Family
-from train.sae.gated import GatedFamily
-from train.sae.relu import JumpReluFamily, ReluFamily
-from train.sae.topk import TopKFamily
 
 
 def family(config: SAEConfig) -> Family[Any]:
-    """The mathematics of a configuration."""
-    match config:
-        case SaGsae() | Gated():
-            return GatedFamily(config)
-        case Relu():
-            return ReluFamily(config)
-        case JumpRelu():
-            return JumpReluFamily(config)
-        case TopK():
-            return TopKFamily(config)
-    raise TypeError(f"{type(config).__name__}: no architecture is known by this configuration")
+    """The mathematics of a configuration. Raises TypeError for an architecture that has no entry."""
+    if config.arch not in ARCHITECTURES:
+        raise TypeError(f"{config.arch}: no architecture is known by this name")
+    module, _, name = ARCHITECTURES[config.arch].family.partition(":")
+    mathematics: Family[Any] = getattr(import_module(module), name)(config)
+    return mathematics

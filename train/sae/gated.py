@@ -42,7 +42,7 @@ class GatedWeights(Weights):
 class GatedFamily(Family[GatedWeights]):
     weights = GatedWeights
     config: Gated | SaGsae
-    SCALARS: ClassVar = ("theta", "r", "b")
+    resets: ClassVar = ("theta", "r", "b")
 
     def __init__(self, config: Gated | SaGsae) -> None:
         self.config = config

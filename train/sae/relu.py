@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.saes import JumpRelu, Relu
+from shared.saes import JumpRelu, Penalised
 from train.sae.activation import Folded, one_sided
 from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
 
@@ -41,9 +41,9 @@ def pre_activations(w: ReluWeights, x: Float[Tensor, "batch d_in"]) -> Float[Ten
 
 class ReluFamily(Family[ReluWeights]):
     weights = ReluWeights
-    config: Relu
+    config: Penalised
 
-    def __init__(self, config: Relu) -> None:
+    def __init__(self, config: Penalised) -> None:
         self.config = config
 
     def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> ReluWeights:

@@ -1,155 +1,81 @@
-"""BatchTopK (arXiv 2412.06410) and, by absolute value and with signed latents, AbsTopK (arXiv 2510.00404).
+"""TopK (arXiv 2406.04093): the k largest pre-activations of each token are active.
 
-    u = (x - b_dec) W_encᵀ + b_enc      a, s = ReLU(u), 1   (BatchTopK)      a, s = |u|, sign(u), no b_enc   (AbsTopK)
-    f = s·a·1[a >= T]                   T: the k·batch-th largest a of the batch        x̂ = f W_dec + b_dec,  |d_i| = 1
-    loss  |x - x̂|² + ⅛ |(x - x̂)‾ - h W_dec|²             bar: no gradient
+    u = (x - b_dec) W_encᵀ + b_enc      f = ReLU(u) at the token's k largest u, else 0    x̂ = f W_dec + b_dec, |d_i| = 1
+    loss  |x - x̂|² + 1/32 |(x - x̂)‾ - h W_dec|²             bar: no gradient
 
-h is s·a of each token's `aux_k` largest among the latents that have been silent for `aux_after` tokens: without this
-term a fifth of an AbsTopK dictionary stays dead (docs/method.md). After training a latent is active above one threshold
-for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows trained on.
-While training goes on it is the running mean of T, which lags behind and belongs to weights that are no more.
+h is ReLU(u) at the `aux_k` largest u of each token among the latents that were inactive for `aux_after` tokens. Whether
+a latent is active depends on the token's other latents: no threshold per latent does the same, so there is no `fold`.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Final
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from shared.saes import AbsTopK, TopK
-from train.sae.activation import Folded, one_sided
-from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, first_weights
-from train.sae.gated import times
-from train.sae.relu import backward, products, reconstruct
+from shared.saes import TopK
+from train.sae.base import Family, StepInputs, StepMetrics, decode, first_weights
+from train.sae.batch_topk import silent_code
+from train.sae.relu import ReluWeights, backward, pre_activations, products, reconstruct
 
-AUX_WEIGHT: Final = 1 / 8
-THRESHOLD_MEMORY: Final = 0.99
-"""Share of the old value in the running mean of T."""
+AUX_WEIGHT: Final = 1 / 32
 
 
-@dataclass
-class TopKWeights(Weights):
-    b_enc: Float[Tensor, " d_sae"]
-    """All zeros, and not trained, in AbsTopK: a bias has a sign."""
-    threshold: Float[Tensor, ""]
-
-    LENGTHS: ClassVar[frozenset[str]] = frozenset({"b_dec", "b_enc", "threshold"})
-    KEPT: ClassVar[frozenset[str]] = frozenset({"threshold"})
-
-
-class TopKFamily(Family[TopKWeights]):
-    weights = TopKWeights
+class TopKFamily(Family[ReluWeights]):
+    weights = ReluWeights
     config: TopK
 
     def __init__(self, config: TopK) -> None:
         self.config = config
-        self.signed = isinstance(config, AbsTopK)
 
-    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> TopKWeights:
+    def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> ReluWeights:
         d_sae = self.config.d_sae
-        parts = first_weights(d_in, d_sae, mean, generator)
-        return TopKWeights(**parts, b_enc=torch.zeros(d_sae), threshold=torch.zeros(()))
+        return ReluWeights(**first_weights(d_in, d_sae, mean, generator), b_enc=torch.zeros(d_sae))
 
-    def size(self, u: Tensor) -> tuple[Tensor, Tensor | None]:
-        return (u.abs(), u.sign()) if self.signed else (torch.relu(u), None)
+    def chosen(self, a: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_sae"]:
+        """1 at each token's k largest, unless they are zero; 0 elsewhere."""
+        largest = torch.topk(a, self.config.k, dim=1, sorted=False)
+        return torch.zeros_like(a).scatter_(1, largest.indices, largest.values.sign())
 
-    def encode(self, w: TopKWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        a, s = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)
-        return times(torch.where(a <= w.threshold, 0.0, a), s)
+    def aux_k(self, d_in: int) -> int:
+        return max(1, d_in // 2) if self.config.aux_k is None else self.config.aux_k
 
-    def largest(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, " n"]:
-        """The sizes in this part of a batch that may be among the active ones of the whole."""
-        return self.candidates(self.size(products(w, x, now)[2])[0], now)
+    def encode(self, w: ReluWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
+        a = torch.relu(pre_activations(w, x))
+        return a * self.chosen(a)
 
-    def candidates(self, a: Float[Tensor, "batch d_sae"], now: StepInputs) -> Float[Tensor, " n"]:
-        """The largest sizes in this part, k for each token of the whole batch."""
-        return torch.topk(a.reshape(-1), min(a.numel(), self.config.k * len(a) * now.parts), sorted=False).values
-
-    def smallest(self, a: Float[Tensor, "batch d_sae"], now: StepInputs) -> Float[Tensor, ""]:
-        """T: of the largest sizes in the batch, k a token."""
-        found = self.candidates(a, now)
-        return found.min() if now.threshold is None else now.threshold(found)
-
-    def silent_code(self, a: Tensor, s: Tensor | None, d_in: int, now: StepInputs) -> tuple[Tensor, Tensor] | None:
-        """h and the 0/1 mask of its entries; None when no latent is silent."""
-        aux_k = max(16, d_in // 8) if self.config.aux_k is None else self.config.aux_k
-        dead = None if now.silent is None else now.silent >= self.config.aux_after
-        if dead is None or aux_k == 0 or not dead.any():
-            return None
-        many = min(aux_k, int(dead.sum()))
-        chosen = torch.topk(a.detach().masked_fill(~dead, -1.0), many, dim=1, sorted=False).indices
-        mask = torch.zeros_like(a).scatter_(1, chosen, 1.0)
-        return times(a * mask, s), mask
-
-    def loss(self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
-        a, s = self.size((x - w.b_dec) @ w.W_enc.T + (w.b_enc.detach() if self.signed else w.b_enc))
-        active = (a >= self.smallest(a.detach(), now)) & (a > 0)
-        rest = x - decode(w, times(torch.where(active, a, 0.0), s))
+    def loss(self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
+        a = torch.relu(pre_activations(w, x))
+        rest = x - decode(w, a * self.chosen(a.detach()))
         main = rest.square().sum(1)
-        silent = self.silent_code(a, s, x.shape[1], now)
+        silent = silent_code(a, None, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is None:
             return main.mean()
         aux = (rest.detach() - silent[0] @ w.W_dec).square().sum(1)
         return (main + AUX_WEIGHT * aux).mean()
 
     def gradients(
-        self, w: TopKWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
-    ) -> tuple[TopKWeights, StepMetrics]:
-        """Five matrix products, and three more while a latent is silent. Asks the device whether one is."""
+        self, w: ReluWeights, x: Float[Tensor, "batch d_in"], now: StepInputs
+    ) -> tuple[ReluWeights, StepMetrics]:
+        """Five matrix products, and three more while a latent is inactive. Asks the device whether one is."""
         batch = len(x)
         centred, low, u = products(w, x, now)
-        a, s = self.size(u)
-        threshold = self.smallest(a, now)
-        active = ((a >= threshold) & (a > 0)).to(a.dtype)
-        f = times(a * active, s)
-        error, to_f, to_W_dec = reconstruct(w, f, centred, now)
-        to_a = times(to_f, s).mul_(active)
-        auxiliary = torch.zeros_like(threshold)
-        silent = self.silent_code(a, s, x.shape[1], now)
+        a = torch.relu_(u)
+        active = self.chosen(a)
+        error, to_a, to_W_dec = reconstruct(w, a * active, centred, now)
+        to_a.mul_(active)
+        nothing = auxiliary = error.new_zeros(())
+        silent = silent_code(a, None, now, self.aux_k(x.shape[1]), self.config.aux_after)
         if silent is not None:
             h, mask = silent
             aux_error, to_h, to_W_dec_too = reconstruct(w, h, -error, now)  # the target is what is left: x - x̂
-            to_a.add_(times(to_h, s).mul_(mask), alpha=AUX_WEIGHT)
+            to_a.add_(to_h.mul_(mask), alpha=AUX_WEIGHT)
             to_W_dec.add_(to_W_dec_too, alpha=AUX_WEIGHT)
             auxiliary = AUX_WEIGHT * aux_error.square().sum() / batch
-        to_u = times(to_a, s) if self.signed else to_a.mul_(a.sign())
-        to_b_enc = torch.zeros_like(w.b_enc) if self.signed else to_u.sum(0)
-        grads = TopKWeights(
-            **backward(w, to_u, low, error, now), W_dec=to_W_dec, b_enc=to_b_enc, threshold=torch.zeros_like(threshold)
-        )
+        to_u = to_a.mul_(a.sign())
+        grads = ReluWeights(**backward(w, to_u, low, error, now), W_dec=to_W_dec, b_enc=to_u.sum(0))
         fired = active.amax(0) > 0
-        nothing = torch.zeros_like(threshold)
-        return grads, StepMetrics(
-            error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired, threshold
-        )  # fmt: skip
+        return grads, StepMetrics(error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired)
 
-    def constrain_(self, w: TopKWeights) -> None:
+    def constrain_(self, w: ReluWeights) -> None:
         pass
-
-    def absorb_(self, w: TopKWeights, step: StepMetrics) -> None:
-        assert step.threshold is not None
-        mean = torch.lerp(step.threshold, w.threshold, THRESHOLD_MEMORY)
-        w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
-
-    def settle_(self, w: TopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
-        """Sets the threshold above which k latents a token are active on these `rows` rows together. Gives how many
-        are: fewer than k where fewer are above zero, or where sizes are equal."""
-        wanted = self.config.k * rows
-        largest = w.W_enc.new_empty(0)
-        for x in batches:
-            a = self.size((x - w.b_dec) @ w.W_enc.T + w.b_enc)[0].reshape(-1)
-            floor = largest.min() if len(largest) > wanted else 0.0
-            largest = torch.cat([largest, a[a > floor]])
-            largest = torch.topk(largest, min(len(largest), wanted + 1), sorted=False).values
-        w.threshold.copy_(largest.min() if len(largest) > wanted else torch.zeros_like(w.threshold))
-        return int((largest > w.threshold).sum()) / rows
-
-    def fold(self, w: TopKWeights) -> Folded:
-        threshold = w.threshold.expand_as(w.b_enc)
-        b_enc = w.b_enc - w.W_enc @ w.b_dec
-        if not self.signed:
-            return one_sided(w.W_enc, b_enc, w.W_dec, w.b_dec, threshold)
-        both = threshold.expand(2, -1).clone()
-        return Folded(w.W_enc, b_enc, w.W_dec, w.b_dec, both, torch.zeros_like(both), torch.ones_like(w.b_enc))

@@ -1,0 +1,70 @@
+"""What the benchmarks can be asked, as schemas: their fields are the options of `sagsae bench …`."""
+
+from collections.abc import Mapping
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field
+
+from shared.config import Folder, Location
+from shared.schema import Frozen
+
+Rounds = Annotated[int, Field(ge=1)]
+
+
+class StoreBenchOptions(Frozen):
+    """Reading and writing a store against the codec alone, and against other Zarr readers."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "model tokens width rounds keep"}
+
+    model: str = "tiny"
+    """Model whose activations are harvested first."""
+    tokens: Annotated[int, Field(ge=32_768)] = 65_536
+    """Rows to harvest."""
+    width: Annotated[int, Field(ge=1)] = 2048
+    """Width of the rows that are read: hookpoints of a small model side by side."""
+    rounds: Rounds = 15
+    """Rounds that medians are taken over."""
+    keep: Folder | None = None
+    """Folder to keep the stores in; those that are there are used again. Default: a temporary folder."""
+
+
+class TrainBenchOptions(Frozen):
+    """A training step in three forms and by other tools, one pass against separate runs, waiting for data."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Benchmark": "store hook widths batch l0 precision rounds runs device compiled peer_python"
+    }
+
+    store: Location | None = None
+    """A store with rows to train on. Default: one of the shipped model's mlp_out."""
+    hook: str = "mlp_out"
+    """Which hookpoint of it."""
+    widths: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 16384)
+    """Number of latents, d_sae."""
+    batch: Annotated[int, Field(ge=8)] = 2048
+    """Tokens per step."""
+    l0: Annotated[int, Field(ge=1)] = 32
+    """Active latents per token."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """Inputs of matrix products."""
+    rounds: Rounds = 5
+    """Steps that medians are taken over."""
+    runs: Annotated[int, Field(ge=0)] | None = None
+    """Rounds of whole runs, together and apart; 0 for none. Default: half as many as of steps."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …"""
+    compiled: bool | None = None
+    """Measure the compiled dense step, too. Default: on a GPU."""
+    peer_python: tuple[str, ...] = ()
+    """Python of an environment with sae-lens, dictionary-learning or both."""
+
+
+class ScaleBenchOptions(Frozen):
+    """Seconds and memory to open, describe, check, train on and harvest into stores of growing size."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "quick folder"}
+
+    quick: bool = False
+    """Use small stores, to see that it works."""
+    folder: Folder | None = None
+    """Where the stores are made: about 3 GB and 2 million files. Default: a temporary folder."""

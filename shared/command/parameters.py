@@ -1,0 +1,77 @@
+"""Options and arguments that no schema has."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+
+def at_home(text: str) -> Path:
+    """A path, with a `~` that the shell left alone."""
+    return Path(os.path.expanduser(text))
+
+
+def say_version(asked: bool) -> None:
+    if asked:
+        from shared.record import version
+
+        names = ("sagsae", "torch", "transformer-lens")
+        typer.echo(", ".join(f"{name} {version(name)}" for name in names))
+        raise typer.Exit
+
+
+def flag(name: str, text: str) -> Any:
+    return typer.Option(name, help=text)
+
+
+def value(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Option(metavar=metavar, help=text, **more)
+
+
+def at_least(kind: type, least: Any) -> Callable[[Any], Any]:
+    """A parser of numbers."""
+
+    def parse(text: Any) -> Any:
+        try:
+            found = kind(text)
+        except ValueError as error:
+            raise typer.BadParameter(f"must be a {'whole ' if kind is int else ''}number (got {text!r})") from error
+        if not found >= least:
+            raise typer.BadParameter(f"must be {least:g} or more (got {text})")
+        return found
+
+    return parse
+
+
+def argument(metavar: str, text: str, **more: Any) -> Any:
+    return typer.Argument(metavar=metavar, help=text, **more)
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=say_version, is_eager=True, help="Print the versions.", show_default=False),
+]
+Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else on stdout.")]
+Yes = Annotated[bool, flag("--yes", "Do not ask.")]
+DryRun = Annotated[bool, flag("--dry-run", "Measure one batch, print what the whole would take, write nothing.")]
+Processes = Annotated[
+    int,
+    value("INTEGER", "Processes on this machine, one per GPU.", parser=at_least(int, 1), rich_help_panel="Computation"),
+]
+Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", parser=at_least(int, 1))]
+Every = Annotated[float, value("SECONDS", "Seconds between looks.", parser=at_least(float, 0.1))]
+OutFolder = Annotated[Path, value("PATH", "The folder for everything.", parser=at_home)]
+Scratch = Annotated[Path | None, value("PATH", "Where to write.", parser=at_home, show_default="a temporary folder")]
+Full = Annotated[bool, flag("--full/--quick", "Decode every chunk, or only checksum the files.")]
+Repair = Annotated[bool, flag("--repair", "Drop damaged shards; the next sagsae harvest writes them again.")]
+Hidden = Annotated[str, typer.Option(hidden=True)]
+StorePlace = Annotated[str, argument("STORE", "A store: a folder or a URL.")]
+StoreFolder = Annotated[str, argument("FOLDER", "A folder (or URL) that holds stores.")]
+Source = Annotated[str, argument("SOURCE", "A finished store.")]
+Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
+RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
+RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]
+Names = Annotated[list[str], argument("NAME", "A command (train, store recode, …) or an architecture.")]
+Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]
