@@ -31,7 +31,7 @@ from gpu.block import WIDTH, PartResult, block, figures_of_json, figures_of_pyte
 TOTAL_SECONDS = 480
 GRACE_SECONDS = 10
 """Between SIGTERM and SIGKILL."""
-STORE_BYTES = 20 << 30
+STORE_BYTES = 32 << 30
 """Free space that the store, the model and a checkpoint need, with a margin."""
 
 
