@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import typer
-from pages import blocks_of, commands_of
 from support.command import ROOT, Sagsae
+from support.pages import blocks_of, commands_of
 
 import cli
 from harvest.corpus import readers
+from harvest.corpus.documents import DocumentField
 from shared.errors import UserError
 from shared.store.opened import Store
 
@@ -85,13 +86,13 @@ def test_a_corpus_kind_as_its_page_adds_it(tmp_path: Path, monkeypatch: pytest.M
     file.write_text(
         "\ufeff1\n00:00:01,000 --> 00:00:02,500\nGood morning.\n\n2\n00:01:00,000 --> 00:01:01,000\nWho is it?\n"
     )
-    corpus = readers.files_corpus(tmp_path, readers.DocumentField("text", 100))
+    corpus = readers.files_corpus(tmp_path, DocumentField("text", 100))
     assert list(corpus.documents()) == ["Good morning.\nWho is it?"]
     file.write_bytes(b"1\n\xff\xfe\n")
     with pytest.raises(UserError, match=r"film\.srt:2: is not UTF-8"):
-        list(readers.files_corpus(tmp_path, readers.DocumentField("text", 100)).documents())
+        list(readers.files_corpus(tmp_path, DocumentField("text", 100)).documents())
     skipped: list[Exception] = []
-    assert list(readers.files_corpus(tmp_path, readers.DocumentField("text", 100)).documents(skipped.append)) == []
+    assert list(readers.files_corpus(tmp_path, DocumentField("text", 100)).documents(skipped.append)) == []
     assert len(skipped) == 1
 
 

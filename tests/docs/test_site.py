@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -21,12 +22,11 @@ BUILDS = all(importlib.util.find_spec(tool) for tool in TOOLS)
 needs_tools = pytest.mark.skipif(not BUILDS, reason="needs the packages of the docs extra")
 
 
-def menu(entries: object) -> set[str]:
+def menu(entries: Any) -> set[str]:
     """The pages that a menu names, at any depth."""
     if isinstance(entries, str):
         return {entries}
     inside = entries.values() if isinstance(entries, dict) else entries
-    assert isinstance(entries, dict | list)
     return set().union(*(menu(entry) for entry in inside))
 
 
@@ -93,7 +93,8 @@ def test_pages_fit_a_telephone_and_a_desk(site: Path, address: str) -> None:
         sync_playwright() as player,
         player.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]) as browser,
     ):
-        for scheme, width in (("light", 1280), ("dark", 390)):
+        for width in (1280, 390):
+            scheme: Literal["light", "dark"] = "light" if width == 1280 else "dark"
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.on("request", lambda request: asked.add(request.url))
             page.on("pageerror", lambda error: failed.append(str(error)))

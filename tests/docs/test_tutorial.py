@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 
 import pytest
-from pages import PageBlock, blocks_of, column, commands_of, run_block, shape
 from support.command import ROOT
+from support.pages import PageBlock, blocks_of, column, commands_of, run_block, shape
 
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 README = ROOT / "README.md"
