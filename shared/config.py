@@ -183,7 +183,7 @@ class HarvestConfig(Frozen):
 
 
 class SynthConfig(Synthetic):
-    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md), and what every store has."""
+    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md) and the store's own."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Features": "d_in features p_bipolar l0 zipf coefficients noise seed",
