@@ -183,7 +183,7 @@ class HarvestConfig(Frozen):
 
 
 class SynthConfig(Synthetic):
-    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md), and what every store has."""
+    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md) and the store's own."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Features": "d_in features p_bipolar l0 zipf coefficients noise seed",
@@ -265,8 +265,8 @@ class TrainConfig(Frozen):
     compile: bool = False
     """Compile the dense steps with torch.compile.
 
-    Faster by what docs/records/benchmarks.md says, after up to a minute per autoencoder. Needs a C++ compiler on a
-    CPU."""
+    docs/records/benchmarks.md says how much faster they are. The first step of an autoencoder takes up to a minute
+    longer. Needs a C++ compiler on a CPU."""
     parts: Annotated[int, Field(ge=1)] | None = None
     """Gradient accumulation: micro-batches per batch. Default: one per process that shares the batch.
 
