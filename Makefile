@@ -25,7 +25,7 @@ test: $(READY)    ## lint, types and the test suite; ONE=tests/x.py: that file a
 else
 test: check
 	$(PYTEST) -m "not slow and not gpu"
-	$(BIN)/python -m pytest -m gpu    # one after the other: they share a device; skipped without one
+	$(BIN)/python -m pytest -m gpu tests/gpu tests/train/test_plan.py    # one after the other: they share a device; skipped without one
 endif
 
 test-slow: $(READY)    ## the tests that take longer than half a minute each
@@ -51,7 +51,7 @@ types: $(READY)    ## check all types, those of the tests too
 	$(BIN)/mypy
 
 docs: $(READY)    ## build the site into site/; a broken link or an unknown name is an error
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 reference: $(READY)    ## rewrite docs/reference/settings.md and cli.md from the schemas and from --help
 	$(BIN)/sagsae reference docs/reference

@@ -13,11 +13,9 @@ from shared.files.local import LocalFiles
 from shared.progress import say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store
+from shared.store.shard import CODECS, CodecName
 from shared.store.spec import DTYPES
 
-EXPECTED_RATIO: Final = {"zstd": 1.4, "lz4": 1.3, "none": 1.0, "int8": 2.0}
-"""Usual compression ratio of bfloat16 activations, for the estimate before the first shard is written. Other data types
-count as 1."""
 INDEX_BYTES: Final = 8
 """Bytes per token: its id, and where its row came from."""
 
@@ -63,11 +61,9 @@ def estimate(plan: HarvestPlan, tokens: int, ratios: dict[str, float] | None = N
     return DiskNeed(each, tokens * INDEX_BYTES, 0 if plan.config.overwrite else stored, free)
 
 
-def usual_ratio(codec: str, dtype: str) -> float:
+def usual_ratio(codec: CodecName, dtype: str) -> float:
     """The usual ratio of raw bytes to stored bytes."""
-    if codec == "int8":
-        return 0.99 * DTYPES[dtype][0].itemsize
-    return EXPECTED_RATIO[codec] if dtype == "bfloat16" else 1.0
+    return CODECS[codec].expected_ratio(dtype, DTYPES[dtype][0].itemsize)
 
 
 def check_space(plan: HarvestPlan, tokens: int | None) -> None:

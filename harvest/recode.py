@@ -24,8 +24,8 @@ from shared.store.create import clean_up, create_store, finish_store, is_ours, r
 from shared.store.manifest import Sizes, append_commit, read_metadata
 from shared.store.opened import Store, check_metadata_paths, is_store
 from shared.store.reader import ArrayReader, Reader, open_reader, read_places, read_shard
-from shared.store.shard import BLOCK_BYTES, crc32
-from shared.store.spec import Codec, StoreSpec, shard_file
+from shared.store.shard import BLOCK_BYTES, CodecName, crc32
+from shared.store.spec import StoreSpec, shard_file
 from shared.store.tokens import CountedMask, TokenMask
 
 
@@ -40,7 +40,7 @@ class RecodeSummary:
     bytes_after: int
 
 
-def recode(source: str, target: str, codec: Codec) -> RecodeSummary:
+def recode(source: str, target: str, codec: CodecName) -> RecodeSummary:
     """Rewrites the store `source` at `target`. Raises UserError for unusable input, DamagedError where the source is
     damaged, Interrupted after a signal."""
     store, files = Store.open(source), open_files(target)

@@ -128,7 +128,7 @@ def clear_run(place: Path) -> Prepare:
 
 
 def encode_run(rows: NDArray[Any], spec: StoreSpec) -> Run:
-    assert CODECS[spec.codec]
+    assert CODECS[spec.codec].blosc
     whole = len(rows) // spec.chunk_rows * spec.chunk_rows
     chunks = [rows[at : at + spec.chunk_rows] for at in range(0, whole, spec.chunk_rows)]
 

@@ -112,7 +112,8 @@ def settings_of(schema: type[Frozen]) -> tuple[Setting, ...]:
     groups = {key: group for group, keys in schema.groups.items() for key in keys.split()}
     ordered = [*groups, *(key for key in schema.model_fields if key not in groups)]
     return tuple(
-        setting(key, schema.model_fields[key], texts.get(key, ""), groups.get(key, "Settings")) for key in ordered
+        setting(key, field, field.description or texts.get(key, ""), groups.get(key, "Settings"))
+        for key, field in ((key, schema.model_fields[key]) for key in ordered)
     )
 
 

@@ -7,9 +7,9 @@ file.
 """
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 from crc32c import crc32c as crc32c_of  # releases the GIL, unlike google-crc32c
@@ -29,8 +29,11 @@ MISSING = np.uint64(2**64 - 1)
 """Index entry of an inner chunk that lies wholly beyond the end of the array."""
 
 
+CodecName = Literal["zstd", "lz4", "none", "int8"]
+
+
 @dataclass(frozen=True)
-class Codec:
+class Blosc:
     """Parameters of blosc. The block size is explicit because blosc's own choice loses 13 % of the ratio on bf16."""
 
     cname: str
@@ -39,20 +42,48 @@ class Codec:
     blocksize: int
 
 
-CODECS: dict[str, Codec | None] = {
-    "zstd": Codec("zstd", 1, "shuffle", 1 << 20),
-    "lz4": Codec("lz4", 5, "bitshuffle", 1 << 18),
-    "none": None,
+@dataclass(frozen=True)
+class Codec:
+    """How a hookpoint's rows are stored (docs/how-to/add-a-codec.md)."""
+
+    help: str
+    """What to choose it for, in a few words for `--help`."""
+    ratio: float
+    """Bytes of bfloat16 activations for each byte stored: the estimate until the first shard is measured."""
+    blosc: Blosc | None
+    """What each chunk goes through. None: it is stored as it is."""
+    lossy: bool = False
+    """Whether rows are first quantised to one byte for each number. Only int8 is (shared/store/quantise.py)."""
+
+    def expected_ratio(self, dtype: str, itemsize: int) -> float:
+        """Bytes of activations for each byte stored. Float types other than bfloat16 are taken not to compress."""
+        if self.lossy:
+            return self.ratio * itemsize / 2
+        return self.ratio if dtype == "bfloat16" else 1.0
+
+
+CODECS: Final[Mapping[CodecName, Codec]] = {
+    "zstd": Codec("smallest without loss", 1.4, Blosc("zstd", 1, "shuffle", 1 << 20)),
+    "lz4": Codec("half the time of zstd to write, an eighth larger", 1.3, Blosc("lz4", 5, "bitshuffle", 1 << 18)),
+    "none": Codec("no compression", 1.0, None),
+    "int8": Codec("lossy: half of bfloat16, 42 dB", 1.98, None, lossy=True),
 }
+"""By the name that `--codec` takes."""
+
+
+def codec_help() -> str:
+    """Every codec and what to choose it for, in one line."""
+    return "; ".join(f"{name}: {codec.help}" for name, codec in CODECS.items()) + "."
+
+
 SHUFFLES = {"noshuffle": 0, "shuffle": 1, "bitshuffle": 2}
 BLOSC_HEADER: Final = struct.Struct("<BBBBIII")
 """Format, format of the compressor, flags, typesize; bytes of the values, of a block, of the whole buffer."""
 BLOSC_FORMAT: Final = 2
 COMPRESSOR_FORMAT: Final = 1
-COMPRESSORS: Final = {"lz4": 1, "zstd": 4}
-"""Compressor numbers in the upper three bits of the flags."""
-SAFE_COMPRESSORS: Final = (*COMPRESSORS.values(), 3)
-"""These and zlib have decoders that receive, and keep to, the bounds of what they read and write."""
+COMPRESSORS: Final = {"lz4": 1, "lz4hc": 1, "zlib": 3, "zstd": 4}
+"""Numbers in the upper three bits of the flags, of the compressors whose decoders receive the bounds of what they read
+and write, and keep to them. Others are refused."""
 STORED, RESERVED = 0b10, 0b1000
 """Flags: the values follow uncompressed; reserved."""
 BLOSC_MOST: Final = 2**31 - 1 - 16
@@ -68,7 +99,7 @@ class ShardLayout:
     row_shape: tuple[int, ...]
     """Shape of one row: (d_in,) for activations, () for an index."""
     dtype: np.dtype[Any]
-    codec: str
+    codec: CodecName
     fill: float | int
 
     @property
@@ -121,9 +152,9 @@ def without_crc(data: Buffer, what: str, check: bool = True) -> memoryview:
     return payload
 
 
-def encode_chunk(rows: NDArray[Any], codec: str) -> bytes:
+def encode_chunk(rows: NDArray[Any], codec: CodecName) -> bytes:
     """Encodes C-contiguous `rows`, without the crc32c that follows in the file."""
-    parameters = CODECS[codec]
+    parameters = CODECS[codec].blosc
     if parameters is None:
         return rows.tobytes()
     packed: bytes = blosc.compress(
@@ -152,8 +183,8 @@ def decode_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str
 def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
     """Decodes one inner chunk without its crc32c. For any bytes, it reads nothing else and either fills `out` or raises
     ValueError or RuntimeError."""
-    if CODECS[layout.codec] is not None:
-        check_blosc(payload, layout.codec, layout.dtype.itemsize, out.nbytes)
+    if parameters := CODECS[layout.codec].blosc:
+        check_blosc(payload, parameters.cname, layout.dtype.itemsize, out.nbytes)
         blosc.decompress(payload, out)
         return
     if len(payload) != out.nbytes:  # numpy would broadcast a single byte
@@ -161,13 +192,13 @@ def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
     out.reshape(-1).view(np.uint8)[:] = np.frombuffer(payload, np.uint8)
 
 
-def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> None:
+def check_blosc(payload: memoryview, cname: str, itemsize: int, nbytes: int) -> None:
     """Raises ValueError unless a blosc buffer holds exactly `nbytes` bytes of values in our compressor, and its header
     agrees. blosc trusts its header: it reads as many bytes as that names, and leaves what it does not fill untouched.
     The decoders check the content of the blocks (docs/explanation/threat-model.md)."""
     compressor, typesize, values = check_header(payload)
-    if compressor != COMPRESSORS[codec]:
-        raise ValueError(f"its blosc header is not of a buffer packed with {codec}")
+    if compressor != COMPRESSORS[cname]:
+        raise ValueError(f"its blosc header is not of a buffer packed with {cname}")
     if (typesize, values) != (itemsize, nbytes):
         raise ValueError(
             f"its blosc header names {values} bytes of values of {typesize} bytes; {nbytes} bytes of values of "
@@ -178,7 +209,7 @@ def check_blosc(payload: memoryview, codec: str, itemsize: int, nbytes: int) -> 
 def check_any_blosc(payload: memoryview, most: int) -> None:
     """The same check for a buffer of another tool, with at most `most` bytes of values."""
     compressor, _, values = check_header(payload)
-    if compressor not in SAFE_COMPRESSORS or values > most:
+    if compressor not in COMPRESSORS.values() or values > most:
         raise ValueError(f"its blosc header is of a buffer of {values} bytes, in a compressor of number {compressor}")
 
 

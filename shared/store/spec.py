@@ -14,7 +14,7 @@ from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from shared.gate import BadData, integer, members, named, quoted, safe_path, text
 from shared.schema import Frozen
-from shared.store.shard import BLOSC_MOST, CODECS, ShardLayout, crc32c
+from shared.store.shard import BLOSC_MOST, CODECS, CodecName, ShardLayout, crc32c
 
 FORMAT_VERSION: Final = 2
 TOKENS_PER_CHUNK: Final = 1 << 20
@@ -29,7 +29,6 @@ DTYPES: Final[dict[str, tuple[np.dtype[Any], float | int]]] = {
 }
 INT8: Final[tuple[np.dtype[Any], int]] = (np.dtype("i1"), -128)
 
-Codec = Literal["zstd", "lz4", "none", "int8"]
 TokenType = Literal["uint16", "uint32"]
 
 MOST_TOKENS: Final = 1 << 40
@@ -87,7 +86,7 @@ class StoreSpec(Frozen):
     """Hookpoints by path inside the store, such as `layer_08/mlp_out`."""
     dtype: Literal["bfloat16", "float16", "float32"]
     """The type to which the model's activations were rounded. With codec int8 they were quantised after that."""
-    codec: Codec
+    codec: CodecName
     chunk_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
     shard_rows: Annotated[Count, Field(le=MOST_SHARD_ROWS)]
     seed: Annotated[int, Field(strict=True, ge=0, lt=1 << 63)]
@@ -129,14 +128,14 @@ class StoreSpec(Frozen):
 
     @property
     def quantised(self) -> bool:
-        return self.codec == "int8"
+        return CODECS[self.codec].lossy
 
     def layouts(self) -> dict[str, ShardLayout]:
         """Every sharded array: hookpoints, int8's row scales, row norms, and where each row came from. Arrays that are
         read shard by shard have one chunk per shard."""
         per_shard = self.shard_rows // self.chunk_rows
         dtype, fill = INT8 if self.quantised else DTYPES[self.dtype]
-        codec = "none" if self.quantised else self.codec
+        codec: CodecName = "none" if self.quantised else self.codec
         float32, nan = np.dtype("<f4"), float("nan")
         layouts = {}
         for path, hook in self.hookpoints.items():
@@ -264,7 +263,7 @@ CRC: Final = {"name": "crc32c"}
 
 def chunk_codecs(layout: ShardLayout) -> list[dict[str, Any]]:
     """The encoding of a chunk, in Zarr's terms."""
-    parameters = CODECS[layout.codec]
+    parameters = CODECS[layout.codec].blosc
     raw = LITTLE if layout.dtype.itemsize > 1 else {"name": "bytes"}
     if parameters is None:
         return [raw, CRC]

@@ -73,3 +73,15 @@ def test_the_hooks_are_the_checks_of_make() -> None:
     (repository,) = yaml.safe_load(read(".pre-commit-config.yaml"))["repos"]
     entries = [hook["entry"] for hook in repository["hooks"]]
     assert entries == [f".venv/bin/{tool}" for tool in ("ruff check", "ruff format --check", "mypy")]
+
+
+def test_the_gpu_commands_name_every_file_with_a_gpu_test() -> None:
+    """Collecting all files a second time would take longer than the tests of a machine without a GPU."""
+    marked = [
+        path for path in (ROOT / "tests").rglob("test_*.py") if "pytest.mark.gpu" in path.read_text(encoding="utf-8")
+    ]
+    for text in (read("Makefile"), read("tests/gpu/run.py")):
+        named = [ROOT / word for word in re.findall(r"\btests/gpu(?=[\s\"])|\btests/\w+/test_\w+\.py", text)]
+        assert [
+            path for path in marked if path not in named and path.parent not in named and path.name != "test_habits.py"
+        ] == []

@@ -1,7 +1,7 @@
 """Random damage to every file of a run: never a traceback, never a result of something else.
 
 As it comes from disks and transfers (bytes), a checksum tells of everything but what docs/explanation/training.md
-lists. As one who knows the format would do it (checksums made anew), no value may end in a traceback, a hang or a wild
+lists. As one who knows the format would do it (checksums made again), no value may end in a traceback, a hang or a wild
 allocation; that what it says is true, no checksum can tell.
 """
 

@@ -12,7 +12,7 @@ from support.command import ROOT
 
 def run(script: str, *arguments: object) -> dict[str, object]:
     """In a process of its own, which a crash would end."""
-    command = [sys.executable, "-W", "error", str(ROOT / "tests/support" / script), *map(str, arguments)]
+    command = [sys.executable, "-W", "error", str(ROOT / "tests" / script), *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**hostile.ENVIRONMENT})
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, object] = json.loads(done.stdout)
@@ -21,7 +21,7 @@ def run(script: str, *arguments: object) -> dict[str, object]:
 
 def fuzz_stores(codec: str, seed: int, cases: int) -> None:
     """Hostile stores that were downloaded made the commands write outside, read memory, crash, hang or say nothing."""
-    found = run("hostile.py", codec, seed, cases)
+    found = run("support/hostile.py", codec, seed, cases)
     assert found["faults"] == []
     counts = found["counts"]
     assert isinstance(counts, dict)
@@ -31,7 +31,7 @@ def fuzz_stores(codec: str, seed: int, cases: int) -> None:
 
 def fuzz_buffers(codec: str, seed: int, cases: int) -> None:
     """numcodecs hands blosc a buffer without its length (issue 228): header, blocks and streams are checked here."""
-    counts = run("guarded.py", codec, seed, cases)
+    counts = run("faults/guarded.py", codec, seed, cases)
     assert counts["unwritten"] == 0
     assert counts["refused"] + counts["accepted"] == cases  # type: ignore[operator]
     assert counts["refused"] > cases / 2  # type: ignore[operator]

@@ -41,6 +41,7 @@ from shared.store.tail import watch_store
 from shared.store.tokens import CountedMask, TokenRows
 from shared.store.verify import verify
 from train.bench.scale import READING
+from train.data.follow import Segments, waiting_text
 from train.data.order import ChunkRun, ReadOrder, heldout_contexts, rows_in_shards, runs, split, split_rows
 from train.data.row_mask import RowMask
 
@@ -281,24 +282,25 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     """`train --follow` opened the whole store again every second."""
     spec = spec_of(3000)
     store = manifest_only(tmp_path / "s", spec, [commit_of(spec, k).line() for k in range(2900)], "writing")
-    opened = [0]
-    real = train.data.follow.waiting_text
+    looks = 0
+    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "has_enough": str}
+    fields |= {name: str for name in ("content",) if name in Segments.__dataclass_fields__}
+    segments = Segments(**fields)
 
     def said(now: Store) -> str:
-        opened[0] += 1
-        segments.closed.set() if opened[0] == 20 else None
-        return real(now)
+        nonlocal looks
+        looks += 1
+        if looks == 20:
+            segments.closed.set()
+        return waiting_text(now)
 
     monkeypatch.setattr(train.data.follow, "POLL_SECONDS", 0.001)
     monkeypatch.setattr(train.data.follow, "SAY_SECONDS", -100)
     monkeypatch.setattr(train.data.follow, "waiting_text", said)
-    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "has_enough": str}
-    fields |= {name: str for name in ("content",) if name in train.data.follow.Segments.__dataclass_fields__}
-    segments = train.data.follow.Segments(**fields)
     before = bytes_read()
     with pytest.raises(Interrupted):
         segments.next_segment()
-    assert opened[0] == 20
+    assert looks == 20
     assert bytes_read() - before < 3 * 2900 * 1100, "once, not twenty times; modules may be imported meanwhile"
 
 

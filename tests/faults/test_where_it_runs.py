@@ -923,7 +923,7 @@ def test_modes_of_new_files_are_the_users(tmp_path: Path) -> None:
 @pytest.mark.parametrize("command", ["synth", "recode", "rm", "train", "harvest"])
 def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: str) -> None:
     """A fourth of the errors of a disk were tracebacks; a full disk, too, at every moment."""
-    here, library = Path(__file__).parents[1] / "support", tmp_path / "disk_errors.so"
+    here, library = Path(__file__).parent, tmp_path / "disk_errors.so"
     subprocess.run(["gcc", "-shared", "-fPIC", "-o", library, here / "disk_errors.c", "-ldl"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, "17"], env=environment,

@@ -68,7 +68,7 @@ def opened(corpus: Path | str, **settings: object) -> Corpus | JoinedIds:
     return open_corpus(HarvestConfig(model="tiny", corpus=str(corpus), **settings), None, VOCABULARY)
 
 
-def texts(corpus: Path | str) -> Corpus:
+def corpus_of_documents(corpus: Path | str) -> Corpus:
     """One that is made of documents."""
     found = opened(corpus)
     assert isinstance(found, Corpus)
@@ -136,7 +136,7 @@ def test_damage_is_refused_whatever_is_done_with_bad_documents(tmp_path: Path, n
         with pytest.raises(
             UserError, match=rf"corpus .*{name}: is damaged or cut short \(.*\); fetch or write it again"
         ):
-            list(texts(path).documents(lambda _error: None))
+            list(corpus_of_documents(path).documents(lambda _error: None))
     path.unlink()
     path.symlink_to(tmp_path / "nowhere")
     fails(tmp_path, f"{name}: cannot be read (No such file or directory)")
@@ -334,7 +334,7 @@ def test_lists_that_are_no_ids(tmp_path: Path, value: list[Any], parts: list[str
     (tmp_path / "a.jsonl").write_bytes(json_lines([[299], value, []]))
     fails(tmp_path, "a.jsonl:2: ", *parts)
     bad: list[BadDocument] = []
-    assert [np.asarray(ids).tolist() for ids in texts(tmp_path).documents(bad.append)] == [[299], []]
+    assert [np.asarray(ids).tolist() for ids in corpus_of_documents(tmp_path).documents(bad.append)] == [[299], []]
     assert len(bad) == 1
 
 
@@ -452,7 +452,7 @@ def test_every_bad_line_is_told_and_the_next_is_read(tmp_path: Path) -> None:
     ):
         (tmp_path / name).write_bytes(data)
         bad: list[BadDocument] = []
-        assert list(texts(tmp_path / name).documents(bad.append)) == ["one", "two"]
+        assert list(corpus_of_documents(tmp_path / name).documents(bad.append)) == ["one", "two"]
         assert [str(error).split(": ")[0] for error in bad] == [f"{tmp_path / name}:{line}" for line in range(2, 7)]
         words = ["not UTF-8", "not JSON", "no field 'text'", "of type int", "is id 900"]
         assert all(word in str(error) for word, error in zip(words, bad, strict=True))
@@ -461,7 +461,9 @@ def test_every_bad_line_is_told_and_the_next_is_read(tmp_path: Path) -> None:
 def test_bad_documents_of_other_kinds(tmp_path: Path) -> None:
     def told(path: Path) -> tuple[list[Any], list[str]]:
         bad: list[BadDocument] = []
-        return list(texts(path).documents(bad.append)), [str(error).removeprefix(f"{tmp_path}/") for error in bad]
+        return list(corpus_of_documents(path).documents(bad.append)), [
+            str(error).removeprefix(f"{tmp_path}/") for error in bad
+        ]
 
     (tmp_path / "a.txt").write_bytes(b"one\n\xe9")
     assert told(tmp_path / "a.txt") == (

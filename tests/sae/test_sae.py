@@ -168,7 +168,8 @@ def test_bi_jump_relu() -> None:
 
 @pytest.mark.parametrize("name", ["sa-gsae", "r tied", "untied"])
 def test_sa_gsae_is_a_gated_sae_of_twice_the_width(name: str) -> None:
-    """Every SA-GSAE(H) is a Gated(2H) with the same loss (docs/explanation/method.md); no win at half is capacity."""
+    """Every SA-GSAE(H) is a Gated(2H) with the same loss (docs/explanation/method.md):
+    a win at half width is not a matter of capacity."""
     config, twice = variant(name), variant("gated", 2 * D_SAE)
     w, x = weights(config), batch()
     halves = split(w)

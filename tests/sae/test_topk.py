@@ -8,7 +8,7 @@ from support.command import ROOT
 from support.variants import batch, by_autograd, silences, variant, weights
 
 from shared.errors import UserError
-from shared.saes import sae_config
+from shared.saes import TopK, sae_config
 from train.sae.base import StepInputs, decode
 from train.sae.families import family
 
@@ -34,6 +34,7 @@ def test_each_token_has_its_own_k_largest() -> None:
 def test_the_auxiliary_term_is_that_of_the_paper() -> None:
     """1/32 of what is left when the inactive latents' largest have reconstructed the error, whose gradient stops."""
     config = variant("topk")
+    assert isinstance(config, TopK)
     w, x = weights(config), batch()
     silent = silences()
     _, loss = by_autograd(config, w, x, StepInputs(0.0, silent=silent))

@@ -403,7 +403,7 @@ def test_xarray_gives_the_numbers_by_the_documented_recipe(recoded: Callable[[st
 
 
 def as_zarr_python_describes(shape: tuple[int, ...], layout: ShardLayout, sharded: bool, like: dict[str, Any]) -> Any:
-    parameters = CODECS[layout.codec]
+    parameters = CODECS[layout.codec].blosc
     blosc = [] if parameters is None else [BloscCodec(typesize=layout.dtype.itemsize, **vars(parameters))]
     memory = MemoryStore()
     zarr.create_array(
@@ -562,7 +562,7 @@ OTHER_FILES: dict[str, dict[str, Any]] = {
     "larger shards": {"shards": (1024, 32)},
     "larger shards, our codecs": {
         "shards": (1024, 32),
-        "compressors": [BloscCodec(typesize=2, **vars(CODECS["zstd"])), Crc32cCodec()],
+        "compressors": [BloscCodec(typesize=2, **vars(CODECS["zstd"].blosc)), Crc32cCodec()],
     },
     "no shards": {"chunks": (64, 32), "shards": None},
     "other names": {"chunk_key_encoding": {"name": "default", "separator": "."}},

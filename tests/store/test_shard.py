@@ -1,6 +1,7 @@
 """A shard's bytes: what we write any Zarr reads, what we read is what zarr-python reads, and damage is never silent."""
 
-from typing import Any
+import re
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -8,10 +9,23 @@ import zarr
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from support.command import ROOT
 from zarr.codecs import BloscCodec, Crc32cCodec
 
 from shared.errors import DamagedError
-from shared.store.shard import CODECS, ShardLayout, as_float32, decode_chunk, decode_index, encode_shard
+from shared.store.shard import (
+    CODECS,
+    COMPRESSORS,
+    Blosc,
+    Codec,
+    CodecName,
+    ShardLayout,
+    as_float32,
+    codec_help,
+    decode_chunk,
+    decode_index,
+    encode_shard,
+)
 
 FILLS = {"<u2": 0x7FC0, "<f2": float("nan"), "<f4": float("nan"), "<u4": 7}
 
@@ -50,7 +64,7 @@ def test_round_trip_equals_zarr_python(
     assert decode_shard(data, shape, n).tobytes() == rows.tobytes()
 
     folder = tmp_path_factory.mktemp("zarr")
-    parameters = CODECS[codec]
+    parameters = CODECS[codec].blosc
     blosc = [] if parameters is None else [BloscCodec(typesize=shape.dtype.itemsize, **vars(parameters))]
     array = zarr.create_array(
         folder, shape=(n, *shape.row_shape), dtype=shape.dtype, chunks=shape.chunk_shape,
@@ -97,3 +111,35 @@ def test_rows_that_do_not_fit_are_refused() -> None:
         encode_shard(np.zeros((33, 5), "<u2"), layout())
     with pytest.raises(ValueError, match="do not fit"):
         encode_shard(np.zeros((8, 5), "<u4"), layout())
+
+
+def test_the_names_of_codecs_are_those_of_the_table() -> None:
+    assert get_args(CodecName) == tuple(CODECS)
+    assert all(codec.blosc is None or codec.blosc.cname in COMPRESSORS for codec in CODECS.values())
+    assert "int8: lossy" in codec_help()
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_what_a_codec_is_expected_to_save(codec: CodecName) -> None:
+    """float32 and float16 are taken not to compress; int8 has one byte for each number of any type."""
+    ratios = [CODECS[codec].expected_ratio(dtype, size) for dtype, size in (("bfloat16", 2), ("float32", 4))]
+    assert ratios == {"zstd": [1.4, 1], "lz4": [1.3, 1], "none": [1, 1], "int8": [1.98, 3.96]}[codec]
+
+
+def test_the_page_adds_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/how-to/add-a-codec.md: with its entry (in the place of lz4's), rows go
+    through the codec and come back; what another codec packed is refused."""
+    page = (ROOT / "docs/how-to/add-a-codec.md").read_text(encoding="utf-8")
+    name, entry = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    known = ", ".join(f'"{codec}"' for codec in CODECS)
+    assert name == f'CodecName = Literal[{known}, "lz4hc"]\n'
+    table = dict(CODECS)
+    exec(entry, {"CODECS": table, "Codec": Codec, "Blosc": Blosc})
+    monkeypatch.setitem(CODECS, "lz4", table["lz4hc"])  # type: ignore[arg-type,index]
+    shape = layout("lz4", chunk_rows=64, chunks=2, width=32)
+    rows = np.arange(128 * 32, dtype="<u2").reshape(128, 32)
+    data = b"".join(encode_shard(rows, shape))
+    assert len(data) < rows.nbytes / 2
+    assert decode_shard(data, shape, 128).tobytes() == rows.tobytes()
+    with pytest.raises(DamagedError, match="not of a buffer packed with zstd"):
+        decode_shard(data, layout("zstd", chunk_rows=64, chunks=2, width=32), 128)

@@ -337,8 +337,8 @@ DAMAGES = [damage_document] * 5 + [damage_bytes] * 3 + [damage_value] * 3 + [dam
 
 
 UNPROTECTED = ("model", "tokenizer", "corpus", "chunk_rows", "special_ids")
-"""Members of the spec that nothing else in a store tells (docs/explanation/threat-model.md); special ids as far as they
-do not change which rows count, which is compared."""
+"""Members of the spec that nothing else in a store tells (docs/explanation/threat-model.md); special ids as far
+as they do not change which rows count, which is compared."""
 
 
 def values(store: Store) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A reader of store format 2 written from docs/reference/store-format.md alone: no code of the product, no Zarr.
+"""A reader of store format 2 written from docs/reference/store-format.md alone: without the product and Zarr libraries.
 
 It stands for a reader in another language: where it agrees with the product's, the specification says enough. It is
 slow and strict: every checksum is compared and every byte of a shard accounted for.

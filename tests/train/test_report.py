@@ -527,6 +527,6 @@ def test_without_javascript_the_numbers_are_there(browser: Any, report: Path) ->
     page = context.new_page()
     page.goto(report.as_uri())
     assert page.locator("tbody tr").count() == 18
-    assert page.get_by_text("The figures are drawn by JavaScript").first.is_visible()
+    assert page.get_by_text("JavaScript is switched off").first.is_visible()
     assert not page.locator(".plots").first.is_visible()
     context.close()
