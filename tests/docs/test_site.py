@@ -93,8 +93,8 @@ def test_pages_fit_a_telephone_and_a_desk(site: Path, address: str) -> None:
         sync_playwright() as player,
         player.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"]) as browser,
     ):
-        for width in (1280, 390):
-            scheme: Literal["light", "dark"] = "light" if width == 1280 else "dark"
+        looks: tuple[tuple[Literal["light", "dark"], int], ...] = (("light", 1280), ("dark", 390))
+        for scheme, width in looks:
             page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
             page.on("request", lambda request: asked.add(request.url))
             page.on("pageerror", lambda error: failed.append(str(error)))
