@@ -4,16 +4,45 @@ import difflib
 import json
 import tomllib
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.errors import UserError
 from shared.gate import named, quoted
 
+LARGEST: Final = 1 << 50
+"""Of an integer in a setting that has no upper bound of its own: more than any count of bytes or tokens."""
+
 
 class Frozen(BaseModel):
+    """A configuration that does not change once it is built, and has no setting beside those that are listed."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @field_validator("*")
+    @classmethod
+    def check_bounds(cls, value: Any, info: Any) -> Any:
+        """Refuses integers beyond LARGEST in a setting that has no upper bound of its own, and texts with a NUL, which
+        no name of a file, model or hookpoint can have."""
+        each = value if isinstance(value, tuple) else (value,)
+        if any("\0" in str(text) for text in each if isinstance(text, str | Path)):
+            raise ValueError("expected a text without NUL characters")
+        if any(type(number) is int and abs(number) > LARGEST for number in each):
+            field = cls.model_fields[str(info.field_name)]
+            if not has_upper_bound((field.annotation, *field.metadata)):
+                raise ValueError(f"expected at most {LARGEST:,}")
+        return value
+
+
+def has_upper_bound(parts: tuple[Any, ...]) -> bool:
+    """Whether a type, with the constraints that annotate it, says how large an integer may be."""
+    return any(
+        getattr(part, "le", None) is not None
+        or getattr(part, "lt", None) is not None
+        or has_upper_bound((*getattr(part, "metadata", ()), *get_args(part)))
+        for part in parts
+    )
 
 
 Section = TypeVar("Section", bound=Frozen)

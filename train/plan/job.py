@@ -30,14 +30,16 @@ from train.data.row_mask import RowMask
 from train.data.rows import HookRows, KeptRows
 from train.data.snapshot import SnapshotWatch, as_ranges, as_recorded, content_of, content_of_spec, follows, is_earlier
 from train.fit.optim import usual_warmup
+from train.plan.idle import idle
 from train.runs.folder import FREE, RunFolder
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
 """So many rows of a window allow one chunk more in a run: then the variance of a batch's mean stays near 1.15 times
 that of independent rows (tests/train/test_shuffle.py)."""
 
-SCALARS: Final = {"theta0", "bandwidth", "sparsity"}
+SCALARS: Final = {"theta0", "bandwidth", "sparsity", "lr"}
 """Settings of an autoencoder that become numbers of float32."""
+LARGEST_SCALAR: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,8 @@ def make_job(
     passes, streams = make_passes(config, store, hook, parts, run_chunks, folder.path, leads)
     if leads:
         say_what_is_less(asked, store, hook, streams, run_chunks)
+        for sentence in idle(asked, steps):
+            say(sentence)
     job = TrainJob(
         config, store, hook, Split(parts.train, every.heldout), passes, streams, steps, epoch_rows, heldout_rows,
         matmul, folder, identity, device.type == "cpu", (config.saes,), asked, SnapshotWatch(store, hook),
@@ -246,15 +250,19 @@ def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> 
 def check_settings(config: TrainConfig, store: Store) -> None:
     """Raises UserError for a setting that could not be kept."""
     context = store.spec.context
+    for key in ("lr", "clip_norm"):
+        if (getattr(config, key) or 0.0) > LARGEST_SCALAR:
+            raise UserError(f"{key}: {getattr(config, key):g} is too large for float32")
     for position in config.exclude_positions or ():
         if not 0 <= position < context:
             raise UserError(
                 f"exclude_positions: {position} is no position of a context of {context}; the last one is {context - 1}"
             )
-    if config.step == "sparse" and not any(isinstance(sae, Thresholded) for sae in config.saes):
+    gated = [sae for sae in config.saes if isinstance(sae, Thresholded)]
+    if config.step == "sparse" and all(getattr(sae, "decoder", "unit") == "free" for sae in gated):
         raise UserError(
-            "step = sparse: is a way to compute gated architectures (sa-gsae, gated), and none is asked for. Leave it "
-            "out"
+            "step = sparse: is a way to compute gated architectures (sa-gsae, and gated with decoder = unit), and none "
+            "is asked for. Leave it out"
         )
 
 
@@ -265,7 +273,7 @@ def check_saes(saes: tuple[SAEConfig, ...]) -> None:
         if isinstance(sae, TopK) and (sae.aux_k or 0) > sae.d_sae:
             raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
         for key in SCALARS & dict(sae).keys():
-            if getattr(sae, key) > torch.finfo(torch.float32).max:
+            if (getattr(sae, key) or 0.0) > LARGEST_SCALAR:
                 raise UserError(f"{key}: {getattr(sae, key):g} is too large for float32 ({sae.name})")
 
 

@@ -16,11 +16,9 @@ from train.report.data import ReportedRun
 
 IMMATERIAL: Final = frozenset({
     "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",  # what is written, and where
-    "dead_after_tokens",  # a count in the log
     "store", "verify", "memory",  # where rows come from (`snapshot` says which), how they are checked and kept
     "device", "parallel", "parts", "compile", "step",  # who computes the same numbers: other rounding at most
-    "tokens",  # asked for; `training tokens` says how many there were
-    "norm_limit", "shards",  # follow from `max_norm` and the rows, and are in `snapshot`
+    "tokens",  # `training tokens` says how many whole batches they are
     "saes",  # told apart one by one, within a setting
 })  # fmt: skip
 """Settings that do not decide what is trained and measured."""
@@ -48,11 +46,13 @@ def deciding(run: ReportedRun) -> dict[str, Any]:
              if field.default is not PydanticUndefined}  # fmt: skip
     found = {key: value for key, value in {**usual, **run.config}.items() if key not in IMMATERIAL | {"hook"}}
     snapshot = found.pop("snapshot", None) or run.config.get("store")
+    window = found.pop("dead_after_tokens")
     return {
         "model": run.store.get("commit") or run.model,  # whatever it is called
         "hookpoint": run.hook,
         "rows": snapshot,
         "training tokens": run.tokens_trained,
+        "dead after tokens": min(window, run.tokens_trained or window) if isinstance(window, int) else window,
         "held-out tokens": run.evaluation.tokens,
         "seed of the order": found.pop("seed", None),
         **found,
