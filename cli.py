@@ -6,7 +6,6 @@ document on stdout. Progress goes to stderr. What a command needs is imported wh
 
 import contextlib
 import dataclasses
-import io
 import json
 import logging
 import math
@@ -806,22 +805,6 @@ def wait_briefly() -> None:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
-def whatever_the_streams() -> None:
-    """A stream that is closed becomes /dev/null: the next file that is opened would have its number, and what libraries
-    print would be written into it. What cannot be written in the terminal's encoding is written as an escape (λ as
-    \\u03bb): no run ends for it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def end_now(code: int) -> None:
     """Ends a process that may have been stopped in the middle of anything. Python would wait for threads first, and the
     libraries' own, which then meet what is gone already, would abort it. On disk everything is whole or absent."""
@@ -836,12 +819,13 @@ def main() -> None:
     from shared.device import heed_quota
     from shared.errors import DamagedError, Interrupted, LostError, UserError
     from shared.gate import printable
+    from shared.streams import settle_streams
 
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         raise Interrupted("stopped. To continue, run the same command again")
 
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
-    whatever_the_streams()
+    settle_streams()
     wait_briefly()
     heed_quota()
     try:

@@ -47,12 +47,13 @@ from shared.progress import say
 from shared.saes import sae_config
 from shared.store.create import clean_up, remove_store
 from shared.store.listing import describe_store, list_stores
-from shared.store.opened import Store
+from shared.store.opened import Store, write_state
 from shared.store.reader import ArrayReader, IndexCache, open_reader, read_shard
 from shared.store.tail import looks
 from shared.store.verify import repair, verify
 from train.evaluate import evaluate
 from train.run import train
+from train.runs.folder import RunFolder
 
 HOOK = "layer_00/synthetic"
 LEFT = "then run the same command again: it deletes what is left"
@@ -404,6 +405,35 @@ def test_streams_that_are_closed_or_full(tmp_path: Path, closed: str) -> None:
     command = f"{sys.executable} {ROOT / 'cli.py'} synth --tokens 500 --d-in 8 --out {tmp_path} {closed}"
     assert subprocess.run(["bash", "-c", command], timeout=100).returncode == 0
     assert not verify(Store.open(tmp_path / "synthetic"), full=True).lines
+
+
+@pytest.mark.parametrize("pipe", ["| head -c 1", "--json 2>&1 | head -n 1", "2>&1 >/dev/null | true"])
+def test_pipes_that_their_readers_close(few: Path, tmp_path: Path, pipe: str) -> None:
+    """Cold review: `| head -1` ended a command with 1; of `2>&1 | head -1` the first line that was said ended it before
+    anything was done."""
+    settings = "--batch 32 --set heldout_tokens=32 --set streams=2 --device cpu"
+    arguments = f"train --store {few} --arch gated:8 --sparsity 0.1 {settings} --out {tmp_path / 'run'} {pipe}"
+    command = f"{sys.executable} {ROOT / 'cli.py'} {arguments} >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], timeout=100, capture_output=True, text=True)
+    assert done.returncode in (0, 141), done.stderr
+    assert "Traceback" not in done.stderr
+    assert RunFolder(tmp_path / "run").finished()
+
+
+def test_a_tail_ends_when_its_reader_does(tmp_path: Path) -> None:
+    """A store that is being written is followed until it is final: not for a reader that is gone."""
+    synth(small(tmp_path, tokens=1024))
+    write_state(LocalFiles(tmp_path / "s"), Store.open(tmp_path / "s").spec, "writing")
+    command = f"{sys.executable} {ROOT / 'cli.py'} store tail {tmp_path / 's'} --every 0.1 | true"
+    done = subprocess.run(["bash", "-c", f"{command}; exit ${{PIPESTATUS[0]}}"], timeout=100, capture_output=True)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_full_disk_under_the_output_is_said(few: Path) -> None:
+    command = f"{sys.executable} {ROOT / 'cli.py'} store info {few} >/dev/full"
+    done = subprocess.run(["bash", "-c", command], timeout=100, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "error: the disk is full. Free space\n"
 
 
 def test_rm_without_a_terminal_deletes_nothing(few: Path, tmp_path: Path) -> None:
