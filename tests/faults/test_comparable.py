@@ -256,8 +256,14 @@ def test_a_report_does_not_go_through_links(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
-def test_eval_replaces_evaluations_alone(train_config: Callable[..., TrainConfig]) -> None:
+def test_eval_replaces_evaluations_alone(
+    train_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train(train_config()).run
+    evaluate(EvalConfig(run=run, ce=False, device="cpu", ce_tokens=100, model="m"))
+    said = capsys.readouterr().err
+    assert "--ce-tokens: has no effect" in said
+    assert "--model: has no effect" in said
     (run / "evaluation.json").write_text("<!doctype html>")
     with pytest.raises(UserError, match=r"is no evaluation\. Move it away"):
         evaluate(EvalConfig(run=run, ce=False, device="cpu"))

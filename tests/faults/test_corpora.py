@@ -793,6 +793,13 @@ def test_columns_of_parquet_that_are_not_what_they_seem(tmp_path: Path) -> None:
     refused(tmp_path / "date.parquet", "date.parquet, row 1: 'text' is a timestamp[us] that cannot be read")
 
 
+@pytest.mark.parametrize("setting", ["corpus_split", "corpus_config"])
+def test_settings_of_a_data_set_for_a_file(tmp_path: Path, setting: str) -> None:
+    """Cold review: they were taken without a word, and had no effect."""
+    (tmp_path / "a.txt").write_text("text")
+    refused(tmp_path / "a.txt", "holds no Hugging Face data set", **{setting: "validation"})
+
+
 def test_pages_of_parquet_that_are_damaged(tmp_path: Path) -> None:
     """Cold review: of some pages pyarrow's message had several lines."""
     chosen, texts = random.Random(0), [f"{number} text" * 9 for number in range(900)]

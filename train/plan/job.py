@@ -39,6 +39,7 @@ that of independent rows (tests/train/test_shuffle.py)."""
 
 SCALARS: Final = {"theta0", "bandwidth", "sparsity", "lr"}
 """Settings of an autoencoder that become numbers of float32."""
+LARGEST: Final = {"batch": 1 << 24, "streams": 1 << 16}
 LARGEST_SCALAR: Final = torch.finfo(torch.float32).max
 
 
@@ -250,6 +251,9 @@ def taken_over(config: TrainConfig, folder: RunFolder, device: torch.device) -> 
 def check_settings(config: TrainConfig, store: Store) -> None:
     """Raises UserError for a setting that could not be kept."""
     context = store.spec.context
+    for key, most in LARGEST.items():
+        if getattr(config, key) > most:
+            raise UserError(f"{key}: {getattr(config, key):,} at once fit into no machine. At most {most:,} are taken")
     for key in ("lr", "clip_norm"):
         if (getattr(config, key) or 0.0) > LARGEST_SCALAR:
             raise UserError(f"{key}: {getattr(config, key):g} is too large for float32")
