@@ -5,12 +5,17 @@ What is left over from another job, or set by half, would have a process believe
 """
 
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from shared.errors import UserError
 
+LATE: Final = 20.0
+"""Seconds after which it is said that other processes are waited for."""
 NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 CURE: Final = "Start with --processes, torchrun or accelerate launch; or unset {} to run one process"
@@ -82,3 +87,32 @@ def number(
         limit = f"below {of} ({below})" if of else f"at most {below - 1}" if below < 1 << 31 else f"{at_least} or more"
         raise UserError(f"{name}={text[:40]}: expected a whole number {limit}. {CURE.format(name)}")
     return int(text)
+
+
+@contextmanager
+def meeting(place: ProcessPlace) -> Iterator[None]:
+    """Where a process waits for the others of its run. When they do not come, it is said; SIGINT ends the process at
+    once, for a wait inside a library hears of nothing. Raises UserError when they cannot be reached."""
+    if place.size == 1:
+        yield
+        return
+    from shared.progress import say
+
+    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timer = threading.Timer(LATE, say, [f"waiting for the other processes of this run ({place.size} in all) at {at}"])
+    timer.daemon = True
+    timer.start()
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if here else None
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"WORLD_SIZE is {place.size}, but the other processes cannot be reached at {at} ({why}). Start them with "
+            "--processes, torchrun or accelerate launch"
+        ) from error
+    finally:
+        timer.cancel()
+        if before is not None:
+            signal.signal(signal.SIGINT, before)
