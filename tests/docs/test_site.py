@@ -81,6 +81,7 @@ def address(site: Path) -> Iterator[str]:
 
 
 @needs_tools
+@pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
 def test_pages_fit_a_telephone_and_a_desk(site: Path, address: str) -> None:
