@@ -71,7 +71,7 @@ def _local(path: Path, config: HarvestConfig, field: DocumentField, check_stop: 
             return repository_dataset(path, card, config, field)
         if config.corpus_config is not None or config.corpus_split != "train":
             raise UserError(
-                f"corpus {path}: holds no Hugging Face data set, and so no split or configuration. Leave out "
+                f"corpus {path}: holds no Hugging Face dataset, and so no split or configuration. Leave out "
                 "corpus_split and corpus_config"
             )
         return files_corpus(path, field, check_stop)
