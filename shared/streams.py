@@ -5,7 +5,7 @@ import errno
 import io
 import os
 import sys
-from typing import Final
+from typing import Any, Final
 
 CLOSED_BY_ITS_READER: Final = 128 + 13
 """The exit code of a command whose reader is gone, as a shell counts it (SIGPIPE)."""
@@ -18,13 +18,13 @@ class LastingStream(io.FileIO):
     stdout is written when the work is done: without a reader the command ends, with CLOSED_BY_ITS_READER and without
     a word. stderr tells how the work goes, which goes on without it."""
 
-    def write(self, data: object) -> int:
+    def write(self, data: Any) -> int:
         try:
-            return super().write(data)  # type: ignore[call-overload, no-any-return]
+            return super().write(data)
         except OSError as error:
             to_nowhere(self.fileno())  # what waits in a buffer is tried again at the end
             if self.fileno() == 2:
-                return memoryview(data).nbytes  # type: ignore[arg-type]
+                return memoryview(data).nbytes
             if error.errno == errno.EPIPE:
                 raise SystemExit(CLOSED_BY_ITS_READER) from None
             raise

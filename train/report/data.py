@@ -119,11 +119,11 @@ class ReportedRun:
     def tokens_trained(self) -> int | None:
         """As many as were asked for, in whole batches; all of an epoch where it was left open: the last logged count of
         training tokens; without a log, steps times batch."""
-        asked = self.config.get("tokens"), self.config.get("batch")
-        if all(type(number) is int and number > 0 for number in asked):
-            return asked[0] // asked[1] * asked[1]
+        tokens, batch = self.config.get("tokens"), self.config.get("batch")
+        if isinstance(tokens, int) and isinstance(batch, int) and batch > 0:
+            return tokens // batch * batch or None
         logged = [curve.tokens[-1] for curve in self.curves.values() if curve.tokens]
-        steps, batch = self.record.get("steps"), self.config.get("batch")
+        steps = self.record.get("steps")
         planned = steps * batch if isinstance(steps, int) and isinstance(batch, int) else None
         return max([*logged, planned or 0]) or None
 
