@@ -987,7 +987,7 @@ def test_whatever_a_disk_says_whenever_nothing_is_lost(tmp_path: Path, command: 
     environment = {**os.environ, "LD_PRELOAD": str(library), "OMP_NUM_THREADS": "1"}
     many = 5 if command == "harvest" else 17  # a harvest takes seconds
     done = subprocess.run([sys.executable, here / "disk_errors.py", tmp_path, command, str(many)], env=environment,
-                          capture_output=True, text=True, timeout=500)  # fmt: skip
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
     assert done.returncode == 0, done.stderr
     points = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(points) == many
