@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from shared.store.shard import BLOSC_HEADER, ShardLayout, encode_chunk, unpack
+from shared.store.shard import BLOSC_HEADER, CodecName, ShardLayout, encode_chunk, unpack
 
 PROT_NONE, PROT_BOTH, PRIVATE, ANONYMOUS, PERTURB = 0, 3, 2, 32, -6
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -37,7 +37,7 @@ class Guarded:
         return self.bytes[len(self.bytes) - size :] if end else self.bytes[:size]
 
 
-def layouts(codec: str) -> list[tuple[ShardLayout, bytes]]:
+def layouts(codec: CodecName) -> list[tuple[ShardLayout, bytes]]:
     """Buffers to begin with: of one block and of several, stored and compressed, of each item size."""
     rng, found = np.random.default_rng(0), []
     for rows, width, dtype in ((64, 8, "<u2"), (3, 1, "<u2"), (32, 7, "<f4"), (1000, 1, "<u4"), (330, 1024, "<u2")):
@@ -70,7 +70,7 @@ def altered(rng: random.Random, data: bytes) -> bytes:
     return bytes(changed)
 
 
-def fuzz(codec: str, seed: int, cases: int) -> dict[str, Any]:
+def fuzz(codec: CodecName, seed: int, cases: int) -> dict[str, Any]:
     given = layouts(codec)
     source, targets = Guarded(4 << 20), [Guarded(4 << 20), Guarded(4 << 20)]
     counts = {"refused": 0, "accepted": 0, "unwritten": 0}

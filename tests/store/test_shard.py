@@ -31,7 +31,7 @@ FILLS = {"<u2": 0x7FC0, "<f2": float("nan"), "<f4": float("nan"), "<u4": 7}
 
 
 def layout(
-    codec: str = "zstd", dtype: str = "<u2", chunk_rows: int = 8, chunks: int = 4, width: int | None = 5
+    codec: CodecName = "zstd", dtype: str = "<u2", chunk_rows: int = 8, chunks: int = 4, width: int | None = 5
 ) -> ShardLayout:
     return ShardLayout(chunk_rows, chunks, () if width is None else (width,), np.dtype(dtype), codec, FILLS[dtype])
 
@@ -53,8 +53,8 @@ def decode_shard(data: bytes, shape: ShardLayout, rows: int) -> NDArray[Any]:
     chunks=st.integers(1, 5), width=st.none() | st.integers(1, 7), fraction=st.floats(0.01, 1), seed=st.integers(0, 99),
 )  # fmt: skip
 def test_round_trip_equals_zarr_python(
-    tmp_path_factory: pytest.TempPathFactory, codec: str, dtype: str, chunk_rows: int, chunks: int, width: int | None,
-    fraction: float, seed: int,
+    tmp_path_factory: pytest.TempPathFactory, codec: CodecName, dtype: str, chunk_rows: int, chunks: int,
+    width: int | None, fraction: float, seed: int,
 ) -> None:  # fmt: skip
     shape = layout(codec, dtype, chunk_rows, chunks, width)
     n = max(1, int(fraction * shape.shard_rows))
@@ -81,7 +81,7 @@ def test_round_trip_equals_zarr_python(
 
 
 @pytest.mark.parametrize("codec", sorted(CODECS))
-def test_every_flipped_bit_of_a_chunk_or_the_index_is_seen(codec: str) -> None:
+def test_every_flipped_bit_of_a_chunk_or_the_index_is_seen(codec: CodecName) -> None:
     shape = layout(codec, chunk_rows=3, chunks=2, width=2)
     data = b"".join(encode_shard(np.arange(12, dtype="<u2").reshape(6, 2), shape))
     for bit in range(8 * len(data)):
@@ -135,7 +135,7 @@ def test_the_page_adds_a_codec(monkeypatch: pytest.MonkeyPatch) -> None:
     assert name == f'CodecName = Literal[{known}, "lz4hc"]\n'
     table = dict(CODECS)
     exec(entry, {"CODECS": table, "Codec": Codec, "Blosc": Blosc})
-    monkeypatch.setitem(CODECS, "lz4", table["lz4hc"])  # type: ignore[arg-type,index]
+    monkeypatch.setitem(CODECS, "lz4", table["lz4hc"])  # type: ignore[index]
     shape = layout("lz4", chunk_rows=64, chunks=2, width=32)
     rows = np.arange(128 * 32, dtype="<u2").reshape(128, 32)
     data = b"".join(encode_shard(rows, shape))
