@@ -85,7 +85,7 @@ def harvest(context: typer.Context, processes: Processes = 1, dry_run: DryRun = 
 def synth(context: typer.Context, as_json: Json = False) -> None:
     """Write a store of synthetic activations whose true features are known.
 
-    eval then says how many of them were found (docs/synthetic.md).
+    eval then says how many of them were found (docs/explanation/synthetic.md).
 
     $ sagsae synth --d-in 64 --features 96 --tokens 200000
     """

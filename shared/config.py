@@ -19,7 +19,6 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from shared.memory import parse_bytes
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen, Shown
-from shared.store.shard import CODECS, CodecName, codec_help
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
 
@@ -68,7 +67,6 @@ def store_name(value: str) -> str:
     return value
 
 
-CodecChoice = Annotated[CodecName, Field(description=codec_help())]
 DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
 DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
 
@@ -123,7 +121,7 @@ class HarvestConfig(Frozen):
     corpus: str | None = None
     """A file, a folder or a Hugging Face dataset. Default: the corpus.jsonl beside a local model.
 
-    docs/corpora.md describes every kind."""
+    docs/reference/corpora.md describes every kind."""
     corpus_config: str | None = None
     """Configuration (subset) of a Hugging Face dataset. Default: the dataset's own."""
     corpus_split: str = "train"
@@ -162,7 +160,8 @@ class HarvestConfig(Frozen):
     They are left out of statistics and training."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the shuffles of documents and of rows inside a shard."""
-    codec: CodecChoice = "zstd"
+    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
@@ -178,13 +177,13 @@ class HarvestConfig(Frozen):
     def check(self) -> "HarvestConfig":
         if self.chunk_rows and self.shard_rows and self.shard_rows % self.chunk_rows:
             raise ValueError(f"shard_rows: {self.shard_rows} is not a multiple of chunk_rows = {self.chunk_rows}")
-        if self.allow_nonfinite and CODECS[self.codec].lossy:
-            raise ValueError(f"allow_nonfinite: {self.codec} has no NaN and no infinity. Choose another codec")
+        if self.allow_nonfinite and self.codec == "int8":
+            raise ValueError("allow_nonfinite: int8 has no NaN and no infinity. Choose another codec")
         return self
 
 
 class SynthConfig(Synthetic):
-    """One synthetic store: the generator's parameters (docs/synthetic.md), and what every store has."""
+    """One synthetic store: the generator's parameters (docs/explanation/synthetic.md) and the store's own."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Features": "d_in features p_bipolar l0 zipf coefficients noise seed",
@@ -197,7 +196,8 @@ class SynthConfig(Synthetic):
     """Rows that are held out together. They have nothing else to do with each other."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
-    codec: CodecChoice = "zstd"
+    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
@@ -265,7 +265,8 @@ class TrainConfig(Frozen):
     compile: bool = False
     """Compile the dense steps with torch.compile.
 
-    Faster by what docs/benchmarks.md says, after up to a minute per autoencoder. Needs a C++ compiler on a CPU."""
+    docs/records/benchmarks.md says how much faster they are. The first step of an autoencoder takes up to a minute
+    longer. Needs a C++ compiler on a CPU."""
     parts: Annotated[int, Field(ge=1)] | None = None
     """Gradient accumulation: micro-batches per batch. Default: one per process that shares the batch.
 
@@ -289,7 +290,7 @@ class TrainConfig(Frozen):
     max_norm: Annotated[float, Field(gt=1, allow_inf_nan=False)] | None = None
     """Leave out rows whose norm exceeds this many times the median. Default: no limit.
 
-    5 leaves out massive activations: a few tokens that hold most of the variance (docs/method.md)."""
+    5 leaves out massive activations: a few tokens that hold most of the variance (docs/explanation/method.md)."""
     follow: bool = False
     """Train while the store is still being harvested.
 
@@ -324,7 +325,7 @@ class TrainConfig(Frozen):
     track: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Experiment trackers. wandb stays offline unless WANDB_MODE says otherwise.
 
-    They are sent each line of metrics.jsonl and write into the run's folder (docs/training.md)."""
+    They are sent each line of metrics.jsonl and write into the run's folder (docs/explanation/training.md)."""
     out: Folder | None = None
     """The run's folder. Default: runs/NAME, where NAME follows from the store and the settings."""
     overwrite: bool = False
@@ -351,7 +352,8 @@ class RecodeConfig(Frozen):
     """A finished store."""
     target: Annotated[Location, Shown(option="TARGET")]
     """The new store: a folder or an s3:// URL."""
-    codec: CodecChoice
+    codec: Literal["zstd", "lz4", "none", "int8"]
+    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
 
 
 class EvalConfig(Frozen):

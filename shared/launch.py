@@ -101,8 +101,8 @@ def is_helper() -> bool:
 
 
 def wait_briefly() -> None:
-    """Has threads of a matrix product that wait for one another spin for a hundredth of the usual time. They keep their
-    core busy for milliseconds otherwise, while the writer or another program could use it (docs/experiments.md).
-    Takes effect when torch is imported."""
+    """Has threads of a matrix product that wait for one another spin for a hundredth of the usual time. Otherwise they
+    keep their core busy for milliseconds, while the writer or another program could use it
+    (docs/records/experiments.md). Takes effect when torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")

@@ -33,7 +33,7 @@ def say(message: str) -> None:
     """Prints one plain line of information."""
     if hushed:
         return
-    with contextlib.suppress(OSError):  # work goes on where its log cannot be written, on a full disk
+    with contextlib.suppress(OSError):  # work continues where its log cannot be written, on a full disk
         Console(stderr=True, highlight=False, soft_wrap=True).print(printable(message), markup=False)
 
 

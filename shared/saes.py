@@ -21,7 +21,7 @@ DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 JUMPRELU_SPARSITIES = (0.001, 0.002, 0.005, 0.01, 0.02)
 """λ of JumpReLU is the price of an active latent, not of its magnitude: with the others' grid every L0 ends at 3."""
 DEFAULT_KS = (8, 16, 32, 64, 128)
-"""Of these, a grid takes those that are at most a quarter of the latents."""
+"""The default grid of k. A grid only takes those that are at most a quarter of the latents."""
 Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 

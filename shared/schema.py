@@ -107,7 +107,9 @@ def complaint(schema: type[Frozen], error: ValidationError, labels: Mapping[str,
 
 def as_typed(value: object) -> str:
     """A wrong value as a message repeats it: numbers bare, though they are texts on a command line."""
-    return value if isinstance(value, str) and re.fullmatch(r"[-+.\de]{1,30}", value) else quoted(value)
+    return (
+        value if isinstance(value, str) and re.fullmatch(r"[-+]?[\d.]{1,30}(e[-+]?\d{1,3})?", value) else quoted(value)
+    )
 
 
 def inside(error: Any) -> tuple[str | int, ...]:

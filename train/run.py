@@ -1,7 +1,7 @@
 """train(config): a store's activations to trained autoencoders.
 
 One pass over the store trains every autoencoder asked for: a batch is read and scaled once. Where they do not fit into
-memory together, each wave of them has a pass of its own (train/plan/waves.py). A run that was stopped or killed goes on
+memory together, each wave of them has a pass of its own (train/plan/waves.py). A run that was stopped or killed resumes
 from its newest checkpoint when the same call is made again, and on a CPU ends with the same bits.
 """
 
@@ -87,7 +87,7 @@ def train_together(config: TrainConfig, ranks: Ranks) -> TrainSummary:
     if not config.overwrite and folder.exists():
         folder.check_same(job.identity)
         if folder.finished():
-            say(f"{folder.path} is complete. Nothing to do (--overwrite starts afresh).")
+            say(f"{folder.path} is complete. Nothing to do (--overwrite starts again).")
             return summarise(job, 0.0, 0, 0.0)
     job = plan_waves(job, ranks, sweep)
     with ExitStack() as while_open:
@@ -134,7 +134,7 @@ class TrainTotals:
 
 
 def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sweep: bool) -> ResumePoint:
-    """Trains the autoencoders of one wave to their end and saves them. Gives where the next wave begins."""
+    """Trains the autoencoders of one wave to their end and saves them. Returns where the next wave begins."""
     mine, own = (deal_out(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
     members = [make_member(sae, job, own) for sae in mine]
     restore(members, at)
@@ -336,7 +336,7 @@ def agree(stop: bool, done: int, ranks: Ranks) -> bool:
 def log_line(
     job: TrainJob, measured: dict[Member, StepMetrics], done: int, seconds: float, ranks: Ranks, sweep: bool
 ) -> dict[str, Any]:
-    """A line of metrics.jsonl, the same on every rank. Raises UserError when no loss is finite any more in a run of
+    """A line of metrics.jsonl, the same on every rank. Raises UserError when all losses are NaN or infinite in a run of
     one wave."""
     config, tokens = job.config, done * job.config.batch
     saes = {member.config.name: member.progress(step, tokens) for member, step in measured.items()}
@@ -381,7 +381,7 @@ def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
     good = [name for name in names if name not in at.diverged]
     if not good:
         raise UserError(
-            f"{', '.join(names)}: no loss is a number any more. Lower the learning rate (--lr), or use float32"
+            f"{', '.join(names)}: all losses are NaN or infinite. Lower the learning rate (--lr), or use float32"
         )
     if not ranks.leads:
         return
@@ -408,9 +408,17 @@ def summarise(job: TrainJob, seconds: float, steps: int, waiting: float) -> Trai
     saes = measured_of(job.folder)
     rate = steps * job.config.batch / seconds if seconds else 0.0
     return TrainSummary(
-        job.folder.path, job.store.name, job.hook, tokens, job.steps, round(tokens / job.epoch_rows, 3),
-        round(seconds, 2), round(rate, 1), round(waiting, 4), saes,
-    )  # fmt: skip
+        job.folder.path,
+        job.store.name,
+        job.hook,
+        tokens,
+        job.steps,
+        round(tokens / job.epoch_rows, 3),
+        round(seconds, 2),
+        round(rate, 1),
+        round(waiting, 4),
+        saes,
+    )
 
 
 def measured_of(folder: RunFolder) -> list[dict[str, Any]]:

@@ -16,10 +16,11 @@ def asked_saes(typed: Mapping[str, Any], place: Mapping[str, Any]) -> list[dict[
     """The configurations, by what was typed: `arch`, `expansion` and the axes of the grid are lists. `place` has the
     store and the hook whose width `expansion` multiplies. None where no option named an autoencoder. Raises UserError
     naming the option with the wrong value."""
-    axes = {key: list(typed[key]) for key in GRID if key in typed}
+    widths = list(typed.get("d_sae", []))
     if "expansion" in typed:
-        widths = multiples_of_d_in(place.get("store"), place.get("hook"), typed["expansion"])
-        axes["d_sae"] = [*axes.get("d_sae", []), *widths]
+        widths += multiples_of_d_in(place.get("store"), place.get("hook"), typed["expansion"])
+    given = {**typed, "d_sae": widths}
+    axes = {key: list(given[key]) for key in GRID if given.get(key)}  # the order of GRID is the autoencoders' order
     options = {key: value for key, value in typed.items() if key not in (*GRID, "arch", "expansion")}
     if not axes and "arch" not in typed:
         for key in options:

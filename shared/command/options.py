@@ -100,7 +100,7 @@ def option_of(setting: "Setting") -> Any:
 
 def typer_type(setting: "Setting") -> Any:
     """What typer makes of what was typed: switches, texts, lists and tuples of texts. Numbers come later, in `number`,
-    so that every wrong value is told in the same words."""
+    so that every wrong value is reported in the same words."""
     kind = setting.annotation
     if get_origin(kind) is tuple and get_args(kind)[-1] is not Ellipsis:
         return tuple[(str,) * len(get_args(kind))]  # type: ignore[misc]

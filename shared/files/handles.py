@@ -184,7 +184,7 @@ class HandlePool:
             finally:
                 self.lock.release()
             for handle in unused:
-                with contextlib.suppress(OSError):  # it was only read: nothing is lost, and nobody could be told
+                with contextlib.suppress(OSError):  # it was only read: nothing is lost, and no caller could handle it
                     close(handle.number)
 
     def take_left(self) -> list[PooledHandle]:

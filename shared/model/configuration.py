@@ -28,10 +28,29 @@ run."""
 
 
 ENCODERS: Final = (
-    "bert", "roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "electra", "ernie", "rembert", "roformer",
-    "roberta-prelayernorm", "big_bird", "data2vec-text", "megatron-bert", "roc_bert", "xmod", "xlm", "modernbert",
-    "distilbert", "albert", "deberta", "deberta-v2", "nomic_bert",
-)  # fmt: skip
+    "bert",
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "electra",
+    "ernie",
+    "rembert",
+    "roformer",
+    "roberta-prelayernorm",
+    "big_bird",
+    "data2vec-text",
+    "megatron-bert",
+    "roc_bert",
+    "xmod",
+    "xlm",
+    "modernbert",
+    "distilbert",
+    "albert",
+    "deberta",
+    "deberta-v2",
+    "nomic_bert",
+)
 """Encoder architectures. Some can also be decoders, and then set is_decoder."""
 
 

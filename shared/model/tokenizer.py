@@ -17,9 +17,16 @@ from shared.model.source import ALIASES, ModelSource, explained_loading, gguf_of
 from shared.model.weights import check_gguf, check_regular, check_small
 
 FILES: Final = (
-    "tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json", "vocab.txt", "spiece.model",
-    "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer.model",
+    "tekken.json",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model.v3",
+)
 """Files of a tokenizer: one of these holds the vocabulary."""
 SAMPLES: Final = (
     "The capital of France is Paris, and 12 of its bridges are old.",

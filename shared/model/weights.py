@@ -20,19 +20,37 @@ MAX_HEADER: Final = 100 << 20
 MAX_JSON: Final = 64 << 20
 """Largest JSON file, in bytes. MAX_HEADER is safetensors' own limit."""
 DESCRIPTIONS: Final = (
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-    "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tekken.json", "tokenizer.model", "spiece.model",
-    "sentencepiece.bpe.model", "spm.model", "tokenizer.model.v3", "chat_template.jinja", "chat_template.json",
-    "processor_config.json", "preprocessor_config.json",
-)  # fmt: skip
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "tokenizer.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model.v3",
+    "chat_template.jinja",
+    "chat_template.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+)
 """What transformers reads beside the weights: configurations, vocabularies, templates."""
 MAX_DESCRIPTION: Final = 128 << 20
 """Largest of them, in bytes; the largest tokenizers have 40 MB."""
 POINTER: Final = b"version https://git-lfs"
-ITEMSIZE: Final = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2,
-    "I32": 4, "U32": 4, "F32": 4, "I64": 8, "U64": 8, "F64": 8,
-}  # fmt: skip
+BYTES_OF_TYPES: Final = {
+    1: ("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0"),
+    2: ("I16", "U16", "F16", "BF16"),
+    4: ("I32", "U32", "F32"),
+    8: ("I64", "U64", "F64"),
+}
+ITEMSIZE: Final = {name: size for size, names in BYTES_OF_TYPES.items() for name in names}
 FLOATS: Final = ("F64", "F32", "F16", "BF16")
 PACKED: Final = re.compile(
     r"\.(qweight|qzeros|g_idx|weight_packed|weight_scale\w*|SCB|absmax|quant_map|quant_state\S*|weight\.absmax|"

@@ -100,10 +100,20 @@ def learning_rate(step: int, steps: int) -> float:
 def new_model(device: str) -> GPTNeoXForCausalLM:
     """Pythia's architecture; the MLP is 3x wide, not 4x, which keeps the bf16 file under 10 MB."""
     config = GPTNeoXConfig(
-        vocab_size=VOCAB, hidden_size=256, num_hidden_layers=4, num_attention_heads=4, intermediate_size=768,
-        max_position_embeddings=CONTEXT, rotary_pct=0.25, use_parallel_residual=True, hidden_act="gelu",
-        tie_word_embeddings=False, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=VOCAB,
+        hidden_size=256,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        intermediate_size=768,
+        max_position_embeddings=CONTEXT,
+        rotary_pct=0.25,
+        use_parallel_residual=True,
+        hidden_act="gelu",
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     return GPTNeoXForCausalLM(config).to(device)
 
 

@@ -50,6 +50,17 @@ def test_help_is_fast_and_imports_nothing_heavy() -> None:
     assert min(seconds) < 0.5
 
 
+def test_help_of_a_command_needs_its_schema_alone() -> None:
+    code = (
+        "import sys, cli\n"
+        "try: cli.app(['train', '--help'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'zarr', 'accelerate', 'datasets', 'rich'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "set()"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -60,6 +60,24 @@ def test_a_wrong_command_is_noticed() -> None:
         parse(["trian"])
 
 
+def leaves(command: Any, name: str = "sagsae") -> dict[str, Any]:
+    """The commands that can be run, by their full names."""
+    inside = getattr(command, "commands", None) or {}
+    if not inside:
+        return {name: command}
+    return {path: leaf for word, each in inside.items() for path, leaf in leaves(each, f"{name} {word}").items()}
+
+
+def test_every_command_takes_json() -> None:
+    """As the README says."""
+    without = {
+        name
+        for name, leaf in leaves(typer.main.get_command(cli.app)).items()
+        if not any("--json" in parameter.opts for parameter in leaf.params)
+    }
+    assert without <= {"sagsae reference"}, without
+
+
 def test_scripts_are_shell() -> None:
     """What only a cluster can run is at least a script that a shell can read."""
     found = 0

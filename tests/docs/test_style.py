@@ -26,7 +26,6 @@ WORDS = {
     r"(does|do|did) not suffice": "is too small; not enough",
     r"nobody": "no thread, no process",
     r"whoever": "the caller, the thread that",
-    r"says? so\b": "say what it says",
     r"data[ -]sets?\b": "dataset",
     r"room (on|for|left|in)\b": "space, capacity",
     r"of its own accord": "automatically",
@@ -101,7 +100,7 @@ def sentence_lengths(text: str) -> list[int]:
         if not bare.startswith(("#", "|", "<")):
             block += " " + re.sub(r"^([*-]|\d+\.) ", "", bare)
     prose = [re.sub(r"\]\([^)]*\)|[*`\[]", "", block) for block in blocks if block.strip()]
-    sentences = [sentence for block in prose for sentence in re.split(r"(?<=[.!?:])\s+", block.strip())]
+    sentences = [sentence for block in prose for sentence in re.split(r"(?<=[.!?])\s+", block.strip())]
     return [len(sentence.split()) for sentence in sentences if sentence]
 
 

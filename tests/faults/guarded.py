@@ -11,7 +11,7 @@ import json
 import mmap
 import random
 import sys
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -97,4 +97,4 @@ def fuzz(codec: CodecName, seed: int, cases: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(json.dumps(fuzz(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    sys.stdout.write(json.dumps(fuzz(cast(CodecName, sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))))

@@ -433,7 +433,7 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
     assert "window_rows = 1: a window of a stream has at least one run, here 64 rows" in said
     for settings, message in (
         ({"exclude_positions": (99,)}, "a context of 16 has no position 99"),
-        ({"exclude_positions": (-1,)}, "-1 is no position"),
+        ({"exclude_positions": (-1,)}, "has no position -1"),
         ({"step": "sparse", "saes": (sae_config(arch="relu", d_sae=8),)}, "none is asked for"),
     ):
         with pytest.raises(UserError, match=message):
@@ -589,7 +589,7 @@ def test_weights_that_are_no_numbers_after_the_last_step(
     monkeypatch.setattr(Member, "step_", spoil)
     summary = run_train(train_config())
     assert [sae["arch"] for sae in summary.saes] == ["sa-gsae"]
-    assert "its weights are no numbers any more after step 20" in capsys.readouterr().err
+    assert "its weights are NaN or infinite after step 20" in capsys.readouterr().err
     assert os.listdir(summary.run / "saes") == [NAME]
 
 

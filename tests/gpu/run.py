@@ -26,12 +26,12 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]  # runs from a bare checkout, as the tests do
 
-from support.gpu_block import WIDTH, PartResult, block, figures_of_json, figures_of_pytest  # noqa: E402
+from gpu.block import WIDTH, PartResult, block, figures_of_json, figures_of_pytest  # noqa: E402
 
 TOTAL_SECONDS = 480
 GRACE_SECONDS = 10
 """Between SIGTERM and SIGKILL."""
-STORE_BYTES = 20 << 30
+STORE_BYTES = 32 << 30
 """Free space that the store, the model and a checkpoint need, with a margin."""
 
 

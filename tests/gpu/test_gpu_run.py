@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu.block import AIMS, Expected, PartResult, block, figures_of_json, figures_of_pytest
 from support.command import ROOT
-from support.gpu_block import AIMS, Expected, PartResult, block, figures_of_json, figures_of_pytest
 
 RUN = ROOT / "tests" / "gpu" / "run.py"
 ABOUT = {"device": "a GPU", "date": "2026-01-02", "commit": "abc", "versions": "torch 0"}

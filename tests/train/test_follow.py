@@ -80,7 +80,7 @@ def test_a_segment_that_changed_is_refused(train_config: Config, store: Store, g
     log = growing / "manifest" / "rank-00000.jsonl"
     log.write_text("")
     commit(growing, store, [1])
-    with pytest.raises(UserError, match=r"shards \[0\], which this run has trained on, are not committed any more"):
+    with pytest.raises(UserError, match=r"shards \[0\], which this run has trained on, are no longer committed"):
         make_job(config, CPU).passes.get(0)
 
 

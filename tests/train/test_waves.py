@@ -213,7 +213,7 @@ def test_a_wave_that_diverges_stops_no_other(train_config: Config, tmp_path: Pat
     both = (wild, sae_config(arch="relu", d_sae=40, sparsity=0.2, lr=1e30))
     config = train_config(saes=both, out=tmp_path / "both")
     config = config.model_copy(update={"memory": room_for(config, wild.name)})
-    with pytest.raises(UserError, match=r"relu-44.*, relu-40.*: no loss is a number any more"):
+    with pytest.raises(UserError, match=r"relu-44.*, relu-40.*: all losses are NaN or infinite"):
         run_train(config)
 
 

@@ -108,7 +108,7 @@ class Segments:
         frozen."""
         gone = sorted(set(shards) - set(store.commits))
         if gone:
-            raise UserError(f"{store.name}: shards {gone}, which this run has trained on, are not committed any more")
+            raise UserError(f"{store.name}: shards {gone}, which this run has trained on, are no longer committed")
         part = store.only(shards)
         named = segments_of(self.folder)[len(self.frozen)][1]
         if named not in (self.content(part), part.snapshot_id):  # earlier versions recorded the manifest's digest
@@ -134,7 +134,7 @@ class Segments:
 def waiting_text(store: Store) -> str:
     """Says how many shards are committed, and what to do when no harvest holds the store's lock."""
     at_work = not isinstance(store.files, LocalFiles) or is_locked(store.files.root) is not False
-    note = "" if at_work else ". Nobody is harvesting into it: run the same sagsae harvest command again"
+    note = "" if at_work else ". No harvest is writing into it: run the same sagsae harvest command again"
     return f"waiting for {store.name}: {len(store.commits)} of {store.spec.n_shards} shards are committed{note}"
 
 

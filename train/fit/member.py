@@ -37,7 +37,7 @@ class Member:
         self.config, self.run, self.steps, self.matmul, self.ranks = config, run, steps, matmul, ranks
         self.family = family(config)
         self.parts = run.parts or ranks.count
-        """Of every batch, on all ranks together."""
+        """Micro-batches of every batch, on all ranks together."""
         compiles = run.compile and not self.needs_threshold  # which is another function in every step
         self.dense = torch.compile(self.family.gradients, dynamic=False) if compiles else self.family.gradients
         self.generator = torch.Generator().manual_seed(config.seed)
@@ -142,7 +142,8 @@ class Member:
         return {name: getattr(grads, name) for name in names}, measured
 
     def by_kernels(self, part: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics]:
-        """Of several parts, each one's gradients are kept for a while: these are not recorded."""
+        """Returns the gradients and metrics of one micro-batch, computed by Triton kernels. With several micro-batches
+        the step is not recorded as CUDA graphs, because the gradients of each are kept for a while."""
         from train.sae.sparse.gpu import SparseSteps, kernel_gradients
 
         if self.steps_on_gpu is None:
@@ -167,7 +168,7 @@ class Member:
 
     def reset_(self, x: Float[Tensor, "batch d_in"], done: int) -> None:
         """New thresholds for latents that were silent since the last look, from the batch as a whole. Not while the
-        learning rate falls: a latent that cannot learn any more only adds noise."""
+        learning rate falls: a latent that can no longer learn only adds noise."""
         assert isinstance(self.config, Thresholded)
         if done > (1 - self.run.decay_fraction) * self.steps:
             return
@@ -188,10 +189,10 @@ class Member:
         return {**dict(zip(names, values, strict=True)), "sparse": self.kind is not StepKind.DENSE}
 
     def check_weights(self, done: int) -> None:
-        """After the last step, whose loss was a number: whether its weights still are."""
+        """Checks after the last step, whose loss was finite, whether the weights are finite too."""
         if self.diverged is None and not all(bool(part.isfinite().all()) for part in self.weights.named().values()):
             self.diverged = done
-            say(f"{self.config.name}: its weights are no numbers any more after step {done}. Lower the learning rate")
+            say(f"{self.config.name}: its weights are NaN or infinite after step {done}. Lower the learning rate")
 
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
@@ -225,8 +226,9 @@ class Member:
         for key, wanted in like.items():
             found = state[key]
             if found.dtype != wanted.dtype or found.shape != wanted.shape:
-                raise BadData(f"{name}: {key} is {found.dtype} {list(found.shape)} instead of {wanted.dtype} "
-                              f"{list(wanted.shape)}")  # fmt: skip
+                raise BadData(
+                    f"{name}: {key} is {found.dtype} {list(found.shape)} instead of {wanted.dtype} {list(wanted.shape)}"
+                )
         since, steps = int(state["diverged"]), [state[key] for key in updated if key.endswith(".step")]
         if not (since == -1 or 1 <= since <= self.steps) or any(not 1 <= step <= self.steps for step in steps):
             raise BadData(f"{name}: its counts of steps are not those of a run of {self.steps}")

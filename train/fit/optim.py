@@ -23,7 +23,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup_steps: int, decay_f
 
 
 def usual_warmup(steps: int) -> int:
-    """Where nobody asked for another: 100 steps, or 5 % of a shorter run."""
+    """The default warmup: 100 steps, or 5 % of a shorter run."""
     return min(USUAL_WARMUP, steps // 20)
 
 
@@ -104,7 +104,7 @@ class Optimizer:
                 adam_rows_(gradient, update)
 
     def revive_(self, generator: torch.Generator) -> int:
-        """Draws latents anew whose decoder row has lost its direction (not finite, or nearly zero); says how many.
+        """Redraws latents whose decoder row has lost its direction (not finite, or nearly zero); returns how many.
         Done between steps, rarely: it waits for the device."""
         norm = self.weights.W_dec.norm(dim=1)
         lost = torch.nonzero(~(norm > SMALLEST_NORM)).flatten()

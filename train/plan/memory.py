@@ -60,8 +60,13 @@ class MemoryNeed:
         return self.weights + self.moments + self.step + self.reader + self.recorded
 
     def __str__(self) -> str:
-        parts = {"weights": self.weights, "moments": self.moments, "gradients": self.gradients,
-                 "activations": self.activations, "reader": self.reader}  # fmt: skip
+        parts = {
+            "weights": self.weights,
+            "moments": self.moments,
+            "gradients": self.gradients,
+            "activations": self.activations,
+            "reader": self.reader,
+        }
         if self.recorded:
             parts["recorded"] = self.recorded
         return ", ".join(f"{name} {in_words(size)}" for name, size in parts.items())
@@ -73,7 +78,7 @@ class StepConditions:
 
     d_in: int
     rows: int
-    """Of a batch that are computed at once, on this rank."""
+    """Rows of a micro-batch on this rank."""
     rounded: bool = False
     """Whether matrix products are taken in a type of two bytes."""
     sparse: bool = False
@@ -92,13 +97,19 @@ def circumstances(job: TrainJob, sweep: bool, ranks: int) -> StepConditions:
     sharing = 1 if sweep else ranks
     parts = config.parts or sharing
     return StepConditions(
-        d_in, config.batch // parts, job.matmul != torch.float32, config.step == "sparse", parts > 1, job.on_cpu,
-        parts // sharing, config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
-    )  # fmt: skip
+        d_in,
+        config.batch // parts,
+        job.matmul != torch.float32,
+        config.step == "sparse",
+        parts > 1,
+        job.on_cpu,
+        parts // sharing,
+        config.step != "dense" and not job.on_cpu and has_kernels("cuda", d_in),
+    )
 
 
 def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
-    """Of one autoencoder, from its first update on."""
+    """The memory of one autoencoder, from its first update on."""
     mathematics = family(config)
     sizes = {name: FLOAT * math.prod(shape) for name, shape in mathematics.shapes(at.d_in).items()}
     gradients = sum(size for name, size in sizes.items() if name not in mathematics.weights.KEPT)
@@ -111,9 +122,12 @@ def need_of(config: SAEConfig, at: StepConditions) -> MemoryNeed:
     kept, recorded = kept_by_kernels(mathematics, at, matrix)
     held = at.parts.bit_length()  # sums of gradients that wait for one more (train/ranks.py, Pairwise)
     return MemoryNeed(
-        sum(sizes.values()) + 8 * config.d_sae + kept, 2 * gradients, held * gradients, max(during, after),
+        sum(sizes.values()) + 8 * config.d_sae + kept,
+        2 * gradients,
+        held * gradients,
+        max(during, after),
         recorded=recorded,
-    )  # fmt: skip
+    )
 
 
 def kept_by_kernels(mathematics: Family[Any], at: StepConditions, matrix: int) -> tuple[int, int]:
@@ -140,17 +154,21 @@ def sparse_alive(config: SAEConfig, at: StepConditions) -> float:
 
 
 def together(needs: Iterable[MemoryNeed], reader: int) -> MemoryNeed:
-    """Of several autoencoders that are trained in turn. Raises ValueError when there is none."""
+    """The memory of several autoencoders that are trained in turn. Raises ValueError when there is none."""
     needs = list(needs)
     largest = max(needs, key=lambda need: need.step)
     return MemoryNeed(
-        sum(need.weights for need in needs), sum(need.moments for need in needs), largest.gradients,
-        largest.activations, reader, max(need.recorded for need in needs),
-    )  # fmt: skip
+        sum(need.weights for need in needs),
+        sum(need.moments for need in needs),
+        largest.gradients,
+        largest.activations,
+        reader,
+        max(need.recorded for need in needs),
+    )
 
 
 def most_streams(batch: int, streams: int, ranks: int) -> int:
-    """That one of the ranks which share each batch reads."""
+    """The largest number of streams that one rank reads, when `ranks` share each batch."""
     return max(len(share(batch, streams, rank, ranks)) for rank in range(ranks))
 
 
@@ -168,7 +186,7 @@ def reader_bytes(job: TrainJob, rows: int, streams: int) -> int:
 
 
 def window_units(job: TrainJob, unit_rows: int) -> int:
-    """Of the longest window."""
+    """Units of the longest window."""
     if isinstance(job.passes, FixedSnapshot):
         return job.passes.whole.order.longest
     return max(1, job.config.window_rows // (job.streams * unit_rows))

@@ -9,7 +9,7 @@ from shared.tables import variant
 
 
 class Deciles(BaseModel):
-    """Of ten equal parts of the live latents, from the one that fires most to the one that fires least."""
+    """Values of ten equal parts of the live latents, from the most to the least active part."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 

@@ -56,6 +56,4 @@ def one_sided(
     closed = torch.full_like(threshold, torch.inf)
     shift = torch.zeros_like(threshold) if offset is None else offset
     both = torch.stack([shift, torch.zeros_like(shift)])
-    return Folded(
-        W_enc, b_enc, W_dec, b_dec, torch.stack([threshold, closed]), both, torch.ones_like(threshold)
-    )  # fmt: skip
+    return Folded(W_enc, b_enc, W_dec, b_dec, torch.stack([threshold, closed]), both, torch.ones_like(threshold))

@@ -1,4 +1,4 @@
-"""What every architecture shares: its weights' names, what a step is told and what it measured, the first weights.
+"""What every architecture shares: its weights' names, inputs and metrics of a step, the first weights.
 
 All of it is in units in which the activations have unit variance (E|x - mean|² = 1). Axis names: batch, d_in, d_sae,
 poles.
@@ -17,7 +17,7 @@ from shared.saes import ARCHITECTURES, SAEConfig
 from train.sae.activation import Folded
 
 SMALLEST_NORM: Final = 1e-6
-"""A decoder row shorter than this has no direction left and is drawn anew."""
+"""A decoder row shorter than this has no direction left and is redrawn."""
 
 
 @dataclass
@@ -49,7 +49,7 @@ W = TypeVar("W", bound=Weights)
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What a step is told beside the weights and the batch."""
+    """The inputs of a step beside the weights and the batch."""
 
     sparsity: float | Float[Tensor, ""]
     """λ."""
@@ -142,15 +142,14 @@ class Family(ABC, Generic[W]):
         raise NotImplementedError
 
     def reset_(self, w: W, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
-        """Sets the weights named by `resets` anew for the latents in `which`."""
+        """Resets the weights named by `resets` for the latents in `which`."""
         raise NotImplementedError
 
     def shapes(self, d_in: int) -> dict[str, tuple[int, ...]]:
         """What shape each tensor of the weights has."""
         sizes = {"d_in": d_in, "d_sae": self.config.d_sae}
         axes = {f.name: str(f.type.dim_str).split() for f in fields(self.weights)}  # type: ignore[union-attr]
-        return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names)
-                for name, names in axes.items()}  # fmt: skip
+        return {name: tuple(sizes.get(axis) or self.poles[name] for axis in names) for name, names in axes.items()}
 
     def absorb_(self, w: W, step: StepMetrics) -> None:
         """Takes what the step measured into the weights that are not trained."""

@@ -6,9 +6,8 @@
 
 h is s·a of each token's `aux_k` largest among the latents that have been silent for `aux_after` tokens: without this
 term a fifth of an AbsTopK dictionary stays dead (docs/explanation/method.md). After training a latent is active above
-one threshold for all, a Bi-JumpReLU without offsets: above which k latents a token are active on a sample of the rows
-trained on. While training goes on it is the running mean of T, which lags behind and belongs to weights that are no
-more.
+one threshold for all, a Bi-JumpReLU without offsets: above which k latents per token are active on a sample of the
+rows trained on. During training it is the running mean of T, which lags behind and belongs to older weights.
 """
 
 from collections.abc import Iterable
@@ -117,7 +116,7 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         nothing = torch.zeros_like(threshold)
         return grads, StepMetrics(
             error.square().sum() / batch, nothing, auxiliary, active.sum() / batch, fired, threshold
-        )  # fmt: skip
+        )
 
     def constrain_(self, w: BatchTopKWeights) -> None:
         pass
@@ -128,7 +127,7 @@ class BatchTopKFamily(Family[BatchTopKWeights]):
         w.threshold.copy_(torch.where(w.threshold > 0, mean, step.threshold))
 
     def settle_(self, w: BatchTopKWeights, batches: Iterable[Float[Tensor, "batch d_in"]], rows: int) -> float:
-        """Sets the threshold above which k latents a token are active on these `rows` rows together. Gives how many
+        """Sets the threshold above which k latents per token are active on these `rows` rows together. Returns how many
         are: fewer than k where fewer are above zero, or where sizes are equal."""
         wanted = self.config.k * rows
         largest = w.W_enc.new_empty(0)

@@ -154,7 +154,7 @@ class GatedFamily(Family[GatedWeights]):
         return Folded(W_enc, -(W_enc @ w.b_dec), w.W_dec, w.b_dec, threshold, w.b.expand(2, -1).clone(), slope)
 
     def reset_(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
-        """Gives the latents in `which` the threshold above which a share `reset_share` of this batch lies, and
+        """Sets for the latents in `which` the threshold above which a share `reset_share` of this batch lies, and
         r = b = 0. Each then fires on that share, whatever the length of its encoder row."""
         rank = min(len(x), max(1, round(len(x) * (1 - self.config.reset_share))))
         centred = x - w.b_dec

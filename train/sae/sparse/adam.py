@@ -47,17 +47,26 @@ def adam_rows_(grad: Float[Tensor, "d_sae d_in"], update: AdamUpdate) -> None:
     height, d_in = grad.shape
     block = triton.next_power_of_2(d_in)
     adam_row[(height,)](
-        update.weight, grad.contiguous(), update.exp_avg, update.exp_avg_sq, update.copied, *update.scales(), d_in,
-        BETA1=BETA1, BETA2=BETA2, EPS=EPS, UNIT=update.unit, COPY=update.copy is not None, BLOCK=block,
+        update.weight,
+        grad.contiguous(),
+        update.exp_avg,
+        update.exp_avg_sq,
+        update.copied,
+        *update.scales(),
+        d_in,
+        BETA1=BETA1,
+        BETA2=BETA2,
+        EPS=EPS,
+        UNIT=update.unit,
+        COPY=update.copy is not None,
+        BLOCK=block,
         num_warps=min(16, max(1, block // 256)),
-    )  # fmt: skip
+    )
 
 
 @triton.jit
 @no_type_check
-def updated(
-    g, w, m, v, pace, widen, UNIT: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr
-):  # fmt: skip
+def updated(g, w, m, v, pace, widen, UNIT: tl.constexpr, BETA1: tl.constexpr, BETA2: tl.constexpr, EPS: tl.constexpr):
     """A row and its moments after the update by gradient g."""
     if UNIT:
         g -= tl.sum(g * w, 0) * w

@@ -51,9 +51,18 @@ def write_entries(
     marks = torch.empty(latents, words, dtype=torch.int32, device=u.device)
     u = u.contiguous()
     count_open[(latents,)](
-        u, theta, counts, marks, batch, words, theta.stride(0), SIGNED=signed, TWO=len(theta) == 2, BLOCK=BLOCK_TOKENS,
+        u,
+        theta,
+        counts,
+        marks,
+        batch,
+        words,
+        theta.stride(0),
+        SIGNED=signed,
+        TWO=len(theta) == 2,
+        BLOCK=BLOCK_TOKENS,
         num_warps=1,
-    )  # fmt: skip
+    )
     torch.cumsum(counts, 0, dtype=torch.int64, out=bounds[1:])
     bounds[1:] += bounds[0]
     write_open[(latents,)](marks, bounds, *to[:2], words, len(to[0]), offset, BLOCK=32, num_warps=1)
@@ -74,9 +83,24 @@ def codes_of(
     codes, ordered, latents = u.new_empty(2, len(u)), u.new_empty(2, len(u)), torch.empty_like(latent)
     if len(u):
         code_entries[(triton.cdiv(len(u), 512),)](
-            u, latent, order, bounds, theta, r, b, codes[0], codes[1], ordered[0], ordered[1], latents,
-            theta.shape[1], SIGNED=signed, TWO=len(theta) == 2, TWO_R=len(r) == 2, BLOCK=512,
-        )  # fmt: skip
+            u,
+            latent,
+            order,
+            bounds,
+            theta,
+            r,
+            b,
+            codes[0],
+            codes[1],
+            ordered[0],
+            ordered[1],
+            latents,
+            theta.shape[1],
+            SIGNED=signed,
+            TWO=len(theta) == 2,
+            TWO_R=len(r) == 2,
+            BLOCK=512,
+        )
     return codes, ordered, latents
 
 
@@ -109,9 +133,7 @@ def latent_gradients(
 
 @triton.jit
 @no_type_check
-def opened_in(
-    u, theta, stride, latent, token, batch, SIGNED: tl.constexpr, TWO: tl.constexpr
-):  # fmt: skip
+def opened_in(u, theta, stride, latent, token, batch, SIGNED: tl.constexpr, TWO: tl.constexpr):
     """u at some tokens, and where its gate is open."""
     inside = token < batch
     value = tl.load(u + latent * batch + token, mask=inside, other=0.0).to(tl.float32)
@@ -129,7 +151,7 @@ def opened_in(
 @no_type_check
 def count_open(
     u, theta, counts, marks, batch, words, stride, SIGNED: tl.constexpr, TWO: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """One latent's open entries: how many there are, and a bit for each token."""
     latent = tl.program_id(0).to(tl.int64)
     total = tl.zeros((BLOCK,), tl.int32)

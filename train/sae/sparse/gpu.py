@@ -1,11 +1,11 @@
 """The sparse step of `train/sae/sparse/cpu.py` in a few Triton kernels.
 
-How many gates are open is known to the device alone while the step is put together: its lists have room for as many as
-the last step had and some more, and if that was too little, the step is put together again before any weight changes.
-So a GPU always has work in its queue. A step in the circumstances of the one before is recorded as CUDA graphs, and
-those that follow replay them. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense
-form's products take them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as
-sums to be taken (`UnsummedGradient`): Adam's update takes them in the same pass (`train/sae/sparse/kernels.py`).
+While the step is put together, only the device knows how many gates are open. Its lists are sized for the last step's
+number and some more; if that was too little, the step is put together again before any weight changes. So a GPU always
+has work in its queue. A step in the circumstances of the one before is recorded as CUDA graphs, and those that follow
+replay them. Rows of W_dec, of the errors and of x - b_dec are read in `now.matmul`, as the dense form's products take
+them in; codes, sums and u's other uses are float32. The gradients of W_enc and W_dec are left as sums to be taken
+(`UnsummedGradient`): Adam's update takes them in the same pass (`train/sae/sparse/kernels.py`).
 """
 
 from dataclasses import dataclass, replace
@@ -72,9 +72,13 @@ def open_entries(
         stop = min(first + block, d_sae)
         pre_activations = W_enc[first:stop] @ low.T
         write_entries(
-            pre_activations, theta[:, first:stop], family.signed, latent_bounds[first : stop + 1], (latent, token, u),
+            pre_activations,
+            theta[:, first:stop],
+            family.signed,
+            latent_bounds[first : stop + 1],
+            (latent, token, u),
             first,
-        )  # fmt: skip
+        )
     count = latent_bounds[-1:].clone()
     latent_bounds.clamp_(max=room)
     ordered, by_token = torch.sort(token, stable=True)  # places without an entry come last
@@ -168,7 +172,8 @@ class RecordedStep:
         ALL_RECORDED.add(self)
 
     def replay(self, x: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics, int]:
-        """And how many entries were open: with more than there was room for, the rest is worth nothing."""
+        """Returns gradients, metrics and the number of open entries. The first two are invalid if that exceeds the
+        capacity."""
         self.x.copy_(x)
         if isinstance(now.sparsity, Tensor):
             self.sparsity.copy_(now.sparsity)
@@ -191,7 +196,7 @@ next."""
 
 
 def recording(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
-    """Threads that load windows go on meanwhile."""
+    """Captures a graph; threads that load windows continue meanwhile."""
     return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
 
 

@@ -74,9 +74,26 @@ def decode(
     dots = torch.empty(len(codes), len(latent), device=centred.device)
     longest_first = torch.argsort(bounds.diff(), descending=True)  # or the last one is waited for
     decode_token[(batch,)](
-        longest_first, latent, order, codes[0], codes[-1], bounds, W_dec, centred, error, low, squares[0], squares[-1],
-        dots, len(latent), batch, d_in, TWO=len(codes) == 2, WIDEN=INTERPRETED, BLOCK_D=triton.next_power_of_2(d_in),
-    )  # fmt: skip
+        longest_first,
+        latent,
+        order,
+        codes[0],
+        codes[-1],
+        bounds,
+        W_dec,
+        centred,
+        error,
+        low,
+        squares[0],
+        squares[-1],
+        dots,
+        len(latent),
+        batch,
+        d_in,
+        TWO=len(codes) == 2,
+        WIDEN=INTERPRETED,
+        BLOCK_D=triton.next_power_of_2(d_in),
+    )
     return Decoded(error, low, squares, dots)
 
 
@@ -119,10 +136,15 @@ def launch(of: UnsummedGradient, out: Float[Tensor, "d_sae d_in"], update: AdamU
     moments = (out, out, out) if update is None else (update.exp_avg, update.exp_avg_sq, update.copied)
     pace, widen = (0.0, 0.0) if update is None else update.scales()
     shape = {
-        "CHUNK": chunk, "UPDATE": update is not None, "UNIT": update is not None and update.unit,
-        "COPY": update is not None and update.copy is not None, "BETA1": BETA1, "BETA2": BETA2, "EPS": EPS,
+        "CHUNK": chunk,
+        "UPDATE": update is not None,
+        "UNIT": update is not None and update.unit,
+        "COPY": update is not None and update.copy is not None,
+        "BETA1": BETA1,
+        "BETA2": BETA2,
+        "EPS": EPS,
         "BLOCK_D": triton.next_power_of_2(d_in),
-    }  # fmt: skip
+    }
     weight = of.weight.contiguous()
     sum_latent[(len(out),)](of.index, weight, rows, of.bounds, out, *moments, pace, widen, d_in, **shape)
     chunks = triton.cdiv(entries, chunk)
@@ -130,9 +152,19 @@ def launch(of: UnsummedGradient, out: Float[Tensor, "d_sae d_in"], update: AdamU
         parts = torch.empty(2 * chunks, d_in, device=rows.device)
         warps = max(1, min(16, shape["BLOCK_D"] // 512))
         sum_chunk[(chunks,)](
-            of.index, of.latent, weight, rows, of.bounds, parts, len(out), d_in, CHUNK=chunk,
-            BLOCK_N=4, BLOCK_D=shape["BLOCK_D"], num_warps=warps,
-        )  # fmt: skip
+            of.index,
+            of.latent,
+            weight,
+            rows,
+            of.bounds,
+            parts,
+            len(out),
+            d_in,
+            CHUNK=chunk,
+            BLOCK_N=4,
+            BLOCK_D=shape["BLOCK_D"],
+            num_warps=warps,
+        )
         sum_parts[(chunks,)](
             parts, of.latent, of.bounds, out, *moments, pace, widen, len(out), d_in, **shape, num_warps=warps
         )
@@ -185,9 +217,10 @@ def decode_token(
             some = first + tl.arange(0, 64)
             there = some < d_in
             errors = tl.load(
-                low + token * d_in + which[None, :] * table + some[:, None], mask=there[:, None] & real[None, :],
+                low + token * d_in + which[None, :] * table + some[:, None],
+                mask=there[:, None] & real[None, :],
                 other=0.0,
-            )  # fmt: skip
+            )
             row = tl.load(W_dec + source[:, None] + some[None, :], mask=live[:, None] & there[None, :], other=0.0)
             if WIDEN:  # Triton's interpreter multiplies no bfloat16
                 row, errors = row.to(tl.float32), errors.to(tl.float32)
@@ -216,9 +249,7 @@ def weighted(weight, rows, begin, end, BLOCK_N: tl.constexpr):
 
 @triton.jit
 @no_type_check
-def sum_of(
-    index, weight, rows, begin, end, column, inside, d_in, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+def sum_of(index, weight, rows, begin, end, column, inside, d_in, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
     """Σ over entries begin to end of weight · row."""
     total = tl.zeros((BLOCK_D,), tl.float32)
     for at in range(begin, end, BLOCK_N):
@@ -271,8 +302,26 @@ def sum_latent(
         m = tl.load(exp_avg + place, mask=inside, other=0.0)
         v = tl.load(exp_avg_sq + place, mask=inside, other=0.0)
     total = sum_of(index, weight, rows, begin, end, column, inside, d_in, BLOCK_N, BLOCK_D)
-    write_row(total, w, m, v, place, inside, out, exp_avg, exp_avg_sq, copy, pace, widen, UPDATE, UNIT, COPY, BETA1,
-              BETA2, EPS)  # fmt: skip
+    write_row(
+        total,
+        w,
+        m,
+        v,
+        place,
+        inside,
+        out,
+        exp_avg,
+        exp_avg_sq,
+        copy,
+        pace,
+        widen,
+        UPDATE,
+        UNIT,
+        COPY,
+        BETA1,
+        BETA2,
+        EPS,
+    )
 
 
 @triton.jit
@@ -281,8 +330,8 @@ def sum_chunk(
     index, latent, weight, rows, bounds, parts, d_sae, d_in, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Of `CHUNK` entries, those that belong to long latents: at most two, the one at the beginning and the one at the
-    end, whose sums of these entries are kept apart."""
+    """Sums, of `CHUNK` entries, those that belong to long latents: at most two, the one at the beginning and the one at
+    the end. Their sums are kept apart."""
     program = tl.program_id(0).to(tl.int64)
     entries = tl.load(bounds + d_sae)
     first = program * CHUNK

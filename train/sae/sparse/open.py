@@ -17,9 +17,9 @@ BLOCK: Final = 1 << 20
 """Entries of u that are computed, compared and forgotten together, while they are in a CPU's cache."""
 GPU_BLOCK: Final = 1 << 28
 SPARE: Final = 4096
-"""Open entries that there is room for beside a quarter more than there were."""
+"""Capacity for open entries, in addition to 1.25 times their last number."""
 LONGEST_ROW: Final = 16384
-"""Of the rows that Triton works on: one program holds a row in registers."""
+"""Longest row that Triton works on: one program holds a row in registers."""
 
 
 @dataclass(frozen=True)
