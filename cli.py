@@ -159,10 +159,10 @@ def demo(out: OutFolder = Path("demo"), as_json: Json = False) -> None:
     from shared.progress import say
     from train.evaluate import evaluate as measure
     from train.report import write_report
-    from train.report.place import check_place
+    from train.report.place import check_demo
     from train.run import train as run_train
 
-    check_place(out / "report.html", overwrite=False)  # before the work of minutes
+    check_demo(out)  # before the work of minutes
     started = time.monotonic()
     say("1 of 4: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
     store = run_harvest(demo_harvest(out)).store

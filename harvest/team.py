@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from shared.device import local_cores, pick_device
 from shared.errors import UserError
-from shared.launch import settle
+from shared.launch import meeting, settle
 
 SECONDS_BETWEEN_CHECKS: Final = 0.2
 
@@ -48,13 +48,8 @@ class Team:
             return cls()
         from torch.distributed.rendezvous import rendezvous
 
-        try:
+        with meeting(place):
             keys, _, _ = next(rendezvous("env://"))
-        except (ValueError, RuntimeError) as error:
-            raise UserError(
-                f"WORLD_SIZE is {place.size}, but the other processes cannot be reached ({error}). Start them with "
-                "--processes, torchrun or accelerate launch"
-            ) from error
         return cls(place.rank, place.size, place.local_rank, place.local_size, keys)
 
     def shards_of_rank(self, work: RankWork) -> list[int]:

@@ -5,12 +5,17 @@ What is left over from another job, or set by half, would have a process believe
 """
 
 import os
-from collections.abc import Mapping
+import signal
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
 from shared.errors import UserError
 
+LATE: Final = 20.0
+"""Seconds of waiting for the other processes after which a message says so."""
 NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
 CURE: Final = "Start with --processes, torchrun or accelerate launch; or unset {} to run one process"
@@ -106,3 +111,32 @@ def wait_briefly() -> None:
     (docs/records/experiments.md). Takes effect when torch is imported."""
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "3000")
+
+
+@contextmanager
+def meeting(place: ProcessPlace) -> Iterator[None]:
+    """Waits for the other processes of a run. A message says so when they do not come. SIGINT ends the process at once,
+    because a wait inside a library cannot be stopped gently. Raises UserError when they cannot be reached."""
+    if place.size == 1:
+        yield
+        return
+    from shared.progress import say
+
+    at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    timer = threading.Timer(LATE, say, [f"waiting for the other processes of this run ({place.size} in all) at {at}"])
+    timer.daemon = True
+    timer.start()
+    here = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL) if here else None
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+        raise UserError(
+            f"WORLD_SIZE is {place.size}, but the other processes cannot be reached at {at} ({why}). Start them with "
+            "--processes, torchrun or accelerate launch"
+        ) from error
+    finally:
+        timer.cancel()
+        if before is not None:
+            signal.signal(signal.SIGINT, before)

@@ -8,13 +8,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, Final, TypeVar
+from typing import Any, ClassVar, Final, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
 from shared.errors import UserError
 from shared.gate import named, quoted
 
+LARGEST: Final = 1 << 50
+"""The largest integer of a setting that has no upper bound of its own: more than any count of bytes or tokens."""
 NO_LABELS: Final[Mapping[str, str]] = MappingProxyType({})
 
 
@@ -25,6 +27,20 @@ class Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
     groups: ClassVar[Mapping[str, str]] = NO_LABELS
     """Headings of `--help`, each with the names of its fields."""
+
+    @field_validator("*")
+    @classmethod
+    def check_bounds(cls, value: Any, info: Any) -> Any:
+        """Refuses integers beyond LARGEST in a setting that has no upper bound of its own, and texts with a NUL, which
+        no name of a file, model or hookpoint can have."""
+        each = value if isinstance(value, tuple) else (value,)
+        if any("\0" in str(text) for text in each if isinstance(text, str | Path)):
+            raise ValueError("expected a text without NUL characters")
+        if any(type(number) is int and abs(number) > LARGEST for number in each):
+            field = cls.model_fields[str(info.field_name)]
+            if not has_upper_bound((field.annotation, *field.metadata)):
+                raise ValueError(f"expected at most {LARGEST:,}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -39,6 +55,16 @@ class Shown:
     """Whether the option can be given several times although the setting has one value."""
     type: str = ""
     """The type in words."""
+
+
+def has_upper_bound(parts: tuple[Any, ...]) -> bool:
+    """Whether a type, with the constraints that annotate it, says how large an integer may be."""
+    return any(
+        getattr(part, "le", None) is not None
+        or getattr(part, "lt", None) is not None
+        or has_upper_bound((*getattr(part, "metadata", ()), *get_args(part)))
+        for part in parts
+    )
 
 
 Section = TypeVar("Section", bound=Frozen)

@@ -67,6 +67,8 @@ def evaluate_on(store: Store, hook: str, config: EvalConfig, folder: RunFolder, 
     watch = SnapshotWatch(store, hook)
     device = pick_device(config.device)
     source = find_model(store, config.model) if wants_ce(config, store) else None
+    for key in {"model", "ce_tokens"} & config.model_fields_set if source is None else ():
+        say(f"--{key.replace('_', '-')}: has no effect, for the language model's loss is not measured")
     diverged = diverged_of(folder)
     good = [sae for sae in trained.saes if sae.name not in diverged]
     d_in = store.spec.hookpoints[hook].d_in

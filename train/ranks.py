@@ -19,7 +19,7 @@ from torch.distributed import DistError, P2POp, batch_isend_irecv, irecv, isend
 
 from shared.device import local_processes
 from shared.errors import DamagedError, LostError, UserError
-from shared.launch import settle
+from shared.launch import meeting, settle
 
 T = TypeVar("T")
 TRACKERS: Final = {"tensorboard": TensorBoardTracker, "wandb": WandBTracker}
@@ -35,7 +35,7 @@ class Ranks:
     def __init__(self, device: torch.device) -> None:
         """Joins the process group. Raises UserError for a device other than cpu and cuda, and for more processes than
         GPUs."""
-        settle()
+        place = settle()
         check_device(device)
         if device.type == "cuda" and device.index is not None:
             torch.cuda.set_device(device)  # accelerate uses the current device
@@ -43,7 +43,8 @@ class Ranks:
         if before is not None and before.num_processes == 1 and before.device.type != device.type:
             AcceleratorState._reset_state(reset_partial_state=True)
         patient = [InitProcessGroupKwargs(timeout=PATIENCE)]
-        self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=patient)
+        with meeting(place):
+            self.accelerator = Accelerator(cpu=device.type == "cpu", kwargs_handlers=patient)
         self.count, self.index = self.accelerator.num_processes, self.accelerator.process_index
         self.device = this_device(self.accelerator.device)
         self.leads: bool = self.accelerator.is_main_process

@@ -67,4 +67,11 @@ def _local(path: Path, config: HarvestConfig, field: DocumentField, check_stop: 
         if (path / "zarr.json").is_file():
             return zarr_stream(path, field.vocab_size, check_stop)
         card = repository_card(path)
-        return files_corpus(path, field, check_stop) if card is None else repository_dataset(path, card, config, field)
+        if card is not None:
+            return repository_dataset(path, card, config, field)
+        if config.corpus_config is not None or config.corpus_split != "train":
+            raise UserError(
+                f"corpus {path}: holds no Hugging Face data set, and so no split or configuration. Leave out "
+                "corpus_split and corpus_config"
+            )
+        return files_corpus(path, field, check_stop)

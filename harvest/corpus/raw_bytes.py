@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final, Protocol, runtime_checkable
 
-from harvest.corpus.documents import BadDocument, OnBad, StopCheck
+from harvest.corpus.documents import BadDocument, OnBad, StopCheck, cause
 from shared.errors import UserError
 
 BLOCK_BYTES: Final = 1 << 20
@@ -42,13 +42,13 @@ def reading(path: Path) -> Iterator[None]:
     except MemoryError as error:
         raise UserError(f"corpus {path}: what is read from it does not fit into memory; split it") from error
     except OSError as error:
-        if error.errno is None and path.suffix.lower() == ".zst":  # pyarrow raises a bare OSError for damaged zstd
+        if error.errno is None and path.suffix.lower() in (".zst", ".parquet"):  # pyarrow raises a bare OSError
             raise _damaged(path, error) from error
         raise UserError(f"corpus {path}: cannot be read ({error.strerror or error})") from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
-    return UserError(f"corpus {path}: is damaged or cut short ({error}); fetch or write it again")
+    return UserError(f"corpus {path}: is damaged or cut short ({cause(error)}); fetch or write it again")
 
 
 def open_regular(path: Path) -> io.BufferedReader:

@@ -8,10 +8,11 @@ import codecs
 import csv
 import functools
 import json
+import re
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from harvest.corpus.documents import (
     BadDocument,
@@ -48,6 +49,8 @@ MUCH: Final = 4 << 30
 """Bytes of files above which a message announces the hashing, because it takes some seconds."""
 ROWS: Final = 64
 """Rows of a parquet file read at a time; fewer where they are large."""
+PAGE_HEADER: Final = re.compile(rb"\x15([\x80-\xff]{0,4}[\x00-\x7f])\x15([\x80-\xff]{0,4}[\x00-\x7f])", re.DOTALL)
+DICTIONARY_PAGE: Final = 2
 
 
 def files_corpus(path: Path, field: DocumentField, check_stop: StopCheck = never_stop) -> Corpus:
@@ -256,7 +259,7 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCh
             if file.schema_arrow.names.count(field.name) > 1:
                 raise UserError(f"{path}: {twice(field.name)}")
             row = 0
-            for batch in file.iter_batches(batch_size=_rows_at_a_time(file), columns=[field.name]):
+            for batch in file.iter_batches(batch_size=_rows_at_a_time(file, source, field), columns=[field.name]):
                 check_stop()
                 if not batch.num_columns:
                     raise UserError(missing_field(field.name, file.schema_arrow.names, str(path)))
@@ -272,11 +275,31 @@ def _parquet(path: Path, field: DocumentField, on_bad: OnBad, check_stop: StopCh
         raise UserError(f"{path}: is not a readable parquet file ({cause(error)}); write it again") from error
 
 
-def _rows_at_a_time(file: Any) -> int:
-    """The number of rows that take about four blocks, from the sizes in the file's metadata."""
+def _rows_at_a_time(file: Any, source: BinaryIO, field: DocumentField) -> int:
+    """So many that they take about four blocks, by what the file says of itself; and no more than RECORD_BYTES if each
+    of them were all of the dictionary that a file of a kilobyte may have."""
     groups = [file.metadata.row_group(number) for number in range(file.metadata.num_row_groups)]
     largest = max((group.total_byte_size // max(1, group.num_rows) for group in groups), default=1)
-    return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest)))
+    columns = (group.column(number) for group in groups for number in range(group.num_columns))
+    ours = (column for column in columns if column.path_in_schema.split(".")[0] == field.name.split(".")[0])
+    dictionary = max((_dictionary_bytes(column, source) for column in ours), default=0)
+    return max(1, min(ROWS, 4 * BLOCK_BYTES // max(1, largest), RECORD_BYTES // max(1, dictionary)))
+
+
+def _dictionary_bytes(column: Any, source: BinaryIO) -> int:
+    """How long the distinct values of a column are together, by the header of its first page, in Thrift's compact
+    protocol: the page's type, then its size, each as a field of its own. RECORD_BYTES where it is not so."""
+    offsets = (column.dictionary_page_offset, column.data_page_offset)
+    source.seek(min((offset for offset in offsets if offset and offset > 0), default=0))
+    found = PAGE_HEADER.match(source.read(16))
+    if not found:
+        return RECORD_BYTES
+    kind, size = (_unsigned(number) >> 1 for number in found.groups())
+    return size if kind == DICTIONARY_PAGE else 0
+
+
+def _unsigned(number: bytes) -> int:
+    return sum((byte & 0x7F) << 7 * place for place, byte in enumerate(number))
 
 
 def _document_of_value(value: Any, column: str, field: DocumentField, where: str) -> Document:

@@ -1,7 +1,6 @@
 """Running the command line, and what it prints: a result as text or JSON, an error as one message and an exit code."""
 
 import contextlib
-import io
 import os
 import signal
 import sys
@@ -12,6 +11,7 @@ from typing import Any
 
 import typer
 
+from shared.command.streams import settle_streams
 from shared.launch import is_helper, wait_briefly
 
 
@@ -25,22 +25,6 @@ def show(document: Any, as_json: bool, text: Callable[[], object]) -> None:
         text()
 
 
-def open_streams() -> None:
-    """Makes the standard streams safe to write to. A closed one becomes /dev/null: else the next file that is opened
-    would get its number, and what libraries print would be written into it. A character that the terminal's encoding
-    lacks is written as an escape (λ as \\u03bb): no run ends for it."""
-    for number, name in enumerate(("stdin", "stdout", "stderr")):
-        if getattr(sys, name) is None:
-            handle = os.open(os.devnull, os.O_RDWR)
-            if handle != number:
-                os.dup2(handle, number)
-                os.close(handle)
-            setattr(sys, name, os.fdopen(number, "w" if number else "r", encoding="utf-8"))
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
 def run_app(app: Callable[[], object]) -> None:
     """Runs the command line: every error that a person can mend becomes one message and its exit code."""
     from shared.device import heed_quota
@@ -50,7 +34,7 @@ def run_app(app: Callable[[], object]) -> None:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 (the signal module's signature)
         raise Interrupted("stopped. To continue, run the same command again")
 
-    open_streams()
+    settle_streams()
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
     wait_briefly()
     heed_quota()

@@ -5,6 +5,7 @@ or an array's shape, says what exists: in Zarr a missing shard silently reads as
 files are complete, synced and renamed and its manifest line is synced. Every chunk read is checked against its crc32c.
 """
 
+import errno
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files, is_remote, parent_of
 from shared.files.handles import VERIFY
-from shared.files.local import LocalFiles
+from shared.files.local import LocalFiles, in_words
 from shared.files.open import open_files
 from shared.gate import BadData, choice, members, parse_json, quoted
 from shared.store.commits import Commits
@@ -328,6 +329,8 @@ def is_store(files: Files) -> bool:
     except FileNotFoundError:
         return False
     except (OSError, BadData) as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            raise UserError(f"{files.name}: {in_words(error)}") from error
         raise DamagedError(f"{files.name}/{STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ours = attributes.get("sagsae") if isinstance(attributes, dict) else None

@@ -14,7 +14,7 @@ import shared.synthetic
 from harvest.synth import synth
 from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.errors import UserError
-from shared.saes import sae_config, sae_grid
+from shared.saes import ARCHITECTURES, sae_config, sae_grid
 from shared.store.norms import norms
 from shared.store.opened import Store
 from shared.tables import print_saes
@@ -22,6 +22,7 @@ from train.evaluate import evaluate
 from train.measure.directions import directions
 from train.report import write_report
 from train.report.data import read_run
+from train.report.settings import measured as in_order_of
 from train.report.settings import sections
 from train.run import train
 from train.runs.folder import RunFolder
@@ -29,7 +30,32 @@ from train.runs.folder import RunFolder
 DECIDING = {
     "hook", "batch", "lr", "warmup_steps", "decay_fraction", "clip_norm", "precision", "seed", "heldout_tokens",
     "exclude_positions", "exclude_special", "max_norm", "follow", "streams", "run_chunks", "window_rows",
+    "dead_after_tokens",
 }  # fmt: skip
+ROUNDING = {"device", "parallel", "parts", "compile", "step"}
+"""Settings that say who computes the same numbers: they may change their last bits."""
+WRITING = {
+    "store", "verify", "memory", "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",
+}  # fmt: skip
+"""Settings of where rows come from (`snapshot` says which), and of what is written where and how often."""
+APART = {"tokens", "saes"}
+"""Settings that decide through something else: how many whole batches there are, and one autoencoder at a time."""
+
+
+def another(value: Any, name: str) -> Any:
+    """Another value of a setting: of its own kind, where that says what it is."""
+    special = {
+        "device": "cuda:1", "memory": 10**9, "track": ["wandb"], "decay_fraction": 0.9, "checkpoint_every": 3,
+        "exclude_positions": [0, 1], "max_norm": 7.0, "clip_norm": 0.5, "decoder": "free", "tie": "none",
+        "reset_share": 0.0200000001, "sparsity_warmup": 0.1000000001, "l0_target": 9.0, "lr": 1.2345678e-3, "aux_k": 7,
+    }  # fmt: skip
+    if name in special:
+        return special[name]
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value * 2 + 1
+    return f"another {value}" if isinstance(value, str) else 64
 
 
 def changed(folder: Path, source: Path, **config: Any) -> Path:
@@ -91,8 +117,54 @@ def test_every_setting_is_classified() -> None:
     from train.report.comparable import IMMATERIAL
 
     assert set(TrainConfig.model_fields) - IMMATERIAL == DECIDING
-    beside = {"norm_limit", "shards", "keep_checkpoints"}
-    assert IMMATERIAL - beside <= set(TrainConfig.model_fields)
+    assert IMMATERIAL == ROUNDING | WRITING | APART
+
+
+def test_every_setting_in_turn(tmp_path: Path) -> None:
+    """Cold review: runs that differed in dead_after_tokens, tokens, norm_limit, shards or hook were one setting."""
+    recorded = {"norm_limit": 3.0, "shards": "0-3", "snapshot": "a"}
+    saes = [{"arch": "gated", "d_sae": 48}]
+    usual = TrainConfig(store="s", hook="h", saes=saes, tokens=4096, batch=64, dead_after_tokens=1024)
+    values = {**usual.model_dump(mode="json"), "hook": "layer_02/resid_post", **recorded}
+    one = changed(tmp_path / "one", write_run(tmp_path / "made", sweep((0,))), **values)
+    for name in values.keys() - {"saes"}:
+        other = changed(tmp_path / name, one, **{name: another(values[name], name)})
+        apart = len(sections([read_run(one), read_run(other)])) == 2
+        assert apart == (name not in ROUNDING | WRITING), name
+    same = changed(tmp_path / "same", one, tokens=4096 + 63)
+    assert len(sections([read_run(one), read_run(same)])) == 1, "as many whole batches"
+    unseen = [changed(tmp_path / f"window-{window}", one, dead_after_tokens=window) for window in (5000, 6000)]
+    assert len(sections([read_run(run) for run in unseen])) == 1, "both are longer than the run"
+
+
+@pytest.mark.parametrize("arch", list(ARCHITECTURES))
+def test_every_setting_of_an_autoencoder_in_turn(tmp_path: Path, arch: str) -> None:
+    """No two autoencoders of different settings are seeds of one; numbers that a name rounds differ, too."""
+    usual: dict[str, Any] = {"arch": arch, "d_sae": 96}
+    fields = ARCHITECTURES[arch].config.model_fields
+    if "theta0" in fields:
+        usual["theta0"] = 1.0
+    pairs: list[tuple[dict[str, Any], dict[str, Any]]]
+    pairs = [({}, {name: another(field.default, name)}) for name, field in fields.items() if name not in usual]
+    pairs += [({}, {name: 1.0000000001}) for name in ("theta0", "bandwidth") if name in fields]
+    if "l0_target" in fields:
+        begun = [{"l0_target": 9.0, "sparsity": begin} for begin in (0.2, 0.2 + 1e-9, 0.4)]
+        pairs += [(begun[0], begun[1]), (begun[0], begun[2])]
+
+    def series_of(number: str, settings: dict[str, Any]) -> tuple[Any, ...]:
+        config = sae_config(**{**usual, **settings})
+        knobs = {key: getattr(config, key, None) for key in ("sparsity", "l0_target", "k", "seed")}
+        entry = measured(arch, config.d_sae, 0.2, name=config.name) | knobs
+        folder = write_run(tmp_path / number, [entry | ({"sparsity": None} if knobs["l0_target"] else {})])
+        run = read_run(changed(tmp_path / f"{number}-", folder, saes=[config.model_dump(mode="json")]))
+        (sae,) = in_order_of(run)
+        return sae.key, sae.knob, sae.seed
+
+    for number, pair in enumerate(pairs):
+        one, other = (series_of(f"{number}-{which}", settings) for which, settings in enumerate(pair))
+        assert one != other, pair
+        if "seed" not in pair[1]:
+            assert one[:2] != other[:2], pair
 
 
 def test_a_repetition_is_no_seed(tmp_path: Path) -> None:
@@ -185,8 +257,14 @@ def test_a_report_does_not_go_through_links(tmp_path: Path) -> None:
     assert not (tmp_path / "nothing").exists()
 
 
-def test_eval_replaces_evaluations_alone(train_config: Callable[..., TrainConfig]) -> None:
+def test_eval_replaces_evaluations_alone(
+    train_config: Callable[..., TrainConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     run = train(train_config()).run
+    evaluate(EvalConfig(run=run, ce=False, device="cpu", ce_tokens=100, model="m"))
+    said = capsys.readouterr().err
+    assert "--ce-tokens: has no effect" in said
+    assert "--model: has no effect" in said
     (run / "evaluation.json").write_text("<!doctype html>")
     with pytest.raises(UserError, match=r"is not an evaluation\. Move it away"):
         evaluate(EvalConfig(run=run, ce=False, device="cpu"))

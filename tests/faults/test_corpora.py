@@ -5,6 +5,7 @@ import functools
 import gzip
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -27,10 +28,11 @@ from support.models import save_corpus, sentences
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from harvest.corpus.documents import BadDocument, Corpus, JoinedIds, LongText
+from harvest.corpus.documents import BadDocument, Corpus, DocumentField, JoinedIds, LongText
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled
 from harvest.corpus.raw_bytes import RECORD_BYTES
+from harvest.corpus.readers import _rows_at_a_time
 from harvest.corpus.split_text import LONGEST, pieces, tokenise_texts
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
@@ -795,3 +797,40 @@ def test_columns_of_parquet_that_are_not_what_they_seem(tmp_path: Path) -> None:
     refused(tmp_path / "two.parquet", "has more than one column 'text'; rename all but one")
     pq.write_table(pa.table({"text": pa.array([2**62], pa.timestamp("us"))}), tmp_path / "date.parquet")
     refused(tmp_path / "date.parquet", "date.parquet, row 1: 'text' is a timestamp[us] that cannot be read")
+
+
+@pytest.mark.parametrize("setting", ["corpus_split", "corpus_config"])
+def test_settings_of_a_data_set_for_a_file(tmp_path: Path, setting: str) -> None:
+    """Cold review: they were taken without a word, and had no effect."""
+    (tmp_path / "a.txt").write_text("text")
+    refused(tmp_path / "a.txt", "holds no Hugging Face data set", **{setting: "validation"})
+
+
+def test_pages_of_parquet_that_are_damaged(tmp_path: Path) -> None:
+    """Cold review: of some pages pyarrow's message had several lines."""
+    chosen, texts = random.Random(0), [f"{number} text" * 9 for number in range(900)]
+    for compression in ("none", "snappy", "gzip", "zstd"):
+        pq.write_table(pa.table({"text": texts}), tmp_path / "whole.parquet", compression=compression)
+        whole = (tmp_path / "whole.parquet").read_bytes()
+        refusals = []
+        for _ in range(25):
+            at, data = chosen.randrange(4, len(whole) // 2), bytearray(whole)
+            data[at : at + 20] = chosen.randbytes(20)
+            (tmp_path / "bad.parquet").write_bytes(data)
+            try:
+                texts_of(tmp_path / "bad.parquet")
+            except UserError as error:
+                refusals.append(str(error))
+        assert len(refusals) > 5
+        assert not [message for message in refusals if "\n" in message or "bad.parquet" not in message]
+
+
+def test_one_long_text_in_every_row_of_parquet(tmp_path: Path) -> None:
+    """Cold review: a file of a kilobyte says the same 16 MB in each row; 64 rows, 1 GB, were made whole at once."""
+    rows = pa.DictionaryArray.from_arrays(pa.array([0] * 200, pa.int32()), pa.array(["x" * (1 << 24)]))
+    for name, table, expected in (("a", rows, 15), ("b", ["x" * 100] * 200, 64)):
+        path = tmp_path / f"{name}.parquet"
+        pq.write_table(pa.table({"text": table}), path, store_schema=False, compression="zstd")
+        with path.open("rb") as source:
+            assert _rows_at_a_time(pq.ParquetFile(source), source, DocumentField("text", 9)) == expected
+    assert len(texts_of(tmp_path / "b.parquet")) == 200

@@ -27,9 +27,10 @@ import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
 from shared.command.grid import multiples_of_d_in
-from shared.config import EvalConfig, HarvestConfig, TrainConfig
+from shared.config import EvalConfig, HarvestConfig, SynthConfig, TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.saes import sae_config, sae_grid
+from shared.saes import ARCHITECTURES, sae_config, sae_grid
+from shared.schema import Frozen, build
 from shared.store.opened import Store
 from shared.store.spec import seal
 from train.autoencoder import Autoencoder
@@ -435,9 +436,63 @@ def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config,
         ({"exclude_positions": (99,)}, "a context of 16 has no position 99"),
         ({"exclude_positions": (-1,)}, "has no position -1"),
         ({"step": "sparse", "saes": (sae_config(arch="relu", d_sae=8),)}, "none is asked for"),
+        ({"step": "sparse", "saes": (sae_config(arch="gated", d_sae=8, decoder="free"),)}, "none is asked for"),
+        ({"batch": 1 << 30, "tokens": 1 << 40}, "batch: 1,073,741,824 at once"),
+        ({"batch": 1 << 20, "streams": 1 << 20}, "streams: 1,048,576 at once"),
+        ({"lr": 1e39}, r"lr: 1e\+39 is too large for float32"),
+        ({"clip_norm": 1e300}, r"clip_norm: 1e\+300 is too large for float32"),
+        ({"max_norm": 1e300}, r"max_norm: 1e\+300 times the median norm is beyond float32"),
     ):
         with pytest.raises(UserError, match=message):
             make_job(train_config(**settings), CPU)
+
+
+def test_setting_that_has_no_effect_is_said(train_config: Config, capsys: Any) -> None:
+    """Cold review: reset_every, log_every and checkpoint_every beyond the run's steps were taken without a word."""
+    saes = (
+        sae_config(arch="sa-gsae", d_sae=48, reset_every=21, sparsity_warmup=0.01),
+        sae_config(arch="gated", d_sae=48, reset_share=0.5),
+        sae_config(arch="batch-topk", d_sae=48, k=4, aux_after=1281),
+        sae_config(arch="abs-topk", d_sae=48, k=4, aux_after=7, aux_k=0),
+    )
+    beyond = {"log_every": 21, "checkpoint_every": 21, "dead_after_tokens": 1281, "decay_fraction": 0.01}
+    make_job(train_config(saes=saes, **beyond), CPU)
+    said = " ".join(capsys.readouterr().err.split())
+    for sentence in (
+        "log_every = 21: the run has 20 steps", "checkpoint_every = 21: the run has 20 steps",
+        "dead_after_tokens = 1,281: the run has 1,280 tokens", "decay_fraction = 0.01: is less than one of 20 steps",
+        "reset_every = 21: the run has 20 steps; no latent is reset", "reset_share = 0.5: has no effect without",
+        "sparsity_warmup = 0.01: is less than one of 20 steps", "aux_after = 1,281: the run has 1,280 tokens",
+        "aux_after = 7: has no effect with aux_k = 0",
+    ):  # fmt: skip
+        assert said.count(sentence) == 1, sentence
+    own = tuple(sae.model_copy(update={"lr": 1e-3}) for sae in saes[:1])
+    make_job(train_config(saes=own), CPU)
+    assert "lr = 0.005: is not used" in capsys.readouterr().err
+    within = {"log_every": 20, "checkpoint_every": 20, "dead_after_tokens": 1280, "decay_fraction": 0.0}
+    make_job(train_config(saes=(sae_config(arch="gated", d_sae=48, reset_every=20),), **within), CPU)
+    assert "run has" not in capsys.readouterr().err
+
+
+SCHEMAS = (HarvestConfig, SynthConfig, TrainConfig, EvalConfig, *(each.config for each in ARCHITECTURES.values()))
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda schema: schema.__name__)
+def test_setting_of_any_size_is_bounded(schema: type[Frozen]) -> None:
+    """Cold review: --tokens 99999999999999999999 began a training without a word."""
+    needed = {"model": "m", "store": "s", "run": "r", "saes": [{"arch": "gated", "d_sae": 64}], "d_sae": 64}
+    usual = {key: value for key, value in needed.items() if key in schema.model_fields}
+    arch = next((arch for arch, found in ARCHITECTURES.items() if found.config is schema), None)
+    usual |= {"arch": arch} if arch else {}
+    build(schema, usual)
+    tried = 0
+    for name, field in schema.model_fields.items():
+        for value in (10**20, [10**20]):
+            if "int" in str(field.annotation) and name != "saes":
+                tried += 1
+                with pytest.raises(UserError, match=rf"^(unknown setting .)?{name}\b"):
+                    build(schema, {**usual, name: value})
+    assert tried
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,9 @@ recorded in its config.json, so that evaluation leaves out the same rows as trai
 rows that remain.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +22,8 @@ from shared.store.shard import as_float32
 from train.data.order import Split
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows
+
+LARGEST_NORM: Final = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,12 @@ def norm_limit(store: Store, hook: str, config: TrainConfig) -> float | None:
     found = norms(store, hook)
     if found is None:
         raise UserError(f"{store.name}: no row of {hook} counts. Harvest more tokens")
-    return config.max_norm * found.median
+    limit = config.max_norm * found.median
+    if limit > LARGEST_NORM:
+        raise UserError(
+            f"max_norm: {config.max_norm:g} times the median norm is beyond float32. Lower it, or leave it out"
+        )
+    return limit
 
 
 def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
@@ -61,7 +67,7 @@ def recorded_limit(identity: Mapping[str, Any], what: str) -> float | None:
     limit = identity.get("norm_limit")
     if limit is None:
         return None
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit < math.inf:
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or not 0 < limit <= LARGEST_NORM:
         raise DamagedError(f"{what}/config.json: norm_limit is not a positive number. Restore it from a copy")
     return float(limit)
 

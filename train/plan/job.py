@@ -38,14 +38,17 @@ from train.data.snapshot import (
     is_earlier,
 )
 from train.fit.optim import usual_warmup
+from train.plan.idle import idle
 from train.runs.folder import FREE, RunFolder
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
 """A run may have one chunk per this many `window_rows`: the variance of a batch's mean then stays near 1.15 times that
 of independent rows (tests/train/test_shuffle.py)."""
 
-SCALARS: Final = {"theta0", "bandwidth", "sparsity"}
+SCALARS: Final = {"theta0", "bandwidth", "sparsity", "lr"}
 """Settings of an autoencoder that become numbers of float32."""
+LARGEST: Final = {"batch": 1 << 24, "streams": 1 << 16}
+LARGEST_SCALAR: Final = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -178,6 +181,8 @@ def make_job(
     passes, streams = make_passes(config, store, hook, parts, identity["run_chunks"], folder.path, leads)
     if leads:
         say_unreached_bounds(asked, store, hook, streams, identity["run_chunks"])
+        for sentence in idle(asked, steps):
+            say(sentence)
     job = TrainJob(
         config=config,
         store=store,
@@ -291,16 +296,23 @@ def with_recorded_settings(config: TrainConfig, folder: RunFolder, device: torch
 def check_settings(config: TrainConfig, store: Store) -> None:
     """Raises UserError for a setting that cannot be applied."""
     context = store.spec.context
+    for key, most in LARGEST.items():
+        if getattr(config, key) > most:
+            raise UserError(f"{key}: {getattr(config, key):,} at once fit into no machine. At most {most:,} are taken")
+    for key in ("lr", "clip_norm"):
+        if (getattr(config, key) or 0.0) > LARGEST_SCALAR:
+            raise UserError(f"{key}: {getattr(config, key):g} is too large for float32")
     for position in config.exclude_positions or ():
         if not 0 <= position < context:
             raise UserError(
                 f"exclude_positions: a context of {context} has no position {position}; the last one is {context - 1}"
             )
     sparse = [name for name, architecture in ARCHITECTURES.items() if architecture.sparse_step]
-    if config.step == "sparse" and not any(sae.arch in sparse for sae in config.saes):
+    fitting = [sae for sae in config.saes if sae.arch in sparse and getattr(sae, "decoder", "unit") == "unit"]
+    if config.step == "sparse" and not fitting:
         raise UserError(
-            f"step = sparse: works for gated architectures only ({', '.join(sparse)}), and none is asked for. "
-            "Leave it out"
+            f"step = sparse: works for gated architectures with unit decoders only ({', '.join(sparse)}), and none is "
+            "asked for. Leave it out"
         )
 
 
@@ -311,7 +323,7 @@ def check_saes(saes: tuple[SAEConfig, ...]) -> None:
         if isinstance(sae, FixedL0) and (sae.aux_k or 0) > sae.d_sae:
             raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
         for key in SCALARS & dict(sae).keys():
-            if getattr(sae, key) > torch.finfo(torch.float32).max:
+            if (getattr(sae, key) or 0.0) > LARGEST_SCALAR:
                 raise UserError(f"{key}: {getattr(sae, key):g} is too large for float32 ({sae.name})")
 
 

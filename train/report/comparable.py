@@ -20,11 +20,10 @@ READ: Final = ("store", "verify", "memory")
 """These decide where rows come from, how they are checked and kept; `snapshot` says which rows they are."""
 COMPUTED: Final = ("device", "parallel", "parts", "compile", "step")
 """These decide how the same numbers are computed, and change rounding at most."""
-FOUND_ELSEWHERE: Final = ("tokens", "norm_limit", "shards", "saes")
-"""`tokens` is compared as `training tokens`; `norm_limit` and `shards` follow from `max_norm` and `snapshot`;
-autoencoders are compared one by one."""
-IMMATERIAL: Final = frozenset({*WRITTEN, *READ, *COMPUTED, *FOUND_ELSEWHERE, "dead_after_tokens"})
-"""Settings that do not decide what is trained and measured. (`dead_after_tokens` decides a number in the log.)"""
+FOUND_ELSEWHERE: Final = ("tokens", "saes")
+"""`tokens` is compared as `training tokens`; autoencoders are compared one by one."""
+IMMATERIAL: Final = frozenset({*WRITTEN, *READ, *COMPUTED, *FOUND_ELSEWHERE})
+"""Settings that do not decide what is trained and measured."""
 LONGEST: Final = 60
 """Number of characters of a value that are shown."""
 
@@ -49,11 +48,13 @@ def deciding(run: ReportedRun) -> dict[str, Any]:
     usual = {name: field.default for name, field in fields if field.default is not PydanticUndefined}
     found = {key: value for key, value in {**usual, **run.config}.items() if key not in IMMATERIAL | {"hook"}}
     snapshot = found.pop("snapshot", None) or run.config.get("store")
+    window = found.pop("dead_after_tokens")
     return {
         "model": run.store.get("commit") or run.model,  # the commit, because one model may have several names
         "hookpoint": run.hook,
         "rows": snapshot,
         "training tokens": run.tokens_trained,
+        "dead after tokens": min(window, run.tokens_trained or window) if isinstance(window, int) else window,
         "held-out tokens": run.evaluation.tokens,
         "seed of the order": found.pop("seed", None),
         **found,

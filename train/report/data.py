@@ -6,6 +6,7 @@ not measured. Every other fault raises UserError or DamagedError that names the 
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from shared.errors import DamagedError, UserError
 from shared.files.base import most_bytes
 from shared.files.local import read_whole
-from shared.saes import sae_config
+from shared.saes import SAEConfig, sae_config
 from shared.store.spec import is_sealed
 from train.report.sae import MeasuredSAE
 
@@ -93,21 +94,20 @@ class ReportedRun:
 
     @property
     def hook(self) -> str:
-        return str(self.store.get("hook") or self.config.get("hook") or "hookpoint not recorded")
+        return str(self.config.get("hook") or self.store.get("hook") or "hookpoint not recorded")
 
     @cached_property
-    def begun_at(self) -> dict[str, float]:
-        """By autoencoder, the λ from which steering to an L0 target began, if it is not the default. Names do not tell
-        it."""
+    def unnamed(self) -> dict[str, str]:
+        """By name, the settings of an autoencoder that its name does not tell, or rounds: the λ that steering to an L0
+        target began with where it is not the usual one, and numbers of more than six digits."""
         saes, found = self.config.get("saes"), {}
         for values in saes if isinstance(saes, list) else ():
             try:
                 config = sae_config(**values)
             except (TypeError, UserError):
                 continue
-            usual = type(config).model_fields
-            if "l0_target" in usual and config.l0_target and config.sparsity != usual["sparsity"].default:
-                found[config.name] = config.sparsity
+            if told := "-".join(beyond_name(config)):
+                found[config.name] = told
         return found
 
     @property
@@ -117,11 +117,26 @@ class ReportedRun:
 
     @property
     def tokens_trained(self) -> int | None:
-        """The number of training tokens: the last logged one or, without a log, steps times batch."""
+        """Returns the number of training tokens: those asked for, in whole batches; for an epoch, the last logged count
+        or, without a log, steps times batch."""
+        asked, batch = self.config.get("tokens"), self.config.get("batch")
+        if type(asked) is int and type(batch) is int and asked > 0 and batch > 0:
+            return asked // batch * batch
         logged = [curve.tokens[-1] for curve in self.curves.values() if curve.tokens]
-        steps, batch = self.record.get("steps"), self.config.get("batch")
+        steps = self.record.get("steps")
         planned = steps * batch if isinstance(steps, int) and isinstance(batch, int) else None
         return max([*logged, planned or 0]) or None
+
+
+def beyond_name(config: SAEConfig) -> Iterator[str]:
+    """The settings of one autoencoder that decide its result and that its name leaves out or rounds."""
+    for key, value in config:
+        if not isinstance(value, float) or value == type(config).model_fields[key].default:
+            continue
+        if key == "sparsity" and getattr(config, "l0_target", None):
+            yield f"from-lambda-{value!r}"
+        elif key not in ("sparsity", "l0_target") and float(f"{value:g}") != value:
+            yield f"{key.replace('_', '-')}-{value!r}"
 
 
 @dataclass(frozen=True)

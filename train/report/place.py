@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Final
 
 from shared.errors import UserError
+from shared.gate import quoted
 
 MARK: Final = b'<meta name="generator" content="sagsae report'
 """A tag in the first 1,024 bytes of every report."""
 NAME_ANOTHER: Final = "Name another file"
+DEMO: Final = {"stores", "stores/tiny", "run", "report.html"}
+"""All that `sagsae demo` puts into its folder."""
 
 
 def check_place(out: Path, overwrite: bool) -> None:
@@ -21,6 +24,8 @@ def check_place(out: Path, overwrite: bool) -> None:
         found = None
     except OSError as error:
         raise UserError(f"--out {out}: cannot be accessed ({error.strerror}). {NAME_ANOTHER}") from error
+    except ValueError as error:  # a NUL
+        raise UserError(f"--out {quoted(str(out))}: is no name of a file ({error}). {NAME_ANOTHER}") from error
     if found and stat.S_ISLNK(found.st_mode):
         raise UserError(f"--out {out}: is a link. Name the file itself, or remove the link")
     if found and stat.S_ISDIR(found.st_mode):
@@ -33,6 +38,29 @@ def check_place(out: Path, overwrite: bool) -> None:
         raise UserError(f"--out {out}: is in {owner}; only a page (.html) may be written there. {NAME_ANOTHER}")
     if not ours and not overwrite:
         raise UserError(f"--out {out}: exists and is not a report. {NAME_ANOTHER}, or replace it with --overwrite")
+
+
+def check_demo(out: Path) -> None:
+    """Raises UserError where `sagsae demo` is not to write: in anything but a new, an empty or a demo's folder."""
+    try:
+        here = [path.relative_to(out).as_posix() for folder in (out, out / "stores") for path in names_in(folder)]
+    except NotADirectoryError as error:
+        raise UserError(f"--out {error.filename}: is no folder. Name another --out") from error
+    others = sorted(set(here) - DEMO)
+    if others:
+        raise UserError(f"--out {out}: exists and is not a demo's: {quoted(others[0])} is in it. Choose another --out")
+    owner = owner_of(out / "report.html")
+    if owner:
+        raise UserError(f"--out {out}: is in {owner}. Choose another --out")
+    check_place(out / "report.html", overwrite=False)
+
+
+def names_in(folder: Path) -> list[Path]:
+    """What is in a folder; nothing when there is no folder."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        return []
 
 
 def is_report(path: Path) -> bool:

@@ -76,8 +76,8 @@ class MeasuredSAE(BaseModel):
     ce_recovered_mean: float | None = None
     tokens: int | None = None
     ce_tokens: int | None = None
-    begun_at: float | None = None
-    """The λ that steering to an L0 target began with, where it is not the usual one."""
+    unnamed: str = ""
+    """Its settings that its name does not tell (`ReportedRun.unnamed`)."""
 
     @field_validator("arch")
     @classmethod
@@ -89,8 +89,7 @@ class MeasuredSAE(BaseModel):
     @property
     def key(self) -> FrontierKey:
         special = variant(self.model_dump(include={"name", "seed"}))
-        begun = "" if self.begun_at is None else f"from-lambda-{self.begun_at:g}"
-        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, begun))))
+        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, self.unnamed))))
 
     @property
     def knob(self) -> SparsityKnob:

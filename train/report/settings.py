@@ -77,8 +77,8 @@ def measured(run: ReportedRun) -> list[MeasuredSAE]:
         tokens = run.evaluation.tokens if sae.tokens is None else sae.tokens
         missing = sae.ce_tokens is None and sae.ce_spliced is not None
         ce_tokens = run.evaluation.ce_tokens if missing else sae.ce_tokens
-        begun = run.begun_at.get(sae.name)
-        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens, "begun_at": begun}))
+        unnamed = run.unnamed.get(sae.name, "")
+        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens, "unnamed": unnamed}))
     return filled
 
 

@@ -19,6 +19,7 @@ from shared.progress import say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
 from train.evaluate import evaluate
+from train.report.place import owner_of
 from train.reproduce.analysis import Arms as Points
 from train.reproduce.analysis import analyse
 from train.reproduce.claims import judge_all
@@ -147,6 +148,8 @@ def describe(request: Request) -> dict[str, Any]:
 
 def check_folder(out: Path, protocol: dict[str, Any]) -> None:
     """Raises UserError when the folder holds something else, or a reproduction with other settings."""
+    if owner := owner_of(out / PLAN):
+        raise UserError(f"--out {out}: is in {owner}. Choose another --out")
     if not out.exists():
         return
     if not out.is_dir():
