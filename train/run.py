@@ -7,6 +7,7 @@ from its newest checkpoint when the same call is made again, and on a CPU ends w
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -137,7 +138,9 @@ def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sw
     mine, own = (deal_out(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
     members = [make_member(sae, job, own) for sae in mine]
     restore(members, at)
-    at = run_steps(job, members, at, made, ranks, sweep)
+    if ranks.leads:
+        introduce(job, ranks.device)
+    at = WaveLoop(job, members, at, ranks, sweep).run(made)
     if sweep or ranks.leads:
         save_saes(job, members)
     lost = {member.config.name: member.diverged for member in members if member.diverged is not None}
@@ -208,73 +211,100 @@ def introduce(job: TrainJob, device: torch.device) -> None:
         say(f"{job.store.name}/{job.hook}: {found.massive.text}")
 
 
-def run_steps(
-    job: TrainJob, members: list[Member], at: ResumePoint, made: TrainTotals, ranks: Ranks, sweep: bool
-) -> ResumePoint:
-    """The training loop of one wave, from where it stands to its end. Adds what it does to `made`."""
-    config, device, start = job.config, ranks.device, at.step
-    positions = list(at.positions) or [StreamPosition()] * job.streams
-    shares = share(config.batch, job.streams, *((0, 1) if sweep else (ranks.index, ranks.count)))
-    if ranks.leads:
-        introduce(job, device)
-    started = time.monotonic()
+class WaveLoop:
+    """The training loop of one wave, from where it stands to its end."""
 
-    def after(done: int) -> ResumePoint:
-        return replace(at, step=done, seconds=at.seconds + time.monotonic() - started)
+    tracking: Tracking
+    stop_asked: Callable[[], bool]
+    stream: BatchStream
+    checkpoints: Checkpoints
 
-    def rate(done: int) -> float:
-        return config.batch * (done - start) / (time.monotonic() - started)
+    def __init__(self, job: TrainJob, members: list[Member], at: ResumePoint, ranks: Ranks, sweep: bool) -> None:
+        self.job, self.members, self.at, self.ranks, self.sweep = job, members, at, ranks, sweep
+        self.table = LiveTable([sae.name for sae in job.saes], job.steps)
+        self.steps_before = (job.wave - 1) * job.steps
+        """Steps of the waves before this one."""
+        self.started = time.monotonic()
 
-    def waiting() -> float:
-        return stream.waited / (time.monotonic() - started)
+    def run(self, totals: TrainTotals) -> ResumePoint:
+        """Trains. Adds what it does to `totals`, and returns where the run stands then. Raises Interrupted."""
+        job, config, start = self.job, self.job.config, self.at.step
+        with (
+            closing(
+                Tracking(config.track, job.folder, job.identity, self.steps_before + start, self.ranks)
+            ) as self.tracking,
+            stop_requests() as self.stop_asked,
+            closing(self.make_stream()) as self.stream,
+            progress("train", job.steps - start, "steps", shown=self.ranks.leads, below=self.table) as advance,
+            torch.no_grad(),
+        ):
+            self.checkpoints = Checkpoints(job, self.members, self.stream, self.ranks, self.sweep)
+            for step in range(start, job.steps):
+                self.step(step)
+                advance(1, f"{self.rate(step + 1):,.0f} tokens/s, waiting for data {self.waiting():.0%}")
+        end = self.after(job.steps)
+        totals.steps += job.steps - start
+        totals.seconds += end.seconds - self.at.seconds
+        totals.waited += self.stream.waited
+        return end
 
-    loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, device)
-    table = LiveTable([sae.name for sae in job.saes], job.steps)
-    before = (job.wave - 1) * job.steps
+    def make_stream(self) -> BatchStream:
+        """This rank's part of the batches, from where the run stands."""
+        job, config, ranks = self.job, self.job.config, self.ranks
+        positions = list(self.at.positions) or [StreamPosition()] * job.streams
+        shares = share(config.batch, job.streams, *((0, 1) if self.sweep else (ranks.index, ranks.count)))
+        loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, ranks.device)
+        return BatchStream(loader, shares, config.batch // job.streams, positions, self.asked_alone)
 
-    def asked_alone() -> bool:
+    def step(self, step: int) -> None:
+        """One update of every autoencoder, and what is due after it. Raises Interrupted where a stop was asked for."""
+        x = self.next_batch(step)
+        if step == 0 and self.job.wave == 1:
+            begin(self.members, x, self.job, self.ranks)
+        measured = {member: member.step_(x, step) for member in self.members if member.diverged is None}
+        done, last = step + 1, step + 1 == self.job.steps
+        if last or done % self.job.config.log_every == 0:
+            self.log(measured, done)
+        stop = agree(self.stop_asked(), done, self.ranks)
+        if stop or last or self.checkpoints.due(done):
+            self.checkpoints.save(self.after(done))
+        if stop and not last:
+            raise interrupted(self.job, done)
+
+    def next_batch(self, step: int) -> Float[Tensor, "batch d_in"]:
+        """Activations of unit variance. Raises Interrupted where a stop was asked for while there were no rows."""
+        try:
+            return self.stream.next_batch().float() / self.job.statistics.scale
+        except StopWaiting:
+            if self.ranks.count == 1:  # others may be waiting for this one in a collective
+                self.checkpoints.save(self.after(step))
+            raise interrupted(self.job, step) from None
+
+    def log(self, measured: dict[Member, StepMetrics], done: int) -> None:
+        """A line of metrics.jsonl, of the table and of the trackers."""
+        line = log_line(self.job, measured, done, self.after(done).seconds, self.ranks, self.sweep)
+        if self.ranks.leads:
+            self.job.folder.log(line)
+        seen = {**line, "tokens_per_second": self.rate(done), "waiting_for_data": self.waiting()}
+        self.table.update(seen)
+        self.tracking.log({**seen, "step": self.steps_before + done})
+
+    def asked_alone(self) -> bool:
         """Whether to stop waiting for rows. Others would then be left in an exchange, and nothing saved: several ranks
         stop in agreement, between steps. Only what a harvest has yet to commit may never come."""
-        return (ranks.count == 1 or config.follow) and stop_asked()
+        return (self.ranks.count == 1 or self.job.config.follow) and self.stop_asked()
 
-    with (
-        closing(Tracking(config.track, job.folder, job.identity, before + start, ranks)) as tracking,
-        stop_requests() as stop_asked,
-        closing(BatchStream(loader, shares, config.batch // job.streams, positions, asked_alone)) as stream,
-        progress("train", job.steps - start, "steps", shown=ranks.leads, below=table) as advance,
-        torch.no_grad(),
-    ):
-        checkpoints = Checkpoints(job, members, stream, ranks, sweep)
-        for step in range(start, job.steps):
-            try:
-                x = stream.next_batch().float() / job.statistics.scale
-            except StopWaiting:
-                if ranks.count == 1:  # others may be waiting for this one in a collective
-                    checkpoints.save(after(step))
-                raise interrupted(job, step) from None
-            if step == 0 and job.wave == 1:
-                begin(members, x, job, ranks)
-            measured = {member: member.step_(x, step) for member in members if member.diverged is None}
-            done = step + 1
-            due = done % config.log_every == 0 or done == job.steps
-            if due:
-                line = log_line(job, measured, done, after(done).seconds, ranks, sweep)
-                if ranks.leads:
-                    job.folder.log(line)
-                seen = {**line, "tokens_per_second": rate(done), "waiting_for_data": waiting()}
-                table.update(seen)
-                tracking.log({**seen, "step": before + done})
-            stop = agree(stop_asked(), done, ranks)
-            if stop or done == job.steps or checkpoints.due(done):
-                checkpoints.save(after(done))
-            if stop and done < job.steps:
-                raise interrupted(job, done)
-            advance(1, f"{rate(done):,.0f} tokens/s, waiting for data {waiting():.0%}")
-    end = after(job.steps)
-    made.steps += job.steps - start
-    made.seconds += end.seconds - at.seconds
-    made.waited += stream.waited
-    return end
+    def after(self, done: int) -> ResumePoint:
+        """Where the run stands after so many steps."""
+        return replace(self.at, step=done, seconds=self.at.seconds + time.monotonic() - self.started)
+
+    def rate(self, done: int) -> float:
+        """Tokens per second of this call."""
+        return self.job.config.batch * (done - self.at.step) / (time.monotonic() - self.started)
+
+    def waiting(self) -> float:
+        """The share of this call's time in which there was no batch."""
+        return self.stream.waited / (time.monotonic() - self.started)
 
 
 def begin(members: list[Member], x: Float[Tensor, "batch d_in"], job: TrainJob, ranks: Ranks) -> None:

@@ -803,7 +803,7 @@ def test_columns_of_parquet_that_are_not_what_they_seem(tmp_path: Path) -> None:
 def test_settings_of_a_data_set_for_a_file(tmp_path: Path, setting: str) -> None:
     """Cold review: they were taken without a word, and had no effect."""
     (tmp_path / "a.txt").write_text("text")
-    refused(tmp_path / "a.txt", "holds no Hugging Face data set", **{setting: "validation"})
+    refused(tmp_path / "a.txt", "holds no Hugging Face dataset", **{setting: "validation"})
 
 
 def test_pages_of_parquet_that_are_damaged(tmp_path: Path) -> None:

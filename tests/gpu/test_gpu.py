@@ -12,7 +12,7 @@ from support.batches import batches
 from support.folders import contents
 from support.variants import GATED, VARIANTS, batch, by_autograd, gated_family, silences, variant, weights
 
-import train.fit.member
+import train.fit.step_kind
 import train.run
 from harvest.recode import recode
 from harvest.run import harvest as run_harvest
@@ -226,7 +226,7 @@ def test_a_run_on_cuda_switches_to_the_sparse_step(
     train_config: Callable[..., TrainConfig], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the kernels are; it ends where the dense step does. At a share that a small run reaches."""
-    monkeypatch.setitem(train.fit.member.SPARSE_BELOW, "cuda", 0.06)
+    monkeypatch.setitem(train.fit.step_kind.SPARSE_BELOW, "cuda", 0.06)
     sae = sae_config(arch="sa-gsae", d_sae=384, sparsity=0.6)
     ends = {}
     for step in ("auto", "dense"):

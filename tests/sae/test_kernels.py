@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from support.command import ROOT
 
-from train.fit.member import say_no_triton
+from train.fit.step_kind import say_no_triton
 from train.sae.sparse.open import has_kernels
 
 MISSING = importlib.util.find_spec("triton") is None

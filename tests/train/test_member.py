@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -18,15 +19,18 @@ from support.variants import VARIANTS, variant
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import UserError
+from shared.gate import BadData
 from shared.saes import sae_config
-from shared.store.opened import Store, find_hookpoint
+from shared.store.opened import Statistics, Store, find_hookpoint
 from train.autoencoder import Autoencoder
 from train.evaluate import evaluate
 from train.fit.control import EVERY, SPAN, SparsityController
 from train.fit.member import Member
+from train.fit.step_kind import StepKind, allowed_kinds, sparse_kind
 from train.plan.sweep import shared_out
 from train.ranks import Ranks
 from train.run import train as run_train
+from train.sae.families import family
 
 Config = Callable[..., TrainConfig]
 CPU = torch.device("cpu")
@@ -40,7 +44,7 @@ def test_every_architecture_trains_alone_as_in_company(train_config: Config, tmp
     """Bit for bit: a run's other members change nothing."""
     saes = [variant(name, 48) for name in VARIANTS]
     together = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "all")).run
-    for index in (0, 6, 10, 13):
+    for index in (0, 6, 10, 13, 14):
         alone = run_train(train_config(saes=[saes[index]], tokens=64 * 40, out=tmp_path / str(index))).run
         for key, data in weights_of(alone).items():
             assert (together / key).read_bytes() == data, key
@@ -53,7 +57,7 @@ def test_every_architecture_trains_alone_as_in_company(train_config: Config, tmp
 
 def test_every_architecture_resumes_to_the_bit(train_config: Config, tmp_path: Path) -> None:
     """Controllers, resets and running thresholds are part of a checkpoint."""
-    saes = [variant(name, 48) for name in ("untied", "gated", "jumprelu", "abs-topk", "batch-topk")]
+    saes = [variant(name, 48) for name in ("untied", "gated", "jumprelu", "abs-topk", "batch-topk", "topk")]
     saes += [sae_config(arch="sa-gsae", d_sae=48, l0_target=9.0, reset_every=4)]
     whole = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "whole")).run
     again = run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again")).run
@@ -64,6 +68,31 @@ def test_every_architecture_resumes_to_the_bit(train_config: Config, tmp_path: P
     run_train(train_config(saes=saes, tokens=64 * 40, out=tmp_path / "again"))
     assert weights_of(again) == weights_of(whole)
     assert (again / "evaluation.json").read_bytes() == (whole / "evaluation.json").read_bytes()
+
+
+def test_which_steps_a_setting_allows() -> None:
+    """The sparse step is for unit decoder rows; what is chosen as training goes needs kernels on CUDA."""
+    gated, free = (family(variant(name)) for name in ("gated", "gated, free decoder"))
+    assert sparse_kind(gated, "cpu", 16) is StepKind.SPARSE
+    assert sparse_kind(free, "cpu", 16) is None
+    assert sparse_kind(family(variant("topk")), "cpu", 16) is None
+    for device, sparse, auto in (
+        ("cpu", StepKind.SPARSE, (StepKind.DENSE, StepKind.SPARSE)),
+        ("cuda", StepKind.SPARSE, (StepKind.DENSE,)),
+        ("cuda", StepKind.KERNELS, (StepKind.DENSE, StepKind.KERNELS)),
+    ):
+        assert allowed_kinds("auto", sparse, device) == auto
+        assert allowed_kinds("sparse", sparse, device) == (sparse,)
+        assert allowed_kinds("dense", sparse, device) == (StepKind.DENSE,)
+    assert allowed_kinds("sparse", None, "cpu") == (StepKind.DENSE,)
+
+
+def test_a_checkpoint_of_a_sparse_step_is_refused_where_there_is_none() -> None:
+    run = TrainConfig(store="s", saes=(variant("relu"),))
+    member = Member(run.saes[0], run, 10, torch.float32, Statistics(2, np.zeros(16), np.full(16, 1 / 16)), Ranks(CPU))
+    state = {**member.state(), f"{member.config.name}/sparse": torch.tensor(True)}
+    with pytest.raises(BadData, match="a sparse step, which this architecture does not have"):
+        member.load_(state)
 
 
 def test_a_learning_rate_of_its_own(train_config: Config, tmp_path: Path) -> None:

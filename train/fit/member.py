@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -18,28 +17,15 @@ from shared.saes import SAEConfig, Thresholded
 from shared.store.opened import Statistics
 from train.fit.control import SparsityController
 from train.fit.optim import Optimizer, learning_rate, usual_warmup
+from train.fit.step_kind import DECIDE_EVERY, SPARSE_BELOW, StepKind, allowed_kinds, say_no_triton, sparse_kind
 from train.ranks import PairwiseSum, Ranks
 from train.sae.base import StepInputs, StepMetrics, Weights
 from train.sae.families import family
-from train.sae.sparse.open import BLOCK, GPU_BLOCK, Gradients, has_kernels, on_device
+from train.sae.sparse.open import BLOCK, GPU_BLOCK, Gradients, on_device
 from train.sae.sparse.step import sparse_gradients, summed
 
 REVIVE_EVERY: Final = 500
 """Steps between looks for decoder rows without a direction."""
-DECIDE_EVERY: Final = 20
-"""Steps between decisions for the sparse or the dense step."""
-SPARSE_BELOW: Final = {"cpu": 0.06, "cuda": 0.005}
-"""Share of the dictionary that is active, below which the sparse step is faster: on a CPU as measured
-(docs/records/benchmarks.md); on CUDA an estimate: on an H200 at 0.2 % it was 2.6 times as fast as the compiled step."""
-
-
-@cache
-def say_no_triton() -> None:
-    """Once in a process."""
-    say(
-        "no triton here: on CUDA `step = auto` stays with the dense step, and `sparse` uses torch's embedding_bag. "
-        "PyTorch's own CUDA wheels for Linux bring triton; pip install triton"
-    )
 
 
 class Member:
@@ -62,15 +48,14 @@ class Member:
         )
         self.optimizer = Optimizer(self.weights, self.family.unit_decoder, run.clip_norm)
         self.sparsity = SparsityController(config, steps, ranks.device)
-        has_sparse = self.family.sparse_step
-        where = ranks.device.type
-        self.kernels = has_sparse and has_kernels(where, len(mean))
+        device = ranks.device.type
+        self.sparse_kind = sparse_kind(self.family, device, len(mean))
+        self.kinds = allowed_kinds(run.step, self.sparse_kind, device)
+        self.kind = self.kinds[0]
+        """What computes the next step. A checkpoint remembers it."""
         self.steps_on_gpu: Any = None
         """See `SparseSteps`, from the first sparse step on a GPU."""
-        self.chooses = has_sparse and run.step == "auto" and (where == "cpu" or self.kernels)
-        self.sparse = has_sparse and run.step == "sparse"
-        """Whether steps are computed from open gates alone."""
-        if has_sparse and run.step != "dense" and where == "cuda" and not self.kernels and ranks.leads:
+        if device == "cuda" and self.sparse_kind is StepKind.SPARSE and run.step != "dense" and ranks.leads:
             say_no_triton()
         self.diverged: int | None = None
         """The step after which its loss was seen not to be finite. It is left alone from there on."""
@@ -110,9 +95,11 @@ class Member:
         done = step + 1
         if isinstance(self.config, Thresholded) and self.config.reset_every and done % self.config.reset_every == 0:
             self.reset_(x, done)
-        if self.chooses and done % DECIDE_EVERY == 0:
-            self.sparse = self.sparsity.l0.item() < SPARSE_BELOW[x.device.type] * self.config.d_sae
-            if not self.sparse:
+        if len(self.kinds) > 1 and done % DECIDE_EVERY == 0:
+            dense, sparse = self.kinds
+            few = self.sparsity.l0.item() < SPARSE_BELOW[x.device.type] * self.config.d_sae
+            self.kind = sparse if few else dense
+            if not few:
                 self.steps_on_gpu = None  # and the memory of what it recorded
         if done % REVIVE_EVERY == 0:
             self.optimizer.revive_(self.generator)
@@ -145,10 +132,10 @@ class Member:
 
     def gradients_of(self, part: Float[Tensor, "batch d_in"], now: StepInputs) -> tuple[Gradients, StepMetrics]:
         names = self.weights.trained()
-        if self.sparse and self.kernels:
+        if self.kind is StepKind.KERNELS:
             unsummed, measured = self.by_kernels(part, now)
             return {name: unsummed[name] for name in names}, measured
-        if self.sparse:
+        if self.kind is StepKind.SPARSE:
             grads, measured = sparse_gradients(self.family, self.weights, part, now)  # type: ignore[arg-type]
         else:
             grads, measured = self.dense(self.weights, part, now)
@@ -199,7 +186,7 @@ class Member:
         names = ("loss", "fvu", "aux_fvu", "l0", "dead_fraction", "lambda")
         if not all(map(math.isfinite, values)):
             self.diverged = tokens // self.run.batch
-        return {**dict(zip(names, values, strict=True)), "sparse": self.sparse}
+        return {**dict(zip(names, values, strict=True)), "sparse": self.kind is not StepKind.DENSE}
 
     def check_weights(self, done: int) -> None:
         """Checks after the last step, whose loss was finite, whether the weights are finite too."""
@@ -209,7 +196,7 @@ class Member:
 
     def state(self) -> dict[str, Tensor]:
         inside = {**self.weights.named(), **self.optimizer.state(), **self.sparsity.state(), "silent": self.silent}
-        inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.sparse)}
+        inside |= {"generator": self.generator.get_state(), "sparse": torch.tensor(self.kind is not StepKind.DENSE)}
         inside["diverged"] = torch.tensor(self.diverged or -1)
         return {f"{self.config.name}/{key}": value for key, value in inside.items()}
 
@@ -221,7 +208,7 @@ class Member:
         for name, tensor in self.weights.named().items():
             tensor.copy_(state[name])
         self.silent.copy_(state["silent"])
-        self.sparse = bool(state["sparse"])
+        self.kind = self.sparse_kind if self.sparse_kind and state["sparse"] else StepKind.DENSE
         self.diverged = int(state["diverged"]) if state["diverged"] > 0 else None
         self.sparsity.load_(state)
         self.optimizer.load_({key: value for key, value in state.items() if "." in key})
@@ -247,6 +234,8 @@ class Member:
             raise BadData(f"{name}: its counts of steps are not those of a run of {self.steps}")
         if (state["silent"] < 0).any() or (since == -1 and not 0 <= state["lambda"] < math.inf):
             raise BadData(f"{name}: λ, or how long its latents were silent, is no number that it can be")
+        if bool(state["sparse"]) and self.sparse_kind is None:
+            raise BadData(f"{name}: was computed by a sparse step, which this architecture does not have")
         try:
             self.generator.set_state(state["generator"])
         except (RuntimeError, TypeError) as error:
