@@ -31,7 +31,7 @@ from shared.config import EvalConfig, HarvestConfig, SynthConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.saes import ARCHITECTURES, sae_config, sae_grid
 from shared.schema import Frozen, build
-from shared.store.opened import Store
+from shared.store.opened import Statistics, Store
 from shared.store.spec import seal
 from train.autoencoder import Autoencoder
 from train.data.follow import segments_of
@@ -526,6 +526,22 @@ def test_setting_a_width_that_no_architecture_takes() -> None:
         sae_grid(["gated:32"], {"d_sae": [64]}, {})
     widths = [sae["d_sae"] for sae in sae_grid(["gated:32", "relu"], {"d_sae": [64], "sparsity": [0.1]}, {})]
     assert widths == [32, 64]
+
+
+def test_setting_of_activations_that_bfloat16_makes_equal(
+    train_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Field report: means of 1,000 beside a spread of 0.25 were refused without the cause and the cure."""
+    real = train.plan.job.statistics
+
+    def rounded(*about: Any) -> Statistics:
+        found = real(*about)
+        rows = (1000 + 0.25 * torch.randn(50, len(found.mean))).bfloat16().double().numpy()
+        return Statistics(len(rows), rows.mean(axis=0), rows.var(axis=0))
+
+    monkeypatch.setattr(train.plan.job, "statistics", rounded)
+    with pytest.raises(UserError, match=r"equal in bfloat16, .*a large mean, harvest with --set store_dtype=float32"):
+        make_job(train_config(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize("times", [float("nan"), float("inf"), 0.0, -8.0])
