@@ -35,6 +35,7 @@ from shared.store.opened import Statistics, Store
 from shared.store.spec import seal
 from train.autoencoder import Autoencoder
 from train.data.follow import segments_of
+from train.data.norm_filter import statistics
 from train.data.snapshot import as_ranges, from_ranges
 from train.evaluate import evaluate, last_logged_inactive
 from train.fit.member import Member
@@ -532,10 +533,9 @@ def test_setting_of_activations_that_bfloat16_makes_equal(
     train_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Field report: means of 1,000 beside a spread of 0.25 were refused without the cause and the cure."""
-    real = train.plan.job.statistics
 
     def rounded(*about: Any) -> Statistics:
-        found = real(*about)
+        found = statistics(*about)
         rows = (1000 + 0.25 * torch.randn(50, len(found.mean))).bfloat16().double().numpy()
         return Statistics(len(rows), rows.mean(axis=0), rows.var(axis=0))
 
