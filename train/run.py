@@ -254,7 +254,7 @@ class WaveLoop:
         positions = list(self.at.positions) or [StreamPosition()] * job.streams
         shares = share(config.batch, job.streams, *((0, 1) if self.sweep else (ranks.index, ranks.count)))
         loader = Loader(job.passes, [stream for stream, _, _ in shares], config.verify, ranks.device)
-        return BatchStream(loader, shares, config.batch // job.streams, positions, self.asked_alone)
+        return BatchStream(loader, shares, config.batch // job.streams, positions, self.waiting_ends())
 
     def step(self, step: int) -> None:
         """One update of every autoencoder, and what is due after it. Raises Interrupted where a stop was asked for."""
@@ -289,10 +289,13 @@ class WaveLoop:
         self.table.update(seen)
         self.tracking.log({**seen, "step": self.steps_before + done})
 
-    def asked_alone(self) -> bool:
-        """Whether to stop waiting for rows. Others would then be left in an exchange, and nothing saved: several ranks
-        stop in agreement, between steps. Only what a harvest has yet to commit may never come."""
-        return (self.ranks.count == 1 or self.job.config.follow) and self.stop_asked()
+    def waiting_ends(self) -> Callable[[], bool]:
+        """Returns what tells whether to stop waiting for rows. Others would then be left in an exchange, and nothing
+        saved: several ranks stop in agreement, between steps. Only what a harvest has yet to commit may never come.
+
+        It does not refer to this loop: the stream would keep the wave's autoencoders in memory during the next wave."""
+        may_stop, stop_asked = self.ranks.count == 1 or self.job.config.follow, self.stop_asked
+        return lambda: may_stop and stop_asked()
 
     def after(self, done: int) -> ResumePoint:
         """Where the run stands after so many steps."""

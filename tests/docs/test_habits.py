@@ -23,7 +23,9 @@ def project() -> dict[str, Any]:
 
 def explained() -> set[str]:
     """Targets that `make help` prints."""
-    text = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     return {line.split()[0] for line in text.splitlines()}
 
 

@@ -236,7 +236,7 @@ def test_kill_9_and_again(sagsae: Sagsae, tmp_path: Path) -> None:
         ({"d_in": 0}, "d_in: must be 1 or more"),
         ({"tokens": 0}, "tokens: must be 1 or more"),
         ({"l0": 0}, "l0: must be above 0"),
-        ({"l0": 20}, "more than once a row; with 24 features and zipf 0.5 it can be at most 8.43$"),
+        ({"l0": 20}, "more than once per row; with 24 features and zipf 0.5 it can be at most 8.43$"),
         ({"l0": float("nan")}, "l0: must be a finite number"),
         ({"noise": -1}, "noise: must be 0 or more"),
         ({"coefficients": [2, 1]}, r"coefficients: expected two sizes 0 <= low <= high"),

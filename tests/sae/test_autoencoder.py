@@ -82,7 +82,7 @@ def test_split_and_join_lose_nothing(name: str) -> None:
 
 def test_what_cannot_be_split_or_joined() -> None:
     for name in ("gated", "one-sided", "relu"):
-        with pytest.raises(UserError, match="has no two poles"):
+        with pytest.raises(UserError, match="cannot be split; only a two-sided sa-gsae"):
             autoencoder(name).split()
     with pytest.raises(UserError, match="does not mirror the first"):
         autoencoder("gated").join()

@@ -24,7 +24,7 @@ def test_the_tools_disagree_on_one_reconstruction() -> None:
     """The golden input tells the definitions apart: each has its own R², and its own reason to call a latent dead."""
     assert len({round(numbers["r2"], 3) for numbers in GOLDEN.values()}) == 3
     assert [round(GOLDEN[peer.name]["dead"] * 20) for peer in PEERS] == [1, 2, 3]
-    assert GOLDEN["SAELensMetrics"]["l0"] != GOLDEN["dictionary_learning"]["l0"], "the batches have unequal lengths"
+    assert GOLDEN["SAELens"]["l0"] != GOLDEN["dictionary_learning"]["l0"], "the batches have unequal lengths"
 
 
 def test_rare_latents_are_dead_to_saelens() -> None:

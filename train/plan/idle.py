@@ -4,7 +4,7 @@ turns off what they are about."""
 from collections.abc import Iterator
 
 from shared.config import TrainConfig
-from shared.saes import Penalised, SAEConfig, Thresholded, TopK
+from shared.saes import FixedL0, Penalised, SAEConfig, Thresholded
 
 
 def idle(config: TrainConfig, steps: int) -> list[str]:
@@ -37,7 +37,7 @@ def idle_of_sae(sae: SAEConfig, steps: int, tokens: int) -> Iterator[str]:
             yield f"reset_share = {sae.reset_share:g}: has no effect without reset_every"
     if isinstance(sae, Penalised) and 0 < sae.sparsity_warmup * steps < 1:
         yield f"sparsity_warmup = {sae.sparsity_warmup:g}: is less than one of {steps:,} steps; λ does not rise slowly"
-    if isinstance(sae, TopK) and "aux_after" in given:
+    if isinstance(sae, FixedL0) and "aux_after" in given:
         if sae.aux_k == 0:
             yield f"aux_after = {sae.aux_after:,}: has no effect with aux_k = 0"
         elif sae.aux_after > tokens:
