@@ -523,6 +523,10 @@ def test_the_page_draws_alone_and_fits(visit: Visit, report: Path) -> None:
         assert rise > 5
     scroll, inner = visit.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert scroll <= inner
+    box = visit.page.locator(".scroll").evaluate("box => [box.scrollWidth, box.clientWidth, box.offsetWidth]")
+    assert box[0] > box[1], "the table is wider than its box, and says so"
+    assert box[2] <= inner
+    assert visit.page.get_by_text("scroll it sideways to see all 22 columns").is_visible()
     assert visit.requests == [report.as_uri()]
     assert visit.complaints == []
 
