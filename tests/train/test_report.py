@@ -62,6 +62,13 @@ def test_settings_are_named_by_their_folders_and_site_where_it_differs(tmp_path:
     assert parts[1].title.endswith(f"{tmp_path.name}/attn · tiny · layer_02/attn_out")
 
 
+def test_a_digest_is_short_enough_for_one_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", sweep((0,)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "snapshot": "0123456789abcdef" * 2}))
+    assert read_run(folder).rows == "tiny (0123456789ab)"
+
+
 def test_what_follows_from_another_value_is_no_difference(tmp_path: Path) -> None:
     """The default warm-up and the clamped dead window differ where the steps do; one that was asked for is listed."""
 
