@@ -88,7 +88,7 @@ def test_another_configuration_is_no_seed(tmp_path: Path, other: dict[str, Any])
     html = write_report([one, two], tmp_path / "r.html").read_text(encoding="utf-8")
     assert "Seeds of the same autoencoder differ" not in html
     (name,) = other
-    label = {"snapshot": "rows", "seed": "seed of the order"}.get(name, name)
+    label = {"snapshot": "rows", "seed": "seed of the order"}.get(name, name.replace("_", " "))
     assert f"<li>{label}: " in html
 
 
@@ -397,6 +397,7 @@ def test_a_missed_k_is_said() -> None:
         "x: its R² is NaN or infinite, 95 % of its latents are dead"
     ]
     assert len(useless([{**entry, "r2": -1.0}] * 30)) == 9
+    assert useless([{**entry, "r2": -1.0}] * 9)[-1] == "1 more autoencoder ended like these"
 
 
 def test_topk_ends_with_the_k_that_was_asked_for(train_config: Callable[..., TrainConfig]) -> None:

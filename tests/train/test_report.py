@@ -12,11 +12,15 @@ from typing import Any
 import pytest
 from support.reports import RISING, measured, sweep, write_run
 
+import train.report
 from shared.errors import UserError
+from shared.saes import ARCHITECTURES, sae_config
 from train.report import write_report
 from train.report.answer import answer
-from train.report.data import read_run
-from train.report.frontier import FrontierPoint, compare, mean_of_seeds, parameters, seed_spread
+from train.report.comparable import differences
+from train.report.data import ReportedRun, read_run
+from train.report.figures import DASHES, MARKERS
+from train.report.frontier import FrontierPoint, compare, mean_of_seeds, seed_spread
 from train.report.sae import FrontierKey, MeasuredSAE
 from train.report.settings import sections
 
@@ -41,10 +45,48 @@ def test_other_rows_are_another_setting(tmp_path: Path) -> None:
         (folder / "config.json").write_text(json.dumps({**config, "snapshot": rows}))
         runs.append(read_run(folder))
     one, other = sections(runs)
-    assert ["tiny (one-10)" in one.title, "tiny (two-10)" in other.title] == [True, True]
+    places = [tmp_path.name + f"/{name}" for name in "acb"]
+    assert [one.title, other.title] == [", ".join(places[:2]), places[2]]
+    assert [dict(section.facts)["Store"] for section in (one, other)] == ["tiny (one-10)", "tiny (two-10)"]
     assert [len(dict(section.facts)["Autoencoders"].split()) > 1 for section in (one, other)] == [True, False]
     assert dict(one.facts)["Autoencoders"] == "12 in 2 runs"
     assert [section.title for section in sections(runs[::2])] == ["tiny · layer_02/resid_post"]
+
+
+def test_settings_are_named_by_their_folders_and_site_where_it_differs(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / name, sweep((0,))) for name in ("x/runs/first", "y/runs/first", "x/runs/b")]
+    folders.append(write_run(tmp_path / "attn", sweep((0,)), hook="layer_02/attn_out"))
+    parts = sections([read_run(folder) for folder in folders])
+    named = "x/runs/first, y/runs/first, x/runs/b · tiny · layer_02/resid_post"
+    assert parts[0].title == named
+    assert parts[1].title.endswith(f"{tmp_path.name}/attn · tiny · layer_02/attn_out")
+
+
+def test_a_digest_is_short_enough_for_one_line(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "a", sweep((0,)))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "snapshot": "0123456789abcdef" * 2}))
+    assert read_run(folder).rows == "tiny (0123456789ab)"
+
+
+def test_what_follows_from_another_value_is_no_difference(tmp_path: Path) -> None:
+    """The default warm-up and the clamped dead window differ where the steps do; one that was asked for is listed."""
+
+    def runs(*warmups: int) -> list[ReportedRun]:
+        found = []
+        for number, (batch, warmup) in enumerate(zip((64, 128), warmups, strict=True)):
+            folder = write_run(tmp_path / f"{warmups}-{number}", sweep((0,)))
+            config = json.loads((folder / "config.json").read_text())
+            own = {"tokens": 64 * 401, "batch": batch, "warmup_steps": warmup}
+            (folder / "config.json").write_text(json.dumps({**config, **own}))
+            found.append(read_run(folder))
+        return found
+
+    def names(found: list[ReportedRun]) -> list[str]:
+        return [each.name for each in differences([[run] for run in found])]
+
+    assert names(runs(20, 10)) == ["training tokens", "batch"]
+    assert names(runs(20, 11)) == ["training tokens", "batch", "warmup steps"]
 
 
 def test_one_that_diverged_is_said(tmp_path: Path) -> None:
@@ -123,9 +165,24 @@ def test_seeds_are_averaged_and_silent_autoencoders_left_out() -> None:
     assert seed_spread(saes[2:]) is None
 
 
-def test_parameters_of_a_small_autoencoder() -> None:
-    """2 x 3 encoder, 2 x 3 decoder, 3 scalars for each of 2 latents, 3 offsets."""
-    assert parameters(2, 3) == 6 + 6 + 6 + 3
+@pytest.mark.parametrize(
+    ("settings", "scalars"),
+    [
+        ({"arch": "sa-gsae"}, 3),
+        ({"arch": "sa-gsae", "tie": "none"}, 6),
+        ({"arch": "gated"}, 3),
+        ({"arch": "relu"}, 1),
+        ({"arch": "topk", "k": 2}, 1),
+    ],
+)
+def test_parameters_of_a_small_autoencoder(tmp_path: Path, settings: dict[str, Any], scalars: int) -> None:
+    """8 x 64 encoder and decoder, scalars for each of 8 latents, 64 offsets."""
+    config = sae_config(d_sae=8, **settings)
+    run = write_run(tmp_path / "run", [measured(config.arch, 8, 0.1, name=config.name)])
+    written = json.loads((run / "config.json").read_text()) | {"saes": [config.model_dump(mode="json")]}
+    (run / "config.json").write_text(json.dumps(written))
+    (sae,) = read_run(run).saes
+    assert sae.parameters == 2 * 8 * 64 + scalars * 8 + 64
 
 
 def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[FrontierKey, list[MeasuredSAE]]:
@@ -150,7 +207,7 @@ def series_of(r2_gain: float, l0_factor: float = 1.0) -> dict[FrontierKey, list[
     ],
 )
 def test_the_answer_in_words(gain: float, factor: float, words: str) -> None:
-    (verdict,) = answer(series_of(gain, factor), d_in=64).verdicts
+    (verdict,) = answer(series_of(gain, factor)).verdicts
     assert words in verdict.text
 
 
@@ -161,9 +218,9 @@ def test_the_answer_names_the_crossing_and_the_missing_pair() -> None:
         for sae in series[FrontierKey("sa-gsae", 96)]
         if sae.r2
     ]
-    (verdict,) = answer(series | {FrontierKey("sa-gsae", 96): tilted}, d_in=None).verdicts
+    (verdict,) = answer(series | {FrontierKey("sa-gsae", 96): tilted}).verdicts
     assert re.search(r"higher by up to 0\.0100.*lower by up to 0\.0200.*cross at L0\s≈\s20\.0\.", verdict.text)
-    alone = answer({FrontierKey("sa-gsae", 96): tilted}, d_in=64)
+    alone = answer({FrontierKey("sa-gsae", 96): tilted})
     assert not alone.verdicts
     assert "no pair" in alone.remarks[0]
 
@@ -194,10 +251,13 @@ def test_a_series_is_what_differs_in_its_knob_and_seed_only() -> None:
 def test_a_variant_is_set_against_its_like(mine: str, others: list[str], against: str) -> None:
     def series(key: FrontierKey) -> list[MeasuredSAE]:
         names = [f"{key.arch}-{key.d_sae}-lambda{lam}-seed0-{key.variant}".rstrip("-") for lam in (0.1, 0.4)]
-        return [MeasuredSAE(**measured(*key[:2], lam, name=name)) for lam, name in zip((0.1, 0.4), names, strict=True)]
+        return [
+            MeasuredSAE(**measured(key.arch, key.d_sae, lam, name=name))
+            for lam, name in zip((0.1, 0.4), names, strict=True)
+        ]
 
     keys = [FrontierKey("sa-gsae", 96, mine), *(FrontierKey("gated", 192, variant) for variant in others)]
-    (verdict,) = answer({key: series(key) for key in keys}, d_in=64).verdicts
+    (verdict,) = answer({key: series(key) for key in keys}).verdicts
     label = "Gated 192" + (f" ({against})" if against else "")
     assert verdict.title.endswith(f"against {label}, half the width")
     assert ("They differ in other settings too (theta0-2)" in verdict.text) == (mine == "theta0-2")
@@ -205,8 +265,11 @@ def test_a_variant_is_set_against_its_like(mine: str, others: list[str], against
 
 
 def test_the_answer_counts_antipodal_pairs_and_mass() -> None:
-    remarks = " ".join(answer(series_of(0.0), d_in=64).remarks)
+    series = series_of(0.0)
+    remarks = " ".join(answer(series).remarks)
     assert "Gated 192 has 3 antipodal pairs of live latents" in remarks
+    alone = [MeasuredSAE(**measured("gated", 8, 0.1, directions={"latents": 8, "antipodal_pairs": 1}))]
+    assert "Gated 8 has 1 antipodal pair of live latents" in " ".join(answer({alone[0].key: alone}).remarks)
     assert re.search(r"SA-GSAE 96 use both poles.*They carry between 55\s% and 85\s% of the activation mass", remarks)
 
 
@@ -251,7 +314,7 @@ def test_what_was_not_measured_is_not_fatal(tmp_path: Path) -> None:
     (run / "record.json").write_text("{}", encoding="utf-8")
     (run / "metrics.jsonl").unlink()
     html = write_report([run], tmp_path / "new" / "r.html").read_text(encoding="utf-8")
-    assert "1 of 2 autoencoders have no L0 above zero" in html
+    assert "1 of 2 autoencoders has no L0 above zero" in html
     assert "no metrics.jsonl" in html
     assert html.count('data-value="4321"') == 2, "an autoencoder without its own count was measured on its run's"
     assert "NaN" not in html[html.index('id="plots"') : html.index("</script>", html.index('id="plots"'))]
@@ -293,6 +356,45 @@ def test_every_architecture_and_variant_has_its_place(tmp_path: Path) -> None:
     assert {trace["meta"]["group"] for trace in census} == {"SA-GSAE 96", "SA-GSAE 96 (tie-none)", "AbsTopK 96"}
     assert census[0]["y"] == RISING
     assert plots["setting-1-census-mass"]["data"][0]["y"] == [*RISING[:-1], None]
+
+
+def plots_of(page: Path) -> dict[str, Any]:
+    html = page.read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(
+        html[html.index('id="plots">') + 11 : html.index("</script>", html.index('id="plots"'))]
+    )
+    return found
+
+
+def test_an_architecture_keeps_its_marker(tmp_path: Path) -> None:
+    """SA-GSAE changed its marker when another width or architecture came into the report."""
+    others = [measured("relu", 64, 0.1), measured("gated", 8, 0.1), measured("topk", 96, 0.1) | {"k": 8}]
+    seen = []
+    for number in range(len(others) + 1):
+        run = write_run(tmp_path / str(number), [measured("sa-gsae", 96, 0.1), *others[:number]])
+        data = plots_of(write_report([run], tmp_path / f"{number}.html"))["setting-1-r2-plot"]["data"]
+        looks = {trace["meta"]["arch"]: trace["marker"]["symbol"] for trace in data if "marker" in trace}
+        seen.append((looks["sa-gsae"], {trace["line"]["dash"] for trace in data[:1]}))
+    assert seen == seen[:1] * len(seen)
+    assert len(set(looks.values())) == len(looks)
+    assert len(set(MARKERS)) >= len(ARCHITECTURES) <= len(set(DASHES)), "no two architectures share a look"
+    script = (Path(train.report.__file__).parent / "page.js").read_text(encoding="utf-8")
+    assert [each for each in (*MARKERS, *DASHES) if f"{each}: " not in script and f'"{each}": ' not in script] == []
+
+
+def test_labels_leave_out_what_an_architecture_shares(tmp_path: Path) -> None:
+    saes = [
+        measured("sa-gsae", 96, 0.1, name="sa-gsae-96-lambda0.1-seed0-theta0-1.6"),
+        measured("sa-gsae", 96, 0.1, name="sa-gsae-96-lambda0.1-seed0-theta0-1.6-tie-none"),
+        measured("gated", 192, 0.1, name="gated-192-lambda0.1-seed0-theta0-1.6"),
+        measured("relu", 192, 0.1),
+    ]
+    page = write_report([write_run(tmp_path / "run", saes)], tmp_path / "r.html")
+    html = page.read_text(encoding="utf-8")
+    assert "Every SA-GSAE and Gated autoencoder on this page has theta0-1.6; labels leave it out." in html
+    groups = {trace["meta"]["group"] for trace in plots_of(page)["setting-1-r2-plot"]["data"]}
+    assert groups == {"SA-GSAE 96", "SA-GSAE 96 (tie-none)", "Gated 192", "ReLU 192"}
+    assert "SA-GSAE 96 against Gated 192, half the width" in html
 
 
 def test_an_unfinished_last_line_of_the_log_is_left_out(tmp_path: Path) -> None:
@@ -428,6 +530,10 @@ def test_the_page_draws_alone_and_fits(visit: Visit, report: Path) -> None:
         assert rise > 5
     scroll, inner = visit.page.evaluate("[document.documentElement.scrollWidth, window.innerWidth]")
     assert scroll <= inner
+    box = visit.page.locator(".scroll").evaluate("box => [box.scrollWidth, box.clientWidth, box.offsetWidth]")
+    assert box[0] > box[1], "the table is wider than its box, and says so"
+    assert box[2] <= inner
+    assert visit.page.get_by_text("scroll it sideways to see all 22 columns").is_visible()
     assert visit.requests == [report.as_uri()]
     assert visit.complaints == []
 

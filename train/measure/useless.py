@@ -16,7 +16,8 @@ def useless(saes: Sequence[Mapping[str, Any]], steered: bool = True) -> list[str
     too (training warns about it by itself)."""
     warnings = [f"{sae['name']}: {', '.join(found)}" for sae in saes if (found := list(faults(sae, steered)))]
     rest = len(warnings) - AT_MOST
-    return warnings if rest <= 0 else [*warnings[:AT_MOST], f"{rest} more autoencoders ended like these"]
+    plural = "autoencoder" if rest == 1 else "autoencoders"
+    return warnings if rest <= 0 else [*warnings[:AT_MOST], f"{rest} more {plural} ended like these"]
 
 
 def faults(sae: Mapping[str, Any], steered: bool = True) -> Iterator[str]:

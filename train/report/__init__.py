@@ -4,8 +4,9 @@
     data -> figures ────────────┴─> settings -> page
 
 `data` reads and checks the runs, `frontier` does the arithmetic, `answer` and `wording` make sentences of it, `figures`
-makes plotly figures. `settings` separates runs that cannot be compared (`comparable` decides which), `page` renders and
-`place` checks where the page may be written. The page is about 5 MB, nearly all of it plotly.js.
+makes plotly figures. `settings` separates runs that cannot be compared (`comparable` decides which), `naming` gives
+runs and autoencoders short names, `page` renders and `place` checks where the page may be written. The page is about
+5 MB, nearly all of it plotly.js.
 """
 
 from pathlib import Path

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from train.report import wording
-from train.report.frontier import FrontierComparison, FrontierPoint, compare, mean_of_seeds, parameters, seed_spread
+from train.report.frontier import FrontierComparison, FrontierPoint, compare, mean_of_seeds, seed_spread
 from train.report.sae import FrontierKey, MeasuredSAE
 
 Series = dict[FrontierKey, list[MeasuredSAE]]
@@ -49,9 +49,9 @@ class Answer:
     remarks: tuple[str, ...]
 
 
-def answer(series: Series, d_in: int | None) -> Answer:
-    """Answers for one setting. `d_in` is needed for the number of parameters."""
-    verdicts = tuple(_verdict(series, a, b, d_in) for a, b in _pairs(series))
+def answer(series: Series) -> Answer:
+    """Answers for one setting."""
+    verdicts = tuple(_verdict(series, a, b) for a, b in _pairs(series))
     remarks = [] if verdicts else [_no_pair(series)]
     remarks += [_bipolar(saes) for saes in series.values() if saes[0].signed and _known(saes, "bipolar_fraction")]
     remarks += [_antipodal(saes) for saes in series.values() if not saes[0].signed and _pairs_found(saes)]
@@ -75,18 +75,16 @@ def _other_settings(key: FrontierKey) -> str:
     return re.sub(r"(^|-)(tie-(magnitude|none)|one-sided-true)", "", key.variant).lstrip("-")
 
 
-def _verdict(series: Series, signed: FrontierKey, gated: FrontierKey, d_in: int | None) -> Verdict:
+def _verdict(series: Series, signed: FrontierKey, gated: FrontierKey) -> Verdict:
     a, b = series[signed], series[gated]
     h, other = signed.d_sae, gated.d_sae
-    names = wording.label(signed), wording.label(gated)
+    names = wording.label(a[0].key), wording.label(b[0].key)
     points_a, points_b = mean_of_seeds(a, "r2"), mean_of_seeds(b, "r2")
     matched = compare(points_a, points_b)
     text = _sentence(names, matched) if matched else _no_overlap(names, points_a, points_b)
     if _other_settings(signed) != gated.variant:
         text += f" They differ in other settings too ({_other_settings(signed)}), not only in the signs of latents."
-    tiles = _tiles(a, b, matched)
-    if d_in is not None:
-        tiles = (*tiles, _parameter_tile(h, other, d_in))
+    tiles = (*_tiles(a, b, matched), *_parameter_tile(a[0].parameters, b[0].parameters))
     relation = "half the width" if other == 2 * h else "equal width"
     return Verdict(f"{names[0]} against {names[1]}, {relation}", text, tiles)
 
@@ -148,9 +146,10 @@ def _tiles(a: list[MeasuredSAE], b: list[MeasuredSAE], matched: FrontierComparis
     return tuple(tiles)
 
 
-def _parameter_tile(h: int, other: int, d_in: int) -> NumberTile:
-    a, b = parameters(h, d_in), parameters(other, d_in)
-    return NumberTile("Parameters", wording.short(a), f"of SA-GSAE, {wording.short(b)} of Gated (ratio {a / b:.2f})")
+def _parameter_tile(a: int | None, b: int | None) -> list[NumberTile]:
+    if not a or not b:
+        return []
+    return [NumberTile("Parameters", wording.short(a), f"of SA-GSAE, {wording.short(b)} of Gated (ratio {a / b:.2f})")]
 
 
 def _no_pair(series: Series) -> str:
@@ -188,10 +187,10 @@ def _antipodal(saes: Sequence[MeasuredSAE]) -> str:
     low, high = found[0], found[-1]
     if not high:
         return f"No two live latents of {name} are antipodal (cosine below −0.9)."
-    pairs = f"{low:,}" if low == high else f"{low:,} to {high:,}"
+    pairs = "1 antipodal pair" if high == low == 1 else f"{wording.span(found)} antipodal pairs"
     return (
-        f"{name} has {pairs} antipodal pairs of live latents (cosine below −0.9). A dictionary with signs would need "
-        "one latent instead of each pair."
+        f"{name} has {pairs} of live latents (cosine below −0.9). A dictionary with signs would need one latent "
+        f"instead of {'the' if high == low == 1 else 'each'} pair."
     )
 
 

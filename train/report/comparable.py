@@ -12,6 +12,7 @@ from typing import Any, Final
 from pydantic_core import PydanticUndefined
 
 from shared.config import TrainConfig
+from train.fit.optim import usual_warmup
 from train.report.data import ReportedRun
 
 WRITTEN: Final = ("out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints")
@@ -55,7 +56,7 @@ def deciding(run: ReportedRun) -> dict[str, Any]:
         "rows": snapshot,
         "training tokens": run.tokens_trained,
         "dead after tokens": min(window, run.tokens_trained or window) if isinstance(window, int) else window,
-        "held-out tokens": run.evaluation.tokens,
+        "tokens measured on": run.evaluation.tokens,
         "seed of the order": found.pop("seed", None),
         **found,
     }
@@ -67,18 +68,43 @@ def identity(run: ReportedRun) -> str:
 
 
 def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
-    """Returns the values in which the settings differ. Each group holds the runs of one setting."""
+    """Returns the values in which the settings differ. Each group holds the runs of one setting. A value that follows
+    from another (`_derived`) is left out, because the other is there."""
     each = [(deciding(group[0]), shown(group[0])) for group in groups]
     names = dict.fromkeys(name for values, _ in each for name in values)
+    derived = _derived([group[0] for group in groups])
     found = []
     for name in names:
         holders: dict[str, tuple[str, list[int]]] = {}
         for number, (values, texts) in enumerate(each, 1):
             value = json.dumps(values.get(name), sort_keys=True, default=str)
             holders.setdefault(value, (texts.get(name, "none"), []))[1].append(number)
-        if len(holders) > 1:
-            found.append(Difference(name, tuple((text, tuple(numbers)) for text, numbers in holders.values())))
+        if len(holders) > 1 and name not in derived:
+            found.append(
+                Difference(name.replace("_", " "), tuple((text, tuple(numbers)) for text, numbers in holders.values()))
+            )
     return found
+
+
+def _derived(runs: Sequence[ReportedRun]) -> set[str]:
+    """Returns the names of values that differ only because the runs have other numbers of tokens or steps."""
+    windows, steps = [_window(run) for run in runs], [_steps(run) for run in runs]
+    found = set()
+    if len({run.tokens_trained for run in runs}) > 1 and windows == windows[:1] * len(windows):
+        found.add("dead after tokens")
+    warmups = [run.config.get("warmup_steps") for run in runs]
+    if len(set(steps)) > 1 and warmups == [usual_warmup(count) for count in steps]:
+        found.add("warmup_steps")
+    return found
+
+
+def _window(run: ReportedRun) -> Any:
+    return run.config.get("dead_after_tokens", TrainConfig.model_fields["dead_after_tokens"].default)
+
+
+def _steps(run: ReportedRun) -> int:
+    batch = run.config.get("batch")
+    return (run.tokens_trained or 0) // batch if isinstance(batch, int) and batch > 0 else 0
 
 
 def shown(run: ReportedRun) -> dict[str, str]:

@@ -20,7 +20,10 @@ from shared.files.local import read_whole
 from shared.saes import SAEConfig, sae_config
 from shared.store.spec import is_sealed
 from train.report.sae import MeasuredSAE
+from train.sae.families import family
 
+DIGEST = 12
+"""Number of characters of a snapshot's digest that are shown: they fit on one line."""
 CURVE_POINTS = 400
 """A training curve shows about this many of its logged steps at most."""
 
@@ -80,7 +83,7 @@ class ReportedRun:
         """The store's name and the snapshot that the run read."""
         name = str(self.store.get("path") or self.config.get("store") or "store not recorded").rstrip("/")
         snapshot = self.config.get("snapshot")
-        return name.rpartition("/")[2] + (f" ({str(snapshot)[:24]})" if snapshot else "")
+        return name.rpartition("/")[2] + (f" ({str(snapshot)[:DIGEST]})" if snapshot else "")
 
     @property
     def diverged(self) -> dict[str, Any]:
@@ -97,18 +100,36 @@ class ReportedRun:
         return str(self.config.get("hook") or self.store.get("hook") or "hookpoint not recorded")
 
     @cached_property
-    def unnamed(self) -> dict[str, str]:
-        """By name, the settings of an autoencoder that its name does not tell, or rounds: the λ that steering to an L0
-        target began with where it is not the usual one, and numbers of more than six digits."""
+    def configs(self) -> dict[str, SAEConfig]:
+        """The configuration of each autoencoder, by name. One that this version cannot read is missing."""
         saes, found = self.config.get("saes"), {}
         for values in saes if isinstance(saes, list) else ():
             try:
                 config = sae_config(**values)
             except (TypeError, UserError):
                 continue
-            if told := "-".join(beyond_name(config)):
-                found[config.name] = told
+            found[config.name] = config
         return found
+
+    @cached_property
+    def unnamed(self) -> dict[str, str]:
+        """By name, the settings of an autoencoder that its name does not tell, or rounds: the λ that steering to an L0
+        target began with where it is not the usual one, and numbers of more than six digits."""
+        return {name: told for name, config in self.configs.items() if (told := "-".join(beyond_name(config)))}
+
+    @property
+    def saes(self) -> list[MeasuredSAE]:
+        """The autoencoders with what config.json says of them."""
+        return [
+            sae.model_copy(update={"unnamed": self.unnamed.get(sae.name, ""), "parameters": self.parameters(sae.name)})
+            for sae in self.evaluation.saes
+        ]
+
+    def parameters(self, name: str) -> int | None:
+        """Returns the number of values in an autoencoder's weights, from their shapes. None: not recorded."""
+        if self.d_in is None or name not in self.configs:
+            return None
+        return sum(math.prod(shape) for shape in family(self.configs[name]).shapes(self.d_in).values())
 
     @property
     def d_in(self) -> int | None:

@@ -1,7 +1,7 @@
 """Makes the figures as plotly traces and layouts without colours. `page.js` adds colours for light, dark and print.
 
-The `meta` of a trace names its architecture, which decides the colour, and its entry in the legend. Marker and dash
-show the width as well, so that colour is never the only difference. Names pass through `html.escape`, because plotly
+The `meta` of a trace names its architecture, and its entry in the legend. An architecture has the same colour and
+marker in every report; dashes tell its widths and variants apart. Names pass through `html.escape`, because plotly
 reads its texts as HTML.
 """
 
@@ -14,18 +14,30 @@ from typing import Any
 
 import plotly.graph_objects as go
 
+from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.answer import Series
 from train.report.data import Curve
 from train.report.frontier import mean_of_seeds
 from train.report.sae import FrontierKey, MeasuredSAE
 
-MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px,2px,2px,2px,2px")
 Curves = Sequence[tuple[MeasuredSAE, Curve]]
-Looks = dict[FrontierKey, int]
-"""The marker and dash of each series, as an index: the same for equal widths and variants of all architectures."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """The marker and the dash of a series."""
+
+    symbol: str
+    dash: str
+
+
+Looks = dict[FrontierKey, Look]
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif"
+SHARES = [-0.04, 1.08]
+"""An axis of shares, with room between 100 % and the frame."""
 FAINTEST = 0.4
 """Opacity of a curve with the smallest λ (or k, or L0 target); the largest has 1."""
 
@@ -51,8 +63,7 @@ class Figure:
 
 def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
     """Returns every figure for which there is data. A series has the same marker and dash in all of them."""
-    kinds = sorted({key[1:] for key in series})
-    looks = {key: kinds.index(key[1:]) for key in series}
+    looks = _looks(series)
     saes = [sae for group in series.values() for sae in group]
     signed = {key: group for key, group in series.items() if group[0].signed}
     captions = _captions(saes)
@@ -72,6 +83,17 @@ def figures(series: Series, curves: Curves, prefix: str) -> list[Figure]:
         _training(curves, looks, f"{prefix}-training"),
     )
     return [figure for figure in found if all(plot.json["data"] for plot in figure.plots)]
+
+
+def _looks(keys: Iterable[FrontierKey]) -> Looks:
+    """Returns the look of each series. An architecture's place in the registry decides the marker, whatever else there
+    is; its first width begins with the dash of that place."""
+    found = {}
+    for arch, group in groupby(sorted(keys), key=lambda key: key.arch):
+        place = list(ARCHITECTURES).index(arch)
+        for rank, key in enumerate(group):
+            found[key] = Look(MARKERS[place % len(MARKERS)], DASHES[(place + rank) % len(DASHES)])
+    return found
 
 
 def _captions(saes: Sequence[MeasuredSAE]) -> dict[str, str]:
@@ -119,7 +141,7 @@ def _deciles(series: Series, field: str, title: str, looks: Looks, name: str) ->
                 trace.hoverinfo, trace.hovertemplate = None, f"{head}<br>group %{{x}}: %{{y:.1%}}<extra></extra>"
                 traces.append(trace)
     layout = _layout("tenth of live latents, 1 = fires most", title)
-    layout.yaxis.update(tickformat=",.0%", range=[-0.03, 1.03])
+    layout.yaxis.update(tickformat=",.0%", range=SHARES)
     layout.xaxis.dtick = 1
     return Plot(name, f"{title}, by tenths of the live latents", go.Figure(traces, layout).to_plotly_json())
 
@@ -159,8 +181,10 @@ def _frontier(series: Series, field: str, title: str, looks: Looks, name: str) -
             traces.append(_points(shown, field, meta, look))
     layout = _layout("L0, mean non-zero latents per token", title)
     layout.yaxis.tickformat = ",.3~f" if field.startswith("r2") else ",.2~%"
-    if field in ("dead_fraction", "bipolar_fraction"):
+    if field == "dead_fraction":
         layout.yaxis.rangemode = "tozero"
+    if field == "bipolar_fraction":
+        layout.yaxis.range = SHARES
     layout.xaxis.update(_log_axis(value for trace in traces for value in trace.x))
     return Plot(name, f"{title} against L0", go.Figure(traces, layout).to_plotly_json())
 
@@ -188,17 +212,19 @@ def _meta(key: FrontierKey, entry: str) -> dict[str, str]:
     return {"arch": key.arch, "group": wording.label(key), "entry": entry}
 
 
-def _line(x: Sequence[float] | Sequence[int], y: Sequence[float | None], meta: dict[str, str], look: int) -> go.Scatter:
-    line = {"width": 2, "dash": DASHES[look % len(DASHES)]}
+def _line(
+    x: Sequence[float] | Sequence[int], y: Sequence[float | None], meta: dict[str, str], look: Look
+) -> go.Scatter:
+    line = {"width": 2, "dash": look.dash}
     return go.Scatter(x=list(x), y=list(y), mode="lines", line=line, meta=meta, hoverinfo="skip", showlegend=False)
 
 
-def _points(saes: Sequence[MeasuredSAE], field: str, meta: dict[str, str], look: int) -> go.Scatter:
+def _points(saes: Sequence[MeasuredSAE], field: str, meta: dict[str, str], look: Look) -> go.Scatter:
     return go.Scatter(
         x=[sae.l0 for sae in saes],
         y=[getattr(sae, field) for sae in saes],
         mode="markers",
-        marker={"size": 9, "symbol": MARKERS[look % len(MARKERS)], "line": {"width": 1}},
+        marker={"size": 9, "symbol": look.symbol, "line": {"width": 1}},
         text=[_hover(sae) for sae in saes],
         hovertemplate="%{text}<extra></extra>",
         meta=meta,

@@ -83,12 +83,6 @@ def seed_spread(saes: Sequence[MeasuredSAE]) -> float | None:
     return max((max(r2) - min(r2) for r2 in groups.values() if len(r2) > 1), default=None)
 
 
-def parameters(d_sae: int, d_in: int) -> int:
-    """Returns the number of parameters, the same for SA-GSAE and Gated: encoder, decoder, three scalars per latent, the
-    decoder's bias."""
-    return 2 * d_sae * d_in + 3 * d_sae + d_in
-
-
 def _interpolate(points: Sequence[FrontierPoint], log_l0: NDArray[np.float64]) -> NDArray[np.float64]:
     known, values = np.log([point.l0 for point in points]), np.array([point.value for point in points])
     return np.asarray(np.interp(log_l0, known, values), dtype=np.float64)

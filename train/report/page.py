@@ -18,6 +18,7 @@ from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.comparable import differences
 from train.report.data import ReportedRun, SkippedFolder
+from train.report.naming import labelled
 from train.report.sae import MeasuredSAE
 from train.report.settings import grouped, measured, sections
 
@@ -74,6 +75,7 @@ SITE = TableColumn("Model and hookpoint", number=False)
 
 def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) -> str:
     """Returns the page as HTML."""
+    runs, shared = labelled(runs)
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
     setting_of = {run.folder: number for number, part in enumerate(parts, 1) for run in part.runs}
@@ -84,6 +86,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         title=parts[0].title if len(parts) == 1 else f"Sparse autoencoders in {len(parts)} settings",
         sections=parts,
         differences=[each.text for each in differences(groups)],
+        shared=shared,
         left_out=[each.reason for each in left_out],
         columns=(*COLUMNS, *(column for column, more in zip((SETTING, SITE), several, strict=True) if more)),
         rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],

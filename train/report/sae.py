@@ -1,5 +1,7 @@
 """One autoencoder as `sagsae eval` measured it, and what it may be compared with."""
 
+import re
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator
@@ -31,13 +33,16 @@ class Directions(BaseModel):
     sampled: int | None = None
 
 
-class FrontierKey(NamedTuple):
+@dataclass(frozen=True, order=True)
+class FrontierKey:
     """What autoencoders of one frontier have in common: they differ in λ (or k, or L0 target) and seed only."""
 
     arch: str
     d_sae: int
     variant: str = ""
     """The other settings that are not as they are by default, as its name tells them."""
+    told: str | None = field(default=None, compare=False)
+    """The part of `variant` that labels tell. None: all of it."""
 
 
 class SparsityKnob(NamedTuple):
@@ -78,6 +83,10 @@ class MeasuredSAE(BaseModel):
     ce_tokens: int | None = None
     unnamed: str = ""
     """Its settings that its name does not tell (`ReportedRun.unnamed`)."""
+    told: str | None = None
+    """The part of its variant that labels tell (`naming.labelled`). None: all of it."""
+    parameters: int | None = None
+    """Number of values in its weights (`ReportedRun.parameters`)."""
 
     @field_validator("arch")
     @classmethod
@@ -89,7 +98,14 @@ class MeasuredSAE(BaseModel):
     @property
     def key(self) -> FrontierKey:
         special = variant(self.model_dump(include={"name", "seed"}))
-        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, self.unnamed))))
+        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, self.unnamed))), self.told)
+
+    @property
+    def special(self) -> list[str]:
+        """The settings in its variant, one by one: `tie-none-theta0-1.6` -> `tie-none`, `theta0-1.6`."""
+        names = [name.replace("_", "-") for name in ARCHITECTURES[self.arch].config.model_fields]
+        found = re.split(rf"-(?=(?:{'|'.join(names)}|from-lambda)-)", self.key.variant)
+        return [setting for setting in found if setting]
 
     @property
     def knob(self) -> SparsityKnob:

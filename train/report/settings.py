@@ -5,9 +5,10 @@ Runs of one setting (more λ, more seeds) share its figures; another setting get
 what it differs. An autoencoder that was trained twice counts once: a repetition is no seed.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from shared.saes import ARCHITECTURES
@@ -15,13 +16,14 @@ from shared.store.norms import WORTH_SAYING, share
 from train.measure.useless import useless
 from train.report import wording
 from train.report.answer import Answer, Series, answer
-from train.report.comparable import Difference, differences, identity
+from train.report.comparable import identity
 from train.report.data import ReportedRun
 from train.report.figures import Figure, figures
+from train.report.naming import folder_names
 from train.report.sae import MeasuredSAE
 
-IN_A_TITLE = 4
-"""Differences that a section's title names."""
+IN_A_TITLE = 3
+"""Run folders that a section's title names."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,13 @@ Pairs = list[tuple[MeasuredSAE, ReportedRun]]
 def sections(runs: Sequence[ReportedRun]) -> list[ReportSection]:
     """One for each setting, in the order in which the runs were named."""
     groups = grouped(runs)
-    sites = [_site(group[0]) for group in groups]
-    parts = []
-    for index, group in enumerate(groups):
-        alike = [other for other, site in zip(groups, sites, strict=True) if site == sites[index]]
-        title = _title(group[0], differences(alike), alike.index(group) + 1)
-        parts.append(_section(f"setting-{index + 1}", title, group))
-    return parts
+    if len(groups) == 1:
+        return [_section("setting-1", " · ".join(_site(groups[0][0])), groups[0])]
+    names = folder_names([run.folder for run in runs])
+    several = len({_site(run) for run in runs}) > 1
+    return [
+        _section(f"setting-{number}", _title(group, names, several), group) for number, group in enumerate(groups, 1)
+    ]
 
 
 def grouped(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
@@ -67,27 +69,25 @@ def _site(run: ReportedRun) -> tuple[str, str]:
 def in_order(saes: Iterable[MeasuredSAE]) -> list[MeasuredSAE]:
     """In the order of the registry, SA-GSAE first, then by width, variant, λ and seed."""
     order = list(ARCHITECTURES)
-    return sorted(saes, key=lambda sae: (order.index(sae.arch), *sae.key[1:], sae.knob, sae.seed))
+    return sorted(saes, key=lambda sae: (order.index(sae.arch), sae.key, sae.knob, sae.seed))
 
 
 def measured(run: ReportedRun) -> list[MeasuredSAE]:
     """The run's autoencoders in order, each saying on how many tokens it was measured, if only by its run."""
     filled = []
-    for sae in in_order(run.evaluation.saes):
+    for sae in in_order(run.saes):
         tokens = run.evaluation.tokens if sae.tokens is None else sae.tokens
         missing = sae.ce_tokens is None and sae.ce_spliced is not None
         ce_tokens = run.evaluation.ce_tokens if missing else sae.ce_tokens
-        unnamed = run.unnamed.get(sae.name, "")
-        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens, "unnamed": unnamed}))
+        filled.append(sae.model_copy(update={"tokens": tokens, "ce_tokens": ce_tokens}))
     return filled
 
 
-def _title(run: ReportedRun, unlike: Sequence[Difference], number: int) -> str:
-    """Says no more than it takes to tell the settings of one model and hookpoint apart."""
-    own = [(each.name, value) for each in unlike for value, numbers in each.values if number in numbers]
-    told = [value if name == "rows" else f"{name} {value}" for name, value in own]
+def _title(runs: Sequence[ReportedRun], names: Mapping[Path, str], several: bool) -> str:
+    """Names one of several settings by its run folders; by model and hookpoint too where the page has several."""
+    told = [names[run.folder] for run in runs]
     rest = [f"and {len(told) - IN_A_TITLE} more"] if len(told) > IN_A_TITLE else []
-    return " · ".join([*_site(run), ", ".join([*told[:IN_A_TITLE], *rest])]).removesuffix(" · ")
+    return " · ".join([", ".join([*told[:IN_A_TITLE], *rest]), *(_site(runs[0]) if several else ())])
 
 
 def once(pairs: Pairs) -> tuple[Pairs, list[str]]:
@@ -123,7 +123,7 @@ def _section(name: str, title: str, runs: Sequence[ReportedRun]) -> ReportSectio
         name=name,
         title=title,
         facts=_facts(runs, saes),
-        answer=answer(series, runs[0].d_in),
+        answer=answer(series),
         figures=tuple(figures(series, curves, name)),
         notes=(*_notes(runs, saes), *repeated),
         runs=tuple(runs),
@@ -136,7 +136,8 @@ def _notes(runs: Sequence[ReportedRun], saes: Sequence[MeasuredSAE]) -> list[str
     silent = sum(not sae.l0 for sae in saes)
     if silent:
         notes.append(
-            f"{silent} of {len(saes)} autoencoders have no L0 above zero: they are in the table, not the figures."
+            f"{silent} of {len(saes)} autoencoders {'has' if silent == 1 else 'have'} no L0 above zero, and no "
+            "place in the figures. The table has every autoencoder."
         )
     if any(sae.ce_spliced is None for sae in saes):
         who = "any" if all(sae.ce_spliced is None for sae in saes) else "every"

@@ -18,7 +18,8 @@ def architecture(key: FrontierKey) -> str:
 
 
 def special(key: FrontierKey) -> str:
-    return f" ({key.variant})" if key.variant else ""
+    told = key.variant if key.told is None else key.told
+    return f" ({told})" if told else ""
 
 
 def fixed(value: float | None, digits: int) -> str:
