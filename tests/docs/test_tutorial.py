@@ -38,7 +38,7 @@ def test_every_block_of_the_tutorial_and_the_readme(tmp_path: Path) -> None:
         printed = run_block(block, tmp_path)
         if block.output is not None:
             check(block, printed)
-    assert (tmp_path / "first.html").read_text(encoding="utf-8").startswith("<!doctype html>")
+    assert (tmp_path / "runs/first.html").read_text(encoding="utf-8").startswith("<!doctype html>")
     (example,) = [block for block in blocks_of(README) if block.language == "python"]
     check(example, run_block(example, tmp_path))
 
@@ -47,7 +47,7 @@ def test_the_readmes_session_is_the_tutorials() -> None:
     """So it need not be run a second time."""
     session = re.findall(r"^```console\n(.*?)^```$", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     (text,) = session
-    shown = [line for line in text.replace("\\\n", " ").splitlines() if line and not line.startswith("$")]
+    shown = [line for line in text.replace("\\\n", " ").splitlines() if line not in ("", "…") and line[0] != "$"]
     outputs = "\n".join(block.output or "" for block in blocks_of(TUTORIAL)).splitlines()
     assert shown
     assert [line for line in shown if line not in outputs] == []
