@@ -49,7 +49,7 @@ class SAEConfig(Frozen):
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the initial weights."""
+    """Seeds the initial weights. --data-seed is that of the order of the activations."""
     lr: Positive | None = None
     """Peak learning rate of this one. Default: the run's."""
 
@@ -78,7 +78,9 @@ class Penalised(SAEConfig):
     """Settings where λ times a penalty decides how many latents are active."""
 
     sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
-    """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins."""
+    """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins.
+
+    The command line trains a list of several λ where you give none."""
     l0_target: Positive | None = None
     """Active latents a token that λ is steered to, over the first 70 % of the run."""
     sparsity_warmup: Share = 0.0
