@@ -351,6 +351,8 @@ def grid_default(key: str, archs: Sequence[str]) -> str:
 def all_settings(name: str) -> tuple[Setting, ...]:
     """The settings of a command or an architecture. Raises UserError for another name."""
     known: dict[str, type[Frozen]] = {**SCHEMAS, **architectures()}
+    if not name:
+        raise UserError(f"NAME: is needed. Give one of {', '.join(known)}")
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]}?" if near else ""
