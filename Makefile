@@ -62,6 +62,8 @@ clean:    ## remove what these targets have made
 # A machine that already has torch (a GPU image) keeps its own build: the venv then sees the system's packages. Those of
 # a virtual environment that happens to be active are not seen by another.
 $(READY): pyproject.toml
+	@echo "Installing into $(VENV): about 2 minutes and 3.4 GB"
 	$(PYTHON) -m venv $(VENV) $(shell $(PYTHON) -c 'import importlib.util as u, sys; print("--system-site-packages" * (sys.prefix == sys.base_prefix and bool(u.find_spec("torch"))))')
 	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]' $(if $(LOCKED),--constraint constraints.txt)
 	touch $@
+	@echo "Installed. Now: source $(BIN)/activate"

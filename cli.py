@@ -305,11 +305,11 @@ def hooks(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(app, group=LOOK)
-def settings(name: Names, as_json: Json = False) -> None:
+def settings(name: Names = None, as_json: Json = False) -> None:
     """Print every setting with its type, default and meaning."""
     from shared.command.settings import settings_rows
 
-    words = " ".join(name)
+    words = " ".join(name or [])
     rows = settings_rows(words)
     show(rows, as_json, lambda: tables.print_settings(words, rows))
 

@@ -119,12 +119,20 @@ def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None
         say(f"{plan.name}: {counts.rough:,} cuts in long texts changed the ids beside them (docs/reference/corpora.md)")
     available, wanted = tokens.rows * plan.context, plan.config.tokens
     if available < (wanted or 1):
-        asked = f", {wanted:,} were asked for" if wanted else f", less than one row of {plan.context}"
-        given = max(available, counts.tokens)
-        raise TooLittle(f"the corpus has {given:,} tokens{asked}. Lower --tokens or --context, or give more text")
+        raise TooLittle(too_little(max(available, counts.tokens), tokens.rows, plan.context, wanted))
     if wanted is None:
         check_space(plan, available)
     return tokens, make_spec(plan, counts, tokens, wanted or available)
+
+
+def too_little(given: int, rows: int, context: int, wanted: int | None) -> str:
+    """What is wrong with a corpus of `given` tokens that make `rows` whole rows, and what to do."""
+    if not rows:
+        return f"the corpus has {given:,} tokens, less than one row of {context}. Lower --context, or give more text"
+    return (
+        f"the corpus has {given:,} tokens, which make {rows:,} rows of {context} = {rows * context:,}; {wanted or 0:,} "
+        f"were asked for. Lower --tokens to {rows * context:,}, or give more text"
+    )
 
 
 def lent_tokens(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:

@@ -71,7 +71,8 @@ def check_space(plan: HarvestPlan, tokens: int | None) -> None:
     if tokens is None:
         return
     need = estimate(plan, tokens)
-    say(f"{plan.config.model}: {tokens:,} tokens of {len(plan.hooks)} hookpoints into {plan.name}")
+    hookpoints = f"{len(plan.hooks)} hookpoint{'s' if len(plan.hooks) > 1 else ''}"
+    say(f"{plan.config.model}: {tokens:,} tokens of {hookpoints} into {plan.name}")
     for path, size in need.hookpoints.items():
         say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
     say(f"  about {gigabytes(need.to_write)} to write{free_text(need)}")

@@ -4,6 +4,7 @@ that can be refused."""
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -17,13 +18,14 @@ from shared.device import native_dtype, pick_device
 from shared.errors import UserError
 from shared.files.base import Files, join
 from shared.files.open import open_files
+from shared.gate import named, quoted
 from shared.model.configuration import ModelInfo
 from shared.model.hooks import hook_widths, layer_of, resolve_hooks, resolve_layers
 from shared.model.outline import outline
 from shared.model.source import ModelSource, in_words, model_info, read_config, resolve_model, same_model
 from shared.model.tokenizer import Encoder, open_encoder
 from shared.progress import say
-from shared.schema import build
+from shared.schema import build, cut
 from shared.store.create import WrittenTokens
 from shared.store.opened import is_store, read_state
 from shared.store.spec import DTYPES, HookSpec, StoreSpec, TokenType
@@ -273,7 +275,7 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
         )
     optional = ("n_tokens", "chunk_rows", "shard_rows")
     pairs = {key: (found[key], value) for key, value in wanted.items() if not (key in optional and value is None)}
-    differ += [f"{key}: the store has {old}, this asks for {new}" for key, (old, new) in pairs.items() if old != new]
+    differ += [difference(key, old, new) for key, (old, new) in pairs.items() if old != new]
     if differ:
         changed = {key for key, (old, new) in pairs.items() if old != new}
         advice = advice_for(plan, spec, changed, len(differ))
@@ -281,6 +283,35 @@ def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:
             f"{plan.name}: was harvested differently. {'; '.join(differ)}. {advice} "
             "--overwrite would delete the store and start again"
         )
+
+
+def difference(key: str, there: Any, asked: Any) -> str:
+    """Describes in one line how a requested setting differs from the store's."""
+    if key != "source":
+        return f"{key}: the store has {setting_in_words(there)}, this asks for {setting_in_words(asked)}"
+    stores, ours = corpus_name(there), corpus_name(asked)
+    if stores != ours:
+        return f"corpus: the store has {stores}, this asks for {ours}"
+    parts = [key for key in asked if not isinstance(there, dict) or there.get(key) != asked[key]]
+    return f"corpus: {ours} is not the same as when the store was begun ({', '.join(parts)})"
+
+
+def corpus_name(description: Any) -> str:
+    """What a person calls a recorded corpus: its first file and the number of the others, its dataset, or its kind."""
+    if not isinstance(description, dict):
+        return quoted(description, 60)
+    files = description.get("files")
+    names = [file.get("name") for file in files if isinstance(file, dict)] if isinstance(files, list) else []
+    name = str(names[0] if names else description.get("name") or description.get("kind"))
+    return named([name]) + (f" and {len(names) - 1:,} more" if len(names) > 1 else "")
+
+
+def setting_in_words(value: Any) -> str:
+    """A recorded setting as a message shows it: a table by its keys and plain values, whatever is long cut."""
+    if isinstance(value, dict):
+        plain = (int, float, str, NoneType)
+        value = ", ".join(f"{key} {each}" if isinstance(each, plain) else key for key, each in value.items())
+    return cut(str(value), 200)
 
 
 def model_differs(source: ModelSource, there: dict[str, Any], asked: dict[str, Any]) -> list[str]:
@@ -315,4 +346,6 @@ def advice_for(plan: HarvestPlan, spec: StoreSpec, changed: set[str], many: int)
         )
     if changed == {"n_tokens"} and many == 1:
         return "Choose another --name; or leave --tokens as it was. A finished store is not made longer or shorter."
+    if "source" in changed:
+        return "Choose another --name to harvest this corpus into a store of its own."
     return "Choose another --name or --out."

@@ -119,7 +119,8 @@ class HarvestConfig(Frozen):
 
     `sagsae hooks` lists those of a model."""
     corpus: str | None = None
-    """A file, a folder or a Hugging Face dataset. Default: the corpus.jsonl beside a local model.
+    """A file, a folder or a Hugging Face dataset; a text file is one document. Default: the corpus.jsonl beside a local
+    model.
 
     docs/reference/corpora.md describes every kind."""
     corpus_config: str | None = None
@@ -233,9 +234,10 @@ class TrainConfig(Frozen):
     hook: str | None = None
     """Which hookpoint of the store, such as layer_08/mlp_out or mlp_out. Default: the only one there is."""
     saes: tuple[AnySAE, ...]
-    """The autoencoders, each with its architecture (`arch`), its width (`d_sae`) and what else it is to have.
+    """The autoencoders, each with its architecture (`arch`), its width (`d_sae`) and settings of its own.
 
-    The command line builds this list: every combination of what its options name."""
+    `sagsae settings gated` lists those of an architecture. The command line builds this list: every combination of what
+    its options name."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Training tokens; more than the store holds means several epochs. Default: one epoch."""
     batch: Annotated[int, Field(ge=1)] = 4096
@@ -280,7 +282,7 @@ class TrainConfig(Frozen):
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …"""
     seed: Annotated[int, Field(ge=0, lt=2**63), Shown(option="--data-seed")] = 0
-    """Seeds the order of the activations and the choice of held-out contexts."""
+    """Seeds the order of the activations and the choice of held-out contexts. --seed is that of the weights."""
     heldout_tokens: Annotated[int, Field(ge=1)] = 100_000
     """Tokens kept from training for evaluation, as whole contexts; at most a tenth of the store."""
     exclude_positions: tuple[int, ...] | None = None

@@ -6,6 +6,7 @@ write a configuration and an entry here, and its mathematics in one file in trai
 docs/how-to/add-an-architecture.md explains every line of it; docs/explanation/method.md explains the mathematics.
 """
 
+import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
 
 from shared.errors import UserError
+from shared.gate import quoted
 from shared.schema import Frozen, build
 
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
@@ -47,7 +49,7 @@ class SAEConfig(Frozen):
     d_sae: Annotated[int, Field(ge=1, le=1 << 24)]
     """Number of latents."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the initial weights."""
+    """Seeds the initial weights. --data-seed is that of the order of the activations."""
     lr: Positive | None = None
     """Peak learning rate of this one. Default: the run's."""
 
@@ -76,7 +78,9 @@ class Penalised(SAEConfig):
     """Settings where λ times a penalty decides how many latents are active."""
 
     sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
-    """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins."""
+    """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins.
+
+    The command line trains a list of several λ where you give none."""
     l0_target: Positive | None = None
     """Active latents a token that λ is steered to, over the first 70 % of the run."""
     sparsity_warmup: Share = 0.0
@@ -302,12 +306,18 @@ def architectures_with(setting: str) -> list[str]:
     return [name for name, architecture in ARCHITECTURES.items() if architecture.has(setting)]
 
 
+def check_architecture(arch: object, place: str) -> None:
+    """Raises UserError, with the nearest name, for what is no architecture."""
+    if not isinstance(arch, str) or arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(str(arch)[:60], ARCHITECTURES, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{place}: {quoted(arch)} is none of {', '.join(ARCHITECTURES)}.{hint}")
+
+
 def sae_config(**values: Any) -> Any:
     """The configuration of the architecture that `arch` names. Raises UserError naming the first wrong setting."""
-    arch = values.get("arch")
-    if not isinstance(arch, str) or arch not in ARCHITECTURES:
-        raise UserError(f"arch: {arch!r} is none of {', '.join(ARCHITECTURES)}")
-    return build(ARCHITECTURES[arch].config, values)
+    check_architecture(arch := values.get("arch"), "arch")
+    return build(ARCHITECTURES[str(arch)].config, values)
 
 
 def known(value: Any) -> Any:
@@ -347,13 +357,14 @@ def sae_grid(
     used: set[str] = set()
     for named in archs or ["sa-gsae"]:
         arch, colon, own = named.partition(":")
-        if arch not in ARCHITECTURES:
-            raise UserError(f"--arch {named}: is none of {', '.join(ARCHITECTURES)}")
+        check_architecture(arch, f"--arch {named}")
         if colon and not re.fullmatch("[0-9]+", own):
             raise UserError(f"--arch {named}: expected ARCH or ARCH:WIDTH, such as gated:8192")
         fields = ARCHITECTURES[arch].config.model_fields
         mine = {key: list(values) for key, values in axes.items() if key in fields and values}
         if colon:
+            if not int(own):
+                raise UserError(f"--arch {named}: the width must be 1 or more (got {own})")
             mine["d_sae"] = [int(own)]
         if colon and axes.get("d_sae") and all(":" in each for each in archs):
             raise UserError(f"--d-sae: every --arch has a width of its own ({named}). Leave one of the two out")
@@ -369,5 +380,6 @@ def sae_grid(
         grid += [{"arch": arch, **point, **here} for point in points]
     idle = [key for key in [*(key for key, values in axes.items() if values), *options] if key not in used]
     if idle:
-        raise UserError(f"--{idle[0].replace('_', '-')}: none of the architectures asked for has it")
+        owners = ", ".join(architectures_with(idle[0])) or "no architecture"
+        raise UserError(f"--{idle[0].replace('_', '-')}: is for {owners}, and --arch names none of them")
     return grid

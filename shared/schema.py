@@ -116,8 +116,9 @@ def complaint(schema: type[Frozen], error: ValidationError, labels: Mapping[str,
     place = inside(first)
     if first["type"] == "missing":
         key = named(place)
-        option = {"saes": "--arch ARCH:WIDTH"}.get(key, f"--{key.replace('_', '-')}")
-        return f"{key}: is needed; give {option}, or {key} in the --config file"
+        if key == "saes":
+            return "--arch: which autoencoders, and how wide? Give --arch ARCH:WIDTH, such as --arch sa-gsae:512"
+        return f"{key}: is needed; give --{key.replace('_', '-')}, or {key} in the --config file"
     if first["type"] == "extra_forbidden":
         known = list(schema.model_fields)
         near = difflib.get_close_matches(named(place), known, n=1)

@@ -149,6 +149,7 @@ def resolve(context: Any, **arguments: Any) -> Any:
     Raises UserError, which names a wrong value by the option that was typed, or by its key and where it came from.
     """
     from shared.command.grid import check_listed_saes
+    from shared.errors import UserError
     from shared.schema import build, parse_set, read_toml
 
     source = options_from(context)
@@ -159,6 +160,10 @@ def resolve(context: Any, **arguments: Any) -> Any:
     given = {key: value for key, value in arguments.items() if value is not None}
     assigned = parse_set(list(assignments))
     labels = {key: f"{file}: {key}" for key in told}
+    for each in source.settings:
+        if each.sae and each.key in {**told, **assigned} and each.key not in source.schema.model_fields:
+            place = f"--set {each.key}" if each.key in assigned else labels[each.key]
+            raise UserError(f"{place}: is a setting of the autoencoders. Give {each.left}, or put it into saes")
     labels |= {each.key: each.flag for each in source.settings if each.key in options and not each.sae}
     labels |= {"saes": "--arch"} if "saes" in given else {}
     labels |= {key: f"--set {key}" for key in assigned}

@@ -4,6 +4,7 @@
 """
 
 import ast
+import difflib
 import inspect
 import re
 import textwrap
@@ -28,6 +29,7 @@ from shared.config import (
     TrainConfig,
 )
 from shared.errors import UserError
+from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
 
@@ -295,7 +297,7 @@ ARCH: Final = Setting(
     annotation=str,
     metavar="ARCH[:WIDTH]",
     type="text",
-    default="sa-gsae",
+    default="sa-gsae, with --d-sae or --expansion",
     meaning=f"Architecture, or architecture and width: gated:8192. One of {', '.join(ARCHITECTURES)}.",
     details="",
     group="Autoencoders",
@@ -349,8 +351,12 @@ def grid_default(key: str, archs: Sequence[str]) -> str:
 def all_settings(name: str) -> tuple[Setting, ...]:
     """The settings of a command or an architecture. Raises UserError for another name."""
     known: dict[str, type[Frozen]] = {**SCHEMAS, **architectures()}
+    if not name:
+        raise UserError(f"NAME: is needed. Give one of {', '.join(known)}")
     if name not in known:
-        raise UserError(f"{name}: has no settings. Those that have are {', '.join(known)}")
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" Did you mean {near[0]}?" if near else ""
+        raise UserError(f"{named([name])}: has no settings. Those that have are {', '.join(known)}.{hint}")
     return settings_of(known[name])
 
 

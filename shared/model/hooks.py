@@ -31,15 +31,17 @@ class Hook:
 
 
 def resolve_layers(layers: tuple[int | str, ...], info: ModelInfo) -> list[int]:
-    """Layer numbers; `mid` is n_layers
-
-    2. Raises UserError for a layer the model does not have.
-    """
+    """Layer numbers; `mid` is n_layers // 2. Raises UserError for a layer the model does not have."""
     numbers = [info.n_layers // 2 if layer == "mid" else int(layer) for layer in layers]
     for number in numbers:
-        if not 0 <= number < info.n_layers:
-            raise UserError(f"--layer {number}: the model has {info.n_layers} layers, 0 to {info.n_layers - 1}")
+        check_layer(number, info, f"--layer {number}")
     return sorted(set(numbers))
+
+
+def check_layer(number: int, info: ModelInfo, asked: str) -> None:
+    """Raises UserError, which begins with what was `asked`, for a layer that the model does not have."""
+    if not 0 <= number < info.n_layers:
+        raise UserError(f"{asked}: the model has {info.n_layers} layers, 0 to {info.n_layers - 1}")
 
 
 def resolve_hooks(hooks: tuple[str, ...], layers: list[int], info: ModelInfo) -> dict[str, str]:
@@ -49,7 +51,7 @@ def resolve_hooks(hooks: tuple[str, ...], layers: list[int], info: ModelInfo) ->
         full = re.fullmatch(r"blocks\.(\d+)\.(?:hook_)?([\w.]+)", hook)
         if full:
             number, rest = int(full[1]), full[2].removeprefix("hook_")
-            resolve_layers((number,), info)
+            check_layer(number, info, f"--hook {hook}")
             found[f"layer_{number:02d}/{rest}"] = hook
         elif hook in SHORT_HOOKS:
             found.update({f"layer_{layer:02d}/{hook}": f"blocks.{layer}.hook_{hook}" for layer in layers})

@@ -58,7 +58,7 @@ class MassiveRows:
         return (
             f"{share(self.rows / self.of)} of the tokens (norm above {MASSIVE:g} times the median) hold at least "
             f"{share(self.variance)} of the variance, and weigh as much in R². To leave them out: "
-            f"sagsae train --set max_norm={MASSIVE:g}"
+            f"sagsae train --max-norm {MASSIVE:g}"
         )
 
 

@@ -317,8 +317,9 @@ def find_hookpoint(location: str | Path, hook: str | None) -> tuple[Store, str]:
     ]
     if len(matches) == 1:
         return store, matches[0]
-    said = f"has no hookpoint {wanted!r}" if not matches else "holds several hookpoints"
-    raise UserError(f"{store.name}: {said}. Say which one with --hook: {', '.join(matches or names)}")
+    if not matches:
+        raise UserError(f"{store.name}: has no hookpoint {wanted!r}. It has: {', '.join(names)}. Give one with --hook")
+    raise UserError(f"{store.name}: holds several hookpoints. Say which one with --hook: {', '.join(matches)}")
 
 
 def is_store(files: Files) -> bool:

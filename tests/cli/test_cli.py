@@ -77,7 +77,7 @@ def test_help_of_a_command_needs_its_schema_alone() -> None:
         (["harvest", "--model", "tiny", "--corpus", "./none"], "there is no such file or folder"),
         (["harvest", "--model", "tiny", "--tokens", "999999999999"], "are free. Free space and run"),
         (["train", "--store", "none", "--arch", "gated:8"], "does not exist. Make a store with: sagsae harvest"),
-        (["train", "--store", "none"], "error: saes: is needed; give --arch ARCH:WIDTH"),
+        (["train", "--store", "none"], "error: --arch: which autoencoders, and how wide? Give --arch ARCH:WIDTH"),
         (["train", "--config", "none.toml"], "error: --config none.toml: cannot be read"),
         (["eval", "none"], "is not a training run"),
         (["report", "none"], "none"),

@@ -89,9 +89,10 @@ def test_a_grid_of_autoencoders() -> None:
     refused: list[tuple[list[str], dict[str, list[Any]], dict[str, Any], str]] = [
         (["gated"], {}, {}, "how wide"),
         (["gated:x"], {"d_sae": [8]}, {}, "expected ARCH or ARCH:WIDTH"),
-        (["gate"], {"d_sae": [8]}, {}, "is none of sa-gsae"),
-        (["relu"], {"d_sae": [8]}, {"theta0": 1.0}, "--theta0: none of the architectures"),
-        (["abs-topk"], {"d_sae": [8], "sparsity": [0.1]}, {}, "--sparsity: none of the architectures"),
+        (["gate"], {"d_sae": [8]}, {}, r"is none of sa-gsae.*Did you mean gated\?"),
+        (["gated:0"], {}, {}, "--arch gated:0: the width must be 1 or more"),
+        (["relu"], {"d_sae": [8]}, {"theta0": 1.0}, "--theta0: is for sa-gsae"),
+        (["abs-topk"], {"d_sae": [8], "sparsity": [0.1]}, {}, "--sparsity: is for sa-gsae"),
     ]
     for archs, wanted, options, message in refused:
         with pytest.raises(UserError, match=message):

@@ -124,6 +124,10 @@ def test_every_setting_can_be_an_option() -> None:
         (["--seed", "-1"], "error: --seed: must be 0 or more (got -1)\n"),
         (["--arch", "gated:8"], "error: --arch: gated-8-lambda0.1-seed0 is listed twice"),
         (["--set", "clip_norm=-1"], "error: --set clip_norm: must be above 0 (got -1)\n"),
+        (
+            ["--set", "arch=topk"],
+            "error: --set arch: is a setting of the autoencoders. Give --arch ARCH[:WIDTH], or put it into saes\n",
+        ),
         (["--set", "clip_nrm=1"], "error: --set: unknown setting 'clip_nrm': did you mean clip_norm?\n"),
         (["--set", 'saes=[{"arch": "gated", "d_sae": 0}]'], "error: --set saes.0.d_sae: must be 1 or more (got 0)\n"),
         (["--config", "run.toml"], "error: run.toml: lr: must be above 0 (got -0.5)\n"),
@@ -191,7 +195,7 @@ def test_autoencoders_that_options_name() -> None:
         ({"theta0": 1.0}, "--theta0: belongs to autoencoders"),
         ({"expansion": [2.0]}, "say which with --store"),
         ({"arch": ["gated:8"], "sparsity": [-1.0]}, r"--sparsity: must be 0 or more \(got -1.0\)"),
-        ({"arch": ["gated:8"], "k": [2]}, "--k: none of the architectures"),
+        ({"arch": ["gated:8"], "k": [2]}, "--k: is for batch-topk, abs-topk, topk"),
     ):
         with pytest.raises(UserError, match=message):
             asked_saes(typed, {})

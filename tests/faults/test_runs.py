@@ -143,6 +143,10 @@ def test_identity_precision_auto_is_what_the_run_began_with(
         UserError, match=r"precision: the run has float32, this asks for bfloat16.*ask for its settings"
     ):
         run_train(train_config(out=first, precision="bfloat16"))
+    capsys.readouterr()
+    with pytest.raises(UserError, match="lr: the run has"):
+        run_train(train_config(out=first, lr=0.5))
+    assert "resumes" not in capsys.readouterr().err, "it says so only when it does"
     assert store.spec.n_tokens
 
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 import harvest.disk_space
 import harvest.run
+from harvest.begin import too_little
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
 from shared.errors import DamagedError, Interrupted, UserError
@@ -120,6 +121,15 @@ def test_another_request_for_the_same_store_is_refused(
     assert "--overwrite" in str(refused.value)
 
 
+def test_a_store_of_another_corpus_is_refused_by_name(harvest_config: Config, tmp_path: Path) -> None:
+    run_harvest(harvest_config(tmp_path))
+    mine = save_corpus(tmp_path / "mine.jsonl", sentences(900))
+    with pytest.raises(UserError, match=r"corpus: the store has corpus\.jsonl, this asks for mine\.jsonl\.") as refused:
+        run_harvest(harvest_config(tmp_path, corpus=str(mine)))
+    assert "another --name" in str(refused.value)
+    assert "{" not in str(refused.value), "nothing is shown as Python writes it"
+
+
 def test_a_store_of_another_model_is_refused(harvest_config: Config, model_folder: Path, tmp_path: Path) -> None:
     run_harvest(harvest_config(tmp_path))
     other = save_model(tmp_path / "other", hidden_act="relu")
@@ -147,13 +157,20 @@ def test_unusable_input_writes_nothing(harvest_config: Config, tmp_path: Path) -
         assert not out.exists(), message
     with pytest.raises(UserError, match=r"the corpus has \d+ tokens, less than one row of 16"):
         run_harvest(harvest_config(out, corpus=str(short), tokens=None))
-    with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens"):
+    with pytest.raises(UserError, match=r"5,000 were asked for. Lower --tokens to \d"):
         run_harvest(harvest_config(out, corpus=str(save_corpus(tmp_path / "few.jsonl", sentences(3)))))
     assert list(out.iterdir()) == [], "not even a lock is left"
     before = contents(Path(run_harvest(harvest_config(out)).store))
     with pytest.raises(UserError, match="were asked for"):
         run_harvest(harvest_config(out, tokens=10**6, overwrite=True))
     assert contents(out / "s") == before, "a store goes only when there is something to put in its place"
+
+
+def test_tokens_that_fill_no_whole_row_are_named() -> None:
+    said = too_little(5268, 41, 128, 5268)
+    assert said.startswith("the corpus has 5,268 tokens, which make 41 rows of 128 = 5,248; 5,268 were asked for.")
+    assert "Lower --tokens to 5,248" in said
+    assert "less than one row of 128. Lower --context" in too_little(100, 0, 128, 5268)
 
 
 def test_a_folder_that_is_no_store_is_left_alone(harvest_config: Config, tmp_path: Path) -> None:

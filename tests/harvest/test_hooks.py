@@ -33,7 +33,7 @@ def test_layers_and_hookpoints(model_folder: Path) -> None:
     }
     with pytest.raises(UserError, match="Short names: resid_pre"):
         resolve_hooks(("mlp",), [1], info)
-    with pytest.raises(UserError, match="--layer 9"):
+    with pytest.raises(UserError, match=r"--hook blocks\.9\.hook_mlp_out: the model has 3 layers"):
         resolve_hooks(("blocks.9.hook_mlp_out",), [1], info)
 
 

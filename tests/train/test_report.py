@@ -407,8 +407,8 @@ def test_an_unfinished_last_line_of_the_log_is_left_out(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "text", "message"),
     [
-        ("config.json", None, r"is not a run folder: it has no config\.json.*sagsae train"),
-        ("record.json", None, r"is not a run folder: it has no record\.json"),
+        ("config.json", None, r"is not a training run: it has no config\.json.*sagsae train"),
+        ("record.json", None, r"is not a training run: it has no record\.json"),
         ("evaluation.json", None, r"has no evaluation\.json: run `sagsae eval .*run` first"),
         ("evaluation.json", '{"tokens": 3', r"evaluation\.json: is not valid JSON"),
         ("evaluation.json", '{"tokens": 3, "saes": []}', r"lists no autoencoder.*sagsae eval"),

@@ -101,7 +101,7 @@ def test_waves_end_with_the_bits_of_one_stack(train_config: Config, tmp_path: Pa
     whole = run_train(config)
     said = capsys.readouterr().err
     assert re.search(
-        r"whole: takes [\d.]+ KB of cpu memory; [\d.]+ GB may be used\n +weights .*, moments .*, activations", said
+        r"whole: takes [\d.]+ KB of CPU memory; [\d.]+ GB may be used\n +weights .*, moments .*, activations", said
     )
     assert "They do not fit" not in said
     assert waves_of(whole.run) == [NAMES]
@@ -296,7 +296,7 @@ def test_waves_of_two_processes(
     for done in (sagsae(*command(one, 64 * 120)), sagsae(*command(two, 64 * 120, *sweep))):
         assert done.returncode == 0, done.stderr
     assert [len(wave) for wave in waves_of(two)] == [2, 1]
-    assert "of cpu memory per process" in done.stderr
+    assert "of CPU memory per process" in done.stderr
     killed = sagsae(
         *command(both, 64 * 120, *sweep[-2:]),
         stop=(signal.SIGKILL, lambda: any(both.glob("checkpoints/step-00000170"))),

@@ -155,7 +155,7 @@ def make_job(
     store, hook = find_hookpoint(config.store, config.hook)
     folder = RunFolder(config.out or default_folder(store, hook, config))
     recorded = None if config.overwrite else folder.identity()  # before any rank can have begun the run
-    asked, config = config, config if recorded is None else with_recorded_settings(config, folder, device)
+    asked, config = config, config if recorded is None else with_recorded_settings(config, folder)
     matmul = matmul_dtype(config.precision, device)
     identity = identity_of(config, store, hook, matmul)
     check_store(store, config, recorded is None)
@@ -167,6 +167,7 @@ def make_job(
     ):
         recorded = None  # the folder holds another run: `train` says so
     if recorded is not None:
+        say_recorded_precision(asked, config, folder, device)
         store = recorded_shards(store, hook, recorded, folder, config.follow)
     if not config.follow:
         store = store.only(committed_on_all_ranks(gather(list(store.commits))))
@@ -271,19 +272,13 @@ def recorded_shards(store: Store, hook: str, recorded: dict[str, Any], folder: R
     return found
 
 
-def with_recorded_settings(config: TrainConfig, folder: RunFolder, device: torch.device) -> TrainConfig:
+def with_recorded_settings(config: TrainConfig, folder: RunFolder) -> TrainConfig:
     """Returns the configuration with the recorded values of what it leaves open (`precision = auto`, `run_chunks`), and
     with its autoencoders in the recorded order."""
     run = folder.config()
     found: dict[str, Any] = {}
     if config.precision == "auto":
-        automatic = str(matmul_dtype("auto", device)).removeprefix("torch.")
         found["precision"] = run.precision
-        if run.precision not in ("auto", automatic):
-            say(
-                f"{folder.path}: resumes with {run.precision} products, as it began; precision = auto would be "
-                f"{automatic}"
-            )
     if config.run_chunks is None:
         found["run_chunks"] = run.run_chunks
     by_name = {sae.name: sae for sae in config.saes}
@@ -291,6 +286,16 @@ def with_recorded_settings(config: TrainConfig, folder: RunFolder, device: torch
     if by_name.keys() == set(names):
         found["saes"] = tuple(by_name[name] for name in names)
     return config.model_copy(update=found)
+
+
+def say_recorded_precision(asked: TrainConfig, config: TrainConfig, folder: RunFolder, device: torch.device) -> None:
+    """Says so when a resumed run keeps another precision than `precision = auto` means on this device."""
+    automatic = str(matmul_dtype("auto", device)).removeprefix("torch.")
+    if asked.precision == "auto" and config.precision not in ("auto", automatic):
+        say(
+            f"{folder.path}: resumes with {config.precision} products, as it began; precision = auto would be "
+            f"{automatic}"
+        )
 
 
 def check_settings(config: TrainConfig, store: Store) -> None:

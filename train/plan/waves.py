@@ -114,7 +114,8 @@ def memory_text(job: TrainJob, need: MemoryNeed, limit: int | None, ranks: Ranks
     """Says how much memory the whole run takes, item by item, and how much may be used."""
     each = " per process" if ranks.count > 1 else ""
     available = "the free memory is not known" if limit is None else limit_text(job, limit)
-    return f"{job.folder.path}: takes {in_words(need.total)} of {ranks.device.type} memory{each}; {available}\n  {need}"
+    memory = f"{in_words(need.total)} of {ranks.device.type.upper()} memory{each}"
+    return f"{job.folder.path}: takes {memory}; {available}\n  {need}"
 
 
 def waves_text(waves: Sequence[Saes], resumed: bool) -> str:

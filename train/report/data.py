@@ -192,9 +192,7 @@ def read_run(folder: Path) -> ReportedRun:
     try:
         for name in ("config.json", "record.json"):
             if not (folder / name).is_file():
-                raise UserError(
-                    f"{folder} is not a run folder: it has no {name}. Give a folder that `sagsae train` wrote"
-                )
+                raise UserError(f"{folder}: is not a training run: it has no {name}. Make one with: sagsae train")
         config, record = _read_object(folder / "config.json"), _read_object(folder / "record.json")
         metrics = _read_metrics(folder / "metrics.jsonl")
         if not (folder / "evaluation.json").is_file():
