@@ -1,4 +1,4 @@
-"""Gives runs and autoencoders the short names that a report shows."""
+"""Finds runs and autoencoders the short names that a report shows."""
 
 from collections.abc import Sequence
 from dataclasses import replace
