@@ -1,4 +1,4 @@
-"""Finds runs and autoencoders the short names that a report shows."""
+"""The short names that a report shows for runs and autoencoders."""
 
 from collections.abc import Sequence
 from dataclasses import replace
