@@ -126,7 +126,7 @@ def corpus_tokens(plan: HarvestPlan, folder: Path, check_stop: Callable[[], None
 
 
 def too_little(given: int, rows: int, context: int, wanted: int | None) -> str:
-    """What is wrong with a corpus of `given` tokens that make `rows` whole rows, and what to do."""
+    """Returns the message for a corpus that is too short: it has `given` tokens, which fill `rows` whole rows."""
     if not rows:
         return f"the corpus has {given:,} tokens, less than one row of {context}. Lower --context, or give more text"
     return (

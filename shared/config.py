@@ -103,7 +103,7 @@ class HarvestConfig(Frozen):
 
     A harvest that resumes keeps the dtype of its store."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
+    """Number format of the stored activations. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     attention: Literal["sdpa", "eager"] = "sdpa"
     """sdpa: the model's own modules, bit for bit. eager: slower, with hooks inside attention.
 
@@ -196,7 +196,7 @@ class SynthConfig(Synthetic):
     context: Annotated[int, Field(ge=1, le=1 << 16)] = 128
     """Rows that are held out together. They have nothing else to do with each other."""
     store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """What is written. bfloat16 keeps 8 bits of mantissa (55 dB)."""
+    """Number format of the stored activations. bfloat16 keeps 8 bits of mantissa (55 dB)."""
     codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
     """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
@@ -232,7 +232,7 @@ class TrainConfig(Frozen):
     store: Location
     """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, http(s)://)."""
     hook: str | None = None
-    """Which hookpoint of the store, such as layer_08/mlp_out or mlp_out. Default: the only one there is."""
+    """The hookpoint to train on, such as layer_08/mlp_out or mlp_out. Default: the only one in the store."""
     saes: tuple[AnySAE, ...]
     """The autoencoders, each with its architecture (`arch`), its width (`d_sae`) and settings of its own.
 

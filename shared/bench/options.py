@@ -38,7 +38,7 @@ class TrainBenchOptions(Frozen):
     store: Location | None = None
     """A store with rows to train on. Default: one of the shipped model's mlp_out."""
     hook: str = "mlp_out"
-    """Which hookpoint of it."""
+    """The store's hookpoint to train on."""
     widths: tuple[Annotated[int, Field(ge=1)], ...] = (4096, 16384)
     """Number of latents, d_sae."""
     batch: Annotated[int, Field(ge=8)] = 2048

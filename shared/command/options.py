@@ -30,7 +30,7 @@ TYPED: Final = "sagsae.typed"
 
 @dataclass(frozen=True)
 class OptionsFrom:
-    """Which fields of which schema become options of a command."""
+    """The schema whose fields become options of a command, and which of them do."""
 
     name: str
     """The schema's name in SCHEMAS."""

@@ -159,9 +159,7 @@ def make_job(
     matmul = matmul_dtype(config.precision, device)
     identity = identity_of(config, store, hook, matmul)
     check_store(store, config, recorded is None)
-    check_settings(config, store)
-    if recorded is None:
-        check_saes(config.saes)
+    check_settings(config, store, new=recorded is None)
     if recorded is not None and folder.differs(
         {**identity, "warmup_steps": asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps"))}
     ):
@@ -181,9 +179,7 @@ def make_job(
     identity |= rows_identity(store, hook, config, limit, recorded)
     passes, streams = make_passes(config, store, hook, parts, identity["run_chunks"], folder.path, leads)
     if leads:
-        say_unreached_bounds(asked, store, hook, streams, identity["run_chunks"])
-        for sentence in idle(asked, steps):
-            say(sentence)
+        say_unused_settings(asked, store, hook, streams, identity["run_chunks"], steps)
     job = TrainJob(
         config=config,
         store=store,
@@ -298,9 +294,12 @@ def say_recorded_precision(asked: TrainConfig, config: TrainConfig, folder: RunF
         )
 
 
-def check_settings(config: TrainConfig, store: Store) -> None:
-    """Raises UserError for a setting that cannot be applied."""
+def check_settings(config: TrainConfig, store: Store, new: bool) -> None:
+    """Raises UserError for a setting that cannot be applied. `new`: whether the run begins here; one of an earlier
+    version may have autoencoders with such a setting."""
     context = store.spec.context
+    if new:
+        check_saes(config.saes)
     for key, most in LARGEST.items():
         if getattr(config, key) > most:
             raise UserError(f"{key}: {getattr(config, key):,} at once fit into no machine. At most {most:,} are taken")
@@ -322,8 +321,7 @@ def check_settings(config: TrainConfig, store: Store) -> None:
 
 
 def check_saes(saes: tuple[SAEConfig, ...]) -> None:
-    """Raises UserError for a setting of an autoencoder that could not be kept. Those of earlier versions may have one:
-    they cut it."""
+    """Raises UserError for a setting of an autoencoder that cannot be kept. Earlier versions of sagsae cut it."""
     for sae in saes:
         if isinstance(sae, FixedL0) and (sae.aux_k or 0) > sae.d_sae:
             raise UserError(f"aux_k: {sae.aux_k:,} of {sae.d_sae:,} latents cannot be active ({sae.name})")
@@ -332,8 +330,11 @@ def check_saes(saes: tuple[SAEConfig, ...]) -> None:
                 raise UserError(f"{key}: {getattr(sae, key):g} is too large for float32 ({sae.name})")
 
 
-def say_unreached_bounds(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int) -> None:
-    """Prints a line for each upper bound that the user set and that this store does not reach."""
+def say_unused_settings(asked: TrainConfig, store: Store, hook: str, streams: int, run_chunks: int, steps: int) -> None:
+    """Prints a line for each setting that the user gave and that has no effect in this run, or less than its value says
+    because the store is small."""
+    for sentence in idle(asked, steps):
+        say(sentence)
     given, spec = asked.model_fields_set, store.spec
     tenth = max(1, spec.n_contexts // 10)
     if "heldout_tokens" in given and -(-asked.heldout_tokens // spec.context) > tenth:
