@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.memory import parse_bytes
+from shared.request import Layer, WantedActivations
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen, Shown
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
@@ -48,18 +49,6 @@ def memory_of(value: object) -> object:
     return value
 
 
-def layer_number(value: object) -> object:
-    """A layer's number from its text, or `mid`."""
-    if not isinstance(value, str) or value == "mid":
-        return value
-    if not re.fullmatch("-?[0-9]{1,9}", value):
-        raise ValueError("must be a layer number from 0, or mid")
-    return int(value)
-
-
-Layer = Annotated[int | Literal["mid"], BeforeValidator(layer_number), Shown("LAYER", type="integer or mid")]
-
-
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -71,7 +60,7 @@ DEMO_HOOKS = ("resid_post", "attn_out", "mlp_out")
 DEMO_SPARSITIES = (0.05, 0.1, 0.2, 0.4)
 
 
-class HarvestConfig(Frozen):
+class HarvestConfig(WantedActivations):
     """One harvest: a model, a corpus and the hookpoints to keep."""
 
     groups: ClassVar[Mapping[str, str]] = {
@@ -82,75 +71,10 @@ class HarvestConfig(Frozen):
         "Computation": "device dtype attention batch_tokens",
     }
 
-    model: str
-    """An alias (tiny, pythia-1b, gpt2, …), a Hugging Face id, a folder or a GGUF file.
-
-    `sagsae models` lists the aliases."""
-    revision: str | None = None
-    """Branch, tag or commit of a Hugging Face model. Default: its main branch."""
-    tokenizer: str | None = None
-    """Another tokenizer: a folder, a GGUF file or a Hugging Face id. Default: the model's own."""
-    eos: int | str | None = None
-    """The id, or the token, that ends a document. Default: the tokenizer's."""
-    special_ids: tuple[Annotated[int, Field(ge=0)], ...] = ()
-    """Further token ids to leave out of statistics and training.
-
-    What the tokenizer marks as special is left out anyway."""
-    split_special_tokens: bool = False
-    """Treat special tokens that are spelt out in a text as plain text. Otherwise they become their ids."""
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """What the model computes in. auto: bfloat16 where the hardware multiplies it natively, else float32.
-
-    A harvest that resumes keeps the dtype of its store."""
-    store_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Number format of the stored activations. bfloat16 keeps 8 bits of mantissa (55 dB)."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """sdpa: the model's own modules, bit for bit. eager: slower, with hooks inside attention.
-
-    eager is TransformerLens' attention."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …, or map, which spreads a model over every GPU.
 
     map is transformers' device_map="auto"."""
-    layers: tuple[Layer, ...] = ("mid",)
-    """Layer numbers from 0; mid is n_layers // 2."""
-    hooks: tuple[str, ...] = ("resid_post", "attn_out", "mlp_out")
-    """Short names (resid_pre, mlp_out, …) or TransformerLens names such as `blocks.3.attn.hook_z`.
-
-    `sagsae hooks` lists those of a model."""
-    corpus: str | None = None
-    """A file, a folder or a Hugging Face dataset; a text file is one document. Default: the corpus.jsonl beside a local
-    model.
-
-    docs/reference/corpora.md describes every kind."""
-    corpus_config: str | None = None
-    """Configuration (subset) of a Hugging Face dataset. Default: the dataset's own."""
-    corpus_split: str = "train"
-    """Split of a Hugging Face dataset."""
-    corpus_revision: str | None = None
-    """Branch, tag or commit of a Hugging Face dataset. Default: its main branch."""
-    text_field: str = "text"
-    """The field or column that holds a document: its text, or the list of its token ids.
-
-    It applies to JSON lines, parquet and Hugging Face datasets."""
-    on_bad_document: Literal["refuse", "skip"] = "refuse"
-    """What to do with a document that cannot be read; skip counts them.
-
-    Such a document is not UTF-8, not JSON, lacks the field or holds something else in it."""
-    shuffle_documents: bool = True
-    """Shuffle documents before they are packed.
-
-    The shuffle is seeded and uses a buffer of 100,000 documents and 1 GiB."""
-    context: Annotated[int, Field(ge=2)] | None = None
-    """Tokens per row of the corpus. Default: the model's longest context, at most 1024."""
-    bos: Literal["auto", "true", "false"] = "auto"
-    """Begin every row with the BOS token. auto: as the model's tokenizer does."""
-    skip_positions: Annotated[int, Field(ge=0)] = 1
-    """Positions at the start of every context to leave out of statistics and training.
-
-    They are stored all the same. In most models position 0 is an outlier."""
-    tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] | None = None
-    """Activation rows to write, exactly. Default: all that the corpus gives."""
     batch_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens in one forward pass. Default: 2048 on a CPU; on a GPU what fits, at most 65536.
 
@@ -159,10 +83,6 @@ class HarvestConfig(Frozen):
     """Keep rows with NaN or infinities, marked, instead of stopping.
 
     They are left out of statistics and training."""
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    """Seeds the shuffles of documents and of rows inside a shard."""
-    codec: Literal["zstd", "lz4", "none", "int8"] = "zstd"
-    """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
