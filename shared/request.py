@@ -211,3 +211,84 @@ class Job(Frozen):
     ended: float | None = None
     revision: int = 0
     """Grows with every change."""
+
+
+class StoreRow(Frozen):
+    """One store of the catalog, as clients see it."""
+
+    id: str
+    """The name of its folder."""
+    key: str
+    state: Literal["writing", "final"]
+    model: str
+    corpus: str
+    hookpoints: tuple[str, ...]
+    tokens: int
+    """Rows that are committed."""
+    of_tokens: int
+    """Rows that it will have when it is final."""
+    context: int
+    codec: str
+    dtype: str
+    bytes: int | None = None
+    """Bytes on the disk; shards that are hard-linked from another store are counted here, too."""
+    environment: str = ""
+    spec_id: str = ""
+    created: float = 0.0
+    used: float = 0.0
+    """When it last answered a request or a lease on it ended; seconds since 1970."""
+    pins: tuple[str, ...] = ()
+    leases: tuple[str, ...] = ()
+    """Who reads it now."""
+    job: int | None = None
+    """The open job that writes it."""
+
+
+class StoreFilter(Frozen):
+    """Which stores of the catalog are listed. Every field narrows the list; None does not."""
+
+    model: str | None = None
+    layer: Annotated[int, Field(ge=0)] | None = None
+    hook: str | None = None
+    corpus: str | None = None
+    state: Literal["writing", "final"] | None = None
+    key: str | None = None
+
+
+StoreSort = Literal["used", "created", "bytes", "tokens", "id"]
+
+
+class WorkerInfo(Frozen):
+    """Who asks for a job, and what its machine can do."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:@-]{1,128}$")]
+    device: str = "cpu"
+    gpus: int = 0
+    memory: int | None = None
+    """Bytes of memory of the smallest GPU."""
+    bf16: bool = False
+    versions: Mapping[str, str] = {}
+    light: bool = False
+    """Takes only jobs that load no model: views and recoding."""
+    state: str = ""
+    """What it does now, for people; set by the server."""
+    seen: float = 0.0
+    """When it was last heard of; set by the server."""
+
+
+class TakenJob(Frozen):
+    """A job that was given to a worker: one attempt, which nobody else has."""
+
+    job: int
+    attempt: int
+    action: Action
+    store: str
+    """The folder to write, inside the root."""
+    settings: Mapping[str, Any]
+    """The settings of `sagsae harvest` (or `source` and `codec` of `sagsae store recode`), without the folder."""
+    repair: bool = False
+    """Whether damage was found: the worker repairs the store before it resumes."""
+    lease_s: float
+    """The attempt is given to another worker when nothing is heard for so many seconds."""
+    beat_s: float
+    """Seconds between two beats."""
