@@ -1,0 +1,388 @@
+"""The page of one store: what is read from its folder, and what the template shows of it.
+
+`read_numbers` reads the store, within bounds; every other function computes from what was read.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from markupsafe import Markup
+
+from harvest.serve.plots import line_plot, stem_plot
+from harvest.serve.words import ABSENT, Fact, ago, count, number, size, times
+from shared.files.digest import short_digest
+from shared.gate import members, parse_json
+from shared.request import StoreRow
+from shared.store.norms import MASSIVE, OUTLYING, Norms, norms, norms_by_position, outlying, spread
+from shared.store.opened import Statistics, Store
+from shared.store.spec import DTYPES, StoreSpec
+
+SHARDS_FOR_MOMENTS: Final = 1024
+"""Shards whose sums are read for the moments: three small files each."""
+ARRAYS: Final = 60
+"""Rows of the table of arrays."""
+NAMED: Final = 6
+"""Outlying dimensions that the plot labels."""
+RECORD_BYTES: Final = 1 << 20
+QUANTILE_NAMES: Final = {0.0: "smallest", 0.01: "1 %", 0.5: "median", 0.99: "99 %", 1.0: "largest"}
+VERSIONS: Final = ("sagsae", "torch", "transformers", "transformer-lens")
+
+
+@dataclass(frozen=True)
+class StoreNumbers:
+    """What is read from a store for its page: all of its sizes, and the statistics of one hookpoint."""
+
+    spec: StoreSpec
+    hook: str
+    shards: int
+    """Committed shards."""
+    sampled: int
+    """Shards that the norms are over."""
+    sizes: Mapping[str, int]
+    """Bytes by array."""
+    record: Mapping[str, Any]
+    statistics: Statistics | None
+    norms: Norms | None
+    by_position: Sequence[float]
+    snr_db: float | None
+
+
+def read_numbers(folder: Path, hook: str | None = None) -> StoreNumbers:
+    """Reads a store for its page: at most SHARDS_FOR_MOMENTS shards' sums and SAMPLED shards' norms. Raises UserError
+    for a hookpoint that the store does not have, DamagedError."""
+    store = Store.open(folder)
+    hook = hook if hook in store.spec.hookpoints else next(iter(store.spec.hookpoints))
+    few, many = spread(store), spread(store, SHARDS_FOR_MOMENTS)
+    counted = many.kept(hook) > 1
+    cost = many.quantisation(hook) if counted else None
+    return StoreNumbers(
+        spec=store.spec,
+        hook=hook,
+        shards=len(store.commits),
+        sampled=len(few.commits),
+        sizes=array_sizes(store),
+        record=read_record(folder),
+        statistics=many.statistics(hook) if counted else None,
+        norms=norms(few, hook) if counted else None,
+        by_position=norms_by_position(few, hook).tolist() if counted else (),
+        snr_db=cost.snr_db if cost else None,
+    )
+
+
+def array_sizes(store: Store) -> dict[str, int]:
+    """Committed bytes of every array, and of the token ids on disk."""
+    sizes = {array: store.commits.bytes_of(array) for array in sorted(store.spec.arrays())}
+    tokens = [path.stat().st_size for path in (store.root / "tokens").rglob("*") if path.is_file()]
+    return {**sizes, "tokens": sum(tokens)}
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """record.json, or nothing where it cannot be read: it is for people only."""
+    try:
+        with (folder / "record.json").open("rb") as file:
+            return members(parse_json(file.read(RECORD_BYTES)), (), None)
+    except (OSError, ValueError):
+        return {}
+
+
+@dataclass(frozen=True)
+class HookLine:
+    """One hookpoint in the table of a store."""
+
+    path: str
+    d_in: int
+    size: str
+    ratio: str
+    chosen: bool
+
+
+@dataclass(frozen=True)
+class ArrayLine:
+    """The bytes of one array."""
+
+    path: str
+    size: str
+    percent: float
+
+
+@dataclass(frozen=True)
+class ContextLine:
+    """The beginning of one context as text, or as ids where no tokenizer is at hand."""
+
+    number: int
+    text: str
+    more: bool
+
+
+@dataclass(frozen=True)
+class ProvenanceNode:
+    """A thing that the store was made from, and what that was made from."""
+
+    title: str
+    facts: tuple[Fact, ...]
+    parents: tuple["ProvenanceNode", ...] = ()
+
+
+@dataclass(frozen=True)
+class StorePlot:
+    """A plot with its caption."""
+
+    title: str
+    drawing: Markup
+    caption: str
+
+
+@dataclass(frozen=True)
+class StoreView:
+    """Everything that the page of a store shows, as texts and drawings."""
+
+    row: StoreRow
+    facts: tuple[Fact, ...]
+    hooks: tuple[HookLine, ...]
+    hook: str
+    moments: tuple[Fact, ...]
+    quantiles: tuple[Fact, ...]
+    massive: str
+    sampled: str
+    plots: tuple[StorePlot, ...]
+    arrays: tuple[ArrayLine, ...]
+    further_arrays: int
+    key_parts: tuple[Fact, ...]
+    provenance: ProvenanceNode
+    train: str
+    train_here: str
+    python: str
+
+
+def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path, now: float) -> StoreView:
+    """What the page shows. `url` is the store's own address on this server."""
+    arrays = array_lines(numbers.sizes)
+    return StoreView(
+        row=row,
+        facts=store_facts(row, numbers, now),
+        hooks=tuple(hook_line(numbers, path) for path in numbers.spec.hookpoints),
+        hook=numbers.hook,
+        moments=moment_facts(numbers),
+        quantiles=quantile_facts(numbers.norms),
+        massive=massive_text(numbers.norms),
+        sampled=sample_text(numbers),
+        plots=tuple(store_plots(numbers)),
+        arrays=arrays[:ARRAYS],
+        further_arrays=len(arrays[ARRAYS:]),
+        key_parts=key_facts(numbers.spec),
+        provenance=provenance_tree(row, numbers),
+        train=train_command(url, numbers.hook),
+        train_here=train_command(str(folder), numbers.hook),
+        python=python_snippet(url, numbers),
+    )
+
+
+def store_facts(row: StoreRow, numbers: StoreNumbers, now: float) -> tuple[Fact, ...]:
+    spec = numbers.spec
+    total = sum(numbers.sizes.values())
+    raw = sum(raw_bytes(row.tokens, hook.d_in, spec.dtype) for hook in spec.hookpoints.values())
+    stored = sum(stored_size(numbers, path) for path in spec.hookpoints)
+    of = "" if row.tokens == row.of_tokens else f" of {count(row.of_tokens)}"
+    return (
+        Fact("Model", row.model),
+        Fact("Corpus", row.corpus),
+        Fact("Tokens", f"{count(row.tokens)}{of}"),
+        Fact("Context", count(spec.context)),
+        Fact("Format", f"{spec.dtype}, {spec.codec}"),
+        Fact("Size", size(total)),
+        Fact("Ratio", times(raw / stored) if stored else ABSENT),
+        Fact("Shards", f"{count(numbers.shards)} of {count(spec.n_shards)}, {count(spec.shard_rows)} rows each"),
+        Fact("Last used", ago(row.used, now)),
+        Fact("Environment", row.environment or ABSENT),
+    )
+
+
+def raw_bytes(rows: int, d_in: int, dtype: str) -> int:
+    return rows * d_in * DTYPES[dtype][0].itemsize
+
+
+def stored_size(numbers: StoreNumbers, path: str) -> int:
+    """Bytes of a hookpoint's activations, with the scales that are needed to read them back."""
+    return sum(numbers.sizes.get(array, 0) for array in (path, f"scale/{path}/row", f"scale/{path}/dim"))
+
+
+def hook_line(numbers: StoreNumbers, path: str) -> HookLine:
+    spec, stored = numbers.spec, stored_size(numbers, path)
+    d_in = spec.hookpoints[path].d_in
+    rows = min(numbers.shards * spec.shard_rows, spec.n_tokens)
+    ratio = times(raw_bytes(rows, d_in, spec.dtype) / stored) if stored else ABSENT
+    return HookLine(path, d_in, size(stored), ratio, path == numbers.hook)
+
+
+def array_lines(sizes: Mapping[str, int]) -> tuple[ArrayLine, ...]:
+    """Arrays by their size, largest first."""
+    total = max(1, sum(sizes.values()))
+    ordered = sorted(sizes.items(), key=lambda item: (-item[1], item[0]))
+    return tuple(ArrayLine(path, size(length), round(100 * length / total, 2)) for path, length in ordered)
+
+
+def moment_facts(numbers: StoreNumbers) -> tuple[Fact, ...]:
+    """The moments of the chosen hookpoint; nothing where too few rows count."""
+    statistics, measured = numbers.statistics, numbers.norms
+    if statistics is None:
+        return ()
+    mean_square = float((statistics.variance + statistics.mean**2).sum())
+    facts = [
+        Fact("Rows that count", count(statistics.n)),
+        Fact("Scale √E|x − mean|²", number(statistics.scale)),
+        Fact("Norm of the mean", number(float((statistics.mean**2).sum() ** 0.5))),
+        Fact("Mean square E|x|²", number(mean_square)),
+        Fact("Total variance", number(float(statistics.variance.sum()))),
+    ]
+    if numbers.snr_db is not None:
+        facts.append(Fact("int8 SNR", f"{numbers.snr_db:.2f} dB"))
+    if measured:
+        facts.append(Fact("Norm at position 0", number(measured.at_position_0)))
+        facts.append(Fact("Rows with NaN or infinity", count(measured.nonfinite)))
+    return tuple(facts)
+
+
+def quantile_facts(measured: Norms | None) -> tuple[Fact, ...]:
+    if measured is None:
+        return ()
+    return tuple(Fact(QUANTILE_NAMES[q], number(value)) for q, value in sorted(measured.quantiles.items()))
+
+
+def massive_text(measured: Norms | None) -> str:
+    if measured is None:
+        return ""
+    massive = measured.massive
+    if not massive.rows:
+        return f"No row is massive: none has a norm above {MASSIVE:g} times the median."
+    rows = f"{count(massive.rows)} of {count(massive.of)} rows have a norm above {MASSIVE:g} times the median."
+    return f"{rows} {massive.text}." if massive.text else f"{rows} They hold little of the variance."
+
+
+def sample_text(numbers: StoreNumbers) -> str:
+    if numbers.sampled == numbers.shards:
+        return ""
+    return f"Norms are over {count(numbers.sampled)} of {count(numbers.shards)} shards, evenly spread."
+
+
+def store_plots(numbers: StoreNumbers) -> list[StorePlot]:
+    if numbers.statistics is None:
+        return []
+    found = outlying(numbers.statistics)
+    rms = (numbers.statistics.variance + numbers.statistics.mean**2) ** 0.5
+    ordered = sorted(rms.tolist())
+    median = max(ordered[len(ordered) // 2], 1e-300)
+    ratios = [value / median for value in rms.tolist()]
+    lines = ", ".join(f"{dim} ({times(ratio)})" for dim, ratio in list(found.items())[:NAMED])
+    many = f"{len(found)} of {count(len(ratios))} dimensions are outlying: {lines}" if found else "No dimension is"
+    caption = f"{many}{'' if found else ' outlying'}. A dimension is outlying above {OUTLYING:g} times the median."
+    positions = numbers.by_position
+    return [
+        StorePlot(
+            "Norm by position",
+            line_plot(positions, [0], f"Mean norm at each of {len(positions)} positions"),
+            "The mean norm at each position of a context. The point is position 0.",
+        ),
+        StorePlot(
+            "Root mean square by dimension",
+            stem_plot(ratios, OUTLYING, list(found)[:NAMED], f"Root mean square of {len(ratios)} dimensions"),
+            caption + (" The largest of neighbours is drawn." if len(ratios) > 256 else ""),
+        ),
+    ]
+
+
+def key_facts(spec: StoreSpec) -> tuple[Fact, ...]:
+    """The parts of the key: what two stores must have in common to hold the same rows in the same order and format."""
+    model, corpus = spec.model, spec.corpus
+    return (
+        Fact("Store format", str(spec.format_version)),
+        Fact("Model", str(model.get("commit") or ABSENT)),
+        Fact("Computed in", str(model.get("dtype") or ABSENT)),
+        Fact("Attention", str(model.get("attention") or ABSENT)),
+        Fact("Weight processing", str(model.get("weight_processing") or ABSENT)),
+        Fact("Tokenizer", str(spec.tokenizer.get("blake2b") or ABSENT)),
+        Fact("Special ids", ids_text(spec.special_ids)),
+        Fact("BOS id", ABSENT if spec.bos_id is None else str(spec.bos_id)),
+        Fact("Context", count(spec.context)),
+        Fact("Skipped positions", str(spec.skip_positions)),
+        Fact("Documents shuffled", "yes" if corpus.get("shuffled") else "no"),
+        Fact("Bad documents", str(corpus.get("on_bad_document") or ABSENT)),
+        Fact("Seed", str(spec.seed)),
+        Fact("Stored as", f"{spec.dtype}, {spec.codec}"),
+        Fact("Rows of a chunk, of a shard", f"{count(spec.chunk_rows)}, {count(spec.shard_rows)}"),
+    )
+
+
+def ids_text(ids: Sequence[int]) -> str:
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return (", ".join(map(str, ids[:8])) or "none") + more
+
+
+def provenance_tree(row: StoreRow, numbers: StoreNumbers) -> ProvenanceNode:
+    """The store, what wrote it, and the model and the corpus that it was written from."""
+    spec, record = numbers.spec, numbers.record
+    tokenizer = ProvenanceNode("Tokenizer", (Fact("Digest", str(spec.tokenizer.get("blake2b") or ABSENT)),))
+    model = ProvenanceNode(f"Model {row.model}", (Fact("Commit", str(spec.model.get("commit") or ABSENT)),))
+    corpus = ProvenanceNode(f"Corpus {row.corpus}", corpus_facts(spec.corpus), (tokenizer,))
+    versions = record.get("versions")
+    known = versions if isinstance(versions, dict) else {}
+    facts = [
+        Fact("Command", str(record.get("command") or "not recorded")),
+        Fact("Begun", str(record.get("started") or ABSENT)),
+        Fact("Versions", ", ".join(f"{name} {known[name]}" for name in VERSIONS if known.get(name)) or ABSENT),
+        Fact("Code", git_text(record.get("git"))),
+    ]
+    harvest = ProvenanceNode("Harvest", tuple(facts), (model, corpus))
+    return ProvenanceNode(f"Store {row.id}", (Fact("Key", row.key), Fact("Spec", row.spec_id or ABSENT)), (harvest,))
+
+
+def corpus_facts(corpus: Mapping[str, Any]) -> tuple[Fact, ...]:
+    source = corpus.get("source")
+    about = source if isinstance(source, dict) else {}
+    facts = [Fact("Source", short_value(about))] if about else []
+    facts += [Fact("Documents", count(corpus["documents"]))] if isinstance(corpus.get("documents"), int) else []
+    return (*facts, Fact("Token ids", str(corpus.get("ids_blake2b"))))
+
+
+def short_value(value: object, longest: int = 240) -> str:
+    """A JSON value in one line, cut where it is long."""
+    if isinstance(value, dict):
+        text = ", ".join(f"{key} {short_value(item, 80)}" for key, item in list(value.items())[:12] if item is not None)
+    elif isinstance(value, list):
+        text = "; ".join(short_value(item, 120) for item in value[:3]) + (" …" if len(value) > 3 else "")
+    else:
+        text = str(value)
+    return text if len(text) <= longest else f"{text[:longest]}…"
+
+
+def git_text(git: object) -> str:
+    if not isinstance(git, dict) or not isinstance(git.get("commit"), str):
+        return ABSENT
+    return git["commit"][:12] + (" with changes" if git.get("changed") else "")
+
+
+def train_command(place: str, hook: str) -> str:
+    """The command that trains on one hookpoint of the store. Ids and hookpoints need no quotes in a shell."""
+    return f"sagsae train --store {quoted_word(place)} --hook {hook} --arch sa-gsae:4096"
+
+
+def quoted_word(word: str) -> str:
+    import shlex
+
+    return shlex.quote(word)
+
+
+def python_snippet(url: str, numbers: StoreNumbers) -> str:
+    width = numbers.spec.hookpoints[numbers.hook].d_in
+    return "\n".join(
+        (
+            "from shared.store.opened import Store",
+            "from train.measure.examples import counted_rows",
+            "",
+            f'store = Store.open("{url}")',
+            f'for rows, places in counted_rows(store, "{numbers.hook}"):',
+            f"    print(rows.shape, rows.mean())   # [n, {width}] float32, and the token of each row",
+            "    break",
+        )
+    )
