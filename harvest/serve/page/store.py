@@ -3,6 +3,7 @@
 `read_numbers` reads the store, within bounds; every other function computes from what was read.
 """
 
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +11,8 @@ from typing import Any, Final
 
 from markupsafe import Markup
 
-from harvest.serve.plots import line_plot, stem_plot
-from harvest.serve.words import ABSENT, Fact, ago, count, number, size, times
-from shared.files.digest import short_digest
+from harvest.serve.page.plots import line_plot, stem_plot
+from harvest.serve.page.words import ABSENT, Fact, ago, count, number, size, times
 from shared.gate import members, parse_json
 from shared.request import StoreRow
 from shared.store.norms import MASSIVE, OUTLYING, Norms, norms, norms_by_position, outlying, spread
@@ -182,13 +182,13 @@ def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path, now
 def store_facts(row: StoreRow, numbers: StoreNumbers, now: float) -> tuple[Fact, ...]:
     spec = numbers.spec
     total = sum(numbers.sizes.values())
-    raw = sum(raw_bytes(row.tokens, hook.d_in, spec.dtype) for hook in spec.hookpoints.values())
+    raw = sum(raw_bytes(row.rows, hook.d_in, spec.dtype) for hook in spec.hookpoints.values())
     stored = sum(stored_size(numbers, path) for path in spec.hookpoints)
-    of = "" if row.tokens == row.of_tokens else f" of {count(row.of_tokens)}"
+    of = "" if row.rows == row.n_tokens else f" of {count(row.n_tokens)}"
     return (
         Fact("Model", row.model),
         Fact("Corpus", row.corpus),
-        Fact("Tokens", f"{count(row.tokens)}{of}"),
+        Fact("Tokens", f"{count(row.rows)}{of}"),
         Fact("Context", count(spec.context)),
         Fact("Format", f"{spec.dtype}, {spec.codec}"),
         Fact("Size", size(total)),
@@ -364,13 +364,7 @@ def git_text(git: object) -> str:
 
 def train_command(place: str, hook: str) -> str:
     """The command that trains on one hookpoint of the store. Ids and hookpoints need no quotes in a shell."""
-    return f"sagsae train --store {quoted_word(place)} --hook {hook} --arch sa-gsae:4096"
-
-
-def quoted_word(word: str) -> str:
-    import shlex
-
-    return shlex.quote(word)
+    return f"sagsae train --store {shlex.quote(place)} --hook {hook} --arch sa-gsae:4096"
 
 
 def python_snippet(url: str, numbers: StoreNumbers) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
 POINTS: Final = 256
 """Points of one line. Longer series are reduced to the largest value of each part."""
@@ -150,4 +150,4 @@ def column_ticks(count: int) -> list[int]:
 
 
 def tick_text(value: float) -> str:
-    return str(escape(f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.0e}"))
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 or value == 0 else f"{value:.0e}"
