@@ -8,6 +8,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+class BusyError(UserError):
+    """Nothing is wrong with what was asked: the same command can succeed later. Something else has to end, come back or
+    make room first: a process that holds a lock, a server, a full disk, a lost process. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class DamagedError(Exception):
     """Bytes on disk are not what was committed. Printed as one message, exit code 3."""
 

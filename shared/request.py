@@ -211,3 +211,101 @@ class Job(Frozen):
     ended: float | None = None
     revision: int = 0
     """Grows with every change."""
+
+
+class StoreRow(Frozen):
+    """One store of the catalog, as clients see it."""
+
+    id: str
+    """The name of its folder."""
+    key: str
+    spec_id: str
+    model: str
+    corpus: str
+    hookpoints: tuple[str, ...]
+    rows: int
+    """Rows that are committed."""
+    n_tokens: int
+    """Rows of the finished store."""
+    context: int
+    codec: str
+    bytes: int | None = None
+    state: Literal["writing", "final"]
+    environment: str = ""
+    used: float | None = None
+    """When it was last asked for or leased, in seconds since 1970."""
+    pins: tuple[str, ...] = ()
+    leases: int = 0
+
+
+class StorePage(Frozen):
+    """A part of the catalog."""
+
+    stores: tuple[StoreRow, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class JobPage(Frozen):
+    """A part of the list of jobs."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class LogPart(Frozen):
+    """A part of a job's log."""
+
+    text: str
+    next: int
+    """The byte at which the next part begins."""
+    ended: bool
+    """Whether the job has ended and nothing follows."""
+
+
+class LeaseGrant(Frozen):
+    """A lease of a store: until it lapses, the store is not evicted."""
+
+    id: str
+    store: str
+    ttl_s: float
+
+
+class LogFile(Frozen):
+    """The state of one log of a store's manifest: see LogMark in shared/files/base.py."""
+
+    path: str
+    identity: str
+    size: int
+    grows: bool
+
+
+class WorkerInfo(Frozen):
+    """What a worker says of itself when it asks for a job."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")]
+    device: str = "cpu"
+    gpus: Annotated[int, Field(ge=0, le=1024)] = 0
+    memory: Annotated[int, Field(ge=0)] = 0
+    """Bytes of memory of its devices together; of the machine, without one."""
+    bf16: bool = False
+    """Whether the hardware multiplies bfloat16 natively."""
+    environment: str = ""
+    """The digest of its versions and kind of device."""
+    versions: Mapping[str, str] = {}
+
+
+class TakenJob(Frozen):
+    """A job that a worker has taken: which command it runs."""
+
+    job: int
+    attempt: int
+    action: Action
+    store: str
+    """The folder that it writes."""
+    command: Literal["harvest", "store recode"]
+    settings: Mapping[str, Any]
+    """The command's settings, as a --config file has them."""
+    lease_s: float
+    """Seconds without a beat after which another worker may take the job."""
