@@ -22,9 +22,9 @@ class DamagedError(Exception):
 
 
 class LostError(Exception):
-    """Another process of the same run ended; what happened it says itself. Exit code 4."""
+    """Another process of the same run ended; what happened it says itself. The same command continues: exit code 75."""
 
-    exit_code = 4
+    exit_code = BusyError.exit_code
 
 
 class Interrupted(Exception):
