@@ -232,10 +232,13 @@ class StoreRow(Frozen):
     bytes: int | None = None
     state: Literal["writing", "final"]
     environment: str = ""
+    created: float | None = None
     used: float | None = None
     """When it was last asked for or leased, in seconds since 1970."""
     pins: tuple[str, ...] = ()
     leases: int = 0
+    job: int | None = None
+    """The open job that writes it."""
 
 
 class StorePage(Frozen):
@@ -281,6 +284,20 @@ class LogFile(Frozen):
     grows: bool
 
 
+class StoreFilter(Frozen):
+    """Which stores of the catalog are listed. Every field narrows the list; None does not."""
+
+    model: str | None = None
+    layer: Annotated[int, Field(ge=0)] | None = None
+    hook: str | None = None
+    corpus: str | None = None
+    state: Literal["writing", "final"] | None = None
+    key: str | None = None
+
+
+StoreSort = Literal["used", "created", "bytes", "tokens", "id"]
+
+
 class WorkerInfo(Frozen):
     """What a worker says of itself when it asks for a job."""
 
@@ -294,6 +311,18 @@ class WorkerInfo(Frozen):
     environment: str = ""
     """The digest of its versions and kind of device."""
     versions: Mapping[str, str] = {}
+    light: bool = False
+    """Whether it takes only jobs that load no model: views and recoding."""
+
+
+class WorkerRow(Frozen):
+    """A worker that was heard of lately."""
+
+    worker: WorkerInfo
+    job: int | None = None
+    """What it works on."""
+    seen: float
+    """When it was last heard of, in seconds since 1970."""
 
 
 class TakenJob(Frozen):
@@ -307,5 +336,9 @@ class TakenJob(Frozen):
     command: Literal["harvest", "store recode"]
     settings: Mapping[str, Any]
     """The command's settings, as a --config file has them."""
+    repair: bool = False
+    """Whether damage was found: the store is repaired before it is resumed."""
     lease_s: float
     """Seconds without a beat after which another worker may take the job."""
+    beat_s: float = 5.0
+    """Seconds between two beats."""

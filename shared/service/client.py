@@ -54,7 +54,7 @@ class Client:
     Every method sends one request and returns its answer as a model of shared/request.py. Requests that may be repeated
     are tried again for about 20 seconds while the service is away. Errors of all methods:
 
-    * UserError: the service refused the request; the message is its sentence. `RefusedError` has its `status`.
+    * UserError: the service refused the request; the message is its sentence. shared/refusals.py has the kinds.
     * BusyError: the service cannot be reached, is busy or has no space; the same call can succeed later.
 
     ```python
@@ -210,7 +210,7 @@ class Client:
         return self.post(LeaseGrant, f"{self.store_path(store)}/leases", {"holder": holder[:200], "ttl_s": ttl})
 
     def renew(self, lease: str) -> None:
-        """Renews a lease for its whole time. Raises RefusedError with status 410 when it has lapsed."""
+        """Renews a lease for its whole time. Raises LapsedError when its time is over."""
         self.exchange.ask("PUT", f"/v1/leases/{quote(lease, safe='')}", {})
 
     def release(self, lease: str) -> None:
@@ -226,7 +226,7 @@ class Client:
         return None if answer.status == 204 else self.checked(TakenJob, json_of(answer, self.url))
 
     def beat(self, job: int, attempt: int, rows: int, rate: float | None = None, note: str = "") -> bool:
-        """Says that a job is alive. Returns False when the worker is to stop it. Raises RefusedError with status 409
+        """Says that a job is alive. Returns False when the worker is to stop it. Raises NotYoursError
         when the attempt is no longer the worker's."""
         body = {"attempt": attempt, "rows": rows, "rate": rate, "note": note[:500]}
         found = json_of(self.exchange.ask("POST", f"/v1/jobs/{job:d}/beat", body), self.url)

@@ -18,6 +18,7 @@ from typing import Any, Final, NamedTuple
 
 from shared.errors import BusyError, UserError
 from shared.gate import BadData, parse_json, printable, quoted
+from shared.refusals import REFUSALS, RefusedError
 from shared.service.address import SERVICE, TOKEN, TOKEN_FILE, ServiceAddress
 
 CONNECT_SECONDS: Final = 5.0
@@ -35,14 +36,6 @@ PASSING: Final = (429, 502, 503, 504)
 """Statuses after which the same request can succeed soon."""
 IDLE: Final = 8
 """Connections that are kept for later requests."""
-
-
-class RefusedError(UserError):
-    """The service understood the request and refused it. The message is the service's sentence."""
-
-    def __init__(self, message: str, status: int, code: str = "") -> None:
-        super().__init__(message)
-        self.status, self.code = status, code
 
 
 class UnavailableError(BusyError):
@@ -126,7 +119,9 @@ class Exchange:
         started, pause = time.monotonic(), BACKOFF_SECONDS
         while True:
             try:
-                return self.judged(self.once(method, path, body, most, self.seconds + wait, headers or {}), method)
+                return self.judged(
+                    self.once(method, path, body, most, self.seconds + wait, headers or {}), method, path
+                )
             except UnavailableError as error:
                 rest = PATIENCE_SECONDS - (time.monotonic() - started)
                 passing = error.status is None or error.status in PASSING
@@ -226,22 +221,26 @@ class Exchange:
             "and that sagsae serve runs there"
         )
 
-    def judged(self, answer: ServiceAnswer, method: str) -> ServiceAnswer:
+    def judged(self, answer: ServiceAnswer, method: str, path: str) -> ServiceAnswer:
         """The answer, when it is one that helps. Raises the error that stands for any other status."""
         status = answer.status
         if 200 <= status < 300 or status == 304:
             return answer
-        if 300 <= status < 400:
+        url = self.address.url
+        if status < 400:
             raise RefusedError(
-                f"{self.address.url}: answers with a redirect, which is not followed. Give the service's own address",
-                status,
+                f"{url}: answers with a redirect (status {status}), which is not followed. Give the service's own address"
             )
         code, sentence = spoken(answer)
-        if status == 401 or (status == 403 and code in ("", "forbidden", "token")):
-            raise RefusedError(self.about_token(status, sentence), status, code)
-        if status < 400 or (400 <= status < 500 and status != 429):
-            raise RefusedError(sentence or f"{self.address.url}: refuses {method} (status {status})", status, code)
-        raise UnavailableError(sentence or f"{self.address.url}: is busy or broken (status {status})", status, code)
+        if status == 401 or (status == 403 and not sentence):
+            raise RefusedError(self.about_token(status, sentence))
+        if status >= 500 or status == 429:
+            raise UnavailableError(sentence or f"{url}: is busy or broken (status {status})", status, code)
+        if not sentence:
+            raise RefusedError(
+                f"{url}: refuses {method} {path} (status {status}). Check that sagsae serve answers there"
+            )
+        raise REFUSALS.get(code, RefusedError)(sentence)
 
     def about_token(self, status: int, sentence: str) -> str:
         if self.token is None:

@@ -7,14 +7,12 @@ from typing import Final
 
 from shared.errors import BusyError, UserError
 from shared.progress import say
+from shared.refusals import LapsedError, UnknownError
 from shared.request import LeaseGrant
-from shared.service.exchange import RefusedError
 
 RENEW_SECONDS: Final = 60.0
 END_SECONDS: Final = 5.0
 """Seconds that the end of the block waits for the thread."""
-GONE: Final = (404, 410)
-"""Statuses of a lease that has lapsed, and of a store that is no longer there."""
 
 
 class Lease:
@@ -66,9 +64,7 @@ class Lease:
             try:
                 self.renew(self.grant.id)
                 return
-            except RefusedError as error:
-                if error.status not in GONE:
-                    raise
+            except (LapsedError, UnknownError):
                 self.grant = None
         self.grant = self.take()
 
