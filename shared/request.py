@@ -219,29 +219,50 @@ class StoreRow(Frozen):
     id: str
     """The name of its folder."""
     key: str
-    state: Literal["writing", "final"]
+    spec_id: str
     model: str
     corpus: str
     hookpoints: tuple[str, ...]
-    tokens: int
+    rows: int
     """Rows that are committed."""
-    of_tokens: int
-    """Rows that it will have when it is final."""
+    n_tokens: int
+    """Rows of the finished store."""
     context: int
     codec: str
-    dtype: str
     bytes: int | None = None
-    """Bytes on the disk; shards that are hard-linked from another store are counted here, too."""
+    state: Literal["writing", "final"]
     environment: str = ""
-    spec_id: str = ""
-    created: float = 0.0
-    used: float = 0.0
-    """When it last answered a request or a lease on it ended; seconds since 1970."""
+    created: float | None = None
+    used: float | None = None
+    """When it was last asked for or leased, in seconds since 1970."""
     pins: tuple[str, ...] = ()
-    leases: tuple[str, ...] = ()
-    """Who reads it now."""
+    leases: int = 0
     job: int | None = None
     """The open job that writes it."""
+
+
+class StorePage(Frozen):
+    """A part of the catalog."""
+
+    stores: tuple[StoreRow, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class JobPage(Frozen):
+    """A part of the list of jobs."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class LeaseGrant(Frozen):
+    """A lease of a store: until it lapses, the store is not evicted."""
+
+    id: str
+    store: str
+    ttl_s: float
 
 
 class StoreFilter(Frozen):
@@ -259,36 +280,46 @@ StoreSort = Literal["used", "created", "bytes", "tokens", "id"]
 
 
 class WorkerInfo(Frozen):
-    """Who asks for a job, and what its machine can do."""
+    """What a worker says of itself when it asks for a job."""
 
-    name: Annotated[str, Field(pattern=r"^[\w.:@-]{1,128}$")]
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")]
     device: str = "cpu"
-    gpus: int = 0
-    memory: int | None = None
-    """Bytes of memory of the smallest GPU."""
+    gpus: Annotated[int, Field(ge=0, le=1024)] = 0
+    memory: Annotated[int, Field(ge=0)] = 0
+    """Bytes of memory of its devices together; of the machine, without one."""
     bf16: bool = False
+    """Whether the hardware multiplies bfloat16 natively."""
+    environment: str = ""
+    """The digest of its versions and kind of device."""
     versions: Mapping[str, str] = {}
     light: bool = False
-    """Takes only jobs that load no model: views and recoding."""
-    state: str = ""
-    """What it does now, for people; set by the server."""
-    seen: float = 0.0
-    """When it was last heard of; set by the server."""
+    """Whether it takes only jobs that load no model: views and recoding."""
+
+
+class WorkerRow(Frozen):
+    """A worker that was heard of lately."""
+
+    worker: WorkerInfo
+    job: int | None = None
+    """What it works on."""
+    seen: float
+    """When it was last heard of, in seconds since 1970."""
 
 
 class TakenJob(Frozen):
-    """A job that was given to a worker: one attempt, which nobody else has."""
+    """A job that a worker has taken: which command it runs."""
 
     job: int
     attempt: int
     action: Action
     store: str
-    """The folder to write, inside the root."""
+    """The folder that it writes."""
+    command: Literal["harvest", "store recode"]
     settings: Mapping[str, Any]
-    """The settings of `sagsae harvest` (or `source` and `codec` of `sagsae store recode`), without the folder."""
+    """The command's settings, as a --config file has them."""
     repair: bool = False
-    """Whether damage was found: the worker repairs the store before it resumes."""
+    """Whether damage was found: the store is repaired before it is resumed."""
     lease_s: float
-    """The attempt is given to another worker when nothing is heard for so many seconds."""
-    beat_s: float
+    """Seconds without a beat after which another worker may take the job."""
+    beat_s: float = 5.0
     """Seconds between two beats."""

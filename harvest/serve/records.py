@@ -4,11 +4,8 @@ import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
 
-from shared.request import Job, StoreRow
-
-Row = TypeVar("Row", Job, StoreRow)
+from shared.request import Job
 
 
 def new_boot() -> str:
@@ -51,25 +48,6 @@ class Limits:
     """A job that loads no model is left to the server's own planner for so many seconds."""
     measure_s: float = 30.0
     """Seconds between two looks at the size of a store that is being written."""
-
-
-@dataclass(frozen=True)
-class Listing(Generic[Row]):
-    """One page of a list."""
-
-    rows: list[Row]
-    cursor: str | None
-    """Where the next page begins; None on the last."""
-
-
-@dataclass(frozen=True)
-class LeaseGrant:
-    """A lease on a store: it is not deleted while the lease is renewed in time."""
-
-    id: str
-    store: str
-    holder: str
-    ttl_s: float
 
 
 @dataclass(frozen=True)

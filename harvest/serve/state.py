@@ -7,26 +7,29 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harvest.serve.records import Changes, Clock, LeaseGrant, Limits, Listing, Usage
+from harvest.serve.records import Changes, Clock, Limits, Usage
 from shared.request import (
     CacheAnswer,
     Job,
+    JobPage,
     JobState,
+    LeaseGrant,
     RequestPlan,
     StoreFilter,
+    StorePage,
     StoreRow,
     StoreSort,
     TakenJob,
     WorkerInfo,
+    WorkerRow,
 )
 
 
 class State:
     """The catalog, the queue, leases and pins of one folder of stores.
 
-    A `planned` document is what harvest/reuse/plan.py plans for a request, as JSON: `wanted` (see match.py), `store` (the
-    folder of the new store), `settings` (of the harvest), `bytes` (to write when nothing is reused), `tokens`, and
-    `request` (the request's own fields: priority, pin, accept, environment are read from it)."""
+    A `planned` document is what harvest/reuse/plan.py plans for a request, as JSON: `wanted` (Wanted.as_json of
+    match.py), `config` (the harvest's settings) and `request` (the request's own fields: priority, pin, accept, environment are read from it)."""
 
     @classmethod
     def open(
@@ -49,7 +52,7 @@ class State:
         sort: StoreSort = "used",
         cursor: str | None = None,
         limit: int = 100,
-    ) -> Listing[StoreRow]: ...
+    ) -> StorePage: ...
     def store(self, store: str) -> StoreRow:
         """Raises UnknownError."""
         raise NotImplementedError
@@ -101,7 +104,7 @@ class State:
         raise NotImplementedError
 
     def job(self, job: int) -> Job: ...
-    def jobs(self, state: JobState | None = None, cursor: str | None = None, limit: int = 100) -> Listing[Job]:
+    def jobs(self, state: JobState | None = None, cursor: str | None = None, limit: int = 100) -> JobPage:
         """Newest first."""
         raise NotImplementedError
 
@@ -114,7 +117,7 @@ class State:
         raise NotImplementedError
 
     def changes_since(self, revision: int) -> Changes: ...
-    def workers(self) -> list[WorkerInfo]:
+    def workers(self) -> list[WorkerRow]:
         """Those that were heard of lately."""
         raise NotImplementedError
 
