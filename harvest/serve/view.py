@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
-from harvest.serve.page.words import ABSENT, THIN, Fact, ago, count, left, percent, size
+from harvest.serve.page.words import ABSENT, Fact, ago, count, left, percent, size
 from harvest.serve.records import Usage
-from shared.request import Action, Job, JobState, RequestPlan, StoreFilter, StoreRow, WorkerRow
+from shared.request import Action, Job, JobState, RequestPlan, StoreFilter, StoreRequest, StoreRow, WorkerRow
 
 OPEN: Final[tuple[JobState, ...]] = ("queued", "running", "verifying")
 ACTIONS: Final[Mapping[Action, str]] = {
@@ -35,6 +35,8 @@ CODES: Final[Mapping[int, str]] = {
 STALE_S: Final = 60.0
 """Seconds after which a silent worker is shown as silent."""
 LOG_LINES: Final = 200
+ALWAYS: Final = ("model", "layers", "hooks", "tokens")
+"""Fields of a request that are shown even as they are by default."""
 
 
 @dataclass(frozen=True)
@@ -313,5 +315,17 @@ def log_tail(text: str, lines: int = LOG_LINES) -> str:
     return "\n".join(line.rsplit("\r", 1)[-1] for line in kept)
 
 
-def progress_text(line: QueueLine) -> str:
-    return ABSENT if line.percent is None else f"{line.percent:g}{THIN}%"
+def asked_facts(request: Mapping[str, Any]) -> tuple[Fact, ...]:
+    """What was asked for, without what stands at its default."""
+    defaults = {name: about.default for name, about in StoreRequest.model_fields.items()}
+    facts = []
+    for name, value in request.items():
+        plain = tuple(value) if isinstance(value, list) else value
+        if value is not None and (name in ALWAYS or plain != defaults.get(name)):
+            facts.append(Fact(name.replace("_", " ").capitalize(), named_list(value, 60) or written(value)))
+    return tuple(facts)
+
+
+def written(value: object) -> str:
+    text = count(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"

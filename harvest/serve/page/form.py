@@ -48,6 +48,8 @@ class SitesView:
     layers: int | None = None
     hooks: tuple[Site, ...] = ()
     note: str = ""
+    pending: bool = False
+    """Whether the list is being made: it can be had in a moment."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,23 @@ class FormView:
 
     def chosen(self, name: str, value: str) -> bool:
         return value in self.values.get(name, ())
+
+    @property
+    def other_hooks(self) -> str:
+        """The hooks that were entered and that the model's list does not have."""
+        known = {site.name for site in self.sites.hooks}
+        return ", ".join(name for name in self.values.get("hooks", ()) if name not in known)
+
+    @property
+    def more(self) -> bool:
+        """Whether a setting beyond the first ones was entered."""
+        return bool(self.values.keys() - {"model", "corpus", "tokens", "context", "layers", "hooks"} - self.plain)
+
+    @property
+    def plain(self) -> set[str]:
+        """The settings that stand as they do by default."""
+        fields = StoreRequest.model_fields
+        return {name for name, given in self.values.items() if given == (str(fields[name].default),)}
 
 
 def model_options(table: Sequence[Mapping[str, Any]], allowed: Sequence[str]) -> tuple[Option, ...]:

@@ -137,7 +137,18 @@ async function chooseModel() {
   if (html !== null && form.elements.model.value === model) form.querySelector("[data-sites]").innerHTML = html;
 }
 
+/* What was not ready when the page was made. */
+async function fetchTexts(box) {
+  const html = await part(location.pathname + box.dataset.texts).catch(() => null);
+  if (html !== null) box.innerHTML = html;
+}
+
+for (const box of document.querySelectorAll("[data-texts]")) {
+  if (box.querySelector("[data-pending]")) fetchTexts(box);
+}
+
 if (form) {
+  if (form.querySelector("[data-sites] [data-pending]")) chooseModel();
   form.addEventListener("change", async event => {
     if (event.target.name === "model") await chooseModel();
     planSoon();

@@ -13,7 +13,7 @@ from markupsafe import Markup
 
 from harvest.serve.page.plots import line_plot, stem_plot
 from harvest.serve.page.words import ABSENT, Fact, ago, count, number, size, times
-from shared.gate import members, parse_json
+from shared.gate import members, parse_json, printable
 from shared.request import StoreRow
 from shared.store.norms import MASSIVE, OUTLYING, Norms, norms, norms_by_position, outlying, spread
 from shared.store.opened import Statistics, Store
@@ -26,6 +26,8 @@ ARRAYS: Final = 60
 NAMED: Final = 6
 """Outlying dimensions that the plot labels."""
 RECORD_BYTES: Final = 1 << 20
+TEXT_LETTERS: Final = 480
+"""Letters of a context that are shown."""
 QUANTILE_NAMES: Final = {0.0: "smallest", 0.01: "1 %", 0.5: "median", 0.99: "99 %", 1.0: "largest"}
 VERSIONS: Final = ("sagsae", "torch", "transformers", "transformer-lens")
 
@@ -49,10 +51,9 @@ class StoreNumbers:
     snr_db: float | None
 
 
-def read_numbers(folder: Path, hook: str | None = None) -> StoreNumbers:
-    """Reads a store for its page: at most SHARDS_FOR_MOMENTS shards' sums and SAMPLED shards' norms. Raises UserError
-    for a hookpoint that the store does not have, DamagedError."""
-    store = Store.open(folder)
+def read_numbers(store: Store, hook: str | None = None) -> StoreNumbers:
+    """Reads a store for its page: at most SHARDS_FOR_MOMENTS shards' sums and SAMPLED shards' norms, of this hookpoint
+    or of the first. Raises DamagedError."""
     hook = hook if hook in store.spec.hookpoints else next(iter(store.spec.hookpoints))
     few, many = spread(store), spread(store, SHARDS_FOR_MOMENTS)
     counted = many.kept(hook) > 1
@@ -63,7 +64,7 @@ def read_numbers(folder: Path, hook: str | None = None) -> StoreNumbers:
         shards=len(store.commits),
         sampled=len(few.commits),
         sizes=array_sizes(store),
-        record=read_record(folder),
+        record=read_record(store.root),
         statistics=many.statistics(hook) if counted else None,
         norms=norms(few, hook) if counted else None,
         by_position=norms_by_position(few, hook).tolist() if counted else (),
@@ -117,6 +118,16 @@ class ContextLine:
 
 
 @dataclass(frozen=True)
+class TextsView:
+    """The beginnings of some contexts, or why there are none."""
+
+    contexts: tuple[ContextLine, ...] = ()
+    note: str = ""
+    pending: bool = False
+    """Whether they are being decoded: they can be had in a moment."""
+
+
+@dataclass(frozen=True)
 class ProvenanceNode:
     """A thing that the store was made from, and what that was made from."""
 
@@ -152,11 +163,12 @@ class StoreView:
     key_parts: tuple[Fact, ...]
     provenance: ProvenanceNode
     train: str
-    train_here: str
+    train_here: str | None
+    """The same with the folder, for a reader on the server's machine."""
     python: str
 
 
-def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path, now: float) -> StoreView:
+def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path | None, now: float) -> StoreView:
     """What the page shows. `url` is the store's own address on this server."""
     arrays = array_lines(numbers.sizes)
     return StoreView(
@@ -174,7 +186,7 @@ def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path, now
         key_parts=key_facts(numbers.spec),
         provenance=provenance_tree(row, numbers),
         train=train_command(url, numbers.hook),
-        train_here=train_command(str(folder), numbers.hook),
+        train_here=train_command(str(folder), numbers.hook) if folder else None,
         python=python_snippet(url, numbers),
     )
 
@@ -380,3 +392,17 @@ def python_snippet(url: str, numbers: StoreNumbers) -> str:
             "    break",
         )
     )
+
+
+def texts_view(found: Sequence[Mapping[str, Any]] | None) -> TextsView:
+    """What the planner's process decoded; None while it still does."""
+    if found is None:
+        return TextsView(note="The texts are being decoded. Reload the page in a moment.", pending=True)
+    if any(each["text"] is None for each in found):
+        note = "The tokenizer of this store is not on this machine, so its token ids are shown."
+        return TextsView(tuple(context_line(each, " ".join(map(str, each["ids"]))) for each in found), note)
+    return TextsView(tuple(context_line(each, str(each["text"])) for each in found))
+
+
+def context_line(found: Mapping[str, Any], text: str) -> ContextLine:
+    return ContextLine(int(found["context"]), printable(text[:TEXT_LETTERS]), len(text) > TEXT_LETTERS)
