@@ -56,16 +56,16 @@ def round_step(step: float) -> float:
 
 
 def scale_of(values: Sequence[float], zero: bool = False) -> PlotScale:
-    """An axis that holds all finite values: logarithmic where the largest is over 20 times the smallest positive one.
-    A linear axis begins at 0 with `zero`."""
+    """An axis that holds all finite values: logarithmic where the largest is over 20 times the smallest positive
+    one. A linear axis begins at 0 with `zero`, else it spans at least a fifth of the largest value, so that noise does
+    not fill it."""
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
     positive = [value for value in finite if value > 0]
     low, high = min(finite), max(finite)
     if positive and high > 20 * min(positive):
         return PlotScale(max(min(positive), high / 10**DECADES) * 0.8, high * 1.25, log=True)
-    low = 0.0 if zero and low >= 0 else low
-    gap = (high - low) * 0.08 or abs(high) * 0.1 or 1.0
-    return PlotScale(low if low == 0.0 else low - gap, high + gap)
+    gap = max((high - low) * 0.08, (0.2 * abs(high) - (high - low)) / 2) or 1.0
+    return PlotScale(0.0 if zero else low - gap if low < 0 else max(0.0, low - gap), high + gap)
 
 
 def reduced(values: Sequence[float], points: int = POINTS) -> list[tuple[float, float]]:
@@ -84,7 +84,7 @@ def line_plot(values: Sequence[float], marked: Sequence[int], title: str) -> Mar
     """A line over the index of the values. The values at `marked` are points beside the line, not parts of it."""
     points = {place: values[place] for place in marked if place < len(values) and math.isfinite(values[place])}
     rest = [math.nan if place in points else value for place, value in enumerate(values)]
-    scale, last = scale_of(values, zero=True), max(1, len(values) - 1)
+    scale, last = scale_of(values), max(1, len(values) - 1)
     path = " ".join(f"{SPAN * x / last:.1f},{SPAN * (1 - scale.share(y)):.1f}" for x, y in reduced(rest))
     line = Markup('<polyline class="line" points="{}" vector-effect="non-scaling-stroke"/>').format(path)
     marks = Markup("").join(dot(place / last, scale.share(value)) for place, value in points.items())
@@ -94,7 +94,7 @@ def line_plot(values: Sequence[float], marked: Sequence[int], title: str) -> Mar
 def stem_plot(values: Sequence[float], limit: float, named: Sequence[int], title: str) -> Markup:
     """One stem per index from the bottom to its value, a dashed line at `limit`, and a labelled point at each of
     `named`."""
-    scale, last = scale_of([*values, limit]), max(1, len(values) - 1)
+    scale, last = scale_of([*values, limit], zero=True), max(1, len(values) - 1)
     stems = " ".join(
         f"M{SPAN * x / last:.1f} {SPAN}V{SPAN * (1 - scale.share(y)):.1f}" for x, y in reduced(values) if y > 0
     )

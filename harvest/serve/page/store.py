@@ -207,7 +207,7 @@ def store_facts(row: StoreRow, numbers: StoreNumbers, now: float) -> tuple[Fact,
         Fact("Ratio", times(raw / stored) if stored else ABSENT),
         Fact("Shards", f"{count(numbers.shards)} of {count(spec.n_shards)}, {count(spec.shard_rows)} rows each"),
         Fact("Last used", ago(row.used, now)),
-        Fact("Environment", row.environment or ABSENT),
+        Fact("Environment", row.environment[:8] or ABSENT),
     )
 
 
