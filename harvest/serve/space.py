@@ -119,9 +119,7 @@ class Space:
         """Whether a job may begin to write: what is being deleted still takes space."""
         if self.quota is None or not self.leaving:
             return True
-        running = self.database.number(
-            f"SELECT sum(bytes) FROM ({RESERVED.replace(LIVE, 'job.worker IS NOT NULL')})"
-        )
+        running = self.database.number(f"SELECT sum(bytes) FROM ({RESERVED.replace(LIVE, 'job.worker IS NOT NULL')})")
         used = self.database.number("SELECT sum(own) FROM store")
         return used + sum(self.leaving.values()) + running + expected <= self.quota
 
