@@ -335,9 +335,11 @@ def settings(name: Names = None, as_json: Json = False) -> None:
 @command(app, hidden=True)
 def reference(folder: Pages, as_json: Json = False) -> None:
     """Write the reference pages that are made from the schemas and from --help."""
+    from harvest.serve.app import rest_document
+    from harvest.serve.rest.openapi import rest_page
     from shared.command.reference import write_reference
 
-    written = write_reference(folder, typer.main.get_command(app))
+    written = write_reference(folder, typer.main.get_command(app), {"rest-api.md": rest_page(rest_document())})
     show({"written": written}, as_json, lambda: typer.echo("\n".join(written)))
 
 

@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
-from starlette.routing import BaseRoute, Mount, Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from harvest.serve.children import EmbeddedWorkers
@@ -92,7 +92,7 @@ def make_app(
 
     routes: list[BaseRoute] = [route_of(service, one) for one in endpoints]
     routes.append(Route("/openapi.json", show_document))
-    routes.append(Mount("/", routes=list(pages(service) if pages else [Route("/", show_index)])))
+    routes += pages(service) if pages else [Route("/", show_index)]
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
     app.state.service = service

@@ -2,6 +2,7 @@
 endpoints."""
 
 import re
+import textwrap
 from collections.abc import Iterable, Mapping
 from http import HTTPStatus
 from typing import Any, Final
@@ -29,6 +30,8 @@ ERROR: Final[Mapping[str, Any]] = {
     },
 }
 REF: Final = "#/components/schemas/{model}"
+WIDTH: Final = 120
+"""Columns of a line of Markdown."""
 EVERYWHERE: Final = (405, 421)
 """Statuses of every path: a method that it does not have, a Host that is not the server's."""
 
@@ -172,8 +175,13 @@ def endpoint_lines(method: str, path: str, one: Mapping[str, Any]) -> list[str]:
     if body := one.get("requestBody"):
         lines.append(f"* Body: {kind_of(body['content']['application/json']['schema'])}")
     good = [f"{status} {content_of(each)}".strip() for status, each in one["responses"].items() if int(status) < 400]
-    bad = [status for status in one["responses"] if int(status) >= 400]
-    return [*lines, f"* Answers: {'; '.join(good)}. Errors: {', '.join(bad)}", ""]
+    bad = [status for status in one["responses"] if int(status) >= 400 and int(status) not in EVERYWHERE]
+    lines.append(f"* Answers: {'; '.join(good)}" + (f". Errors: {', '.join(bad)}" if bad else ""))
+    return [part for line in lines for part in wrapped(line)] + [""]
+
+
+def wrapped(line: str) -> list[str]:
+    return textwrap.wrap(line, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False) or [""]
 
 
 def content_of(answer: Mapping[str, Any]) -> str:
