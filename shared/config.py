@@ -49,6 +49,14 @@ def memory_of(value: object) -> object:
     return value
 
 
+def quota_of(value: object) -> object:
+    """A number of bytes from its text."""
+    size = parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(size, int) and size < 1:
+        raise ValueError("must be at least one byte")
+    return size
+
+
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -263,6 +271,52 @@ class TrainConfig(Frozen):
         if self.batch % self.streams:
             raise ValueError(f"batch: {self.batch} is not a multiple of streams = {self.streams}")
         return self
+
+
+class ServeConfig(Frozen):
+    """The activation cache as a service: one folder of stores, a queue, and the worker that fills it."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Cache": "root quota max_tokens",
+        "Server": "host port token_file allow_host accel",
+        "Names": "allow_model allow_corpus",
+        "Work": "launch workers device dtype",
+    }
+
+    root: Folder = Path("stores")
+    """The folder that holds the stores. It is made where there is none."""
+    quota: Annotated[int | None, BeforeValidator(quota_of), Shown("SIZE", type="a size, such as 2TB")] = None
+    """Bytes that all stores together may take. Default: what the disk has, less 5 %.
+
+    The least recently used stores are deleted to stay below it, unless they are pinned or leased."""
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1_000_000_000
+    """The most tokens that one request may ask for."""
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,255}$")] = "127.0.0.1"
+    """The address to listen on. One that other machines reach needs --token-file."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8642
+    """The port to listen on. 0: any free one, which is printed."""
+    token_file: Folder | None = None
+    """A file with the tokens that open the server, which only you may read. Default: none, for this machine alone.
+
+    A line is read:TOKEN, ask:TOKEN or admin:TOKEN. One token alone is admin's."""
+    allow_host: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")], ...] = ()
+    """A further name under which the server is reached, such as cache.lab.example.
+
+    Requests whose Host header is another name are refused: a page of another site cannot read answers."""
+    accel: Literal["none", "nginx"] = "none"
+    """nginx: leave the bytes of stores to an nginx in front of the server (X-Accel-Redirect)."""
+    allow_model: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
+    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    """A corpus on this machine that requests may name. Hugging Face datasets are allowed anyway."""
+    launch: Literal["local", "none"] = "local"
+    """local: start a worker beside the server. none: workers come by themselves (sagsae work)."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Workers to start beside the server."""
+    device: str = "auto"
+    """The device of these workers: auto, cpu, cuda, cuda:1, …, or map."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What models compute in where a request says auto. auto: as --device prefers."""
 
 
 class RecodeConfig(Frozen):

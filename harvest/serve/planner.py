@@ -76,9 +76,9 @@ class Planner:
         """Makes a store of parts of others, without a model."""
         await self.ask("make", root=str(root), store=store, settings=dict(settings))
 
-    async def texts(self, folder: Path, contexts: int) -> list[dict[str, Any]]:
-        """The first contexts of a store as text."""
-        found: list[dict[str, Any]] = await self.ask("texts", folder=str(folder), contexts=contexts)
+    async def texts(self, folder: Path, contexts: int) -> dict[str, Any]:
+        """Contexts of a store as text: see stored_texts."""
+        found: dict[str, Any] = await self.ask("texts", folder=str(folder), contexts=contexts)
         return found
 
     async def ask(self, action: str, **arguments: Any) -> Any:
@@ -222,7 +222,7 @@ def make(root: str, store: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"store": str(summary.store)}
 
 
-def texts(folder: str, contexts: int) -> list[dict[str, Any]]:
+def texts(folder: str, contexts: int) -> dict[str, Any]:
     from harvest.serve.texts import stored_texts
 
     return stored_texts(Path(folder), contexts)

@@ -1,61 +1,52 @@
-"""The texts of a store's contexts, decoded with the tokenizer that made their ids.
-
-This runs in the planner's process. It asks the network for nothing, and a tokenizer is used only when its digest is the
-one in the store's spec: another one would show words that were never there.
-"""
+"""Stored contexts as text, for people who want to see what a store is made of. Runs in the planner, because tokenizers
+need transformers."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
-from harvest.serve.page.sites import source_here
-from shared.errors import UserError
-from shared.gate import BadData, parse_json
-from shared.model.source import ModelSource
-from shared.model.tokenizer import Encoder, load_from_source
+import numpy as np
+
+from shared.errors import DamagedError, UserError
+from shared.gate import printable
+from shared.model.source import ALIASES, ModelSource, resolve_model
+from shared.model.tokenizer import Encoder, open_encoder
 from shared.store.opened import Store
 
-RECORD_BYTES = 1 << 20
+MOST_IDS: Final = 2048
+"""Tokens of a context that are decoded."""
 
 
-def stored_texts(folder: Path, contexts: int) -> list[dict[str, Any]]:
-    """The first contexts of a store: `context` (its number), `ids`, and `text`, which is None where the tokenizer is not
-    on this machine. Raises DamagedError."""
+def stored_texts(folder: Path, contexts: int) -> dict[str, Any]:
+    """Contexts from all over a store: `contexts`, each with its number, ids and text; `note` says why there is no text.
+    Opens no connection: a tokenizer of Hugging Face is read from the local cache."""
     store = Store.open(folder)
-    rows = store.token_rows(check=False)[: min(contexts, store.spec.n_contexts)].tolist()
-    encoder = encoder_of(store, folder)
-    return [
-        {"context": number, "ids": ids, "text": None if encoder is None else encoder.tokenizer.decode(ids)}
-        for number, ids in enumerate(rows)
-    ]
-
-
-def encoder_of(store: Store, folder: Path) -> Encoder | None:
-    """The store's tokenizer; None where it is not on this machine, or has changed since."""
-    digest = store.spec.tokenizer.get("blake2b")
-    for name in names_of(store, folder) if digest else ():
-        try:
-            source = tokenizer_here(name)
-            encoder = Encoder(source, load_from_source(source)) if source else None
-            if encoder is not None and encoder.digest == digest:
-                return encoder
-        except UserError:  # moved away, or no tokenizer of a kind that is known here
-            continue
-    return None
-
-
-def names_of(store: Store, folder: Path) -> list[str]:
-    """Where the tokenizer may be: what the harvest was given, else the model."""
+    n = store.spec.n_contexts
+    numbers = np.unique(np.linspace(0, n - 1, min(contexts, n)).astype(np.int64))
+    rows = store.token_rows(check=False).take(numbers)[:, :MOST_IDS]
     try:
-        with (folder / "record.json").open("rb") as file:
-            record = parse_json(file.read(RECORD_BYTES))
-    except (OSError, BadData):
-        record = {}
-    config = record.get("config") if isinstance(record, dict) else None
-    given = config.get("tokenizer") if isinstance(config, dict) else None
-    return [name for name in (given, store.spec.model["name"]) if isinstance(name, str) and name]
+        encoder, note = encoder_of(store), ""
+    except (UserError, DamagedError) as error:
+        encoder, note = None, printable(str(error))[:500]
+    found = [
+        {"context": int(number), "ids": ids.tolist(), "text": text_of(encoder, ids.tolist())}
+        for number, ids in zip(numbers, rows, strict=True)
+    ]
+    return {"contexts": found, "note": note}
 
 
-def tokenizer_here(name: str) -> ModelSource | None:
-    """A folder, or what the hub's cache holds."""
-    place = Path(name).expanduser()
-    return ModelSource(name, str(place), True, "") if place.is_dir() else source_here(name)
+def text_of(encoder: Encoder | None, ids: list[int]) -> str | None:
+    return None if encoder is None or encoder.tokenizer is None else printable(str(encoder.tokenizer.decode(ids)))
+
+
+def encoder_of(store: Store) -> Encoder:
+    """The tokenizer that wrote a store's tokens. Raises UserError where it is no longer here."""
+    model, wanted = store.spec.model, store.spec.tokenizer.get("blake2b")
+    name = str(model["name"])
+    if model.get("local"):
+        source = resolve_model(name, weights=False)
+    else:
+        source = ModelSource(name, ALIASES.get(name, name), False, str(model.get("commit")), cached=True)
+    encoder = open_encoder(source)
+    if encoder.digest != wanted:
+        raise UserError(f"{name}: its tokenizer here is not the one that wrote the store")
+    return encoder

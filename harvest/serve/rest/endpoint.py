@@ -213,7 +213,9 @@ def wrong_fields(error: BaseException) -> dict[str, str]:
     return dict(list(found.items())[:20])
 
 
-def answer(value: BaseModel | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def answer(
+    value: BaseModel | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """A JSON answer."""
     text = value.model_dump_json() if isinstance(value, BaseModel) else json.dumps(value, separators=(",", ":"))
     fixed = {"Cache-Control": "no-store", **(headers or {})}

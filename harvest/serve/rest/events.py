@@ -17,7 +17,9 @@ BETWEEN_S: Final = 0.2
 SILENCE_S: Final = 15.0
 """Seconds after which a comment shows that the connection lives."""
 MOST_STREAMS: Final = 64
-Events = tuple[int, list[tuple[str, Mapping[str, Any]]], bool]
+Event = tuple[str, Mapping[str, Any]]
+"""A name and data."""
+Events = tuple[int, list[Event], bool]
 """A revision, the events up to it (name, data), and whether they were the last."""
 
 
