@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import uvicorn
@@ -12,11 +12,12 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp
 
 from harvest.serve.children import EmbeddedWorkers
+from harvest.serve.pages import Pages
 from harvest.serve.planner import Planner
 from harvest.serve.rest import health, jobs, stores, workers
 from harvest.serve.rest.endpoint import (
@@ -56,10 +57,10 @@ HEADER_BYTES: Final = 16 << 10
 CONNECTIONS: Final = 1024
 
 
-def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
+def all_endpoints(requests: Requests) -> tuple[Endpoint, ...]:
     """Every endpoint, in the order of the reference."""
     return (
-        *Requests(names).endpoints(),
+        *requests.endpoints(),
         *stores.Catalog().endpoints(),
         *StoreFiles().endpoints(),
         *jobs.ENDPOINTS,
@@ -70,21 +71,16 @@ def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
 
 def rest_document() -> dict[str, Any]:
     """The OpenAPI document of this version."""
-    return openapi_document(all_endpoints(AllowedNames({}, {})), version("sagsae") or "0")
+    return openapi_document(all_endpoints(Requests(AllowedNames({}, {}))), version("sagsae") or "0")
 
 
-def make_app(
-    state: State,
-    planner: Planner,
-    config: ServeConfig,
-    tokens: Tokens | None = None,
-    pages: Callable[[Service], Sequence[BaseRoute]] | None = None,
-) -> ASGIApp:
-    """The application. `pages` makes the routes below `/`."""
+def make_app(state: State, planner: Planner, config: ServeConfig, tokens: Tokens | None = None) -> ASGIApp:
+    """The application: the REST interface and the pages."""
     root = config.root.resolve()
     announcer = Announcer()
     service = Service(state, planner, config, root, OpenStores(root), announcer)
-    endpoints = all_endpoints(AllowedNames.of(config))
+    requests = Requests(AllowedNames.of(config))
+    endpoints, pages = all_endpoints(requests), Pages(service, requests, tokens)
     document = openapi_document(endpoints, version("sagsae") or "0")
 
     async def show_document(request: Request) -> Response:  # noqa: ARG001 (Starlette's signature)
@@ -92,9 +88,9 @@ def make_app(
 
     routes: list[BaseRoute] = [route_of(service, one) for one in endpoints]
     routes.append(Route("/openapi.json", show_document))
-    routes += pages(service) if pages else [Route("/", show_index)]
+    routes += pages.routes()
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service, pages))  # noqa: ARG005
     app.state.service = service
     return Guard(app, tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
 
@@ -117,10 +113,6 @@ def route_of(service: Service, one: Endpoint) -> Route:
     return Route(one.path, respond, methods=[one.method])
 
 
-async def show_index(request: Request) -> Response:  # noqa: ARG001 (Starlette's signature)
-    return PlainTextResponse("sagsae: the activation cache. The API is described at /openapi.json\n")
-
-
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path, no such method."""
     assert isinstance(error, HTTPException)
@@ -132,13 +124,14 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def upkeep(service: Service) -> AsyncIterator[None]:
+async def upkeep(service: Service, pages: Pages) -> AsyncIterator[None]:
     """Keeps the state up to date while the application runs."""
     tasks = [asyncio.create_task(sweep(service)), asyncio.create_task(scan(service))]
     try:
         yield
     finally:
         service.announcer.close()
+        pages.close()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)

@@ -43,6 +43,7 @@ class Attempts:
             if not worker.light:  # it asks again: what it was given has not arrived
                 for row in self.database.all(f"SELECT * FROM job WHERE {LIVE} AND worker = ?", worker.name):
                     self.jobs.set(row, state=row["state"] if row["state"] == "cancelled" else "queued", worker=None)
+                    self.jobs.end_attempt(row, None, "its worker asked for another job")
             for row in self.waiting():
                 if job in (None, row["id"]) and self.is_for(row, worker) and (taken := self.give(row, worker)):
                     return taken
@@ -102,6 +103,7 @@ class Attempts:
             "rate": None,
         }
         self.jobs.set(row, **values)
+        self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
 
     def found(self, row: sqlite3.Row) -> Found:
@@ -181,6 +183,7 @@ class Attempts:
         """Takes jobs from workers that were not heard of in time. Called in a transaction."""
         silent = "SELECT * FROM job WHERE worker IS NOT NULL AND deadline <= ?"
         for row in self.database.all(silent, self.clock.monotonic()):
+            self.jobs.end_attempt(row, None, f"not heard of for {self.limits.lease_s:g} s")
             if row["state"] in ("running", "verifying"):
                 self.catalog.look(row["store"])
                 words = f"its worker {row['worker']} was not heard of for {self.limits.lease_s:g} s"
@@ -205,6 +208,7 @@ class Attempts:
         with self.database.transaction():
             row = self.mine(job, attempt)
             self.measured.pop(job, None)
+            self.jobs.end_attempt(row, code, words.strip()[:MOST_WORDS])
             if row["state"] not in ("running", "verifying"):
                 self.jobs.set(row, worker=None)
             else:

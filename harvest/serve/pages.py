@@ -24,7 +24,7 @@ from harvest.serve.page.checks import StoreChecks
 from harvest.serve.page.form import FormView, Option, Site, SitesView, entered, model_options, request_of
 from harvest.serve.page.reading import CacheNow, read_cache, read_catalog, read_job
 from harvest.serve.page.render import TYPES, render, static_file
-from harvest.serve.page.store import StoreNumbers, TextsView, read_numbers, store_view, texts_view
+from harvest.serve.page.store import StoreNumbers, TextsView, read_numbers, reader_facts, store_view, texts_view
 from harvest.serve.rest.endpoint import CALLER, Caller, HttpError, Level, RestCall, Service, read_body
 from harvest.serve.rest.errors import status_of, words_of
 from harvest.serve.rest.events import Events
@@ -157,9 +157,7 @@ class Pages:
             return SitesView(model)
         place = str(names.models.get(model, model))
         try:
-            found = await self.answers.get(
-                ("sites", place), lambda: self.service.planner.ask("sites", model=place), seconds
-            )
+            found = await self.answers.get(("sites", place), lambda: self.service.planner.sites(place), seconds)
         except (UserError, DamagedError) as error:
             return SitesView(model, note=words_of(error))
         if found is None:
@@ -244,7 +242,7 @@ class Pages:
             **self.frame(call, now, {"store": name}),
             store=store_view(row, numbers, url, folder, time.time()),
             texts=await self.texts(name, SOON_S),
-            holders=await to_thread.run_sync(call.state.holders, name),
+            readers=reader_facts(await to_thread.run_sync(call.state.readers, name), time.time()),
             check=self.checks.view(name),
         )
 
@@ -284,6 +282,7 @@ class Pages:
         name = call.path("store")
         await to_thread.run_sync(call.state.store, name)
         self.checks.start(name, call.service.stores.folder(name))
+        call.service.announcer.announce()
         return back_to_store(call)
 
     # live parts

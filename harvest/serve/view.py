@@ -11,7 +11,8 @@ from urllib.parse import urlencode
 
 from harvest.serve.page.words import ABSENT, Fact, ago, count, left, percent, size
 from harvest.serve.records import Usage
-from shared.request import Action, Job, JobState, RequestPlan, StoreFilter, StoreRequest, StoreRow, WorkerRow
+from shared.request import Action, Job, JobAttempt, JobState, RequestPlan, StoreFilter, StoreRequest, StoreRow, WorkerRow
+from shared.tables import duration
 
 OPEN: Final[tuple[JobState, ...]] = ("queued", "running", "verifying")
 ACTIONS: Final[Mapping[Action, str]] = {
@@ -111,6 +112,7 @@ class AttemptLine:
     lasted: str
     code: str
     meaning: str
+    words: str
 
 
 @dataclass(frozen=True)
@@ -241,13 +243,30 @@ def time_left(job: Job) -> str:
     return left((job.total - job.rows) / job.rows_per_s)
 
 
-def code_text(code: int | None) -> tuple[str, str]:
-    """An exit code and its meaning; a negative one is a signal."""
+def attempt_lines(attempts: Sequence[JobAttempt], now: float) -> tuple[AttemptLine, ...]:
+    return tuple(attempt_line(attempt, now) for attempt in attempts)
+
+
+def attempt_line(attempt: JobAttempt, now: float) -> AttemptLine:
+    over = attempt.ended is not None
+    return AttemptLine(
+        number=attempt.number,
+        worker=attempt.worker,
+        begun=ago(attempt.began, now),
+        lasted=duration(max(0.0, (attempt.ended or now) - attempt.began)),
+        code=ABSENT if attempt.code is None else str(attempt.code),
+        meaning=code_meaning(attempt.code) if over else "runs",
+        words=attempt.words,
+    )
+
+
+def code_meaning(code: int | None) -> str:
+    """What an exit code means. A negative one is a signal; there is none where a worker fell silent."""
     if code is None:
-        return ABSENT, "running"
+        return "its worker fell silent: queued again"
     if code < 0:
-        return str(code), f"killed by signal {-code}: queued again"
-    return str(code), CODES.get(code, "ended unexpectedly: queued again")
+        return f"killed by signal {-code}: queued again"
+    return CODES.get(code, "ended unexpectedly: queued again")
 
 
 def catalog_line(row: StoreRow, now: float) -> CatalogLine:

@@ -52,8 +52,8 @@ class StoreChecks:
         self.running: StoreCheck | None = None
         self.stopping = False
 
-    def start(self, store: str, folder: Path, tell: Callable[[], None]) -> None:
-        """Begins to check a store; `tell` is called when something new can be shown. A store that is being checked is
+    def start(self, store: str, folder: Path) -> None:
+        """Begins to check a store. A store that is being checked is
         not checked twice. Raises BusyError while another one is."""
         with self.lock:
             if self.running is not None:
@@ -64,9 +64,9 @@ class StoreChecks:
             self.checks.move_to_end(store)
             while len(self.checks) > KEPT:
                 self.checks.popitem(last=False)
-        threading.Thread(target=self.run, args=(check, folder, tell), name=f"check {store}", daemon=True).start()
+        threading.Thread(target=self.run, args=(check, folder), name=f"check {store}", daemon=True).start()
 
-    def run(self, check: StoreCheck, folder: Path, tell: Callable[[], None]) -> None:
+    def run(self, check: StoreCheck, folder: Path) -> None:
         def advance(count: int, _: str) -> None:
             check.read += count
             if self.stopping:
@@ -86,7 +86,6 @@ class StoreChecks:
             check.ended = self.now()
             with self.lock:
                 self.running = None
-            tell()
 
     def close(self) -> None:
         """Stops the check that runs; it changes nothing on the disk."""

@@ -7,7 +7,7 @@ from typing import Final
 from harvest.serve.records import Usage
 from harvest.serve.state import State
 from shared.refusals import UnknownError
-from shared.request import Job, StoreFilter, StorePage, StoreRow, StoreSort, WorkerRow
+from shared.request import Job, JobAttempt, StoreFilter, StorePage, StoreRow, StoreSort, WorkerRow
 
 STORES: Final = 50
 """Stores of one page of the catalog."""
@@ -51,13 +51,14 @@ def read_catalog(state: State, filters: StoreFilter, sort: StoreSort, cursor: st
 
 @dataclass(frozen=True)
 class JobNow:
-    """One job, its log's end, and the row of its store."""
+    """One job, its attempts, and the row of its store."""
 
     job: Job
     row: StoreRow | None
+    attempts: list[JobAttempt]
 
 
 def read_job(state: State, number: int) -> JobNow:
     """Raises UnknownError."""
     job = state.job(number)
-    return JobNow(job, row_of(state, job.store))
+    return JobNow(job, row_of(state, job.store), state.attempts_of(number))

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from harvest.serve.page.plots import line_plot, stem_plot
 from harvest.serve.page.words import ABSENT, Fact, ago, count, number, size, times
 from shared.gate import members, parse_json, printable
-from shared.request import StoreRow
+from shared.request import StoreReader, StoreRow
 from shared.store.norms import MASSIVE, OUTLYING, Norms, norms, norms_by_position, outlying, spread
 from shared.store.opened import Statistics, Store
 from shared.store.spec import DTYPES, StoreSpec
@@ -394,15 +394,19 @@ def python_snippet(url: str, numbers: StoreNumbers) -> str:
     )
 
 
-def texts_view(found: Sequence[Mapping[str, Any]] | None) -> TextsView:
+def reader_facts(readers: Sequence[StoreReader], now: float) -> tuple[Fact, ...]:
+    """Who leased the store, and when."""
+    return tuple(Fact(each.holder, "reads it now" if each.reads else ago(each.since, now)) for each in readers)
+
+
+def texts_view(found: Mapping[str, Any] | None) -> TextsView:
     """What the planner's process decoded; None while it still does."""
     if found is None:
         return TextsView(note="The texts are being decoded. Reload the page in a moment.", pending=True)
-    if any(each["text"] is None for each in found):
-        note = "The tokenizer of this store is not on this machine, so its token ids are shown."
-        return TextsView(tuple(context_line(each, " ".join(map(str, each["ids"]))) for each in found), note)
-    return TextsView(tuple(context_line(each, str(each["text"])) for each in found))
+    note = f"The token ids are shown, because there is no text: {found['note']}" if found["note"] else ""
+    return TextsView(tuple(context_line(each) for each in found["contexts"]), note)
 
 
-def context_line(found: Mapping[str, Any], text: str) -> ContextLine:
+def context_line(found: Mapping[str, Any]) -> ContextLine:
+    text = " ".join(map(str, found["ids"])) if found["text"] is None else str(found["text"])
     return ContextLine(int(found["context"]), printable(text[:TEXT_LETTERS]), len(text) > TEXT_LETTERS)
