@@ -119,26 +119,18 @@ class Pages:
         now = await to_thread.run_sync(read_cache, call.state)
         stores = await to_thread.run_sync(read_catalog, call.state, filters, sort, cursor)
         query = {"page": "home", **{name: str(value) for name, value in filters if value is not None}, "sort": sort}
-        return page(
-            "home.html",
-            status,
-            **self.frame(call, now, {**query, **({"cursor": cursor} if cursor else {})}),
-            **queue_part(now),
-            **catalog_part(stores, filters, sort),
-            form=form,
-            filters=filters,
-            sort=sort,
-            message=message,
-        )
+        values = {**queue_part(now), **catalog_part(stores, filters, sort), "filters": filters, "sort": sort}
+        live = {**query, **({"cursor": cursor} if cursor else {})}
+        return page("home.html", status, **self.frame(call, now, live, message), **values, form=form)
 
-    def frame(self, call: RestCall, now: CacheNow, live: Mapping[str, str]) -> dict[str, Any]:
+    def frame(self, call: RestCall, now: CacheNow, live: Mapping[str, str], message: str = "") -> dict[str, Any]:
         """What every page with a head shows."""
         return {
             "head": head_view(now.usage, now.workers, now.queue, time.time()),
             "live": "/live?" + urlencode(live),
             "revision": now.revision,
             "can_ask": call.caller.level >= Level.ASK,
-            "message": "",
+            "message": message,
         }
 
     async def form(self, call: RestCall, values: Mapping[str, tuple[str, ...]], seconds: float) -> FormView:
@@ -205,8 +197,8 @@ class Pages:
         """GET /jobs/{job}"""
         number = call.number("job")
         now = await to_thread.run_sync(read_cache, call.state)
-        parts = await self.job_parts(call, number)
-        return page("job.html", **self.frame(call, now, {"job": str(number)}), **parts, log_lines=LOG_LINES)
+        values = {**self.frame(call, now, {"job": str(number)}), **await self.job_parts(call, number)}
+        return page("job.html", **values, log_lines=LOG_LINES)
 
     async def job_parts(self, call: RestCall, number: int) -> dict[str, Any]:
         found = await to_thread.run_sync(read_job, call.state, number)
@@ -443,6 +435,7 @@ def error_page(request: Request, error: Exception) -> Response:
         print(f"error: {request.method} {printable(request.url.path)[:200]}", file=sys.stderr)  # noqa: T201
         traceback.print_exception(error, file=sys.stderr)
     title = TITLES.get(status, "This cannot be done")
-    answer = page("error.html", status, title=title, sentence=words_of(error), head=None, live=None, message="")
+    words = {"title": title, "sentence": words_of(error), "sign_in": status == 401}
+    answer = page("error.html", status, **words, head=None, live=None, message="")
     answer.headers.update(headers)
     return answer
