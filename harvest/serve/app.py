@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
 
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.planner import Planner
@@ -33,11 +32,11 @@ from harvest.serve.rest.endpoint import (
 )
 from harvest.serve.rest.errors import answer_error, error_answer
 from harvest.serve.rest.events import Announcer
-from harvest.serve.rest.files import StoreFiles
+from harvest.serve.rest.files import FileRoutes
 from harvest.serve.rest.names import AllowedNames
 from harvest.serve.rest.open_stores import OpenStores
 from harvest.serve.rest.openapi import openapi_document
-from harvest.serve.rest.requests import Requests
+from harvest.serve.rest.requests import RequestRoutes
 from harvest.serve.rest.security import Guard, Tokens, check_level, is_loopback, read_tokens
 from harvest.serve.state import State
 from shared.config import ServeConfig
@@ -47,21 +46,20 @@ from shared.record import version
 
 SWEEP_S: Final = 1.0
 """Seconds between two looks for attempts and leases whose time is over."""
-SCAN_S: Final = 60.0
-"""Seconds between two looks for stores that others put into the folder."""
 CLOSING_S: Final = 5
 """Seconds that open connections have to end."""
 KEEP_ALIVE_S: Final = 30
 HEADER_BYTES: Final = 16 << 10
 CONNECTIONS: Final = 1024
+Pages = Callable[[Service], Sequence[BaseRoute]]
 
 
 def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
     """Every endpoint, in the order of the reference."""
     return (
-        *Requests(names).endpoints(),
-        *stores.Catalog().endpoints(),
-        *StoreFiles().endpoints(),
+        *RequestRoutes(names).endpoints(),
+        *stores.StoreRoutes().endpoints(),
+        *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
         *health.ENDPOINTS,
@@ -73,17 +71,15 @@ def rest_document() -> dict[str, Any]:
     return openapi_document(all_endpoints(AllowedNames({}, {})), version("sagsae") or "0")
 
 
-def make_app(
-    state: State,
-    planner: Planner,
-    config: ServeConfig,
-    tokens: Tokens | None = None,
-    pages: Callable[[Service], Sequence[BaseRoute]] | None = None,
-) -> ASGIApp:
-    """The application. `pages` makes the routes below `/`."""
+def make_service(state: State, planner: Planner, config: ServeConfig) -> Service:
+    """What the endpoints work with."""
     root = config.root.resolve()
-    announcer = Announcer()
-    service = Service(state, planner, config, root, OpenStores(root), announcer)
+    return Service(state, planner, config, root, OpenStores(root), Announcer())
+
+
+def make_app(service: Service, tokens: Tokens | None = None, pages: Pages | None = None) -> Guard:
+    """The application. `tokens` open it; without any, every caller is an admin. `pages` makes the routes below `/`."""
+    config = service.config
     endpoints = all_endpoints(AllowedNames.of(config))
     document = openapi_document(endpoints, version("sagsae") or "0")
 
@@ -95,7 +91,6 @@ def make_app(
     routes += pages(service) if pages else [Route("/", show_index)]
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
-    app.state.service = service
     return Guard(app, tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
 
 
@@ -134,38 +129,26 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 @contextlib.asynccontextmanager
 async def upkeep(service: Service) -> AsyncIterator[None]:
     """Keeps the state up to date while the application runs."""
-    tasks = [asyncio.create_task(sweep(service)), asyncio.create_task(scan(service))]
+    service.announcer.loop = asyncio.get_running_loop()
+    unlisten = service.state.listen(service.announcer.heard)
+    sweeping = asyncio.create_task(sweep(service))
     try:
         yield
     finally:
+        unlisten()
         service.announcer.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
         await service.planner.close()
 
 
 async def sweep(service: Service) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
-        if await said(service.state.sweep):
-            service.announcer.announce()
-
-
-async def scan(service: Service) -> None:
-    while True:
-        await asyncio.sleep(SCAN_S)
-        await said(service.state.scan)
-        service.announcer.announce()
-
-
-async def said(work: Callable[[], int]) -> int:
-    """The result of upkeep; an error is said, and the next time may be better."""
-    try:
-        return await to_thread.run_sync(work)
-    except Exception as error:
-        say(f"upkeep: {error}")
-        return 0
+        try:
+            await to_thread.run_sync(service.state.sweep)
+        except Exception as error:  # of the disk, mostly: the next time may be better
+            say(f"upkeep: {error}")
 
 
 # the process
@@ -231,7 +214,8 @@ class Process:
         self.url = url_of(host, port)
         self.workers = EmbeddedWorkers(config, url_of(reachable(host), port)) if config.launch == "local" else None
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
-        app = make_app(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
+        self.service = make_service(state, self.planner, config)
+        app = make_app(self.service, Tokens.of([*tokens, *own]) if tokens else None)
         self.server = ListeningServer(
             uvicorn.Config(
                 app,
@@ -264,6 +248,7 @@ class Process:
             warming.cancel()
         if self.workers:
             await self.workers.stop()
+        self.service.announcer.close()
         self.server.should_exit = True
         await serving
 

@@ -81,7 +81,9 @@ def admit(request: StoreRequest, names: AllowedNames, config: ServeConfig) -> Ad
     """The request as the planner takes it. Raises HttpError (403) for a name that is not allowed, UserError for more
     tokens than --max-tokens."""
     if strange := sorted(request.model_fields_set.difference(ALLOWED_KEYS)):
-        raise HttpError(403, "not_allowed", f"{strange[0]}: is not for requests. They may say {', '.join(ALLOWED_KEYS)}")
+        raise HttpError(
+            403, "not_allowed", f"{strange[0]}: is no setting of requests: {', '.join(ALLOWED_KEYS)}"
+        )
     check_plain(request)
     model = named_place("model", request.model, names.models, "--allow-model", "an alias (sagsae models)")
     corpus = request.corpus and named_place("corpus", request.corpus, names.corpora, "--allow-corpus", "a dataset")
