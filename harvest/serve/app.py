@@ -14,7 +14,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
-from starlette.types import ASGIApp
 
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.pages import Pages
@@ -34,11 +33,11 @@ from harvest.serve.rest.endpoint import (
 )
 from harvest.serve.rest.errors import answer_error, error_answer
 from harvest.serve.rest.events import Announcer
-from harvest.serve.rest.files import StoreFiles
+from harvest.serve.rest.files import FileRoutes
 from harvest.serve.rest.names import AllowedNames
 from harvest.serve.rest.open_stores import OpenStores
 from harvest.serve.rest.openapi import openapi_document
-from harvest.serve.rest.requests import Requests
+from harvest.serve.rest.requests import RequestRoutes
 from harvest.serve.rest.security import Guard, Tokens, check_level, is_loopback, read_tokens
 from harvest.serve.state import State
 from shared.config import ServeConfig
@@ -48,8 +47,6 @@ from shared.record import version
 
 SWEEP_S: Final = 1.0
 """Seconds between two looks for attempts and leases whose time is over."""
-SCAN_S: Final = 60.0
-"""Seconds between two looks for stores that others put into the folder."""
 CLOSING_S: Final = 5
 """Seconds that open connections have to end."""
 KEEP_ALIVE_S: Final = 30
@@ -57,12 +54,12 @@ HEADER_BYTES: Final = 16 << 10
 CONNECTIONS: Final = 1024
 
 
-def all_endpoints(requests: Requests) -> tuple[Endpoint, ...]:
+def all_endpoints(requests: RequestRoutes) -> tuple[Endpoint, ...]:
     """Every endpoint, in the order of the reference."""
     return (
         *requests.endpoints(),
-        *stores.Catalog().endpoints(),
-        *StoreFiles().endpoints(),
+        *stores.StoreRoutes().endpoints(),
+        *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
         *health.ENDPOINTS,
@@ -71,15 +68,19 @@ def all_endpoints(requests: Requests) -> tuple[Endpoint, ...]:
 
 def rest_document() -> dict[str, Any]:
     """The OpenAPI document of this version."""
-    return openapi_document(all_endpoints(Requests(AllowedNames({}, {}))), version("sagsae") or "0")
+    return openapi_document(all_endpoints(RequestRoutes(AllowedNames({}, {}))), version("sagsae") or "0")
 
 
-def make_app(state: State, planner: Planner, config: ServeConfig, tokens: Tokens | None = None) -> ASGIApp:
-    """The application: the REST interface and the pages."""
+def make_service(state: State, planner: Planner, config: ServeConfig) -> Service:
+    """What the endpoints work with."""
     root = config.root.resolve()
-    announcer = Announcer()
-    service = Service(state, planner, config, root, OpenStores(root), announcer)
-    requests = Requests(AllowedNames.of(config))
+    return Service(state, planner, config, root, OpenStores(root), Announcer())
+
+
+def make_app(service: Service, tokens: Tokens | None = None) -> Guard:
+    """The application: the REST interface and the pages. `tokens` open it; without any, every caller is an admin."""
+    config = service.config
+    requests = RequestRoutes(AllowedNames.of(config))
     endpoints, pages = all_endpoints(requests), Pages(service, requests, tokens)
     document = openapi_document(endpoints, version("sagsae") or "0")
 
@@ -91,7 +92,6 @@ def make_app(state: State, planner: Planner, config: ServeConfig, tokens: Tokens
     routes += pages.routes()
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service, pages))  # noqa: ARG005
-    app.state.service = service
     return Guard(app, tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
 
 
@@ -126,39 +126,27 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 @contextlib.asynccontextmanager
 async def upkeep(service: Service, pages: Pages) -> AsyncIterator[None]:
     """Keeps the state up to date while the application runs."""
-    tasks = [asyncio.create_task(sweep(service)), asyncio.create_task(scan(service))]
+    service.announcer.loop = asyncio.get_running_loop()
+    unlisten = service.state.listen(service.announcer.heard)
+    sweeping = asyncio.create_task(sweep(service))
     try:
         yield
     finally:
+        unlisten()
         service.announcer.close()
         pages.close()
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        sweeping.cancel()
+        await asyncio.gather(sweeping, return_exceptions=True)
         await service.planner.close()
 
 
 async def sweep(service: Service) -> None:
     while True:
         await asyncio.sleep(SWEEP_S)
-        if await said(service.state.sweep):
-            service.announcer.announce()
-
-
-async def scan(service: Service) -> None:
-    while True:
-        await asyncio.sleep(SCAN_S)
-        await said(service.state.scan)
-        service.announcer.announce()
-
-
-async def said(work: Callable[[], int]) -> int:
-    """The result of upkeep; an error is said, and the next time may be better."""
-    try:
-        return await to_thread.run_sync(work)
-    except Exception as error:
-        say(f"upkeep: {error}")
-        return 0
+        try:
+            await to_thread.run_sync(service.state.sweep)
+        except Exception as error:  # of the disk, mostly: the next time may be better
+            say(f"upkeep: {error}")
 
 
 # the process
@@ -224,7 +212,8 @@ class Process:
         self.url = url_of(host, port)
         self.workers = EmbeddedWorkers(config, url_of(reachable(host), port)) if config.launch == "local" else None
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
-        app = make_app(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
+        self.service = make_service(state, self.planner, config)
+        app = make_app(self.service, Tokens.of([*tokens, *own]) if tokens else None)
         self.server = ListeningServer(
             uvicorn.Config(
                 app,
@@ -257,6 +246,7 @@ class Process:
             warming.cancel()
         if self.workers:
             await self.workers.stop()
+        self.service.announcer.close()
         self.server.should_exit = True
         await serving
 

@@ -110,7 +110,9 @@ class Holds:
         """Keeps who leased a store, of each the last MOST_READERS. Called in a transaction."""
         self.database.run("INSERT OR REPLACE INTO reader VALUES(?, ?, ?)", store, holder, self.clock.now())
         newest = "SELECT holder FROM reader WHERE store = ? ORDER BY seen DESC LIMIT ?"
-        self.database.run(f"DELETE FROM reader WHERE store = ? AND holder NOT IN ({newest})", store, store, MOST_READERS)
+        self.database.run(
+            f"DELETE FROM reader WHERE store = ? AND holder NOT IN ({newest})", store, store, MOST_READERS
+        )
 
     def readers(self, store: str) -> list[StoreReader]:
         """Who leased a store, the last first."""

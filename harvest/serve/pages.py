@@ -30,10 +30,19 @@ from harvest.serve.rest.errors import status_of, words_of
 from harvest.serve.rest.events import Events
 from harvest.serve.rest.jobs import last_event, log_part, stream
 from harvest.serve.rest.names import admit
-from harvest.serve.rest.requests import Requests, with_request
+from harvest.serve.rest.requests import RequestRoutes, with_request
 from harvest.serve.rest.security import COOKIE, Tokens, check_level
-from harvest.serve.view import LOG_LINES, asked_facts, attempt_lines, catalog_line, head_view, log_tail, next_link
-from harvest.serve.view import plan_line, queue_line
+from harvest.serve.view import (
+    LOG_LINES,
+    asked_facts,
+    attempt_lines,
+    catalog_line,
+    head_view,
+    log_tail,
+    next_link,
+    plan_line,
+    queue_line,
+)
 from shared.errors import DamagedError, UserError
 from shared.gate import printable
 from shared.model.source import list_models
@@ -61,10 +70,10 @@ Handler = Callable[[RestCall], Awaitable[Response]]
 class Pages:
     """The pages' handlers, with what they keep between requests."""
 
-    def __init__(self, service: Service, requests: Requests, tokens: Tokens | None) -> None:
+    def __init__(self, service: Service, requests: RequestRoutes, tokens: Tokens | None) -> None:
         self.service, self.requests, self.tokens = service, requests, tokens
         self.answers = LaterAnswers()
-        self.checks = StoreChecks(time.time)
+        self.checks = StoreChecks(time.time, lambda: service.announcer.heard(0))
         self.numbers: dict[tuple[str, str, str], StoreNumbers] = {}
 
     def close(self) -> None:
@@ -214,7 +223,7 @@ class Pages:
 
     async def change_job(self, name: str, call: RestCall) -> Response:
         """POST /jobs/{job}/cancel and /retry"""
-        job = await call.service.change(getattr(call.state, name), call.number("job"))
+        job = await to_thread.run_sync(getattr(call.state, name), call.number("job"))
         return RedirectResponse(f"/jobs/{job.id}", 303)
 
     # one store
@@ -261,12 +270,12 @@ class Pages:
         """POST /stores/{store}/pins"""
         fields = await form_fields(call.request)
         name = next(iter(fields.get("pin", [])), "").strip()
-        await call.service.change(call.state.pin, call.path("store"), name)
+        await to_thread.run_sync(call.state.pin, call.path("store"), name)
         return back_to_store(call)
 
     async def unpin(self, call: RestCall) -> Response:
         """POST /stores/{store}/pins/{name}/remove"""
-        await call.service.change(call.state.unpin, call.path("store"), call.path("name"))
+        await to_thread.run_sync(call.state.unpin, call.path("store"), call.path("name"))
         return back_to_store(call)
 
     async def verify(self, call: RestCall) -> Response:
@@ -274,7 +283,6 @@ class Pages:
         name = call.path("store")
         await to_thread.run_sync(call.state.store, name)
         self.checks.start(name, call.service.stores.folder(name))
-        call.service.announcer.announce()
         return back_to_store(call)
 
     # live parts

@@ -245,7 +245,13 @@ def warm() -> bool:
     return True
 
 
-ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {"plan": plan, "make": make, "texts": texts, "sites": sites, "warm": warm}
+ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {
+    "plan": plan,
+    "make": make,
+    "texts": texts,
+    "sites": sites,
+    "warm": warm,
+}
 
 if __name__ == "__main__":
     main(int(sys.argv[1]))

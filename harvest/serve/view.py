@@ -11,7 +11,17 @@ from urllib.parse import urlencode
 
 from harvest.serve.page.words import ABSENT, Fact, ago, count, left, percent, size
 from harvest.serve.records import Usage
-from shared.request import Action, Job, JobAttempt, JobState, RequestPlan, StoreFilter, StoreRequest, StoreRow, WorkerRow
+from shared.request import (
+    Action,
+    Job,
+    JobAttempt,
+    JobState,
+    RequestPlan,
+    StoreFilter,
+    StoreRequest,
+    StoreRow,
+    WorkerRow,
+)
 from shared.tables import duration
 
 OPEN: Final[tuple[JobState, ...]] = ("queued", "running", "verifying")
@@ -178,8 +188,8 @@ def worker_line(row: WorkerRow, now: float) -> WorkerLine:
     gpus = f"{worker.gpus} × {worker.device}" if worker.gpus > 1 else worker.device
     memory = f", {size(worker.memory)}" if worker.memory else ""
     silent = now - row.seen > STALE_S
-    doing = "works on" if row.job is not None else "waits"
-    return WorkerLine(worker.name, gpus + memory, row.job, f"silent, seen {ago(row.seen, now)}" if silent else doing, silent)
+    doing = f"silent, seen {ago(row.seen, now)}" if silent else "works on" if row.job is not None else "waits"
+    return WorkerLine(worker.name, gpus + memory, row.job, doing, silent)
 
 
 def queue_text(jobs: Sequence[Job]) -> str:

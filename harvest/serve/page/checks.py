@@ -14,6 +14,8 @@ from shared.store.verify import verify
 
 KEPT: Final = 64
 """Results that are remembered."""
+SAID_S: Final = 1.0
+"""Seconds between two reports of progress."""
 LINES: Final = 50
 """Damaged files that are listed."""
 
@@ -43,10 +45,12 @@ class CheckView:
 
 
 class StoreChecks:
-    """The check that runs, and the results of the last ones. Used from many threads."""
+    """The check that runs, and the results of the last ones. Used from many threads.
 
-    def __init__(self, now: Callable[[], float]) -> None:
-        self.now = now
+    `tell` is called when something new can be shown."""
+
+    def __init__(self, now: Callable[[], float], tell: Callable[[], None]) -> None:
+        self.now, self.tell = now, tell
         self.lock = threading.Lock()
         self.checks: OrderedDict[str, StoreCheck] = OrderedDict()
         self.running: StoreCheck | None = None
@@ -67,10 +71,16 @@ class StoreChecks:
         threading.Thread(target=self.run, args=(check, folder), name=f"check {store}", daemon=True).start()
 
     def run(self, check: StoreCheck, folder: Path) -> None:
+        said = self.now()
+
         def advance(count: int, _: str) -> None:
+            nonlocal said
             check.read += count
             if self.stopping:
                 raise Interrupted("the server stops")
+            if not 0 <= self.now() - said < SAID_S:
+                said = self.now()
+                self.tell()
 
         try:
             store = Store.open(folder, lenient=True)
@@ -86,6 +96,7 @@ class StoreChecks:
             check.ended = self.now()
             with self.lock:
                 self.running = None
+            self.tell()
 
     def close(self) -> None:
         """Stops the check that runs; it changes nothing on the disk."""

@@ -1,6 +1,6 @@
 """Live changes: how what waits is woken, and streams of server-sent events.
 
-The state changes in this process alone, so whatever changed it says so, and nothing polls. An event's id is the
+The state changes in this process alone and says so, so nothing polls. An event's id is the
 revision of the state: a browser that lost its connection sends the last one, and misses nothing.
 """
 
@@ -24,11 +24,17 @@ Events = tuple[int, list[Event], bool]
 
 
 class Announcer:
-    """Wakes the coroutines that wait for a change of the state. Used in the server's event loop alone."""
+    """Wakes the coroutines that wait for a change of the state. Used in the server's event loop, but for `heard`."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.closing = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def heard(self, revision: int) -> None:  # noqa: ARG002 (what waits looks itself)
+        """The state's listener, called in any thread."""
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.announce)
 
     def announce(self) -> None:
         event, self.event = self.event, asyncio.Event()

@@ -56,7 +56,7 @@ class FileRequest:
     if_range: str | None
 
 
-class StoreFiles:
+class FileRoutes:
     """Serves files, and notes now and then that their stores are in use."""
 
     def __init__(self) -> None:

@@ -14,10 +14,12 @@ from shared.request import Job, JobPage, JobState, LogPart
 
 LOG_BYTES: Final = 256 << 10
 """Bytes of a log in one answer."""
+MOST_ROWS: Final = 500
+"""Entries of one page of a list."""
 STATES: Final = get_args(JobState)
 ENDED: Final = ("done", "failed", "cancelled")
 CURSOR: Final = Query("cursor", {"type": "string", "maxLength": 200}, "`next` of the page before.")
-LIMIT: Final = Query("limit", {"type": "integer", "minimum": 1, "maximum": 1000}, "Entries of one page.")
+LIMIT: Final = Query("limit", {"type": "integer", "minimum": 1, "maximum": MOST_ROWS}, "Entries of one page.")
 
 
 async def list_jobs(call: RestCall) -> Response:
@@ -25,7 +27,7 @@ async def list_jobs(call: RestCall) -> Response:
     state: Any = call.query("state")
     if state is not None and state not in STATES:
         raise HttpError(422, "invalid", f"state={state[:40]}: must be one of {', '.join(STATES)}")
-    limit = call.query_number("limit", 100, 1, 1000)
+    limit = call.query_number("limit", 100, 1, MOST_ROWS)
     page = await to_thread.run_sync(call.state.jobs, state, call.query("cursor"), limit)
     return answer(page)
 
@@ -37,12 +39,12 @@ async def show_job(call: RestCall) -> Response:
 
 async def cancel_job(call: RestCall) -> Response:
     """POST /v1/jobs/{job}/cancel"""
-    return answer(await call.service.change(call.state.cancel, call.number("job")))
+    return answer(await to_thread.run_sync(call.state.cancel, call.number("job")))
 
 
 async def retry_job(call: RestCall) -> Response:
     """POST /v1/jobs/{job}/retry"""
-    return answer(await call.service.change(call.state.retry, call.number("job")))
+    return answer(await to_thread.run_sync(call.state.retry, call.number("job")))
 
 
 async def show_log(call: RestCall) -> Response:

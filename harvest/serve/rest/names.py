@@ -81,11 +81,11 @@ def admit(request: StoreRequest, names: AllowedNames, config: ServeConfig) -> Ad
     """The request as the planner takes it. Raises HttpError (403) for a name that is not allowed, UserError for more
     tokens than --max-tokens."""
     if strange := sorted(request.model_fields_set.difference(ALLOWED_KEYS)):
-        raise HttpError(403, "not_allowed", f"{strange[0]}: is not for requests. They may say {', '.join(ALLOWED_KEYS)}")
+        raise HttpError(403, "not_allowed", f"{strange[0]}: is no setting of requests: {', '.join(ALLOWED_KEYS)}")
     check_plain(request)
     model = named_place("model", request.model, names.models, "--allow-model", "an alias (sagsae models)")
-    corpus = request.corpus and named_place("corpus", request.corpus, names.corpora, "--allow-corpus", "a dataset")
-    tokenizer = request.tokenizer and named_place("tokenizer", request.tokenizer, names.models, "--allow-model", "")
+    corpus = named_place("corpus", request.corpus, names.corpora, "--allow-corpus", "a dataset")
+    tokenizer = named_place("tokenizer", request.tokenizer, names.models, "--allow-model", "")
     check_tokens(request, names, config)
     changes: dict[str, Any] = {"model": model, "corpus": corpus, "tokenizer": tokenizer}
     if request.dtype == "auto":
@@ -96,8 +96,10 @@ def admit(request: StoreRequest, names: AllowedNames, config: ServeConfig) -> Ad
     return Admitted(request, found, request_hash(found, [place for place in places if place is not None], config))
 
 
-def named_place(key: str, name: str, allowed: Mapping[str, Path], option: str, kind: str) -> str:
+def named_place(key: str, name: str | None, allowed: Mapping[str, Path], option: str, kind: str) -> str | None:
     """A name as the planner takes it: the path of an allowed one, else the name itself. Raises HttpError (403)."""
+    if name is None:
+        return None
     if name in allowed:
         return str(allowed[name])
     if HUB_ID.fullmatch(name) and ".." not in name and not name.lower().endswith(FILE_ENDINGS):

@@ -24,7 +24,7 @@ MOST_WAIT_S: Final = 60.0
 RETRY_S: Final = "2"
 
 
-class Requests:
+class RequestRoutes:
     """Answers requests. Equal ones that arrive together are planned once."""
 
     def __init__(self, names: AllowedNames) -> None:
@@ -56,9 +56,9 @@ class Requests:
         if not admitted.request.refresh:
             known = await to_thread.run_sync(ask_remembered, call.state, admitted, call.caller.name)
             if known is not None:
-                return announced(call, known)
+                return known
         planned = with_request(await self.planned(call.service, admitted), admitted)
-        return announced(call, await to_thread.run_sync(call.state.ask, planned, call.caller.name))
+        return await to_thread.run_sync(call.state.ask, planned, call.caller.name)
 
     async def planned(self, service: Service, admitted: Admitted) -> dict[str, Any]:
         """What the planner says of a request, which the state remembers for an hour."""
@@ -140,13 +140,6 @@ class Requests:
         )
 
 
-def announced(call: RestCall, found: CacheAnswer) -> CacheAnswer:
-    """The same answer; a job wakes the workers that wait for one."""
-    if found.state != "ready":
-        call.service.announcer.announce()
-    return found
-
-
 def ask_remembered(state: State, admitted: Admitted, who: str) -> CacheAnswer | None:
     """The answer to a request that was planned within the last hour; None for any other."""
     planned = state.remembered(admitted.hash) if admitted.hash is not None else None
@@ -160,7 +153,7 @@ def with_request(planned: Mapping[str, Any], admitted: Admitted) -> dict[str, An
 
 async def make_view(service: Service, number: int) -> None:
     """Makes a store of parts of others in the planner, as a worker does."""
-    taken: TakenJob | None = await service.change(service.state.take, PLANNER, number)
+    taken: TakenJob | None = await to_thread.run_sync(service.state.take, PLANNER, number)
     if taken is None:
         return
     beating = asyncio.create_task(beat(service, taken))
@@ -174,7 +167,7 @@ async def make_view(service: Service, number: int) -> None:
     finally:
         beating.cancel()
     try:
-        await service.change(service.state.end, taken.job, taken.attempt, code, words)
+        await to_thread.run_sync(service.state.end, taken.job, taken.attempt, code, words)
     except UserError:  # it lapsed, or was cancelled meanwhile: another one's now
         return
 
@@ -182,7 +175,7 @@ async def make_view(service: Service, number: int) -> None:
 async def beat(service: Service, taken: TakenJob) -> None:
     while True:
         await asyncio.sleep(taken.beat_s)
-        await service.change(service.state.beat, taken.job, taken.attempt)
+        await to_thread.run_sync(service.state.beat, taken.job, taken.attempt)
 
 
 def failed(job: Job) -> HttpError:

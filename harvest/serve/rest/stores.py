@@ -12,7 +12,7 @@ from starlette.responses import Response, StreamingResponse
 
 from harvest.serve.rest.endpoint import Endpoint, HttpError, Level, Query, RestCall, Service, answer, no_content
 from harvest.serve.rest.files import matches
-from harvest.serve.rest.jobs import CURSOR, LIMIT
+from harvest.serve.rest.jobs import CURSOR, LIMIT, MOST_ROWS
 from harvest.serve.rest.open_stores import ServedStore
 from harvest.serve.rest.security import check_level
 from shared.gate import members, parse_json, passed
@@ -83,7 +83,7 @@ def record_of(store: Store) -> dict[str, Any] | None:
         return None
 
 
-class Catalog:
+class StoreRoutes:
     """The endpoints of stores."""
 
     def __init__(self) -> None:
@@ -126,7 +126,7 @@ async def list_stores(call: RestCall) -> Response:
     if sort not in SORTS:
         raise HttpError(422, "invalid", f"sort={sort[:40]}: must be one of {', '.join(SORTS)}")
     filters = build(StoreFilter, given)
-    limit = call.query_number("limit", 100, 1, 1000)
+    limit = call.query_number("limit", 100, 1, MOST_ROWS)
     page = await to_thread.run_sync(call.state.stores, filters, sort, cursor, limit)
     return answer(page)
 
@@ -138,7 +138,7 @@ async def remove_store(call: RestCall) -> Response:
         raise HttpError(422, "invalid", f"force={force[:40]}: must be true or false")
     if force == "true":
         check_level(call.caller, Level.ADMIN)
-    await call.service.change(call.state.remove, call.path("store"), force == "true")
+    await to_thread.run_sync(call.state.remove, call.path("store"), force == "true")
     return no_content()
 
 
@@ -175,7 +175,7 @@ def manifest_lines(served: ServedStore) -> Iterator[bytes]:
 async def take_lease(call: RestCall) -> Response:
     """POST /v1/stores/{store}/leases"""
     body: LeaseBody = call.body
-    return answer(await call.service.change(call.state.lease, call.path("store"), body.holder, body.ttl_s), 201)
+    return answer(await to_thread.run_sync(call.state.lease, call.path("store"), body.holder, body.ttl_s), 201)
 
 
 async def renew_lease(call: RestCall) -> Response:
@@ -186,19 +186,19 @@ async def renew_lease(call: RestCall) -> Response:
 
 async def release_lease(call: RestCall) -> Response:
     """DELETE /v1/leases/{lease}"""
-    await call.service.change(call.state.release, call.path("lease"))
+    await to_thread.run_sync(call.state.release, call.path("lease"))
     return no_content()
 
 
 async def pin_store(call: RestCall) -> Response:
     """PUT /v1/stores/{store}/pins/{name}"""
-    await call.service.change(call.state.pin, call.path("store"), call.path("name"))
+    await to_thread.run_sync(call.state.pin, call.path("store"), call.path("name"))
     return no_content()
 
 
 async def unpin_store(call: RestCall) -> Response:
     """DELETE /v1/stores/{store}/pins/{name}"""
-    await call.service.change(call.state.unpin, call.path("store"), call.path("name"))
+    await to_thread.run_sync(call.state.unpin, call.path("store"), call.path("name"))
     return no_content()
 
 

@@ -1,5 +1,6 @@
 """Work: taking jobs, beating while they run, ending them."""
 
+import asyncio
 import time
 from typing import Annotated, Final
 
@@ -8,6 +9,7 @@ from pydantic import Field
 from starlette.responses import Response
 
 from harvest.serve.rest.endpoint import Endpoint, HttpError, Level, Query, RestCall, answer, no_content
+from harvest.serve.rest.events import BETWEEN_S
 from shared.request import Job, TakenJob, WorkerInfo
 from shared.schema import Frozen
 
@@ -61,28 +63,26 @@ async def take_job(call: RestCall) -> Response:
             return no_content()  # a job that is given away now would be lost for the time of its lease
         taken = await to_thread.run_sync(call.state.take, worker)
         if taken is not None:
-            call.service.announcer.announce()
             return answer(taken)
         left = end - time.monotonic()
         if left <= 0 or call.service.announcer.closing:
             return no_content()
         await call.service.announcer.wait(min(left, LOOK_S))
+        await asyncio.sleep(BETWEEN_S)
 
 
 async def beat_job(call: RestCall) -> Response:
     """POST /v1/jobs/{job}/beat"""
     body: BeatBody = call.body
     job = call.number("job")
-    if body.verifying:
-        return answer(GoOn(go_on=await call.service.change(call.state.verifying, job, body.attempt)))
-    asked = (job, body.attempt, body.rows, body.rate, body.note)
-    return answer(GoOn(go_on=await call.service.change(call.state.beat, *asked)))
+    asked = (job, body.attempt, body.rows, body.rate, body.note, body.verifying)
+    return answer(GoOn(go_on=await to_thread.run_sync(call.state.beat, *asked)))
 
 
 async def end_job(call: RestCall) -> Response:
     """POST /v1/jobs/{job}/end"""
     body: EndBody = call.body
-    return answer(await call.service.change(call.state.end, call.number("job"), body.attempt, body.code, body.words))
+    return answer(await to_thread.run_sync(call.state.end, call.number("job"), body.attempt, body.code, body.words))
 
 
 WAIT: Final = Query(
