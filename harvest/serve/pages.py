@@ -118,10 +118,10 @@ class Pages:
     async def home(self, call: RestCall) -> Response:
         """GET /"""
         if call.query("part") == "sites":
-            form = await self.form(call, {"model": (call.query("model") or "tiny",)}, PART_S)
+            form = await self.form({"model": (call.query("model") or "tiny",)}, PART_S)
             return page("sites.html", form=form)
         given = parse_qs(call.request.url.query, max_num_fields=FIELDS)
-        return await self.home_page(call, await self.form(call, entered(given), SOON_S))
+        return await self.home_page(call, await self.form(entered(given), SOON_S))
 
     async def home_page(self, call: RestCall, form: FormView, status: int = 200) -> Response:
         filters, sort, cursor, message = asked_catalog(call.request.query_params)
@@ -142,7 +142,7 @@ class Pages:
             "message": message,
         }
 
-    async def form(self, call: RestCall, values: Mapping[str, tuple[str, ...]], seconds: float) -> FormView:
+    async def form(self, values: Mapping[str, tuple[str, ...]], seconds: float) -> FormView:
         """The form with what was entered. The list of the model's layers is left out where it takes longer."""
         names = self.requests.names
         corpora = tuple(Option(name, name) for name in sorted(names.corpora))
@@ -177,7 +177,7 @@ class Pages:
             if found.state != "ready" and found.job is not None:
                 found = await self.requests.made_in_line(call, admitted, found)
         except UserError as error:
-            form = await self.form(call, values, SOON_S)
+            form = await self.form(values, SOON_S)
             return await self.home_page(call, with_error(form, error), status_of(error)[0])
         if found.state == "ready":
             store = next(iter(found.hookpoints.values())).store
@@ -189,7 +189,7 @@ class Pages:
         """POST /plan"""
         values = entered(await form_fields(call.request))
         only_part = call.query("part") == "plan"
-        form = FormView((), (), SitesView(), values) if only_part else await self.form(call, values, SOON_S)
+        form = FormView((), (), SitesView(), values) if only_part else await self.form(values, SOON_S)
         status = 200
         try:
             admitted = admit(request_of(values), self.requests.names, self.service.config)

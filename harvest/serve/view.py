@@ -263,7 +263,7 @@ def attempt_line(attempt: JobAttempt, now: float) -> AttemptLine:
         number=attempt.number,
         worker=attempt.worker,
         begun=ago(attempt.began, now),
-        lasted=duration(max(0.0, (attempt.ended or now) - attempt.began)),
+        lasted=ABSENT if attempt.ended is None else duration(max(0.0, attempt.ended - attempt.began)),
         code=ABSENT if attempt.code is None else str(attempt.code),
         meaning=code_meaning(attempt.code) if over else "runs",
         words=attempt.words,

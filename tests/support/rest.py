@@ -1,13 +1,17 @@
 """The service's application in this process, with a planner that loads no model."""
 
 import shutil
-from collections.abc import Callable, Mapping
+import socket
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import uvicorn
 from starlette.testclient import TestClient
 
-from harvest.serve.app import make_app, make_service
+from harvest.serve.app import ListeningServer, make_app, make_service
 from harvest.serve.planner import Planner
 from harvest.serve.rest.endpoint import Level, Service
 from harvest.serve.rest.security import Tokens
@@ -55,3 +59,19 @@ def copy_of(store: Path, root: Path, name: str = "s") -> Path:
     """A store's copy in another root."""
     root.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copytree(store, root / name))
+
+
+@contextmanager
+def running(service: Service, tokens: Tokens | None = None, port: int = 0) -> Iterator[str]:
+    """The service at a port of this machine, in a thread of this process; the address."""
+    listener = socket.create_server(("127.0.0.1", port))
+    config = uvicorn.Config(make_app(service, tokens), log_level="warning", ws="none", timeout_graceful_shutdown=1)
+    server = ListeningServer(config)
+    thread = threading.Thread(target=server.run, args=([listener],))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        thread.join()
+        listener.close()

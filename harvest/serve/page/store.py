@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 from markupsafe import Markup
 
-from harvest.serve.page.plots import line_plot, stem_plot
+from harvest.serve.page.plots import POINTS, line_plot, stem_plot
 from harvest.serve.page.words import ABSENT, Fact, ago, count, number, size, times
+from shared.errors import DamagedError, UserError
 from shared.gate import members, parse_json, printable
 from shared.request import StoreReader, StoreRow
 from shared.store.norms import MASSIVE, OUTLYING, Norms, norms, norms_by_position, outlying, spread
@@ -33,6 +35,17 @@ VERSIONS: Final = ("sagsae", "torch", "transformers", "transformer-lens")
 
 
 @dataclass(frozen=True)
+class HookNumbers:
+    """The statistics of one hookpoint."""
+
+    statistics: Statistics
+    norms: Norms | None
+    by_position: Sequence[float]
+    """The mean norm at each position of a context."""
+    snr_db: float | None
+
+
+@dataclass(frozen=True)
 class StoreNumbers:
     """What is read from a store for its page: all of its sizes, and the statistics of one hookpoint."""
 
@@ -45,31 +58,40 @@ class StoreNumbers:
     sizes: Mapping[str, int]
     """Bytes by array."""
     record: Mapping[str, Any]
-    statistics: Statistics | None
-    norms: Norms | None
-    by_position: Sequence[float]
-    snr_db: float | None
+    counted: HookNumbers | None
+    """None where too few rows count, or the files are damaged."""
+    damage: str = ""
 
 
 def read_numbers(store: Store, hook: str | None = None) -> StoreNumbers:
     """Reads a store for its page: at most SHARDS_FOR_MOMENTS shards' sums and SAMPLED shards' norms, of this hookpoint
-    or of the first. Raises DamagedError."""
+    or of the first. Damage is named in the result: a page shows what is left."""
     hook = hook if hook in store.spec.hookpoints else next(iter(store.spec.hookpoints))
-    few, many = spread(store), spread(store, SHARDS_FOR_MOMENTS)
-    counted = many.kept(hook) > 1
-    cost = many.quantisation(hook) if counted else None
+    counted, damage = None, ""
+    try:
+        counted = read_statistics(store, hook)
+    except (DamagedError, UserError, OSError) as error:
+        damage = str(error)
     return StoreNumbers(
         spec=store.spec,
         hook=hook,
         shards=len(store.commits),
-        sampled=len(few.commits),
+        sampled=len(spread(store).commits),
         sizes=array_sizes(store),
         record=read_record(store.root),
-        statistics=many.statistics(hook) if counted else None,
-        norms=norms(few, hook) if counted else None,
-        by_position=norms_by_position(few, hook).tolist() if counted else (),
-        snr_db=cost.snr_db if cost else None,
+        counted=counted,
+        damage=damage,
     )
+
+
+def read_statistics(store: Store, hook: str) -> HookNumbers | None:
+    """The statistics of a hookpoint; None where too few rows count. Raises DamagedError."""
+    few, many = spread(store), spread(store, SHARDS_FOR_MOMENTS)
+    if many.kept(hook) < 2:
+        return None
+    cost = many.quantisation(hook)
+    positions = norms_by_position(few, hook).tolist()
+    return HookNumbers(many.statistics(hook), norms(few, hook), positions, cost.snr_db if cost else None)
 
 
 def array_sizes(store: Store) -> dict[str, int]:
@@ -156,6 +178,8 @@ class StoreView:
     moments: tuple[Fact, ...]
     quantiles: tuple[Fact, ...]
     massive: str
+    damage: str
+    """Why there are no statistics; empty where too few rows count."""
     sampled: str
     plots: tuple[StorePlot, ...]
     arrays: tuple[ArrayLine, ...]
@@ -176,11 +200,12 @@ def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path | No
         facts=store_facts(row, numbers, now),
         hooks=tuple(hook_line(numbers, path) for path in numbers.spec.hookpoints),
         hook=numbers.hook,
-        moments=moment_facts(numbers),
-        quantiles=quantile_facts(numbers.norms),
-        massive=massive_text(numbers.norms),
+        moments=moment_facts(numbers.counted),
+        quantiles=quantile_facts(numbers.counted.norms if numbers.counted else None),
+        massive=massive_text(numbers.counted.norms if numbers.counted else None),
+        damage=printable(numbers.damage),
         sampled=sample_text(numbers),
-        plots=tuple(store_plots(numbers)),
+        plots=store_plots(numbers.counted),
         arrays=arrays[:ARRAYS],
         further_arrays=len(arrays[ARRAYS:]),
         key_parts=key_facts(numbers.spec),
@@ -235,11 +260,11 @@ def array_lines(sizes: Mapping[str, int]) -> tuple[ArrayLine, ...]:
     return tuple(ArrayLine(path, size(length), round(100 * length / total, 2)) for path, length in ordered)
 
 
-def moment_facts(numbers: StoreNumbers) -> tuple[Fact, ...]:
-    """The moments of the chosen hookpoint; nothing where too few rows count."""
-    statistics, measured = numbers.statistics, numbers.norms
-    if statistics is None:
+def moment_facts(counted: HookNumbers | None) -> tuple[Fact, ...]:
+    """The moments of the chosen hookpoint; nothing where there are none."""
+    if counted is None:
         return ()
+    statistics, measured = counted.statistics, counted.norms
     mean_square = float((statistics.variance + statistics.mean**2).sum())
     facts = [
         Fact("Rows that count", count(statistics.n)),
@@ -248,8 +273,8 @@ def moment_facts(numbers: StoreNumbers) -> tuple[Fact, ...]:
         Fact("Mean square E|x|²", number(mean_square)),
         Fact("Total variance", number(float(statistics.variance.sum()))),
     ]
-    if numbers.snr_db is not None:
-        facts.append(Fact("int8 SNR", f"{numbers.snr_db:.2f} dB"))
+    if counted.snr_db is not None:
+        facts.append(Fact("int8 SNR", f"{counted.snr_db:.2f} dB"))
     if measured:
         facts.append(Fact("Norm at position 0", number(measured.at_position_0)))
         facts.append(Fact("Rows with NaN or infinity", count(measured.nonfinite)))
@@ -278,30 +303,29 @@ def sample_text(numbers: StoreNumbers) -> str:
     return f"Norms are over {count(numbers.sampled)} of {count(numbers.shards)} shards, evenly spread."
 
 
-def store_plots(numbers: StoreNumbers) -> list[StorePlot]:
-    if numbers.statistics is None:
-        return []
-    found = outlying(numbers.statistics)
-    rms = (numbers.statistics.variance + numbers.statistics.mean**2) ** 0.5
-    ordered = sorted(rms.tolist())
-    median = max(ordered[len(ordered) // 2], 1e-300)
-    ratios = [value / median for value in rms.tolist()]
-    lines = ", ".join(f"{dim} ({times(ratio)})" for dim, ratio in list(found.items())[:NAMED])
-    many = f"{len(found)} of {count(len(ratios))} dimensions are outlying: {lines}" if found else "No dimension is"
-    caption = f"{many}{'' if found else ' outlying'}. A dimension is outlying above {OUTLYING:g} times the median."
-    positions = numbers.by_position
-    return [
-        StorePlot(
-            "Norm by position",
-            line_plot(positions, [0], f"Mean norm at each of {len(positions)} positions"),
-            "The mean norm at each position of a context. The point is position 0.",
-        ),
-        StorePlot(
-            "Root mean square by dimension",
-            stem_plot(ratios, OUTLYING, list(found)[:NAMED], f"Root mean square of {len(ratios)} dimensions"),
-            caption + (" The largest of neighbours is drawn." if len(ratios) > 256 else ""),
-        ),
-    ]
+def store_plots(counted: HookNumbers | None) -> tuple[StorePlot, ...]:
+    if counted is None:
+        return ()
+    return position_plot(counted.by_position), dimension_plot(counted.statistics)
+
+
+def position_plot(norms: Sequence[float]) -> StorePlot:
+    drawing = line_plot(norms, [0], f"Mean norm at each of {len(norms)} positions")
+    caption = "The mean norm at each position of a context. The point is position 0."
+    return StorePlot("Norm by position", drawing, caption)
+
+
+def dimension_plot(statistics: Statistics) -> StorePlot:
+    """The root mean square of each dimension, as a multiple of the median dimension's."""
+    found = outlying(statistics)
+    rms = np.sqrt(statistics.variance + statistics.mean**2)
+    ratios = (rms / max(float(np.median(rms)), np.finfo(np.float64).tiny)).tolist()
+    drawing = stem_plot(ratios, OUTLYING, list(found)[:NAMED], f"Root mean square of {len(ratios)} dimensions")
+    named = ", ".join(f"{dim} ({times(ratio)})" for dim, ratio in list(found.items())[:NAMED])
+    what = f"{len(found)} of {count(len(ratios))} dimensions are outlying: {named}." if found else "None is outlying."
+    caption = f"{what} A dimension is outlying above {OUTLYING:g} times the median."
+    more = " Of neighbouring dimensions, the largest is drawn." if len(ratios) > POINTS else ""
+    return StorePlot("Root mean square by dimension", drawing, caption + more)
 
 
 def key_facts(spec: StoreSpec) -> tuple[Fact, ...]:

@@ -22,7 +22,7 @@ def count(value: int | None) -> str:
     return ABSENT if value is None else f"{value:,}"
 
 
-def size(value: float | None) -> str:
+def size(value: int | float | None) -> str:
     """Bytes in decimal units: `62.3 GB`."""
     if value is None:
         return ABSENT
@@ -33,7 +33,7 @@ def size(value: float | None) -> str:
     return f"{value:.{digits}f}{THIN}{UNITS[power]}"
 
 
-def number(value: float | None) -> str:
+def number(value: int | float | None) -> str:
     """Four significant digits."""
     return ABSENT if value is None else f"{value:,.4g}".replace("-", "−") if abs(value) < 1e5 else f"{value:.3e}"
 
@@ -42,7 +42,7 @@ def times(ratio: float) -> str:
     return f"{ratio:.2f}×"
 
 
-def percent(part: float, whole: float | None) -> float | None:
+def percent(part: int, whole: int | None) -> float | None:
     """0 to 100, or None where the whole is not known."""
     return round(min(100.0, 100 * part / whole), 1) if whole else None
 
@@ -58,5 +58,5 @@ def ago(then: float | None, now: float) -> str:
     return "just now"
 
 
-def left(seconds: float | None) -> str:
+def left(seconds: int | float | None) -> str:
     return ABSENT if seconds is None else duration(max(1.0, seconds))
