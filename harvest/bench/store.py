@@ -11,7 +11,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.plan import default_chunk_rows, make_plan
+from harvest.plan import make_plan
+from harvest.reuse.shape import default_chunk_rows
 from harvest.recode import recode
 from harvest.run import harvest
 from harvest.writer import ShardRows, ShardWriter
