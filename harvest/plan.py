@@ -209,6 +209,13 @@ def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_to
     return spec_of(plan, corpus, n_tokens, tokens.dtype, chunk_rows, shard_rows)
 
 
+def asked_spec(plan: HarvestPlan, n_tokens: int) -> StoreSpec:
+    """The spec of a store with these tokens, before they are known: their digest is a placeholder."""
+    corpus = {**token_identity(plan), "ids_blake2b": "0" * 32}
+    token_dtype: TokenType = "uint16" if plan.info.vocab_size <= 1 << 16 else "uint32"
+    return spec_of(plan, corpus, n_tokens, token_dtype, *shape(plan, n_tokens))
+
+
 def spec_of(
     plan: HarvestPlan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
 ) -> StoreSpec:

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from harvest.plan import make_plan
-from harvest.reuse.shape import default_chunk_rows
 from harvest.recode import recode
+from harvest.reuse.shape import default_chunk_rows
 from harvest.run import harvest
 from harvest.writer import ShardRows, ShardWriter
 from shared.bench.timing import Run
