@@ -75,7 +75,7 @@ class HarvestConfig(WantedActivations):
         "Model": "model revision tokenizer eos special_ids split_special_tokens bos",
         "Activations": "layers hooks tokens context skip_positions allow_nonfinite",
         "Corpus": "corpus corpus_config corpus_split corpus_revision text_field on_bad_document shuffle_documents seed",
-        "Store": "out name codec store_dtype chunk_rows shard_rows overwrite",
+        "Store": "out name codec store_dtype chunk_rows shard_rows reuse overwrite",
         "Computation": "device dtype attention batch_tokens",
     }
 
@@ -94,7 +94,14 @@ class HarvestConfig(WantedActivations):
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks; below 2^20 tokens, 16,384 rows.
+
+    Those 16,384 rows are at most 16 chunks. Stores of equal shape share whole shards (docs/explanation/cache.md)."""
+    reuse: Literal["any", "same", "none"] = "any"
+    """Which stores beside this one may give it the shards that they hold already. none: every shard is captured.
+
+    same: only stores that the same versions on the same kind of device wrote. Shards are linked, so they take no
+    space (docs/explanation/cache.md)."""
     out: Location = "stores"
     """The folder, or s3:// prefix, that holds stores."""
     name: Annotated[str, AfterValidator(store_name)] | None = None

@@ -14,8 +14,9 @@ from urllib.request import Request, urlopen
 import pytest
 from starlette.testclient import TestClient
 from support.cache import WORKER, FakeHarvest, planned, spec_of
+from support.live_cache import running
 from support.markup import Markup
-from support.rest import ADMIN, ASK, READ, TOKENS, ScriptedPlanner, client_of, copy_of, running, service_of
+from support.rest import ADMIN, ASK, READ, TOKENS, ScriptedPlanner, client_of, copy_of, service_of
 
 from harvest.serve.page.form import entered, request_of, whole_number
 from harvest.serve.page.plots import line_plot, reduced, scale_of, stem_plot

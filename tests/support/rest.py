@@ -1,17 +1,16 @@
 """The service's application in this process, with a planner that loads no model."""
 
+import asyncio
 import shutil
-import socket
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
-import uvicorn
 from starlette.testclient import TestClient
+from starlette.types import Message
 
-from harvest.serve.app import ListeningServer, make_app, make_service
+from harvest.serve.app import make_app, make_service
 from harvest.serve.planner import Planner
 from harvest.serve.rest.endpoint import Level, Service
 from harvest.serve.rest.security import Tokens
@@ -61,17 +60,20 @@ def copy_of(store: Path, root: Path, name: str = "s") -> Path:
     return Path(shutil.copytree(store, root / name))
 
 
-@contextmanager
-def running(service: Service, tokens: Tokens | None = None, port: int = 0) -> Iterator[str]:
-    """The service at a port of this machine, in a thread of this process; the address."""
-    listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn.Config(make_app(service, tokens), log_level="warning", ws="none", timeout_graceful_shutdown=1)
-    server = ListeningServer(config)
-    thread = threading.Thread(target=server.run, args=([listener],))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        thread.join()
-        listener.close()
+def raw_get(client: TestClient, path: str) -> tuple[int, bytes]:
+    """Status and body of a GET whose path no library tidies up, decoded as uvicorn decodes it."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+        "path": unquote(path), "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"127.0.0.1:8642")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8642),
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    return int(sent[0]["status"]), b"".join(message.get("body", b"") for message in sent[1:])
