@@ -1,16 +1,17 @@
 """The service's SQLite file: its tables, its transactions, and its errors as sentences.
 
-It is opened once, by the server's process, which holds it exclusively: no shared memory is needed, so that it also works
-on a network's disk. Everything in it but open jobs and leases can be read from the folders again.
+It is opened once, by the server's process, which holds it exclusively. So SQLite needs no shared memory, and the file
+may lie on a network's disk. Everything in it but jobs and leases can be read from the folders again.
 """
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from harvest.serve.records import Clock
 from shared.errors import UserError
@@ -27,24 +28,27 @@ MIGRATIONS: Final = (
     f"""
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE store(
-  id TEXT PRIMARY KEY, key TEXT NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL, model TEXT NOT NULL,
-  corpus TEXT NOT NULL, hooks TEXT NOT NULL, tokens INTEGER NOT NULL, of_tokens INTEGER NOT NULL,
-  bytes INTEGER, own INTEGER, environment TEXT NOT NULL, mark TEXT NOT NULL,
-  created REAL NOT NULL, used REAL NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
+  id TEXT PRIMARY KEY, key TEXT NOT NULL, spec_id TEXT NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL,
+  model TEXT NOT NULL, corpus TEXT NOT NULL, hooks TEXT NOT NULL, tokens INTEGER NOT NULL, n_tokens INTEGER NOT NULL,
+  context INTEGER NOT NULL, codec TEXT NOT NULL, bytes INTEGER NOT NULL DEFAULT 0, own INTEGER,
+  environment TEXT NOT NULL, token_key TEXT NOT NULL, mark TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+  revision INTEGER NOT NULL);
 CREATE INDEX store_key ON store(key);
+CREATE INDEX store_tokens_of ON store(token_key);
 CREATE INDEX store_used ON store(used, id);
 CREATE INDEX store_created ON store(created, id);
 CREATE INDEX store_bytes ON store(bytes, id);
 CREATE INDEX store_tokens ON store(tokens, id);
 CREATE INDEX store_revision ON store(revision);
+CREATE INDEX store_sizes ON store(id, own);
 CREATE INDEX store_unmeasured ON store(key) WHERE own IS NULL;
 CREATE TABLE gone(id TEXT PRIMARY KEY, revision INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE job(
   id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, extent TEXT NOT NULL, state TEXT NOT NULL,
   action TEXT NOT NULL, store TEXT NOT NULL, planned TEXT NOT NULL, request TEXT NOT NULL, model TEXT NOT NULL,
   who TEXT NOT NULL, asked INTEGER NOT NULL DEFAULT 1, priority INTEGER NOT NULL, donors TEXT NOT NULL,
-  reserved INTEGER NOT NULL, grown INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0,
-  failures INTEGER NOT NULL DEFAULT 0, repair INTEGER NOT NULL DEFAULT 0, worker TEXT, deadline REAL,
+  expected INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+  repair INTEGER NOT NULL DEFAULT 0, repairs INTEGER NOT NULL DEFAULT 0, worker TEXT, deadline REAL,
   not_before REAL NOT NULL DEFAULT 0, began INTEGER NOT NULL DEFAULT 0, rows INTEGER NOT NULL DEFAULT 0, total INTEGER,
   rate REAL, note TEXT NOT NULL DEFAULT '', error TEXT, created REAL NOT NULL, started REAL, ended REAL,
   revision INTEGER NOT NULL);
@@ -76,6 +80,8 @@ class Database:
 
     def connect(self) -> sqlite3.Connection:
         """Opens the file and brings its tables up to date. Raises UserError."""
+        if not os.access(self.path if self.path.exists() else self.root, os.W_OK):
+            raise self.read_only("it is read-only")
         connection = None
         try:
             connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
@@ -172,8 +178,8 @@ class Database:
 
     def change(self, table: str, row: object, values: Mapping[str, object]) -> None:
         """Changes columns of the row of this id, and gives it a new revision."""
-        columns = ", ".join(f"{name} = ?" for name in values)
-        self.run(f"UPDATE {table} SET {columns}, revision = ? WHERE id = ?", *values.values(), self.revise(), row)
+        columns = ", ".join(f"{name} = ?" for name in (*values, "revision"))
+        self.run(f"UPDATE {table} SET {columns} WHERE id = ?", *values.values(), self.revise(), row)
 
     def revise(self) -> int:
         """The next revision."""
@@ -188,6 +194,9 @@ class Database:
         with self.lock, contextlib.suppress(sqlite3.Error):
             self.connection.close()
 
+    def read_only(self, why: str) -> UserError:
+        return UserError(f"{self.path}: cannot be written to ({why}). Make the file and its folder writable")
+
     def explained(self, error: sqlite3.Error) -> UserError:
         code = getattr(error, "sqlite_errorname", "") or ""
         if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
@@ -198,17 +207,7 @@ class Database:
                 "delete the file, start again"
             )
         if code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            return UserError(f"{self.path}: cannot be written to ({error}). Make the file and its folder writable")
+            return self.read_only(str(error))
         if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
             return UserError(f"{self.path}: cannot be written to ({error}). Free space on this disk, then try again")
         raise error
-
-
-def like(text: str) -> str:
-    """A text as a pattern for `LIKE … ESCAPE '\\'` that finds it anywhere."""
-    escaped = "".join(f"\\{letter}" if letter in "%_\\" else letter for letter in text)
-    return f"%{escaped}%"
-
-
-def columns(row: sqlite3.Row) -> dict[str, Any]:
-    return dict(zip(row.keys(), row, strict=True))
