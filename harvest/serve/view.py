@@ -321,13 +321,24 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def plan_line(plan: RequestPlan) -> PlanLine:
     facts = []
-    if plan.shards_to_harvest:
-        facts.append(Fact("Shards to harvest", count(plan.shards_to_harvest)))
-    if plan.bytes_to_write is not None:
+    if plan.bytes_to_write:
         facts.append(Fact("To write", size(plan.bytes_to_write)))
     if plan.seconds is not None:
         facts.append(Fact("Time", f"about {left(plan.seconds)}"))
-    return PlanLine(ACTIONS[plan.action], plan.text, tuple(facts), plan.from_stores, plan.evicts)
+    return PlanLine(ACTIONS[plan.action], plan_sentence(plan), tuple(facts), plan.from_stores, plan.evicts)
+
+
+def plan_sentence(plan: RequestPlan) -> str:
+    """What is done to answer a request."""
+    many = "all shards" if plan.shards_to_harvest is None else f"{count(plan.shards_to_harvest)} shards"
+    return {
+        "ready": "These activations are here already.",
+        "view": "Whole shards are linked, without the model.",
+        "recode": "A store is rewritten with another codec, without the model.",
+        "extend": f"The first shards are here; {many} are harvested.",
+        "hookpoints": f"The tokens are here; {many} of further hookpoints are harvested.",
+        "harvest": f"Nothing of it is here yet; {many} are harvested.",
+    }[plan.action]
 
 
 def next_link(filters: StoreFilter, sort: str, cursor: str | None) -> str | None:
