@@ -11,14 +11,14 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer
 
 from shared import tables
 from shared.command.commands import command, command_group
 from shared.command.main import run_app, show
-from shared.command.options import OptionsFrom, resolve, typed_saes, typed_settings
+from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
 from shared.command.parameters import (
     DryRun,
     Every,
@@ -34,6 +34,7 @@ from shared.command.parameters import (
     RunFolder,
     RunFolders,
     Scratch,
+    Service,
     Source,
     StoreFolder,
     StorePlace,
@@ -97,7 +98,7 @@ def synth(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(app, group=STAGES, settings=OptionsFrom("train", config=True))
-def train(context: typer.Context, processes: Processes = 1, as_json: Json = False) -> None:
+def train(context: typer.Context, processes: Processes = 1, service: Service = None, as_json: Json = False) -> None:
     """Train autoencoders on a store.
 
     Every architecture, width, sparsity, seed and learning rate is trained in one pass over the activations.
@@ -105,20 +106,42 @@ def train(context: typer.Context, processes: Processes = 1, as_json: Json = Fals
     $ sagsae train --store stores/tiny --hook mlp_out --arch sa-gsae:512
     $ sagsae train --store stores/tiny --hook mlp_out --arch gated:1024 --l0-target 16
     $ sagsae train --config run.toml --lr 3e-3 --out runs/three
+    $ sagsae train --request model=tiny --request hook=mlp_out --service http://box:8642 --arch sa-gsae:512
     """
     from shared.command.grid import asked_saes, warn_of_shared_sparsity
 
+    ask_service(service)
     typed = typed_saes(context)
     saes = asked_saes(typed, typed_settings(context))
     if not is_helper() and (processes == 1 or launched(processes)):
         warn_of_shared_sparsity(typed)
-    config = resolve(context, saes=saes)
+    config = resolve(context, saes=saes, **answer_settings(context))
     in_processes(processes, SCRIPT)
+    from train.ask import leased
     from train.run import train as run
 
-    summary = run(config)
+    with leased(config, leads=not is_helper()):
+        summary = run(config)
     if not is_helper():
         show(dataclasses.asdict(summary), as_json, lambda: tables.print_saes(f"{summary.run}", summary.saes))
+
+
+def ask_service(url: str | None) -> None:
+    """Makes a typed --service the service of this process."""
+    if url is not None:
+        from shared.service.asking import name_service
+
+        name_service(url)
+
+
+def answer_settings(context: typer.Context) -> dict[str, Any]:
+    """What the activation cache answers to --request; {} without one."""
+    typed, told = typed_settings(context), told_settings(context)
+    if not (typed.get("request") or told.get("request")):
+        return {}
+    from train.ask import answered
+
+    return answered(typed, told)
 
 
 @command(app, "eval", group=STAGES, settings=OptionsFrom("eval"))

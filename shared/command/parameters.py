@@ -60,6 +60,15 @@ Processes = Annotated[
     int,
     value("INTEGER", "Processes on this machine, one per GPU.", parser=at_least(int, 1), rich_help_panel="Computation"),
 ]
+Service = Annotated[
+    str | None,
+    value(
+        "URL",
+        "The activation cache to ask, http://HOST:PORT.",
+        show_default="SAGSAE_SERVICE",
+        rich_help_panel="The cache",
+    ),
+]
 Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", parser=at_least(int, 1))]
 Every = Annotated[float, value("SECONDS", "Seconds between looks.", parser=at_least(float, 0.1))]
 OutFolder = Annotated[Path, value("PATH", "The folder for everything.", parser=at_home)]
