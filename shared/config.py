@@ -169,7 +169,7 @@ class TrainConfig(Frozen):
 
     http://HOST:PORT/v1/stores/ID is a store that an activation cache serves."""
     request: Annotated[tuple[str, ...], Shown("KEY=VALUE")] = ()
-    """What to ask the activation cache for instead of --store. `sagsae settings request` lists the keys.
+    """What to ask the activation cache for, in place of --store. `sagsae settings request` lists keys.
 
     The answer becomes `store`; a run records both."""
     hook: str | None = None

@@ -257,7 +257,7 @@ def test_a_file_of_another_length_is_damage(stub: ServiceStub) -> None:
         return reply._replace(headers={"Content-Range": reply.headers["Content-Range"] + "0"})
 
     stub.on(r"GET /v1/stores/s/files/stats/.*", longer)
-    with pytest.raises(DamagedError, match="bytes, .* were committed"):
+    with pytest.raises(DamagedError, match=r"bytes, .* were committed"):
         Store.open(stub.store_url("s")).statistics(HOOK)
 
 
