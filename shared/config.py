@@ -173,7 +173,9 @@ class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Activations": "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed",
+        "Activations": (
+            "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed"
+        ),
         "Autoencoders": "saes",
         "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
         "Run": "out overwrite checkpoint_every keep_checkpoints log_every track dead_after_tokens",

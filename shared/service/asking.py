@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Final, get_origin
 
-from shared.errors import DamagedError, UserError
+from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.base import is_remote
 from shared.files.open import open_files
 from shared.gate import quoted
@@ -86,12 +86,14 @@ def waiting_words(answer: CacheAnswer) -> str:
 
 @contextmanager
 def stopping(job: int) -> Iterator[None]:
-    """Says what Ctrl-C leaves behind."""
+    """Says what Ctrl-C leaves behind. Raises Interrupted."""
     try:
         yield
-    except KeyboardInterrupt:
-        say(f"job {job} continues on the service. To end it: sagsae jobs cancel {job}")
-        raise
+    except (KeyboardInterrupt, Interrupted) as error:
+        raise Interrupted(
+            f"stopped waiting; job {job} continues on the service. To wait again, run the same command; to end the "
+            f"job: sagsae jobs cancel {job}"
+        ) from error
 
 
 def can_follow(client: Client, answer: CacheAnswer) -> bool:

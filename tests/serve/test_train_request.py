@@ -81,9 +81,7 @@ def test_the_url_answers_where_the_folder_is_not_here(stub: ServiceStub, tmp_pat
     assert answered({"request": REQUEST}, {})["store"] == url, "the address that was given, whatever the service says"
 
 
-def test_the_folder_answers_where_it_is_here(
-    stub: ServiceStub, store: Store, tmp_path: Path
-) -> None:
+def test_the_folder_answers_where_it_is_here(stub: ServiceStub, store: Store, tmp_path: Path) -> None:
     stub.on("POST /v1/requests", ready(file=store.root))
     assert answered({"request": REQUEST}, {}) == {"store": str(store.root), "hook": HOOK}
     other = Path(shutil.copytree(store.root, tmp_path / "s"))
