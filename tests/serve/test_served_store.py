@@ -105,7 +105,7 @@ def test_a_growing_store_is_followed_to_its_end(store: Store, growing: Path) -> 
         looks = list(watch_store(open_files(stub.store_url("growing")), 0.05))
         harvest.join()
     new = [look.new for look in looks if look.new]
-    assert sum(new, []) == list(range(10))
+    assert [shard for part in new for shard in part] == list(range(10))
     assert len(new) > 1, "seen as it grew"
     assert looks[-1].store.state == "final"
 
@@ -257,7 +257,7 @@ def test_a_file_of_another_length_is_damage(stub: ServiceStub) -> None:
         return reply._replace(headers={"Content-Range": reply.headers["Content-Range"] + "0"})
 
     stub.on(r"GET /v1/stores/s/files/stats/.*", longer)
-    with pytest.raises(DamagedError, match="bytes, .* were committed"):
+    with pytest.raises(DamagedError, match=r"bytes, .* were committed"):
         Store.open(stub.store_url("s")).statistics(HOOK)
 
 
@@ -271,7 +271,7 @@ LOG = {"path": "manifest/rank-00000.jsonl", "identity": "1", "size": 3, "grows":
         ([7], "no LogFile"),
         ([{**LOG, "path": "manifest/../../secret"}], "does not stay in its folder"),
         ([{**LOG, "path": "/etc/passwd"}], "does not stay in its folder"),
-        ([{**LOG, "size": -1}], "no LogFile|list of logs"),
+        ([{**LOG, "size": -1}], r"no LogFile|list of logs"),
         ([{**LOG, "size": "x" * 9999}], "no LogFile"),
     ],
 )
@@ -297,7 +297,7 @@ def test_a_token_is_needed_and_named(store: Store, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv(address.SERVICE, stub.url)
         assert Store.open(stub.store_url("s")).state == "final"
         monkeypatch.setenv(address.TOKEN, "wrong")
-        with pytest.raises(UserError, match="does not know the token in SAGSAE_TOKEN") as caught:
+        with pytest.raises(UserError, match=r"does not know the token in SAGSAE_TOKEN") as caught:
             Store.open(stub.store_url("s"))
         assert "wrong" not in str(caught.value).replace("missing or wrong", "")
 
