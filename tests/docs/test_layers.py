@@ -14,8 +14,9 @@ FORBIDDEN = {
     "harvest": {"train", "cli", "tests"},
     "train": {"harvest", "cli", "tests"},
 }
-SERVER = {"harvest/serve/app.py", *(f"harvest/serve/rest/{name}.py" for name in (
-    "endpoint", "errors", "events", "files", "health", "jobs", "requests", "security", "stores", "workers"))}  # fmt: skip
+SERVER = {"harvest/serve/app.py", "harvest/serve/pages.py", *(f"harvest/serve/rest/{name}.py" for name in (
+    "endpoint", "errors", "events", "files", "health", "jobs", "requests", "security", "stores",
+    "workers"))}  # fmt: skip
 DOORS = {
     "starlette": SERVER,
     "anyio": SERVER,

@@ -7,6 +7,7 @@ import shlex
 import time
 from collections.abc import Iterator
 from html import unescape
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.request import Request, urlopen
@@ -14,9 +15,9 @@ from urllib.request import Request, urlopen
 import pytest
 from starlette.testclient import TestClient
 from support.cache import WORKER, FakeHarvest, planned, spec_of
-from support.live_cache import running
-from support.markup import Markup
-from support.rest import ADMIN, ASK, READ, TOKENS, ScriptedPlanner, client_of, copy_of, service_of
+from support.serving.live import running
+from support.serving.markup import Markup
+from support.serving.rest import ADMIN, ASK, READ, TOKENS, ScriptedPlanner, client_of, copy_of, service_of
 
 from harvest.serve.page.form import entered, request_of, whole_number
 from harvest.serve.page.plots import line_plot, reduced, scale_of, stem_plot
@@ -95,7 +96,7 @@ def test_pages_are_well_formed_and_accessible(service: Service, client: TestClie
     assert "viewport" in [each.attributes.get("name") for each in page.all("meta")]
     assert len(page.all("title")) == len(page.all("h1")) == len(page.all("main")) == 1
     levels = page.headings()
-    assert all(after - before <= 1 for before, after in zip(levels[1:], levels[2:], strict=False)), levels
+    assert all(after - before <= 1 for before, after in pairwise(levels)), levels
     assert "no-store" in answer.headers["cache-control"]
 
 
@@ -330,11 +331,11 @@ def test_the_commands_on_the_page_work(service: Service, client: TestClient, sag
 
 
 def test_filters_are_in_the_address(service: Service, client: TestClient) -> None:
-    for number in range(60):
-        FakeHarvest(service.root, f"more-{number:02d}", spec_of(1024, seed=number + 10, model=f"m{number % 2}")).whole()
+    for n in range(60):
+        FakeHarvest(service.root, f"more-{n:02d}", spec_of(1024, seed=n + 10, model=f"m{n % 2}")).whole()
     service.state.scan()
     first = Markup(client.get("/?model=m1&sort=id&layer=1&state=final").text)
-    assert shown(first) == [f"more-{number:02d}" for number in range(1, 60, 2)]
+    assert shown(first) == [f"more-{n:02d}" for n in range(1, 60, 2)]
     every = Markup(client.get("/?sort=id").text)
     assert len(shown(every)) == 50
     link = next(each.attributes["href"] for each in every.all("a") if each.attributes.get("rel") == "next")

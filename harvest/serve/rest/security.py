@@ -34,7 +34,7 @@ MAKE_ONE: Final = "Make one with: openssl rand -hex 32"
 HEADERS: Final = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, a browser's own forms are sent with `Origin: null`
     "cross-origin-resource-policy": "same-origin",
 }
 """Headers of every answer: a page loads nothing from elsewhere and is shown in no frame."""

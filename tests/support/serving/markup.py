@@ -1,4 +1,4 @@
-"""Reads a page as a strict reader would: every tag closed where it was opened, every reference inside the page there."""
+"""Reads a page as a strict reader would: every tag closed where it was opened, every reference there."""
 
 import re
 from collections import Counter
@@ -80,9 +80,9 @@ class Markup(HTMLParser):
         found = []
         for each in self.elements:
             about = each.attributes
-            if each.tag in FIELDS and about.get("type") != "hidden":
-                if "label" not in each.inside and about.get("id") not in named and "aria-label" not in about:
-                    found.append(f"{each.tag} {about}")
+            labelled = "label" in each.inside or about.get("id") in named or "aria-label" in about
+            if each.tag in FIELDS and about.get("type") != "hidden" and not labelled:
+                found.append(f"{each.tag} {about}")
             if each.tag in ("button", "a", "summary") and not (each.text.strip() or about.get("aria-label")):
                 found.append(f"{each.tag} {about}")
             if each.tag in ("progress", "meter") and not about.get("aria-label"):
