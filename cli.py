@@ -510,6 +510,29 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
     show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Compare reading a store through an activation cache with reading its folder."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import serving
+    from harvest.bench.store import WIDE, make_stores
+    from shared.progress import progress, say
+    from shared.store.opened import Store
+    from train.bench.serve import compare
+
+    os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        place = (ask.keep or Path(folder)).resolve()
+        say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
+        here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
+    show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
+
+
 @command(bench_app, "harvest", settings=OptionsFrom("harvest", BENCH_HARVEST, defaults=SMALL, sets=True))
 def bench_harvest(context: typer.Context, rounds: Rounds = 5, folder: Scratch = None, as_json: Json = False) -> None:
     """Compare a harvest with the bare forward pass and with the codec alone."""
