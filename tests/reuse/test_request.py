@@ -102,7 +102,7 @@ def test_a_copy_of_the_model_is_the_same_request(ask: Ask, tmp_path: Path, model
     assert other.action == "harvest"
 
 
-def test_a_store_that_was_begun_is_finished(ask: Ask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_was_begun_is_finished(ask: Ask, monkeypatch: pytest.MonkeyPatch) -> None:
     planned, found, _ = look_up(ask(3000))
     config = harvest_of(planned.config, found.new[0]).model_copy(update={"name": "begun"})
     monkeypatch.setattr("harvest.run.finish_store", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
@@ -155,7 +155,7 @@ def test_wrong_requests_are_one_sentence(ask: Ask, tmp_path: Path) -> None:
     assert not list((tmp_path / "stores").glob("*/zarr.json"))
 
 
-def test_the_command(sagsae: Sagsae, ask: Ask, tmp_path: Path, model_folder: Path) -> None:
+def test_the_command(sagsae: Sagsae, tmp_path: Path, model_folder: Path) -> None:
     options = ["--model", model_folder, "--layer", 1, "--hook", "mlp_out", "--tokens", 1000, "--context", 16,
                "--device", "cpu", "--root", tmp_path / "stores"]  # fmt: skip
     planned = sagsae("request", *options, "--plan", "--json")
