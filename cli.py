@@ -226,6 +226,21 @@ def serve(context: typer.Context, as_json: Json = False) -> None:
     run(config, started)
 
 
+@command(app, group=CACHE, settings=OptionsFrom("work"))
+def work(context: typer.Context) -> None:
+    """Run the jobs of an activation cache on this machine, until SIGTERM or Ctrl-C.
+
+    A job that is running then is given back: its store is resumed later, here or elsewhere.
+
+    $ sagsae work --service http://127.0.0.1:8642 --root stores
+    $ sagsae work --service http://cache:8642 --root /shared/stores --gpus 0,1
+    """
+    config = resolve(context)
+    from harvest.serve.work.worker import work as run
+
+    run(config)
+
+
 @command(app, group=MEASURE)
 def demo(out: OutFolder = Path("demo"), as_json: Json = False) -> None:
     """Run every stage on the shipped model: harvest, train, eval, report.
@@ -508,6 +523,29 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
         report = store_report(stores.narrow, stores.wide, figures, wait_share(stores.wide["zstd"], WIDE))
     text = partial(tables.print_ratios, "Uncompressed, median over the rounds", report["table"], report["ratios"])
     show({**report["ratios"], **report["raw"]}, as_json, text)
+
+
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Compare reading a store through an activation cache with reading its folder."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import serving
+    from harvest.bench.store import WIDE, make_stores
+    from shared.progress import progress, say
+    from shared.store.opened import Store
+    from train.bench.serve import compare
+
+    os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        place = (ask.keep or Path(folder)).resolve()
+        say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
+        here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
+    show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 
 
 @command(bench_app, "harvest", settings=OptionsFrom("harvest", BENCH_HARVEST, defaults=SMALL, sets=True))

@@ -95,7 +95,7 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
-        model = None if asked and lent == asked.n_tokens else load_model(plan, device, check_stop)
+        model = None if asked and all_lent(plan, asked, lent) else load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
             begin_store(plan, record, check_stop)
         clean_up(plan.files)
@@ -129,6 +129,13 @@ def complete_store(plan: HarvestPlan) -> Store | None:
     store = Store.open(plan.files)
     check_same(plan, store.spec)
     return store if store.state == "final" and not store.missing else None
+
+
+def all_lent(plan: HarvestPlan, spec: StoreSpec, lent: int) -> bool:
+    """Whether other stores give every shard that is missing, when they have the first `lent` rows."""
+    resumes = not plan.config.overwrite and is_store(plan.files)
+    missing = Store.open(plan.files).missing if resumes else range(spec.n_shards)
+    return all(spec.shard_range(shard)[1] <= lent for shard in missing)
 
 
 def spec_beforehand(plan: HarvestPlan) -> StoreSpec | None:

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.bench.options import ScaleBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.bench.options import ScaleBenchOptions, ServeBenchOptions, StoreBenchOptions, TrainBenchOptions
 from shared.config import (
     EvalConfig,
     HarvestConfig,
@@ -29,6 +29,7 @@ from shared.config import (
     ServeConfig,
     SynthConfig,
     TrainConfig,
+    WorkConfig,
 )
 from shared.errors import UserError
 from shared.gate import named
@@ -44,8 +45,10 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
     "serve": ServeConfig,
+    "work": WorkConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
+    "bench serve": ServeBenchOptions,
     "bench train": TrainBenchOptions,
     "bench scale": ScaleBenchOptions,
 }
