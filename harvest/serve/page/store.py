@@ -30,7 +30,7 @@ NAMED: Final = 6
 RECORD_BYTES: Final = 1 << 20
 TEXT_LETTERS: Final = 480
 """Letters of a context that are shown."""
-QUANTILE_NAMES: Final = {0.0: "smallest", 0.01: "1 %", 0.5: "median", 0.99: "99 %", 1.0: "largest"}
+QUANTILE_NAMES: Final = {0.0: "Smallest", 0.01: "1 %", 0.5: "Median", 0.99: "99 %", 1.0: "Largest"}
 VERSIONS: Final = ("sagsae", "torch", "transformers", "transformer-lens")
 
 
