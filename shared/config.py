@@ -57,6 +57,12 @@ def quota_of(value: object) -> object:
     return size
 
 
+def gpu_numbers(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4}){0,63}", value):
+        raise ValueError("must be numbers of GPUs with commas between them, such as 0,1")
+    return value
+
+
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -356,6 +362,27 @@ class ServeConfig(Frozen):
     def quota_bytes(self) -> int | None:
         """The quota; None for what the disk has."""
         return self.quota if isinstance(self.quota, int) else None
+
+
+class WorkConfig(Frozen):
+    """One worker of the activation cache: it runs the service's jobs on this machine."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Service": "service root name", "Computation": "device gpus processes"}
+
+    service: str | None = None
+    """The address of the service, http://HOST:PORT. Default: SAGSAE_SERVICE."""
+    root: Folder = Path("stores")
+    """The service's folder of stores, on a disk that it and this machine see."""
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")] | None = None
+    """The worker's name in lists. Default: the machine's name and a number.
+
+    Two workers at one time must not have the same name."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …, or map, where a job does not say which."""
+    gpus: Annotated[str | None, AfterValidator(gpu_numbers), Shown("N,N…")] = None
+    """Which GPUs to use, such as 0,1: one process on each. Default: every one that is visible."""
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes of one harvest. Default: one for each of --gpus, else one."""
 
 
 class RecodeConfig(Frozen):
