@@ -17,7 +17,6 @@ from harvest.serve.app import rest_document
 from harvest.serve.rest.openapi import rest_page
 from shared.request import StoreRequest
 
-
 DOCUMENT = rest_document()
 
 
