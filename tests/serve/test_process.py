@@ -1,333 +1,241 @@
-"""The commands of a worker: their settings, logs and ends; and children that end with their parent."""
+"""`sagsae serve` as a process: what it takes, how it ends, what a kill leaves, what any client can send it."""
 
-import contextlib
+import http.client
+import json
 import os
+import random
+import shutil
 import signal
-import subprocess
-import sys
+import socket
+import sqlite3
 import time
-import tomllib
-from collections.abc import Callable
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache import SHARD, FakeHarvest, spec_of
-from support.command import ROOT
-from support.processes import until
-
-from harvest.serve.work import process as processes
-from harvest.serve.work import worker as workers
-from harvest.serve.work.process import Command, JobFiles, StoreGrowth, as_toml, last_line
-from harvest.serve.work.worker import Worker, describe_worker, gpu_environment
-from shared.command.parent import parent_variable
-from shared.config import HarvestConfig, WorkConfig
-from shared.errors import BusyError, Interrupted, UserError
-from shared.refusals import NotYoursError
-from shared.request import TakenJob, WorkerInfo
-
-
-class Script:
-    """Gives out jobs, and keeps what is said of them."""
-
-    def __init__(self, *jobs: TakenJob) -> None:
-        self.jobs = list(jobs)
-        self.beats: list[tuple[Any, ...]] = []
-        self.ends: list[tuple[int, int, int, str]] = []
-        self.answers: Callable[[], bool] = lambda: True
-
-    def take(self, worker: WorkerInfo, wait: float) -> TakenJob | None:  # noqa: ARG002
-        if not self.jobs:
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-            return None
-        return self.jobs.pop(0)
-
-    def beat(self, *said: Any) -> bool:
-        self.beats.append(said)
-        return self.answers()
-
-    def end(self, job: int, attempt: int, code: int, words: str) -> None:
-        self.ends.append((job, attempt, code, words))
-
-
-def taken(**changes: Any) -> TakenJob:
-    values: dict[str, Any] = {
-        "job": 7, "attempt": 3, "action": "harvest", "store": "s", "command": "harvest", "settings": {"model": "tiny"},
-        "lease_s": 30.0, "beat_s": 0.05, **changes,
-    }  # fmt: skip
-    return TakenJob(**values)
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    (tmp_path / ".jobs").mkdir()
-    (tmp_path / ".jobs" / "7.log").touch()
-    return tmp_path
-
-
-Play = Callable[..., list[list[str]]]
-
-
-@pytest.fixture
-def play(monkeypatch: pytest.MonkeyPatch) -> Play:
-    """Runs short scripts in the place of commands, one after another. Returns the commands that they stand for."""
-
-    def of(*scripts: str) -> list[list[str]]:
-        left, asked = list(scripts), list[list[str]]()
-        real = subprocess.Popen
-
-        def popen(command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-            asked.append(command[4:])
-            return real([sys.executable, "-c", left.pop(0)], **options)
-
-        monkeypatch.setattr(subprocess, "Popen", popen)
-        return asked
-
-    return of
-
-
-def worked(script: Script, root: Path, **config: Any) -> None:
-    asked = WorkConfig(root=root, device="cpu", name="w", **config)
-    with pytest.raises(Interrupted):
-        Worker(script, asked, describe_worker(asked)).run()
-
-
-def test_a_job_is_made_and_checked(root: Path, play: Play) -> None:
-    asked = play("import sys, time; print('at 5 %', file=sys.stderr, flush=True); time.sleep(1.5)", "pass")
-    script = Script(taken(settings={"model": "tiny", "hooks": ['a"b'], "tokens": 5}))
-    worked(script, root)
-    assert script.ends == [(7, 3, 0, "")]
-    settings = root / ".jobs" / "7.toml"
-    assert asked == [["harvest", f"--config={settings}"], ["store", "verify", str(root / "s"), "--quick"]]
-    assert tomllib.loads(settings.read_text()) == {
-        "model": "tiny", "hooks": ["a\"b"], "tokens": 5, "out": str(root), "name": "s", "device": "cpu",
-    }  # fmt: skip
-    assert {beat[4] for beat in script.beats} >= {"", "at 5 %"}
-    assert [beat[5] for beat in script.beats][0 :: len(script.beats) - 1] == [False, True]
-    assert (root / ".jobs" / "7.log").read_text() == "at 5 %\n"
-
-
-@pytest.mark.parametrize(
-    ("script", "code", "words"),
-    [
-        ("import sys; sys.exit('error: no such model')", 1, "no such model"),
-        ("import sys; print('error: s: is locked', file=sys.stderr); sys.exit(75)", 75, "s: is locked"),
-        ("import os; os.kill(os.getpid(), 9)", -9, ""),
-        ("raise ValueError('of ours')", 1, "ValueError: of ours"),
-    ],
-)
-def test_how_a_command_ended_is_said(root: Path, play: Play, script: str, code: int, words: str) -> None:
-    asked = play(script)
-    source = Script(taken())
-    worked(source, root)
-    assert source.ends == [(7, 3, code, words)]
-    assert len(asked) == 1
-
-
-def test_a_damaged_store_is_repaired_first(root: Path, play: Play) -> None:
-    asked = play(
-        "import sys; sys.exit(3)", "pass", "import sys; print('2 shards are damaged', file=sys.stderr); sys.exit(3)"
-    )
-    source = Script(taken(repair=True))
-    worked(source, root)
-    assert [command[-1] for command in asked] == ["--repair", f"--config={root / '.jobs' / '7.toml'}", "--quick"]
-    assert source.ends == [(7, 3, 3, "2 shards are damaged")]
-
-
-def test_a_store_is_recoded(root: Path, play: Play) -> None:
-    asked = play("pass", "pass")
-    worked(Script(taken(action="recode", command="store recode", settings={"source": "a", "codec": "lz4"})), root)
-    assert asked[0] == ["store", "recode", str(root / "a"), str(root / "s"), "--codec=lz4"]
-
-
-def test_gpus_and_processes(root: Path, play: Play) -> None:
-    asked = play("pass", "pass")
-    worked(Script(taken(settings={"model": "tiny", "device": "cuda"})), root, gpus="2,5")
-    assert asked[0][-1] == "--processes=2"
-    assert 'device = "cuda"' in (root / ".jobs" / "7.toml").read_text()
-    assert gpu_environment(WorkConfig(gpus="2,5")) == {"CUDA_VISIBLE_DEVICES": "2,5"}
-    assert gpu_environment(WorkConfig()) == {}
-    for wrong in ("", "a", "1,", "1,,2", "-1"):
-        with pytest.raises(ValueError, match="numbers of GPUs"):
-            WorkConfig(gpus=wrong)
-
-
-PATIENT = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: (print("committed", file=sys.stderr), sys.exit(130)))
-print("begun", file=sys.stderr, flush=True)
-time.sleep(60)
-"""
-
-
-def test_a_cancelled_job_is_stopped(root: Path, play: Play) -> None:
-    play(PATIENT)
-    source = Script(taken())
-    source.answers = lambda: not any(beat[4] == "begun" for beat in source.beats)
-    worked(source, root)
-    assert source.ends == [(7, 3, 130, "committed")]
-
-
-def test_a_lost_job_is_stopped_and_nothing_is_said_of_it(root: Path, play: Play) -> None:
-    play(PATIENT)
-    source = Script(taken())
-
-    def lost() -> bool:
-        if any(beat[4] == "begun" for beat in source.beats):
-            raise NotYoursError("job 7, attempt 3: is over")
-        return True
-
-    source.answers = lost
-    worked(source, root)
-    assert source.ends == []
-    assert (root / ".jobs" / "7.log").read_text() == "begun\ncommitted\n"
-
-
-def test_a_command_that_does_not_stop_is_killed(root: Path, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "STOP_S", 0.5)
-    play(PATIENT.replace("sys.exit(130)", "time.sleep(60)"))
-    source = Script(taken())
-    source.answers = lambda: not any(beat[4] == "begun" for beat in source.beats)
-    worked(source, root)
-    assert source.ends[0][2] == -9
-
-
-def test_work_goes_on_while_the_service_is_away(root: Path, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(workers, "AGAIN_S", 0.01)
-    play("import time; time.sleep(1)", "pass")
-    source = Script(taken())
-
-    def away() -> bool:
-        raise BusyError("the service is away")
-
-    source.answers = away
-    said, tries = source.end, list[int]()
-
-    def end(*words: Any) -> None:
-        tries.append(1)
-        if len(tries) < 4:
-            raise BusyError("the service is away")
-        said(*words)
-
-    monkeypatch.setattr(source, "end", end)
-    worked(source, root)
-    assert source.ends == [(7, 3, 0, "")]
-
-
-def test_another_folder_than_the_service_s_is_named(tmp_path: Path) -> None:
-    source = Script(taken())
-    worked(source, tmp_path)
-    assert source.ends[0][2] == 2
-    assert "is not the folder in which the service works" in source.ends[0][3]
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_log_that_is_a_link_is_not_written(root: Path, tmp_path: Path) -> None:
-    (root / ".jobs" / "7.log").unlink()
-    target = tmp_path / "precious"
-    target.write_text("precious")
-    (root / ".jobs" / "7.log").symlink_to(target)
-    source = Script(taken())
-    worked(source, root)
-    assert source.ends[0][2] != 0
-    assert target.read_text() == "precious"
-
-
-def test_settings_are_written_as_toml() -> None:
-    values = {
-        "a": 'say "hi"\n\\ \x7f\x01 ü😀', "b": True, "c": 5, "d": 1e-3, "e": None, "f": ["x"], "g": [1, 2], "h": [],
-    }  # fmt: skip
-    assert tomllib.loads(as_toml(values)) == {name: value for name, value in values.items() if value is not None}
-    config = HarvestConfig(model="tiny", eos="</s>").model_dump(mode="json")
-    assert HarvestConfig.model_validate(tomllib.loads(as_toml(config))).model_dump(mode="json") == config
-    with pytest.raises(UserError, match="dict"):
-        as_toml({"a": {}})
-
-
-def test_the_last_line_is_that_which_says_something() -> None:
-    assert last_line(b"one\ntwo\r 50 %\r 60 %\r\n  \n") == "60 %"
-    assert last_line(b"error: no such model\n") == "no such model"
-    assert last_line(b"\xff\x1b[31mred\n") == "\ufffd\\x1b[31mred"
-    assert last_line(b"") == ""
-
-
-def test_a_long_log_is_moved_aside_while_it_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOG_BYTES", 1000)
-    files = JobFiles(root, 7)
-    handle = files.open_log()
-    for number in range(300):
-        os.write(handle, f"line {number:05d}\n".encode())
-        files.rotate()
-        assert files.size() <= 1011
-    os.close(handle)
-    assert last_line(files.tail()) == "line 00299"
-    assert 0 < (root / ".jobs" / "7.log.1").stat().st_size <= 1000
-    assert files.tail(start=10**9).endswith(b"line 00299\n")
-
-
-def test_growth_is_counted_from_the_manifest(tmp_path: Path) -> None:
-    growth = StoreGrowth(tmp_path / "s")
-    growth.look()
-    assert (growth.rows, growth.rate) == (0, None)
-    store = FakeHarvest(tmp_path, "s", spec_of()).begin()
-    store.shard(0)
-    growth.look()
-    assert (growth.rows, growth.rate) == (SHARD, None)  # what was there before says nothing of the speed
-    store.shard(1)
-    growth.look()
-    assert growth.rows == 2 * SHARD
-    assert growth.rate is not None
-    (tmp_path / "s" / "zarr.json").write_text("{")
-    growth.look()
-    assert growth.rows == 2 * SHARD
-
-
-PARENT = """
-import os, subprocess, sys, time
-from shared.command.parent import parent_variable
-code = (
-    "import sys, time; from shared.command import parent; %s; parent.end_with_parent();"
-    "print('up', flush=True); time.sleep(60)"
-)
-child = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **parent_variable(int(sys.argv[1]))})
-print(child.pid, flush=True)
-time.sleep(60)
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("elsewhere", ["pass", "sys.platform = 'darwin'; parent.LOOK_S = 0.05"])
-def test_a_child_ends_with_its_parent(number: signal.Signals, elsewhere: str) -> None:
-    command = [sys.executable, "-c", PARENT.replace("%s", elsewhere), str(int(number))]
-    parent = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert parent.stdout is not None
-    child = int(parent.stdout.readline())
-    assert parent.stdout.readline() == "up\n"
-    parent.kill()
-    parent.wait()
-    parent.stdout.close()
-    until(lambda: not is_running(child))
-
-
-def is_running(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def test_a_child_whose_parent_has_ended_before_ends_at_once() -> None:
-    code = "from shared.command.parent import end_with_parent; end_with_parent(); print('still here')"
-    environment = {**os.environ, **parent_variable(signal.SIGKILL), "SAGSAE_PARENT": "1/9"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, cwd=ROOT, capture_output=True, check=False)
-    assert done.returncode == -9
-    assert done.stdout == b""
-
-
-def test_the_command_of_a_worker_is_this_program(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    command = Command(["store", "verify", str(root / "none")], JobFiles(root, 7), {}, killed=True)
-    while command.wait(1.0) is None:
-        pass
-    assert command.code == 2
-    assert command.words().startswith(f"{root / 'none'}: does not exist")
+from support.cache import fake_store, spec_of
+from support.command import ROOT, Sagsae
+from support.processes import children
+from support.serving.process import ServerProcess, server_process
+from support.serving.rest import ADMIN, ASK, READ
+
+from harvest.reuse.key import store_key
+from harvest.serve.database import DATABASE
+from shared.store.opened import Store
+
+MODEL = {"model": "tiny", "hooks": ["mlp_out"], "tokens": 20_000, "layers": [1]}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    root = tmp_path_factory.mktemp("serve") / "root"
+    root.mkdir()
+    with server_process(root, "--launch", "none", "--quota", "2GB") as server:
+        yield server
+
+
+def ask(server: ServerProcess, method: str, path: str, body: Any = None, **headers: str) -> tuple[int, Any]:
+    """Status and JSON of one request."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=120)
+    try:
+        line.request(method, path, None if body is None else json.dumps(body), headers)
+        response = line.getresponse()
+        data = response.read()
+        return response.status, json.loads(data) if data.startswith((b"{", b"[")) else data
+    finally:
+        line.close()
+
+
+def test_it_starts_soon_and_imports_no_torch(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    with server_process(tmp_path / "root", "--launch", "none") as server:
+        assert ask(server, "GET", "/readyz") == (200, {"status": "ready"})
+        mapped = Path(f"/proc/{server.process.pid}/maps").read_text()
+        assert "libtorch" not in mapped
+        assert "sqlite" in mapped
+        status = Path(f"/proc/{server.process.pid}/status").read_text()
+        resident = int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS")))
+        assert resident < 120 << 10
+        assert server.stop() == 0
+        assert not children(server.process.pid)
+
+
+@pytest.mark.slow
+def test_an_answer_from_nothing_to_a_view(server: ServerProcess, sagsae: Sagsae, tmp_path: Path) -> None:
+    """The planner plans a real request; a plain harvest fills the store; a shorter request is linked in line."""
+    root = server.root
+    status, plan = ask(server, "POST", "/v1/plan", MODEL)
+    assert (status, plan["action"]) == (200, "harvest"), plan
+    hooks = ("--layer", 1, "--hook", "mlp_out", "--device", "cpu")
+    done = sagsae("harvest", "--model", "tiny", *hooks, "--tokens", 40_000, "--out", root, "--name", "large")
+    assert done.returncode == 0, done.stderr
+    status, found = ask(server, "POST", "/v1/requests", MODEL)
+    assert (status, found["hookpoints"]["layer_01/mlp_out"]["store"], found["exact"]) == (200, "large", False)
+    status, found = ask(server, "POST", "/v1/requests", {**MODEL, "accept": "exact"}, Prefer="wait=60")
+    assert (status, found["state"]) == (200, "ready"), found
+    view = Store.open(root / found["hookpoints"]["layer_01/mlp_out"]["store"])
+    assert (view.n_rows, view.state) == (20_000, "final")
+    done = sagsae("harvest", "--model", "tiny", *hooks, "--tokens", 20_000, "--out", tmp_path, "--name", "fresh")
+    assert done.returncode == 0, done.stderr
+    fresh = Store.open(tmp_path / "fresh")
+    assert store_key(fresh.spec) == store_key(view.spec) == found["key"]
+    assert list(view.commits.lines()) == list(fresh.commits.lines())
+    status, about = ask(server, "GET", "/v1/stores/large?texts=3")
+    assert [isinstance(context["text"], str) for context in about["texts"]["contexts"]] == [True] * 3
+    for body, words in (({**MODEL, "model": "pythia-1bb"}, "Did you mean pythia-1b?"), ({**MODEL, "hooks": ["x"]}, "x"),
+                        ({**MODEL, "layers": [9]}, "9")):  # fmt: skip
+        status, refused = ask(server, "POST", "/v1/requests", body)
+        assert (status, refused["error"]["code"]) == (422, "invalid")
+        assert words in refused["error"]["message"]
+
+
+@pytest.mark.slow
+def test_an_alias_and_a_copied_folder_are_one_request(tmp_path: Path) -> None:
+    """The key follows from the content of a model, not from its name."""
+    copy = shutil.copytree(ROOT / "shared" / "tiny", tmp_path / "copy")
+    root = tmp_path / "root"
+    root.mkdir()
+    with server_process(root, "--launch", "none", "--allow-model", f"mine={copy}") as other:
+        keys = {ask(other, "POST", "/v1/requests", {**MODEL, "model": name})[1]["key"] for name in ("tiny", "mine")}
+        _, jobs = ask(other, "GET", "/v1/jobs")
+        assert len(keys) == 1
+        assert [job["asked"] for job in jobs["jobs"]] == [2]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_within_seconds(tmp_path: Path, number: int) -> None:
+    """Also while an event stream is open and a worker waits for a job."""
+    root = tmp_path / "root"
+    root.mkdir()
+    with server_process(root, "--launch", "none") as server:
+        open_lines = []
+        for path, method, body in (
+            ("/v1/events", "GET", b""),
+            ("/v1/workers/w/take?wait=25", "POST", b'{"name": "w"}'),
+        ):
+            line = socket.create_connection(("127.0.0.1", server.port))
+            head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+            line.sendall(head.encode() + body)
+            open_lines.append(line)
+        assert open_lines[0].recv(100).startswith(b"HTTP/1.1 200")
+        began = time.monotonic()
+        assert server.stop(number) == 0
+        assert time.monotonic() - began < 20
+        for line in open_lines:
+            line.close()
+        assert not [line for line in server.errors if "Traceback" in line]
+
+
+def test_a_second_server_on_the_same_folder_or_port_is_refused(server: ServerProcess, sagsae: Sagsae) -> None:
+    root = server.root
+    done = sagsae("serve", "--root", root, "--port", 0, "--launch", "none")
+    assert done.returncode == 2
+    assert "another sagsae serve works in this folder" in done.stderr
+    done = sagsae("serve", "--root", root, "--port", server.port, "--launch", "none")
+    assert done.returncode == 75
+    assert f"--port {server.port}" in done.stderr
+
+
+def test_a_database_that_is_none_or_newer_is_refused(sagsae: Sagsae, tmp_path: Path) -> None:
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / DATABASE).write_bytes(b"no database" * 1000)
+    done = sagsae("serve", "--root", tmp_path, "--port", 0, "--launch", "none")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    (tmp_path / DATABASE).unlink()
+    with sqlite3.connect(tmp_path / DATABASE) as database:
+        database.execute("PRAGMA user_version=99")
+    database.close()
+    done = sagsae("serve", "--root", tmp_path, "--port", 0, "--launch", "none")
+    assert done.returncode == 2
+    assert "version 99" in done.stderr
+
+
+def test_tokens_open_it(tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    file = tmp_path / "tokens"
+    file.write_text(f"read:{READ}\nask:{ASK}\nadmin:{ADMIN}\n")
+    file.chmod(0o600)
+    with server_process(tmp_path / "root", "--launch", "none", "--token-file", file) as server:
+        assert ask(server, "GET", "/v1/jobs")[0] == 401
+        assert ask(server, "GET", "/v1/jobs", Authorization=f"Bearer {READ}")[0] == 200
+        assert ask(server, "POST", "/v1/plan", MODEL, Authorization=f"Bearer {READ}")[0] == 403
+        ask(server, "GET", "/v1/nothing", Authorization=f"Bearer {READ}x")
+        server.stop()
+        assert not any(token in line for line in server.errors for token in (READ, ASK, ADMIN))
+
+
+def raw(server: ServerProcess, data: bytes) -> bytes:
+    """What the server sends back for these bytes before it closes, or falls silent."""
+    with socket.create_connection(("127.0.0.1", server.port), timeout=5) as line:
+        found = b""
+        try:
+            line.sendall(data)
+            line.shutdown(socket.SHUT_WR)
+            while part := line.recv(65536):
+                found += part
+        except OSError:
+            pass
+        return found
+
+
+def test_bytes_that_are_no_request(server: ServerProcess) -> None:
+    random.seed(1)
+    good = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n\r\n"
+    for _ in range(60):
+        altered = bytearray(good)
+        for _ in range(random.randint(1, 6)):
+            altered[random.randrange(len(altered))] = random.randrange(256)
+        assert not raw(server, bytes(altered)).startswith(b"HTTP/1.1 5"), bytes(altered)
+    for data in (b"\0" * 100_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000, b"GET /" + b"x" * 100_000,
+                 b"POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
+                 b"POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n{",
+                 b"POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nffffffff\r\n",
+                 b"GET /v1/jobs HTTP/1.1\r\n\r\n", b"GET /v1/jobs HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+                 b"GET http://evil/v1/jobs HTTP/1.1\r\nHost: localhost\r\n\r\n"):  # fmt: skip
+        assert not raw(server, data).startswith(b"HTTP/1.1 5"), data[:60]
+    assert ask(server, "GET", "/healthz")[0] == 200
+
+
+def test_a_body_that_is_too_long_is_answered(server: ServerProcess) -> None:
+    status, found = ask(server, "POST", "/v1/plan", {"model": "x" * (65 << 10)})
+    assert (status, found["error"]["code"]) == (413, "too_large")
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_moment_of_a_request_loses_nothing(tmp_path: Path) -> None:
+    """SIGKILL while requests are answered: what was answered is there afterwards, once, and the database opens."""
+    root = tmp_path / "root"
+    root.mkdir()
+    fake_store(root, "s", spec_of())
+    random.seed(5)
+    answered: set[int] = set()
+    for turn in range(4):
+        with server_process(root, "--launch", "none") as server:
+            if turn == 0:
+                assert ask(server, "POST", "/v1/plan", MODEL)[0] == 200
+
+            def one(number: int, server: ServerProcess = server, turn: int = turn) -> int | None:
+                body = {**MODEL, "tokens": 10_000 + number % 5 + 10 * turn}
+                try:
+                    status, found = ask(server, "POST", "/v1/requests", body)
+                except (OSError, http.client.HTTPException):
+                    return None
+                return int(found["job"]) if status == 202 else None
+
+            with ThreadPoolExecutor(8) as pool:
+                jobs = [pool.submit(one, number) for number in range(40)]
+                while not any(job.done() for job in jobs):
+                    time.sleep(0.01)
+                time.sleep(random.random())
+                os.kill(server.process.pid, signal.SIGKILL)
+                answered |= {found for job in jobs if (found := job.result()) is not None}
+    with server_process(root, "--launch", "none") as server:
+        _, page = ask(server, "GET", "/v1/jobs?limit=500")
+        jobs_there = {job["id"] for job in page["jobs"]}
+        assert answered
+        assert answered <= jobs_there
+        requests = [json.dumps(job["request"], sort_keys=True) for job in page["jobs"]]
+        assert len(requests) == len(set(requests))
+        assert ask(server, "GET", "/v1/stores")[1]["stores"][0]["id"] == "s"
