@@ -255,7 +255,7 @@ def unfinished(now: Situation, left: Sequence[str]) -> list[NewStore]:
         if not any(now.holds(store, hook) for hook in left if hook not in done):
             continue
         spec = store.spec
-        missing = max(0, spec.n_shards - store.rows // spec.shard_rows)
+        missing = -(-(store.tokens - store.rows) // spec.shard_rows)
         size = now.bytes_of(spec.hookpoints, store.tokens - store.rows)
         action: Action = "extend" if store.rows else "harvest"
         shape = (spec.chunk_rows, spec.shard_rows)

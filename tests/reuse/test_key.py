@@ -89,8 +89,9 @@ def test_the_key_survives_the_disk_and_older_stores(tmp_path: Path) -> None:
 
 
 def test_the_environment_is_of_versions_and_the_device() -> None:
-    record = {"versions": {"torch": "2.9", "transformers": "5", "transformer-lens": "3", "zarr": "3"}, "device": "cpu"}
-    same = {**record, "versions": {**record["versions"], "zarr": "4"}, "command": "sagsae"}  # type: ignore[dict-item]
+    versions = {"torch": "2.9", "transformers": "5", "transformer-lens": "3", "zarr": "3"}
+    record = {"versions": versions, "device": "cpu"}
+    same = {**record, "versions": {**versions, "zarr": "4"}, "command": "sagsae"}
     assert environment_of(record) == environment_of(same)
     for other in ({**record, "device": "NVIDIA H200"}, {**record, "versions": {"torch": "2.8"}}, {}):
         assert environment_of(record) != environment_of(other)
