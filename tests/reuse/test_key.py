@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.reuse.key import environment_in, environment_of, store_folder, store_key, token_key
+from harvest.reuse.key import environment_in, environment_of, rows_key, store_folder, store_key, token_key
 from harvest.reuse.scan import scan_stores
 from harvest.reuse.shape import FEW_TOKENS, SHARD_BYTES, fixed_shape
 from shared.config import store_name
@@ -67,6 +67,8 @@ def test_the_key_is_of_content_alone(same: dict[str, Any], other: str | None) ->
     difference = {} if other is None else {other: OTHER[other]}
     spec = changed(**same, **difference)
     assert (store_key(spec) == store_key(SPEC)) == (other is None)
+    of_rows = other is not None and other not in ("codec", "chunk_rows", "shard_rows")
+    assert (rows_key(spec) == rows_key(SPEC)) == (not of_rows)
     of_tokens = other is not None and (other in OF_THE_TOKENS or other.startswith("corpus__"))
     assert (token_key(spec) == token_key(SPEC)) == (not of_tokens)
 
