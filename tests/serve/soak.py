@@ -126,9 +126,7 @@ class Soak:
                     last = now
                 if now - told > 60:
                     told = now
-                    say(
-                        f"{(now - self.began) / 60:.0f} min: {self.made} stores made, {self.kills} killed, {self.size()}"
-                    )
+                    say(f"{(now - self.began) / 60:.0f} min: {self.made} made, {self.kills} killed, {self.size()}")
                 time.sleep(0.5)
             self.settle(client)
 
