@@ -89,8 +89,8 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     record = record_of(plan, device)
     asked = spec_beforehand(plan)
     donors = find_donors(plan.files, asked, plan.config, environment_of(record)) if asked else []
-    lent = lent_rows(asked, donors) if asked and donors else 0
-    check_space(plan, asked.n_tokens if asked else None, lent)
+    lent, linked = lent_rows(asked, donors) if asked and donors else (0, 0)
+    check_space(plan, asked.n_tokens if asked else None, linked)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
@@ -98,13 +98,7 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
         model = None if asked and all_lent(plan, asked, lent) else load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
             begin_store(plan, record, check_stop)
-        clean_up(plan.files)
-        store = Store.open(plan.files)
-        check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
-        reopen_store(store)
-        donors = find_donors(plan.files, store.spec, plan.config, read_environment(plan.files))
-        reused = borrow_shards(store, plan.config, donors, check_stop)
-        store = Store.open(plan.files)
+        store, reused = reopened(plan, check_stop)
         work = RankWork(store.location, tuple(store.missing))
         team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)
@@ -120,6 +114,17 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     if rows and seconds:
         remember_rate(open_files(config.out), store.spec, device_name(device), rows, rows / seconds / team.size)
     return summarise(store, seconds, rows, filled.waited, reused)
+
+
+def reopened(plan: HarvestPlan, check_stop: Callable[[], None]) -> tuple[Store, int]:
+    """The store that is there, made ready to be written, with the shards that other stores give; and their rows."""
+    clean_up(plan.files)
+    store = Store.open(plan.files)
+    check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
+    reopen_store(store)
+    donors = find_donors(plan.files, store.spec, plan.config, read_environment(plan.files))
+    reused = borrow_shards(store, plan.config, donors, check_stop)
+    return Store.open(plan.files), reused
 
 
 def complete_store(plan: HarvestPlan) -> Store | None:
