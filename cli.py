@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import typer
 
-from shared import tables
+from shared.command import tables
 from shared.command.commands import command, command_group
 from shared.command.main import run_app, show
 from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
@@ -418,12 +418,16 @@ def jobs_ls(state: JobStates = None, service: Service = None, as_json: Json = Fa
 
 
 @command(jobs_app, "log")
-def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None) -> None:
+def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None, as_json: Json = False) -> None:
     """Print a job's log."""
     ask_service(service)
     from shared.command.cache import job_log
 
-    for part in job_log(job, follow):
+    parts = job_log(job, follow)
+    if as_json:
+        typer.echo(json.dumps({"job": job, "text": "".join(parts)}))
+        return
+    for part in parts:
         typer.echo(part, nl=False)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import until
-from support.service import Reply, ServiceStub, as_json, refusal, serving
+from support.serving.stub import Reply, ServiceStub, as_json, refusal, serving
 
 from shared.errors import BusyError, UserError
 from shared.refusals import LapsedError, NotYoursError, RefusedError, UnknownError
