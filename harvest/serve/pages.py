@@ -53,7 +53,7 @@ SORTS: Final = get_args(StoreSort)
 LOG_BYTES: Final = 64 << 10
 """Bytes of a log's end on the page of a job."""
 TEXTS: Final = 20
-SOON_S: Final = 1.0
+SOON_S: Final = 0.5
 """Seconds that a page waits for something that it can also show later."""
 PART_S: Final = 60.0
 """Seconds that a part waits for it."""

@@ -395,6 +395,43 @@ def test_a_page_waits_for_no_planner(service: Service, client: TestClient) -> No
     assert "Once upon a time" in client.get("/stores/s").text
 
 
+def test_a_job_s_attempts_with_worker_and_exit_code(service: Service, client: TestClient) -> None:
+    """Each attempt is kept: one that was stopped, one whose worker fell silent, one that was refused."""
+    job = run_a_job(service)
+    service.state.end(job.id, 1, 130, "stopped: the worker was stopped")
+    assert service.state.take(WORKER) is not None
+    assert service.state.take(WORKER.model_copy(update={"name": "box:2"})) is None
+    service.state.take(WORKER)  # it asks again, so what it had is lost
+    found = service.state.attempts_of(job.id)
+    assert [(each.number, each.worker, each.code) for each in found] == [(2, "box:1", None), (1, "box:1", 130)]
+    assert all(each.ended is not None for each in found)
+    text = unescape(client.get(f"/jobs/{job.id}").text)
+    assert "stopped: the store stays and is resumed" in text
+    assert "its worker fell silent" in text
+    with pytest.raises(UserError, match="there is none of this number"):
+        service.state.attempts_of(99)
+
+
+def test_a_store_s_readers_and_origin(service: Service, client: TestClient) -> None:
+    job = run_a_job(service)
+    assert "No run has leased it" in client.get("/stores/s").text
+    lease = service.state.lease("s", "train on box-1")
+    assert "reads it now" in client.get("/stores/s").text
+    service.state.release(lease.id)
+    for number in range(25):
+        service.state.release(service.state.lease("s", f"run {number}").id)
+    readers = service.state.readers("s")
+    assert len(readers) == 20
+    assert readers[0].holder == "run 24"
+    assert not any(each.reads for each in readers)
+    text = client.get("/stores/s").text
+    assert "run 24 <small>just now" in text
+    assert service.state.origin("s") is None
+    origin = service.state.origin(job.store)
+    assert (origin.job, origin.action, origin.donors) == (job.id, "harvest", ()) if origin else False
+    assert f'<a href="/jobs/{job.id}">Job {job.id}</a>' in client.get(f"/stores/{job.store}").text
+
+
 # ------------------------------------------------------------------------------------------------ words and plots
 
 
