@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.planner import Planner
-from harvest.serve.rest import health, jobs, stores, workers
+from harvest.serve.rest import health, jobs, session, stores, workers
 from harvest.serve.rest.endpoint import (
     CALLER,
     Caller,
@@ -26,6 +26,7 @@ from harvest.serve.rest.endpoint import (
     Level,
     RestCall,
     Service,
+    TokenBook,
     answer,
     parse_body,
     read_body,
@@ -62,6 +63,7 @@ def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
         *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
+        *session.ENDPOINTS,
         *health.ENDPOINTS,
     )
 
@@ -71,14 +73,14 @@ def rest_document() -> dict[str, Any]:
     return openapi_document(all_endpoints(AllowedNames({}, {})), version("sagsae") or "0")
 
 
-def make_service(state: State, planner: Planner, config: ServeConfig) -> Service:
-    """What the endpoints work with."""
+def make_service(state: State, planner: Planner, config: ServeConfig, tokens: TokenBook | None = None) -> Service:
+    """What the endpoints work with. `tokens` open the server; without any, every caller is an admin."""
     root = config.root.resolve()
-    return Service(state, planner, config, root, OpenStores(root), Announcer())
+    return Service(state, planner, config, root, OpenStores(root), Announcer(), tokens)
 
 
-def make_app(service: Service, tokens: Tokens | None = None, pages: Pages | None = None) -> Guard:
-    """The application. `tokens` open it; without any, every caller is an admin. `pages` makes the routes below `/`."""
+def make_app(service: Service, pages: Pages | None = None) -> Guard:
+    """The application. `pages` makes the routes below `/`."""
     config = service.config
     endpoints = all_endpoints(AllowedNames.of(config))
     document = openapi_document(endpoints, version("sagsae") or "0")
@@ -91,7 +93,7 @@ def make_app(service: Service, tokens: Tokens | None = None, pages: Pages | None
     routes += pages(service) if pages else [Route("/", show_index)]
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
-    return Guard(app, tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
+    return Guard(app, service.tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
 
 
 def route_of(service: Service, one: Endpoint) -> Route:
@@ -214,8 +216,8 @@ class Process:
         self.url = url_of(host, port)
         self.workers = EmbeddedWorkers(config, url_of(reachable(host), port)) if config.launch == "local" else None
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
-        self.service = make_service(state, self.planner, config)
-        app = make_app(self.service, Tokens.of([*tokens, *own]) if tokens else None)
+        self.service = make_service(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
+        app = make_app(self.service)
         self.server = ListeningServer(
             uvicorn.Config(
                 app,
