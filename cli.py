@@ -529,26 +529,27 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
     show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
-@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
-def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+@command(bench_app, "remote", settings=OptionsFrom("bench remote"))
+def bench_remote(context: typer.Context, as_json: Json = False) -> None:
     """Compare reading a store through an activation cache with reading its folder."""
     ask = resolve(context)
     import tempfile
 
-    from harvest.bench.serve import serving
+    from harvest.bench.serve import measured_server
     from harvest.bench.store import WIDE, make_stores
     from shared.progress import progress, say
     from shared.store.opened import Store
-    from train.bench.serve import compare
+    from train.bench.remote import compare
 
     os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
     with tempfile.TemporaryDirectory() as folder:
         place = (ask.keep or Path(folder)).resolve()
         say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
         here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
-        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
-            served = Store.open(server.store_url(here.root.name))
-            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
+        server = measured_server([sys.executable, SCRIPT], place)
+        with server as measured, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(f"http://127.0.0.1:{measured.line.port}/v1/stores/{here.root.name}")
+            figures = compare(here, served, WIDE, ask.rounds, measured.cpu_seconds, done)
     show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 
 
@@ -627,6 +628,23 @@ def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as
     ):
         found = report_on(measure_growth(Path(here), ask.quick, command, advance))
     show(found, as_json, lambda: tables.print_growth(found))
+
+
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Measure the activation cache's server: repeated requests, bytes by ranges, growing catalogs.
+
+    The exit code is 1 when a figure is above its limit."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import measure_server
+
+    with tempfile.TemporaryDirectory(dir=ask.folder) as folder:
+        rows = [figure.row() for figure in measure_server(ask, Path(folder), [sys.executable, SCRIPT])]
+    show(rows, as_json, lambda: tables.print_table("The server, measured from outside", rows))
+    if any(row["holds"] == "NO" for row in rows):
+        raise typer.Exit(1)
 
 
 def main() -> None:

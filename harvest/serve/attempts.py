@@ -74,10 +74,11 @@ class Attempts:
         """Begins an attempt; None when nothing is left to do, or there is no space yet. What is left to do is decided
         only now: since the job was queued, another may have made a part of it."""
         found = self.found(row)
-        if found.ready:
+        repaired = self.repaired(row) if found.ready and row["repair"] else None
+        if found.ready and repaired is None:
             self.done(row, next(iter(found.places.values())))
             return None
-        new = found.new[0]
+        new = repaired or found.new[0]
         expected = self.space.own(new.store) + size_of(new, found.tokens)
         if not self.space.fits_now(expected):
             return None
@@ -105,6 +106,15 @@ class Attempts:
         self.jobs.set(row, **values)
         self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
+
+    def repaired(self, row: sqlite3.Row) -> NewStore | None:
+        """The store of a job that is to be repaired, as one to make: the catalog still calls it whole."""
+        store = self.catalog.look(row["store"])
+        if store is None:
+            return None
+        spec = store.spec
+        shape = (spec.hookpoints, spec.chunk_rows, spec.shard_rows)
+        return NewStore(row["store"], *shape, None, spec.n_shards, 0, row["action"])
 
     def found(self, row: sqlite3.Row) -> Found:
         """What is left to do for a job."""
@@ -186,13 +196,19 @@ class Attempts:
             self.lose(row, f"its worker {row['worker']} was not heard of for {self.limits.lease_s:g} s")
 
     def lose(self, row: sqlite3.Row, words: str) -> None:
-        """Ends an attempt whose worker is gone. Called in a transaction."""
+        """Ends an attempt whose worker is gone. That is mostly not the job's fault, so it may happen more often than a
+        failure. Called in a transaction."""
         self.jobs.end_attempt(row, None, words)
-        if row["state"] in ("running", "verifying"):
-            self.catalog.look(row["store"])
-            self.again(row, words, self.rows_in(row["store"]))
-        else:
+        if row["state"] not in ("running", "verifying"):
             self.jobs.set(row, worker=None)
+            return
+        self.catalog.look(row["store"])
+        lost = 1 if self.rows_in(row["store"]) > row["began"] else row["lost"] + 1
+        if lost >= self.limits.lost_attempts:
+            self.failed(row, f"given up after {lost} workers were lost that wrote nothing. The last: {words}")
+            return
+        later = self.clock.monotonic() + self.limits.backoff_s
+        self.jobs.set(row, state="queued", worker=None, lost=lost, not_before=later, note=words, rate=None)
 
     def restart(self) -> None:
         """Gives every attempt its whole time again: another process measured the deadlines."""
@@ -247,7 +263,9 @@ class Attempts:
             return
         wait = self.limits.backoff_s * 2.0 ** (failures - 1)
         later = self.clock.monotonic() + wait
-        self.jobs.set(row, state="queued", worker=None, failures=failures, not_before=later, note=words, rate=None)
+        self.jobs.set(
+            row, state="queued", worker=None, failures=failures, lost=0, not_before=later, note=words, rate=None
+        )
 
     def done(self, row: sqlite3.Row, store: str) -> None:
         rows = self.rows_in(store)
@@ -268,6 +286,24 @@ class Attempts:
                 self.jobs.set(row, state="cancelled", ended=self.clock.now())
             return self.jobs.job(job)
 
+    def damaged(self, store: str, words: str) -> Job:
+        """Queues the last job of a store again, to repair it first; the job itself where it is open. Raises
+        WrongStateError where there is none, or another one makes the same."""
+        with self.database.transaction():
+            row = self.database.one("SELECT * FROM job WHERE store = ? ORDER BY id DESC LIMIT 1", store)
+            if row is None:
+                raise WrongStateError(
+                    f"store {store}: no job of this service made it, so none can repair it. Run: sagsae store verify "
+                    "--repair on the server's machine, then the harvest again"
+                )
+            if row["state"] in ("done", "failed", "cancelled"):
+                twin = f"SELECT id FROM job WHERE key = ? AND extent = ? AND state IN {OPEN}"
+                if (other := self.database.one(twin, row["key"], row["extent"])) is not None:
+                    return self.jobs.job(other["id"])
+                fresh = {"failures": 0, "repair": 1, "repairs": 1, "error": None, "ended": None, "note": words[:500]}
+                self.jobs.set(row, state="queued", not_before=self.clock.monotonic(), **fresh)
+            return self.jobs.job(row["id"])
+
     def retry(self, job: int) -> Job:
         """Raises WrongStateError for a job that is open or done, or has an open twin; QuotaError."""
         with self.database.transaction():
@@ -279,7 +315,7 @@ class Attempts:
             if (other := self.database.one(twin, row["key"], row["extent"])) is not None:
                 raise WrongStateError(f"job {job}: job {other['id']} makes the same already")
             self.space.make_room(max(0, row["expected"] - self.space.own(row["store"])), {row["store"]})
-            fresh = {"failures": 0, "repair": 0, "repairs": 0, "error": None, "ended": None, "note": ""}
+            fresh = {"failures": 0, "lost": 0, "repair": 0, "repairs": 0, "error": None, "ended": None, "note": ""}
             self.jobs.set(row, state="queued", not_before=self.clock.monotonic(), **fresh)
         self.space.delete_leaving()
         return self.jobs.job(job)

@@ -31,7 +31,8 @@ from harvest.serve.rest.events import Events
 from harvest.serve.rest.jobs import last_event, log_part, stream
 from harvest.serve.rest.names import admit
 from harvest.serve.rest.requests import RequestRoutes, with_request
-from harvest.serve.rest.security import COOKIE, Tokens, check_level
+from harvest.serve.rest.security import check_level
+from harvest.serve.rest.session import keep_token
 from harvest.serve.view import (
     LOG_LINES,
     asked_facts,
@@ -46,6 +47,7 @@ from harvest.serve.view import (
 from shared.errors import DamagedError, UserError
 from shared.gate import printable
 from shared.model.source import list_models
+from shared.refusals import WrongStateError
 from shared.request import StoreFilter, StoreSort
 from shared.schema import build
 
@@ -59,7 +61,6 @@ PART_S: Final = 60.0
 """Seconds that a part waits for it."""
 FIELDS: Final = 400
 """Fields of a form at most."""
-COOKIE_S: Final = 30 * 86400
 TEMPLATES: Final = {"job": "job_state.html"}
 """The templates of parts that are not named like their part."""
 TITLES: Final = {404: "Not found", 401: "Sign in first", 403: "Not allowed", 503: "Try again in a moment"}
@@ -70,8 +71,8 @@ Handler = Callable[[RestCall], Awaitable[Response]]
 class Pages:
     """The pages' handlers, with what they keep between requests."""
 
-    def __init__(self, service: Service, requests: RequestRoutes, tokens: Tokens | None) -> None:
-        self.service, self.requests, self.tokens = service, requests, tokens
+    def __init__(self, service: Service, requests: RequestRoutes) -> None:
+        self.service, self.requests = service, requests
         self.answers = LaterAnswers()
         self.checks = StoreChecks(time.time, lambda: service.announcer.heard(0))
         self.numbers: dict[tuple[str, str, str], StoreNumbers] = {}
@@ -97,6 +98,7 @@ class Pages:
             post("/stores/{store}/pins", self.pin, Level.ASK),
             post("/stores/{store}/pins/{name}/remove", self.unpin, Level.ASK),
             post("/stores/{store}/verify", self.verify, Level.ASK),
+            post("/stores/{store}/repair", self.repair, Level.ASK),
         ]
 
     def route(self, methods: tuple[str, ...], path: str, handler: Handler, level: Level) -> Route:
@@ -243,6 +245,7 @@ class Pages:
             "texts": await self.texts(name, SOON_S),
             "readers": reader_facts(found.readers, clock),
             "check": self.checks.view(name),
+            "name": name,
         }
         return page("store.html", **self.frame(call, now, {"store": name}), **values)
 
@@ -284,6 +287,15 @@ class Pages:
         self.checks.start(name, call.service.stores.folder(name))
         return back_to_store(call)
 
+    async def repair(self, call: RestCall) -> Response:
+        """POST /stores/{store}/repair: of what the last check found"""
+        name = call.path("store")
+        check = self.checks.view(name)
+        if check is None or not check.damage:
+            raise WrongStateError(f"store {name}: no check found damage since this server started. Verify it first")
+        job = await to_thread.run_sync(call.state.damaged, name, check.damage[0])
+        return RedirectResponse(f"/jobs/{job.id}", 303)
+
     # live parts
 
     async def live(self, call: RestCall) -> Response:
@@ -323,8 +335,9 @@ class Pages:
         return now.revision, {**head_part(now), **rendered(("job", "attempts", "log"), values)}
 
     async def live_store(self, call: RestCall, name: str) -> tuple[int, dict[str, str]]:
+        values = {"check": self.checks.view(name), "can_ask": call.caller.level >= Level.ASK, "name": name}
         now = await to_thread.run_sync(read_cache, call.state)
-        return now.revision, {**head_part(now), **rendered(("check",), {"check": self.checks.view(name)})}
+        return now.revision, {**head_part(now), **rendered(("check",), values)}
 
     # signing in, files
 
@@ -336,12 +349,12 @@ class Pages:
         """POST /login: keeps the token in a cookie that no script can read and no other site's page sends"""
         fields = await form_fields(call.request)
         target, token = (next(iter(fields.get(name, [])), "").strip() for name in ("next", "token"))
-        if self.tokens is not None and self.tokens.find(token) is None:
+        tokens = self.service.tokens
+        if tokens is not None and tokens.find(token) is None:
             return login_page(target, "The token is not one of this server’s. Ask its owner.", 401)
         answer = RedirectResponse(local_target(target), 303)
-        if self.tokens is not None:
-            secure = call.request.url.scheme == "https"
-            answer.set_cookie(COOKIE, token, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")
+        if tokens is not None:
+            keep_token(call, answer, token)
         return answer
 
     async def file(self, call: RestCall) -> Response:

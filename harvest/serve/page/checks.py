@@ -118,5 +118,5 @@ def check_view(check: StoreCheck, now: float) -> CheckView:
     if not check.damage:
         return CheckView(f"Every file is as it was written ({when}).", None, (), "good")
     many = len(check.damage)
-    text = f"{many} damaged {'file' if many == 1 else 'files'} ({when}). To repair: sagsae store verify --repair"
+    text = f"{many} damaged {'file' if many == 1 else 'files'} ({when})."
     return CheckView(text, None, tuple(check.damage[:LINES]), "bad")

@@ -1,4 +1,4 @@
-"""`sagsae bench serve`, the half that reads: a store through its activation cache against the same store's folder."""
+"""`sagsae bench remote`, the half that reads: a store through its activation cache against the same store's folder."""
 
 import statistics
 import time
@@ -18,7 +18,8 @@ CHUNKS_READ: Final = 2
 """Chunks of one request: about 3 MB."""
 THREADS: Final = 2
 LIMITS: Final = {"server_cpu_s_per_gb": 1.3, "wait_share_factor": 1.5, "wait_share_more": 0.05}
-"""What docs/explanation/cache.md promises."""
+"""The most that the server may take, and how much longer a device may wait than with the folder: share times factor,
+plus five points."""
 
 
 @dataclass(frozen=True)
