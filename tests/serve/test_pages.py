@@ -289,13 +289,27 @@ def test_pins_and_checks_of_a_store(service: Service, client: TestClient) -> Non
     text = checked(client)
     assert "1 damaged file" in text
     assert "mlp_out" in text
+    refused = client.post("/stores/s/repair")
+    assert refused.status_code == 409
+    assert "no job of this service made it" in refused.text
 
 
-def checked(client: TestClient) -> str:
-    """The page of the store after a check."""
-    assert client.post("/stores/s/verify").status_code == 303
+def test_a_damaged_store_is_repaired_by_the_job_that_made_it(service: Service, client: TestClient) -> None:
+    job = run_a_job(service)
+    assert client.post(f"/stores/{job.store}/repair").status_code == 409, "no check found anything yet"
+    service.state.end(job.id, 1, 2, "no")
+    text = checked(client, job.store)
+    assert "damaged files" in text
+    assert ">Repair</button>" in text
+    assert client.post(f"/stores/{job.store}/repair").headers["location"] == f"/jobs/{job.id}"
+    assert service.state.job(job.id).state == "queued"
+
+
+def checked(client: TestClient, store: str = "s") -> str:
+    """The page of a store after a check."""
+    assert client.post(f"/stores/{store}/verify").status_code == 303
     end = time.monotonic() + 20
-    while "being read" in (text := client.get("/stores/s").text):
+    while "being read" in (text := client.get(f"/stores/{store}").text):
         assert time.monotonic() < end
         time.sleep(0.05)
     return text[text.index('data-part="check"') :]
@@ -418,8 +432,8 @@ def test_a_store_s_readers_and_origin(service: Service, client: TestClient) -> N
     lease = service.state.lease("s", "train on box-1")
     assert "reads it now" in client.get("/stores/s").text
     service.state.release(lease.id)
-    for number in range(25):
-        service.state.release(service.state.lease("s", f"run {number}").id)
+    for n in range(25):
+        service.state.release(service.state.lease("s", f"run {n}").id)
     readers = service.state.readers("s")
     assert len(readers) == 20
     assert readers[0].holder == "run 24"
