@@ -24,6 +24,7 @@ from support.serving.rest import ADMIN, ASK, READ
 from harvest.reuse.key import store_key
 from harvest.serve.database import DATABASE
 from shared.store.opened import Store
+from shared.store.verify import verify
 
 MODEL = {"model": "tiny", "hooks": ["mlp_out"], "tokens": 20_000, "layers": [1]}
 
@@ -239,3 +240,44 @@ def test_a_kill_at_any_moment_of_a_request_loses_nothing(tmp_path: Path) -> None
         requests = [json.dumps(job["request"], sort_keys=True) for job in page["jobs"]]
         assert len(requests) == len(set(requests))
         assert ask(server, "GET", "/v1/stores")[1]["stores"][0]["id"] == "s"
+
+
+@pytest.mark.slow
+def test_the_embedded_worker_makes_repairs_and_comes_back(tmp_path: Path) -> None:
+    """One command serves a box: its worker harvests, is started again when it is killed, repairs what a reader reports,
+    and gives its job back when the server is stopped."""
+    root = tmp_path / "root"
+    root.mkdir()
+    with server_process(root) as server:
+        status, found = ask(server, "POST", "/v1/requests", MODEL, Prefer="wait=60")
+        while status == 202:
+            status, found = ask(server, "POST", "/v1/requests", MODEL, Prefer="wait=60")
+        assert (status, found["state"]) == (200, "ready"), found
+        name = found["hookpoints"]["layer_01/mlp_out"]["store"]
+        whole = sorted((root / name / "manifest").iterdir())[0].read_bytes()
+        (worker,) = [pid for pid in children(server.process.pid) if "work" in command_of(pid)]
+        os.kill(worker, signal.SIGKILL)
+        shard = root / name / "layer_01" / "mlp_out" / "c" / "0" / "0"
+        with shard.open("r+b") as file:
+            file.seek(100)
+            file.write(b"damage")
+        report = {"lines": ["shard 0: its checksum does not match"]}
+        status, job = ask(server, "POST", f"/v1/stores/{name}/damage", report)
+        assert (status, job["state"]) == (202, "queued")
+        while job["state"] in ("queued", "running", "verifying"):
+            time.sleep(0.5)
+            _, job = ask(server, "GET", f"/v1/jobs/{job['id']}")
+        assert (job["state"], job["attempt"]) == ("done", 2), job
+        assert not verify(Store.open(root / name), True).lines
+        assert sorted((root / name / "manifest").iterdir())[0].read_bytes() == whole
+        _, long = ask(server, "POST", "/v1/requests", {**MODEL, "tokens": 600_000})
+        while ask(server, "GET", f"/v1/jobs/{long['job']}")[1]["state"] == "queued":
+            time.sleep(0.1)
+        assert server.stop(seconds=60) == 0
+    with server_process(root, "--launch", "none") as server:
+        _, job = ask(server, "GET", f"/v1/jobs/{long['job']}")
+        assert (job["state"], job["error"]) == ("queued", None)
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")

@@ -1,6 +1,5 @@
 """Asking over HTTP: answers at once, one job for equal requests, the sentences of everything that is refused."""
 
-import asyncio
 import json
 import threading
 import time
@@ -434,14 +433,3 @@ def test_ids_that_are_none_are_not_found(client: TestClient) -> None:
     response = client.put("/v1/plan")
     assert (response.status_code, response.json()["error"]["code"]) == (405, "method")
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown"
-
-
-def test_the_planners_questions_wait_in_turn_and_are_bounded() -> None:
-    """Too many questions are refused at once instead of waiting for ever."""
-    from harvest.serve.planner import WAITING, Planner
-    from shared.refusals import QueueFullError
-
-    planner = Planner()
-    planner.waiting = WAITING
-    with pytest.raises(QueueFullError):
-        asyncio.run(planner.ask("warm"))
