@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, NoReturn, Protocol
+from typing import Any, Final, NoReturn, Protocol, runtime_checkable
 
 from harvest.serve.work.machine import look
 from harvest.serve.work.process import Command, JobFiles, StoreGrowth
@@ -35,6 +35,7 @@ DAMAGED: Final = 3
 PASSING: Final = 75
 
 
+@runtime_checkable
 class WorkSource(Protocol):
     """Who gives jobs: the client of a service, or, in tests, its state."""
 
