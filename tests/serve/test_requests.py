@@ -433,3 +433,18 @@ def test_ids_that_are_none_are_not_found(client: TestClient) -> None:
     response = client.put("/v1/plan")
     assert (response.status_code, response.json()["error"]["code"]) == (405, "method")
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown"
+
+
+def test_a_database_that_cannot_be_written_to_is_said_in_one_sentence(service: Service, client: TestClient) -> None:
+    """Reading goes on. When the file can be written to again, so does the rest."""
+    fake_store(service.root, "s")
+    service.state.scan()
+    connection = service.state.database.connection
+    connection.execute("PRAGMA query_only=1")
+    response = client.post("/v1/requests", json={**REQUEST, "seed": 5})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "broken")
+    assert "Make the file and its folder writable" in response.json()["error"]["message"]
+    assert "retry-after" in response.headers
+    assert client.get("/v1/stores").json()["stores"][0]["id"] == "s"
+    connection.execute("PRAGMA query_only=0")
+    assert client.post("/v1/requests", json={**REQUEST, "seed": 5}).status_code == 202
