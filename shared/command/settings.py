@@ -18,7 +18,13 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.bench.options import RemoteBenchOptions, ScaleBenchOptions, ServeBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.bench.options import (
+    RemoteBenchOptions,
+    ScaleBenchOptions,
+    ServeBenchOptions,
+    StoreBenchOptions,
+    TrainBenchOptions,
+)
 from shared.config import (
     EvalConfig,
     HarvestConfig,
