@@ -18,7 +18,13 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.bench.options import ScaleBenchOptions, ServeBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.bench.options import (
+    RemoteBenchOptions,
+    ScaleBenchOptions,
+    ServeBenchOptions,
+    StoreBenchOptions,
+    TrainBenchOptions,
+)
 from shared.config import (
     EvalConfig,
     HarvestConfig,
@@ -38,9 +44,9 @@ from shared.schema import Frozen, Shown, plain
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
-    "request": RequestConfig,
     "synth": SynthConfig,
     "train": TrainConfig,
+    "request": RequestConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
@@ -48,6 +54,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "work": WorkConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
+    "bench remote": RemoteBenchOptions,
     "bench train": TrainBenchOptions,
     "bench scale": ScaleBenchOptions,
     "bench serve": ServeBenchOptions,

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.folders import contents
-from support.service import Reply, ServiceStub, as_json, refusal, serving
+from support.serving.stub import Reply, ServiceStub, as_json, refusal, serving
 from support.stores import commit, in_steps, unfinished
 
 from harvest.recode import recode
@@ -159,39 +159,6 @@ def in_lockstep(root: Path, store: Store, run: Path, steps: list[list[int]]) -> 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
     return thread
-
-
-def test_training_survives_a_service_that_is_killed_and_restarted(
-    train_config: Config, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(service_files, "PATIENCE_SECONDS", 20.0)
-    monkeypatch.setenv("SAGSAE_CACHE_GB", "0")
-    here = run_train(train_config(tokens=24 * 64))
-    begun, done = threading.Event(), threading.Event()
-    with serving(store.root.parent) as stub:
-        port = stub.server_address[1]
-
-        def some(server: ServiceStub, asked: object, _: object) -> Reply:
-            begun.set()
-            return server.served(asked)  # type: ignore[arg-type]
-
-        stub.on(rf"GET /v1/stores/s/files/{HOOK}/c/5/.*", some)
-        result: list[Path] = []
-        url = stub.store_url("s")
-
-        def work() -> None:
-            result.append(run_train(train_config(store=url, out=tmp_path / "served", tokens=24 * 64)).run)
-            done.set()
-
-        thread = threading.Thread(target=work, daemon=True)
-        thread.start()
-        assert begun.wait(30)
-    assert not done.is_set()
-    time.sleep(1.0)
-    with serving(store.root.parent, port=port):
-        thread.join(60)
-    assert result
-    assert weights(result[0]) == weights(here.run)
 
 
 def test_a_service_that_stays_away_ends_training_with_75_and_the_same_command_continues(
