@@ -201,7 +201,9 @@ class Database:
     def explained(self, error: sqlite3.Error) -> UserError:
         code = getattr(error, "sqlite_errorname", "") or ""
         if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
-            return BrokenError(f"{self.path}: another sagsae serve works in this folder. Stop it, or use another --root")
+            return BrokenError(
+                f"{self.path}: another sagsae serve works in this folder. Stop it, or use another --root"
+            )
         if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
             return BrokenError(
                 f"{self.path}: is damaged ({error}). It is a cache of what the stores' folders say: stop the service, "

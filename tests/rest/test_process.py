@@ -204,6 +204,54 @@ def test_a_body_that_is_too_long_is_answered(server: ServerProcess) -> None:
     assert (status, found["error"]["code"]) == (413, "too_large")
 
 
+def stream(server: ServerProcess, path: str, last: int | None = None) -> Iterator[tuple[int, str, Any]]:
+    """The events of a stream as they come: id, name, data."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        line.request("GET", path, headers={} if last is None else {"Last-Event-ID": str(last)})
+        response = line.getresponse()
+        assert response.status == 200
+        found: dict[str, str] = {}
+        while row := response.readline():
+            name, _, value = row.decode().rstrip("\n").partition(": ")
+            if not name and "data" in found:
+                yield int(found["id"]), found["event"], json.loads(found["data"])
+                found = {}
+            elif value:
+                found[name] = value
+    finally:
+        line.close()
+
+
+@pytest.mark.slow
+def test_a_job_is_followed_live_and_after_a_lost_connection(server: ServerProcess) -> None:
+    """Every step arrives as an event; who comes back with the last id gets what happened meanwhile, and no more."""
+    _, found = ask(server, "POST", "/v1/requests", {**MODEL, "tokens": 12_345, "seed": 77})
+    job = found["job"]
+    everything = stream(server, "/v1/events")
+    events = stream(server, f"/v1/jobs/{job}/events")
+    number, name, data = next(events)
+    assert (name, data["state"]) == ("job", "queued")
+    _, taken = ask(server, "POST", "/v1/workers/follow/take", {"name": "follow"})
+    assert taken["job"] == job
+    number, _, data = next(events)
+    assert data["state"] == "running"
+    ask(server, "POST", f"/v1/jobs/{job}/beat", {"attempt": taken["attempt"], "rows": 512, "note": "half"})
+    number, _, data = next(events)
+    assert (data["rows"], data["note"]) == (512, "half")
+    events.close()
+    ask(server, "POST", f"/v1/jobs/{job}/beat", {"attempt": taken["attempt"], "rows": 1024})
+    again = stream(server, f"/v1/jobs/{job}/events", number)
+    later, _, data = next(again)
+    assert later > number
+    assert data["rows"] == 1024
+    ask(server, "POST", f"/v1/jobs/{job}/end", {"attempt": taken["attempt"], "code": 2, "words": "error: no"})
+    assert [data["state"] for _, _, data in again] == ["failed"]
+    seen = [data["state"] for _, name, data in (next(everything) for _ in range(2)) if name == "job"]
+    assert seen
+    everything.close()
+
+
 @pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_request_loses_nothing(tmp_path: Path) -> None:
     """SIGKILL while requests are answered: what was answered is there afterwards, once, and the database opens."""
