@@ -343,8 +343,10 @@ class ServeConfig(Frozen):
     """A further name under which the server is reached, such as cache.lab.example.
 
     Requests whose Host header is another name are refused: a page of another site cannot read answers."""
-    accel: Literal["none", "nginx"] = "none"
-    """nginx: leave the bytes of stores to an nginx in front of the server (X-Accel-Redirect)."""
+    accel: Literal["off", "nginx"] = "off"
+    """nginx: leave the bytes of stores to an nginx in front of the server (X-Accel-Redirect).
+
+    It needs `location /.sagsae-files/ { internal; alias ROOT/; disable_symlinks on; }` there, where ROOT is --root."""
     allow_model: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
     """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
     allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()

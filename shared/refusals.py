@@ -79,6 +79,13 @@ class QuotaError(HoldersError):
     status: ClassVar[int] = 507
 
 
+class BrokenError(RefusedError):
+    """The service's own database cannot be used: it is damaged, read-only, or its disk is full."""
+
+    code: ClassVar[str] = "broken"
+    status: ClassVar[int] = 503
+
+
 REFUSALS: Final[dict[str, type[RefusedError]]] = {
     kind.code: kind
     for kind in (
@@ -90,6 +97,7 @@ REFUSALS: Final[dict[str, type[RefusedError]]] = {
         QueueFullError,
         HeldError,
         QuotaError,
+        BrokenError,
     )
 }
 """By the code of an HTTP answer."""

@@ -310,7 +310,8 @@ def hooks_of_arrays(spec: StoreSpec) -> dict[str, str | None]:
 
 
 def link(source: Path, target: Path, size: int) -> bool:
-    """Gives a file a second name, in place of what is at `target`. Returns False where the file system cannot."""
+    """Makes `target` a second name of a file, in place of what was there. Returns False where the file system
+    cannot."""
     retry_interrupted(target.unlink, missing_ok=True)
     try:
         retry_interrupted(os.link, os.path.realpath(source), target)

@@ -235,7 +235,7 @@ class Process:
         """Serves until a signal comes, then ends the workers, the connections and the planner, in this order."""
         stop = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            asyncio.get_running_loop().add_signal_handler(number, self.signalled, stop)
         serving = asyncio.create_task(self.server.serve(sockets=[self.listener]))
         while not self.server.started and not serving.done():
             await asyncio.sleep(0.01)
@@ -251,6 +251,14 @@ class Process:
         self.service.announcer.close()
         self.server.should_exit = True
         await serving
+
+    def signalled(self, stop: asyncio.Event) -> None:
+        """A first signal ends gently. A second one does not wait for the workers."""
+        if stop.is_set() and self.workers:
+            self.workers.kill()
+        elif self.workers:
+            say("stopping: workers commit what they have; once more to stop at once")
+        stop.set()
 
 
 def url_of(host: str, port: int) -> str:

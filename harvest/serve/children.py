@@ -13,8 +13,8 @@ from shared.command.parent import parent_variable
 from shared.config import ServeConfig
 from shared.progress import say
 
-STOP_S: Final = 20.0
-"""Seconds that a worker has to end its command and give its job back."""
+STOP_S: Final = 70.0
+"""Seconds that a worker has to end its command, which it kills itself after 60, and to give its job back."""
 BACKOFF_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Seconds before a worker is started again, by how often it died early."""
 STEADY_S: Final = 120.0
@@ -29,6 +29,7 @@ class EmbeddedWorkers:
         self.token = secrets.token_urlsafe(32)
         """Opens the server to its own workers, in their environment alone."""
         self.tasks: list[asyncio.Task[None]] = []
+        self.processes: dict[str, asyncio.subprocess.Process] = {}
         self.folder = tempfile.TemporaryDirectory(prefix="sagsae-worker-")
         """Their working directory, which is empty: no name in a job can be one of a file in it."""
 
@@ -44,6 +45,7 @@ class EmbeddedWorkers:
             process = await asyncio.create_subprocess_exec(
                 *self.command(name), stdin=asyncio.subprocess.DEVNULL, cwd=self.folder.name, env=self.environment()
             )
+            self.processes[name] = process
             try:
                 code = await process.wait()
             except asyncio.CancelledError:
@@ -62,6 +64,12 @@ class EmbeddedWorkers:
         found = child_environment()
         found.pop("SAGSAE_TOKEN_FILE", None)
         return {**found, **parent_variable(), "SAGSAE_SERVICE": self.url, "SAGSAE_TOKEN": self.token}
+
+    def kill(self) -> None:
+        """Ends the workers at once, and their commands with them. What is committed stays."""
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
 
     async def stop(self) -> None:
         """Ends the workers; each gives its job back first."""

@@ -15,6 +15,7 @@ from typing import Final
 
 from harvest.serve.records import Clock
 from shared.errors import UserError
+from shared.refusals import BrokenError
 
 DATABASE: Final = ".sagsae-service.db"
 JOBS: Final = ".jobs"
@@ -198,20 +199,22 @@ class Database:
         with self.lock, contextlib.suppress(sqlite3.Error):
             self.connection.close()
 
-    def read_only(self, why: str) -> UserError:
-        return UserError(f"{self.path}: cannot be written to ({why}). Make the file and its folder writable")
+    def read_only(self, why: str) -> BrokenError:
+        return BrokenError(f"{self.path}: cannot be written to ({why}). Make the file and its folder writable")
 
     def explained(self, error: sqlite3.Error) -> UserError:
         code = getattr(error, "sqlite_errorname", "") or ""
         if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
-            return UserError(f"{self.path}: another sagsae serve works in this folder. Stop it, or use another --root")
+            return BrokenError(
+                f"{self.path}: another sagsae serve works in this folder. Stop it, or use another --root"
+            )
         if code.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
-            return UserError(
+            return BrokenError(
                 f"{self.path}: is damaged ({error}). It is a cache of what the stores' folders say: stop the service, "
                 "delete the file, start again"
             )
         if code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
             return self.read_only(str(error))
         if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
-            return UserError(f"{self.path}: cannot be written to ({error}). Free space on this disk, then try again")
+            return BrokenError(f"{self.path}: cannot be written to ({error}). Free space on this disk, then try again")
         raise error

@@ -358,7 +358,7 @@ def test_rows_with_nan_are_refused_as_a_harvest_does(tmp_path: Path, monkeypatch
 
     def push(self: Any, first_row: int, activations: Any) -> None:
         activations = activations.clone()
-        activations[0, 0] = np.nan
+        activations[5, 0] = np.nan
         real(self, first_row, activations)
 
     monkeypatch.setattr(capture.HookSink, "push", push)

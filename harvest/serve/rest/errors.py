@@ -35,7 +35,7 @@ def status_of(error: BaseException) -> tuple[int, str, Mapping[str, str]]:
         case HttpError():
             return error.status, error.code, error.headers
         case RefusedError():
-            later = {"Retry-After": RETRY_S} if error.status in (429, 507) else {}
+            later = {"Retry-After": RETRY_S} if error.status in (429, 503, 507) else {}
             return error.status, error.code, later
         case BusyError() | LostError() | Interrupted() | TimeoutError():
             return 503, "busy", {"Retry-After": RETRY_S}

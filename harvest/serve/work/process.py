@@ -40,6 +40,12 @@ class JobFiles:
             write_file(self.settings, as_toml(values).encode())
         return self.settings
 
+    def empty(self) -> Path:
+        """An empty folder, for commands to run in."""
+        folder = self.folder / "empty"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
     def open_log(self) -> int:
         """A handle for the command's stderr. Raises UserError where the log is a link."""
         return open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -109,6 +115,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=handle,
+                cwd=files.empty(),  # no name in a job can be one of a file in it
                 env={**os.environ, **environment, **parent_variable(number)},
                 start_new_session=True,  # Ctrl-C in a terminal is the worker's
             )

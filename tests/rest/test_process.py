@@ -24,6 +24,7 @@ from support.serving.rest import ADMIN, ASK, READ
 from harvest.reuse.key import store_key
 from harvest.serve.database import DATABASE
 from shared.store.opened import Store
+from shared.store.verify import verify
 
 MODEL = {"model": "tiny", "hooks": ["mlp_out"], "tokens": 20_000, "layers": [1]}
 
@@ -203,6 +204,54 @@ def test_a_body_that_is_too_long_is_answered(server: ServerProcess) -> None:
     assert (status, found["error"]["code"]) == (413, "too_large")
 
 
+def stream(server: ServerProcess, path: str, last: int | None = None) -> Iterator[tuple[int, str, Any]]:
+    """The events of a stream as they come: id, name, data."""
+    line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
+    try:
+        line.request("GET", path, headers={} if last is None else {"Last-Event-ID": str(last)})
+        response = line.getresponse()
+        assert response.status == 200
+        found: dict[str, str] = {}
+        while row := response.readline():
+            name, _, value = row.decode().rstrip("\n").partition(": ")
+            if not name and "data" in found:
+                yield int(found["id"]), found["event"], json.loads(found["data"])
+                found = {}
+            elif value:
+                found[name] = value
+    finally:
+        line.close()
+
+
+@pytest.mark.slow
+def test_a_job_is_followed_live_and_after_a_lost_connection(server: ServerProcess) -> None:
+    """Every step arrives as an event; who comes back with the last id gets what happened meanwhile, and no more."""
+    _, found = ask(server, "POST", "/v1/requests", {**MODEL, "tokens": 12_345, "seed": 77})
+    job = found["job"]
+    everything = stream(server, "/v1/events")
+    events = stream(server, f"/v1/jobs/{job}/events")
+    number, name, data = next(events)
+    assert (name, data["state"]) == ("job", "queued")
+    _, taken = ask(server, "POST", "/v1/workers/follow/take", {"name": "follow"})
+    assert taken["job"] == job
+    number, _, data = next(events)
+    assert data["state"] == "running"
+    ask(server, "POST", f"/v1/jobs/{job}/beat", {"attempt": taken["attempt"], "rows": 512, "note": "half"})
+    number, _, data = next(events)
+    assert (data["rows"], data["note"]) == (512, "half")
+    events.close()
+    ask(server, "POST", f"/v1/jobs/{job}/beat", {"attempt": taken["attempt"], "rows": 1024})
+    again = stream(server, f"/v1/jobs/{job}/events", number)
+    later, _, data = next(again)
+    assert later > number
+    assert data["rows"] == 1024
+    ask(server, "POST", f"/v1/jobs/{job}/end", {"attempt": taken["attempt"], "code": 2, "words": "error: no"})
+    assert [data["state"] for _, _, data in again] == ["failed"]
+    seen = [data["state"] for _, name, data in (next(everything) for _ in range(2)) if name == "job"]
+    assert seen
+    everything.close()
+
+
 @pytest.mark.slow
 def test_a_kill_at_any_moment_of_a_request_loses_nothing(tmp_path: Path) -> None:
     """SIGKILL while requests are answered: what was answered is there afterwards, once, and the database opens."""
@@ -239,3 +288,44 @@ def test_a_kill_at_any_moment_of_a_request_loses_nothing(tmp_path: Path) -> None
         requests = [json.dumps(job["request"], sort_keys=True) for job in page["jobs"]]
         assert len(requests) == len(set(requests))
         assert ask(server, "GET", "/v1/stores")[1]["stores"][0]["id"] == "s"
+
+
+@pytest.mark.slow
+def test_the_embedded_worker_makes_repairs_and_comes_back(tmp_path: Path) -> None:
+    """One command serves a box: its worker harvests, is started again when it is killed, repairs what a reader reports,
+    and gives its job back when the server is stopped."""
+    root = tmp_path / "root"
+    root.mkdir()
+    with server_process(root) as server:
+        status, found = ask(server, "POST", "/v1/requests", MODEL, Prefer="wait=60")
+        while status == 202:
+            status, found = ask(server, "POST", "/v1/requests", MODEL, Prefer="wait=60")
+        assert (status, found["state"]) == (200, "ready"), found
+        name = found["hookpoints"]["layer_01/mlp_out"]["store"]
+        whole = sorted((root / name / "manifest").iterdir())[0].read_bytes()
+        (worker,) = [pid for pid in children(server.process.pid) if "work" in command_of(pid)]
+        os.kill(worker, signal.SIGKILL)
+        shard = root / name / "layer_01" / "mlp_out" / "c" / "0" / "0"
+        with shard.open("r+b") as file:
+            file.seek(100)
+            file.write(b"damage")
+        report = {"lines": ["shard 0: its checksum does not match"]}
+        status, job = ask(server, "POST", f"/v1/stores/{name}/damage", report)
+        assert (status, job["state"]) == (202, "queued")
+        while job["state"] in ("queued", "running", "verifying"):
+            time.sleep(0.5)
+            _, job = ask(server, "GET", f"/v1/jobs/{job['id']}")
+        assert (job["state"], job["attempt"]) == ("done", 2), job
+        assert not verify(Store.open(root / name), True).lines
+        assert sorted((root / name / "manifest").iterdir())[0].read_bytes() == whole
+        _, long = ask(server, "POST", "/v1/requests", {**MODEL, "tokens": 600_000})
+        while ask(server, "GET", f"/v1/jobs/{long['job']}")[1]["state"] == "queued":
+            time.sleep(0.1)
+        assert server.stop(seconds=60) == 0
+    with server_process(root, "--launch", "none") as server:
+        _, job = ask(server, "GET", f"/v1/jobs/{long['job']}")
+        assert (job["state"], job["error"]) == ("queued", None)
+
+
+def command_of(pid: int) -> list[str]:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")

@@ -1,6 +1,5 @@
 """Asking over HTTP: answers at once, one job for equal requests, the sentences of everything that is refused."""
 
-import asyncio
 import json
 import threading
 import time
@@ -436,12 +435,16 @@ def test_ids_that_are_none_are_not_found(client: TestClient) -> None:
     assert client.get("/v1/nothing").json()["error"]["code"] == "unknown"
 
 
-def test_the_planners_questions_wait_in_turn_and_are_bounded() -> None:
-    """Too many questions are refused at once instead of waiting for ever."""
-    from harvest.serve.planner import WAITING, Planner
-    from shared.refusals import QueueFullError
-
-    planner = Planner()
-    planner.waiting = WAITING
-    with pytest.raises(QueueFullError):
-        asyncio.run(planner.ask("warm"))
+def test_a_database_that_cannot_be_written_to_is_said_in_one_sentence(service: Service, client: TestClient) -> None:
+    """Reading goes on. When the file can be written to again, so does the rest."""
+    fake_store(service.root, "s")
+    service.state.scan()
+    connection = service.state.database.connection
+    connection.execute("PRAGMA query_only=1")
+    response = client.post("/v1/requests", json={**REQUEST, "seed": 5})
+    assert (response.status_code, response.json()["error"]["code"]) == (503, "broken")
+    assert "Make the file and its folder writable" in response.json()["error"]["message"]
+    assert "retry-after" in response.headers
+    assert client.get("/v1/stores").json()["stores"][0]["id"] == "s"
+    connection.execute("PRAGMA query_only=0")
+    assert client.post("/v1/requests", json={**REQUEST, "seed": 5}).status_code == 202
