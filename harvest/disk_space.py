@@ -2,15 +2,15 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from harvest.plan import HarvestPlan
 from shared.config import HarvestConfig
-from shared.errors import DamagedError, UserError
+from shared.errors import BusyError, DamagedError
 from shared.files.base import Files
 from shared.files.local import LocalFiles
-from shared.progress import say
+from shared.progress import gigabytes, say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store
 from shared.store.shard import CODECS, CodecName
@@ -66,21 +66,25 @@ def usual_ratio(codec: CodecName, dtype: str) -> float:
     return CODECS[codec].expected_ratio(dtype, DTYPES[dtype][0].itemsize)
 
 
-def check_space(plan: HarvestPlan, tokens: int | None) -> None:
-    """Prints what the harvest will write, and raises UserError when the disk is too small."""
+def check_space(plan: HarvestPlan, tokens: int | None, lent: int = 0) -> None:
+    """Prints what the harvest will write, and raises BusyError when the disk is too small. The first `lent` rows are
+    linked from other stores, which takes no space."""
     if tokens is None:
         return
     need = estimate(plan, tokens)
+    linked = int(sum(need.hookpoints.values()) * lent / tokens)
+    need = replace(need, stored=max(need.stored, linked))
     hookpoints = f"{len(plan.hooks)} hookpoint{'s' if len(plan.hooks) > 1 else ''}"
     say(f"{plan.config.model}: {tokens:,} tokens of {hookpoints} into {plan.name}")
     for path, size in need.hookpoints.items():
         say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
-    say(f"  about {gigabytes(need.to_write)} to write{free_text(need)}")
+    reused = f"{lent:,} tokens are in other stores already, " if lent else ""
+    say(f"  {reused}about {gigabytes(need.to_write)} to write{free_text(need)}")
     check_fits(plan.config.out, need)
 
 
 def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
-    """Returns a message with what is still to be written, estimated from the first committed shards. Raises UserError
+    """Returns a message with what is still to be written, estimated from the first committed shards. Raises BusyError
     when it does not fit."""
     commits = list(commits)
     rows = sum(commit.rows for commit in commits)
@@ -98,7 +102,7 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
 
 def check_fits(out: str, need: DiskNeed) -> None:
     if not need.fits:
-        raise UserError(
+        raise BusyError(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
             "Free space and run the same command again, ask for fewer --tokens or hookpoints, or choose another --out"
         )
@@ -106,10 +110,6 @@ def check_fits(out: str, need: DiskNeed) -> None:
 
 def free_text(need: DiskNeed) -> str:
     return "" if need.free is None else f", {gigabytes(need.free)} are free"
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"
 
 
 def free_bytes(files: Files) -> int | None:

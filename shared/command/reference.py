@@ -1,7 +1,7 @@
 """docs/reference/settings.md and cli.md, made from the schemas and from `--help`: `make reference` writes them."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,14 +27,15 @@ CLI_HEAD: Final = """# Commands
 *Generated from `--help` by `make reference`; edit docstrings, not this page.*
 
 `sagsae` has one command per stage, and commands to look around and to measure. [Settings](settings.md) explains every
-setting at length. Exit codes: 0 done, 2 something in the input is wrong, 3 data are damaged, 4 another process of the
-run was lost, 130 stopped by a signal.
+setting at length. Exit codes: 0 done, 2 something in the input is wrong, 3 data are damaged, 75 the same
+command can succeed later, 130 stopped by a signal.
 """
 
 
-def write_reference(folder: Path, app: Any) -> list[str]:
-    """Writes both pages into a folder and returns their paths. `app` is the whole command line."""
-    pages = {"settings.md": settings_page(), "cli.md": cli_page(app)}
+def write_reference(folder: Path, app: Any, more: Mapping[str, str]) -> list[str]:
+    """Writes both pages, and `more` (texts by name), into a folder and returns their paths. `app` is the whole command
+    line."""
+    pages = {"settings.md": settings_page(), "cli.md": cli_page(app), **more}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")

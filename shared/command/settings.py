@@ -25,6 +25,8 @@ from shared.config import (
     RecodeConfig,
     ReportConfig,
     ReproduceConfig,
+    RequestConfig,
+    ServeConfig,
     SynthConfig,
     TrainConfig,
 )
@@ -35,11 +37,13 @@ from shared.schema import Frozen, Shown, plain
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
+    "request": RequestConfig,
     "synth": SynthConfig,
     "train": TrainConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
+    "serve": ServeConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
     "bench train": TrainBenchOptions,
