@@ -16,7 +16,7 @@ from harvest.disk_space import check_space
 from harvest.plan import HarvestPlan, identity, lent_shape, make_spec, shape, spec_of, token_identity
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
-from shared.files.local import LocalFiles, touch
+from shared.files.local import LocalFiles, error_kind, touch
 from shared.files.locks import HELD_FILE, LOCK_FILE
 from shared.files.open import open_files
 from shared.progress import say
@@ -39,7 +39,7 @@ from shared.store.spec import StoreSpec
 
 def make_folder(files: Files, overwrite: bool) -> None:
     """Makes the store's folder. Raises UserError when it cannot be made or written to, or when something else is there;
-    DamagedError when an unreadable store is there and `overwrite` is False."""
+    BusyError on a full disk; DamagedError when an unreadable store is there and `overwrite` is False."""
     if not isinstance(files, LocalFiles):
         return  # an object store has no folders
     root = files.root
@@ -51,7 +51,7 @@ def make_folder(files: Files, overwrite: bool) -> None:
         root.mkdir(parents=True, exist_ok=True)
         touch(root / LOCK_FILE)
     except OSError as error:
-        raise UserError(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
+        raise error_kind(error)(f"--out {root.parent}: cannot be written to ({error.strerror})") from error
 
 
 def holds_store(files: Files, overwrite: bool) -> bool:

@@ -7,7 +7,7 @@ from typing import Final
 
 from harvest.plan import HarvestPlan
 from shared.config import HarvestConfig
-from shared.errors import DamagedError, UserError
+from shared.errors import BusyError, DamagedError
 from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.progress import say
@@ -67,7 +67,7 @@ def usual_ratio(codec: CodecName, dtype: str) -> float:
 
 
 def check_space(plan: HarvestPlan, tokens: int | None) -> None:
-    """Prints what the harvest will write, and raises UserError when the disk is too small."""
+    """Prints what the harvest will write, and raises BusyError when the disk has too little room."""
     if tokens is None:
         return
     need = estimate(plan, tokens)
@@ -80,7 +80,7 @@ def check_space(plan: HarvestPlan, tokens: int | None) -> None:
 
 
 def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
-    """Returns a message with what is still to be written, estimated from the first committed shards. Raises UserError
+    """Returns a message with what is still to be written, estimated from the first committed shards. Raises BusyError
     when it does not fit."""
     commits = list(commits)
     rows = sum(commit.rows for commit in commits)
@@ -98,7 +98,7 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
 
 def check_fits(out: str, need: DiskNeed) -> None:
     if not need.fits:
-        raise UserError(
+        raise BusyError(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
             "Free space and run the same command again, ask for fewer --tokens or hookpoints, or choose another --out"
         )

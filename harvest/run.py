@@ -16,7 +16,7 @@ from harvest.fill import FillResult, fill, rows_of
 from harvest.plan import HarvestPlan, check_same, make_plan
 from harvest.team import RankWork, Team
 from shared.config import HarvestConfig
-from shared.errors import Interrupted, UserError
+from shared.errors import Interrupted, LostError, UserError
 from shared.files.local import LocalFiles
 from shared.files.locks import check_alone
 from shared.model.language_model import load_weights
@@ -61,7 +61,7 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
         except BaseException as error:
             if team.rank:
                 team.fail()
-            if isinstance(error, UserError | Interrupted) and config.overwrite and AGAIN in str(error):
+            if isinstance(error, UserError | Interrupted | LostError) and config.overwrite and AGAIN in str(error):
                 # the same command would overwrite the store once more
                 raise type(error)(str(error).replace(AGAIN, f"{AGAIN} without --overwrite")) from error
             raise

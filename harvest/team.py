@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from shared.device import local_cores, pick_device
-from shared.errors import UserError
+from shared.errors import BusyError, LostError, UserError
 from shared.launch import meeting, settle
 
 SECONDS_BETWEEN_CHECKS: Final = 0.2
@@ -41,8 +41,8 @@ class Team:
 
     @classmethod
     def join(cls) -> "Team":
-        """Reads this process's place from the environment. Raises UserError when the environment names other processes
-        and they cannot be reached."""
+        """Reads this process's place from the environment. Raises UserError when the environment contradicts
+        itself, BusyError when it names other processes and they cannot be reached."""
         place = settle()
         if place.size == 1:
             return cls()
@@ -97,7 +97,7 @@ class Team:
             self.keys.set("failed", "")
 
     def check_launcher(self) -> None:
-        """Raises UserError when the launcher is gone. A rank that continued without it would write into the next
+        """Raises BusyError when the launcher is gone. A rank that continued without it would write into the next
         harvest's store."""
         if self.keys is not None:
             self.reach(lambda keys: keys.check(["work"]))
@@ -106,7 +106,7 @@ class Team:
         try:
             return ask(self.keys)
         except RuntimeError as error:
-            raise UserError(
+            raise BusyError(
                 "the launcher, or rank 0, is gone; its own message says why. Run the same command again"
             ) from error
 
@@ -119,7 +119,7 @@ class Team:
         while not self.reach(lambda keys: keys.check([key])):
             check_stop()
             if self.reach(lambda keys: keys.check(["failed"])):
-                raise UserError(
+                raise LostError(
                     "another process of this harvest failed; its message says why. Run the same command again"
                 )
             time.sleep(SECONDS_BETWEEN_CHECKS)

@@ -8,6 +8,13 @@ class UserError(Exception):
     exit_code = 2
 
 
+class BusyError(UserError):
+    """Nothing is wrong with what was asked: the same command can succeed later. Something else has to end, come back or
+    make room first: a process that holds a lock, a server, a full disk, a lost process. Exit code 75 (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
 class DamagedError(Exception):
     """Bytes on disk are not what was committed. Printed as one message, exit code 3."""
 
@@ -15,9 +22,9 @@ class DamagedError(Exception):
 
 
 class LostError(Exception):
-    """Another process of the same run ended; what happened it says itself. Exit code 4."""
+    """Another process of the same run ended; what happened it says itself. The same command continues: exit code 75."""
 
-    exit_code = 4
+    exit_code = BusyError.exit_code
 
 
 class Interrupted(Exception):

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from shared.errors import UserError
+from shared.errors import BusyError, UserError
 
 LATE: Final = 20.0
 """Seconds of waiting for the other processes after which a message says so."""
@@ -116,7 +116,7 @@ def wait_briefly() -> None:
 @contextmanager
 def meeting(place: ProcessPlace) -> Iterator[None]:
     """Waits for the other processes of a run. A message says so when they do not come. SIGINT ends the process at once,
-    because a wait inside a library cannot be stopped gently. Raises UserError when they cannot be reached."""
+    because a wait inside a library cannot be stopped gently. Raises BusyError when they cannot be reached."""
     if place.size == 1:
         yield
         return
@@ -132,7 +132,7 @@ def meeting(place: ProcessPlace) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError) as error:
         why = (str(error).splitlines() or [type(error).__name__])[0][:200]
-        raise UserError(
+        raise BusyError(
             f"WORLD_SIZE is {place.size}, but the other processes cannot be reached at {at} ({why}). Start them with "
             "--processes, torchrun or accelerate launch"
         ) from error

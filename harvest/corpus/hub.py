@@ -22,6 +22,7 @@ from harvest.corpus.documents import (
 from harvest.corpus.folder import check_files, file_identities
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
+from shared.model.source import hub_error
 from shared.progress import say
 
 SECONDS_TO_ANSWER: Final = 2
@@ -32,11 +33,11 @@ BUILDERS: Final = ("arrow", "csv", "json", "parquet", "text")
 
 def hub_dataset(name: str, config: HarvestConfig, field: DocumentField) -> Corpus:
     """A dataset of the hub, streamed at the commit that its revision means now; or of the local cache when the hub
-    cannot be reached. Raises UserError within seconds when there is neither."""
-    commit, unreachable = _hub_commit(name, config.corpus_revision)
+    cannot be reached. Raises UserError within seconds when there is neither, BusyError when the hub may come back."""
+    commit = _hub_commit(name, config.corpus_revision)
     try:
-        if commit is None:
-            commit, dataset = _cached(name, config, unreachable)
+        if isinstance(commit, Exception):
+            commit, dataset = _cached(name, config, commit)
         else:
             dataset = _library().load_dataset(
                 name, config.corpus_config, split=config.corpus_split, streaming=True, revision=commit
@@ -55,8 +56,8 @@ def hub_dataset(name: str, config: HarvestConfig, field: DocumentField) -> Corpu
     return _corpus(dataset, name, field, description)
 
 
-def _hub_commit(name: str, revision: str | None) -> tuple[str | None, str]:
-    """The commit that a dataset's revision means now; None and the reason when the hub cannot be reached."""
+def _hub_commit(name: str, revision: str | None) -> str | Exception:
+    """The commit that a dataset's revision means now; the reason when the hub cannot be reached."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -66,7 +67,7 @@ def _hub_commit(name: str, revision: str | None) -> tuple[str | None, str]:
     )
 
     try:
-        return str(HfApi().dataset_info(name, revision=revision, timeout=SECONDS_TO_ANSWER).sha), ""
+        return str(HfApi().dataset_info(name, revision=revision, timeout=SECONDS_TO_ANSWER).sha)
     except GatedRepoError as error:
         raise UserError(f"corpus {name}: needs permission; accept its terms and log in with `hf auth login`") from error
     except RevisionNotFoundError as error:
@@ -77,19 +78,20 @@ def _hub_commit(name: str, revision: str | None) -> tuple[str | None, str]:
             "log in with `hf auth login`). Check the name, or give a local file or folder"
         ) from error
     except Exception as error:  # offline mode, DNS, proxies and time-outs arrive as many types
-        return None, type(error).__name__
+        return error
 
 
-def _cached(name: str, config: HarvestConfig, unreachable: str) -> tuple[str, Any]:
+def _cached(name: str, config: HarvestConfig, unreachable: Exception) -> tuple[str, Any]:
     """The commit and the documents that an earlier `datasets.load_dataset` left in the local cache, without network."""
     from datasets.packaged_modules.cache.cache import Cache
 
     subset = config.corpus_config
-    place = f"corpus {name}: no file or folder here, and Hugging Face cannot be reached ({unreachable})"
+    away = f"Hugging Face cannot be reached ({type(unreachable).__name__})"
+    place = f"corpus {name}: no file or folder here, and {away}"
     try:
         builder = Cache(dataset_name=name.split("/")[-1], repo_id=name, config_name=subset, version="auto", hash="auto")
     except ValueError as error:
-        raise UserError(
+        raise hub_error(unreachable)(
             f"{place}; it is not in the local cache either ({cause(error)}). Check the network, or give a local file "
             "or folder"
         ) from error
@@ -98,7 +100,7 @@ def _cached(name: str, config: HarvestConfig, unreachable: str) -> tuple[str, An
         raise UserError(f"{place}; the local cache has {found}. Ask for it: --set corpus_config={found}")
     if config.corpus_revision not in (None, commit):
         raise UserError(f"{place}; the local cache has commit {commit}, not corpus_revision {config.corpus_revision}")
-    say(f"corpus {name}: Hugging Face cannot be reached ({unreachable}); commit {commit} is in the local cache")
+    say(f"corpus {name}: {away}; commit {commit} is in the local cache")
     return commit, builder.as_streaming_dataset(split=config.corpus_split)
 
 
@@ -219,7 +221,7 @@ def _documents(
 
 
 def _unreadable(name: str, error: Exception) -> UserError:
-    return UserError(
+    return hub_error(error)(
         f"corpus {name}: is not readable as a Hugging Face dataset ({cause(error)}). "
         "Check the name, corpus_config, corpus_split and the network, or give another file or folder"
     )

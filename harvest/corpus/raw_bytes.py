@@ -16,6 +16,7 @@ from typing import Final, Protocol, runtime_checkable
 
 from harvest.corpus.documents import BadDocument, OnBad, StopCheck, cause
 from shared.errors import UserError
+from shared.files.local import error_kind
 
 BLOCK_BYTES: Final = 1 << 20
 RECORD_BYTES: Final = 1 << 28
@@ -44,7 +45,7 @@ def reading(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno is None and path.suffix.lower() in (".zst", ".parquet"):  # pyarrow raises a bare OSError
             raise _damaged(path, error) from error
-        raise UserError(f"corpus {path}: cannot be read ({error.strerror or error})") from error
+        raise error_kind(error)(f"corpus {path}: cannot be read ({error.strerror or error})") from error
 
 
 def _damaged(path: Path, error: Exception) -> UserError:

@@ -54,11 +54,11 @@ def run_app(app: Callable[[], object]) -> None:
     except OSError as error:
         if error.errno is None:  # none of the operating system's: a fault of ours
             raise
-        from shared.files.local import in_words
+        from shared.files.local import error_kind, in_words
 
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         typer.echo(f"error: {f'{printable(where)}: ' if where else ''}{in_words(error)}", err=True)
-        sys.exit(UserError.exit_code)
+        sys.exit(error_kind(error).exit_code)
     except MemoryError as error:
         typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)
         sys.exit(UserError.exit_code)

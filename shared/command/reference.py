@@ -27,8 +27,8 @@ CLI_HEAD: Final = """# Commands
 *Generated from `--help` by `make reference`; edit docstrings, not this page.*
 
 `sagsae` has one command per stage, and commands to look around and to measure. [Settings](settings.md) explains every
-setting at length. Exit codes: 0 done, 2 something in the input is wrong, 3 data are damaged, 4 another process of the
-run was lost, 130 stopped by a signal.
+setting at length. Exit codes: 0 done, 2 something in the input is wrong, 3 data are damaged, 75 the same
+command can succeed later, 130 stopped by a signal.
 """
 
 

@@ -126,17 +126,17 @@ class Files(Protocol):
         ...
 
     def unread(self) -> AbstractContextManager[None]:
-        """Guards deletion of a store. Raises UserError when another process is reading it, as far as this can be
+        """Guards deletion of a store. Raises BusyError when another process is reading it, as far as this can be
         seen."""
         ...
 
     def lock(self, writer: int = 0) -> AbstractContextManager[None]:
-        """Allows one writer at a time, or one of each number. Raises UserError naming the holder."""
+        """Allows one writer at a time, or one of each number. Raises BusyError naming the holder."""
         ...
 
     def explained(self, after: str = ...) -> AbstractContextManager[None]:
-        """Turns the errors of a disk or a server into a UserError; committed data stays valid. `after` says what to do
-        once the cause is removed."""
+        """Turns the errors of a disk or a server into a BusyError where they pass, otherwise into a UserError.
+        Committed data stays valid. `after` says what to do once the cause is removed."""
         ...
 
 

@@ -20,7 +20,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import HTTPStore
 
-from shared.errors import UserError
+from shared.errors import BusyError, UserError
 from shared.files import connect
 from shared.files.base import too_large
 from shared.files.connect import (
@@ -44,7 +44,11 @@ Result = TypeVar("Result")
 
 
 class ServerError(UserError):
-    """A server cannot be reached, or does not do what was requested."""
+    """A server does not do what was requested."""
+
+
+class UnreachableError(BusyError, ServerError):
+    """A server cannot be reached, is busy or broken, or broke off: the same request can succeed later."""
 
 
 class IncompleteError(Exception):
@@ -56,6 +60,8 @@ class ServerFailure(NamedTuple):
     """A regular expression for obstore's message."""
     final: bool
     """Whether another try is useless."""
+    passing: bool
+    """Whether the same command can succeed later, when all tries have failed."""
     words: str
     advice: str
 
@@ -65,48 +71,54 @@ FAILURES: Final = (
     ServerFailure(
         r"169\.254\.169\.254|metadata\.google|Missing\w*Key|Received None from session",
         False,
+        False,
         "no credentials were found",
         "For s3:// set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE (profiles need boto3: pip install "
         "boto3), or AWS_SKIP_SIGNATURE=true for a public bucket; for gs:// set GOOGLE_APPLICATION_CREDENTIALS, or "
         "GOOGLE_SKIP_SIGNATURE=true",
     ),
-    ServerFailure("NoSuchBucket", True, "there is no such bucket", "Create it, or correct its name"),
+    ServerFailure("NoSuchBucket", True, False, "there is no such bucket", "Create it, or correct its name"),
     ServerFailure(
         "BareRedirect|PermanentRedirect|AuthorizationHeaderMalformed",
         True,
+        False,
         "the bucket is in another region",
         "Set AWS_REGION to the bucket's region",
     ),
     ServerFailure(
         "NotPartial|RangeNotSupported|NotImplemented",
         True,
+        False,
         "the server does not support this kind of request",
         "Reading needs byte ranges (HTTP Range), writing needs If-None-Match: use a server that has them, or a disk",
     ),
     ServerFailure(
         r"status: 40[13]",
         True,
+        False,
         "access was refused",
         "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
         "also answer this for a missing object",
     ),
-    ServerFailure(r"status: (408|429|5\d\d)", False, "the server is busy or broken", LATER),
-    ServerFailure(r"status: \d", True, "the server refused the request", "Check the address"),
+    ServerFailure(r"status: (408|429|5\d\d)", False, True, "the server is busy or broken", LATER),
+    ServerFailure(r"status: \d", True, False, "the server refused the request", "Check the address"),
     ServerFailure(
         "InvalidCertificate",
         True,
+        False,
         "the server's certificate is not trusted",
         "SSL_CERT_FILE names a file of the authorities to trust",
     ),
     ServerFailure(
         r"legacy::Error\(\s*Connect",
         False,
+        True,
         "the server cannot be reached",
         "Check the address (AWS_ENDPOINT_URL, if set) and the network",
     ),
-    ServerFailure("TimedOut|kind: Timeout", False, "the server took too long to answer", LATER),
-    ServerFailure("kind: (Interrupted|Request)", False, "the connection broke off", LATER),
-    ServerFailure("", False, "", LATER),
+    ServerFailure("TimedOut|kind: Timeout", False, True, "the server took too long to answer", LATER),
+    ServerFailure("kind: (Interrupted|Request)", False, True, "the connection broke off", LATER),
+    ServerFailure("", False, True, "", LATER),
 )
 DETAILS: Final = r"status code: (\d+ [\w ]+)", r"<Code>(\w+)</Code>", r'message: "([^"]+)"', r'error: "([^"]+)"'
 
@@ -238,13 +250,13 @@ def read_body(answer: Any, most: int) -> Buffer:
 
 
 def run_coroutine(request: Callable[[], Any], name: str) -> Any:
-    """Returns the result of a coroutine, also where an event loop runs already (a notebook). Raises ServerError when it
-    takes too long."""
+    """Returns the result of a coroutine, also where an event loop runs already (a notebook). Raises
+    UnreachableError when it takes too long."""
     with ThreadPoolExecutor(1) as pool:
         try:
             return pool.submit(lambda: asyncio.run(request())).result()
         except TimeoutError as error:
-            raise ServerError(
+            raise UnreachableError(
                 f"{name}: could not be listed: the server did not finish within {LISTING_SECONDS:.0f} s. {LATER}"
             ) from error
 
@@ -267,7 +279,7 @@ def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
 
 def with_retries(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
     """Returns the result of a request, tried up to `tries` times. Raises FileNotFoundError for a missing object,
-    ServerError for everything else."""
+    UnreachableError for a failure that passes, ServerError for everything else."""
     started, pause = time.monotonic(), BACKOFF_SECONDS
     for attempt in itertools.count(1):
         try:
@@ -278,8 +290,10 @@ def with_retries(name: str, doing: str, request: Callable[[], Result], tries: in
             if isinstance(error, FileNotFoundError) and "NoSuchBucket" not in str(error):
                 raise FileNotFoundError(f"{name}: is not there") from error
             late = time.monotonic() - started > TOTAL_SECONDS
-            if attempt == tries or late or failure_of(error)[0].final:
-                raise ServerError(failure_message(name, doing, error, attempt)) from error
+            failure = failure_of(error)[0]
+            if attempt == tries or late or failure.final:
+                kind = UnreachableError if failure.passing else ServerError
+                raise kind(failure_message(name, doing, error, attempt)) from error
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
         pause *= 2
     raise AssertionError("counting ended")

@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from shared.errors import UserError
+from shared.errors import BusyError, UserError
 from shared.files.base import AGAIN, Files, LogMark, OpenFile, Write, most_bytes, safe, too_large
 from shared.files.handles import HANDLES, Buffer, LocalFile, close, open_regular, open_to_read, retry_interrupted
 from shared.files.locks import check_unread, folder_lock, held_for_reading, lock_file
@@ -307,6 +307,43 @@ REASONS: Final = {
 }
 
 
+PASSING: Final = frozenset(
+    {
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EIO,
+        errno.ENFILE,
+        errno.EEXIST,
+        errno.ENOTEMPTY,
+        errno.EINTR,
+        errno.EAGAIN,
+        errno.ESTALE,
+        errno.ENXIO,
+        errno.ENODEV,
+        errno.ENOLCK,
+        errno.EBUSY,
+        errno.ETXTBSY,
+        errno.ENOMEM,
+        errno.ETIMEDOUT,
+        errno.EHOSTDOWN,
+        errno.EHOSTUNREACH,
+        errno.ENETDOWN,
+        errno.ENETUNREACH,
+        errno.ENETRESET,
+        errno.ENOTCONN,
+        errno.ECONNABORTED,
+        errno.ECONNREFUSED,
+        errno.ECONNRESET,
+    }
+)
+"""Errors after which the same command can succeed: a disk with room again, a server that is back, a file let go."""
+
+
+def error_kind(error: OSError) -> type[UserError]:
+    """What an operating-system error is to a caller: BusyError where the same command can succeed later."""
+    return BusyError if error.errno in PASSING else UserError
+
+
 def in_words(error: OSError) -> str:
     """What an operating-system error means, and what to do."""
     return REASONS.get(error.errno or 0) or f"{error.strerror} (error {error.errno}). Check the disk"
@@ -314,10 +351,11 @@ def in_words(error: OSError) -> str:
 
 @contextmanager
 def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
-    """Turns an error of the disk, such as a full or read-only one, into a UserError; committed data stays valid."""
+    """Turns an error of the disk into a BusyError where it passes (a full disk), otherwise into a UserError (a
+    read-only one). Committed data stays valid."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
-        raise UserError(f"{where}: {in_words(error)}, {after}") from error
+        raise error_kind(error)(f"{where}: {in_words(error)}, {after}") from error

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from shared.errors import UserError
+from shared.errors import BusyError, UserError
 from shared.files.handles import close, open_regular, retry_interrupted
 from shared.progress import say
 
@@ -56,8 +56,8 @@ def flock(handle: int, how: int) -> bool:
 
 @contextmanager
 def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
-    """Allows one writer of a folder at a time. The lock ends with its process. Raises UserError naming the holder, and
-    where the lock's file is a link."""
+    """Allows one writer of a folder at a time. The lock ends with its process. Raises BusyError naming the holder,
+    UserError where the lock's file is a link."""
     handle = open_regular(root / name, os.O_RDWR | os.O_CREAT)
     try:
         other = root / name.replace(LOCK_FILE, HELD_FILE, 1)
@@ -69,7 +69,7 @@ def folder_lock(root: Path, name: str = LOCK_FILE) -> Iterator[None]:
                 yield
             return
         if other.exists():  # some servers have flock only at times
-            raise UserError(f"{root}: {held_by(other)}")
+            raise held_error(other, root)
         with contextlib.suppress(OSError):  # on a full disk the lock works without a name in it
             os.ftruncate(handle, 0)
             os.pwrite(handle, this_process().encode(), 0)
@@ -89,7 +89,7 @@ def take_flock(handle: int, root: Path) -> None:
         if not last:
             time.sleep(WAIT_SECONDS)
     name = os.pread(handle, 200, 0).decode(errors="replace").strip()
-    raise UserError(f"{root}: {printable(name) or 'another process'} is writing here; wait for it, or stop it first")
+    raise BusyError(f"{root}: {printable(name) or 'another process'} is writing here; wait for it, or stop it first")
 
 
 def printable(text: str) -> str:
@@ -98,12 +98,13 @@ def printable(text: str) -> str:
 
 @contextmanager
 def exclusive_file(file: Path, root: Path) -> Iterator[None]:
-    """A lock without flock: a file that only one process can create. Raises UserError naming the holder."""
+    """A lock without flock: a file that only one process can create. Raises BusyError naming the holder, UserError
+    for one that was killed."""
     mine = json.dumps({"pid": os.getpid(), "host": socket.gethostname(), "processes": process_space()}).encode()
     try:
         handle = open_regular(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     except FileExistsError as error:
-        raise UserError(f"{root}: {held_by(file)}") from error
+        raise held_error(file, root) from error
     try:
         try:
             os.write(handle, mine)
@@ -116,25 +117,29 @@ def exclusive_file(file: Path, root: Path) -> Iterator[None]:
 
 
 def check_name(handle: int, file: Path, root: Path) -> None:
-    """Called where flock does not work now: raises UserError when the file names a holder that locked it with flock and
+    """Called where flock does not work now: raises BusyError when the file names a holder that locked it with flock and
     may still be alive."""
     text = os.pread(handle, 200, 0).decode(errors="replace").strip()
     found = re.fullmatch(r"process (\d+) on (.+)", text)
     if text and not (found and found[2] == socket.gethostname() and not is_alive(int(found[1]))):
-        raise UserError(
+        raise BusyError(
             f"{root}: {printable(text)} is writing here; wait for it, or stop it first. If it is known to be dead, "
             f"delete {file} (this file system has no flock)"
         )
 
 
-def held_by(file: Path) -> str:
+def held_error(file: Path, root: Path) -> UserError:
+    """The error of a folder that another process has locked with a file. Waiting helps unless that process is dead."""
     held = lock_content(first_bytes(file))
     who = printable(f"process {held.get('pid')} on {held.get('host')}") if held else "another process"
     if is_dead(held):
-        return f"{who} was writing here and was killed. Delete {file} (this file system has no flock), then try again"
-    return (
-        f"{who} is writing here; wait for it, or stop it first. If it is known to be dead, delete {file} (this file "
-        "system has no flock)"
+        return UserError(
+            f"{root}: {who} was writing here and was killed. Delete {file} (this file system has no flock), then try "
+            "again"
+        )
+    return BusyError(
+        f"{root}: {who} is writing here; wait for it, or stop it first. If it is known to be dead, delete {file} (this "
+        "file system has no flock)"
     )
 
 
@@ -150,7 +155,7 @@ def first_bytes(file: Path) -> bytes:
 
 
 def check_alone(root: Path) -> None:
-    """Called by the holder of writer 0's lock. Raises UserError when another writer is still at work: the rest of a
+    """Called by the holder of writer 0's lock. Raises BusyError when another writer is still at work: the rest of a
     harvest whose first process was killed."""
     for path in sorted(root.glob(f"{LOCK_FILE}.[0-9]*")):
         with folder_lock(root, path.name):
@@ -179,7 +184,7 @@ def is_locked(root: Path) -> bool | None:
 
 @contextmanager
 def held_for_reading(root: Path) -> Iterator[None]:
-    """Holds a shared lock while a store is read. Raises UserError when the store is being deleted. Where locking is
+    """Holds a shared lock while a store is read. Raises BusyError when the store is being deleted. Where locking is
     impossible, it is read without a lock."""
     try:
         handle = open_regular(root / READ_FILE)
@@ -192,7 +197,7 @@ def held_for_reading(root: Path) -> Iterator[None]:
                 if flock(handle, fcntl.LOCK_SH):
                     break
                 if last:
-                    raise UserError(f"{root}: is being deleted or repaired by another process. Wait for it")
+                    raise BusyError(f"{root}: is being deleted or repaired by another process. Wait for it")
                 time.sleep(WAIT_SECONDS)
         yield
     finally:
@@ -201,7 +206,7 @@ def held_for_reading(root: Path) -> Iterator[None]:
 
 @contextmanager
 def check_unread(root: Path) -> Iterator[None]:
-    """Raises UserError when a process reads the store, and keeps new readers away."""
+    """Raises BusyError when a process reads the store, and keeps new readers away."""
     try:
         handle = open_regular(root / READ_FILE)
     except FileNotFoundError:
@@ -210,7 +215,7 @@ def check_unread(root: Path) -> Iterator[None]:
     try:
         try:
             if not flock(handle, fcntl.LOCK_EX):
-                raise UserError(
+                raise BusyError(
                     f"{root}: {reading_processes(handle)} reading it (a training, an evaluation, a verify …). Wait for "
                     "it, or stop it first"
                 )

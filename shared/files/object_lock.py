@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-from shared.errors import UserError
+from shared.errors import BusyError
 from shared.files.client import Client, ServerError
 from shared.files.locks import is_dead, lock_content, process_space
 
@@ -20,7 +20,7 @@ LOCK_BYTES: Final = 1 << 16
 @contextmanager
 def object_lock(client: Client, key: str, name: str) -> Iterator[None]:
     """Holds the lock, which is the object `key`. It stays when its process is killed; a process of the same machine
-    then takes it over. Raises UserError naming the holder."""
+    then takes it over. Raises BusyError naming the holder."""
     since = datetime.now(UTC).isoformat()
     mine = json.dumps(
         {"pid": os.getpid(), "host": socket.gethostname(), "processes": process_space(), "since": since}
@@ -51,7 +51,7 @@ def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
                 break
             mode = {tag: meta[tag] for tag in ("e_tag", "version") if meta[tag]}  # replace only the dead process's lock
     who = f"process {held.get('pid')} on {held.get('host')} (since {held.get('since')})" if held else "another process"
-    raise UserError(
+    raise BusyError(
         f"{name.rpartition('/')[0]}: {who} is writing here; wait for it, or stop it first. If it is known to be dead, "
         f"delete the object {name}"
     )

@@ -211,7 +211,7 @@ class RemoteFiles:
         try:
             yield
         except ServerError as error:
-            raise UserError(f"{error}; {after}") from error
+            raise type(error)(f"{error}; {after}") from error
 
     def check_writable(self) -> None:
         if self.client.read_only:

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any, Final
 
-from shared.errors import DamagedError, Interrupted, LostError, UserError
+from shared.errors import BusyError, DamagedError, Interrupted, LostError, UserError
 from shared.files.digest import file_digests
 from shared.model.configuration import ModelInfo, checked_config, checked_raw, info_of
 from shared.model.weights import CONFIG, check_gguf, check_small, first_names, read_json, weight_files
@@ -195,7 +195,8 @@ def in_words(name: object, commit: object) -> str:
 
 def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
     """The commit that a revision of a hub model means now, or the one in the local cache when the hub cannot be
-    reached; and whether the cache was used. Takes at most HUB_SECONDS."""
+    reached; and whether the cache was used. Takes at most HUB_SECONDS. Raises UserError for a model that is not there,
+    BusyError when the hub is away and the cache lacks the model."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -220,10 +221,29 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
         try:
             return Path(snapshot_download(repo, revision=revision, local_files_only=True)).name, True
         except (LocalEntryNotFoundError, HFValidationError) as error:
-            raise UserError(
+            raise hub_error(unreachable)(
                 f"--model {repo}: Hugging Face cannot be reached ({type(unreachable).__name__}) and it is not in "
                 "the local cache. Check the network, or give a folder that holds the model"
             ) from error
+
+
+def hub_error(error: BaseException) -> type[UserError]:
+    """What a failed request to the hub is to a caller: BusyError where a network or server was away, which passes; not
+    where the hub refuses, or is not to be asked (HF_HUB_OFFLINE)."""
+    from httpx import TransportError
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    chain: BaseException | None = error
+    while chain is not None:
+        if isinstance(chain, OfflineModeIsEnabled):
+            return UserError
+        if isinstance(chain, HfHubHTTPError):
+            status = chain.response.status_code
+            return BusyError if status in (408, 429) or status >= 500 else UserError
+        if isinstance(chain, ConnectionError | TimeoutError | TransportError):
+            return BusyError
+        chain = chain.__cause__ or chain.__context__
+    return UserError
 
 
 def call_within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -281,8 +301,12 @@ def explained_loading(source: ModelSource, what: str) -> Iterator[None]:
 
 
 def cannot_load(source: ModelSource, what: str, error: BaseException) -> UserError:
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
     hint = ". Hugging Face cannot be reached, and the local cache lacks it: check the network" if source.cached else ""
-    return UserError(f"--model {source.name}: its {what} cannot be loaded: {cause(error)}{hint}")
+    missing = source.cached and isinstance(error, OSError) and not HF_HUB_OFFLINE
+    kind = BusyError if missing else UserError if source.local else hub_error(error)
+    return kind(f"--model {source.name}: its {what} cannot be loaded: {cause(error)}{hint}")
 
 
 def cause(error: BaseException) -> str:

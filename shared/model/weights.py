@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
+from shared.files.local import error_kind
 
 SINGLE: Final = "model.safetensors"
 INDEX: Final = "model.safetensors.index.json"
@@ -179,7 +180,7 @@ def check_regular(path: Path, name: str) -> None:
         with path.open("rb") as file:
             head = file.read(len(POINTER))
     except OSError as error:
-        raise UserError(f"--model {name}: {path.name} cannot be read ({error.strerror})") from error
+        raise error_kind(error)(f"--model {name}: {path.name} cannot be read ({error.strerror})") from error
     if head == POINTER:
         raise UserError(
             f"--model {name}: {path.name} is a Git LFS pointer, not the file itself. Fetch it with `git lfs pull`, or "

@@ -18,7 +18,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DamagedError, UserError
+from shared.errors import BusyError, DamagedError, UserError
 from shared.files.base import Files
 from shared.files.handles import retry_interrupted
 from shared.files.local import LocalFiles, explained, read_whole, remove_temporaries, sync
@@ -188,14 +188,14 @@ def finish_store(files: Files, spec: StoreSpec) -> None:
 
 def all_commits(files: Files, spec: StoreSpec) -> Commits:
     """The commits of every shard. A shared file system may show the writes of other machines some seconds late; raises
-    UserError when commits are still missing after SECONDS_BEHIND."""
+    BusyError when commits are still missing after SECONDS_BEHIND."""
     for last in (*[False] * SECONDS_BEHIND, True):
         commits = read_manifest(files, spec, final=False)
         if len(commits) == spec.n_shards:
             return commits
         if not last:
             time.sleep(1)
-    raise UserError(
+    raise BusyError(
         f"{files.name}: only {len(commits)} of {spec.n_shards} shards are in the manifest. Nothing is lost: run the "
         "same command again"
     )

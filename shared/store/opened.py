@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files, is_remote, parent_of
 from shared.files.handles import VERIFY
-from shared.files.local import LocalFiles, in_words
+from shared.files.local import LocalFiles, error_kind, in_words
 from shared.files.open import open_files
 from shared.gate import BadData, choice, members, parse_json, quoted
 from shared.store.commits import Commits
@@ -331,7 +331,7 @@ def is_store(files: Files) -> bool:
         return False
     except (OSError, BadData) as error:
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            raise UserError(f"{files.name}: {in_words(error)}") from error
+            raise error_kind(error)(f"{files.name}: {in_words(error)}") from error
         raise DamagedError(f"{files.name}/{STATE_FILE}: cannot be read ({error}). Restore it from a copy") from error
     attributes = document.get("attributes") if isinstance(document, dict) else None
     ours = attributes.get("sagsae") if isinstance(attributes, dict) else None

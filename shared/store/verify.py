@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import islice
 
-from shared.errors import DamagedError, UserError
+from shared.errors import BusyError, DamagedError, UserError
 from shared.files.base import Files
 from shared.gate import BadData, members, parse_json
 from shared.record import sealed_json
@@ -68,6 +68,8 @@ def recount_of(store: Store, damage: Damage) -> Recount:
     readers: dict[str, Reader] = {}
     try:
         check_token_ids(store, rows)
+    except BusyError:  # a server that is away says nothing about the bytes
+        raise
     except (DamagedError, UserError) as error:
         tokens = None
         damage.lines.append(str(error))

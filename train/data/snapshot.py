@@ -17,7 +17,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import DamagedError, UserError
+from shared.errors import BusyError, DamagedError, UserError
 from shared.files.local import LocalFiles
 from shared.gate import BadData, quoted
 from shared.store.commits import KEPT
@@ -181,6 +181,8 @@ class SnapshotWatch:
             return
         try:
             now = Store.open(self.store.files)
+        except BusyError:  # its server is away for a while; the store is not
+            raise
         except UserError as error:
             raise DamagedError(f"{self.store.name}: disappeared while it was read. {AGAIN} ({error})") from error
         for part in parts:

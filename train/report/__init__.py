@@ -11,7 +11,7 @@ runs and autoencoders short names, `page` renders and `place` checks where the p
 
 from pathlib import Path
 
-from shared.errors import UserError
+from shared.files.local import error_kind
 from shared.progress import say
 from train.report.data import read_runs
 from train.report.page import render
@@ -33,7 +33,7 @@ def write_report(runs: list[Path], out: Path, overwrite: bool = False) -> Path:
     try:
         write_page(out, html)
     except OSError as error:
-        raise UserError(
+        raise error_kind(error)(
             f"--out {out}: cannot be written ({error.strerror}); name a file in a folder you own"
         ) from error
     return out

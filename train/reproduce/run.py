@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from shared.config import EvalConfig, HarvestConfig
 from shared.errors import DamagedError, UserError
-from shared.files.local import read_whole
+from shared.files.local import error_kind, read_whole
 from shared.gate import SMALL, parse_json
 from shared.progress import say
 from shared.record import provenance, write_json
@@ -179,4 +179,4 @@ def open_folder(out: Path, protocol: dict[str, Any]) -> None:
         if not (out / PLAN).exists():
             write_json(out / PLAN, protocol)
     except OSError as error:
-        raise UserError(f"--out {out}: cannot be written to ({error.strerror})") from error
+        raise error_kind(error)(f"--out {out}: cannot be written to ({error.strerror})") from error

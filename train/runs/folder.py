@@ -31,7 +31,7 @@ from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import WHOLE_BYTES
 from shared.files.handles import open_regular
-from shared.files.local import check_removable, read_whole, remove_tree, sync, touch, write_file
+from shared.files.local import check_removable, error_kind, read_whole, remove_tree, sync, touch, write_file
 from shared.files.locks import LOCK_FILE
 from shared.gate import SMALL, BadData, parse_json, quoted
 from shared.record import finite, sealed_json, to_json
@@ -205,7 +205,7 @@ class RunFolder:
             self.path.mkdir(parents=True, exist_ok=True)
             touch(self.path / LOCK_FILE)
         except OSError as error:
-            raise UserError(f"--out {self.path}: cannot be written to ({error.strerror})") from error
+            raise error_kind(error)(f"--out {self.path}: cannot be written to ({error.strerror})") from error
 
     def foreign_names(self) -> list[str]:
         """Returns the names in the folder that are not a run's."""
