@@ -211,3 +211,115 @@ class Job(Frozen):
     ended: float | None = None
     revision: int = 0
     """Grows with every change."""
+
+
+class StoreRow(Frozen):
+    """One store of the catalog, as clients see it."""
+
+    id: str
+    """The name of its folder."""
+    key: str
+    spec_id: str
+    model: str
+    corpus: str
+    hookpoints: tuple[str, ...]
+    rows: int
+    """Rows that are committed."""
+    n_tokens: int
+    """Rows of the finished store."""
+    context: int
+    codec: str
+    bytes: int | None = None
+    state: Literal["writing", "final"]
+    environment: str = ""
+    created: float | None = None
+    used: float | None = None
+    """When it was last asked for or leased, in seconds since 1970."""
+    pins: tuple[str, ...] = ()
+    leases: int = 0
+    job: int | None = None
+    """The open job that writes it."""
+
+
+class StorePage(Frozen):
+    """A part of the catalog."""
+
+    stores: tuple[StoreRow, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class JobPage(Frozen):
+    """A part of the list of jobs."""
+
+    jobs: tuple[Job, ...]
+    next: str | None = None
+    """The cursor of the next part; None after the last one."""
+
+
+class LeaseGrant(Frozen):
+    """A lease of a store: until it lapses, the store is not evicted."""
+
+    id: str
+    store: str
+    ttl_s: float
+
+
+class StoreFilter(Frozen):
+    """Which stores of the catalog are listed. Every field narrows the list; None does not."""
+
+    model: str | None = None
+    layer: Annotated[int, Field(ge=0)] | None = None
+    hook: str | None = None
+    corpus: str | None = None
+    state: Literal["writing", "final"] | None = None
+    key: str | None = None
+
+
+StoreSort = Literal["used", "created", "bytes", "tokens", "id"]
+
+
+class WorkerInfo(Frozen):
+    """What a worker says of itself when it asks for a job."""
+
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")]
+    device: str = "cpu"
+    gpus: Annotated[int, Field(ge=0, le=1024)] = 0
+    memory: Annotated[int, Field(ge=0)] = 0
+    """Bytes of memory of its devices together; of the machine, without one."""
+    bf16: bool = False
+    """Whether the hardware multiplies bfloat16 natively."""
+    environment: str = ""
+    """The digest of its versions and kind of device."""
+    versions: Mapping[str, str] = {}
+    light: bool = False
+    """Whether it takes only jobs that load no model: views and recoding."""
+
+
+class WorkerRow(Frozen):
+    """A worker that was heard of lately."""
+
+    worker: WorkerInfo
+    job: int | None = None
+    """What it works on."""
+    seen: float
+    """When it was last heard of, in seconds since 1970."""
+
+
+class TakenJob(Frozen):
+    """A job that a worker has taken: which command it runs."""
+
+    job: int
+    attempt: int
+    action: Action
+    store: str
+    """The folder that it writes."""
+    command: Literal["harvest", "store recode"]
+    settings: Mapping[str, Any]
+    """The command's settings, as a --config file has them."""
+    repair: bool = False
+    """Whether damage was found: the store is repaired before it is resumed."""
+    lease_s: float
+    """Seconds without a beat after which another worker may take the job."""
+    beat_s: float = 5.0
+    """Seconds between two beats."""

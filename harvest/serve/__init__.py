@@ -1,0 +1,1 @@
+"""The activation cache as a service: its queue, its catalog, its workers."""
