@@ -137,7 +137,7 @@ class SlurmCluster:
     def node_states(self) -> dict[str, str]:
         """By node: idle, mixed, allocated, down*, …"""
         lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
-        return dict((name, state) for name, state in (line.split() for line in lines))
+        return {name: state for name, state in (line.split() for line in lines)}
 
     def wait(self, state: str, nodes: tuple[str, ...] = NODES, seconds: float = 60) -> None:
         """Waits until so many nodes are in a state."""
@@ -193,6 +193,8 @@ class SlurmCluster:
                     kill(pid)
             time.sleep(0.05)
         assert not left, left
+        for daemon in self.daemons.values():
+            daemon.wait(10)
 
 
 @pytest.fixture(scope="module")

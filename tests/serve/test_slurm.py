@@ -1,0 +1,193 @@
+"""Jobs on a real Slurm: slurmctld and two slurmd on this machine."""
+
+import json
+import re
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support.command import ROOT, Sagsae
+from support.folders import contents
+from support.slurm import SlurmCluster, slurm
+
+from harvest.serve.slurm import SlurmJob, cancel, check_slurm, environment, look, submit
+from shared.errors import BusyError, UserError
+from shared.store.opened import Store
+
+__all__ = ["slurm"]
+HARVEST = [
+    "harvest", "--model", "tiny", "--device", "cpu", "--tokens", "40000", "--hook", "mlp_out", "--context", "64",
+    "--set", "shard_rows=1024", "--set", "chunk_rows=256", "--set", "batch_tokens=512", "--name", "s",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(sagsae: Sagsae, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of one process that nothing happened to."""
+    out = tmp_path_factory.mktemp("whole")
+    done = sagsae(*HARVEST, "--out", out)
+    assert done.returncode == 0, done.stderr
+    return contents(out / "s")
+
+
+@pytest.fixture
+def here(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
+    """The cluster, for this process's own calls of Slurm's commands."""
+    for name, value in slurm.environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    return slurm
+
+
+def wait_for(true: Callable[[], object], seconds: float = 120, what: Callable[[], object] = lambda: "") -> None:
+    patience = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < patience, what()
+        time.sleep(0.05)
+
+
+def state_of(job: int) -> str:
+    seen = look([job])
+    return seen[job].state if job in seen else "unknown"
+
+
+def commits(root: Path) -> int:
+    return len(Store.open(root).commits) if (root / "zarr.json").exists() else 0
+
+
+def test_words_arrive_unchanged(here: SlurmCluster, tmp_path: Path) -> None:
+    assert here.daemons
+    folder = tmp_path / "100% of a b"
+    folder.mkdir()
+    words = ["a b", "$(touch x)", "; touch y", "'", '"', "`id`", "\\", "", "--partition=none", "é"]
+    job = submit([sys.executable, "-c", "import json,sys; print(json.dumps(sys.argv[1:]))", *words], "sagsae-1",
+                 folder / "%j.log", folder)  # fmt: skip
+    wait_for(lambda: state_of(job) == "COMPLETED", 30, lambda: state_of(job))
+    assert json.loads((folder / "%j.log").read_text()) == words
+    assert sorted(path.name for path in folder.iterdir()) == ["%j.log"]
+
+
+def test_a_job_is_given_no_token(here: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SAGSAE_TOKEN", "a-secret")
+    monkeypatch.setenv("SAGSAE_TOKEN_FILE", "/some/file")
+    job = submit(["env"], "sagsae-1", tmp_path / "log", tmp_path)
+    wait_for(lambda: state_of(job) == "COMPLETED", 30)
+    text = (tmp_path / "log").read_text()
+    assert "SAGSAE_TOKEN_FILE=/some/file" in text
+    assert "a-secret" not in text
+    kept = [path for path in here.folder.rglob("*") if path.is_file() and b"a-secret" in path.read_bytes()]
+    assert kept == []
+
+
+def test_what_a_job_inherits() -> None:
+    whole = {"SLURM_CONF": "c", "SLURM_JOB_ID": "1", "SBATCH_ACCOUNT": "lab", "PATH": "p", "SAGSAE_TOKEN": "t"}
+    assert environment(whole) == {"SLURM_CONF": "c", "SBATCH_ACCOUNT": "lab", "PATH": "p"}
+
+
+def test_options_reach_slurm(here: SlurmCluster, tmp_path: Path) -> None:
+    job = submit(["sleep", "100"], "sagsae-7", tmp_path / "log", tmp_path, ["--partition=main", "--comment=x y"])
+    try:
+        shown = here.run("scontrol", "show", "job", str(job))
+        for expected in ("JobName=sagsae-7", "Comment=x y", "Requeue=1", "Partition=main", f"WorkDir={tmp_path}"):
+            assert expected in shown
+        wait_for(lambda: state_of(job) == "RUNNING", 30)
+    finally:
+        cancel([job])
+    wait_for(lambda: state_of(job) == "CANCELLED", 30)
+    assert "CANCELLED" in (tmp_path / "log").read_text(), "the last words of the job are in its log"
+    assert not look([job])[job].live
+    cancel([job])
+
+
+@pytest.mark.parametrize("option", ["-p main", "partition=main", "--output=x", "--wra=id", "--array=1-9", "--", "--a b"])
+def test_a_wrong_option_is_named(option: str) -> None:
+    if not shutil.which("sbatch"):
+        pytest.skip("needs sbatch")
+    with pytest.raises(UserError, match=r"slurm_options: .*(expected one word|set by the service itself)"):
+        check_slurm([option])
+
+
+def test_good_options_pass() -> None:
+    if not shutil.which("sbatch"):
+        pytest.skip("needs sbatch")
+    check_slurm(["--partition=gpu", "--account=lab", "--gres=gpu:8", "--time=08:00:00", "--nodes=2", "--exclusive"])
+
+
+def test_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(UserError, match=r"--launch slurm: sbatch, squeue, scancel is not on the PATH"):
+        check_slurm([])
+
+
+def test_what_slurm_refuses(here: SlurmCluster, tmp_path: Path) -> None:
+    assert here.daemons
+    with pytest.raises(UserError, match="sbatch: .*invalid partition") as caught:
+        submit(["true"], "sagsae-1", tmp_path / "log", tmp_path, ["--partition=none"])
+    assert not isinstance(caught.value, BusyError)
+
+
+def test_no_controller(here: SlurmCluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", here.conf.read_text())
+    (tmp_path / "slurm.conf").write_text(text + "\nMessageTimeout=2\n")
+    monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
+    monkeypatch.setattr("harvest.serve.slurm.PATIENCE", 3.0)
+    with pytest.raises(BusyError, match="sbatch.*controller"):
+        submit(["true"], "sagsae-1", tmp_path / "log", tmp_path)
+    with pytest.raises(BusyError, match="squeue.*controller"):
+        look([1])
+
+
+def test_a_forgotten_job_is_left_out(here: SlurmCluster) -> None:
+    assert here.daemons
+    assert look([99_999]) == {}
+
+
+def test_a_job_in_words() -> None:
+    assert str(SlurmJob(7, "PENDING", "Resources")) == "Slurm job 7: pending (Resources)"
+    assert str(SlurmJob(7, "NODE_FAIL", "None")) == "Slurm job 7: node fail"
+
+
+@pytest.mark.slow
+def test_a_harvest_whose_node_fails_ends_on_the_other(
+    here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Slurm itself starts the same command again, and the harvest resumes."""
+    command = [sys.executable, str(ROOT / "cli.py"), *HARVEST, "--out", str(tmp_path)]
+    job = submit(command, "sagsae-1", tmp_path / "log", tmp_path)
+    wait_for(lambda: commits(tmp_path / "s") >= 3, 120, (tmp_path / "log").read_text)
+    node = here.job_node(job)
+    here.node_fails(node)
+    before = commits(tmp_path / "s")
+    try:
+        wait_for(lambda: state_of(job) == "COMPLETED", 200, lambda: (state_of(job), (tmp_path / "log").read_text()))
+    finally:
+        here.start_node(node)
+        here.wait("idle")
+    assert 3 <= before < 40
+    assert contents(tmp_path / "s") == whole
+
+
+@pytest.mark.slow
+def test_two_nodes_as_the_page_says(here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path) -> None:
+    """The script of docs/how-to/slurm.md, with this harvest in place of its own and one CPU process a node."""
+    page = (ROOT / "docs/how-to/slurm.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"^```bash\n(#!/bin/bash\n#SBATCH .*?)^```$", page, re.MULTILINE | re.DOTALL)
+    script = re.sub(r"cli\.py harvest .*", " ".join([str(ROOT / "cli.py"), *HARVEST, "--out", str(tmp_path)]), script)
+    for old, new in (
+        ("#SBATCH --gpus-per-node 8\n", ""),
+        ("--nproc-per-node 8", "--nproc-per-node 1"),
+        ('"$SLURM_JOB_NODELIST"', "localhost"),  # both nodes are this machine
+        ("srun torchrun", f"srun {sys.executable} -m torch.distributed.run"),
+    ):
+        assert old in script
+        script = script.replace(old, new)
+    path = tmp_path / "script.sh"
+    path.write_text(script)
+    job = int(here.run("sbatch", "--parsable", f"--output={tmp_path}/log", str(path)))
+    wait_for(lambda: not look([job])[job].live, 250, lambda: (tmp_path / "log").read_text())
+    assert state_of(job) == "COMPLETED", (tmp_path / "log").read_text()
+    assert contents(tmp_path / "s") == whole
