@@ -257,12 +257,31 @@ class JobPage(Frozen):
     """The cursor of the next part; None after the last one."""
 
 
+class LogPart(Frozen):
+    """A part of a job's log."""
+
+    text: str
+    next: int
+    """The byte at which the next part begins."""
+    ended: bool
+    """Whether the job has ended and nothing follows."""
+
+
 class LeaseGrant(Frozen):
     """A lease of a store: until it lapses, the store is not evicted."""
 
     id: str
     store: str
     ttl_s: float
+
+
+class LogFile(Frozen):
+    """The state of one log of a store's manifest: see LogMark in shared/files/base.py."""
+
+    path: str
+    identity: str
+    size: int
+    grows: bool
 
 
 class StoreFilter(Frozen):

@@ -1,7 +1,7 @@
 """The service's SQLite file: its tables, its transactions, and its errors as sentences.
 
-It is opened once, by the server's process, which holds it exclusively: no shared memory is needed, so that it also works
-on a network's disk. Everything in it but open jobs and leases can be read from the folders again.
+It is opened once, by the server's process, which holds it exclusively. So SQLite needs no shared memory, and the file
+may lie on a network's disk. Everything in it but jobs and leases can be read from the folders again.
 """
 
 import contextlib
@@ -27,16 +27,18 @@ MIGRATIONS: Final = (
     f"""
 CREATE TABLE meta(name TEXT PRIMARY KEY, value INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE store(
-  id TEXT PRIMARY KEY, key TEXT NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL, model TEXT NOT NULL,
-  corpus TEXT NOT NULL, hooks TEXT NOT NULL, tokens INTEGER NOT NULL, of_tokens INTEGER NOT NULL,
-  bytes INTEGER, own INTEGER, environment TEXT NOT NULL, mark TEXT NOT NULL,
-  created REAL NOT NULL, used REAL NOT NULL, revision INTEGER NOT NULL) WITHOUT ROWID;
+  id TEXT PRIMARY KEY, key TEXT NOT NULL, spec_id TEXT NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL,
+  model TEXT NOT NULL, corpus TEXT NOT NULL, hooks TEXT NOT NULL, tokens INTEGER NOT NULL, n_tokens INTEGER NOT NULL,
+  context INTEGER NOT NULL, codec TEXT NOT NULL, bytes INTEGER NOT NULL DEFAULT 0, own INTEGER,
+  environment TEXT NOT NULL, mark TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+  revision INTEGER NOT NULL);
 CREATE INDEX store_key ON store(key);
 CREATE INDEX store_used ON store(used, id);
 CREATE INDEX store_created ON store(created, id);
 CREATE INDEX store_bytes ON store(bytes, id);
 CREATE INDEX store_tokens ON store(tokens, id);
 CREATE INDEX store_revision ON store(revision);
+CREATE INDEX store_sizes ON store(id, own);
 CREATE INDEX store_unmeasured ON store(key) WHERE own IS NULL;
 CREATE TABLE gone(id TEXT PRIMARY KEY, revision INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE job(

@@ -132,7 +132,7 @@ def failure_of(error: Exception) -> tuple[ServerFailure, str]:
     return failure, f"{failure.words} ({plain})" if failure.words and plain else failure.words or plain
 
 
-class Client:
+class ObjectClient:
     """One bucket or web server. `name` is what messages call the object. Methods raise FileNotFoundError when it does
     not exist."""
 
@@ -142,7 +142,7 @@ class Client:
         self.read_only = isinstance(self.reads, HTTPStore)
 
     @classmethod
-    def connect(cls, parts: SplitResult) -> "Client":
+    def connect(cls, parts: SplitResult) -> "ObjectClient":
         """Makes a client; sends nothing."""
         try:
             return cls(*open_connection(parts))

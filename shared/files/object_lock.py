@@ -11,14 +11,14 @@ from typing import Any, Final
 from obstore.exceptions import AlreadyExistsError, PreconditionError
 
 from shared.errors import BusyError
-from shared.files.client import Client, ServerError
+from shared.files.client import ObjectClient, ServerError
 from shared.files.locks import is_dead, lock_content, process_space
 
 LOCK_BYTES: Final = 1 << 16
 
 
 @contextmanager
-def object_lock(client: Client, key: str, name: str) -> Iterator[None]:
+def object_lock(client: ObjectClient, key: str, name: str) -> Iterator[None]:
     """Holds the lock, which is the object `key`. It stays when its process is killed; a process of the same machine
     then takes it over. Raises BusyError naming the holder."""
     since = datetime.now(UTC).isoformat()
@@ -34,7 +34,7 @@ def object_lock(client: Client, key: str, name: str) -> Iterator[None]:
                 client.delete([key], name)
 
 
-def take_lock(client: Client, key: str, name: str, mine: bytes) -> None:
+def take_lock(client: ObjectClient, key: str, name: str, mine: bytes) -> None:
     mode: Any = "create"
     held: Any = {}
     for _ in range(3):

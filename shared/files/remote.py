@@ -15,7 +15,7 @@ from urllib.parse import unquote
 from shared.errors import DamagedError, UserError
 from shared.files.base import AGAIN, Files, LogMark, Write, most_bytes, safe
 from shared.files.cache import Key, RangeCache
-from shared.files.client import PART_BYTES, Client, ServerError
+from shared.files.client import PART_BYTES, ObjectClient, ServerError
 from shared.files.connect import parse_url
 from shared.files.handles import VERIFY, Buffer
 from shared.files.locks import lock_file
@@ -33,7 +33,9 @@ SINGLE: Final = re.compile(r"(.+)\.(\d{8,})\.jsonl")
 class RemoteFile:
     """An object that does not change, read by ranges. Opening it costs no request."""
 
-    def __init__(self, client: Client, key: str, name: str, size: int, crc: int | None, cache: RangeCache) -> None:
+    def __init__(
+        self, client: ObjectClient, key: str, name: str, size: int, crc: int | None, cache: RangeCache
+    ) -> None:
         self.client, self.key, self.name, self.size, self.crc = client, key, name, size, crc
         self.cache = cache if crc is not None else RangeCache(cache.folder, 0)
 
@@ -75,7 +77,7 @@ class RemoteFile:
 class RemoteFiles:
     """The objects below a prefix."""
 
-    def __init__(self, client: Client, prefix: str, name: str, cache: RangeCache) -> None:
+    def __init__(self, client: ObjectClient, prefix: str, name: str, cache: RangeCache) -> None:
         self.client, self.prefix, self.name, self.cache = client, prefix, name, cache
         self.single: dict[str, dict[str, bytes]] = {}
         """Lines that were appended here and are still objects of their own: by log, then by path."""
@@ -85,7 +87,7 @@ class RemoteFiles:
         """The files at a URL; sends nothing. Raises UserError when the URL cannot be one."""
         parts = parse_url(url)
         path = unquote(parts.path) if parts.scheme.startswith("http") else parts.path
-        return cls(Client.connect(parts), path.strip("/"), url.rstrip("/"), RangeCache.of_user())
+        return cls(ObjectClient.connect(parts), path.strip("/"), url.rstrip("/"), RangeCache.of_user())
 
     def place(self, path: str) -> tuple[str, str]:
         """An object's key, and its name for messages."""

@@ -1,0 +1,1 @@
+"""The activation cache: what makes two stores the same, which store answers a request, and what one lends another."""

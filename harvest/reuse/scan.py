@@ -1,0 +1,60 @@
+"""The catalog of a folder of stores, read from the folders themselves."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final
+
+from harvest.reuse.key import environment_in, environment_of, store_key
+from harvest.reuse.match import CatalogStore
+from shared.errors import DamagedError, UserError
+from shared.files.base import Files
+from shared.files.local import LocalFiles
+from shared.files.open import open_files
+from shared.progress import say
+from shared.store.create import RECORD
+from shared.store.manifest import read_manifest
+from shared.store.opened import STATE_FILE, is_store, read_state
+
+AT_ONCE: Final = 8
+"""Folders read in parallel."""
+
+
+def scan_stores(root: str | Path, *, sizes: bool = False) -> list[CatalogStore]:
+    """Every store in the folder `root`, in order of their names; a folder that holds no readable store is left out, and
+    a damaged one is named. With `sizes` the manifest of a finished store is read, too, which takes longer."""
+    files = open_files(root)
+    if isinstance(files, LocalFiles) and not files.root.is_dir():
+        return []
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        found = pool.map(lambda name: scan_store(files, name, sizes=sizes), files.folders())
+        return [store for store in found if store]
+
+
+def scan_store(root: Files, name: str, *, sizes: bool = False) -> CatalogStore | None:
+    """One store of the folder `root`; None where there is none that can be read."""
+    files = root.at(name)
+    try:
+        if isinstance(files, LocalFiles) and not (files.root / STATE_FILE).is_file():
+            return None
+        if not is_store(files):
+            return None
+        return catalog_store(files, name, sizes)
+    except (UserError, DamagedError, OSError) as error:
+        say(f"{files.name}: left out. {error}")
+        return None
+
+
+def catalog_store(files: Files, name: str, sizes: bool) -> CatalogStore:
+    spec, state = read_state(files)
+    commits = read_manifest(files, spec, state == "final") if sizes or state == "writing" else None
+    rows = spec.n_tokens if commits is None else commits.n_rows
+    size = None if commits is None else commits.n_bytes
+    folder = str(files.root.resolve()) if isinstance(files, LocalFiles) else files.name
+    return CatalogStore(name, spec, store_key(spec), rows, state, read_environment(files), size, folder)
+
+
+def read_environment(files: Files) -> str:
+    try:
+        return environment_in(files.read(RECORD))
+    except OSError:  # verify reports it
+        return environment_of({})

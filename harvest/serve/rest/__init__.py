@@ -1,0 +1,1 @@
+"""The REST interface of the activation cache: one module per subject."""
