@@ -46,6 +46,7 @@ class SlurmJob:
     """As squeue names it: PENDING, RUNNING, COMPLETED, …"""
     reason: str = ""
     """Why it is pending, or how it ended."""
+    name: str = ""
 
     @property
     def live(self) -> bool:
@@ -90,16 +91,12 @@ def submit(command: Sequence[str], name: str, log: Path, folder: Path, options: 
     return int(number[0])
 
 
-def look(ids: Collection[int]) -> dict[int, SlurmJob]:
-    """What Slurm says of these jobs, by id; one that it has forgotten is left out. Raises BusyError when Slurm cannot be
-    reached."""
-    if not ids:
-        return {}
-    # all jobs of this user: for a single id that is forgotten, squeue --jobs ends with an error
-    said = run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r"])
-    rows = [line.strip().split("|", 2) for line in said.splitlines()]
-    found = [SlurmJob(int(row[0]), row[1], row[2]) for row in rows if len(row) == 3 and row[0].isdigit()]
-    return {job.id: job for job in found if job.id in ids}
+def look() -> list[SlurmJob]:
+    """All jobs of this user that Slurm still knows, also those that ended in the last minutes. Raises BusyError when
+    Slurm cannot be reached."""
+    said = run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"])
+    rows = [line.strip().split("|", 3) for line in said.splitlines()]
+    return [SlurmJob(int(row[0]), *row[1:]) for row in rows if len(row) == 4 and row[0].isdigit()]
 
 
 def cancel(ids: Collection[int]) -> None:
@@ -128,7 +125,7 @@ def run(command: Sequence[str], text: str = "") -> str:
 
 
 def environment(whole: Mapping[str, str]) -> dict[str, str]:
-    """What a job gets of the service's environment: not the variables of a Slurm job that the service itself runs in."""
+    """What a job gets of the service's environment: nothing of a Slurm job that the service itself runs in."""
     return {
         name: value
         for name, value in whole.items()

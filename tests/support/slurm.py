@@ -136,8 +136,8 @@ class SlurmCluster:
 
     def node_states(self) -> dict[str, str]:
         """By node: idle, mixed, allocated, down*, …"""
-        lines = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").splitlines()
-        return {name: state for name, state in (line.split() for line in lines)}
+        words = self.run("sinfo", "--noheader", "--Node", "--format=%N %T").split()
+        return dict(zip(words[::2], words[1::2], strict=True))
 
     def wait(self, state: str, nodes: tuple[str, ...] = NODES, seconds: float = 60) -> None:
         """Waits until so many nodes are in a state."""
