@@ -145,7 +145,7 @@ class SlurmLauncher:
 
     def look(self, now: float) -> None:
         """Learns from Slurm which of its jobs are ours, and which ended for nothing."""
-        self.found = submissions_in(slurm.look(), self.prefix)
+        self.found = submissions_in(slurm.list_jobs(), self.prefix)
         self.looked = now
         for each in self.found:
             tries = self.tries[each.job, each.attempt]

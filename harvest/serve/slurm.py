@@ -21,7 +21,7 @@ PATIENCE: Final = 60.0
 OVER: Final = frozenset(
     "BOOT_FAIL CANCELLED COMPLETED DEADLINE FAILED NODE_FAIL OUT_OF_MEMORY PREEMPTED REVOKED TIMEOUT".split()
 )
-"""States that a job does not leave any more."""
+"""States that a job never leaves."""
 PASSING: Final = re.compile(
     "unable to contact slurm controller|connect failure|timed out|standby mode|temporarily|try again|"
     "connection refused|job submit limit|unable to resolve",
@@ -91,7 +91,7 @@ def submit(command: Sequence[str], name: str, log: Path, folder: Path, options: 
     return int(number[0])
 
 
-def look() -> list[SlurmJob]:
+def list_jobs() -> list[SlurmJob]:
     """All jobs of this user that Slurm still knows, also those that ended in the last minutes. Raises BusyError when
     Slurm cannot be reached."""
     said = run(["squeue", "--me", "--noheader", "--states=all", "--format=%i|%T|%r|%j"])

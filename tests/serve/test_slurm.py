@@ -13,7 +13,7 @@ from support.command import ROOT, Sagsae
 from support.folders import contents
 from support.slurm import SlurmCluster, slurm
 
-from harvest.serve.slurm import SlurmJob, cancel, check_slurm, environment, look, submit
+from harvest.serve.slurm import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
 from shared.errors import BusyError, UserError
 from shared.store.opened import Store
 
@@ -52,11 +52,11 @@ def wait_for(true: Callable[[], object], seconds: float = 120, what: Callable[[]
 
 def state_of(job: int) -> str:
     """What Slurm says; empty when it does not know the job."""
-    return next((each.state for each in look() if each.id == job), "")
+    return next((each.state for each in list_jobs() if each.id == job), "")
 
 
 def is_live(job: int) -> bool:
-    return any(each.live for each in look() if each.id == job)
+    return any(each.live for each in list_jobs() if each.id == job)
 
 
 def commits(root: Path) -> int:
@@ -144,7 +144,7 @@ def test_no_controller(here: SlurmCluster, tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(BusyError, match=r"sbatch.*controller"):
         submit(["true"], "sagsae-1", tmp_path / "log", tmp_path)
     with pytest.raises(BusyError, match=r"squeue.*controller"):
-        look()
+        list_jobs()
 
 
 def test_a_job_in_words() -> None:
