@@ -13,7 +13,7 @@ from support.command import ROOT, Sagsae
 from support.folders import contents
 from support.slurm import SlurmCluster, slurm
 
-from harvest.serve.slurm import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
+from harvest.serve.slurm.commands import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
 from shared.errors import BusyError, UserError
 from shared.store.opened import Store
 
@@ -140,7 +140,7 @@ def test_no_controller(here: SlurmCluster, tmp_path: Path, monkeypatch: pytest.M
     text = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=9", here.conf.read_text())
     (tmp_path / "slurm.conf").write_text(text + "\nMessageTimeout=2\n")
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "slurm.conf"))
-    monkeypatch.setattr("harvest.serve.slurm.PATIENCE", 3.0)
+    monkeypatch.setattr("harvest.serve.slurm.commands.PATIENCE", 3.0)
     with pytest.raises(BusyError, match=r"sbatch.*controller"):
         submit(["true"], "sagsae-1", tmp_path / "log", tmp_path)
     with pytest.raises(BusyError, match=r"squeue.*controller"):

@@ -16,15 +16,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from harvest.serve import slurm
-from harvest.serve.slurm import SlurmJob
+from harvest.serve.slurm import commands
+from harvest.serve.slurm.commands import SlurmJob
 from harvest.serve.state import State
 from shared.errors import BusyError, UserError
 from shared.progress import say
 from shared.refusals import RefusedError
 from shared.request import Job, WorkerInfo
 
-CLI: Final = Path(__file__).resolve().parents[2] / "cli.py"
+CLI: Final = Path(__file__).resolve().parents[3] / "cli.py"
 TRIES: Final = 5
 """Slurm jobs in a row that end before a worker took the job; then the job fails."""
 BACKOFF_S: Final = 10.0
@@ -129,7 +129,7 @@ class SlurmLauncher:
         if self.waiting(queue) or now - self.looked >= self.look_s:
             self.look(now)
         open_jobs = {job.id for job in queue}
-        slurm.cancel(self.to_cancel(open_jobs, now))
+        commands.cancel(self.to_cancel(open_jobs, now))
         for job in self.waiting(queue):
             tries = self.tries[job.id, job.attempt]
             if tries.count >= TRIES:
@@ -145,7 +145,7 @@ class SlurmLauncher:
 
     def look(self, now: float) -> None:
         """Learns from Slurm which of its jobs are ours, and which ended for nothing."""
-        self.found = submissions_in(slurm.list_jobs(), self.prefix)
+        self.found = submissions_in(commands.list_jobs(), self.prefix)
         self.looked = now
         for each in self.found:
             tries = self.tries[each.job, each.attempt]
@@ -165,7 +165,7 @@ class SlurmLauncher:
         log.parent.mkdir(parents=True, exist_ok=True)
         name = f"{self.prefix}{job.id}-{job.attempt}"
         try:
-            number = slurm.submit(self.command(job.id), name, log, self.root, self.options)
+            number = commands.submit(self.command(job.id), name, log, self.root, self.options)
         except BusyError:
             raise
         except UserError as error:
