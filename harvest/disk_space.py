@@ -10,7 +10,7 @@ from shared.config import HarvestConfig
 from shared.errors import BusyError, DamagedError
 from shared.files.base import Files
 from shared.files.local import LocalFiles
-from shared.progress import say
+from shared.progress import gigabytes, say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store
 from shared.store.shard import CODECS, CodecName
@@ -106,10 +106,6 @@ def check_fits(out: str, need: DiskNeed) -> None:
 
 def free_text(need: DiskNeed) -> str:
     return "" if need.free is None else f", {gigabytes(need.free)} are free"
-
-
-def gigabytes(size: int) -> str:
-    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"
 
 
 def free_bytes(files: Files) -> int | None:

@@ -88,3 +88,8 @@ def line_writer(title: str, total: int, unit: str) -> Callable[[int, str], None]
             say(f"{title}: {done:,} of {total:,} {unit} ({done / total:.0%}), {left:.0f} s left; {note}")
 
     return advance
+
+
+def gigabytes(size: int) -> str:
+    """A count of bytes in words."""
+    return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"

@@ -8,19 +8,20 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from harvest.reuse.key import environment_in, store_key
-from harvest.reuse.match import CatalogStore
+from harvest.reuse.key import token_key
+from harvest.reuse.match import CatalogStore, Wanted
+from harvest.reuse.scan import scan_store
 from harvest.serve.database import LIVE, Database
-from shared.errors import DamagedError, UserError
+from shared.errors import UserError
 from shared.files.local import LocalFiles
 from shared.gate import quoted
-from shared.progress import say
 from shared.request import StoreFilter, StorePage, StoreRow, StoreSort
-from shared.store.opened import STATE_FILE, GrowingStore, State, read_state, state_document
+from shared.store.opened import STATE_FILE, state_document
 from shared.store.shard import crc32c
 from shared.store.spec import StoreSpec
 
@@ -28,6 +29,8 @@ TOUCHED: Final = 60.0
 """Seconds for which a use is not noted again: an answer from the catalog then writes nothing."""
 MOST_ROWS: Final = 500
 """Rows of one page."""
+AT_ONCE: Final = 8
+"""Folders read in parallel."""
 GONE: Final = ".gone-"
 """Begins the name of a deleted store's folder, until its files are deleted, too."""
 SORTS: Final[dict[StoreSort, tuple[str, str]]] = {
@@ -55,34 +58,43 @@ class Catalog:
     """The rows of stores."""
 
     def __init__(self, database: Database) -> None:
-        self.database, self.root = database, database.root
+        self.database, self.root, self.files = database, database.root, LocalFiles(database.root)
         self.touched: dict[str, float] = {}
+        self.changes = 0
+        """Grows when a store comes, changes or goes."""
 
     def scan(self) -> int:
         """Brings the rows up to date with the folders. Returns the number of stores."""
         known = {row["id"]: row["mark"] for row in self.database.all("SELECT id, mark FROM store")}
-        there, found = set[str](), list[FoundStore]()
-        for name, mark, created in store_folders(self.root):
-            there.add(name)
-            if known.get(name) != mark and (store := read_store(self.root / name)):
-                found.append(FoundStore(store, mark if store.state == "final" else "", created))
+        folders = {name: (mark, created) for name, mark, created in store_folders(self.root)}
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            read = pool.map(self.read, (name for name, (mark, _) in folders.items() if known.get(name) != mark))
+            found = [FoundStore(store, *folders[store.store]) for store in read if store]
         with self.database.transaction():
             for each in found:
                 self.put(each)
-            for name in known.keys() - there:
+            for name in known.keys() - folders.keys():
                 self.forget(name)
         return self.database.number("SELECT count(*) FROM store")
 
+    def read(self, name: str) -> CatalogStore | None:
+        return scan_store(self.files, name)
+
     def look(self, name: str) -> CatalogStore | None:
         """Brings one row up to date. Returns what the folder says; None when it holds no store."""
-        store = read_store(self.root / name)
+        seen = mark_of(self.root / name)
+        store = self.read(name) if seen else None
         with self.database.transaction():
-            if store is None:
+            if store is None or seen is None:
                 self.forget(name)
                 return None
-            mark, created = mark_of(self.root / name) or ("", 0.0)
-            self.put(FoundStore(store, mark if store.state == "final" else "", created))
+            self.put(FoundStore(store, *seen))
         return store
+
+    def is_current(self, name: str) -> bool:
+        """Whether a store's row still says what its folder says."""
+        row, seen = self.database.one("SELECT mark FROM store WHERE id = ?", name), mark_of(self.root / name)
+        return row is not None and seen is not None and row["mark"] == seen[0]
 
     def put(self, found: FoundStore) -> None:
         """Writes the row of a store, and asks for another look at the disk space of its key. Called in a
@@ -101,7 +113,8 @@ class Catalog:
             "context": spec.context,
             "codec": spec.codec,
             "environment": store.environment,
-            "mark": found.mark,
+            "token_key": token_key(spec),
+            "mark": found.mark if store.state == "final" else "",
         }
         before = self.database.one("SELECT * FROM store WHERE id = ?", store.store)
         if before is None:
@@ -112,7 +125,8 @@ class Catalog:
             self.database.change("store", store.store, values)
         else:
             return
-        self.database.run("UPDATE store SET own = NULL WHERE key = ?", store.key)
+        self.database.run("UPDATE store SET own = NULL WHERE id = ?", store.store)
+        self.changes += 1
 
     def forget(self, name: str) -> None:
         """Removes the row of a store that is no longer there. Called in a transaction."""
@@ -123,20 +137,24 @@ class Catalog:
         self.database.run("DELETE FROM lease WHERE store = ?", name)
         self.database.run("INSERT OR REPLACE INTO gone VALUES(?, ?)", name, self.database.revise())
         self.database.run("UPDATE store SET own = NULL WHERE key = ?", row["key"])
+        self.changes += 1
         self.touched.pop(name, None)
 
-    def of_keys(self, keys: Sequence[str]) -> list[CatalogStore]:
-        """The stores of these keys, for finding an answer."""
-        query = "SELECT * FROM store WHERE key IN (SELECT value FROM json_each(?)) ORDER BY id"
-        return [self.about(row) for row in self.database.all(query, json.dumps(list(keys)))]
+    def that_may_answer(self, wanted: Wanted) -> list[CatalogStore]:
+        """The stores that can answer, or lend shards, rows or tokens."""
+        keys = [key for shape in wanted.shapes for key in (shape.key, *shape.recode_keys)]
+        query = "SELECT * FROM store WHERE key IN (SELECT value FROM json_each(?)) OR token_key = ?"
+        return [self.about(row) for row in self.database.all(query, json.dumps(keys), wanted.token_key)]
 
     def about(self, row: sqlite3.Row) -> CatalogStore:
         spec = StoreSpec.model_validate(json.loads(row["spec"]))
-        state: State = "final" if row["state"] == "final" else "writing"
-        folder = str(self.root / row["id"])
-        return CatalogStore(
-            row["id"], spec, row["key"], row["tokens"], state, row["environment"], row["bytes"] or None, folder
-        )
+        size, folder = row["bytes"] or None, str(self.root / row["id"])
+        return CatalogStore(row["id"], spec, row["key"], row["tokens"], row["state"], row["environment"], size, folder)
+
+    def hook_names(self, store: str) -> dict[str, str]:
+        """TransformerLens names of a store's hookpoints, by path; empty when there is no such store."""
+        row = self.database.one("SELECT * FROM store WHERE id = ?", store)
+        return {} if row is None else {path: hook.name for path, hook in self.about(row).spec.hookpoints.items()}
 
     def row(self, name: str) -> StoreRow | None:
         rows = self.rows(self.database.all(f"SELECT {SHOWN} FROM store WHERE id = ?", name))
@@ -253,23 +271,3 @@ def mark_of(folder: Path) -> tuple[str, float] | None:
     except OSError:
         return None
     return f"{about.st_dev} {about.st_ino} {about.st_size} {about.st_mtime_ns}", about.st_mtime
-
-
-def read_store(folder: Path) -> CatalogStore | None:
-    """What a folder says of its store; None, after a line that says why, when it has none that can be read. A final
-    store's manifest is not read: it is complete."""
-    files = LocalFiles(folder)
-    try:
-        spec, state = read_state(files)
-        rows = spec.n_tokens
-        if state == "writing":
-            store = GrowingStore(files).open(lenient=True)
-            rows, state = store.n_rows, store.state
-        record = files.read("record.json")
-    except FileNotFoundError:
-        record = b"{}"
-    except (UserError, DamagedError, OSError) as error:
-        if folder.is_dir():
-            say(f"{folder.name}: left out of the catalog. {error}")
-        return None
-    return CatalogStore(folder.name, spec, store_key(spec), rows, state, environment_in(record), None, str(folder))

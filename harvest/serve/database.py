@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from harvest.serve.records import Clock
 from shared.errors import UserError
@@ -30,9 +30,10 @@ CREATE TABLE store(
   id TEXT PRIMARY KEY, key TEXT NOT NULL, spec_id TEXT NOT NULL, state TEXT NOT NULL, spec TEXT NOT NULL,
   model TEXT NOT NULL, corpus TEXT NOT NULL, hooks TEXT NOT NULL, tokens INTEGER NOT NULL, n_tokens INTEGER NOT NULL,
   context INTEGER NOT NULL, codec TEXT NOT NULL, bytes INTEGER NOT NULL DEFAULT 0, own INTEGER,
-  environment TEXT NOT NULL, mark TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
+  environment TEXT NOT NULL, token_key TEXT NOT NULL, mark TEXT NOT NULL, created REAL NOT NULL, used REAL NOT NULL,
   revision INTEGER NOT NULL);
 CREATE INDEX store_key ON store(key);
+CREATE INDEX store_tokens_of ON store(token_key);
 CREATE INDEX store_used ON store(used, id);
 CREATE INDEX store_created ON store(created, id);
 CREATE INDEX store_bytes ON store(bytes, id);
@@ -45,8 +46,8 @@ CREATE TABLE job(
   id INTEGER PRIMARY KEY AUTOINCREMENT, key TEXT NOT NULL, extent TEXT NOT NULL, state TEXT NOT NULL,
   action TEXT NOT NULL, store TEXT NOT NULL, planned TEXT NOT NULL, request TEXT NOT NULL, model TEXT NOT NULL,
   who TEXT NOT NULL, asked INTEGER NOT NULL DEFAULT 1, priority INTEGER NOT NULL, donors TEXT NOT NULL,
-  reserved INTEGER NOT NULL, grown INTEGER NOT NULL DEFAULT 0, attempt INTEGER NOT NULL DEFAULT 0,
-  failures INTEGER NOT NULL DEFAULT 0, repair INTEGER NOT NULL DEFAULT 0, worker TEXT, deadline REAL,
+  expected INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
+  repair INTEGER NOT NULL DEFAULT 0, repairs INTEGER NOT NULL DEFAULT 0, worker TEXT, deadline REAL,
   not_before REAL NOT NULL DEFAULT 0, began INTEGER NOT NULL DEFAULT 0, rows INTEGER NOT NULL DEFAULT 0, total INTEGER,
   rate REAL, note TEXT NOT NULL DEFAULT '', error TEXT, created REAL NOT NULL, started REAL, ended REAL,
   revision INTEGER NOT NULL);
@@ -174,8 +175,8 @@ class Database:
 
     def change(self, table: str, row: object, values: Mapping[str, object]) -> None:
         """Changes columns of the row of this id, and gives it a new revision."""
-        columns = ", ".join(f"{name} = ?" for name in values)
-        self.run(f"UPDATE {table} SET {columns}, revision = ? WHERE id = ?", *values.values(), self.revise(), row)
+        columns = ", ".join(f"{name} = ?" for name in (*values, "revision"))
+        self.run(f"UPDATE {table} SET {columns} WHERE id = ?", *values.values(), self.revise(), row)
 
     def revise(self) -> int:
         """The next revision."""
@@ -204,13 +205,3 @@ class Database:
         if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
             return UserError(f"{self.path}: cannot be written to ({error}). Free space on this disk, then try again")
         raise error
-
-
-def like(text: str) -> str:
-    """A text as a pattern for `LIKE … ESCAPE '\\'` that finds it anywhere."""
-    escaped = "".join(f"\\{letter}" if letter in "%_\\" else letter for letter in text)
-    return f"%{escaped}%"
-
-
-def columns(row: sqlite3.Row) -> dict[str, Any]:
-    return dict(zip(row.keys(), row, strict=True))

@@ -1,13 +1,23 @@
 """The state of the service: one SQLite file, which is a cache of what the folders say.
 
-Only the server's process opens it. Every function that changes something is one transaction.
+Only the server's process opens it. Every function that changes something is one transaction, and may be called from any
+thread.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from harvest.serve.asking import Requests
+from harvest.serve.attempts import Attempts
+from harvest.serve.catalog import Catalog
+from harvest.serve.database import JOBS, Database
+from harvest.serve.jobs import JobTable
+from harvest.serve.leases import Holds
 from harvest.serve.records import Changes, Clock, Limits, Usage
+from harvest.serve.space import Space
+from shared.errors import UserError
+from shared.refusals import UnknownError
 from shared.request import (
     CacheAnswer,
     Job,
@@ -24,123 +34,216 @@ from shared.request import (
     WorkerRow,
 )
 
+EVERYTHING = StoreFilter()
+SCAN_S = 60.0
+"""Seconds between two looks at the folders."""
+
 
 class State:
     """The catalog, the queue, leases and pins of one folder of stores.
 
-    A `planned` document is what harvest/reuse/plan.py plans for a request, as JSON: `wanted` (Wanted.as_json of
-    match.py), `config` (the harvest's settings) and `request` (the request's own fields: priority, pin, accept, environment are read from it)."""
+    A `planned` document is what harvest/reuse/plan.py plans for a request, as JSON: `wanted` (Wanted.as_json), `config`
+    (the harvest's settings) and `request` (the request's own fields; priority and pin are read from it)."""
+
+    def __init__(self, root: Path, quota: int | None, clock: Clock, limits: Limits) -> None:
+        self.root, self.clock, self.limits = root, clock, limits
+        self.database = Database(root, clock)
+        self.holds = Holds(self.database, limits)
+        self.catalog = Catalog(self.database)
+        self.space = Space(self.database, self.catalog, self.holds, quota, limits)
+        self.table = JobTable(self.database)
+        self.attempts = Attempts(self.table, self.catalog, self.space, limits)
+        self.requests = Requests(self.table, self.catalog, self.space, limits)
+        self.scanned = clock.monotonic()
 
     @classmethod
     def open(
         cls, root: Path, quota: int | None = None, *, clock: Clock | None = None, limits: Limits | None = None
     ) -> "State":
-        """Opens or makes the database of a folder, and scans the folder. Raises UserError when the database is of a
-        newer version, read-only, or damaged."""
-        raise NotImplementedError
+        """Opens or makes the database of a folder, and scans the folder. Raises UserError when the folder is missing,
+        and when the database is of a newer version, read-only, damaged, or another server's."""
+        if not root.is_dir():
+            raise UserError(
+                f"--root {root}: there is no such folder. Make it, or give the folder that holds the stores"
+            )
+        state = cls(root.resolve(), quota, clock or Clock(), limits or Limits())
+        try:
+            state.space.delete_leaving()
+            state.holds.load_pins()
+            state.holds.restart()
+            state.attempts.restart()
+            state.scan()
+        except BaseException:
+            state.close()
+            raise
+        return state
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Closes the database."""
+        self.database.close()
 
-    # the catalog
+    def listen(self, listener: Callable[[int], None]) -> Callable[[], None]:
+        """Calls `listener` with the new revision after every change, in the thread that made it. Returns a function
+        that ends this."""
+        self.database.listeners.add(listener)
+        return lambda: self.database.listeners.discard(listener)
+
+    # The catalog
+
     def scan(self) -> int:
         """Brings the catalog up to date with the folders. Returns the number of stores."""
-        raise NotImplementedError
+        self.scanned = self.clock.monotonic()
+        return self.catalog.scan()
 
     def stores(
         self,
-        filters: StoreFilter = StoreFilter(),  # noqa: B008 (frozen)
+        filters: StoreFilter = EVERYTHING,
         sort: StoreSort = "used",
         cursor: str | None = None,
         limit: int = 100,
-    ) -> StorePage: ...
+    ) -> StorePage:
+        """One page of the catalog, at most 500 stores. Raises UserError for a cursor of another list."""
+        return self.catalog.page(filters, sort, cursor, limit)
+
     def store(self, store: str) -> StoreRow:
         """Raises UnknownError."""
-        raise NotImplementedError
+        self.holds.check_store(store)
+        found = self.catalog.row(store)
+        if found is None:
+            raise UnknownError(f"store {store}: has just been deleted")
+        return found
 
     def touch(self, store: str) -> None:
         """Notes that a store was used now."""
+        self.catalog.touch(store)
 
     def remove(self, store: str, force: bool = False) -> int:
         """Deletes a store; `force` even when it is pinned or leased. Returns the bytes that became free. Raises
-        UnknownError; HeldError when it is pinned, leased, written, or read by a process of this machine."""
-        raise NotImplementedError
+        UnknownError; HeldError when it is pinned, leased, needed by a job, or read or written by a process."""
+        return self.space.remove(store, force)
 
-    # requests
+    # Requests
+
     def remembered(self, request_hash: str) -> dict[str, Any] | None:
         """The planned document that `remember` kept, unless it is too old."""
-        raise NotImplementedError
+        return self.requests.remembered(request_hash)
 
-    def remember(self, request_hash: str, planned: Mapping[str, Any], ttl_s: float | None = None) -> None: ...
+    def remember(self, request_hash: str, planned: Mapping[str, Any], ttl_s: float | None = None) -> None:
+        """Keeps what a request's words mean, for at most an hour."""
+        self.requests.remember(request_hash, planned, ttl_s)
+
     def preview(self, planned: Mapping[str, Any]) -> RequestPlan:
-        """What `ask` would do, and which stores would go. Changes nothing."""
-        raise NotImplementedError
+        """What `ask` would do, and which stores would go. Queues nothing. Raises QuotaError."""
+        return self.requests.preview(planned)
 
     def ask(self, planned: Mapping[str, Any], who: str) -> CacheAnswer:
-        """Answers from the catalog, or attaches to the open job that makes this, or queues one. Raises QuotaError,
+        """Answers from the catalog, or attaches to the open jobs that make this, or queues new ones. Raises QuotaError,
         QueueFullError."""
-        raise NotImplementedError
+        return self.requests.ask(planned, who)
 
-    # jobs
+    # Jobs
+
     def take(self, worker: WorkerInfo, job: int | None = None) -> TakenJob | None:
-        """Gives the next job that this worker can do (or only this one); None when there is none."""
-        raise NotImplementedError
+        """Gives the next job that this worker can do, or only this one; None when there is none."""
+        return self.attempts.take(worker, job)
 
-    def beat(self, job: int, attempt: int, rows: int = 0, rate: float | None = None, note: str = "") -> bool:
-        """Renews the attempt and notes its progress. Returns False when the worker should stop, because the job was
-        cancelled. Raises NotYoursError."""
-        raise NotImplementedError
-
-    def verifying(self, job: int, attempt: int) -> bool:
-        """Notes that the harvest has ended and its bytes are being checked; renews the attempt as `beat` does."""
-        raise NotImplementedError
+    def beat(
+        self,
+        job: int,
+        attempt: int,
+        rows: int = 0,
+        rate: float | None = None,
+        note: str = "",
+        verifying: bool = False,
+    ) -> bool:
+        """Renews an attempt and notes its progress: rows that are committed, rows per second, the command's last line,
+        and whether its bytes are being checked by now. Returns False when the worker is to stop, because the job was
+        cancelled or has outgrown the quota. Raises NotYoursError."""
+        return self.attempts.beat(job, attempt, rows, rate, note, verifying)
 
     def end(self, job: int, attempt: int, code: int, words: str = "") -> Job:
-        """Ends an attempt with the command's exit code and its last words. Raises NotYoursError."""
-        raise NotImplementedError
+        """Ends an attempt with the command's exit code (negative: a signal) and its last words. Raises
+        NotYoursError."""
+        return self.attempts.end(job, attempt, code, words)
 
-    def cancel(self, job: int) -> Job: ...
+    def cancel(self, job: int) -> Job:
+        """Cancels an open job; what it has written stays. Raises UnknownError, WrongStateError."""
+        return self.attempts.cancel(job)
+
     def retry(self, job: int) -> Job:
-        """Queues a failed or cancelled job again. Raises WrongStateError."""
-        raise NotImplementedError
+        """Queues a failed or cancelled job again. Raises UnknownError, WrongStateError, QuotaError."""
+        return self.attempts.retry(job)
 
-    def job(self, job: int) -> Job: ...
+    def job(self, job: int) -> Job:
+        """Raises UnknownError."""
+        return self.table.job(job)
+
     def jobs(self, state: JobState | None = None, cursor: str | None = None, limit: int = 100) -> JobPage:
-        """Newest first."""
-        raise NotImplementedError
+        """One page of the jobs, newest first, at most 500. Raises UserError for a cursor of another list."""
+        return self.table.page(state, cursor, limit)
 
     def queue(self) -> list[Job]:
         """The open jobs: those that run, then the others in the order in which they will be taken."""
-        raise NotImplementedError
+        return self.table.queue()
 
     def log_path(self, job: int) -> Path:
-        """The file into which the job's worker writes; it may not exist."""
-        raise NotImplementedError
+        """The file into which the job's worker writes. Raises UnknownError."""
+        return self.root / JOBS / f"{self.table.row(job)['id']}.log"
 
-    def changes_since(self, revision: int) -> Changes: ...
+    def changes_since(self, revision: int) -> Changes:
+        """The last 500 jobs and stores that changed after a revision, oldest first."""
+        return self.table.changes_since(revision)
+
     def workers(self) -> list[WorkerRow]:
-        """Those that were heard of lately."""
-        raise NotImplementedError
+        """The workers that were heard of in the last minute and a half."""
+        return self.table.workers()
 
-    # leases and pins
-    def lease(self, store: str, holder: str, ttl_s: float = 600.0) -> LeaseGrant: ...
+    # Leases and pins
+
+    def lease(self, store: str, holder: str, ttl_s: float = 600.0) -> LeaseGrant:
+        """Keeps a store from being deleted until the lease lapses. Raises UnknownError, UserError."""
+        return self.holds.lease(store, holder, ttl_s)
+
     def renew(self, lease: str, ttl_s: float | None = None) -> LeaseGrant:
-        """Raises LapsedError."""
-        raise NotImplementedError
+        """Renews a lease for its whole time, or another. Raises LapsedError."""
+        return self.holds.renew(lease, ttl_s)
 
     def release(self, lease: str) -> None:
-        """A lease that is over already is no error."""
+        """Ends a lease. One that is over already is no error."""
+        self.holds.release(lease)
 
-    def pin(self, store: str, name: str) -> None: ...
-    def unpin(self, store: str, name: str) -> None: ...
+    def pin(self, store: str, name: str) -> None:
+        """Keeps a store from being evicted. Raises UnknownError, UserError."""
+        self.holds.check_store(store)
+        self.holds.pin(store, name)
 
-    # the disk
+    def unpin(self, store: str, name: str) -> None:
+        """Takes a pin away. Without one, nothing happens."""
+        self.holds.unpin(store, name)
+
+    # The disk
+
     def evict(self, need_bytes: int) -> list[str]:
         """Deletes stores, least recently used first, until so many bytes fit. Returns their ids. Raises QuotaError, and
         deletes nothing then."""
-        raise NotImplementedError
+        with self.database.transaction():
+            gone = self.space.make_room(need_bytes)
+        self.space.delete_leaving()
+        return gone
 
-    def usage(self) -> Usage: ...
-    def sweep(self) -> int:
-        """Lets attempts and leases lapse whose time is over, and deletes what is left of evicted stores. Called now and
-        then. Returns the number of jobs that were queued again."""
-        raise NotImplementedError
+    def usage(self) -> Usage:
+        """Bytes of the cache's disk, by what they are used for."""
+        return self.space.usage()
+
+    def sweep(self) -> None:
+        """Called every second or so: lets attempts and leases lapse whose time is over, deletes what is left of evicted
+        stores, forgets what is old; looks at the folders once a minute."""
+        with self.database.transaction():
+            self.attempts.lapse()
+            self.holds.lapse()
+            self.table.forget_workers()
+        self.space.delete_leaving()
+        if self.clock.monotonic() - self.scanned >= SCAN_S:
+            self.scan()
+            self.space.measure()
+            self.table.forget_old()

@@ -16,6 +16,8 @@ from shared.files.handles import VERIFY, Buffer
 AGAIN: Final = "then run the same command again; committed data is safe"
 DOCUMENT_BYTES: Final = 64 << 20
 """Largest file that describes something (zarr.json, a record), in bytes."""
+SERVED: Final = "/v1/stores/"
+"""What stands between the address of an activation cache and the id of a store that it serves."""
 WHOLE_BYTES: Final = 1 << 30
 """Largest other file that is read whole, in bytes: a manifest of a million shards."""
 Write = Callable[[str, Iterable[Buffer]], None]
@@ -144,9 +146,16 @@ def is_remote(location: str | Path) -> bool:
     return "://" in str(location)
 
 
+def is_served(location: str | Path) -> bool:
+    """Whether a location is a store of an activation cache (`http://HOST:PORT/v1/stores/ID`), or a place in one."""
+    return str(location).startswith(("http://", "https://")) and SERVED in str(location)
+
+
 def parent_of(location: str) -> str | None:
-    """The folder that contains a location; None at the top."""
+    """The folder that contains a location; None at the top, and for a store of an activation cache."""
     head, slash, tail = location.rstrip("/").rpartition("/")
+    if is_served(location) and not is_served(head):
+        return None
     if is_remote(location):
         return head if slash and tail and not head.endswith("/") and head.count("/") >= 2 else None
     parent = os.path.dirname(location.rstrip("/")) or "."

@@ -3,14 +3,20 @@
 import os
 from pathlib import Path
 
-from shared.files.base import Files, is_remote
+from shared.files.base import Files, is_remote, is_served
 from shared.files.local import LocalFiles
 
 
 def open_files(location: str | Path) -> Files:
-    """The files in a folder (with `~` expanded) or at a URL (s3://, gs://, http://, https://)."""
+    """The files in a folder (with `~` expanded), at a URL (s3://, gs://, http://, https://), or of a store that an
+    activation cache serves (`http://HOST:PORT/v1/stores/ID`)."""
     if not is_remote(location):
         return LocalFiles(Path(os.path.expanduser(location)))
+    url = str(location)
+    if is_served(url):
+        from shared.files.service_files import ServiceFiles
+
+        return ServiceFiles.connect(url)
     from shared.files.remote import RemoteFiles
 
-    return RemoteFiles.connect(str(location))
+    return RemoteFiles.connect(url)

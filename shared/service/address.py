@@ -10,12 +10,12 @@ from typing import Final, NamedTuple
 from urllib.parse import quote, unquote, urlsplit
 
 from shared.errors import UserError
+from shared.files.base import SERVED, is_served
 from shared.gate import quoted
 
 SERVICE, TOKEN, TOKEN_FILE = "SAGSAE_SERVICE", "SAGSAE_TOKEN", "SAGSAE_TOKEN_FILE"
 TOKEN_BYTES: Final = 512
 TOKEN_SIGNS: Final = re.compile(rf"[\x21-\x7e]{{1,{TOKEN_BYTES}}}")
-STORES: Final = "/v1/stores/"
 STORE_ID: Final = re.compile(r"[\w.-]{1,255}", re.ASCII)
 
 
@@ -40,7 +40,7 @@ class ServiceAddress(NamedTuple):
 
     def store_url(self, store: str) -> str:
         """The URL at which a store is read."""
-        return f"{self.url}{STORES}{quote(store, safe='')}"
+        return f"{self.url}{SERVED}{quote(store, safe='')}"
 
 
 class StoreAddress(NamedTuple):
@@ -74,9 +74,9 @@ def parse_service(url: str, name: str = "--service") -> ServiceAddress:
 
 def parse_store(location: str) -> StoreAddress | None:
     """The parts of a location when it is a store of a service; None for any other place."""
-    if not location.startswith(("http://", "https://")) or STORES not in location:
+    if not is_served(location):
         return None
-    head, _, tail = location.partition(STORES)
+    head, _, tail = location.partition(SERVED)
     store, _, inside = unquote(tail).strip("/").partition("/")
     if not STORE_ID.fullmatch(store) or store in (".", ".."):
         return None

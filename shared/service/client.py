@@ -77,14 +77,21 @@ class Client:
         timeout: seconds for one answer, beyond the time that the service is asked to wait.
         """
         configured = configured_service()
-        self.address = parse_service(url, "the service's URL") if url else configured
-        if self.address is None:
+        address = parse_service(url, "the service's URL") if url else configured
+        if address is None:
             raise UserError(f"which service? Give its URL, such as http://127.0.0.1:8642, or set {SERVICE}")
-        if token is None and (configured is None or configured.origin == self.address.origin):
+        if token is None and (configured is None or configured.origin == address.origin):
             token = environment_token()
         if token is not None:
             checked_token(token, "the token")
-        self.exchange = Exchange(self.address, token, timeout)
+        self.exchange = Exchange(address, token, timeout)
+
+    @classmethod
+    def over(cls, exchange: Exchange) -> "Client":
+        """A client that uses connections that are there."""
+        client = cls.__new__(cls)
+        client.exchange = exchange
+        return client
 
     def __enter__(self) -> "Client":
         return self

@@ -18,14 +18,19 @@ from typing import Any, Final, NamedTuple
 
 from shared.errors import BusyError, UserError
 from shared.gate import BadData, parse_json, printable, quoted
+from shared.progress import say
 from shared.refusals import REFUSALS, RefusedError
 from shared.service.address import SERVICE, TOKEN, TOKEN_FILE, ServiceAddress
 
 CONNECT_SECONDS: Final = 5.0
 ANSWER_SECONDS: Final = 30.0
 """Timeout of a whole answer, beyond the time that the server was asked to wait."""
+STALL_SECONDS: Final = 12.0
+"""An answer fails when nothing arrives for this long."""
 PATIENCE_SECONDS: Final = 20.0
 """Seconds during which a request that may be repeated is tried again."""
+SAY_SECONDS: Final = 3.0
+"""Seconds without an answer after which a line says that the service is away."""
 BACKOFF_SECONDS: Final = 0.2
 LONGEST_PAUSE: Final = 5.0
 ANSWER_BYTES: Final = 16 << 20
@@ -56,10 +61,11 @@ class ServiceAnswer(NamedTuple):
 
 
 class TimedReader(io.RawIOBase):
-    """The incoming bytes of a socket until a moment; later reads raise TimeoutError, however the bytes drip in."""
+    """The incoming bytes of a socket until a moment; later reads raise TimeoutError, however the bytes drip in. `stall`
+    bounds one read in seconds."""
 
-    def __init__(self, connected: socket.socket, end: float) -> None:
-        self.connected, self.end = connected, end
+    def __init__(self, connected: socket.socket, end: float, stall: float) -> None:
+        self.connected, self.end, self.stall = connected, end, stall
         self.raw = connected.makefile("rb", buffering=0)
 
     def readable(self) -> bool:
@@ -69,7 +75,7 @@ class TimedReader(io.RawIOBase):
         left = self.end - time.monotonic()
         if left <= 0:
             raise TimeoutError("the answer took too long")
-        self.connected.settimeout(left)
+        self.connected.settimeout(min(left, self.stall))
         return self.raw.readinto(buffer)
 
     def close(self) -> None:
@@ -80,23 +86,33 @@ class TimedReader(io.RawIOBase):
 class TimedSocket:
     """What http.client's response reads from: a socket whose bytes must come before `end`."""
 
-    def __init__(self, connected: socket.socket, end: float) -> None:
-        self.connected, self.end = connected, end
+    def __init__(self, connected: socket.socket, end: float, stall: float) -> None:
+        self.connected, self.end, self.stall = connected, end, stall
 
     def makefile(self, mode: str) -> io.BufferedReader:
         assert mode == "rb"
-        return io.BufferedReader(TimedReader(self.connected, self.end))
+        return io.BufferedReader(TimedReader(self.connected, self.end, self.stall))
 
 
-def timed_response(end: float, connected: socket.socket, *args: Any, **options: Any) -> http.client.HTTPResponse:
-    return http.client.HTTPResponse(TimedSocket(connected, end), *args, **options)  # type: ignore[arg-type]
+def timed_response(
+    end: float, stall: float, connected: socket.socket, *args: Any, **options: Any
+) -> http.client.HTTPResponse:
+    return http.client.HTTPResponse(TimedSocket(connected, end, stall), *args, **options)  # type: ignore[arg-type]
 
 
 class Exchange:
     """The connections to one service. Any thread may use it; connections are kept between requests."""
 
-    def __init__(self, address: ServiceAddress, token: str | None, seconds: float = ANSWER_SECONDS) -> None:
+    def __init__(
+        self,
+        address: ServiceAddress,
+        token: str | None,
+        seconds: float = ANSWER_SECONDS,
+        patience: float | None = None,
+    ) -> None:
+        """`seconds` bounds one answer; `patience` is how long a request that may be repeated is tried again."""
         self.address, self.token, self.seconds = address, token, seconds
+        self.patience = PATIENCE_SECONDS if patience is None else patience
         self.idle: list[http.client.HTTPConnection] = []
         self.guard = threading.Lock()
 
@@ -110,38 +126,41 @@ class Exchange:
         wait: float = 0.0,
         again: bool = True,
         headers: Mapping[str, str] | None = None,
+        fine: tuple[int, ...] = (),
     ) -> ServiceAnswer:
-        """Sends one request and returns the answer when its status is 2xx or 304. `most` bounds the body, `wait` is
-        the time that the server may hold the request back, `again` says that the request may be repeated.
+        """Sends one request and returns the answer when its status is 2xx or in `fine`. `most` bounds the body, `wait`
+        is the time that the server may hold the request back, `again` says that the request may be repeated.
 
         Raises RefusedError for another status below 500, UnavailableError for the rest, and UserError for an answer
         that no service of ours gives."""
-        started, pause = time.monotonic(), BACKOFF_SECONDS
+        started, pause, said = time.monotonic(), BACKOFF_SECONDS, False
         while True:
             try:
-                return self.judged(
-                    self.once(method, path, body, most, self.seconds + wait, headers or {}), method, path
-                )
+                answer = self.once(method, path, body, most, wait, headers or {})
+                return answer if answer.status in fine else self.judged(answer, method, path)
             except UnavailableError as error:
-                rest = PATIENCE_SECONDS - (time.monotonic() - started)
+                passed = time.monotonic() - started
                 passing = error.status is None or error.status in PASSING
-                if not again or not passing or rest < pause:
+                if not again or not passing or passed + pause > self.patience:
                     raise
+                if passed > SAY_SECONDS and not said:
+                    said = True
+                    say(f"{error}. Trying again for {self.patience:.0f} s")
             time.sleep(pause)
             pause = min(LONGEST_PAUSE, pause * 2)
 
     def once(
-        self, method: str, path: str, body: Any, most: int, seconds: float, headers: Mapping[str, str]
+        self, method: str, path: str, body: Any, most: int, wait: float, headers: Mapping[str, str]
     ) -> ServiceAnswer:
         """One try. Raises UnavailableError when no whole answer came."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + self.seconds + wait
         try:
-            line = self.connection(min(CONNECT_SECONDS, seconds))
+            line = self.connection(min(CONNECT_SECONDS, self.seconds))
         except (OSError, ValueError) as error:
             raise self.unreachable(error) from error
         try:
             data = None if body is None else json.dumps(body, allow_nan=False).encode()
-            line.response_class = partial(timed_response, end)  # type: ignore[assignment]
+            line.response_class = partial(timed_response, end, STALL_SECONDS + wait)  # type: ignore[assignment]
             line.request(method, self.address.base + path, data, dict(self.headers(data, headers)))
             response = line.getresponse()
             answer = ServiceAnswer(response.status, lowered(response), self.whole(response, most))
@@ -224,12 +243,12 @@ class Exchange:
     def judged(self, answer: ServiceAnswer, method: str, path: str) -> ServiceAnswer:
         """The answer, when it is one that helps. Raises the error that stands for any other status."""
         status = answer.status
-        if 200 <= status < 300 or status == 304:
+        if 200 <= status < 300:
             return answer
         url = self.address.url
         if status < 400:
             raise RefusedError(
-                f"{url}: answers with a redirect (status {status}), which is not followed. Give the service's own address"
+                f"{url}: answers with a redirect ({status}), which is not followed. Give the service's own address"
             )
         code, sentence = spoken(answer)
         if status == 401 or (status == 403 and not sentence):
@@ -237,9 +256,7 @@ class Exchange:
         if status >= 500 or status == 429:
             raise UnavailableError(sentence or f"{url}: is busy or broken (status {status})", status, code)
         if not sentence:
-            raise RefusedError(
-                f"{url}: refuses {method} {path} (status {status}). Check that sagsae serve answers there"
-            )
+            raise RefusedError(f"{url}: refuses {method} {path} ({status}). Check that sagsae serve answers there")
         raise REFUSALS.get(code, RefusedError)(sentence)
 
     def about_token(self, status: int, sentence: str) -> str:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
-from shared.files.base import is_remote
+from shared.files.base import is_remote, is_served
 from shared.progress import say
 from shared.saes import ARCHITECTURES, FixedL0, SAEConfig
 from shared.store.listing import folder_name
@@ -207,7 +207,8 @@ def make_job(
 
 def identity_of(config: TrainConfig, store: Store, hook: str, matmul: torch.dtype) -> dict[str, Any]:
     """Returns what decides a run's result, as far as the configuration and the store decide it."""
-    usual_chunks = max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if is_remote(config.store) else 1
+    far = is_remote(config.store) and not is_served(config.store)  # a cache's answer may be a folder as well as a URL
+    usual_chunks = max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if far else 1
     return {
         **config.model_dump(mode="json"),
         "store": store.location,
