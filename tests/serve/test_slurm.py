@@ -4,13 +4,12 @@ import json
 import re
 import shutil
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support.command import ROOT, Sagsae
 from support.folders import contents
+from support.processes import wait_for
 from support.slurm import SlurmCluster, slurm
 
 from harvest.serve.slurm.commands import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
@@ -41,13 +40,6 @@ def here(slurm: SlurmCluster, monkeypatch: pytest.MonkeyPatch) -> SlurmCluster:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return slurm
-
-
-def wait_for(true: Callable[[], object], seconds: float = 120, what: Callable[[], object] = lambda: "") -> None:
-    patience = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < patience, what()
-        time.sleep(0.05)
 
 
 def state_of(job: int) -> str:
