@@ -169,17 +169,19 @@ def test_slurm_out_of_reach_is_said_once(
 ) -> None:  # fmt: skip
     job = ask(state)
     monkeypatch.setattr(module, "STEP_S", 0.01)
+    monkeypatch.setattr(harvest.serve.slurm.commands, "PATIENCE", 0.3)
     monkeypatch.setenv("SLURM_CONF", str(tmp_path / "none"))
     away, stop = launcher(["sleep", "300"]), threading.Event()
     thread = threading.Thread(target=away.run, args=(stop,))
     thread.start()
     wait_for(lambda: away.looked is not None, 30)
-    stop.wait(0.5)
+    stop.wait(2)
     stop.set()
     thread.join()
-    assert capfd.readouterr().err.count("--launch slurm: squeue: ") == 1
+    assert capfd.readouterr().err.count("--launch slurm: squeue ") == 1
     assert state.job(job).state == "queued"
     monkeypatch.setenv("SLURM_CONF", str(slurm.conf))
+    monkeypatch.setattr(harvest.serve.slurm.commands, "PATIENCE", 60.0)
 
 
 def test_names() -> None:
