@@ -46,7 +46,7 @@ from shared.launch import is_helper, launched
 
 app, store_app, bench_app = command_group(), command_group(), command_group()
 SCRIPT: Final = str(Path(__file__).resolve())
-STAGES, LOOK, MEASURE = "Stages", "Look around", "Check and measure"
+STAGES, CACHE, LOOK, MEASURE = "Stages", "The cache", "Look around", "Check and measure"
 BENCH_HARVEST: Final = "model corpus tokens context layers hooks codec device"
 SMALL: Final = {"model": "tiny", "tokens": 262_144}
 
@@ -147,6 +147,24 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 
     page = write_report(list(config.runs), config.out, config.overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
+
+
+@command(app, group=CACHE, settings=OptionsFrom("serve", config=True))
+def serve(context: typer.Context, as_json: Json = False) -> None:
+    """Answer requests for activations: from the stores of a folder, or by harvesting once for everybody.
+
+    It serves until SIGTERM or Ctrl-C, and starts a worker of its own.
+
+    $ sagsae serve --root stores --quota 2TB
+    $ sagsae serve --host 0.0.0.0 --token-file token --launch none
+    """
+    config = resolve(context)
+    from harvest.serve.app import serve as run
+
+    def started(url: str) -> None:
+        show({"url": url, "root": str(config.root)}, as_json, lambda: typer.echo(f"serving {config.root} at {url}"))
+
+    run(config, started)
 
 
 @command(app, group=MEASURE)
@@ -317,9 +335,11 @@ def settings(name: Names = None, as_json: Json = False) -> None:
 @command(app, hidden=True)
 def reference(folder: Pages, as_json: Json = False) -> None:
     """Write the reference pages that are made from the schemas and from --help."""
+    from harvest.serve.app import rest_document
+    from harvest.serve.rest.openapi import rest_page
     from shared.command.reference import write_reference
 
-    written = write_reference(folder, typer.main.get_command(app))
+    written = write_reference(folder, typer.main.get_command(app), {"rest-api.md": rest_page(rest_document())})
     show({"written": written}, as_json, lambda: typer.echo("\n".join(written)))
 
 

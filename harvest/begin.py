@@ -8,12 +8,17 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
 
 from harvest.corpus.documents import BadDocument
 from harvest.corpus.pack import PackCounts
-from harvest.corpus.tokenise import TOKEN_FIELDS, forget_progress, is_resumable, write_rows
+from harvest.corpus.tokenise import forget_progress, is_resumable, write_rows
 from harvest.disk_space import check_space
 from harvest.plan import HarvestPlan, identity, lent_shape, make_spec, shape, spec_of, token_identity
+from harvest.reuse.key import TOKEN_FIELDS
+from shared.device import device_name
 from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles, error_kind, touch
@@ -63,7 +68,12 @@ def holds_store(files: Files, overwrite: bool) -> bool:
         raise
 
 
-def begin_store(plan: HarvestPlan, check_stop: Callable[[], None]) -> None:
+def record_of(plan: HarvestPlan, device: str) -> dict[str, Any]:
+    """The record of what a harvest on this device produces."""
+    return {**provenance(), "device": device_name(device), "config": plan.config.model_dump(mode="json")}
+
+
+def begin_store(plan: HarvestPlan, record: dict[str, Any], check_stop: Callable[[], None]) -> None:
     """Writes the token rows, then the empty store. The old content (a store to overwrite, or an unfinished beginning)
     is removed only when nothing can be refused any longer. `check_stop` is called now and then and may raise."""
     check_replaceable(plan.files)
@@ -72,7 +82,6 @@ def begin_store(plan: HarvestPlan, check_stop: Callable[[], None]) -> None:
         delete_old_store(plan.files, folder.name)
         forget_progress(folder)
         place_tokens(plan.files, tokens)
-    record = {**provenance(), "config": plan.config.model_dump(mode="json")}
     create_store(plan.files, spec, tokens.files, record)
 
 
@@ -136,34 +145,48 @@ def too_little(given: int, rows: int, context: int, wanted: int | None) -> str:
 
 
 def lent_tokens(plan: HarvestPlan, folder: Path) -> tuple[WrittenTokens, StoreSpec] | None:
-    """Copies the tokens of a store beside this one that has the tokens this harvest would make. Returns None when there
-    is none."""
+    """Copies the tokens of a store beside this one that has the tokens this harvest would make, or begins with them.
+    Returns None when there is none."""
     lender = find_lender(plan)
     if lender is None:
         return None
+    n_tokens = plan.config.tokens or lender.spec.n_tokens
     shutil.rmtree(folder, ignore_errors=True)  # left by an earlier attempt that found no such store
     try:
-        tokens = write_tokens(folder, lender.token_rows().blocks(), plan.context, plan.info.vocab_size)
+        contexts = -(-n_tokens // plan.context)
+        tokens = write_tokens(folder, first_contexts(lender, contexts), plan.context, plan.info.vocab_size)
     except (DamagedError, OSError) as error:
         say(f"{lender.name} has the same tokens, but they cannot be read ({error})")
         shutil.rmtree(folder, ignore_errors=True)
         return None
     say(f"{plan.name}: copied the tokens of {lender.name}")
-    check_space(plan, lender.spec.n_tokens)
-    same_shape = lent_shape(plan, lender.spec)
-    if same_shape is None:
+    same_extent = lender.spec.n_tokens == n_tokens
+    same_shape = lent_shape(plan, lender.spec) if same_extent else None
+    if same_extent and same_shape is None:
         say(f"{plan.name}: its shards have another size, so its rows are in another order than in {lender.name}")
-    n_tokens = lender.spec.n_tokens
-    spec = spec_of(plan, lender.spec.corpus, n_tokens, tokens.dtype, *(same_shape or shape(plan, n_tokens)))
-    return tokens, spec
+    # how many documents a harvest reads for fewer tokens is known only from reading them
+    counts = {} if same_extent else dict.fromkeys(("documents", "empty_documents", "bad_documents"))
+    corpus = {**lender.spec.corpus, **token_identity(plan), "ids_blake2b": tokens.digest}
+    corpus = {key: value for key, value in corpus.items() if key not in counts}
+    return tokens, spec_of(plan, corpus, n_tokens, tokens.dtype, *(same_shape or shape(plan, n_tokens)))
+
+
+def first_contexts(store: Store, contexts: int) -> Iterator[NDArray[Any]]:
+    """Yields the first contexts of a store, chunk by chunk, after all were checked. Raises DamagedError."""
+    for block in store.token_rows().blocks():
+        yield block[:contexts]
+        contexts -= len(block)
+        if contexts <= 0:
+            return
 
 
 def find_lender(plan: HarvestPlan) -> Store | None:
+    """The store beside this one whose tokens begin with those of this harvest: one with no more tokens where there is
+    one, else the smallest."""
     beside = open_files(plan.config.out)
     if isinstance(beside, LocalFiles) and not beside.root.is_dir():
         return None
-    wanted = {key: identity(plan)[key] for key in TOKEN_FIELDS}
-    asked = token_identity(plan)
+    wanted, found = {key: identity(plan)[key] for key in TOKEN_FIELDS}, list[Store]()
     for name in beside.folders():
         files = beside.at(name)
         try:
@@ -172,8 +195,15 @@ def find_lender(plan: HarvestPlan) -> Store | None:
             spec, state = read_state(files)
         except (UserError, DamagedError, OSError):  # an unreadable neighbour has no tokens to copy
             continue
-        same = {key: getattr(spec, key) for key in TOKEN_FIELDS} == wanted
-        same = same and {key: spec.corpus.get(key) for key in asked} == asked
-        if same and plan.config.tokens in (None, spec.n_tokens):
-            return Store(files, spec, state, Commits.from_mapping({}))
-    return None
+        if {key: getattr(spec, key) for key in TOKEN_FIELDS} == wanted and begins_with_tokens(spec, plan):
+            found.append(Store(files, spec, state, Commits.from_mapping({})))
+    return min(found, key=lambda store: store.spec.n_tokens, default=None)
+
+
+def begins_with_tokens(spec: StoreSpec, plan: HarvestPlan) -> bool:
+    """Whether a store of the same tokenizer holds enough tokens of the same corpus: all of it, or as many."""
+    asked = token_identity(plan)
+    whole = asked.pop("whole")
+    if {key: spec.corpus.get(key) for key in asked} != asked:
+        return False
+    return spec.corpus.get("whole") is True if whole else spec.n_tokens >= (plan.config.tokens or 0)

@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from harvest.plan import HarvestPlan
@@ -66,16 +66,20 @@ def usual_ratio(codec: CodecName, dtype: str) -> float:
     return CODECS[codec].expected_ratio(dtype, DTYPES[dtype][0].itemsize)
 
 
-def check_space(plan: HarvestPlan, tokens: int | None) -> None:
-    """Prints what the harvest will write, and raises BusyError when the disk has too little room."""
+def check_space(plan: HarvestPlan, tokens: int | None, lent: int = 0) -> None:
+    """Prints what the harvest will write, and raises BusyError when the disk is too small. The first `lent` rows are
+    linked from other stores, which takes no space."""
     if tokens is None:
         return
     need = estimate(plan, tokens)
+    linked = int(sum(need.hookpoints.values()) * lent / tokens)
+    need = replace(need, stored=max(need.stored, linked))
     hookpoints = f"{len(plan.hooks)} hookpoint{'s' if len(plan.hooks) > 1 else ''}"
     say(f"{plan.config.model}: {tokens:,} tokens of {hookpoints} into {plan.name}")
     for path, size in need.hookpoints.items():
         say(f"  {path}: d_in {plan.hooks[path].d_in}, about {gigabytes(size)}")
-    say(f"  about {gigabytes(need.to_write)} to write{free_text(need)}")
+    reused = f"{lent:,} tokens are in other stores already, " if lent else ""
+    say(f"  {reused}about {gigabytes(need.to_write)} to write{free_text(need)}")
     check_fits(plan.config.out, need)
 
 

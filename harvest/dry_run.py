@@ -20,7 +20,8 @@ from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import token_rows
 from harvest.disk_space import estimate, raw_bytes
 from harvest.fill import default_batch_tokens, forget_batch, no_memory
-from harvest.plan import HarvestPlan, check_same, default_chunk_rows, make_plan
+from harvest.plan import HarvestPlan, check_same, make_plan
+from harvest.reuse.shape import default_chunk_rows
 from harvest.team import Team
 from shared.config import HarvestConfig
 from shared.device import torch_dtype

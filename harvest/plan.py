@@ -13,6 +13,7 @@ from harvest.corpus.arrays import takes_rows
 from harvest.corpus.documents import Corpus, JoinedIds, StopCheck, never_stop
 from harvest.corpus.open import open_corpus
 from harvest.corpus.pack import PackCounts
+from harvest.reuse.shape import SHARD_BYTES, fixed_shape
 from shared.config import HarvestConfig
 from shared.device import native_dtype, pick_device
 from shared.errors import UserError
@@ -29,12 +30,6 @@ from shared.schema import build, cut
 from shared.store.create import WrittenTokens
 from shared.store.opened import is_store, read_state
 from shared.store.spec import DTYPES, HookSpec, StoreSpec, TokenType
-
-CHUNK_BYTES = 2 << 20
-CHUNKS_PER_SHARD = 128
-SHARD_BYTES = 2 << 30
-"""Bytes of one shard of all hookpoints together, in memory."""
-SHARDS_OF_A_SMALL_STORE = 16
 
 
 @dataclass(frozen=True)
@@ -202,11 +197,6 @@ def token_identity(plan: HarvestPlan) -> dict[str, Any]:
     return {**corpus_asked(plan), "whole": plan.config.tokens is None, "vocab_size": plan.info.vocab_size}
 
 
-def default_chunk_rows(row_bytes: int) -> int:
-    """The largest power of two for which a chunk has at most 2 MiB."""
-    return max(1, 1 << (CHUNK_BYTES // row_bytes).bit_length() - 1)
-
-
 def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_tokens: int) -> StoreSpec:
     corpus = {
         **token_identity(plan),
@@ -219,6 +209,13 @@ def make_spec(plan: HarvestPlan, counts: PackCounts, tokens: WrittenTokens, n_to
     return spec_of(plan, corpus, n_tokens, tokens.dtype, chunk_rows, shard_rows)
 
 
+def asked_spec(plan: HarvestPlan, n_tokens: int) -> StoreSpec:
+    """The spec of a store with these tokens, before they are known: their digest is a placeholder."""
+    corpus = {**token_identity(plan), "ids_blake2b": "0" * 32}
+    token_dtype: TokenType = "uint16" if plan.info.vocab_size <= 1 << 16 else "uint32"
+    return spec_of(plan, corpus, n_tokens, token_dtype, *shape(plan, n_tokens))
+
+
 def spec_of(
     plan: HarvestPlan, corpus: dict[str, Any], n_tokens: int, token_dtype: TokenType, chunk_rows: int, shard_rows: int
 ) -> StoreSpec:
@@ -227,30 +224,31 @@ def spec_of(
 
 
 def shape(plan: HarvestPlan, n_tokens: int) -> tuple[int, int]:
-    """Rows per chunk and per shard: as configured, else chunks of 2 MiB and at most 128 chunks per shard."""
-    widths = [hook.d_in * DTYPES[plan.config.store_dtype][0].itemsize for hook in plan.hooks.values()]
-    return shape_of(widths, n_tokens, plan.config.chunk_rows, plan.config.shard_rows)
+    """Rows per chunk and per shard: as configured, else the fixed shape."""
+    config, itemsize = plan.config, DTYPES[plan.config.store_dtype][0].itemsize
+    model_row, together = plan.info.d_model * itemsize, row_bytes(plan)
+    found = fixed_shape(model_row, together, n_tokens, config.chunk_rows, config.shard_rows)
+    alone = fixed_shape(model_row, model_row, n_tokens, config.chunk_rows, config.shard_rows)
+    if found != alone:
+        say(
+            f"{plan.name}: {len(plan.hooks)} hookpoints together would take too much memory, so its shards have "
+            f"{found[1]:,} rows instead of {alone[1]:,}. Stores of fewer hookpoints cannot share them; harvest fewer "
+            "hookpoints into each store for that"
+        )
+    return found
 
 
-def shape_of(widths: list[int], n_tokens: int, chunk_rows: int | None, shard_rows: int | None) -> tuple[int, int]:
-    """Rows per chunk and per shard. `widths` are the bytes per row of each hookpoint. A shard has fewer chunks in a
-    small store, and where all hookpoints together would be too large for memory."""
-    chunk_rows = chunk_rows or default_chunk_rows(max(widths))
-    most = max(1, SHARD_BYTES // (chunk_rows * sum(widths)))
-    chunks = min(CHUNKS_PER_SHARD, most, -(-n_tokens // (chunk_rows * SHARDS_OF_A_SMALL_STORE)))
-    shard_rows = shard_rows or chunk_rows * chunks
-    if shard_rows % chunk_rows:
-        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
-    return chunk_rows, shard_rows
+def row_bytes(plan: HarvestPlan) -> int:
+    """Bytes of a row of all hookpoints, before the codec."""
+    return sum(hook.d_in for hook in plan.hooks.values()) * DTYPES[plan.config.store_dtype][0].itemsize
 
 
 def lent_shape(plan: HarvestPlan, lender: StoreSpec) -> tuple[int, int] | None:
     """The chunk and shard rows of an existing store with the same tokens, which put the rows in the same order. Returns
     None when others were configured, or when its shards would be too large for these hookpoints."""
     config, lent = plan.config, (lender.chunk_rows, lender.shard_rows)
-    width = sum(hook.d_in for hook in plan.hooks.values()) * DTYPES[config.store_dtype][0].itemsize
     asked = (config.chunk_rows or lent[0], config.shard_rows or lent[1])
-    return lent if asked == lent and lent[1] * width <= 2 * SHARD_BYTES else None
+    return lent if asked == lent and lent[1] * row_bytes(plan) <= 2 * SHARD_BYTES else None
 
 
 def check_same(plan: HarvestPlan, spec: StoreSpec) -> None:

@@ -10,10 +10,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from harvest.begin import begin_store, make_folder, remove_empty_folder
+from harvest.begin import begin_store, find_lender, make_folder, record_of, remove_empty_folder
 from harvest.disk_space import check_space
 from harvest.fill import FillResult, fill, rows_of
-from harvest.plan import HarvestPlan, check_same, make_plan
+from harvest.plan import HarvestPlan, asked_spec, check_same, make_plan
+from harvest.reuse.borrow import borrow_shards, find_donors
+from harvest.reuse.key import environment_of
+from harvest.reuse.match import lent_rows
+from harvest.reuse.scan import read_environment
 from harvest.team import RankWork, Team
 from shared.config import HarvestConfig
 from shared.errors import Interrupted, LostError, UserError
@@ -26,7 +30,7 @@ from shared.stop import stop_requests
 from shared.store.create import clean_up, finish_store, reopen_store
 from shared.store.norms import sample
 from shared.store.opened import Store, is_store
-from shared.store.spec import DTYPES
+from shared.store.spec import DTYPES, StoreSpec
 
 AGAIN: Final = "run the same command again"
 
@@ -43,6 +47,8 @@ class HarvestSummary:
     tokens_per_second: float
     waiting_for_writer: float
     """Share of the time in which the model waited because the writer was behind."""
+    reused: int = 0
+    """Tokens whose activations were taken over from other stores."""
 
 
 def harvest(config: HarvestConfig) -> HarvestSummary:
@@ -68,31 +74,34 @@ def harvest(config: HarvestConfig) -> HarvestSummary:
 
 
 def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
-    """Runs rank 0: it begins and finishes the store, and captures its own share of the shards."""
+    """Runs rank 0: it begins and finishes the store, takes over what other stores hold, and captures its own share of
+    the shards that are left."""
     plan = make_plan(config, check_stop)
-    if not config.overwrite and is_store(plan.files):
-        store = Store.open(plan.files)
-        check_same(plan, store.spec)
-        if store.state == "final" and not store.missing:
-            team.announce(RankWork(store.location, ()))
-            team.await_others(check_stop)
-            say(f"{plan.name} is complete: {store.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
-            return summarise(store, 0.0, 0, 0.0)
-        check_space(plan, store.spec.n_tokens)
-    else:
-        check_space(plan, config.tokens)
+    if complete := complete_store(plan):
+        team.announce(RankWork(complete.location, ()))
+        team.await_others(check_stop)
+        say(f"{plan.name} is complete: {complete.n_rows:,} tokens. Nothing to do (--overwrite starts again).")
+        return summarise(complete, 0.0, 0, 0.0)
     device = team.device(config.device)
+    record = record_of(plan, device)
+    asked = spec_beforehand(plan)
+    donors = find_donors(plan.files, asked, plan.config, environment_of(record)) if asked else []
+    lent = lent_rows(asked, donors) if asked and donors else 0
+    check_space(plan, asked.n_tokens if asked else None, lent)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
-        model = load_model(plan, device, check_stop)
+        model = None if asked and lent == asked.n_tokens else load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
-            begin_store(plan, check_stop)
+            begin_store(plan, record, check_stop)
         clean_up(plan.files)
         store = Store.open(plan.files)
         check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
         reopen_store(store)
+        donors = find_donors(plan.files, store.spec, plan.config, read_environment(plan.files))
+        reused = borrow_shards(store, plan.config, donors, check_stop)
+        store = Store.open(plan.files)
         work = RankWork(store.location, tuple(store.missing))
         team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)
@@ -104,7 +113,26 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     seconds = time.monotonic() - filled.started
     store = Store.open(plan.files)
     say_massive(store)
-    return summarise(store, seconds, rows_of(store.spec, work.todo), filled.waited)
+    return summarise(store, seconds, rows_of(store.spec, work.todo), filled.waited, reused)
+
+
+def complete_store(plan: HarvestPlan) -> Store | None:
+    """The store, where it is there and complete. Raises UserError where another one is there."""
+    if plan.config.overwrite or not is_store(plan.files):
+        return None
+    store = Store.open(plan.files)
+    check_same(plan, store.spec)
+    return store if store.state == "final" and not store.missing else None
+
+
+def spec_beforehand(plan: HarvestPlan) -> StoreSpec | None:
+    """The spec of the store that will be written; None for a whole corpus whose size no store tells."""
+    if not plan.config.overwrite and is_store(plan.files):
+        return Store.open(plan.files).spec
+    tokens = plan.config.tokens
+    if tokens is None and (lender := find_lender(plan)):
+        tokens = lender.spec.n_tokens
+    return asked_spec(plan, tokens) if tokens else None
 
 
 def say_massive(store: Store) -> None:
@@ -141,7 +169,7 @@ def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
 
 
-def summarise(store: Store, seconds: float, rows: int, waited: float) -> HarvestSummary:
+def summarise(store: Store, seconds: float, rows: int, waited: float, reused: int = 0) -> HarvestSummary:
     itemsize = DTYPES[store.spec.dtype][0].itemsize
     hookpoints = {}
     for path, hook in store.spec.hookpoints.items():
@@ -152,6 +180,5 @@ def summarise(store: Store, seconds: float, rows: int, waited: float) -> Harvest
             "ratio": round(store.n_rows * hook.d_in * itemsize / max(1, stored), 3),
         }
     rate = rows / seconds if seconds else 0.0
-    return HarvestSummary(
-        store.name, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), round(waited / (seconds or 1), 4)
-    )
+    share = round(waited / (seconds or 1), 4)
+    return HarvestSummary(store.name, store.n_rows, hookpoints, round(seconds, 2), round(rate, 1), share, reused)

@@ -31,7 +31,7 @@ from harvest.disk_space import (
     usual_ratio,
 )
 from harvest.moments import MomentsPart, moments_on_host
-from harvest.plan import shape_of
+from harvest.reuse.shape import default_chunk_rows
 from harvest.writer import ShardRows, ShardWriter
 from shared.config import SynthConfig
 from shared.device import torch_dtype, usable_cores
@@ -62,6 +62,8 @@ from shared.synthetic import BLOCK, NAME, Synthetic, TrueFeatures
 
 HOOK: Final = f"layer_00/{NAME}"
 AGAIN: Final = "run the same command again"
+SHARDS: Final = 16
+MOST_CHUNKS: Final = 128
 ROWS_AT_A_TIME: Final = 1 << 20
 """Token ids written at a time."""
 
@@ -124,8 +126,7 @@ def spec_of(config: SynthConfig) -> StoreSpec:
     ids = hashlib.blake2b(digest_size=16)
     for block in token_blocks(config):
         ids.update(block.tobytes())
-    itemsize = DTYPES[config.store_dtype][0].itemsize
-    chunk_rows, shard_rows = shape_of([config.d_in * itemsize], config.tokens, config.chunk_rows, config.shard_rows)
+    chunk_rows, shard_rows = shape_of(config)
     return build(
         StoreSpec,
         {
@@ -154,6 +155,17 @@ def spec_of(config: SynthConfig) -> StoreSpec:
             "seed": config.seed,
         },
     )
+
+
+def shape_of(config: SynthConfig) -> tuple[int, int]:
+    """Rows per chunk and per shard: as configured, else chunks of 2 MiB and about 16 shards, of at most 128 chunks.
+    Raises UserError when the two do not fit together."""
+    chunk_rows = config.chunk_rows or default_chunk_rows(config.d_in * DTYPES[config.store_dtype][0].itemsize)
+    chunks = min(MOST_CHUNKS, -(-config.tokens // (chunk_rows * SHARDS)))
+    shard_rows = config.shard_rows or chunk_rows * chunks
+    if shard_rows % chunk_rows:
+        raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")
+    return chunk_rows, shard_rows
 
 
 def token_blocks(config: SynthConfig) -> Iterator[NDArray[np.uint16]]:

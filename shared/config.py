@@ -49,6 +49,14 @@ def memory_of(value: object) -> object:
     return value
 
 
+def quota_of(value: object) -> object:
+    """A number of bytes from its text."""
+    size = parse_bytes(value) if isinstance(value, str) else value
+    if isinstance(size, int) and size < 1:
+        raise ValueError("must be at least one byte")
+    return size
+
+
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -67,7 +75,7 @@ class HarvestConfig(WantedActivations):
         "Model": "model revision tokenizer eos special_ids split_special_tokens bos",
         "Activations": "layers hooks tokens context skip_positions allow_nonfinite",
         "Corpus": "corpus corpus_config corpus_split corpus_revision text_field on_bad_document shuffle_documents seed",
-        "Store": "out name codec store_dtype chunk_rows shard_rows overwrite",
+        "Store": "out name codec store_dtype chunk_rows shard_rows reuse overwrite",
         "Computation": "device dtype attention batch_tokens",
     }
 
@@ -86,7 +94,14 @@ class HarvestConfig(WantedActivations):
     chunk_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
     """Rows to decode at a time. Default: the power of two that makes at most 2 MiB."""
     shard_rows: Annotated[int, Field(ge=1, le=MOST_SHARD_ROWS)] | None = None
-    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks, fewer in a small store."""
+    """Rows to commit at a time, a multiple of chunk_rows. Default: 128 chunks; below 2^20 tokens, 16,384 rows.
+
+    Those 16,384 rows are at most 16 chunks. Stores of equal shape share whole shards (docs/explanation/cache.md)."""
+    reuse: Literal["any", "same", "none"] = "any"
+    """Which stores beside this one may give it the shards that they hold already. none: every shard is captured.
+
+    same: only stores that the same versions on the same kind of device wrote. Shards are linked, so they take no
+    space (docs/explanation/cache.md)."""
     out: Location = "stores"
     """The folder, or s3:// prefix, that holds stores."""
     name: Annotated[str, AfterValidator(store_name)] | None = None
@@ -263,6 +278,52 @@ class TrainConfig(Frozen):
         if self.batch % self.streams:
             raise ValueError(f"batch: {self.batch} is not a multiple of streams = {self.streams}")
         return self
+
+
+class ServeConfig(Frozen):
+    """The activation cache as a service: one folder of stores, a queue, and the worker that fills it."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Cache": "root quota max_tokens",
+        "Server": "host port token_file allow_host accel",
+        "Names": "allow_model allow_corpus",
+        "Work": "launch workers device dtype",
+    }
+
+    root: Folder = Path("stores")
+    """The folder that holds the stores. It is made where there is none."""
+    quota: Annotated[int | None, BeforeValidator(quota_of), Shown("SIZE", type="a size, such as 2TB")] = None
+    """Bytes that all stores together may take. Default: what the disk has, less 5 %.
+
+    The least recently used stores are deleted to stay below it, unless they are pinned or leased."""
+    max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1_000_000_000
+    """The most tokens that one request may ask for."""
+    host: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,255}$")] = "127.0.0.1"
+    """The address to listen on. One that other machines reach needs --token-file."""
+    port: Annotated[int, Field(ge=0, le=65_535)] = 8642
+    """The port to listen on. 0: any free one, which is printed."""
+    token_file: Folder | None = None
+    """A file with the tokens that open the server, which only you may read. Default: none, for this machine alone.
+
+    A line is read:TOKEN, ask:TOKEN or admin:TOKEN. One token alone is admin's."""
+    allow_host: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,255}$")], ...] = ()
+    """A further name under which the server is reached, such as cache.lab.example.
+
+    Requests whose Host header is another name are refused: a page of another site cannot read answers."""
+    accel: Literal["none", "nginx"] = "none"
+    """nginx: leave the bytes of stores to an nginx in front of the server (X-Accel-Redirect)."""
+    allow_model: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
+    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    """A corpus on this machine that requests may name. Hugging Face datasets are allowed anyway."""
+    launch: Literal["local", "none"] = "local"
+    """local: start a worker beside the server. none: workers come by themselves (sagsae work)."""
+    workers: Annotated[int, Field(ge=1, le=64)] = 1
+    """Workers to start beside the server."""
+    device: str = "auto"
+    """The device of these workers: auto, cpu, cuda, cuda:1, …, or map."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """What models compute in where a request says auto. auto: as --device prefers."""
 
 
 class RecodeConfig(Frozen):

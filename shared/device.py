@@ -50,6 +50,14 @@ def pick_device(name: str, spread: bool = False) -> str:
     return name
 
 
+def device_name(device: str) -> str:
+    """The kind of a device, as a store records it: the name of a GPU's model, else `cpu`, `mps` or `xpu`."""
+    import torch
+
+    found = pick_device("auto") if device == "map" else device
+    return torch.cuda.get_device_name(found) if found.startswith("cuda") else found.split(":")[0]
+
+
 def local_processes() -> int:
     """The number of processes of this run on this machine, as torchrun and accelerate set it."""
     return number(os.environ, "LOCAL_WORLD_SIZE", 1, at_least=1)

@@ -11,8 +11,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from harvest.plan import default_chunk_rows, make_plan
+from harvest.plan import make_plan
 from harvest.recode import recode
+from harvest.reuse.shape import default_chunk_rows
 from harvest.run import harvest
 from harvest.writer import ShardRows, ShardWriter
 from shared.bench.timing import Run

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from harvest.corpus.documents import Document, JoinedIds, refuse
 from harvest.corpus.pack import PackCounts, cut, pack, shuffled, skipping
 from harvest.plan import HarvestPlan, identity, token_identity
+from harvest.reuse.key import TOKEN_FIELDS
 from shared.errors import DamagedError, Interrupted, LostError
 from shared.files.base import WHOLE_BYTES
 from shared.files.local import LocalFiles, read_whole
@@ -30,8 +31,6 @@ from shared.store.create import TokenWriter, WrittenTokens
 from shared.store.spec import is_sealed
 
 Item = TypeVar("Item")
-TOKEN_FIELDS: Final = ("tokenizer", "context", "bos_id", "special_ids", "seed")
-"""The fields of a store's spec that decide its tokens, beside the corpus."""
 PROGRESS: Final = "progress.json"
 SECONDS_BETWEEN_SAVES: Final = 10.0
 SECONDS_BETWEEN_REPORTS: Final = 30.0

@@ -292,19 +292,28 @@ def harvests(now: Situation, left: Sequence[str]) -> list[NewStore]:
 
 def lent_shards(now: Situation, hook: str) -> int:
     """How many of the first shards other stores hold already."""
-    found = 0
-    for store in now.alike:
-        if not now.holds(store, hook):
-            continue
-        size = store.tokens if now.size is None else now.size
-        whole = min(store.rows, size) // now.shape.shard_rows
-        # the last, partial shard: the same rows, or a lossless shard with more rows to take them from
-        last = store.complete and store.tokens == size
-        last = last or (
-            not store.spec.quantised and store.rows >= min(size + now.shape.shard_rows, store.tokens) > size
-        )
-        found = max(found, -(-size // now.shape.shard_rows) if last else whole)
-    return found
+    about, rows = now.wanted.hookpoints[hook], now.shape.shard_rows
+    return max((shards_of(store, hook, about, now.size, rows) for store in now.alike), default=0)
+
+
+def shards_of(store: CatalogStore, hook: str, about: HookSpec, size: int | None, shard_rows: int) -> int:
+    """How many of the first shards of a store of `size` rows another store of the same key can give."""
+    if store.spec.hookpoints.get(hook) != about:
+        return 0
+    size = store.tokens if size is None else size
+    # the last, partial shard: the same rows, or a lossless shard with more rows to take them from
+    same = store.complete and store.tokens == size
+    more = store.tokens > size and store.rows >= min(size + shard_rows, store.tokens) and not store.spec.quantised
+    return -(-size // shard_rows) if same or more else min(store.rows, size) // shard_rows
+
+
+def lent_rows(spec: StoreSpec, donors: Sequence[CatalogStore]) -> int:
+    """Rows of a store that others of its key can give: an estimate, because it trusts their order of commits."""
+    least = min(
+        max((shards_of(donor, hook, about, spec.n_tokens, spec.shard_rows) for donor in donors), default=0)
+        for hook, about in spec.hookpoints.items()
+    )
+    return min(spec.n_tokens, least * spec.shard_rows)
 
 
 def in_groups(now: Situation, hooks: Sequence[str]) -> list[list[str]]:

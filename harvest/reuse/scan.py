@@ -19,18 +19,18 @@ AT_ONCE: Final = 8
 """Folders read in parallel."""
 
 
-def scan_stores(root: str | Path, *, sizes: bool = False) -> list[CatalogStore]:
+def scan_stores(root: str | Path, *, sizes: bool = False, tell: bool = True) -> list[CatalogStore]:
     """Every store in the folder `root`, in order of their names; a folder that holds no readable store is left out, and
-    a damaged one is named. With `sizes` the manifest of a finished store is read, too, which takes longer."""
+    a damaged one is named if `tell`. With `sizes` the manifest of a finished store is read, too, which takes longer."""
     files = open_files(root)
     if isinstance(files, LocalFiles) and not files.root.is_dir():
         return []
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = pool.map(lambda name: scan_store(files, name, sizes=sizes), files.folders())
+        found = pool.map(lambda name: scan_store(files, name, sizes=sizes, tell=tell), files.folders())
         return [store for store in found if store]
 
 
-def scan_store(root: Files, name: str, *, sizes: bool = False) -> CatalogStore | None:
+def scan_store(root: Files, name: str, *, sizes: bool = False, tell: bool = True) -> CatalogStore | None:
     """One store of the folder `root`; None where there is none that can be read."""
     files = root.at(name)
     try:
@@ -40,7 +40,8 @@ def scan_store(root: Files, name: str, *, sizes: bool = False) -> CatalogStore |
             return None
         return catalog_store(files, name, sizes)
     except (UserError, DamagedError, OSError) as error:
-        say(f"{files.name}: left out. {error}")
+        if tell:
+            say(f"{files.name}: left out. {error}")
         return None
 
 

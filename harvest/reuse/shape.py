@@ -1,5 +1,5 @@
-"""The fixed shape of shards: it follows from the model's width alone, so that stores of any number of tokens share whole
-shards."""
+"""The fixed shape of shards: it follows from the model's width alone, so that stores of any number of tokens share
+whole shards."""
 
 from typing import Final
 
@@ -10,9 +10,12 @@ SHARD_BYTES: Final = 2 << 30
 """Bytes of one shard of all hookpoints together, in memory. A harvest holds three."""
 FEW_TOKENS: Final = 1 << 20
 """A store of fewer tokens has the small shape."""
-LARGE: Final = (131_072, 128)
-SMALL: Final = (16_384, 16)
-"""Rows that a shard should have, and the most chunks that it may have."""
+CHUNKS_PER_SHARD: Final = 128
+"""Chunks of the large shape. With fewer, the rows that a training holds at a time come from fewer documents: with 32
+chunks (of 4,096 rows) twice as many pairs in a batch share a document (tests/train/test_shuffle.py)."""
+SMALL_ROWS: Final = 16_384
+SMALL_CHUNKS: Final = 16
+"""Rows and most chunks of the small shape."""
 
 
 def default_chunk_rows(row_bytes: int) -> int:
@@ -27,8 +30,8 @@ def fixed_shape(
     of all hookpoints. Shards are smaller only where all hookpoints together would be too large for memory. Raises
     UserError when a configured `shard_rows` is no multiple of the chunks."""
     chunk_rows = chunk_rows or default_chunk_rows(model_row)
-    rows, most = SMALL if n_tokens < FEW_TOKENS else LARGE
-    chunks = min(max(1, rows // chunk_rows), most, max(1, SHARD_BYTES // (chunk_rows * together)))
+    chunks = CHUNKS_PER_SHARD if n_tokens >= FEW_TOKENS else min(SMALL_CHUNKS, max(1, SMALL_ROWS // chunk_rows))
+    chunks = min(chunks, max(1, SHARD_BYTES // (chunk_rows * together)))
     shard_rows = shard_rows or chunk_rows * chunks
     if shard_rows % chunk_rows:
         raise UserError(f"shard_rows: {shard_rows} is not a multiple of chunk_rows = {chunk_rows}")

@@ -97,7 +97,7 @@ class Requests:
 
     def jobs_for(self, planned: Planned, found: Found, who: str) -> list[int]:
         """The jobs that make what is missing, one for each store. Called in a transaction."""
-        open_now = [self.attached(planned, found, new) for new in found.new]
+        open_now = [self.attached(planned, new) for new in found.new]
         lacking = [new for new, job in zip(found.new, open_now, strict=True) if job is None]
         self.check_queue(len(lacking), who)
         keep = {*found.places.values(), *found.donors}
@@ -105,21 +105,15 @@ class Requests:
         queued = iter([self.queue(planned, found, new, who) for new in lacking])
         return [next(queued) if job is None else job for job in open_now]
 
-    def attached(self, planned: Planned, found: Found, new: NewStore) -> int | None:
+    def attached(self, planned: Planned, new: NewStore) -> int | None:
         """The open job that makes this, or more than this where that will do: it is asked for once more."""
         open_jobs = self.database.all(f"SELECT * FROM job WHERE key = ? AND state IN {OPEN}", key_of(planned))
         for row in open_jobs:
             tokens, hooks = json.loads(row["extent"])
             same = row["extent"] == extent_of(planned, new)
-            wanted = planned.wanted.tokens
             covers = planned.wanted.accept == "covering" and new.action not in LIGHT
-            more = (
-                covers
-                and set(hooks) >= set(new.hookpoints)
-                and wanted is not None
-                and (tokens is None or tokens >= wanted)
-            )
-            if same or more:
+            larger = (planned.wanted.tokens or 0) < (tokens or 0) and planned.wanted.tokens is not None
+            if same or (covers and larger and set(hooks) >= set(new.hookpoints)):
                 priority = min(row["priority"], planned.priority)
                 self.jobs.set(row, asked=row["asked"] + 1, priority=priority)
                 return int(row["id"])

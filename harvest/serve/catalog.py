@@ -60,6 +60,8 @@ class Catalog:
     def __init__(self, database: Database) -> None:
         self.database, self.root, self.files = database, database.root, LocalFiles(database.root)
         self.touched: dict[str, float] = {}
+        self.unreadable: dict[str, str] = {}
+        """Marks of folders whose store cannot be read: they are named once."""
         self.changes = 0
         """Grows when a store comes, changes or goes."""
 
@@ -68,8 +70,13 @@ class Catalog:
         known = {row["id"]: row["mark"] for row in self.database.all("SELECT id, mark FROM store")}
         folders = {name: (mark, created) for name, mark, created in store_folders(self.root)}
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            read = pool.map(self.read, (name for name, (mark, _) in folders.items() if known.get(name) != mark))
+            new = [
+                name for name, (mark, _) in folders.items() if mark not in (known.get(name), self.unreadable.get(name))
+            ]
+            read = pool.map(self.read, new)
             found = [FoundStore(store, *folders[store.store]) for store in read if store]
+        for name in {*new} - {each.about.store for each in found}:
+            self.unreadable[name] = folders[name][0]
         with self.database.transaction():
             for each in found:
                 self.put(each)
@@ -236,7 +243,7 @@ def read_cursor(cursor: str, text: bool) -> tuple[Any, str]:
     """The place in a sorted list that a cursor names. Raises UserError."""
     with contextlib.suppress(ValueError, RecursionError):
         match json.loads(cursor[:1000]):
-            case [str() | int() | float() as last, str() as name] if isinstance(last, str) is text:
+            case [str() | int() | float() as last, str() as name] if isinstance(last, str) is text and last is not True:
                 return last, name
     raise UserError(f"cursor {quoted(cursor)}: expected the `next` of an earlier page of the same list, unchanged")
 

@@ -5,6 +5,7 @@ may lie on a network's disk. Everything in it but jobs and leases can be read fr
 """
 
 import contextlib
+import os
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -79,6 +80,8 @@ class Database:
 
     def connect(self) -> sqlite3.Connection:
         """Opens the file and brings its tables up to date. Raises UserError."""
+        if not os.access(self.path if self.path.exists() else self.root, os.W_OK):
+            raise self.read_only("it is read-only")
         connection = None
         try:
             connection = sqlite3.connect(self.path, timeout=1.0, isolation_level=None, check_same_thread=False)
@@ -191,6 +194,9 @@ class Database:
         with self.lock, contextlib.suppress(sqlite3.Error):
             self.connection.close()
 
+    def read_only(self, why: str) -> UserError:
+        return UserError(f"{self.path}: cannot be written to ({why}). Make the file and its folder writable")
+
     def explained(self, error: sqlite3.Error) -> UserError:
         code = getattr(error, "sqlite_errorname", "") or ""
         if code.startswith(("SQLITE_BUSY", "SQLITE_LOCKED", "SQLITE_PROTOCOL")):
@@ -201,7 +207,7 @@ class Database:
                 "delete the file, start again"
             )
         if code.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
-            return UserError(f"{self.path}: cannot be written to ({error}). Make the file and its folder writable")
+            return self.read_only(str(error))
         if code.startswith(("SQLITE_FULL", "SQLITE_IOERR")):
             return UserError(f"{self.path}: cannot be written to ({error}). Free space on this disk, then try again")
         raise error

@@ -15,7 +15,6 @@ import os
 import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -37,6 +36,8 @@ PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 """Where this program's packages are."""
 KINDS: Final[Mapping[str, type[Exception]]] = {"user": UserError, "busy": BusyError, "damaged": DamagedError}
 PR_SET_PDEATHSIG: Final = 1
+WORKERS_OWN: Final = ("out", "name", "device", "batch_tokens")
+"""Settings of a harvest that its worker decides."""
 
 
 def child_environment() -> dict[str, str]:
@@ -76,9 +77,9 @@ class Planner:
         """Makes a store of parts of others, without a model."""
         await self.ask("make", root=str(root), store=store, settings=dict(settings))
 
-    async def texts(self, folder: Path, contexts: int) -> list[dict[str, Any]]:
-        """The first contexts of a store as text."""
-        found: list[dict[str, Any]] = await self.ask("texts", folder=str(folder), contexts=contexts)
+    async def texts(self, folder: Path, contexts: int) -> dict[str, Any]:
+        """Contexts of a store as text: see stored_texts."""
+        found: dict[str, Any] = await self.ask("texts", folder=str(folder), contexts=contexts)
         return found
 
     async def ask(self, action: str, **arguments: Any) -> Any:
@@ -209,9 +210,9 @@ def failed(kind: str, error: Exception) -> dict[str, Any]:
 def plan(request: Mapping[str, Any], root: str, device: str) -> dict[str, Any]:
     from harvest.reuse.plan import plan_request
 
-    started = time.monotonic()
-    planned = plan_request(StoreRequest.model_validate(request), Path(root), device)
-    return {**planned.as_json(), "seconds": time.monotonic() - started}
+    planned = plan_request(StoreRequest.model_validate(request), root, device)
+    config = planned.config.model_dump(mode="json", exclude_none=True, exclude=set(WORKERS_OWN))
+    return {"wanted": planned.wanted.as_json(), "config": config, "bytes": planned.bytes}
 
 
 def make(root: str, store: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def make(root: str, store: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     return {"store": str(summary.store)}
 
 
-def texts(folder: str, contexts: int) -> list[dict[str, Any]]:
+def texts(folder: str, contexts: int) -> dict[str, Any]:
     from harvest.serve.texts import stored_texts
 
     return stored_texts(Path(folder), contexts)

@@ -1,25 +1,19 @@
 """What the state's functions take and return, beside the words of shared/request.py."""
 
 import time
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from shared.request import Job
 
 
-def new_boot() -> str:
-    return uuid.uuid4().hex
-
-
 @dataclass(frozen=True)
 class Clock:
-    """The two clocks of the server's process: deadlines are monotonic, and times that people read are not."""
+    """The two clocks of the server's process. Deadlines are monotonic; after a restart they begin again. Times that
+    people read are not."""
 
     now: Callable[[], float] = time.time
     monotonic: Callable[[], float] = time.monotonic
-    boot: str = field(default_factory=new_boot)
-    """An id of this process: a deadline of another process is worth nothing."""
 
 
 @dataclass(frozen=True)

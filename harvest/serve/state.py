@@ -63,9 +63,7 @@ class State:
         """Opens or makes the database of a folder, and scans the folder. Raises UserError when the folder is missing,
         and when the database is of a newer version, read-only, damaged, or another server's."""
         if not root.is_dir():
-            raise UserError(
-                f"--root {root}: there is no such folder. Make it, or give the folder that holds the stores"
-            )
+            raise UserError(f"--root {root}: no such folder. Make it, or give the folder of the stores")
         state = cls(root.resolve(), quota, clock or Clock(), limits or Limits())
         try:
             state.space.delete_leaving()

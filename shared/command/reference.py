@@ -1,7 +1,7 @@
 """docs/reference/settings.md and cli.md, made from the schemas and from `--help`: `make reference` writes them."""
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -32,9 +32,10 @@ command can succeed later, 130 stopped by a signal.
 """
 
 
-def write_reference(folder: Path, app: Any) -> list[str]:
-    """Writes both pages into a folder and returns their paths. `app` is the whole command line."""
-    pages = {"settings.md": settings_page(), "cli.md": cli_page(app)}
+def write_reference(folder: Path, app: Any, more: Mapping[str, str]) -> list[str]:
+    """Writes both pages, and `more` (texts by name), into a folder and returns their paths. `app` is the whole command
+    line."""
+    pages = {"settings.md": settings_page(), "cli.md": cli_page(app), **more}
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in pages.items():
         (folder / name).write_text(text, encoding="utf-8")

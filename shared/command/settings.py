@@ -25,6 +25,7 @@ from shared.config import (
     RecodeConfig,
     ReportConfig,
     ReproduceConfig,
+    ServeConfig,
     SynthConfig,
     TrainConfig,
 )
@@ -40,6 +41,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
+    "serve": ServeConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
     "bench train": TrainBenchOptions,

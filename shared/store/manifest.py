@@ -6,7 +6,7 @@ carries the length and crc32 of every file and ends in its own crc32c, so a torn
 complete, its lines are sorted into one index; then nothing in it shows how many writers there were.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
@@ -151,6 +151,13 @@ def read_manifest(files: Files, spec: StoreSpec, final: bool) -> Commits:
 def append_commit(files: Files, writer: int, commit: Commit) -> None:
     """Commits a shard: after this returns the shard exists, whatever happens next."""
     files.append(f"manifest/rank-{writer:05d}.jsonl", commit.line().encode(), commit.shard)
+
+
+def append_commits(files: Files, writer: int, commits: Sequence[Commit]) -> None:
+    """Commits several shards of a store on a disk with one write, in order: a crash in the middle commits the first
+    ones."""
+    lines = "".join(commit.line() for commit in commits)
+    files.append(f"manifest/rank-{writer:05d}.jsonl", lines.encode(), commits[0].shard)
 
 
 def cut_torn_lines(files: Files) -> None:

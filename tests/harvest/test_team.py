@@ -29,6 +29,7 @@ import harvest.encode
 import harvest.fill
 import harvest.moments
 import harvest.plan
+import harvest.reuse.shape
 import harvest.run
 from harvest.capture import Capture
 from harvest.ring import Ring
@@ -442,7 +443,8 @@ def test_a_store_beside_it_is_no_hindrance(
     elif what == "shape":
         changes["chunk_rows"] = 48
     else:
-        monkeypatch.setattr(harvest.plan, "SHARD_BYTES", 8192)
+        for module in (harvest.plan, harvest.reuse.shape):
+            monkeypatch.setattr(module, "SHARD_BYTES", 8192)
     store = Store.open(run_harvest(harvest_config(tmp_path, **changes)).store)
     said = capsys.readouterr().err
     assert ("cannot be read" if what == "damage" else "rows are in another order") in said

@@ -28,7 +28,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from harvest.plan import CHUNK_BYTES, CHUNKS_PER_SHARD, default_chunk_rows
+from harvest.reuse.shape import CHUNK_BYTES, CHUNKS_PER_SHARD, default_chunk_rows
 from shared.config import TrainConfig
 from shared.permute import SHARD_ROWS, permutation
 from train.data.order import ChunkRun, ReadOrder, make_order, rows_together, runs, share

@@ -10,9 +10,8 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-from anyio import to_thread
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 from starlette.responses import Response
@@ -32,8 +31,6 @@ BODY_SECONDS: Final = 30.0
 """Seconds in which a body must arrive."""
 CALLER: Final = "sagsae.caller"
 """Where an ASGI scope holds the Caller."""
-
-Result = TypeVar("Result")
 
 
 class Level(IntEnum):
@@ -94,13 +91,6 @@ class Service:
     stores: OpenStores
     announcer: Announcer
     counters: Counters = field(default_factory=Counters)
-
-    async def change(self, work: Callable[..., Result], *arguments: Any) -> Result:
-        """Runs a function that changes the state in a thread, then wakes what waits for a change."""
-        try:
-            return await to_thread.run_sync(lambda: work(*arguments))
-        finally:
-            self.announcer.announce()
 
 
 @dataclass(frozen=True)
@@ -213,7 +203,9 @@ def wrong_fields(error: BaseException) -> dict[str, str]:
     return dict(list(found.items())[:20])
 
 
-def answer(value: BaseModel | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+def answer(
+    value: BaseModel | Mapping[str, Any], status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
     """A JSON answer."""
     text = value.model_dump_json() if isinstance(value, BaseModel) else json.dumps(value, separators=(",", ":"))
     fixed = {"Cache-Control": "no-store", **(headers or {})}

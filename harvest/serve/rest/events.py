@@ -1,6 +1,6 @@
 """Live changes: how what waits is woken, and streams of server-sent events.
 
-The state changes in this process alone, so whatever changed it says so, and nothing polls. An event's id is the
+The state changes in this process alone and says so, so nothing polls. An event's id is the
 revision of the state: a browser that lost its connection sends the last one, and misses nothing.
 """
 
@@ -17,16 +17,24 @@ BETWEEN_S: Final = 0.2
 SILENCE_S: Final = 15.0
 """Seconds after which a comment shows that the connection lives."""
 MOST_STREAMS: Final = 64
-Events = tuple[int, list[tuple[str, Mapping[str, Any]]], bool]
+Event = tuple[str, Mapping[str, Any]]
+"""A name and data."""
+Events = tuple[int, list[Event], bool]
 """A revision, the events up to it (name, data), and whether they were the last."""
 
 
 class Announcer:
-    """Wakes the coroutines that wait for a change of the state. Used in the server's event loop alone."""
+    """Wakes the coroutines that wait for a change of the state. Used in the server's event loop, but for `heard`."""
 
     def __init__(self) -> None:
         self.event = asyncio.Event()
         self.closing = False
+        self.loop: asyncio.AbstractEventLoop | None = None
+
+    def heard(self, revision: int) -> None:  # noqa: ARG002 (what waits looks itself)
+        """The state's listener, called in any thread."""
+        if self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self.announce)
 
     def announce(self) -> None:
         event, self.event = self.event, asyncio.Event()

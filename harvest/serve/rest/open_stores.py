@@ -22,7 +22,7 @@ from shared.gate import BadData, safe_path
 from shared.refusals import UnknownError
 from shared.store.create import RECORD
 from shared.store.manifest import INDEX, METADATA, Sizes, read_metadata
-from shared.store.opened import STATE_FILE, GrowingStore, Store
+from shared.store.opened import STATE_FILE, GrowingStore, Store, state_document
 from shared.store.spec import shard_file
 
 KEPT: Final = 16
@@ -52,6 +52,11 @@ class ServedStore:
     mark: Any
     """The state of the files that the snapshot was read from."""
 
+    @property
+    def document(self) -> bytes:
+        """The store's zarr.json as it was at the snapshot."""
+        return state_document(self.store.spec, self.store.state)
+
     @cached_property
     def metadata(self) -> Sizes:
         """Lengths and checksums of the files that no commit covers."""
@@ -66,7 +71,10 @@ class ServedStore:
     def arrays(self) -> dict[str, bool]:
         """Every array in which a shard has a file, and whether it is a matrix."""
         spec = self.store.spec
-        return {**{path: bool(one.row_shape) for path, one in spec.layouts().items()}, **dict.fromkeys(spec.rows_of_shards(), True)}
+        return {
+            **{path: bool(one.row_shape) for path, one in spec.layouts().items()},
+            **dict.fromkeys(spec.rows_of_shards(), True),
+        }
 
     def find(self, path: str) -> StoreFile | None:
         """The file at a path; None where the spec and the manifest name none."""
@@ -123,7 +131,13 @@ class OpenStores:
 def mark_of(files: LocalFiles) -> Any:
     """Changes whenever the spec, the state or the manifest does."""
     about = (files.root / STATE_FILE).stat()
-    return about.st_ino, about.st_mtime_ns, about.st_size, files.marks("manifest", "rank-"), files.marks("manifest", "index")
+    return (
+        about.st_ino,
+        about.st_mtime_ns,
+        about.st_size,
+        files.marks("manifest", "rank-"),
+        files.marks("manifest", "index"),
+    )
 
 
 @contextmanager

@@ -92,7 +92,9 @@ def token_of(line: str, alone: bool, file: Path) -> tuple[str, Level]:
     if not (colon and name in levels):
         name, token = ("admin", line) if alone else ("", "")
     if not name:
-        raise UserError(f"--token-file {file}: of several tokens, each needs its level: read:, ask: or admin: before it")
+        raise UserError(
+            f"--token-file {file}: of several tokens, each needs its level: read:, ask: or admin: before it"
+        )
     if not TOKEN.fullmatch(token):
         raise UserError(
             f"--token-file {file}: a token must have {SHORTEST} to 512 printable characters without spaces. {MAKE_ONE}"
@@ -142,15 +144,15 @@ class Guard:
         await self.app(scope, receive, send_with_headers)
 
     def admit(self, scope: Scope, headers: Headers) -> Caller:
-        """The caller of a request. Raises HttpError: 400 or 421 for a wrong Host, 403 for another site's page, 413 for a
-        body that is too long, 401 for a wrong token."""
+        """The caller of a request. Raises HttpError: 400 or 421 for a wrong Host, 403 for another site's page, 413
+        for a body that is too long, 401 for a wrong token."""
         self.check_host(headers.getlist("host"))
         check_origin(scope["method"], headers)
         length = headers.get("content-length", "0")
         if len(length) > 18 or int(length) > BODY_BYTES:
             raise too_large(BODY_BYTES)
         client = scope.get("client")
-        here = bool(client) and is_loopback(client[0]) and not was_forwarded(headers)
+        here = client is not None and is_loopback(client[0]) and not was_forwarded(headers)
         if self.tokens is None:
             return Caller("local", Level.ADMIN, here)
         given = given_token(headers)
@@ -182,7 +184,9 @@ def check_origin(method: str, headers: Headers) -> None:
     origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
     own = origin is None or origin.partition("://")[2] == headers.get("host")
     if not own or site not in ("none", "same-origin"):
-        raise HttpError(403, "origin", "a page of another site must not change anything here. Use the server's own page")
+        raise HttpError(
+            403, "origin", "a page of another site must not change anything here. Use the server's own page"
+        )
 
 
 def was_forwarded(headers: Headers) -> bool:
