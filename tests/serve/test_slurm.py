@@ -2,7 +2,7 @@
 
 import json
 import re
-import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -13,7 +13,10 @@ from support.processes import wait_for
 from support.slurm import SlurmCluster, slurm
 
 from harvest.serve.slurm.commands import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
+from harvest.serve.slurm.workers import kept_token, url_for_nodes
+from shared.config import ServeConfig
 from shared.errors import BusyError, UserError
+from shared.schema import build
 from shared.store.opened import Store
 
 __all__ = ["slurm"]
@@ -99,26 +102,49 @@ def test_options_reach_slurm(here: SlurmCluster, tmp_path: Path) -> None:
     cancel([job])
 
 
-@pytest.mark.parametrize(
-    "option", ["-p main", "partition=main", "--output=x", "--wra=id", "--array=1-9", "--", "--a b"]
-)
-def test_a_wrong_option_is_named(option: str) -> None:
-    if not shutil.which("sbatch"):
-        pytest.skip("needs sbatch")
-    with pytest.raises(UserError, match=r"slurm_options: .*(expected one word|set by the service itself)"):
+@pytest.mark.parametrize("option", ["output=x", "--output=x", "wra=id", "array=1-9", "e=x"])
+def test_an_option_that_the_service_sets_is_refused(here: SlurmCluster, option: str) -> None:
+    assert here.daemons
+    with pytest.raises(UserError, match=r"--slurm .*sets this option of sbatch itself"):
         check_slurm([option])
 
 
-def test_good_options_pass() -> None:
-    if not shutil.which("sbatch"):
-        pytest.skip("needs sbatch")
-    check_slurm(["--partition=gpu", "--account=lab", "--gres=gpu:8", "--time=08:00:00", "--nodes=2", "--exclusive"])
+@pytest.mark.parametrize("option", ["-p main", "partition main", "--", "--Partition=x", "", "a=\n", "=x"])
+def test_what_is_no_option_is_refused(option: str) -> None:
+    with pytest.raises(UserError, match=r"slurm_options"):
+        build(ServeConfig, {"slurm_options": [option]})
+
+
+def test_good_options_pass(here: SlurmCluster) -> None:
+    assert here.daemons
+    options = ["partition=gpu", "--account=lab", "gres=gpu:8", "time=08:00:00", "nodes=2", "exclusive"]
+    check_slurm(build(ServeConfig, {"slurm_options": options}).slurm_options)
 
 
 def test_without_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"--launch slurm: sbatch, squeue, scancel is not on the PATH"):
+    with pytest.raises(UserError, match=r"--launch slurm: sbatch is not on the PATH"):
         check_slurm([])
+
+
+def test_nodes_must_reach_the_server() -> None:
+    with pytest.raises(UserError, match=r"do not reach 127\.0\.0\.1.*--host 0\.0\.0\.0"):
+        url_for_nodes(ServeConfig(launch="slurm"), 1)
+    assert url_for_nodes(ServeConfig(host="10.0.0.1"), 8) == "http://10.0.0.1:8"
+    assert url_for_nodes(ServeConfig(host="::2"), 8) == "http://[::2]:8"
+    assert url_for_nodes(ServeConfig(host="0.0.0.0"), 8) == f"http://{socket.gethostname()}:8"
+    assert url_for_nodes(ServeConfig(url="https://cache.lab.example"), 8) == "https://cache.lab.example"
+
+
+def test_the_token_of_slurms_workers_stays(tmp_path: Path) -> None:
+    token = kept_token(tmp_path)
+    path = tmp_path / ".jobs/slurm.token"
+    assert path.stat().st_mode & 0o077 == 0
+    path.chmod(0o644)
+    assert kept_token(tmp_path) == token == path.read_text()
+    assert path.stat().st_mode & 0o077 == 0
+    path.write_text("")
+    assert len(kept_token(tmp_path)) > 30
 
 
 def test_what_slurm_refuses(here: SlurmCluster, tmp_path: Path) -> None:

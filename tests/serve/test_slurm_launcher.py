@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.command import ROOT
 from support.processes import wait_for
 from support.slurm import SlurmCluster, slurm
 
@@ -14,7 +13,7 @@ import harvest.serve.slurm.commands
 from harvest.reuse.match import Shape, Wanted
 from harvest.serve.slurm import launcher as module
 from harvest.serve.slurm.commands import SlurmJob, list_jobs
-from harvest.serve.slurm.launcher import SlurmLauncher, prefix_of, submissions_in, worker_command
+from harvest.serve.slurm.launcher import SlurmLauncher, prefix_of, submissions_in
 from harvest.serve.state import State
 from shared.request import WorkerInfo
 from shared.store.spec import HookSpec
@@ -52,7 +51,7 @@ def launcher(
         monkeypatch.setenv(name, value)
 
     def make(command: list[str], *options: str, most: int = 100) -> SlurmLauncher:
-        return SlurmLauncher(state, lambda job: [*command, str(job)], options, most, look_s=0.2, backoff_s=0.1)
+        return SlurmLauncher(state, lambda job: [*command, str(job)], options, most, {}, 0.2, 0.1)
 
     yield make
     harvest.serve.slurm.commands.cancel([job.id for job in list_jobs() if job.live])
@@ -192,10 +191,3 @@ def test_names() -> None:
     ]  # fmt: skip
     (found,) = submissions_in(listed, prefix).values()
     assert (found.slurm.id, found.job, found.attempt) == (1, 12, 3)
-
-
-def test_the_command_holds_no_token() -> None:
-    command = worker_command("http://10.0.0.1:8642", 7, ["--device=cuda"])
-    assert command[1:] == [
-        str(ROOT / "cli.py"), "work", "--service=http://10.0.0.1:8642", "--job=7", "--device=cuda",
-    ]  # fmt: skip

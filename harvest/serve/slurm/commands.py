@@ -33,6 +33,7 @@ OWN: Final = frozenset(
     "requeue signal test-only usage version wait wrap".split()
 )
 """Options of sbatch that the service sets itself, or that would keep it from following its jobs."""
+NONE: Final[Mapping[str, str]] = {}
 SECRETS: Final = ("SAGSAE_TOKEN",)
 """Variables that no job gets: Slurm keeps a job's environment in files. A worker reads the token from its file."""
 
@@ -66,25 +67,33 @@ def check_slurm(options: Sequence[str]) -> None:
     """Raises UserError when Slurm's commands are missing, or an option of sbatch is none that can be used."""
     missing = [name for name in ("sbatch", "squeue", "scancel") if shutil.which(name) is None]
     if missing:
-        raise UserError(f"--launch slurm: {', '.join(missing)} is not on the PATH. Start the service on a login node")
+        raise UserError(
+            f"--launch slurm: {missing[0]} is not on the PATH. Start the service where you can submit jobs to Slurm"
+        )
     for option in options:
-        name = re.fullmatch(r"--([a-z][a-z0-9-]*)(?:=.+)?", option)
-        if name is None:
-            raise UserError(f"slurm_options: {option!r}: expected one word such as --partition=gpu")
-        if any(own.startswith(name[1]) for own in OWN):  # getopt takes the beginning of a name, too
-            raise UserError(f"slurm_options: --{name[1]} is set by the service itself. Leave it out")
+        name = option.removeprefix("--").partition("=")[0]
+        if any(own.startswith(name) for own in OWN):  # sbatch takes the beginning of a name, too
+            raise UserError(f"--slurm {option[:100]}: the service sets this option of sbatch itself. Leave it out")
 
 
-def submit(command: Sequence[str], name: str, log: Path, folder: Path, options: Sequence[str] = ()) -> int:
-    """Submits a command and returns Slurm's id of the job.
+def submit(
+    command: Sequence[str],
+    name: str,
+    log: Path,
+    folder: Path,
+    options: Sequence[str] = (),
+    variables: Mapping[str, str] = NONE,
+) -> int:
+    """Submits a command and returns Slurm's id of the job. `variables` are added to its environment.
 
     Slurm starts it again after a preemption and when its node fails, sends it SIGTERM 2 minutes before its time is
     over, and appends its output to `log`. The log and the folder that it begins in have to be on a disk that the
     nodes share. Raises BusyError when Slurm cannot be reached, UserError when it refuses the job."""
     pattern = str(log).replace("%", "%%")  # Slurm replaces %j and its like
     own = {"job-name": name, "chdir": str(folder), "output": pattern, "open-mode": "append", "signal": "B:TERM@120"}
-    words = [*options, *(f"--{key}={value}" for key, value in own.items()), "--requeue", "--parsable"]
-    said = run(["sbatch", *words, "/dev/stdin", *command], SCRIPT)
+    words = [*(f"--{option.removeprefix('--')}" for option in options), "--requeue", "--parsable"]
+    words += [f"--{key}={value}" for key, value in own.items()]
+    said = run(["sbatch", *words, "/dev/stdin", *command], SCRIPT, variables)
     number = re.match(r"\d+", said.strip())
     if number is None:
         raise UserError(f"sbatch answered {said.strip()[:200]!r}: expected the number of a job")
@@ -105,12 +114,12 @@ def cancel(ids: Collection[int]) -> None:
         run(["scancel", "--quiet", *map(str, sorted(ids))])
 
 
-def run(command: Sequence[str], text: str = "") -> str:
+def run(command: Sequence[str], text: str = "", variables: Mapping[str, str] = NONE) -> str:
     """The output of one of Slurm's commands. Raises BusyError where it can succeed later, else UserError."""
     try:
         done = subprocess.run(
-            command, input=text, env=environment(os.environ), capture_output=True, text=True, errors="replace",
-            timeout=PATIENCE,
+            command, input=text, env={**environment(os.environ), **variables}, capture_output=True, text=True,
+            errors="replace", timeout=PATIENCE,
         )  # fmt: skip
     except subprocess.TimeoutExpired as error:
         raise BusyError(f"{command[0]} did not answer in {PATIENCE:.0f} s. Is Slurm's controller running?") from error

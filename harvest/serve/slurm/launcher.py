@@ -7,11 +7,10 @@ attempts. A service that starts again finds its Slurm jobs by their names and su
 
 import hashlib
 import re
-import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
@@ -24,7 +23,6 @@ from shared.progress import say
 from shared.refusals import UnknownError
 from shared.request import Job
 
-CLI: Final = Path(__file__).resolve().parents[3] / "cli.py"
 TRIES: Final = 5
 """Slurm jobs in a row that end before their worker took the job; then the job fails."""
 BACKOFF_S: Final = 10.0
@@ -73,11 +71,6 @@ def submissions_in(listed: Iterable[SlurmJob], prefix: str) -> dict[int, Submiss
     return {job.id: Submission(job, int(match[1]), int(match[2])) for job, match in named if match}
 
 
-def worker_command(url: str, job: int, more: Sequence[str] = ()) -> list[str]:
-    """What a Slurm job runs. It holds no token: SAGSAE_TOKEN_FILE says where that is."""
-    return [sys.executable, str(CLI), "work", f"--service={url}", f"--job={job}", *more]
-
-
 class SlurmLauncher:
     """Keeps Slurm's queue in step with the service's. Used by one thread."""
 
@@ -87,12 +80,14 @@ class SlurmLauncher:
         command: Callable[[int], Sequence[str]],
         options: Sequence[str] = (),
         most: int = 100,
+        variables: Mapping[str, str] = commands.NONE,
         look_s: float = LOOK_S,
         backoff_s: float = BACKOFF_S,
     ) -> None:
-        """`command` returns the words that a Slurm job runs for a job, `options` are further ones of sbatch, and `most`
-        is the largest number of Slurm jobs at a time."""
+        """`command` returns the words that a Slurm job runs for a job, `options` are further ones of sbatch, `most` is
+        the largest number of Slurm jobs at a time, and `variables` are added to their environment."""
         self.state, self.command, self.options, self.most = state, command, options, most
+        self.variables = variables
         self.look_s, self.backoff_s = look_s, backoff_s
         self.prefix = prefix_of(state.root)
         self.submitted: dict[int, Submission] = {}
@@ -172,7 +167,7 @@ class SlurmLauncher:
         log.parent.mkdir(exist_ok=True)
         name = f"{self.prefix}{job.id}-{job.attempt}"
         try:
-            number = commands.submit(self.command(job.id), name, log, self.state.root, self.options)
+            number = commands.submit(self.command(job.id), name, log, self.state.root, self.options, self.variables)
         except BusyError:
             raise
         except UserError as error:
