@@ -13,6 +13,7 @@ from support.processes import wait_for
 from support.slurm import SlurmCluster, slurm
 
 from harvest.serve.slurm.commands import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
+from harvest.serve.slurm.nodes import on_all_nodes
 from harvest.serve.slurm.workers import kept_token, url_for_nodes
 from shared.config import ServeConfig
 from shared.errors import BusyError, UserError
@@ -24,6 +25,15 @@ HARVEST = [
     "harvest", "--model", "tiny", "--device", "cpu", "--tokens", "40000", "--hook", "mlp_out", "--context", "64",
     "--set", "shard_rows=1024", "--set", "chunk_rows=256", "--set", "batch_tokens=512", "--name", "s",
 ]  # fmt: skip
+
+
+WORKER = """
+import signal, subprocess, sys
+child = subprocess.Popen(sys.argv[1:])
+signal.signal(signal.SIGTERM, lambda *_: child.terminate())
+print('code', child.wait())
+"""
+"""Stands for `sagsae work`: starts its command, passes SIGTERM on, and says how it ended."""
 
 
 @pytest.fixture(scope="module")
@@ -171,18 +181,19 @@ def test_a_job_in_words() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_harvest_whose_node_fails_ends_on_the_other(
     here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """Slurm itself starts the same command again, and the harvest resumes."""
     command = [sys.executable, str(ROOT / "cli.py"), *HARVEST, "--out", str(tmp_path)]
     job = submit(command, "sagsae-1", tmp_path / "log", tmp_path)
-    wait_for(lambda: commits(tmp_path / "s") >= 3, 120, (tmp_path / "log").read_text)
+    wait_for(lambda: commits(tmp_path / "s") >= 3, 300, (tmp_path / "log").read_text)
     node = here.job_node(job)
     here.node_fails(node)
     before = commits(tmp_path / "s")
     try:
-        wait_for(lambda: state_of(job) == "COMPLETED", 200, lambda: (state_of(job), (tmp_path / "log").read_text()))
+        wait_for(lambda: state_of(job) == "COMPLETED", 500, lambda: (state_of(job), (tmp_path / "log").read_text()))
     finally:
         here.start_node(node)
         here.wait("idle")
@@ -191,6 +202,7 @@ def test_a_harvest_whose_node_fails_ends_on_the_other(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_two_nodes_as_the_page_says(here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path) -> None:
     """The script of docs/how-to/slurm.md, with this harvest in place of its own and one CPU process a node."""
     page = (ROOT / "docs/how-to/slurm.md").read_text(encoding="utf-8")
@@ -207,6 +219,26 @@ def test_two_nodes_as_the_page_says(here: SlurmCluster, whole: dict[str, bytes],
     path = tmp_path / "script.sh"
     path.write_text(script)
     job = int(here.run("sbatch", "--parsable", f"--output={tmp_path}/log", str(path)))
-    wait_for(lambda: not is_live(job), 250, lambda: (tmp_path / "log").read_text())
+    wait_for(lambda: not is_live(job), 500, lambda: (tmp_path / "log").read_text())
     assert state_of(job) == "COMPLETED", (tmp_path / "log").read_text()
     assert contents(tmp_path / "s") == whole
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_worker_of_two_nodes_is_stopped_and_resumes(
+    here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """SIGTERM reaches every process, which commits its shard; then the same command ends the harvest."""
+    command = on_all_nodes(1, str(ROOT / "cli.py"), [*HARVEST, "--out", str(tmp_path)])
+    codes = [sys.executable, "-c", WORKER]
+    log = tmp_path / "log"
+    first = submit([*codes, *command], "sagsae-1", log, tmp_path, ["nodes=2"])
+    wait_for(lambda: commits(tmp_path / "s") >= 2, 300, log.read_text)
+    here.run("scancel", "--batch", "--signal=TERM", str(first))
+    wait_for(lambda: not is_live(first), 300, log.read_text)
+    assert 2 <= commits(tmp_path / "s") < 40
+    again = submit([*codes, *command], "sagsae-1", log, tmp_path, ["nodes=2"])
+    wait_for(lambda: not is_live(again), 500, log.read_text)
+    assert contents(tmp_path / "s") == whole, log.read_text()
+    assert re.findall(r"^code (\d+)$", log.read_text(), re.MULTILINE) == ["130", "0"]
