@@ -28,6 +28,7 @@ from shared.command.parameters import (
     Names,
     OutFolder,
     Pages,
+    PlanOnly,
     Processes,
     Repair,
     Rounds,
@@ -147,6 +148,22 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 
     page = write_report(list(config.runs), config.out, config.overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
+
+
+@command(app, group=CACHE, settings=OptionsFrom("request", config=True))
+def request(context: typer.Context, plan: PlanOnly = False, as_json: Json = False) -> None:
+    """Answer a request for activations from a folder of stores.
+
+    What stores there hold already is used; only the rest is harvested. It prints the store's folder.
+
+    $ sagsae request --model tiny --layer 1 --hook mlp_out --tokens 200000
+    $ sagsae request --model tiny --layer 1 --hook mlp_out --tokens 400000 --plan
+    """
+    config = resolve(context)
+    from harvest.reuse.answer import answer_request, plan_answer
+
+    found = plan_answer(config) if plan else answer_request(config)
+    show(found.model_dump(mode="json"), as_json, lambda: typer.echo(tables.request_text(found)))
 
 
 @command(app, group=CACHE, settings=OptionsFrom("serve", config=True))

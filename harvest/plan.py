@@ -247,7 +247,8 @@ def lent_shape(plan: HarvestPlan, lender: StoreSpec) -> tuple[int, int] | None:
     """The chunk and shard rows of an existing store with the same tokens, which put the rows in the same order. Returns
     None when others were configured, or when its shards would be too large for these hookpoints."""
     config, lent = plan.config, (lender.chunk_rows, lender.shard_rows)
-    asked = (config.chunk_rows or lent[0], config.shard_rows or lent[1])
+    own = shape(plan, lender.n_tokens) if config.chunk_rows or config.shard_rows else lent
+    asked = (config.chunk_rows or own[0], config.shard_rows or own[1])
     return lent if asked == lent and lent[1] * row_bytes(plan) <= 2 * SHARD_BYTES else None
 
 

@@ -17,12 +17,15 @@ from harvest.plan import HarvestPlan, asked_spec, check_same, make_plan
 from harvest.reuse.borrow import borrow_shards, find_donors
 from harvest.reuse.key import environment_of
 from harvest.reuse.match import lent_rows
+from harvest.reuse.rates import remember_rate
 from harvest.reuse.scan import read_environment
 from harvest.team import RankWork, Team
 from shared.config import HarvestConfig
+from shared.device import device_name
 from shared.errors import Interrupted, LostError, UserError
 from shared.files.local import LocalFiles
 from shared.files.locks import check_alone
+from shared.files.open import open_files
 from shared.model.language_model import load_weights
 from shared.model.source import resolve_model, same_model
 from shared.progress import say
@@ -113,7 +116,10 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     seconds = time.monotonic() - filled.started
     store = Store.open(plan.files)
     say_massive(store)
-    return summarise(store, seconds, rows_of(store.spec, work.todo), filled.waited, reused)
+    rows = rows_of(store.spec, work.todo)
+    if rows and seconds:
+        remember_rate(open_files(config.out), store.spec, device_name(device), rows, rows / seconds / team.size)
+    return summarise(store, seconds, rows, filled.waited, reused)
 
 
 def complete_store(plan: HarvestPlan) -> Store | None:

@@ -17,7 +17,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.memory import parse_bytes
-from shared.request import Layer, WantedActivations
+from shared.request import Layer, StoreRequest, WantedActivations
 from shared.saes import AnySAE, sae_config
 from shared.schema import Frozen, Shown
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
@@ -120,6 +120,23 @@ class HarvestConfig(WantedActivations):
         if self.allow_nonfinite and self.codec == "int8":
             raise ValueError("allow_nonfinite: int8 has no NaN and no infinity. Choose another codec")
         return self
+
+
+class RequestConfig(StoreRequest):
+    """One request to the activation cache, answered from a folder of stores."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        **{name: fields for name, fields in StoreRequest.groups.items() if name != "Answer"},
+        "Answer": "root accept environment priority pin refresh",
+        "Computation": "device batch_tokens",
+    }
+
+    root: Location = "stores"
+    """The folder that holds the stores."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …, or map: where what is missing is computed."""
+    batch_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens in one forward pass. Default: 2048 on a CPU; on a GPU what fits, at most 65536."""
 
 
 class SynthConfig(Synthetic):

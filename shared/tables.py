@@ -15,6 +15,16 @@ def harvest_text(summary: Any) -> str:
     return "\n".join(lines)
 
 
+def request_text(found: Any) -> str:
+    """A plan in words, or the folders of an answer: one line for each, with its hookpoints where there are several."""
+    if hasattr(found, "text"):
+        return str(found.text)
+    hooks: dict[str, list[str]] = {}
+    for hook, place in found.hookpoints.items():
+        hooks.setdefault(place.file or place.url or place.store, []).append(hook)
+    return "\n".join(hooks) if len(hooks) == 1 else "\n".join(f"{at}  {' '.join(of)}" for at, of in hooks.items())
+
+
 def recode_text(done: Any, source: str) -> str:
     ratio = done.bytes_after / max(1, done.bytes_before)
     return f"{done.store}: {done.tokens:,} tokens, {done.codec}, {ratio:.3f} times the size of {source}"

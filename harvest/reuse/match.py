@@ -1,11 +1,12 @@
 """Which stores answer a request, and what making the rest takes. Pure: it reads no file and imports no torch."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from harvest.reuse.key import store_folder, token_key
 from harvest.reuse.shape import FEW_TOKENS, SHARD_BYTES
+from shared.config import HarvestConfig
 from shared.request import Accept, Action
 from shared.store.shard import CODECS, CodecName
 from shared.store.spec import DTYPES, HookSpec, StoreSpec
@@ -100,7 +101,10 @@ class NewStore:
 
     store: str
     """The name of its folder."""
-    hookpoints: tuple[str, ...]
+    hookpoints: Mapping[str, HookSpec]
+    chunk_rows: int
+    shard_rows: int | None
+    """None for a whole corpus that was never read."""
     shards_to_harvest: int | None
     """Shards that the model must be run for; None for a whole corpus that was never read."""
     shards: int | None
@@ -194,17 +198,30 @@ class Situation:
     def holds(self, store: CatalogStore, hook: str) -> bool:
         return store.spec.hookpoints.get(hook) == self.wanted.hookpoints[hook]
 
-    def row_bytes(self, hook: str) -> float:
-        """Bytes of a row on disk, by the codec's usual ratio."""
-        itemsize = DTYPES[self.wanted.dtype][0].itemsize
-        raw = self.wanted.hookpoints[hook].d_in * itemsize
-        return raw / CODECS[self.wanted.codec].expected_ratio(self.wanted.dtype, itemsize) + NORM_BYTES
+    def bytes_of(self, hooks: Mapping[str, HookSpec], rows: int | None) -> int | None:
+        return None if rows is None else disk_bytes(hooks, rows, self.wanted.dtype, self.wanted.codec)
 
-    def bytes_of(self, hooks: Iterable[str], rows: int | None) -> int | None:
-        return None if rows is None else int(rows * (ROW_BYTES + sum(map(self.row_bytes, hooks))))
+    def new_store(
+        self, hooks: Mapping[str, HookSpec], action: Action, shards: int | None, size: int | None
+    ) -> NewStore:
+        """A store for these hookpoints, of which the model makes `shards` and whose new files have `size` bytes."""
+        rows = None if self.size is None else self.shape.shard_rows
+        name = store_folder(self.wanted.label, list(hooks), self.wanted.tokens, self.wanted.keys[-1])
+        return NewStore(name, hooks, self.shape.chunk_rows, rows, shards, self.shards, size, action)
 
-    def name(self, hooks: Sequence[str]) -> str:
-        return store_folder(self.wanted.label, hooks, self.wanted.tokens, self.wanted.keys[0])
+
+def disk_bytes(hooks: Mapping[str, HookSpec], rows: int, dtype: str, codec: CodecName) -> int:
+    """Bytes of rows of these hookpoints on disk, by the codec's usual ratio."""
+    itemsize = DTYPES[dtype][0].itemsize
+    ratio = CODECS[codec].expected_ratio(dtype, itemsize)
+    return int(rows * (ROW_BYTES + sum(hook.d_in * itemsize / ratio + NORM_BYTES for hook in hooks.values())))
+
+
+def harvest_of(config: HarvestConfig, new: NewStore) -> HarvestConfig:
+    """The harvest that makes a store, out of the one of all that is wanted."""
+    names = tuple(hook.name for hook in new.hookpoints.values())
+    shape = {"chunk_rows": new.chunk_rows, "shard_rows": new.shard_rows}
+    return config.model_copy(update={"name": new.store, "layers": ("mid",), "hooks": names, **shape})
 
 
 def extent(wanted: Wanted, there: Sequence[CatalogStore]) -> tuple[int | None, Shape]:
@@ -213,9 +230,7 @@ def extent(wanted: Wanted, there: Sequence[CatalogStore]) -> tuple[int | None, S
     if size is None:
         known = [s.tokens for s in there if s.whole and token_key(s.spec) == wanted.token_key]
         size = known[0] if known else None
-    if size is None or len(wanted.shapes) == 1:
-        return size, wanted.shapes[0]
-    return size, wanted.shapes[size >= FEW_TOKENS]
+    return size, wanted.shapes[0 if size is not None and size < FEW_TOKENS else -1]
 
 
 def holder(wanted: Wanted, hook: str, alike: Sequence[CatalogStore]) -> CatalogStore | None:
@@ -239,12 +254,12 @@ def unfinished(now: Situation, left: Sequence[str]) -> list[NewStore]:
             continue
         if not any(now.holds(store, hook) for hook in left if hook not in done):
             continue
-        hooks = tuple(store.spec.hookpoints)
-        missing = max(0, store.spec.n_shards - store.rows // store.spec.shard_rows)
-        rows = store.tokens - store.rows
-        size = int(rows * (ROW_BYTES + sum(now.row_bytes(hook) for hook in hooks if hook in now.wanted.hookpoints)))
+        spec = store.spec
+        missing = max(0, spec.n_shards - store.rows // spec.shard_rows)
+        size = now.bytes_of(spec.hookpoints, store.tokens - store.rows)
         action: Action = "extend" if store.rows else "harvest"
-        found.append(NewStore(store.store, hooks, missing, store.spec.n_shards, size, action))
+        shape = (spec.chunk_rows, spec.shard_rows)
+        found.append(NewStore(store.store, spec.hookpoints, *shape, missing, spec.n_shards, size, action))
     return found
 
 
@@ -256,10 +271,7 @@ def views(now: Situation, left: Sequence[str]) -> list[NewStore]:
     rest = now.size % now.shape.shard_rows
     linked = any(s.complete and s.tokens == now.size for hook in hooks for s in now.alike if now.holds(s, hook))
     rows = 0 if linked else rest
-    return [
-        NewStore(now.name(group), tuple(group), 0, now.shards, now.bytes_of(group, rows), "view")
-        for group in in_groups(now, hooks)
-    ]
+    return [now.new_store(group, "view", 0, now.bytes_of(group, rows)) for group in in_groups(now, hooks)]
 
 
 def recodes(now: Situation, left: Sequence[str]) -> list[NewStore]:
@@ -268,12 +280,11 @@ def recodes(now: Situation, left: Sequence[str]) -> list[NewStore]:
     wanted = set(left)
     for store in now.usable:
         fits = store.key in now.shape.recode_keys and store.complete and now.same_extent(store)
-        hooks = tuple(store.spec.hookpoints)
+        hooks = store.spec.hookpoints
         if fits and any(hook in wanted and now.holds(store, hook) for hook in hooks):
-            size = now.bytes_of([hook for hook in hooks if hook in now.wanted.hookpoints], store.tokens)
-            name = now.name(hooks)
-            found.append(NewStore(name, hooks, 0, store.spec.n_shards, size, "recode", store.store))
-            wanted -= set(hooks)
+            made = now.new_store(hooks, "recode", 0, now.bytes_of(hooks, store.tokens))
+            found.append(replace(made, recode_from=store.store))
+            wanted -= hooks.keys()
     return found
 
 
@@ -284,10 +295,7 @@ def harvests(now: Situation, left: Sequence[str]) -> list[NewStore]:
     action: Action = "extend" if lent else "hookpoints" if beside else "harvest"
     shards = None if now.shards is None else now.shards - lent
     rows = None if now.size is None else now.size - lent * now.shape.shard_rows
-    return [
-        NewStore(now.name(group), tuple(group), shards, now.shards, now.bytes_of(group, rows), action)
-        for group in in_groups(now, left)
-    ]
+    return [now.new_store(group, action, shards, now.bytes_of(group, rows)) for group in in_groups(now, left)]
 
 
 def lent_shards(now: Situation, hook: str) -> int:
@@ -316,15 +324,15 @@ def lent_rows(spec: StoreSpec, donors: Sequence[CatalogStore]) -> int:
     return min(spec.n_tokens, least * spec.shard_rows)
 
 
-def in_groups(now: Situation, hooks: Sequence[str]) -> list[list[str]]:
+def in_groups(now: Situation, hooks: Sequence[str]) -> list[dict[str, HookSpec]]:
     """The hookpoints in groups, each for one store, whose shards fit into memory."""
-    itemsize, groups, room = DTYPES[now.wanted.dtype][0].itemsize, list[list[str]](), 0
+    itemsize, groups, room = DTYPES[now.wanted.dtype][0].itemsize, list[dict[str, HookSpec]](), 0
     for hook in hooks:
         size = now.wanted.hookpoints[hook].d_in * itemsize * now.shape.shard_rows
         if not groups or size > room:
-            groups.append([])
+            groups.append({})
             room = SHARD_BYTES
-        groups[-1].append(hook)
+        groups[-1][hook] = now.wanted.hookpoints[hook]
         room -= size
     return groups
 

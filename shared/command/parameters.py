@@ -55,6 +55,7 @@ Version = Annotated[
 ]
 Json = Annotated[bool, flag("--json", "Print one JSON document and nothing else on stdout.")]
 Yes = Annotated[bool, flag("--yes", "Do not ask.")]
+PlanOnly = Annotated[bool, flag("--plan", "Print what answering takes, and do nothing.")]
 DryRun = Annotated[bool, flag("--dry-run", "Measure one batch, print what the whole would take, write nothing.")]
 Processes = Annotated[
     int,

@@ -25,6 +25,7 @@ from shared.config import (
     RecodeConfig,
     ReportConfig,
     ReproduceConfig,
+    RequestConfig,
     ServeConfig,
     SynthConfig,
     TrainConfig,
@@ -36,6 +37,7 @@ from shared.schema import Frozen, Shown, plain
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
+    "request": RequestConfig,
     "synth": SynthConfig,
     "train": TrainConfig,
     "eval": EvalConfig,

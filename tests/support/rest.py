@@ -1,11 +1,14 @@
 """The service's application in this process, with a planner that loads no model."""
 
+import asyncio
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from starlette.testclient import TestClient
+from starlette.types import Message
 
 from harvest.serve.app import make_app, make_service
 from harvest.serve.planner import Planner
@@ -55,3 +58,22 @@ def copy_of(store: Path, root: Path, name: str = "s") -> Path:
     """A store's copy in another root."""
     root.mkdir(parents=True, exist_ok=True)
     return Path(shutil.copytree(store, root / name))
+
+
+def raw_get(client: TestClient, path: str) -> tuple[int, bytes]:
+    """Status and body of a GET whose path no library tidies up, decoded as uvicorn decodes it."""
+    scope = {
+        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "GET", "scheme": "http",
+        "path": unquote(path), "raw_path": path.encode(), "query_string": b"", "root_path": "",
+        "headers": [(b"host", b"127.0.0.1:8642")], "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 8642),
+    }  # fmt: skip
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    asyncio.run(client.app(scope, receive, send))  # type: ignore[arg-type]
+    return int(sent[0]["status"]), b"".join(message.get("body", b"") for message in sent[1:])
