@@ -7,27 +7,33 @@ What a command needs is imported when it runs.
 
 import dataclasses
 import json
+import os
 import sys
 import time
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import typer
 
 from shared import tables
 from shared.command.commands import command, command_group
 from shared.command.main import run_app, show
-from shared.command.options import OptionsFrom, resolve, typed_saes, typed_settings
+from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
 from shared.command.parameters import (
     DryRun,
     Every,
+    Follow,
+    Force,
     Full,
     Hidden,
+    JobNumber,
+    JobStates,
     Json,
     Names,
     OutFolder,
     Pages,
+    PinName,
     PlanOnly,
     Processes,
     Repair,
@@ -35,17 +41,20 @@ from shared.command.parameters import (
     RunFolder,
     RunFolders,
     Scratch,
+    Service,
     Source,
     StoreFolder,
+    StoreId,
     StorePlace,
     Target,
     Version,
+    Wait,
     Yes,
 )
 from shared.command.start import in_processes
 from shared.launch import is_helper, launched
 
-app, store_app, bench_app = command_group(), command_group(), command_group()
+app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
 SCRIPT: Final = str(Path(__file__).resolve())
 STAGES, CACHE, LOOK, MEASURE = "Stages", "The cache", "Look around", "Check and measure"
 BENCH_HARVEST: Final = "model corpus tokens context layers hooks codec device"
@@ -98,7 +107,7 @@ def synth(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(app, group=STAGES, settings=OptionsFrom("train", config=True))
-def train(context: typer.Context, processes: Processes = 1, as_json: Json = False) -> None:
+def train(context: typer.Context, processes: Processes = 1, service: Service = None, as_json: Json = False) -> None:
     """Train autoencoders on a store.
 
     Every architecture, width, sparsity, seed and learning rate is trained in one pass over the activations.
@@ -106,20 +115,42 @@ def train(context: typer.Context, processes: Processes = 1, as_json: Json = Fals
     $ sagsae train --store stores/tiny --hook mlp_out --arch sa-gsae:512
     $ sagsae train --store stores/tiny --hook mlp_out --arch gated:1024 --l0-target 16
     $ sagsae train --config run.toml --lr 3e-3 --out runs/three
+    $ sagsae train --request model=tiny --request hook=mlp_out --service http://box:8642 --arch sa-gsae:512
     """
     from shared.command.grid import asked_saes, warn_of_shared_sparsity
 
+    ask_service(service)
     typed = typed_saes(context)
     saes = asked_saes(typed, typed_settings(context))
     if not is_helper() and (processes == 1 or launched(processes)):
         warn_of_shared_sparsity(typed)
-    config = resolve(context, saes=saes)
+    config = resolve(context, saes=saes, **answer_settings(context))
     in_processes(processes, SCRIPT)
+    from train.ask import leased
     from train.run import train as run
 
-    summary = run(config)
+    with leased(config, leads=not is_helper()):
+        summary = run(config)
     if not is_helper():
         show(dataclasses.asdict(summary), as_json, lambda: tables.print_saes(f"{summary.run}", summary.saes))
+
+
+def ask_service(url: str | None) -> None:
+    """Makes a typed --service the service of this process."""
+    if url is not None:
+        from shared.service.asking import name_service
+
+        name_service(url)
+
+
+def answer_settings(context: typer.Context) -> dict[str, Any]:
+    """What the activation cache answers to --request; {} without one."""
+    typed, told = typed_settings(context), told_settings(context)
+    if not (typed.get("request") or told.get("request")):
+        return {}
+    from train.ask import answered
+
+    return answered(typed, told)
 
 
 @command(app, "eval", group=STAGES, settings=OptionsFrom("eval"))
@@ -151,19 +182,30 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 
 
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))
-def request(context: typer.Context, plan: PlanOnly = False, as_json: Json = False) -> None:
-    """Answer a request for activations from a folder of stores.
+def request(
+    context: typer.Context, plan: PlanOnly = False, wait: Wait = False, service: Service = None, as_json: Json = False
+) -> None:
+    """Answer a request for activations from a folder of stores, or ask an activation cache.
 
-    What stores there hold already is used; only the rest is harvested. It prints the store's folder.
+    What stores there hold already is used; only the rest is harvested. It prints the store's folder or URL. A request
+    that a service has queued ends with exit code 75 unless you --wait.
 
     $ sagsae request --model tiny --layer 1 --hook mlp_out --tokens 200000
     $ sagsae request --model tiny --layer 1 --hook mlp_out --tokens 400000 --plan
+    $ sagsae request --model tiny --layer 1 --hook mlp_out --tokens 200000 --service http://box:8642 --wait
     """
     config = resolve(context)
-    from harvest.reuse.answer import answer_request, plan_answer
+    from shared.command.cache import answer_text, ask_cache, asks_service, is_queued, plan_at_cache
 
-    found = plan_answer(config) if plan else answer_request(config)
-    show(found.model_dump(mode="json"), as_json, lambda: typer.echo(tables.request_text(found)))
+    if asks_service(service, config.root if "root" in config.model_fields_set else None):
+        found = plan_at_cache(config) if plan else ask_cache(config, wait)
+    else:
+        from harvest.reuse.answer import answer_request, plan_answer
+
+        found = plan_answer(config) if plan else answer_request(config)
+    show(found.model_dump(mode="json"), as_json, lambda: typer.echo(answer_text(found)))
+    if is_queued(found):
+        raise typer.Exit(75)
 
 
 @command(app, group=CACHE, settings=OptionsFrom("serve", config=True))
@@ -238,20 +280,26 @@ def reproduce(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(store_app, "ls")
-def store_ls(root: StoreFolder = "stores", as_json: Json = False) -> None:
-    """List the hookpoints in all stores of a folder."""
-    from shared.store.listing import list_stores
+def store_ls(root: StoreFolder = None, service: Service = None, as_json: Json = False) -> None:
+    """List the hookpoints in all stores of a folder, or the stores of an activation cache."""
+    from shared.command.cache import asks_service, store_rows_at_cache
 
-    rows = list_stores(root)
-    show(rows, as_json, lambda: tables.print_table(root, rows))
+    if asks_service(service, root):
+        rows, title = store_rows_at_cache(), service or os.environ["SAGSAE_SERVICE"]
+    else:
+        from shared.store.listing import list_stores
+
+        rows, title = list_stores(root or "stores"), root or "stores"
+    show(rows, as_json, lambda: tables.print_table(title, rows))
 
 
 @command(store_app, "info")
-def store_info(path: StorePlace, as_json: Json = False) -> None:
+def store_info(path: StorePlace, service: Service = None, as_json: Json = False) -> None:
     """Print what a store holds and where it came from."""
+    from shared.command.cache import asks_service, describe_at_cache
     from shared.store.listing import describe_store
 
-    about = describe_store(path)
+    about = describe_at_cache(path) if asks_service(service, path) else describe_store(path)
     show(about, as_json, lambda: typer.echo(json.dumps(about, indent=2, default=str)))
 
 
@@ -303,18 +351,85 @@ def store_tail(path: StorePlace, every: Every = 2.0, as_json: Json = False) -> N
 
 
 @command(store_app, "rm")
-def store_rm(path: StorePlace, yes: Yes = False, as_json: Json = False) -> None:
+def store_rm(
+    path: StorePlace, yes: Yes = False, force: Force = False, service: Service = None, as_json: Json = False
+) -> None:
     """Delete a store."""
+    from shared.command.cache import asks_service, remove_at_cache, what_is_removed
     from shared.files.open import open_files
     from shared.store.create import remove_store, what_is_deleted
 
-    files = open_files(path)
-    what = what_is_deleted(files)
+    at_service = asks_service(service, path)
+    files = None if at_service else open_files(path)
+    what = what_is_removed(path) if files is None else what_is_deleted(files)
     if not yes:
         typer.confirm(f"Delete {path} ({what})?", abort=True, err=as_json)
-    with files.explained("then run the same command again: it deletes what is left"):
-        remove_store(files)
+    if files is None:
+        remove_at_cache(path, force)
+    else:
+        with files.explained("then run the same command again: it deletes what is left"):
+            remove_store(files)
     show({"store": path, "deleted": what}, as_json, lambda: None)
+
+
+@command(store_app, "pin")
+def store_pin(store: StoreId, name: PinName, service: Service = None, as_json: Json = False) -> None:
+    """Keep a store of an activation cache from being evicted."""
+    ask_service(service)
+    from shared.command.cache import set_pin
+
+    text = set_pin(store, name, True)
+    show({"store": store, "pin": name}, as_json, lambda: typer.echo(text))
+
+
+@command(store_app, "unpin")
+def store_unpin(store: StoreId, name: PinName, service: Service = None, as_json: Json = False) -> None:
+    """Take a pin off a store of an activation cache."""
+    ask_service(service)
+    from shared.command.cache import set_pin
+
+    text = set_pin(store, name, False)
+    show({"store": store, "unpinned": name}, as_json, lambda: typer.echo(text))
+
+
+@command(jobs_app, "ls")
+def jobs_ls(state: JobStates = None, service: Service = None, as_json: Json = False) -> None:
+    """List the jobs of an activation cache, newest first."""
+    ask_service(service)
+    from shared.command.cache import job_rows
+
+    rows = job_rows(state)
+    show(rows, as_json, lambda: tables.print_table("jobs", rows))
+
+
+@command(jobs_app, "log")
+def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None) -> None:
+    """Print a job's log."""
+    ask_service(service)
+    from shared.command.cache import job_log
+
+    for part in job_log(job, follow):
+        typer.echo(part, nl=False)
+
+
+@command(jobs_app, "cancel")
+def jobs_cancel(job: JobNumber, service: Service = None, as_json: Json = False) -> None:
+    """Cancel a queued or running job. What it has written stays."""
+    ask_service(service)
+    from shared.command.cache import cancel_job, job_text
+
+    done = cancel_job(job)
+    show(done.model_dump(mode="json"), as_json, lambda: typer.echo(job_text(done)))
+
+
+@command(jobs_app, "retry")
+def jobs_retry(job: JobNumber, service: Service = None, as_json: Json = False) -> None:
+    """Queue a failed or cancelled job again."""
+    ask_service(service)
+    from shared.command.cache import job_text, retry_job
+
+    done = retry_job(job)
+    show(done.model_dump(mode="json"), as_json, lambda: typer.echo(job_text(done)))
 
 
 @command(app, group=LOOK)
@@ -361,6 +476,9 @@ def reference(folder: Pages, as_json: Json = False) -> None:
 
 
 app.add_typer(store_app, name="store", help="List, describe, check, rewrite and delete stores.", rich_help_panel=LOOK)
+app.add_typer(
+    jobs_app, name="jobs", help="List, read, cancel and retry the jobs of an activation cache.", rich_help_panel=CACHE
+)
 app.add_typer(
     bench_app, name="bench", help="Measure this machine and compare with other tools.", rich_help_panel=MEASURE
 )

@@ -177,7 +177,9 @@ class TrainConfig(Frozen):
     """One training run: any number of autoencoders on one pass over one hookpoint's activations."""
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Activations": "store hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed",
+        "Activations": (
+            "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed"
+        ),
         "Autoencoders": "saes",
         "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
         "Run": "out overwrite checkpoint_every keep_checkpoints log_every track dead_after_tokens",
@@ -186,7 +188,13 @@ class TrainConfig(Frozen):
     }
 
     store: Location
-    """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, http(s)://)."""
+    """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, http(s)://).
+
+    http://HOST:PORT/v1/stores/ID is a store that an activation cache serves."""
+    request: Annotated[tuple[str, ...], Shown("KEY=VALUE")] = ()
+    """What to ask the activation cache for, in place of --store. `sagsae settings request` lists keys.
+
+    The answer becomes `store`; a run records both."""
     hook: str | None = None
     """The hookpoint to train on, such as layer_08/mlp_out or mlp_out. Default: the only one in the store."""
     saes: tuple[AnySAE, ...]

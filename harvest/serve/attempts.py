@@ -15,7 +15,7 @@ from harvest.serve.catalog import Catalog
 from harvest.serve.database import LIVE, OPEN
 from harvest.serve.jobs import LIGHT, JobTable, job_of, overlap
 from harvest.serve.records import Limits
-from harvest.serve.space import Space
+from harvest.serve.space import Space, size_of
 from shared.refusals import NotYoursError, QuotaError, WrongStateError
 from shared.request import Job, TakenJob, WorkerInfo
 
@@ -86,7 +86,7 @@ class Attempts:
             self.done(row, next(iter(found.places.values())))
             return None
         new = found.new[0]
-        expected = self.space.own(new.store) + (new.bytes_to_write or 0)
+        expected = self.space.own(new.store) + size_of(new, found.tokens)
         if not self.space.fits_now(expected):
             return None
         try:

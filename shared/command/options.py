@@ -143,6 +143,15 @@ def typed_settings(context: Any) -> dict[str, Any]:
     return typed_values(options_from(context).settings, context.meta[TYPED])
 
 
+def told_settings(context: Any) -> dict[str, Any]:
+    """What the --config file and --set say, by key, before it is validated."""
+    from shared.schema import parse_set, read_toml
+
+    typed = context.meta[TYPED]
+    file = typed.get("config")
+    return {**(read_toml(Path(os.path.expanduser(file))) if file else {}), **parse_set(list(typed.get("set_") or []))}
+
+
 def resolve(context: Any, **arguments: Any) -> Any:
     """The validated configuration: defaults, over them the --config file, the options with `arguments`, and --set.
 

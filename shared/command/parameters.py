@@ -61,6 +61,24 @@ Processes = Annotated[
     int,
     value("INTEGER", "Processes on this machine, one per GPU.", parser=at_least(int, 1), rich_help_panel="Computation"),
 ]
+Service = Annotated[
+    str | None,
+    value(
+        "URL",
+        "The activation cache to ask, http://HOST:PORT.",
+        show_default="SAGSAE_SERVICE",
+        rich_help_panel="The cache",
+    ),
+]
+Wait = Annotated[
+    bool, typer.Option("--wait", help="Wait for the service's job, and show its progress.", rich_help_panel="The cache")
+]
+Follow = Annotated[bool, flag("--follow", "Print what is added until the job ends.")]
+Force = Annotated[bool, flag("--force", "Delete it although it is pinned or leased; needs the admin's token.")]
+JobNumber = Annotated[int, argument("JOB", "The number of a job.", min=1)]
+JobStates = Annotated[str | None, value("STATE", "Only jobs in this state.", show_default="all")]
+StoreId = Annotated[str, argument("STORE", "The store's id, as `sagsae store ls --service URL` lists it.")]
+PinName = Annotated[str, argument("NAME", "The pin's name; a store may have several.")]
 Rounds = Annotated[int, value("INTEGER", "Rounds that medians are taken over.", parser=at_least(int, 1))]
 Every = Annotated[float, value("SECONDS", "Seconds between looks.", parser=at_least(float, 0.1))]
 OutFolder = Annotated[Path, value("PATH", "The folder for everything.", parser=at_home)]
@@ -69,7 +87,9 @@ Full = Annotated[bool, flag("--full/--quick", "Decode every chunk, or only check
 Repair = Annotated[bool, flag("--repair", "Drop damaged shards; the next sagsae harvest writes them again.")]
 Hidden = Annotated[str, typer.Option(hidden=True)]
 StorePlace = Annotated[str, argument("STORE", "A store: a folder or a URL.")]
-StoreFolder = Annotated[str, argument("FOLDER", "A folder (or URL) that holds stores.")]
+StoreFolder = Annotated[
+    str | None, argument("FOLDER", "A folder (or URL) that holds stores.", show_default="stores, or the service")
+]
 Source = Annotated[str, argument("SOURCE", "A finished store.")]
 Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
 RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]

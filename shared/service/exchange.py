@@ -231,6 +231,10 @@ class Exchange:
         for line in lines:
             line.close()
 
+    def __del__(self) -> None:
+        for line in self.idle:
+            line.close()
+
     def unreachable(self, error: Exception) -> UnavailableError:
         words = printable(getattr(error, "strerror", None) or str(error) or type(error).__name__)[:200]
         if isinstance(error, ssl.SSLCertVerificationError):

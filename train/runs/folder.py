@@ -45,6 +45,7 @@ FREE: Final = {
     "overwrite",
     "device",
     "store",
+    "request",
     "verify",
     "log_every",
     "checkpoint_every",
