@@ -57,6 +57,10 @@ def quota_of(value: object) -> object:
     return size
 
 
+SlurmOption = Annotated[str, Field(pattern=r"^(--)?[a-z][a-z0-9-]*(=[^\n]+)?$")]
+"""One long option of sbatch, with or without its dashes."""
+
+
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -313,6 +317,7 @@ class ServeConfig(Frozen):
         "Server": "host port token_file allow_host accel",
         "Names": "allow_model allow_corpus",
         "Work": "launch workers device dtype",
+        "Slurm": "url slurm_options slurm_jobs",
     }
 
     root: Folder = Path("stores")
@@ -341,14 +346,22 @@ class ServeConfig(Frozen):
     """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
     allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
     """A corpus on this machine that requests may name. Hugging Face datasets are allowed anyway."""
-    launch: Literal["local", "none"] = "local"
-    """local: start a worker beside the server. none: workers come by themselves (sagsae work)."""
+    launch: Literal["local", "slurm", "none"] = "local"
+    """local: start a worker beside the server. slurm: submit each job with sbatch. none: workers come by themselves.
+
+    `sagsae work` is such a worker (docs/how-to/slurm.md)."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers to start beside the server."""
     device: str = "auto"
     """The device of these workers: auto, cpu, cuda, cuda:1, …, or map."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What models compute in where a request says auto. auto: as --device prefers."""
+    url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9_.:-]{1,255}$"), Shown("URL")] | None = None
+    """The address at which workers on other machines reach the server. Default: http://HOST:PORT of this machine."""
+    slurm_options: Annotated[tuple[SlurmOption, ...], Shown("NAME=VALUE", option="--slurm")] = ()
+    """A further option of sbatch for every job, such as partition=gpu, gres=gpu:1 or time=08:00:00."""
+    slurm_jobs: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Slurm jobs that may wait or run at a time."""
 
 
 class RecodeConfig(Frozen):

@@ -13,7 +13,7 @@ from harvest.serve.catalog import Catalog
 from harvest.serve.database import OPEN
 from harvest.serve.jobs import LIGHT, PRIORITIES, JobTable
 from harvest.serve.records import Limits
-from harvest.serve.space import Space
+from harvest.serve.space import Space, size_of
 from shared.progress import gigabytes
 from shared.refusals import QueueFullError
 from shared.request import CacheAnswer, Place, RequestPlan
@@ -101,7 +101,7 @@ class Requests:
         lacking = [new for new, job in zip(found.new, open_now, strict=True) if job is None]
         self.check_queue(len(lacking), who)
         keep = {*found.places.values(), *found.donors}
-        self.space.make_room(sum(new.bytes_to_write or 0 for new in lacking), keep)
+        self.space.make_room(sum(size_of(new, found.tokens) for new in lacking), keep)
         queued = iter([self.queue(planned, found, new, who) for new in lacking])
         return [next(queued) if job is None else job for job in open_now]
 
@@ -137,7 +137,7 @@ class Requests:
             "who": who[:200],
             "priority": planned.priority,
             "donors": json.dumps(found.donors),
-            "expected": self.space.own(new.store) + (new.bytes_to_write or 0),
+            "expected": self.space.own(new.store) + size_of(new, found.tokens),
             "total": found.tokens,
             "created": now,
             "not_before": self.clock.monotonic(),
@@ -204,7 +204,8 @@ class Requests:
         found = self.found(planned.wanted)
         keep = {*found.places.values(), *found.donors}
         with self.database.lock:
-            evicts = [] if found.ready else self.space.would_evict(found.bytes_to_write or 0, keep)
+            need = sum(size_of(new, found.tokens) for new in found.new)
+            evicts = [] if found.ready else self.space.would_evict(need, keep)
         return self.plan(planned, found, tuple(evicts))
 
     def plan(self, planned: Planned, found: Found, evicts: tuple[str, ...]) -> RequestPlan:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from harvest.reuse.match import NewStore
 from harvest.serve.catalog import GONE, Catalog
 from harvest.serve.database import LIVE, Database
 from harvest.serve.leases import Holds
@@ -28,6 +29,10 @@ RESERVED: Final = f"""SELECT job.store, max(0, max(job.expected) - coalesce(stor
   FROM job LEFT JOIN store ON store.id = job.store WHERE {LIVE} GROUP BY job.store"""
 """What the jobs will still write, by store."""
 
+ROW_BYTES: Final = 4
+"""Bytes of a token's id, which are copied for rows that are linked."""
+ARRAY_BYTES: Final = 1024
+"""Bytes of the description of an array."""
 EVICTABLE: Final = f"""SELECT id, key FROM store WHERE state = 'final' AND used <= ?
   AND id NOT IN (SELECT store FROM pin) AND id NOT IN (SELECT store FROM lease WHERE deadline > ?)
   AND id NOT IN (SELECT store FROM job WHERE {LIVE})
@@ -252,6 +257,11 @@ class Space:
             "Unpin or delete stores, wait for jobs and trainings, or raise --quota",
             tuple(holders),
         )
+
+
+def size_of(new: NewStore, tokens: int | None) -> int:
+    """Bytes that making a store takes, with what comes beside shards."""
+    return (new.bytes_to_write or 0) + ROW_BYTES * (tokens or 0) + ARRAY_BYTES * (4 + 6 * len(new.hookpoints))
 
 
 def holder(row: Any, why: Sequence[tuple[str, str]]) -> dict[str, Any]:

@@ -8,6 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def wait_for(true: Callable[[], object], seconds: float = 120, what: Callable[[], object] = lambda: "") -> None:
+    """Waits for something slow; `what` says what there was instead."""
+    patience = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < patience, what()
+        time.sleep(0.05)
+
+
 def until(true: Callable[[], bool]) -> None:
     patience = time.monotonic() + 10
     while not true():
