@@ -10,6 +10,8 @@ import typer
 from support.command import ROOT, Sagsae
 
 import cli
+from harvest.serve.app import rest_document
+from harvest.serve.rest.openapi import rest_page
 from shared.command.commands import command, command_group, commands_of, help_of
 from shared.command.grid import asked_saes
 from shared.command.options import OptionsFrom, resolve
@@ -84,7 +86,7 @@ def test_every_field_has_a_meaning_a_default_and_one_place(name: str) -> None:
         assert [key for keys in schema.groups.values() for key in keys.split()] == [each.key for each in settings]
 
 
-@pytest.mark.parametrize("name", ["settings.md", "cli.md"])
+@pytest.mark.parametrize("name", ["settings.md", "cli.md", "rest-api.md"])
 def test_the_reference_is_what_the_schemas_say(name: str) -> None:
     pages = {
         "settings.md": settings_page,

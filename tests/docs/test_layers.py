@@ -14,7 +14,13 @@ FORBIDDEN = {
     "harvest": {"train", "cli", "tests"},
     "train": {"harvest", "cli", "tests"},
 }
+ROUTES = "endpoint errors events files health jobs requests security stores workers".split()
+SERVER = {"harvest/serve/app.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
 DOORS = {
+    "starlette": SERVER,
+    "anyio": SERVER,
+    "uvicorn": {"harvest/serve/app.py"},
+    "sqlite3": {f"harvest/serve/{name}.py" for name in ("attempts", "catalog", "database", "jobs")},
     "zarr": {"harvest/corpus/arrays.py", "shared/store/foreign.py", "train/bench/store.py"},
     "obstore": {"shared/files/client.py", "shared/files/connect.py", "shared/files/object_lock.py"},
     "transformer_lens": {"shared/model/bridge.py"},

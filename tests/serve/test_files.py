@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from support.rest import client_of, copy_of, raw_get, service_of
+from support.serving.rest import client_of, copy_of, raw_get, service_of
 from support.stores import unfinished
 
 from harvest.serve.rest.files import ACCEL, RANGE_BYTES

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 from support.command import Sagsae
-from support.rest import ADMIN, ASK, READ, TOKENS, client_of, service_of
+from support.serving.rest import ADMIN, ASK, READ, TOKENS, client_of, service_of
 
 from harvest.serve.rest.endpoint import Level
 from harvest.serve.rest.names import ALLOWED_KEYS

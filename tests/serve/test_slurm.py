@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.boxes.slurm import SlurmCluster, slurm
 from support.command import ROOT, Sagsae
 from support.folders import contents
 from support.processes import wait_for
-from support.slurm import SlurmCluster, slurm
 
 from harvest.serve.slurm.commands import SlurmJob, cancel, check_slurm, environment, list_jobs, submit
 from harvest.serve.slurm.nodes import on_all_nodes

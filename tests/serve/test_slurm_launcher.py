@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from support.boxes.slurm import SlurmCluster, slurm
 from support.processes import wait_for
-from support.slurm import SlurmCluster, slurm
 
 import harvest.serve.slurm.commands
 from harvest.reuse.match import Shape, Wanted
@@ -95,7 +95,7 @@ def test_a_job_that_no_worker_begins_fails_with_the_last_words(
 
     wait_for(failed, 90)
     error = state.job(job).error or ""
-    assert error.startswith("given up after 5 Slurm jobs in which no worker began. The last: Slurm job ")
+    assert error.startswith("given up after 5 tries in which no worker began. The last: Slurm job ")
     assert "failed (NonZeroExitCode)" in error
     assert f"no such module: {job}" in error
     assert len(ours(state)) == 5

@@ -59,7 +59,7 @@ class Admitted:
     """As the planner takes it."""
     hash: str | None
     """Equal for requests that mean the same while the files of local models and corpora stay as they are; None where
-    that cannot be told quickly."""
+    there are too many of them to look at."""
 
 
 def parse_names(option: str, entries: tuple[str, ...]) -> dict[str, Path]:

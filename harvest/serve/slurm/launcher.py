@@ -134,18 +134,20 @@ class SlurmLauncher:
         return [job for job in due if now >= self.failed[job.id, job.attempt].next][: max(0, self.most - len(live))]
 
     def look(self, now: float) -> None:
-        """Learns from Slurm how its jobs are. One that has ended counts as a failed try: when its worker took the job,
-        that has another attempt by now, or none."""
+        """Learns from Slurm how its jobs are, and shows it beside the jobs of the queue. A Slurm job that has ended
+        counts as a failed try: when its worker took the job, that has another attempt by now, or none."""
         before, self.looked = self.live(), now
         self.submitted = submissions_in(commands.list_jobs(), self.prefix)
+        queue = {job.id: job for job in self.state.queue()}
         for each in before:
             after = self.submitted.get(each.slurm.id)
-            if after is None or not after.slurm.live:
-                ended = after.slurm if after else SlurmJob(each.slurm.id, "UNKNOWN")
-                self.note_failure(self.failed[each.job, each.attempt], str(ended), now)
-        queue = {job.id: job for job in self.state.queue()}
+            if each.job in queue and (after is None or not after.slurm.live):
+                ended = str(after.slurm if after else SlurmJob(each.slurm.id, "UNKNOWN"))
+                self.note_failure(self.failed[each.job, each.attempt], ended, now)
+                if queue[each.job].attempt == each.attempt:
+                    self.note(queue[each.job], f"{ended} before its worker began")
         for each in self.live():
-            if each.job in queue and queue[each.job].state == "queued":
+            if each.job in queue:
                 self.state.remark(each.job, str(each.slurm))
         kept = {key: tries for key, tries in self.failed.items() if key[0] in queue and key[1] == queue[key[0]].attempt}
         self.failed = defaultdict(FailedTries, kept)
@@ -181,7 +183,7 @@ class SlurmLauncher:
 
     def give_up(self, job: Job, tries: FailedTries) -> None:
         """Has a job fail that no Slurm job began to work on."""
-        words = f"given up after {len(tries.words)} Slurm jobs in which no worker began. The last: {tries.words[-1]}"
+        words = f"given up after {len(tries.words)} tries in which no worker began. The last: {tries.words[-1]}"
         if not tries.refused and (tail := tail_of(self.state.log_path(job.id))):
             words = f"{words}. The job's log ends: {tail}"
         self.state.give_up(job.id, words)
