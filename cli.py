@@ -226,6 +226,21 @@ def serve(context: typer.Context, as_json: Json = False) -> None:
     run(config, started)
 
 
+@command(app, group=CACHE, settings=OptionsFrom("work"))
+def work(context: typer.Context) -> None:
+    """Run the jobs of an activation cache on this machine, until SIGTERM or Ctrl-C.
+
+    A job that is running then is given back: its store is resumed later, here or elsewhere.
+
+    $ sagsae work --service http://127.0.0.1:8642 --root stores
+    $ sagsae work --service http://cache:8642 --root /shared/stores --gpus 0,1
+    """
+    config = resolve(context)
+    from harvest.serve.work.worker import work as run
+
+    run(config)
+
+
 @command(app, group=MEASURE)
 def demo(out: OutFolder = Path("demo"), as_json: Json = False) -> None:
     """Run every stage on the shipped model: harvest, train, eval, report.

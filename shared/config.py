@@ -61,6 +61,12 @@ SlurmOption = Annotated[str, Field(pattern=r"^(--)?[a-z][a-z0-9-]*(=[^\n]+)?$")]
 """One long option of sbatch, with or without its dashes."""
 
 
+def gpu_numbers(value: str | None) -> str | None:
+    if value is not None and not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4}){0,63}", value):
+        raise ValueError("must be numbers of GPUs with commas between them, such as 0,1")
+    return value
+
+
 def store_name(value: str) -> str:
     """The name of a folder inside the folder that holds stores."""
     if not re.fullmatch(r"\w[\w.-]*", value):
@@ -317,7 +323,7 @@ class ServeConfig(Frozen):
         "Server": "host port token_file allow_host accel",
         "Names": "allow_model allow_corpus",
         "Work": "launch workers device dtype",
-        "Slurm": "url slurm_options slurm_jobs",
+        "Slurm": "url slurm_options slurm_processes slurm_jobs",
     }
 
     root: Folder = Path("stores")
@@ -360,8 +366,35 @@ class ServeConfig(Frozen):
     """The address at which workers on other machines reach the server. Default: http://HOST:PORT of this machine."""
     slurm_options: Annotated[tuple[SlurmOption, ...], Shown("NAME=VALUE", option="--slurm")] = ()
     """A further option of sbatch for every job, such as partition=gpu, gres=gpu:1 or time=08:00:00."""
+    slurm_processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes of a harvest on each node of a Slurm job; mostly one for each of the node's GPUs."""
     slurm_jobs: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Slurm jobs that may wait or run at a time."""
+
+
+class WorkConfig(Frozen):
+    """One worker of the activation cache: it runs the service's jobs on this machine."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Service": "service root name job", "Computation": "device gpus processes"}
+
+    service: str | None = None
+    """The address of the service, http://HOST:PORT. Default: SAGSAE_SERVICE."""
+    root: Folder = Path("stores")
+    """The service's folder of stores, on a disk that it and this machine see."""
+    name: Annotated[str, Field(pattern=r"^[\w.:-]{1,64}$")] | None = None
+    """The worker's name in lists. Default: the machine's name and a number.
+
+    Two workers at one time must not have the same name."""
+    job: Annotated[int, Field(ge=1, lt=10**15)] | None = None
+    """Wait for this job only, run it once and end. Default: run one job after another.
+
+    A batch system starts such workers (docs/how-to/slurm.md)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, …, or map, where a job does not say which."""
+    gpus: Annotated[str | None, AfterValidator(gpu_numbers), Shown("N,N…")] = None
+    """Which GPUs to use, such as 0,1: one process on each. Default: every one that is visible."""
+    processes: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Processes of one harvest. Default: one for each of --gpus, else one."""
 
 
 class RecodeConfig(Frozen):

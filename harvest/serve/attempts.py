@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Final
 
-from harvest.reuse.match import Found, NewStore, Wanted, find_answer
+from harvest.reuse.match import Found, NewStore, Wanted, find_answer, harvest_of
 from harvest.serve.catalog import Catalog
-from harvest.serve.database import LIVE, OPEN
+from harvest.serve.database import OPEN
 from harvest.serve.jobs import LIGHT, JobTable, job_of, overlap
 from harvest.serve.records import Limits
 from harvest.serve.space import Space, size_of
+from shared.config import HarvestConfig
 from shared.refusals import NotYoursError, QuotaError, WrongStateError
 from shared.request import Job, TakenJob, WorkerInfo
 
@@ -40,9 +41,9 @@ class Attempts:
         with self.database.transaction():
             self.lapse()
             self.jobs.greet(worker)
-            if not worker.light:  # it asks again: what it was given has not arrived
-                for row in self.database.all(f"SELECT * FROM job WHERE {LIVE} AND worker = ?", worker.name):
-                    self.jobs.set(row, state=row["state"] if row["state"] == "cancelled" else "queued", worker=None)
+            if not worker.light:  # it has nothing to do: it was started anew, or what it was given has not arrived
+                for row in self.database.all("SELECT * FROM job WHERE worker = ?", worker.name):
+                    self.lose(row, f"its worker {worker.name} began anew")
             for row in self.waiting():
                 if job in (None, row["id"]) and self.is_for(row, worker) and (taken := self.give(row, worker)):
                     return taken
@@ -127,7 +128,7 @@ class Attempts:
             action=new.action,
             store=new.store,
             command="store recode" if new.recode_from else "harvest",
-            settings=settings_for(json.loads(row["planned"]), new, self.catalog.hook_names(new.store)),
+            settings=settings_for(json.loads(row["planned"]), new),
             repair=bool(row["repair"]),
             lease_s=self.limits.lease_s,
             beat_s=self.limits.beat_s,
@@ -190,12 +191,15 @@ class Attempts:
         """Takes jobs from workers that were not heard of in time. Called in a transaction."""
         silent = "SELECT * FROM job WHERE worker IS NOT NULL AND deadline <= ?"
         for row in self.database.all(silent, self.clock.monotonic()):
-            if row["state"] in ("running", "verifying"):
-                self.catalog.look(row["store"])
-                words = f"its worker {row['worker']} was not heard of for {self.limits.lease_s:g} s"
-                self.again(row, words, self.rows_in(row["store"]))
-            else:
-                self.jobs.set(row, worker=None)
+            self.lose(row, f"its worker {row['worker']} was not heard of for {self.limits.lease_s:g} s")
+
+    def lose(self, row: sqlite3.Row, words: str) -> None:
+        """Ends an attempt whose worker is gone. Called in a transaction."""
+        if row["state"] in ("running", "verifying"):
+            self.catalog.look(row["store"])
+            self.again(row, words, self.rows_in(row["store"]))
+        else:
+            self.jobs.set(row, worker=None)
 
     def restart(self) -> None:
         """Gives every attempt its whole time again: another process measured the deadlines."""
@@ -302,10 +306,9 @@ class Attempts:
         return self.jobs.job(job)
 
 
-def settings_for(planned: Mapping[str, Any], new: NewStore, names: Mapping[str, str]) -> dict[str, Any]:
-    """The settings of the command that makes a store. `names` are those of its hookpoints, where it was begun."""
-    wanted = Wanted.from_json(planned["wanted"])
+def settings_for(planned: Mapping[str, Any], new: NewStore) -> dict[str, Any]:
+    """The settings of the command that makes a store, without the folder of the stores."""
     if new.recode_from:
-        return {"source": new.recode_from, "codec": wanted.codec}
-    hooks = [names.get(hook) or wanted.hookpoints[hook].name for hook in new.hookpoints]
-    return {**planned["config"], "hooks": hooks, "name": new.store}
+        return {"source": new.recode_from, "codec": planned["wanted"]["codec"]}
+    config = harvest_of(HarvestConfig.model_validate(planned["config"]), new)
+    return config.model_dump(mode="json", exclude_none=True, exclude={"out"})

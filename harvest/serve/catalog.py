@@ -158,11 +158,6 @@ class Catalog:
         size, folder = row["bytes"] or None, str(self.root / row["id"])
         return CatalogStore(row["id"], spec, row["key"], row["tokens"], row["state"], row["environment"], size, folder)
 
-    def hook_names(self, store: str) -> dict[str, str]:
-        """TransformerLens names of a store's hookpoints, by path; empty when there is no such store."""
-        row = self.database.one("SELECT * FROM store WHERE id = ?", store)
-        return {} if row is None else {path: hook.name for path, hook in self.about(row).spec.hookpoints.items()}
-
     def row(self, name: str) -> StoreRow | None:
         rows = self.rows(self.database.all(f"SELECT {SHOWN} FROM store WHERE id = ?", name))
         return rows[0] if rows else None

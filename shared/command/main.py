@@ -11,6 +11,7 @@ from typing import Any
 
 import typer
 
+from shared.command.parent import end_with_parent
 from shared.command.streams import settle_streams
 from shared.launch import is_helper, wait_briefly
 
@@ -35,6 +36,7 @@ def run_app(app: Callable[[], object]) -> None:
         raise Interrupted("stopped. To continue, run the same command again")
 
     settle_streams()
+    end_with_parent()
     signal.signal(signal.SIGINT, stop)  # what works on something has a gentler way: shared/stop.py
     wait_briefly()
     heed_quota()

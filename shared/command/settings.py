@@ -29,6 +29,7 @@ from shared.config import (
     ServeConfig,
     SynthConfig,
     TrainConfig,
+    WorkConfig,
 )
 from shared.errors import UserError
 from shared.gate import named
@@ -44,6 +45,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
     "serve": ServeConfig,
+    "work": WorkConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
     "bench train": TrainBenchOptions,

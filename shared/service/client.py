@@ -232,10 +232,18 @@ class Client:
         answer = self.exchange.ask("POST", path, worker.model_dump(mode="json"), wait=wait, again=False)
         return None if answer.status == 204 else self.checked(TakenJob, json_of(answer, self.url))
 
-    def beat(self, job: int, attempt: int, rows: int, rate: float | None = None, note: str = "") -> bool:
-        """Says that a job is alive. Returns False when the worker is to stop it. Raises NotYoursError
-        when the attempt is no longer the worker's."""
-        body = {"attempt": attempt, "rows": rows, "rate": rate, "note": note[:500]}
+    def beat(
+        self,
+        job: int,
+        attempt: int,
+        rows: int = 0,
+        rate: float | None = None,
+        note: str = "",
+        verifying: bool = False,
+    ) -> bool:
+        """Says that a job is alive, and whether its bytes are being checked by now. Returns False when the worker is to
+        stop it. Raises NotYoursError when the attempt is no longer the worker's."""
+        body = {"attempt": attempt, "rows": rows, "rate": rate, "note": note[:500], "verifying": verifying}
         found = json_of(self.exchange.ask("POST", f"/v1/jobs/{job:d}/beat", body), self.url)
         if not isinstance(found, dict) or type(found.get("go_on")) is not bool:
             raise UserError(f"{self.url}: answers a beat with {quoted(found)} instead of go_on")

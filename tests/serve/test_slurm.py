@@ -230,7 +230,7 @@ def test_a_worker_of_two_nodes_is_stopped_and_resumes(
     here: SlurmCluster, whole: dict[str, bytes], tmp_path: Path
 ) -> None:
     """SIGTERM reaches every process, which commits its shard; then the same command ends the harvest."""
-    command = on_all_nodes(1, str(ROOT / "cli.py"), [*HARVEST, "--out", str(tmp_path)])
+    command = [*on_all_nodes(1), *HARVEST, "--out", str(tmp_path)]
     codes = [sys.executable, "-c", WORKER]
     log = tmp_path / "log"
     first = submit([*codes, *command], "sagsae-1", log, tmp_path, ["nodes=2"])

@@ -286,9 +286,12 @@ def test_a_failed_job_is_retried(state: State) -> None:
         state.cancel(job.id)
 
 
-def test_a_worker_that_asks_again_never_got_its_job(state: State) -> None:
+def test_a_worker_that_asks_again_has_begun_anew(state: State, clock: TestClock) -> None:
     state.ask(planned(spec_of()), "ann")
     first = take(state)
+    assert state.take(WORKER) is None
+    assert state.job(first.job).note == "its worker box:1 began anew"
+    clock.move(10)
     again = take(state)
     assert (again.job, again.attempt) == (first.job, first.attempt + 1)
 

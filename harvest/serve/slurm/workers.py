@@ -4,21 +4,21 @@ import asyncio
 import os
 import secrets
 import socket
-import sys
 import threading
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from harvest.serve.database import JOBS
+from harvest.serve.planner import child_environment
 from harvest.serve.slurm.commands import check_slurm
 from harvest.serve.slurm.launcher import SlurmLauncher
 from harvest.serve.state import State
+from harvest.serve.work.process import PROGRAM
 from shared.config import ServeConfig
 from shared.errors import UserError
 from shared.files.local import explained
 
-CLI: Final = Path(__file__).resolve().parents[3] / "cli.py"
 TOKEN: Final = "slurm.token"
 """The file beside the jobs' logs that holds the token of Slurm's workers. They outlive the server, and so does it."""
 LOOPBACK: Final = ("127.0.0.1", "::1", "localhost")
@@ -70,15 +70,20 @@ class SlurmWorkers:
         self.url = url_for_nodes(config, port)
         self.token = kept_token(state.root)
         self.device, self.root = config.device, state.root
-        where = {"SAGSAE_SERVICE": self.url, "SAGSAE_TOKEN_FILE": str(state.root / JOBS / TOKEN)}
-        self.launcher = SlurmLauncher(state, self.command, config.slurm_options, config.slurm_jobs, where)
+        self.processes = config.slurm_processes
+        variables = {
+            "PYTHONPATH": child_environment()["PYTHONPATH"],
+            "SAGSAE_SERVICE": self.url,
+            "SAGSAE_TOKEN_FILE": str(state.root / JOBS / TOKEN),
+        }
+        self.launcher = SlurmLauncher(state, self.command, config.slurm_options, config.slurm_jobs, variables)
         self.ending = threading.Event()
         self.thread = threading.Thread(target=self.launcher.run, args=(self.ending,), name="slurm")
 
     def command(self, job: int) -> list[str]:
         """What a Slurm job runs. It holds no token: a file does."""
         where = [f"--service={self.url}", f"--root={self.root}", f"--device={self.device}"]
-        return [sys.executable, str(CLI), "work", f"--job={job}", *where]
+        return [*PROGRAM, "work", f"--job={job}", *where, f"--processes={self.processes}"]
 
     def start(self) -> None:
         self.thread.start()
