@@ -168,7 +168,7 @@ def serve(config: ServeConfig, started: Callable[[str], None]) -> None:
     AllowedNames.of(config)
     with contextlib.closing(listening(config.host, config.port)) as listener:
         config.root.mkdir(parents=True, exist_ok=True)
-        state = State.open(config.root.resolve(), config.quota)
+        state = State.open(config.root.resolve(), config.quota_bytes)
         try:
             asyncio.run(Process(config, state, tokens or [], listener).run(started))
         finally:

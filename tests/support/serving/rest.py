@@ -43,7 +43,7 @@ class ScriptedPlanner(Planner):
 def service_of(root: Path, planner: Planner | None = None, **settings: Any) -> Service:
     root.mkdir(parents=True, exist_ok=True)
     config = ServeConfig(root=root, launch="none", **settings)
-    return make_service(State.open(root, config.quota), planner or ScriptedPlanner(), config)
+    return make_service(State.open(root, config.quota_bytes), planner or ScriptedPlanner(), config)
 
 
 def client_of(service: Service, tokens: Tokens | None = None, token: str | None = None, **options: Any) -> TestClient:
