@@ -69,12 +69,14 @@ Sources = Mapping[str, Donor]
 
 
 def find_donors(files: Files, spec: StoreSpec, config: HarvestConfig, environment: str) -> list[CatalogStore]:
-    """The stores beside a store, of the same key, that may give it shards. `environment` is the store's own."""
+    """The stores beside a store, of the same key, that may give it shards, the largest first. `environment` is the
+    store's own."""
     if config.reuse == "none" or not isinstance(files, LocalFiles):
         return []
     key, own = store_key(spec), str(files.root.resolve())
     beside = [each for each in scan_stores(config.out, tell=False) if each.key == key and each.folder != own]
-    return [each for each in beside if config.reuse == "any" or each.environment == environment]
+    able = [each for each in beside if config.reuse == "any" or each.environment == environment]
+    return sorted(able, key=lambda each: -each.rows)
 
 
 def borrow_shards(

@@ -346,9 +346,14 @@ def donors_of(
 ) -> list[str]:
     """The stores that give something to those that are made: shards, rows, or else their tokens."""
     made = {one.store for one in new}
+    others = [store for store in alike if store.store not in made]
     found = {one.recode_from for one in new if one.recode_from}
-    hooks = {hook for one in new if not one.recode_from for hook in one.hookpoints}
-    found |= {s.store for s in alike if s.rows and s.store not in made and hooks & s.spec.hookpoints.keys()}
+    for one in new:
+        for hook, about in one.hookpoints.items() if not one.recode_from else ():
+            lent = {store.store: shards_of(store, hook, about, size, store.spec.shard_rows) for store in others}
+            most = max(lent.values(), default=0)
+            able = [name for name, shards in lent.items() if shards == most > 0]
+            found |= set() if found & set(able) else set(able[:1])
     if new and not found:
         enough = [s for s in there if token_key(s.spec) == wanted.token_key and lends_tokens(wanted, size, s)]
         found |= {s.store for s in enough[:1] if s.store not in made}
