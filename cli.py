@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import typer
 
-from shared import tables
+from shared.command import tables
 from shared.command.commands import command, command_group
 from shared.command.main import run_app, show
 from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
@@ -418,12 +418,16 @@ def jobs_ls(state: JobStates = None, service: Service = None, as_json: Json = Fa
 
 
 @command(jobs_app, "log")
-def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None) -> None:
+def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None, as_json: Json = False) -> None:
     """Print a job's log."""
     ask_service(service)
     from shared.command.cache import job_log
 
-    for part in job_log(job, follow):
+    parts = job_log(job, follow)
+    if as_json:
+        typer.echo(json.dumps({"job": job, "text": "".join(parts)}))
+        return
+    for part in parts:
         typer.echo(part, nl=False)
 
 
@@ -523,6 +527,29 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
         report = store_report(stores.narrow, stores.wide, figures, wait_share(stores.wide["zstd"], WIDE))
     text = partial(tables.print_ratios, "Uncompressed, median over the rounds", report["table"], report["ratios"])
     show({**report["ratios"], **report["raw"]}, as_json, text)
+
+
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Compare reading a store through an activation cache with reading its folder."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import serving
+    from harvest.bench.store import WIDE, make_stores
+    from shared.progress import progress, say
+    from shared.store.opened import Store
+    from train.bench.serve import compare
+
+    os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        place = (ask.keep or Path(folder)).resolve()
+        say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
+        here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
+    show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 
 
 @command(bench_app, "harvest", settings=OptionsFrom("harvest", BENCH_HARVEST, defaults=SMALL, sets=True))

@@ -28,6 +28,13 @@ class StoreBenchOptions(Frozen):
     """Folder to keep the stores in; those that are there are used again. Default: a temporary folder."""
 
 
+class ServeBenchOptions(StoreBenchOptions):
+    """Reading a store through its activation cache against reading its folder."""
+
+    rounds: Rounds = 5
+    """Rounds that medians are taken over."""
+
+
 class TrainBenchOptions(Frozen):
     """A training step in three forms and by other tools, one pass against separate runs, waiting for data."""
 
