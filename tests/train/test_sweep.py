@@ -117,7 +117,7 @@ def test_what_one_process_finds_wrong_ends_both_with_one_message(
     (tmp_path / "run").mkdir()
     with folder_lock(tmp_path / "run"):
         done = sagsae(*words)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 75, done.stderr
     assert done.stderr.count("error: ") == done.stderr.count(f"process {os.getpid()} on") == 1
     assert "Traceback" not in done.stderr
     shard = copy / "layer_01" / "mlp_out" / "c" / "3" / "0"
