@@ -4,8 +4,11 @@ a wrong request."""
 import errno
 import json
 import os
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ import httpx
 import pytest
 from huggingface_hub import errors as hub_errors
 from support import servers
+from support.command import ROOT
 from support.servers import Server
 
 import shared.store.create
@@ -181,7 +185,8 @@ def test_a_server_that_is_away_damages_nothing(store: Path, monkeypatch: pytest.
 
 
 def http_error(status: int) -> hub_errors.HfHubHTTPError:
-    return hub_errors.HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+    response: Any = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+    return hub_errors.HfHubHTTPError("no", response=response)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +207,16 @@ def test_answers_of_the_hub(error: Exception, code: int) -> None:
     wrapped = OSError("cannot be loaded")
     wrapped.__cause__ = error
     assert hub_error(wrapped).exit_code == code
+
+
+@pytest.mark.parametrize(("offline", "code"), [("0", 75), ("1", 2)])
+def test_a_hub_that_nobody_answers_at(tmp_path: Path, offline: str, code: int) -> None:
+    """Nothing listens there; with HF_HUB_OFFLINE=1 nobody is asked, today or tomorrow."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        port = unused.getsockname()[1]
+    told = {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+    command = [sys.executable, str(ROOT / "cli.py"), "harvest", "--model", "owner/name", "--out", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Hugging Face cannot be reached" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

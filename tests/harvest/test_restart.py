@@ -12,11 +12,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from support.command import ROOT, Sagsae
 from support.crash_writer import unfinish
 from support.folders import contents
 from support.processes import children, kill, rank_of
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 import shared.command.start
 from harvest.capture import Capture
@@ -117,7 +117,7 @@ def test_a_rank_that_comes_back_leaves_out_what_is_committed(
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
     """Starts one of two processes of a harvest. What they meet at is no process of theirs, so it outlives them."""
-    keys = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    keys = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(keys.port), "LOCAL_WORLD_SIZE": "2"}
     place |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "OMP_NUM_THREADS": "1"}
     started: list[subprocess.Popen[str]] = []
@@ -185,7 +185,12 @@ def test_the_first_process_comes_back_while_another_goes_on(
 @pytest.mark.parametrize("code", [1, 2, 3, 75, 130, -signal.SIGTERM, 0])
 def test_what_ends_by_itself_is_not_started_again(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
     runs: list[int] = []
-    monkeypatch.setattr(shared.command.start, "run_processes", lambda *_: runs.append(code) or code)
+
+    def run(*_: Any) -> int:
+        runs.append(code)
+        return code
+
+    monkeypatch.setattr(shared.command.start, "run_processes", run)
     monkeypatch.setattr(os, "environ", dict(os.environ))
     with pytest.raises(SystemExit) as ended:
         launch(2, "script")
@@ -199,9 +204,12 @@ def test_what_is_killed_again_and_again_is_given_up(
 ) -> None:
     restarted: list[str] = []
     monkeypatch.setattr(os, "environ", {k: v for k, v in os.environ.items() if k != RESTARTED})
-    monkeypatch.setattr(
-        shared.command.start, "run_processes", lambda *_: restarted.append(os.environ.get(RESTARTED, "")) or -killed
-    )
+
+    def run(*_: Any) -> int:
+        restarted.append(os.environ.get(RESTARTED, ""))
+        return -killed
+
+    monkeypatch.setattr(shared.command.start, "run_processes", run)
     with pytest.raises(BusyError, match=rf"killed \({killed.name}\), 4 times in all\. .*run the same command again"):
         launch(2, "script")
     assert len(restarted) == MAX_RESTARTS + 1
