@@ -143,7 +143,7 @@ def load_model(plan: HarvestPlan, device: str, check_stop: Callable[[], None]) -
 
 def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
     """Runs ranks 1 and up: captures their shards of the store that rank 0 announced. A rank that was killed and comes
-    back while the others go on leaves out those that it has committed before."""
+    back while the others continue leaves out those that it has committed before."""
     work = team.await_work(check_stop)
     store = Store.open(work.store)
     todo, filled = uncommitted(store, team.shards_of_rank(work)), FillResult(time.monotonic(), 0.0)

@@ -12,7 +12,6 @@ from typing import Any, Final, NoReturn
 from shared.device import share_cores
 from shared.errors import BusyError, Interrupted, LostError
 from shared.launch import RESTARTED, launched
-from shared.progress import say
 
 MAX_RESTARTS: Final = 3
 """How often the processes are started again in one command."""
@@ -34,6 +33,8 @@ def launch(processes: int, script: str) -> NoReturn:
     """Runs this same command in several processes and exits with the code of the first that failed. After a process was
     killed, all are started again, at most MAX_RESTARTS times."""
     from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    from shared.progress import say
 
     share_cores(processes)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # seconds to save in after a signal

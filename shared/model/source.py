@@ -228,8 +228,8 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
 
 
 def hub_error(error: BaseException) -> type[UserError]:
-    """What a failed request to the hub is to a caller: BusyError where a network or server was away, which passes; not
-    where the hub refuses, or is not to be asked (HF_HUB_OFFLINE)."""
+    """The class of message for a failed request to the hub: BusyError if the network or the server failed, UserError if
+    the hub refused or may not be asked (HF_HUB_OFFLINE)."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     chain: BaseException | None = error

@@ -26,7 +26,7 @@ from harvest.synth import synth
 from harvest.team import Team
 from shared.config import SynthConfig
 from shared.errors import BusyError, DamagedError, Interrupted, LostError, UserError
-from shared.files.local import PASSING, LocalFiles, error_kind, explained
+from shared.files.local import TEMPORARY, LocalFiles, error_kind, explained
 from shared.files.locks import check_unread, folder_lock, held_for_reading
 from shared.files.open import open_files
 from shared.launch import ProcessPlace, meeting
@@ -147,14 +147,14 @@ def test_a_lock_that_nobody_holds_does_not_pass(store: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode))
 def test_errors_of_the_system(number: int) -> None:
-    assert error_kind(OSError(number, "")).exit_code == (75 if number in PASSING else 2)
+    assert error_kind(OSError(number, "")).exit_code == (75 if number in TEMPORARY else 2)
 
 
 def test_which_errors_of_the_system_pass() -> None:
     passing = "ENOSPC EDQUOT EIO ESTALE ETIMEDOUT ECONNRESET ECONNREFUSED EHOSTUNREACH EAGAIN ENOMEM"
     asked = "ENOENT EACCES EPERM EROFS EISDIR ENAMETOOLONG EINVAL EFBIG EMFILE ELOOP EXDEV ENOSYS"
-    assert {getattr(errno, name) for name in passing.split()} <= PASSING
-    assert not {getattr(errno, name) for name in asked.split()} & PASSING
+    assert {getattr(errno, name) for name in passing.split()} <= TEMPORARY
+    assert not {getattr(errno, name) for name in asked.split()} & TEMPORARY
 
 
 @pytest.mark.parametrize(
