@@ -77,7 +77,7 @@ def full(store: Path) -> None:
 
 
 def too_small(store: Path) -> None:
-    check_fits(str(store), DiskNeed({"all": 2 << 40}, 0, 0, 1 << 30))
+    check_fits(str(store), DiskNeed({"all": 2 << 20}, 0, 0, 1 << 20))
 
 
 def nobody_comes(_: Path) -> None:
@@ -126,6 +126,12 @@ def test_the_exit_codes() -> None:
     assert [kind.exit_code for kind in (UserError, BusyError, DamagedError, LostError, Interrupted)] == [
         2, 75, 3, 75, 130,
     ]  # fmt: skip
+
+
+def test_a_disk_that_can_never_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"about .* are needed, .* are free") as found:
+        check_fits(str(tmp_path), DiskNeed({"all": 1 << 60}, 0, 0, 1 << 20))
+    assert found.value.exit_code == 2
 
 
 def test_another_process_of_a_harvest_failed() -> None:
