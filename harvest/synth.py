@@ -199,7 +199,7 @@ def requested_values(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_space(config: SynthConfig, files: Files) -> None:
-    """Prints what will be written, and raises BusyError when the disk has too little room."""
+    """Prints what will be written, and raises BusyError when too little disk space is free."""
     raw = config.d_in * DTYPES[config.store_dtype][0].itemsize
     size = int(config.tokens * (raw / usual_ratio(config.codec, config.store_dtype) + 4))
     stored, free = stored_size(files), free_bytes(files)

@@ -56,3 +56,12 @@ def command_lines() -> list[bytes]:
         except OSError:
             continue
     return found
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank that a launcher gave to a process; None for any other process."""
+    try:
+        found = [word for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if word.startswith(b"RANK=")]
+    except OSError:
+        return None
+    return int(found[0][5:]) if found else None
