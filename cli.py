@@ -41,7 +41,7 @@ from shared.command.parameters import (
     Version,
     Yes,
 )
-from shared.command.start import in_processes
+from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
 
 app, store_app, bench_app = command_group(), command_group(), command_group()
@@ -225,6 +225,7 @@ def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_
     """Check every byte of a store and list all damage.
 
     The exit code is 3 when something is damaged and stays so."""
+    start_light()
     from shared.progress import progress
     from shared.store.opened import Store
     from shared.store.verify import repair, verify
