@@ -13,10 +13,11 @@ from shared.launch import launched
 
 
 def start_light() -> None:
-    """Called before numpy is imported, by a command that may be over in less than a second and multiplies no large
-    matrices. OpenBLAS starts no threads, which would wait for work at full speed (0.1 CPU seconds); a value set by the
-    user stays. Garbage is collected a fourteenth as often, because importing makes hardly any."""
+    """Called first by a command that may be over in less than a second and multiplies no large matrices. OpenBLAS
+    starts no threads, which would wait for work at full speed, and pydantic does not search the installed packages for
+    plugins; what the user set stays. Garbage is collected a fourteenth as often, because imports make hardly any."""
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
     gc.set_threshold(10_000)
 
 
