@@ -112,6 +112,7 @@ class Attempts:
             "rate": None,
         }
         self.jobs.set(row, **values)
+        self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
 
     def found(self, row: sqlite3.Row) -> Found:
@@ -195,6 +196,7 @@ class Attempts:
 
     def lose(self, row: sqlite3.Row, words: str) -> None:
         """Ends an attempt whose worker is gone. Called in a transaction."""
+        self.jobs.end_attempt(row, None, words)
         if row["state"] in ("running", "verifying"):
             self.catalog.look(row["store"])
             self.again(row, words, self.rows_in(row["store"]))
@@ -218,6 +220,7 @@ class Attempts:
         with self.database.transaction():
             row = self.mine(job, attempt)
             self.measured.pop(job, None)
+            self.jobs.end_attempt(row, code, words.strip()[:MOST_WORDS])
             if row["state"] not in ("running", "verifying"):
                 self.jobs.set(row, worker=None)
             else:

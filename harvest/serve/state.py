@@ -21,12 +21,14 @@ from shared.refusals import UnknownError
 from shared.request import (
     CacheAnswer,
     Job,
+    JobAttempt,
     JobPage,
     JobState,
     LeaseGrant,
     RequestPlan,
     StoreFilter,
     StorePage,
+    StoreReader,
     StoreRow,
     StoreSort,
     TakenJob,
@@ -180,6 +182,11 @@ class State:
         """One page of the jobs, newest first, at most 500. Raises UserError for a cursor of another list."""
         return self.table.page(state, cursor, limit)
 
+    def attempts_of(self, job: int) -> list[JobAttempt]:
+        """The last attempts of a job, the newest first. Raises UnknownError."""
+        self.table.row(job)
+        return self.table.attempts(job)
+
     def queue(self) -> list[Job]:
         """The open jobs: those that run, then the others in the order in which they will be taken."""
         return self.table.queue()
@@ -217,6 +224,10 @@ class State:
     def renew(self, lease: str, ttl_s: float | None = None) -> LeaseGrant:
         """Renews a lease for its whole time, or another. Raises LapsedError."""
         return self.holds.renew(lease, ttl_s)
+
+    def readers(self, store: str) -> list[StoreReader]:
+        """Who leased a store, the last first."""
+        return self.holds.readers(store)
 
     def release(self, lease: str) -> None:
         """Ends a lease. One that is over already is no error."""
