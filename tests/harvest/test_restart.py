@@ -247,6 +247,6 @@ def test_torchrun_gets_the_message_for_its_summary(tmp_path: Path, monkeypatch: 
         fail("--layer 77: the model has 4 layers, 0 to 3", 2)
     assert ended.value.code == 2
     failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
-    assert ChildFailedError("cli.py", {0: failure}).format_msg().splitlines()[-2] == (
+    assert str(ChildFailedError("cli.py", {0: failure})).splitlines()[-2] == (
         "  traceback : --layer 77: the model has 4 layers, 0 to 3"
     )
