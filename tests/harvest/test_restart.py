@@ -17,11 +17,13 @@ from support.crash_writer import unfinish
 from support.folders import contents
 from support.processes import children, kill, rank_of
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 import shared.command.start
 from harvest.capture import Capture
 from harvest.run import harvest
 from harvest.team import Team
+from shared.command.main import fail
 from shared.command.start import MAX_RESTARTS, launch, reason
 from shared.config import HarvestConfig
 from shared.errors import BusyError
@@ -235,3 +237,16 @@ def test_what_is_killed_again_and_again_is_given_up(
 def test_whose_exit_code_counts(ends: list[tuple[int, int]], code: int) -> None:
     failures = {rank: SimpleNamespace(exitcode=end, timestamp=at) for rank, (end, at) in enumerate(ends)}
     assert reason(failures) == code
+
+
+def test_torchrun_gets_the_message_for_its_summary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its last words were how to enable tracebacks."""
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit) as ended:
+        fail("--layer 77: the model has 4 layers, 0 to 3", 2)
+    assert ended.value.code == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(file))
+    assert str(ChildFailedError("cli.py", {0: failure})).splitlines()[-2] == (
+        "  traceback : --layer 77: the model has 4 layers, 0 to 3"
+    )
