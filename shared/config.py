@@ -352,7 +352,7 @@ class ServeConfig(Frozen):
     """nginx: leave the bytes of stores to an nginx in front of the server (X-Accel-Redirect)."""
     allow_model: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
     """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
-    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH", option="--allow-corpus")] = ()
     """A corpus on this machine that requests may name. Hugging Face datasets are allowed anyway."""
     launch: Literal["local", "slurm", "none"] = "local"
     """local: start a worker beside the server. slurm: submit each job with sbatch. none: workers come by themselves.

@@ -103,3 +103,10 @@ def line_writer(title: str, total: int, unit: str) -> Callable[[int, str], None]
 def gigabytes(size: int) -> str:
     """A count of bytes in words."""
     return f"{size / 1e9:.3g} GB" if size < 1e12 else f"{size / 1e12:,.1f} TB"
+
+
+def duration(seconds: float) -> str:
+    """A time in words: `2 h 05 min`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"

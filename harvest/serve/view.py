@@ -11,6 +11,7 @@ from urllib.parse import urlencode
 
 from harvest.serve.page.words import ABSENT, Fact, ago, count, left, percent, size
 from harvest.serve.records import Usage
+from shared.progress import duration
 from shared.request import (
     Action,
     Job,
@@ -22,7 +23,6 @@ from shared.request import (
     StoreRow,
     WorkerRow,
 )
-from shared.tables import duration
 
 OPEN: Final[tuple[JobState, ...]] = ("queued", "running", "verifying")
 ACTIONS: Final[Mapping[Action, str]] = {
