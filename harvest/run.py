@@ -96,8 +96,8 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     record = record_of(plan, device)
     asked = spec_beforehand(plan)
     donors = find_donors(plan.files, asked, plan.config, environment_of(record)) if asked else []
-    lent = lent_rows(asked, donors) if asked and donors else 0
-    check_space(plan, asked.n_tokens if asked else None, lent)
+    lent, linked = lent_rows(asked, donors) if asked and donors else (0, 0)
+    check_space(plan, asked.n_tokens if asked else None, linked)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):

@@ -5,7 +5,7 @@ from typing import get_args
 
 from harvest.corpus.documents import StopCheck, never_stop
 from harvest.plan import HarvestPlan, asked_spec, corpus_name, make_plan, model_row, store_name
-from harvest.reuse.key import environment_of, store_key, token_key, with_codec
+from harvest.reuse.key import environment_of, rows_key, store_key, token_key, with_codec
 from harvest.reuse.match import Shape, Wanted, disk_bytes
 from harvest.reuse.shape import FEW_TOKENS, fixed_shape
 from shared.config import HarvestConfig
@@ -55,6 +55,7 @@ def plan_request(
     wanted = Wanted(
         label=store_name(plan.source),
         shapes=tuple(map(shape_of_spec, specs)),
+        rows_key=rows_key(specs[0]),
         token_key=token_key(specs[0]),
         hookpoints=plan.hooks,
         tokens=request.tokens,

@@ -93,6 +93,36 @@ def test_other_codecs(tmp_path: Path, fresh: Callable[..., Any], codec: str, cap
     assert comparable(tmp_path / "n3") == fresh(3.25, codec=codec)
 
 
+OTHER: dict[str, dict[str, Any]] = {
+    "smaller shards": {"chunk_rows": 256, "shard_rows": 1024},
+    "larger shards": {"chunk_rows": 1024, "shard_rows": 3 * SHARD},
+    "codec": {"codec": "lz4"},
+    "lossy": {"codec": "int8"},
+    "both": {"codec": "none", "chunk_rows": 512, "shard_rows": 1536},
+}
+
+
+@pytest.mark.parametrize("what", OTHER)
+def test_other_shapes_and_codecs_are_made_from_the_rows(
+    pool: Path, tmp_path: Path, fresh: Callable[..., Any], what: str
+) -> None:
+    root = linked(pool, tmp_path)
+    with no_model():
+        summary = harvest(tiny(root, "other", 6.5, **OTHER[what]))
+    assert summary.reused == int(6.5 * SHARD)
+    assert not verify(Store.open(root / "other"), full=True).lines
+    assert comparable(root / "other") == fresh(6.5, **OTHER[what])
+
+
+def test_rows_come_from_several_shards_and_the_rest_from_the_model(pool: Path, tmp_path: Path) -> None:
+    """A store of an older shape lends its rows, too."""
+    harvest(tiny(tmp_path, "old", 2.5, chunk_rows=128, shard_rows=640))
+    with counted_shards() as captured:
+        harvest(tiny(tmp_path, "n20", 20))
+    assert captured == list(range(2, 20))
+    assert comparable(tmp_path / "n20") == comparable(pool / "n20")
+
+
 def test_a_longer_store_captures_only_what_is_new(pool: Path, tmp_path: Path, fresh: Callable[..., Any]) -> None:
     harvest(tiny(tmp_path, "n7", 7))
     with counted_shards() as captured:
@@ -267,7 +297,7 @@ harvest(tiny(Path({out!r}), "n7", 7.5))
 
 def test_kill_9_while_shards_are_taken_over(pool: Path, tmp_path: Path, fresh: Callable[..., Any]) -> None:
     root = linked(pool, tmp_path)
-    for name, count in (("link", 17), ("append_commits", 1), ("first_rows", 0)):
+    for name, count in (("link", 17), ("append_commits", 1), ("in_token_order", 0)):
         text = KILLED.format(root=str(ROOT), tests=str(ROOT / "tests"), name=name, count=count, out=str(root))
         done = subprocess.run([sys.executable, "-c", text], capture_output=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr.decode()

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harvest.reuse.key import environment_in, environment_of, store_folder, store_key, token_key
+from harvest.reuse.key import environment_in, environment_of, rows_key, store_folder, store_key, token_key
 from harvest.reuse.scan import scan_stores
 from harvest.reuse.shape import FEW_TOKENS, SHARD_BYTES, fixed_shape
 from shared.config import store_name
@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
     "model__weight_processing": "folded", "tokenizer": {"blake2b": "u" * 64, "eos_id": 0}, "special_ids": (0, 5),
     "bos_id": 0, "context": 32, "skip_positions": 2, "seed": 1, "dtype": "float32", "codec": "lz4", "chunk_rows": 32,
     "shard_rows": 1024, "corpus__shuffled": False, "corpus__on_bad_document": "skip",
-    "corpus__source": {**CORPUS["source"], "files": [{"name": "a.txt", "blake2b": "01", "bytes": 3}]},
+    "corpus__source": {"kind": "files", "text_field": "text", "files": [{"name": "a.txt", "blake2b": "01"}]},
 }  # fmt: skip
 """What each makes another store."""
 OF_THE_TOKENS = {"tokenizer", "special_ids", "bos_id", "context", "seed"}
@@ -67,6 +67,8 @@ def test_the_key_is_of_content_alone(same: dict[str, Any], other: str | None) ->
     difference = {} if other is None else {other: OTHER[other]}
     spec = changed(**same, **difference)
     assert (store_key(spec) == store_key(SPEC)) == (other is None)
+    of_rows = other is not None and other not in ("codec", "chunk_rows", "shard_rows")
+    assert (rows_key(spec) == rows_key(SPEC)) == (not of_rows)
     of_tokens = other is not None and (other in OF_THE_TOKENS or other.startswith("corpus__"))
     assert (token_key(spec) == token_key(SPEC)) == (not of_tokens)
 
@@ -89,8 +91,9 @@ def test_the_key_survives_the_disk_and_older_stores(tmp_path: Path) -> None:
 
 
 def test_the_environment_is_of_versions_and_the_device() -> None:
-    record = {"versions": {"torch": "2.9", "transformers": "5", "transformer-lens": "3", "zarr": "3"}, "device": "cpu"}
-    same = {**record, "versions": {**record["versions"], "zarr": "4"}, "command": "sagsae"}  # type: ignore[dict-item]
+    versions = {"torch": "2.9", "transformers": "5", "transformer-lens": "3", "zarr": "3"}
+    record = {"versions": versions, "device": "cpu"}
+    same = {**record, "versions": {**versions, "zarr": "4"}, "command": "sagsae"}
     assert environment_of(record) == environment_of(same)
     for other in ({**record, "device": "NVIDIA H200"}, {**record, "versions": {"torch": "2.8"}}, {}):
         assert environment_of(record) != environment_of(other)

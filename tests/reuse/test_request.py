@@ -147,12 +147,14 @@ def test_an_environment_can_be_asked_for(ask: Ask, monkeypatch: pytest.MonkeyPat
 
 def test_wrong_requests_are_one_sentence(ask: Ask, tmp_path: Path) -> None:
     for changes, words in (
+        ({"pin": "mine"}, "--pin mine: is for a server's"),
+        ({"priority": "low"}, "--priority low: is for a server's"),
         ({"hooks": ("nonsense",)}, "is not a hookpoint"),
         ({"layers": (9,)}, "the model has 3 layers"),
-        ({"tokens": 10**9}, "the corpus has"),
+        ({"tokens": 10**6}, "the corpus has"),
     ):
         with pytest.raises(UserError, match=words):
-            answer_request(ask(1000, **changes) if "tokens" not in changes else ask(changes["tokens"]))
+            answer_request(RequestConfig(**{**ask(1000).model_dump(), **changes}))
     assert not list((tmp_path / "stores").glob("*/zarr.json"))
 
 
@@ -191,7 +193,7 @@ def test_rates_are_of_the_same_model_and_device(store: Store, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 s"), (44, "44 s"), (540, "9 min"), (5900, "98 min"), (12_600, "3.5 h")]
+    ("seconds", "words"), [(0.2, "1 s"), (44.0, "44 s"), (540.0, "9 min"), (5900.0, "98 min"), (12_600.0, "3.5 h")]
 )
 def test_times_in_words(seconds: float, words: str) -> None:
     assert duration(seconds) == words
