@@ -65,7 +65,7 @@ def test_it_starts_soon_and_imports_no_torch(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_answer_from_nothing_to_a_view(server: ServerProcess, sagsae: Sagsae, tmp_path: Path) -> None:
     """The planner plans a real request; a plain harvest fills the store; a shorter request is linked in line."""
-    root = Path(server.process.args[4])  # type: ignore[index]
+    root = server.root
     status, plan = ask(server, "POST", "/v1/plan", MODEL)
     assert (status, plan["action"]) == (200, "harvest"), plan
     hooks = ("--layer", 1, "--hook", "mlp_out", "--device", "cpu")
@@ -129,7 +129,7 @@ def test_a_signal_ends_it_within_seconds(tmp_path: Path, number: int) -> None:
 
 
 def test_a_second_server_on_the_same_folder_or_port_is_refused(server: ServerProcess, sagsae: Sagsae) -> None:
-    root = server.process.args[4]  # type: ignore[index]
+    root = server.root
     done = sagsae("serve", "--root", root, "--port", 0, "--launch", "none")
     assert done.returncode == 2
     assert "another sagsae serve works in this folder" in done.stderr
@@ -184,10 +184,10 @@ def test_bytes_that_are_no_request(server: ServerProcess) -> None:
     random.seed(1)
     good = b"GET /v1/jobs HTTP/1.1\r\nHost: localhost\r\nX-A: b\r\n\r\n"
     for _ in range(60):
-        data = bytearray(good)
+        altered = bytearray(good)
         for _ in range(random.randint(1, 6)):
-            data[random.randrange(len(data))] = random.randrange(256)
-        assert not raw(server, bytes(data)).startswith(b"HTTP/1.1 5"), bytes(data)
+            altered[random.randrange(len(altered))] = random.randrange(256)
+        assert not raw(server, bytes(altered)).startswith(b"HTTP/1.1 5"), bytes(altered)
     for data in (b"\0" * 100_000, b"GET / HTTP/1.1\r\n" + b"A: b\r\n" * 50_000, b"GET /" + b"x" * 100_000,
                  b"POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 99999999999999999999\r\n\r\n",
                  b"POST /v1/plan HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n{",

@@ -108,7 +108,7 @@ def fits(path: list[str], shape: list[str]) -> bool:
 
 @pytest.mark.parametrize("token", ["", "x", READ + "x", READ[:-1], "Bearer", "é" * 20, "a" * 5000])
 def test_a_wrong_token_is_refused_and_never_repeated(guarded: TestClient, token: str) -> None:
-    response = guarded.get("/v1/jobs", headers={"Authorization": b"Bearer " + token.encode()})
+    response = guarded.get("/v1/jobs", headers={b"Authorization": b"Bearer " + token.encode()})
     assert response.status_code == 401
     assert response.headers["www-authenticate"].startswith("Bearer")
     error = response.json()["error"]

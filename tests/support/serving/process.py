@@ -19,8 +19,8 @@ from support.processes import children, kill
 class ServerProcess:
     """A server that answers at `url`."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, errors: deque[str]) -> None:
-        self.process, self.url, self.errors = process, url, errors
+    def __init__(self, process: subprocess.Popen[str], root: Path, url: str, errors: deque[str]) -> None:
+        self.process, self.root, self.url, self.errors = process, root, url, errors
 
     @property
     def port(self) -> int:
@@ -52,7 +52,7 @@ def server_process(root: Path, *options: object) -> Iterator[ServerProcess]:
         line = process.stdout.readline()
         assert line, f"the server ended: {process.wait(10)} {list(errors)}"
         document = line if line.rstrip().endswith("}") else line + rest_of(process.stdout)
-        yield ServerProcess(process, json.loads(document)["url"], errors)
+        yield ServerProcess(process, root, json.loads(document)["url"], errors)
         below = children(process.pid)
     finally:
         below += children(process.pid)
