@@ -530,17 +530,17 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
     show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
-@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
-def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+@command(bench_app, "remote", settings=OptionsFrom("bench remote"))
+def bench_remote(context: typer.Context, as_json: Json = False) -> None:
     """Compare reading a store through an activation cache with reading its folder."""
     ask = resolve(context)
     import tempfile
 
-    from harvest.bench.serve import serving
+    from harvest.bench.remote import serving
     from harvest.bench.store import WIDE, make_stores
     from shared.progress import progress, say
     from shared.store.opened import Store
-    from train.bench.serve import compare
+    from train.bench.remote import compare
 
     os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
     with tempfile.TemporaryDirectory() as folder:
@@ -628,6 +628,23 @@ def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as
     ):
         found = report_on(measure_growth(Path(here), ask.quick, command, advance))
     show(found, as_json, lambda: tables.print_growth(found))
+
+
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Measure the activation cache's server: repeated requests, bytes by ranges, growing catalogs.
+
+    The exit code is 1 when a figure is above its limit."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import measure_server
+
+    with tempfile.TemporaryDirectory(dir=ask.folder) as folder:
+        rows = [figure.row() for figure in measure_server(ask, Path(folder), [sys.executable, SCRIPT])]
+    show(rows, as_json, lambda: tables.print_table("The server, measured from outside", rows))
+    if any(row["holds"] == "NO" for row in rows):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from starlette.routing import BaseRoute, Route
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.pages import Pages
 from harvest.serve.planner import Planner
-from harvest.serve.rest import health, jobs, stores, workers
+from harvest.serve.rest import health, jobs, session, stores, workers
 from harvest.serve.rest.endpoint import (
     CALLER,
     Caller,
@@ -27,6 +27,7 @@ from harvest.serve.rest.endpoint import (
     Level,
     RestCall,
     Service,
+    TokenBook,
     answer,
     parse_body,
     read_body,
@@ -63,6 +64,7 @@ def all_endpoints(requests: RequestRoutes) -> tuple[Endpoint, ...]:
         *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
+        *session.ENDPOINTS,
         *health.ENDPOINTS,
     )
 
@@ -72,17 +74,17 @@ def rest_document() -> dict[str, Any]:
     return openapi_document(all_endpoints(RequestRoutes(AllowedNames({}, {}))), version("sagsae") or "0")
 
 
-def make_service(state: State, planner: Planner, config: ServeConfig) -> Service:
-    """What the endpoints work with."""
+def make_service(state: State, planner: Planner, config: ServeConfig, tokens: TokenBook | None = None) -> Service:
+    """What the endpoints work with. `tokens` open the server; without any, every caller is an admin."""
     root = config.root.resolve()
-    return Service(state, planner, config, root, OpenStores(root), Announcer())
+    return Service(state, planner, config, root, OpenStores(root), Announcer(), tokens)
 
 
-def make_app(service: Service, tokens: Tokens | None = None) -> Guard:
-    """The application: the REST interface and the pages. `tokens` open it; without any, every caller is an admin."""
+def make_app(service: Service) -> Guard:
+    """The application: the REST interface and the pages."""
     config = service.config
     requests = RequestRoutes(AllowedNames.of(config))
-    endpoints, pages = all_endpoints(requests), Pages(service, requests, tokens)
+    endpoints, pages = all_endpoints(requests), Pages(service, requests, service.tokens)
     document = openapi_document(endpoints, version("sagsae") or "0")
 
     async def show_document(request: Request) -> Response:  # noqa: ARG001 (Starlette's signature)
@@ -94,7 +96,7 @@ def make_app(service: Service, tokens: Tokens | None = None) -> Guard:
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service, pages))  # noqa: ARG005
     names = frozenset({config.host, *config.allow_host, *name_for_nodes(config)})
-    return Guard(app, tokens, names, not is_loopback(config.host))
+    return Guard(app, service.tokens, names, not is_loopback(config.host))
 
 
 def route_of(service: Service, one: Endpoint) -> Route:
@@ -214,8 +216,8 @@ class Process:
         self.url = url_of(host, port)
         self.workers = workers_of(config, state, host, port)
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
-        self.service = make_service(state, self.planner, config)
-        app = make_app(self.service, Tokens.of([*tokens, *own]) if tokens else None)
+        self.service = make_service(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
+        app = make_app(self.service)
         self.server = ListeningServer(
             uvicorn.Config(
                 app,

@@ -25,13 +25,13 @@ from harvest.serve.page.form import FormView, Option, Site, SitesView, entered, 
 from harvest.serve.page.reading import CacheNow, read_cache, read_catalog, read_job
 from harvest.serve.page.render import TYPES, render, static_file
 from harvest.serve.page.store import StoreNumbers, TextsView, read_numbers, reader_facts, store_view, texts_view
-from harvest.serve.rest.endpoint import CALLER, Caller, HttpError, Level, RestCall, Service, read_body
+from harvest.serve.rest.endpoint import CALLER, Caller, HttpError, Level, RestCall, Service, TokenBook, read_body
 from harvest.serve.rest.errors import status_of, words_of
 from harvest.serve.rest.events import Events
 from harvest.serve.rest.jobs import last_event, log_part, stream
 from harvest.serve.rest.names import admit
 from harvest.serve.rest.requests import RequestRoutes, with_request
-from harvest.serve.rest.security import COOKIE, Tokens, check_level
+from harvest.serve.rest.security import COOKIE, check_level
 from harvest.serve.view import (
     LOG_LINES,
     asked_facts,
@@ -70,7 +70,7 @@ Handler = Callable[[RestCall], Awaitable[Response]]
 class Pages:
     """The pages' handlers, with what they keep between requests."""
 
-    def __init__(self, service: Service, requests: RequestRoutes, tokens: Tokens | None) -> None:
+    def __init__(self, service: Service, requests: RequestRoutes, tokens: TokenBook | None) -> None:
         self.service, self.requests, self.tokens = service, requests, tokens
         self.answers = LaterAnswers()
         self.checks = StoreChecks(time.time, lambda: service.announcer.heard(0))

@@ -1,4 +1,4 @@
-"""`sagsae bench serve`, the half that reads: a store through its activation cache against the same store's folder."""
+"""`sagsae bench remote`, the half that reads: a store through its activation cache against the same store's folder."""
 
 import statistics
 import time
