@@ -55,10 +55,12 @@ class Lease:
             self.look_after()
 
     def look_after(self) -> None:
-        """Renews the lease, or takes one where there is none. Prints a failure once, when it comes a second time: a
-        store that was begun a moment ago is not in the catalog yet."""
+        """Renews the lease, or takes one where there is none. Prints a failure once, when it comes a second time. A
+        store that is not in the catalog yet is being written, and its job keeps it."""
         try:
             self.renewed()
+        except UnknownError:
+            self.failures = 0
         except UserError as error:
             self.failures += 1
             if self.failures == REPORTED:
