@@ -73,9 +73,11 @@ class ServiceProcess:
         return subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True, timeout=120)
 
     def client(self, *words: str) -> Any:
-        """What a client's command prints."""
-        done = self.try_client(*words)
-        assert done.returncode in (0, 75), (words, done.stdout, done.stderr)
+        """What a client's command prints. Tries again while the service is busy, as it is while it plans at first."""
+        end = time.monotonic() + 300
+        while not (done := self.try_client(*words)).stdout and done.returncode == 75 and time.monotonic() < end:
+            time.sleep(1)
+        assert done.stdout, (words, done.returncode, done.stderr, self.all_logs())
         return json.loads(done.stdout)
 
     def ask(self, *words: str) -> tuple[int, Path]:
