@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from harvest.serve.catalog import MOST_ROWS, read_cursor
 from harvest.serve.database import JOBS, LIVE, OPEN, Database
-from harvest.serve.records import Changes
+from harvest.serve.records import Changes, StoreOrigin
 from shared.files.local import explained, touch
 from shared.refusals import UnknownError
 from shared.request import Action, Job, JobAttempt, JobPage, JobState, WorkerInfo, WorkerRow
@@ -156,6 +156,12 @@ class JobTable:
         query = "SELECT * FROM attempt WHERE job = ? ORDER BY number DESC LIMIT ?"
         rows = self.database.all(query, job, MOST_ATTEMPTS)
         return [JobAttempt(**{name: row[name] for name in JobAttempt.model_fields}) for row in rows]
+
+    def origin(self, store: str) -> StoreOrigin | None:
+        """The last job that wrote a store; None for one that was harvested without the service."""
+        query = "SELECT id, action, donors FROM job WHERE store = ? AND attempt > 0 ORDER BY id DESC LIMIT 1"
+        row = self.database.one(query, store)
+        return None if row is None else StoreOrigin(row["id"], row["action"], tuple(json.loads(row["donors"])))
 
     # workers
     def greet(self, worker: WorkerInfo) -> None:

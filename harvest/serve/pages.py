@@ -22,7 +22,7 @@ from starlette.routing import Route
 from harvest.serve.page.answers import LaterAnswers
 from harvest.serve.page.checks import StoreChecks
 from harvest.serve.page.form import FormView, Option, Site, SitesView, entered, model_options, request_of
-from harvest.serve.page.reading import CacheNow, read_cache, read_catalog, read_job
+from harvest.serve.page.reading import CacheNow, read_cache, read_catalog, read_job, read_store_rows
 from harvest.serve.page.render import TYPES, render, static_file
 from harvest.serve.page.store import StoreNumbers, TextsView, read_numbers, reader_facts, store_view, texts_view
 from harvest.serve.rest.endpoint import CALLER, Caller, HttpError, Level, RestCall, Service, TokenBook, read_body
@@ -230,24 +230,23 @@ class Pages:
 
     async def store(self, call: RestCall) -> Response:
         """GET /stores/{store}"""
-        name = call.path("store")
-        row = await to_thread.run_sync(call.state.store, name)
+        name, clock = call.path("store"), time.time()
+        found = await to_thread.run_sync(read_store_rows, call.state, name)
         if call.query("part") == "texts":
             return page("texts.html", texts=await self.texts(name, PART_S))
         now = await to_thread.run_sync(read_cache, call.state)
-        numbers = await to_thread.run_sync(self.read_store, name, call.query("hook"))
+        numbers = await to_thread.run_sync(self.read_numbers, name, call.query("hook"))
         url = f"{str(call.request.base_url).rstrip('/')}/v1/stores/{name}"
         folder = call.service.stores.folder(name) if call.caller.here else None
-        return page(
-            "store.html",
-            **self.frame(call, now, {"store": name}),
-            store=store_view(row, numbers, url, folder, time.time()),
-            texts=await self.texts(name, SOON_S),
-            readers=reader_facts(await to_thread.run_sync(call.state.readers, name), time.time()),
-            check=self.checks.view(name),
-        )
+        values: dict[str, Any] = {
+            "store": store_view(found.row, numbers, found.origin, url, folder, clock),
+            "texts": await self.texts(name, SOON_S),
+            "readers": reader_facts(found.readers, clock),
+            "check": self.checks.view(name),
+        }
+        return page("store.html", **self.frame(call, now, {"store": name}), **values)
 
-    def read_store(self, name: str, hook: str | None) -> StoreNumbers:
+    def read_numbers(self, name: str, hook: str | None) -> StoreNumbers:
         """The numbers of a store, which are kept while its committed shards stay the same."""
         store = self.service.stores.open(name).store
         key = (name, store.snapshot_id, hook or "")

@@ -14,7 +14,7 @@ from harvest.serve.catalog import Catalog
 from harvest.serve.database import JOBS, Database
 from harvest.serve.jobs import JobTable
 from harvest.serve.leases import Holds
-from harvest.serve.records import Changes, Clock, Limits, Usage
+from harvest.serve.records import Changes, Clock, Limits, StoreOrigin, Usage
 from harvest.serve.space import Space
 from shared.errors import UserError
 from shared.refusals import UnknownError
@@ -192,6 +192,10 @@ class State:
         """The last attempts of a job, the newest first. Raises UnknownError."""
         self.table.row(job)
         return self.table.attempts(job)
+
+    def origin(self, store: str) -> StoreOrigin | None:
+        """The last job that wrote a store; None for one that was harvested without the service."""
+        return self.table.origin(store)
 
     def queue(self) -> list[Job]:
         """The open jobs: those that run, then the others in the order in which they will be taken."""

@@ -1,14 +1,20 @@
 """The pages of the cache in Chromium: a request by form, live progress, a restart of the server, narrow and dark."""
 
+import os
 import shutil
 import socket
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.cache import WORKER, FakeHarvest, planned, spec_of
+from support.command import ROOT
 from support.serving.live import running
 from support.serving.rest import READ, TOKENS, ScriptedPlanner, copy_of, service_of
 
@@ -291,4 +297,69 @@ def test_signing_in(browser: Any, service: Service) -> None:
         page.wait_for_url("**/stores/s")
         assert page.evaluate("document.cookie") == ""
         assert not page.get_by_role("button", name="Verify").count()
+    context.close()
+
+
+@contextmanager
+def served(root: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    """`sagsae serve` with its own worker, killed at the end."""
+    command = [sys.executable, str(ROOT / "cli.py"), "serve", "--root", str(root), "--port", str(port)]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    try:
+        wait_for_port(port)
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_for_port(port: int, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return socket.create_connection(("127.0.0.1", port), 1).close()
+        except OSError:
+            assert time.monotonic() < end, "the server does not answer"
+            time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_real_harvest_through_a_killed_server(browser: Any, tmp_path: Path) -> None:
+    """`sagsae serve` alone: a request by form, its progress, kill -9 of the server, and the finished store; the job's
+    page is never reloaded."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    context = browser.new_context()
+    context.set_default_timeout(180_000)
+    page = context.new_page()
+    tab = Tab(page, f"http://127.0.0.1:{port}")
+    with served(tmp_path / "stores", port):
+        tab.open("/")
+        page.get_by_text("Layers of tiny").wait_for()
+        page.get_by_label("1", exact=True).check()
+        page.get_by_label("mid", exact=True).uncheck()
+        page.locator("[name=tokens]").fill("600k")
+        page.locator("#plan").get_by_text("Nothing of it is here yet").wait_for()
+        page.get_by_role("button", name="Request", exact=True).click()
+        page.wait_for_url("**/jobs/1")
+        page.evaluate("window.same = true")
+        bar = page.get_by_label("Progress of job 1")
+        while bar.evaluate("bar => bar.value") < 5:  # the test's own limit of time ends this
+            page.wait_for_timeout(100)
+    page.get_by_text("The connection is lost").wait_for()
+    assert bar.evaluate("bar => bar.value") < 100
+    with served(tmp_path / "stores", port):
+        page.locator("[data-part=job] .badge.done").wait_for()
+        assert bar.evaluate("bar => bar.value") == 100
+        assert page.evaluate("window.same") is True
+        assert page.locator("[data-part=attempts] tbody tr").count() >= 1
+        assert page.locator("[data-part=log]").text_content().count("\n") > 3
+        page.locator("[data-part=job]").get_by_role("link").click()
+        page.wait_for_url("**/stores/*")
+        page.locator(".texts").wait_for()
+        assert page.locator("svg.plot").count() == 2
+        page.get_by_role("button", name="Verify every file").click()
+        page.get_by_text("Every file is as it was written").wait_for()
+    assert tab.elsewhere == []
     context.close()

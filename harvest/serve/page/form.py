@@ -131,9 +131,9 @@ def whole_number(name: str, text: str) -> int:
     found = re.fullmatch(r"([0-9]{1,18})(?:\.([0-9]{1,9}))?([kmbg]?)", re.sub(r"[,_\s]", "", text.lower()))
     if found:
         unit, decimals = UNITS[found[3]], found[2] or ""
-        whole = int(found[1] + decimals) * unit
-        if whole % 10 ** len(decimals) == 0:
-            return whole // 10 ** len(decimals)
+        whole, rest = divmod(int(found[1] + decimals) * unit, int("1" + "0" * len(decimals)))
+        if not rest:
+            return whole
     raise UserError(f"{LABELS.get(name, name)}: {text[:40]!r} is no whole number. Enter one such as 20000, 20M or 1.5M")
 
 

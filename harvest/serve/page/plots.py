@@ -39,14 +39,14 @@ class PlotScale:
         """Three to seven round values."""
         if self.log:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
-            step = max(1, math.ceil((last - first) / 5))
+            stride = max(1, math.ceil((last - first) / 5))
             if last - first >= 2:
-                return [10.0**power for power in range(first, last + 1, step)]
+                return [10.0**power for power in range(first, last + 1, stride)]
             factors = [f * 10.0**power for power in range(first - 1, last + 1) for f in (1, 2, 5)]
             return [value for value in factors if self.low <= value <= self.high]
         step = round_step((self.high - self.low) / 4)
-        first = math.ceil(self.low / step - 1e-9)
-        return [number * step for number in range(first, math.floor(self.high / step + 1e-9) + 1)]
+        begin = math.ceil(self.low / step - 1e-9)
+        return [number * step for number in range(begin, math.floor(self.high / step + 1e-9) + 1)]
 
 
 def round_step(step: float) -> float:

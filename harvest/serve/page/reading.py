@@ -4,10 +4,10 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Final
 
-from harvest.serve.records import Usage
+from harvest.serve.records import StoreOrigin, Usage
 from harvest.serve.state import State
 from shared.refusals import UnknownError
-from shared.request import Job, JobAttempt, StoreFilter, StorePage, StoreRow, StoreSort, WorkerRow
+from shared.request import Job, JobAttempt, StoreFilter, StorePage, StoreReader, StoreRow, StoreSort, WorkerRow
 
 STORES: Final = 50
 """Stores of one page of the catalog."""
@@ -62,3 +62,17 @@ def read_job(state: State, number: int) -> JobNow:
     """Raises UnknownError."""
     job = state.job(number)
     return JobNow(job, row_of(state, job.store), state.attempts_of(number))
+
+
+@dataclass(frozen=True)
+class StoreNow:
+    """What the state knows of one store."""
+
+    row: StoreRow
+    readers: list[StoreReader]
+    origin: StoreOrigin | None
+
+
+def read_store_rows(state: State, store: str) -> StoreNow:
+    """Raises UnknownError."""
+    return StoreNow(state.store(store), state.readers(store), state.origin(store))

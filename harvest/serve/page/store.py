@@ -8,12 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
+from urllib.parse import quote
 
 import numpy as np
 from markupsafe import Markup
 
 from harvest.serve.page.plots import POINTS, line_plot, stem_plot
 from harvest.serve.page.words import ABSENT, Fact, ago, count, number, size, times
+from harvest.serve.records import StoreOrigin
 from shared.errors import DamagedError, UserError
 from shared.gate import members, parse_json, printable
 from shared.request import StoreReader, StoreRow
@@ -156,6 +158,8 @@ class ProvenanceNode:
     title: str
     facts: tuple[Fact, ...]
     parents: tuple["ProvenanceNode", ...] = ()
+    link: str = ""
+    """The address of its own page."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +196,9 @@ class StoreView:
     python: str
 
 
-def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path | None, now: float) -> StoreView:
+def store_view(
+    row: StoreRow, numbers: StoreNumbers, origin: StoreOrigin | None, url: str, folder: Path | None, now: float
+) -> StoreView:
     """What the page shows. `url` is the store's own address on this server."""
     arrays = array_lines(numbers.sizes)
     return StoreView(
@@ -209,7 +215,7 @@ def store_view(row: StoreRow, numbers: StoreNumbers, url: str, folder: Path | No
         arrays=arrays[:ARRAYS],
         further_arrays=len(arrays[ARRAYS:]),
         key_parts=key_facts(numbers.spec),
-        provenance=provenance_tree(row, numbers),
+        provenance=provenance_tree(row, numbers, origin),
         train=train_command(url, numbers.hook),
         train_here=train_command(str(folder), numbers.hook) if folder else None,
         python=python_snippet(url, numbers),
@@ -355,8 +361,8 @@ def ids_text(ids: Sequence[int]) -> str:
     return (", ".join(map(str, ids[:8])) or "none") + more
 
 
-def provenance_tree(row: StoreRow, numbers: StoreNumbers) -> ProvenanceNode:
-    """The store, what wrote it, and the model and the corpus that it was written from."""
+def provenance_tree(row: StoreRow, numbers: StoreNumbers, origin: StoreOrigin | None) -> ProvenanceNode:
+    """The store, what wrote it, and the model, the corpus and the other stores that it was written from."""
     spec, record = numbers.spec, numbers.record
     tokenizer = ProvenanceNode("Tokenizer", (Fact("Digest", str(spec.tokenizer.get("blake2b") or ABSENT)),))
     model = ProvenanceNode(f"Model {row.model}", (Fact("Commit", str(spec.model.get("commit") or ABSENT)),))
@@ -369,8 +375,14 @@ def provenance_tree(row: StoreRow, numbers: StoreNumbers) -> ProvenanceNode:
         Fact("Versions", ", ".join(f"{name} {known[name]}" for name in VERSIONS if known.get(name)) or ABSENT),
         Fact("Code", git_text(record.get("git"))),
     ]
-    harvest = ProvenanceNode("Harvest", tuple(facts), (model, corpus))
+    donors = tuple(ProvenanceNode(f"Parts of {name}", (), (), f"/stores/{quote(name)}") for name in lenders(origin))
+    job = ProvenanceNode(f"Job {origin.job}", (), (), f"/jobs/{origin.job}") if origin else None
+    harvest = ProvenanceNode("Harvest", tuple(facts), (*([job] if job else []), model, corpus, *donors))
     return ProvenanceNode(f"Store {row.id}", (Fact("Key", row.key), Fact("Spec", row.spec_id or ABSENT)), (harvest,))
+
+
+def lenders(origin: StoreOrigin | None) -> tuple[str, ...]:
+    return origin.donors if origin else ()
 
 
 def corpus_facts(corpus: Mapping[str, Any]) -> tuple[Fact, ...]:
@@ -395,7 +407,7 @@ def short_value(value: object, longest: int = 240) -> str:
 def git_text(git: object) -> str:
     if not isinstance(git, dict) or not isinstance(git.get("commit"), str):
         return ABSENT
-    return git["commit"][:12] + (" with changes" if git.get("changed") else "")
+    return str(git["commit"])[:12] + (" with changes" if git.get("changed") else "")
 
 
 def train_command(place: str, hook: str) -> str:
