@@ -26,7 +26,6 @@ from harvest.disk_space import (
     check_fits,
     free_bytes,
     free_text,
-    gigabytes,
     stored_size,
     usual_ratio,
 )
@@ -40,7 +39,7 @@ from shared.files.base import Files, join
 from shared.files.local import LocalFiles
 from shared.files.locks import check_alone
 from shared.files.open import open_files
-from shared.progress import progress, say
+from shared.progress import gigabytes, progress, say
 from shared.record import provenance
 from shared.schema import build
 from shared.stop import stop_requests

@@ -373,6 +373,11 @@ class ServeConfig(Frozen):
     slurm_jobs: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Slurm jobs that may wait or run at a time."""
 
+    @property
+    def quota_bytes(self) -> int | None:
+        """The quota; None for what the disk has."""
+        return self.quota if isinstance(self.quota, int) else None
+
 
 class WorkConfig(Frozen):
     """One worker of the activation cache: it runs the service's jobs on this machine."""
@@ -397,11 +402,6 @@ class WorkConfig(Frozen):
     """Which GPUs to use, such as 0,1: one process on each. Default: every one that is visible."""
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes of one harvest. Default: one for each of --gpus, else one."""
-
-    @property
-    def quota_bytes(self) -> int | None:
-        """The quota; None for what the disk has."""
-        return self.quota if isinstance(self.quota, int) else None
 
 
 class RecodeConfig(Frozen):

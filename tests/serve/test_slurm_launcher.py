@@ -25,7 +25,7 @@ IDLE = ["sleep", "300"]
 def ask(state: State, tokens: int = 4096) -> int:
     """Asks for a store of a model that no test has. Returns the job."""
     wanted = Wanted(
-        label="none", shapes=(Shape("0" * 32, (), 256, 1024),), token_key="t", tokens=tokens, context=64,
+        label="none", shapes=(Shape("0" * 32, (), 256, 1024),), rows_key="r", token_key="t", tokens=tokens, context=64,
         hookpoints={"layer_0/mlp_out": HookSpec(name="blocks.0.hook_mlp_out", d_in=8)},
         accept="exact", environment=None, codec="zstd", dtype="bfloat16",
     )  # fmt: skip

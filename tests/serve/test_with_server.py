@@ -88,13 +88,14 @@ def test_a_server_that_is_killed_while_it_is_read_is_waited_for(
     assert weights(result[0]) == weights(here.run)
 
 
-def test_a_client_speaks_with_a_server(store: Store, growing: Path, tmp_path: Path) -> None:
+def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path) -> None:
     """Tokens, catalog, pins, leases and following, as the server has them."""
     file = tmp_path / "token"
     file.touch(0o600)
     file.write_text(f"admin:{TOKEN}\n")
     port, root = free_port(), growing.parent / "stores"
-    growing.rename((root.mkdir(), root / "growing")[1])
+    root.mkdir()
+    growing.rename(root / "growing")
     with server(root, port, "--launch", "none", "--token-file", str(file)):
         url = f"http://127.0.0.1:{port}"
         with pytest.raises(UserError, match="needs a token"):
@@ -122,7 +123,8 @@ def test_a_client_speaks_with_a_server(store: Store, growing: Path, tmp_path: Pa
 
 def test_a_growing_store_is_followed_through_a_server(train_config: Config, store: Store, growing: Path) -> None:
     root = growing.parent / "stores"
-    growing = growing.rename((root.mkdir(), root / "growing")[1])
+    root.mkdir()
+    growing = growing.rename(root / "growing")
     port = free_port()
     with server(root, port, "--launch", "none"):
         harvest = in_steps(growing, store, [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], 1.0)

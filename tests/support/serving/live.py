@@ -16,7 +16,8 @@ from harvest.serve.rest.security import Tokens
 def running(service: Service, tokens: Tokens | None = None, port: int = 0) -> Iterator[str]:
     """The service's address, while the block runs. Then open streams end, as they do when `sagsae serve` ends."""
     listener = socket.create_server(("127.0.0.1", port))
-    config = uvicorn.Config(make_app(service, tokens), log_level="warning", ws="none", timeout_graceful_shutdown=2)
+    service.tokens = tokens
+    config = uvicorn.Config(make_app(service), log_level="warning", ws="none", timeout_graceful_shutdown=2)
     server = ListeningServer(config)
     thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
