@@ -51,7 +51,7 @@ from shared.command.parameters import (
     Wait,
     Yes,
 )
-from shared.command.start import in_processes
+from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
@@ -323,6 +323,7 @@ def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_
     """Check every byte of a store and list all damage.
 
     The exit code is 3 when something is damaged and stays so."""
+    start_light()
     from shared.progress import progress
     from shared.store.opened import Store
     from shared.store.verify import repair, verify

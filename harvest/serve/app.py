@@ -40,6 +40,7 @@ from harvest.serve.rest.open_stores import OpenStores
 from harvest.serve.rest.openapi import openapi_document
 from harvest.serve.rest.requests import RequestRoutes
 from harvest.serve.rest.security import Guard, Tokens, check_level, is_loopback, read_tokens
+from harvest.serve.slurm.workers import SlurmWorkers, name_for_nodes
 from harvest.serve.state import State
 from shared.config import ServeConfig
 from shared.errors import BusyError, UserError
@@ -94,7 +95,8 @@ def make_app(service: Service) -> Guard:
     routes += pages.routes()
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service, pages))  # noqa: ARG005
-    return Guard(app, service.tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
+    names = frozenset({config.host, *config.allow_host, *name_for_nodes(config)})
+    return Guard(app, service.tokens, names, not is_loopback(config.host))
 
 
 def route_of(service: Service, one: Endpoint) -> Route:
@@ -212,7 +214,7 @@ class Process:
         self.planner = Planner()
         host, port = listener.getsockname()[:2]
         self.url = url_of(host, port)
-        self.workers = EmbeddedWorkers(config, url_of(reachable(host), port)) if config.launch == "local" else None
+        self.workers = workers_of(config, state, host, port)
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
         self.service = make_service(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
         app = make_app(self.service)
@@ -259,6 +261,16 @@ class Process:
         elif self.workers:
             say("stopping: workers commit what they have; once more to stop at once")
         stop.set()
+
+
+def workers_of(config: ServeConfig, state: State, host: str, port: int) -> EmbeddedWorkers | SlurmWorkers | None:
+    """The workers that the server starts. Raises UserError when Slurm cannot be used."""
+    match config.launch:
+        case "local":
+            return EmbeddedWorkers(config, url_of(reachable(host), port))
+        case "slurm":
+            return SlurmWorkers(config, state, port)
+    return None
 
 
 def url_of(host: str, port: int) -> str:

@@ -201,6 +201,18 @@ class State:
         """The open jobs: those that run, then the others in the order in which they will be taken."""
         return self.table.queue()
 
+    def due(self) -> list[Job]:
+        """The queued jobs that a worker could take now, in their order."""
+        return self.attempts.due()
+
+    def give_up(self, job: int, words: str) -> Job:
+        """Has a queued job fail that no worker could begin. Any other job is left as it is. Raises UnknownError."""
+        return self.attempts.give_up(job, words)
+
+    def remark(self, job: int, note: str) -> None:
+        """Notes what a queued job waits for. Raises UnknownError."""
+        self.attempts.remark(job, note)
+
     def log_path(self, job: int) -> Path:
         """The file into which the job's worker writes. Raises UnknownError."""
         return self.root / JOBS / f"{self.table.row(job)['id']}.log"

@@ -11,7 +11,7 @@ from urllib.parse import urlencode
 
 from harvest.serve.page.words import ABSENT, Fact, ago, count, left, percent, size
 from harvest.serve.records import Usage
-from shared.command.tables import duration
+from shared.progress import duration
 from shared.request import (
     Action,
     Job,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Final
 
-from shared.command.tables import duration
+from shared.progress import duration
 
 ABSENT: Final = "–"
 UNITS: Final = ("B", "kB", "MB", "GB", "TB", "PB")
