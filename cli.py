@@ -547,10 +547,9 @@ def bench_remote(context: typer.Context, as_json: Json = False) -> None:
         place = (ask.keep or Path(folder)).resolve()
         say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
         here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
-        server = measured_server([sys.executable, SCRIPT], place)
-        with server as measured, progress("bench", 2 * ask.rounds + 2, "runs") as done:
-            served = Store.open(f"http://127.0.0.1:{measured.line.port}/v1/stores/{here.root.name}")
-            figures = compare(here, served, WIDE, ask.rounds, measured.cpu_seconds, done)
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
     show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 
 

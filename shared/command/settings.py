@@ -44,9 +44,9 @@ from shared.schema import Frozen, Shown, plain
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
+    "request": RequestConfig,
     "synth": SynthConfig,
     "train": TrainConfig,
-    "request": RequestConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,

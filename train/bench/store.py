@@ -90,7 +90,9 @@ def two_threads(reader: ArrayReader, places: list[tuple[int, int]]) -> Run:
     return run
 
 
-def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **settings: int) -> BatchStream:
+def open_stream(
+    store: Store, hook: str, verify: str, paced: bool = False, threads: int = 1, **settings: int
+) -> BatchStream:
     """Opens the stream that `sagsae train` reads with, on all rows. After the first round its memory is allocated, as
     in a long run."""
     sae = {"arch": "gated", "d_sae": 1, "sparsity": 1.0}
@@ -99,7 +101,7 @@ def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **set
     config = build(TrainConfig, given)
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
     passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, Path(), True)
-    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1, paced=paced)
+    loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=threads, paced=paced)
     return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [StreamPosition()] * streams)
 
 
@@ -137,9 +139,9 @@ def batches(store: Store, hook: str, verify: str) -> Run:
     return warmed(run)
 
 
-def epoch_seconds(store: Store, hook: str) -> float:
+def epoch_seconds(store: Store, hook: str, threads: int = 1) -> float:
     """Returns the seconds of an epoch of batches that are taken as fast as they are read."""
-    stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
+    stream = open_stream(store, hook, "always", paced=True, threads=threads, window_rows=store.n_rows * 2 // 3)
     with closing(stream):
         return min(timed_epoch(stream, store, 0.0) for _ in range(3))
 
@@ -155,11 +157,11 @@ def timed_epoch(stream: BatchStream, store: Store, seconds: float) -> float:
     return time.monotonic() - began
 
 
-def wait_share(store: Store, hook: str, fastest: float | None = None, epochs: int = 20) -> float:
+def wait_share(store: Store, hook: str, fastest: float | None = None, epochs: int = 20, threads: int = 1) -> float:
     """Returns the share of time for which a simulated device waits for data when it takes batches at half the reading
     speed: 0 when every window is read before it is needed. A window may hold two thirds of an epoch, which is the
     hardest case. `fastest`: seconds of an epoch at full reading speed. Default: as measured on this store."""
-    stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
+    stream = open_stream(store, hook, "always", paced=True, threads=threads, window_rows=store.n_rows * 2 // 3)
     with closing(stream):
         found = [timed_epoch(stream, store, 0.0) for _ in range(3)][-1]
         before = stream.waited
