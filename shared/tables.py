@@ -180,6 +180,12 @@ def print_growth(found: dict[str, Any]) -> None:
     print_lines([*found["failed"], verdict])
 
 
+def print_service(found: dict[str, Any]) -> None:
+    """What `bench serve` found, and what takes longer than is promised."""
+    print_table("Each in a fresh process; MB of memory that is no file's, beyond the imports", found["table"])
+    print_lines([*found["failed"], "as promised" if found["holds"] else "more than is promised: see above"])
+
+
 def print_lines(lines: Iterable[str]) -> None:
     sys.stdout.write("".join(f"{line}\n" for line in lines))
 

@@ -29,6 +29,8 @@ RESERVED: Final = f"""SELECT job.store, max(0, max(job.expected) - coalesce(stor
   FROM job LEFT JOIN store ON store.id = job.store WHERE {LIVE} GROUP BY job.store"""
 """What the jobs will still write, by store."""
 
+KEYS_AT_ONCE: Final = 200
+"""Keys whose stores are measured before their sizes are written."""
 ROW_BYTES: Final = 4
 """Bytes of a token's id, which are copied for rows that are linked."""
 ARRAY_BYTES: Final = 1024
@@ -78,19 +80,23 @@ class Space:
     # sizes
     def measure(self) -> None:
         """Looks how large the stores are that came or changed since the last look."""
-        while rows := self.database.all("SELECT DISTINCT key FROM store WHERE own IS NULL"):
+        query = f"SELECT DISTINCT key FROM store WHERE own IS NULL LIMIT {KEYS_AT_ONCE}"
+        while rows := self.database.all(query):
+            changes, sizes = self.catalog.changes, dict[str, tuple[int, int]]()
             for row in rows:
-                self.measure_key(row["key"])
+                sizes |= self.sizes_of(row["key"])
+            with self.database.transaction():
+                if changes == self.catalog.changes:  # or else they are looked at again
+                    for store, (size, own) in sizes.items():
+                        self.database.run("UPDATE store SET bytes = ?, own = ? WHERE id = ?", size, own, store)
 
-    def measure_key(self, key: str) -> None:
-        """Sizes of the unmeasured stores of one key. A linked file counts for the first store that has it; a file that
-        has a further link is another, measured store's."""
-        changes = self.catalog.changes
+    def sizes_of(self, key: str) -> dict[str, tuple[int, int]]:
+        """All bytes and own bytes of the unmeasured stores of one key. A linked file counts for the first store that
+        has it; a file that has a further link is another, measured store's."""
         rows = self.database.all("SELECT id, own FROM store WHERE key = ? ORDER BY state, created, id", key)
-        unmeasured = [row for row in rows if row["own"] is None]
-        files = {row["id"]: list(walk(self.root / row["id"])) for row in unmeasured}
+        files = {row["id"]: list(walk(self.root / row["id"])) for row in rows if row["own"] is None}
         names = Counter(file.inode for each in files.values() for file in each)
-        alone, counted, sizes = len(unmeasured) == len(rows), set[Inode](), dict[str, tuple[int, int]]()
+        alone, counted, sizes = len(files) == len(rows), set[Inode](), dict[str, tuple[int, int]]()
         for store, each in files.items():
             own = 0
             for file in each:
@@ -98,10 +104,7 @@ class Space:
                     own += file.bytes
                 counted.add(file.inode)
             sizes[store] = (sum(file.bytes for file in each), own)
-        with self.database.transaction():
-            if changes == self.catalog.changes:  # or else it is looked at again
-                for store, (size, own) in sizes.items():
-                    self.database.run("UPDATE store SET bytes = ?, own = ? WHERE id = ?", size, own, store)
+        return sizes
 
     def own(self, store: str) -> int:
         """Bytes that a store alone has; 0 when it is not there yet."""

@@ -68,3 +68,14 @@ class ScaleBenchOptions(Frozen):
     """Use small stores, to see that it works."""
     folder: Folder | None = None
     """Where the stores are made: about 3 GB and 2 million files. Default: a temporary folder."""
+
+
+class ServeBenchOptions(Frozen):
+    """Start, lists and memory of the service with a growing number of stores and jobs."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "quick folder"}
+
+    quick: bool = False
+    """Use few stores, to see that it works."""
+    folder: Folder | None = None
+    """Where the stores are described: 20,000 small files. Default: a temporary folder."""
