@@ -602,19 +602,19 @@ def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as
     show(found, as_json, lambda: tables.print_growth(found))
 
 
-@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
-def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+@command(bench_app, "catalog", settings=OptionsFrom("bench catalog"))
+def bench_catalog(context: typer.Context, as_json: Json = False) -> None:
     """Measure how the service's start, lists and memory grow with its stores and jobs."""
     import tempfile
 
-    from harvest.bench.serve import QUICK, SIZES, measure_growth
+    from harvest.bench.catalog import QUICK, SIZES, measure_growth
     from shared.progress import progress
 
     ask = resolve(context)
     sizes = QUICK if ask.quick else SIZES
     with tempfile.TemporaryDirectory(dir=ask.folder) as here, progress("bench", len(sizes), "sizes") as advance:
         found = measure_growth(Path(here), ask.quick, advance)
-    show(found, as_json, lambda: tables.print_service(found))
+    show(found, as_json, lambda: tables.print_catalog_growth(found))
 
 
 def main() -> None:

@@ -180,8 +180,8 @@ def print_growth(found: dict[str, Any]) -> None:
     print_lines([*found["failed"], verdict])
 
 
-def print_service(found: dict[str, Any]) -> None:
-    """What `bench serve` found, and what takes longer than is promised."""
+def print_catalog_growth(found: dict[str, Any]) -> None:
+    """What `bench catalog` found, and what takes longer than is promised."""
     print_table("Each in a fresh process; MB of memory that is no file's, beyond the imports", found["table"])
     print_lines([*found["failed"], "as promised" if found["holds"] else "more than is promised: see above"])
 

@@ -70,7 +70,7 @@ class ScaleBenchOptions(Frozen):
     """Where the stores are made: about 3 GB and 2 million files. Default: a temporary folder."""
 
 
-class ServeBenchOptions(Frozen):
+class CatalogBenchOptions(Frozen):
     """Start, lists and memory of the service with a growing number of stores and jobs."""
 
     groups: ClassVar[Mapping[str, str]] = {"Benchmark": "quick folder"}

@@ -18,8 +18,8 @@ def test_two_minutes_of_kills(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_bench_serve(sagsae: Sagsae, tmp_path: Path) -> None:
-    done = sagsae("bench", "serve", "--quick", "--folder", tmp_path, "--json")
+def test_bench_catalog(sagsae: Sagsae, tmp_path: Path) -> None:
+    done = sagsae("bench", "catalog", "--quick", "--folder", tmp_path, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert [row["stores"] for row in found["table"]] == [10, 100]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harvest.serve.database import JOBS
+from harvest.serve.planner import child_environment
 from shared.command.parent import parent_variable
 from shared.errors import DamagedError, UserError
 from shared.files.handles import close, open_regular
@@ -109,7 +110,7 @@ class Command:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=handle,
-                env={**os.environ, **environment, **parent_variable(number)},
+                env={**child_environment(), **environment, **parent_variable(number)},
                 start_new_session=True,  # Ctrl-C in a terminal is the worker's
             )
         finally:

@@ -1,7 +1,7 @@
-"""`sagsae bench serve`: how the service's start, lists and memory grow with the number of stores and of ended jobs.
+"""`sagsae bench catalog`: how the service's start, lists and memory grow with the number of stores and of ended jobs.
 
 A store is here what the catalog reads: a zarr.json and a record, each of another key. Every size is measured in a fresh
-process: python -m harvest.bench.serve FOLDER
+process: python -m harvest.bench.catalog FOLDER
 """
 
 import json
@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from harvest.bench.scale import CONTEXT, MANIFEST, spec_of
 from harvest.serve.database import DATABASE
+from harvest.serve.planner import child_environment
 from harvest.serve.state import State
 from shared.bench.scale import anonymous_bytes
 from shared.errors import UserError
@@ -64,8 +65,9 @@ def make_stores(root: Path, size: int) -> None:
 
 def in_a_process(place: Path) -> dict[str, Any]:
     """Raises UserError when it fails."""
-    command = [sys.executable, "-P", "-m", "harvest.bench.serve", str(place)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-P", "-m", "harvest.bench.catalog", str(place)]
+    environment = child_environment()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         raise UserError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
     found: dict[str, Any] = json.loads(done.stdout)
