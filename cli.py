@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import typer
 
-from shared import tables
+from shared.command import tables
 from shared.command.commands import command, command_group
 from shared.command.main import run_app, show
 from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
@@ -51,7 +51,7 @@ from shared.command.parameters import (
     Wait,
     Yes,
 )
-from shared.command.start import in_processes
+from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
@@ -323,6 +323,7 @@ def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_
     """Check every byte of a store and list all damage.
 
     The exit code is 3 when something is damaged and stays so."""
+    start_light()
     from shared.progress import progress
     from shared.store.opened import Store
     from shared.store.verify import repair, verify
@@ -418,12 +419,16 @@ def jobs_ls(state: JobStates = None, service: Service = None, as_json: Json = Fa
 
 
 @command(jobs_app, "log")
-def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None) -> None:
+def jobs_log(job: JobNumber, follow: Follow = False, service: Service = None, as_json: Json = False) -> None:
     """Print a job's log."""
     ask_service(service)
     from shared.command.cache import job_log
 
-    for part in job_log(job, follow):
+    parts = job_log(job, follow)
+    if as_json:
+        typer.echo(json.dumps({"job": job, "text": "".join(parts)}))
+        return
+    for part in parts:
         typer.echo(part, nl=False)
 
 
@@ -525,6 +530,29 @@ def bench_store(context: typer.Context, as_json: Json = False) -> None:
     show({**report["ratios"], **report["raw"]}, as_json, text)
 
 
+@command(bench_app, "remote", settings=OptionsFrom("bench remote"))
+def bench_remote(context: typer.Context, as_json: Json = False) -> None:
+    """Compare reading a store through an activation cache with reading its folder."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.remote import serving
+    from harvest.bench.store import WIDE, make_stores
+    from shared.progress import progress, say
+    from shared.store.opened import Store
+    from train.bench.remote import compare
+
+    os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
+    with tempfile.TemporaryDirectory() as folder:
+        place = (ask.keep or Path(folder)).resolve()
+        say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
+        here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
+    show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
+
+
 @command(bench_app, "harvest", settings=OptionsFrom("harvest", BENCH_HARVEST, defaults=SMALL, sets=True))
 def bench_harvest(context: typer.Context, rounds: Rounds = 5, folder: Scratch = None, as_json: Json = False) -> None:
     """Compare a harvest with the bare forward pass and with the codec alone."""
@@ -602,19 +630,21 @@ def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as
     show(found, as_json, lambda: tables.print_growth(found))
 
 
-@command(bench_app, "catalog", settings=OptionsFrom("bench catalog"))
-def bench_catalog(context: typer.Context, as_json: Json = False) -> None:
-    """Measure how the service's start, lists and memory grow with its stores and jobs."""
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Measure the activation cache's server: repeated requests, bytes by ranges, growing catalogs.
+
+    The exit code is 1 when a figure is above its limit."""
+    ask = resolve(context)
     import tempfile
 
-    from harvest.bench.catalog import QUICK, SIZES, measure_growth
-    from shared.progress import progress
+    from harvest.bench.serve import measure_server
 
-    ask = resolve(context)
-    sizes = QUICK if ask.quick else SIZES
-    with tempfile.TemporaryDirectory(dir=ask.folder) as here, progress("bench", len(sizes), "sizes") as advance:
-        found = measure_growth(Path(here), ask.quick, advance)
-    show(found, as_json, lambda: tables.print_catalog_growth(found))
+    with tempfile.TemporaryDirectory(dir=ask.folder) as folder:
+        rows = [figure.row() for figure in measure_server(ask, Path(folder), [sys.executable, SCRIPT])]
+    show(rows, as_json, lambda: tables.print_table("The server, measured from outside", rows))
+    if any(row["holds"] == "NO" for row in rows):
+        raise typer.Exit(1)
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from harvest.reuse.match import Found, NewStore, Wanted, find_answer, harvest_of
 from harvest.serve.catalog import Catalog
 from harvest.serve.database import OPEN
-from harvest.serve.jobs import LIGHT, JobTable, overlap
+from harvest.serve.jobs import LIGHT, JobTable, job_of, overlap
 from harvest.serve.records import Limits
 from harvest.serve.space import Space, size_of
 from shared.config import HarvestConfig
@@ -66,18 +66,28 @@ class Attempts:
         device = json.loads(row["planned"]).get("config", {}).get("device") or "auto"
         if device.partition(":")[0] not in ("auto", "map", worker.device.partition(":")[0]):
             return False
+        return not self.is_left_to_planner(row)
+
+    def is_left_to_planner(self, row: sqlite3.Row) -> bool:
+        """Whether the server's own planner is about to make this store, which needs no model."""
         if row["action"] not in LIGHT or self.clock.now() - row["created"] >= self.limits.light_grace_s:
-            return True
-        return not any(other.worker.light for other in self.jobs.workers())
+            return False
+        return any(other.worker.light for other in self.jobs.workers())
+
+    def due(self) -> list[Job]:
+        """The jobs that a worker could take now, in their order."""
+        with self.database.lock:
+            return [job_of(row) for row in self.waiting() if not self.is_left_to_planner(row)]
 
     def give(self, row: sqlite3.Row, worker: WorkerInfo) -> TakenJob | None:
         """Begins an attempt; None when nothing is left to do, or there is no space yet. What is left to do is decided
         only now: since the job was queued, another may have made a part of it."""
         found = self.found(row)
-        if found.ready:
+        repaired = self.repaired(row) if found.ready and row["repair"] else None
+        if found.ready and repaired is None:
             self.done(row, next(iter(found.places.values())))
             return None
-        new = found.new[0]
+        new = repaired or found.new[0]
         expected = self.space.own(new.store) + size_of(new, found.tokens)
         if not self.space.fits_now(expected):
             return None
@@ -103,7 +113,17 @@ class Attempts:
             "rate": None,
         }
         self.jobs.set(row, **values)
+        self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
+
+    def repaired(self, row: sqlite3.Row) -> NewStore | None:
+        """The store of a job that is to be repaired, as one to make: the catalog still calls it whole."""
+        store = self.catalog.look(row["store"])
+        if store is None:
+            return None
+        spec = store.spec
+        shape = (spec.hookpoints, spec.chunk_rows, spec.shard_rows)
+        return NewStore(row["store"], *shape, None, spec.n_shards, 0, row["action"])
 
     def found(self, row: sqlite3.Row) -> Found:
         """What is left to do for a job."""
@@ -187,6 +207,7 @@ class Attempts:
     def lose(self, row: sqlite3.Row, words: str) -> None:
         """Ends an attempt whose worker is gone. That is mostly not the job's fault, so it may happen more often than a
         failure. Called in a transaction."""
+        self.jobs.end_attempt(row, None, words)
         if row["state"] not in ("running", "verifying"):
             self.jobs.set(row, worker=None)
             return
@@ -215,6 +236,7 @@ class Attempts:
         with self.database.transaction():
             row = self.mine(job, attempt)
             self.measured.pop(job, None)
+            self.jobs.end_attempt(row, code, words.strip()[:MOST_WORDS])
             if row["state"] not in ("running", "verifying"):
                 self.jobs.set(row, worker=None)
             else:
@@ -272,6 +294,39 @@ class Attempts:
             if row["state"] != "cancelled":
                 self.jobs.set(row, state="cancelled", ended=self.clock.now())
             return self.jobs.job(job)
+
+    def give_up(self, job: int, words: str) -> Job:
+        """Has a queued job fail that no worker could begin. Another job is left as it is."""
+        with self.database.transaction():
+            row = self.jobs.row(job)
+            if row["state"] == "queued" and row["worker"] is None:
+                self.failed(row, words[:MOST_WORDS])
+            return self.jobs.job(job)
+
+    def remark(self, job: int, note: str) -> None:
+        """Notes what a queued job waits for."""
+        with self.database.transaction():
+            row = self.jobs.row(job)
+            if row["state"] == "queued" and row["note"] != note[:MOST_WORDS]:
+                self.jobs.set(row, note=note[:MOST_WORDS])
+
+    def damaged(self, store: str, words: str) -> Job:
+        """Queues the last job of a store again, to repair it first; the job itself where it is open. Raises
+        WrongStateError where there is none, or another one makes the same."""
+        with self.database.transaction():
+            row = self.database.one("SELECT * FROM job WHERE store = ? ORDER BY id DESC LIMIT 1", store)
+            if row is None:
+                raise WrongStateError(
+                    f"store {store}: no job of this service made it, so none can repair it. Run: sagsae store verify "
+                    "--repair on the server's machine, then the harvest again"
+                )
+            if row["state"] in ("done", "failed", "cancelled"):
+                twin = f"SELECT id FROM job WHERE key = ? AND extent = ? AND state IN {OPEN}"
+                if (other := self.database.one(twin, row["key"], row["extent"])) is not None:
+                    return self.jobs.job(other["id"])
+                fresh = {"failures": 0, "repair": 1, "repairs": 1, "error": None, "ended": None, "note": words[:500]}
+                self.jobs.set(row, state="queued", not_before=self.clock.monotonic(), **fresh)
+            return self.jobs.job(row["id"])
 
     def retry(self, job: int) -> Job:
         """Raises WrongStateError for a job that is open or done, or has an open twin; QuotaError."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.request import Job
+from shared.request import Action, Job
 
 
 @dataclass(frozen=True)
@@ -70,3 +70,13 @@ class Changes:
     jobs: list[Job]
     stores: list[str]
     """Ids of stores that came, changed or went."""
+
+
+@dataclass(frozen=True)
+class StoreOrigin:
+    """The last job that wrote a store."""
+
+    job: int
+    action: Action
+    donors: tuple[str, ...]
+    """Stores whose shards or tokens it took over."""

@@ -28,6 +28,13 @@ class StoreBenchOptions(Frozen):
     """Folder to keep the stores in; those that are there are used again. Default: a temporary folder."""
 
 
+class RemoteBenchOptions(StoreBenchOptions):
+    """Reading a store through its activation cache against reading its folder."""
+
+    rounds: Rounds = 5
+    """Rounds that medians are taken over."""
+
+
 class TrainBenchOptions(Frozen):
     """A training step in three forms and by other tools, one pass against separate runs, waiting for data."""
 
@@ -70,12 +77,17 @@ class ScaleBenchOptions(Frozen):
     """Where the stores are made: about 3 GB and 2 million files. Default: a temporary folder."""
 
 
-class CatalogBenchOptions(Frozen):
-    """Start, lists and memory of the service with a growing number of stores and jobs."""
+class ServeBenchOptions(Frozen):
+    """What the activation cache's server takes: for a request that is answered at once, for a GB of a store, and as the
+    catalog grows."""
 
-    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "quick folder"}
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "requests gigabytes sizes folder"}
 
-    quick: bool = False
-    """Use few stores, to see that it works."""
+    requests: Annotated[int, Field(ge=10, le=100_000)] = 500
+    """Repeated requests."""
+    gigabytes: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    """GB to read by ranges."""
+    sizes: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = (10, 1000, 10_000)
+    """Stores, and jobs, in the catalogs whose start and lists are measured."""
     folder: Folder | None = None
-    """Where the stores are described: 20,000 small files. Default: a temporary folder."""
+    """Where the stores are made. Default: a temporary folder."""

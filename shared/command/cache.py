@@ -5,13 +5,13 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shared.command.tables import request_text
 from shared.config import RequestConfig
 from shared.errors import UserError
 from shared.request import CacheAnswer, Job, Place, RequestPlan, StoreRequest
 from shared.service.address import STORE_ID, configured_service
 from shared.service.asking import ask_and_wait, location_of, name_service, place_here, stopping, waiting_words
 from shared.service.client import OPEN, Client
-from shared.tables import request_text
 
 OF_A_FOLDER: Final = ("root", "device", "batch_tokens")
 """Settings of a request that is answered from a folder."""

@@ -18,7 +18,13 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.bench.options import ScaleBenchOptions, CatalogBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.bench.options import (
+    RemoteBenchOptions,
+    ScaleBenchOptions,
+    ServeBenchOptions,
+    StoreBenchOptions,
+    TrainBenchOptions,
+)
 from shared.config import (
     EvalConfig,
     HarvestConfig,
@@ -48,9 +54,10 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "work": WorkConfig,
     "store recode": RecodeConfig,
     "bench store": StoreBenchOptions,
+    "bench remote": RemoteBenchOptions,
     "bench train": TrainBenchOptions,
     "bench scale": ScaleBenchOptions,
-    "bench catalog": CatalogBenchOptions,
+    "bench serve": ServeBenchOptions,
 }
 """The schema of each command that has one."""
 AUTOENCODERS: Final = "saes"

@@ -41,6 +41,8 @@ AWAY_SECONDS: Final = 900.0
 """Seconds for which `wait` bears with a service that is away."""
 LONGEST_WAIT: Final = 25.0
 """Seconds for which one request may be held back by the server."""
+PLAN_SECONDS: Final = 120.0
+"""Seconds for which an answer may wait for the service's plan: a model's configuration, its tokenizer, a corpus."""
 PAGES: Final = 10_000
 """Largest number of parts of one list."""
 OPEN: Final = ("queued", "running", "verifying")
@@ -119,12 +121,13 @@ class Client:
         `wait` seconds (at most 25) for the job. Asking twice makes one job."""
         wait = min(max(wait, 0.0), LONGEST_WAIT)
         headers = {"Prefer": f"wait={wait:.0f}"} if wait else None
-        answer = self.exchange.ask("POST", "/v1/requests", asked(request), wait=wait, headers=headers)
+        answer = self.exchange.ask("POST", "/v1/requests", asked(request), wait=wait + PLAN_SECONDS, headers=headers)
         return self.checked(CacheAnswer, json_of(answer, self.url))
 
     def plan(self, request: StoreRequest) -> RequestPlan:
         """Returns what answering a request would take. Queues nothing."""
-        return self.checked(RequestPlan, json_of(self.exchange.ask("POST", "/v1/plan", asked(request)), self.url))
+        answer = self.exchange.ask("POST", "/v1/plan", asked(request), wait=PLAN_SECONDS)
+        return self.checked(RequestPlan, json_of(answer, self.url))
 
     # Stores
 
@@ -226,9 +229,9 @@ class Client:
 
     # Workers
 
-    def take(self, worker: WorkerInfo, wait: float = LONGEST_WAIT) -> TakenJob | None:
-        """Takes a job for a worker; None when there was none for `wait` seconds."""
-        path = f"/v1/workers/{quote(worker.name, safe='')}/take?{urlencode({'wait': int(wait)})}"
+    def take(self, worker: WorkerInfo, wait: float = LONGEST_WAIT, job: int | None = None) -> TakenJob | None:
+        """Takes the next job for a worker, or only `job`; None when there was none for `wait` seconds."""
+        path = f"/v1/workers/{quote(worker.name, safe='')}/take?{urlencode({'wait': int(wait), 'job': job or 0})}"
         answer = self.exchange.ask("POST", path, worker.model_dump(mode="json"), wait=wait, again=False)
         return None if answer.status == 204 else self.checked(TakenJob, json_of(answer, self.url))
 

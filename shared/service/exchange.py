@@ -269,9 +269,10 @@ class Exchange:
                 f"{self.address.url}: needs a token. Set {SERVICE}={self.address.url}, and {TOKEN} to the token or "
                 f"{TOKEN_FILE} to a file that holds it"
             )
-        words = f" ({sentence})" if sentence else ""
+        if status != 401 and sentence:
+            return sentence
         what = "does not know the token" if status == 401 else "does not allow this with the token"
-        return f"{self.address.url}: {what} in {TOKEN} or {TOKEN_FILE}{words}. Ask who runs the service for another"
+        return f"{self.address.url}: {what} in {TOKEN} or {TOKEN_FILE}. Ask who runs the service for another"
 
 
 def lowered(response: http.client.HTTPResponse) -> dict[str, str]:

@@ -5,12 +5,16 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
 
-from shared.errors import BusyError, UserError
+from shared.errors import UserError
 from shared.progress import say
 from shared.refusals import LapsedError, UnknownError
 from shared.request import LeaseGrant
 
 RENEW_SECONDS: Final = 60.0
+AGAIN_SECONDS: Final = 5.0
+"""Seconds between two tries to get a lease."""
+REPORTED: Final = 2
+"""Failures in a row after which one is printed."""
 END_SECONDS: Final = 5.0
 """Seconds that the end of the block waits for the thread."""
 
@@ -29,8 +33,8 @@ class Lease:
     ) -> None:
         self.store, self.take, self.renew, self.release, self.every = store, take, renew, release, every
         self.grant: LeaseGrant | None = None
-        self.trouble = ""
-        """The last failure that was printed; empty while all is well."""
+        self.failures = 0
+        """How often in a row it could not be had."""
         self.ended = threading.Event()
         self.thread = threading.Thread(target=self.keep, name=f"lease of {store}", daemon=True)
 
@@ -47,17 +51,22 @@ class Lease:
                 self.release(self.grant.id)
 
     def keep(self) -> None:
-        while not self.ended.wait(self.every):
+        while not self.ended.wait(self.every if self.grant is not None else min(self.every, AGAIN_SECONDS)):
             self.look_after()
 
     def look_after(self) -> None:
-        """Renews the lease, or takes one where there is none. Prints a failure once."""
+        """Renews the lease, or takes one where there is none. Prints a failure once, when it comes a second time. A
+        store that is not in the catalog yet is being written, and its job keeps it."""
         try:
             self.renewed()
+        except UnknownError:
+            self.failures = 0
         except UserError as error:
-            self.report(str(error), isinstance(error, BusyError))
+            self.failures += 1
+            if self.failures == REPORTED:
+                say(f"{self.store}: has no lease at the moment. {error}. The work continues, and a lease is asked for")
         else:
-            self.trouble = ""
+            self.failures = 0
 
     def renewed(self) -> None:
         if self.grant is not None:
@@ -67,9 +76,3 @@ class Lease:
             except (LapsedError, UnknownError):
                 self.grant = None
         self.grant = self.take()
-
-    def report(self, words: str, passing: bool) -> None:
-        if not self.trouble:
-            rest = "The work continues, and the lease is tried again" if passing else "The work continues without it"
-            say(f"{self.store}: has no lease at the moment. {words}. {rest}")
-        self.trouble = words

@@ -14,8 +14,8 @@ FORBIDDEN = {
     "harvest": {"train", "cli", "tests"},
     "train": {"harvest", "cli", "tests"},
 }
-ROUTES = "endpoint errors events files health jobs requests security stores workers".split()
-SERVER = {"harvest/serve/app.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
+ROUTES = "endpoint errors events files health jobs requests security session stores workers".split()
+SERVER = {"harvest/serve/app.py", "harvest/serve/pages.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
 DOORS = {
     "starlette": SERVER,
     "anyio": SERVER,

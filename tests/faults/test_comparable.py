@@ -12,12 +12,12 @@ from support.reports import measured, sweep, write_run
 
 import shared.synthetic
 from harvest.synth import synth
+from shared.command.tables import print_saes
 from shared.config import EvalConfig, SynthConfig, TrainConfig
 from shared.errors import UserError
 from shared.saes import ARCHITECTURES, sae_config, sae_grid
 from shared.store.norms import norms
 from shared.store.opened import Store
-from shared.tables import print_saes
 from train.evaluate import evaluate
 from train.measure.directions import directions
 from train.report import write_report

@@ -22,10 +22,10 @@ import torch
 from support.folders import rewrite, without
 from support.runs import begun
 
+from shared.command.tables import print_saes
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.store.spec import seal
-from shared.tables import print_saes
 from train import load
 from train.evaluate import evaluate
 from train.report import write_report

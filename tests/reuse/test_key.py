@@ -56,7 +56,7 @@ OTHER: dict[str, Any] = {
     "model__weight_processing": "folded", "tokenizer": {"blake2b": "u" * 64, "eos_id": 0}, "special_ids": (0, 5),
     "bos_id": 0, "context": 32, "skip_positions": 2, "seed": 1, "dtype": "float32", "codec": "lz4", "chunk_rows": 32,
     "shard_rows": 1024, "corpus__shuffled": False, "corpus__on_bad_document": "skip",
-    "corpus__source": {**CORPUS["source"], "files": [{"name": "a.txt", "blake2b": "01", "bytes": 3}]},
+    "corpus__source": {"kind": "files", "text_field": "text", "files": [{"name": "a.txt", "blake2b": "01"}]},
 }  # fmt: skip
 """What each makes another store."""
 OF_THE_TOKENS = {"tokenizer", "special_ids", "bos_id", "context", "seed"}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from support.processes import until
-from support.service import Reply, ServiceStub, as_json, refusal, serving
+from support.serving.stub import Reply, ServiceStub, as_json, refusal, serving
 
 from shared.errors import BusyError, UserError
 from shared.refusals import LapsedError, NotYoursError, RefusedError, UnknownError
@@ -340,6 +340,7 @@ def test_work_goes_on_while_no_lease_can_be_had(
 ) -> None:
     stub.on("POST /v1/stores/s/leases", refusal(503, "", "starting"))
     with client.lease("s", "me", every=0.01) as lease:
+        until(lambda: lease.failures > 3)
         assert lease.grant is None
         stub.routes.clear()
         until(lambda: "lease-0" in stub.leases)

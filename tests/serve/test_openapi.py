@@ -68,7 +68,7 @@ def operations() -> list[tuple[str, str]]:
     return [(method, path) for path, methods in DOCUMENT["paths"].items() for method in methods if path not in SKIPPED]
 
 
-@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Do not use the `random` module inside strategies")  # schemathesis' own
 @pytest.mark.parametrize(("method", "path"), operations())
 def test_what_the_document_allows_is_answered_as_it_says(client: TestClient, method: str, path: str) -> None:
     """schemathesis makes requests of the document, valid and not. No answer is a fault of the server, every status is

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.folders import contents
-from support.service import Reply, ServiceStub, as_json, refusal, serving
+from support.serving.stub import Reply, ServiceStub, as_json, refusal, serving
 from support.stores import commit, in_steps, unfinished
 
 from harvest.recode import recode

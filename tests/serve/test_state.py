@@ -41,7 +41,8 @@ def harvest(state: State, taken: TakenJob, shards: int | None = None) -> FakeHar
     spec = spec_of(taken.settings["tokens"])
     store = FakeHarvest(state.root, taken.store, spec)
     there = (state.root / taken.store / "zarr.json").exists()
-    first = state.catalog.look(taken.store).rows // SHARD if there else 0
+    held = state.catalog.look(taken.store) if there else None
+    first = held.rows // SHARD if held else 0
     if not there:
         store.begin()
     for number in range(first, min(spec.n_shards, spec.n_shards if shards is None else first + shards)):

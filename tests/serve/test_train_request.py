@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.command import Sagsae
 from support.folders import contents
-from support.service import Reply, ServiceStub, as_json, refusal, serving
+from support.serving.stub import Reply, ServiceStub, as_json, refusal, serving
 from support.stores import in_steps
 
 from shared.config import TrainConfig

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
+from shared.command.tables import print_peers, print_saes
 from shared.config import EvalConfig, TrainConfig
 from shared.saes import sae_config
-from shared.tables import print_peers, print_saes
 from train.autoencoder import Autoencoder
 from train.evaluate import evaluate, with_losses_of
 from train.measure.peers import PEERS

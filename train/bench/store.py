@@ -4,6 +4,8 @@ import importlib.util
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,7 +98,7 @@ def open_stream(store: Store, hook: str, verify: str, paced: bool = False, **set
     given = {"store": store.location, "saes": [sae], "batch": batch, "verify": verify, **settings}
     config = build(TrainConfig, given)
     everything = np.ones((store.spec.n_contexts, store.spec.context), bool)
-    passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, store.root, True)
+    passes, streams = make_passes(config, store, hook, Split(everything, ~everything), 1, Path(), True)
     loader = Loader(passes, range(streams), config.verify, torch.device("cpu"), threads=1, paced=paced)
     return BatchStream(loader, share(batch, streams, 0, 1), batch // streams, [StreamPosition()] * streams)
 
@@ -135,26 +137,34 @@ def batches(store: Store, hook: str, verify: str) -> Run:
     return warmed(run)
 
 
-def wait_share(store: Store, hook: str) -> float:
+def epoch_seconds(store: Store, hook: str) -> float:
+    """Returns the seconds of an epoch of batches that are taken as fast as they are read."""
+    stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
+    with closing(stream):
+        return min(timed_epoch(stream, store, 0.0) for _ in range(3))
+
+
+def timed_epoch(stream: BatchStream, store: Store, seconds: float) -> float:
+    """Takes an epoch of batches, each `seconds` long for a simulated device. Returns the seconds that it took."""
+    steps = store.n_rows // stream.rows
+    began = time.monotonic()
+    for _ in range(steps):
+        due = time.monotonic() + seconds / steps - stream.waited
+        stream.next_batch()
+        time.sleep(max(0.0, due + stream.waited - time.monotonic()))
+    return time.monotonic() - began
+
+
+def wait_share(store: Store, hook: str, fastest: float | None = None, epochs: int = 20) -> float:
     """Returns the share of time for which a simulated device waits for data when it takes batches at half the reading
     speed: 0 when every window is read before it is needed. A window may hold two thirds of an epoch, which is the
-    hardest case."""
+    hardest case. `fastest`: seconds of an epoch at full reading speed. Default: as measured on this store."""
     stream = open_stream(store, hook, "always", paced=True, window_rows=store.n_rows * 2 // 3)
-    steps = store.n_rows // stream.rows
-
-    def epoch(step: float) -> float:
-        began = time.monotonic()
-        for _ in range(steps):
-            due = time.monotonic() + step - stream.waited
-            stream.next_batch()
-            time.sleep(max(0.0, due + stream.waited - time.monotonic()))
-        return time.monotonic() - began
-
-    for _ in range(3):
-        fastest = epoch(0.0)
-    before = stream.waited
-    seconds = sum(epoch(2 * fastest / steps) for _ in range(20))
-    return round((stream.waited - before) / seconds, 4)
+    with closing(stream):
+        found = [timed_epoch(stream, store, 0.0) for _ in range(3)][-1]
+        before = stream.waited
+        seconds = sum(timed_epoch(stream, store, 2 * (fastest or found)) for _ in range(epochs))
+        return round((stream.waited - before) / seconds, 4)
 
 
 def checksums(store: Store, hook: str) -> Run:

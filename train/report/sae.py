@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from shared.command.tables import variant
 from shared.saes import ARCHITECTURES
-from shared.tables import variant
 
 
 class Deciles(BaseModel):

@@ -8,7 +8,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table
 from rich.text import Text
 
-from shared.tables import share
+from shared.command.tables import share
 
 OTHER_LINES: Final = 6
 """Lines of the screen that are not rows: the bar, the title, the column names, "and N more", the prompt."""

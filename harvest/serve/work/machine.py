@@ -21,7 +21,12 @@ def look(device: str, environment: Mapping[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "harvest.serve.work.machine", device]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LOOK_S, env={**child_environment(), **environment}, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=LOOK_S,
+            env={**child_environment(), **environment},
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"--device {device}: no answer in {LOOK_S:.0f} s. Check its driver") from error

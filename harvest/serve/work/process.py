@@ -22,6 +22,7 @@ from shared.store.opened import GrowingStore
 
 LOG_BYTES: Final = 8 << 20
 """A longer log is moved to N.log.1, and begins again."""
+PROGRAM: Final = (sys.executable, "-P", "-m", "cli")
 TAIL_BYTES: Final = 16 << 10
 LINE: Final = 500
 """Characters of the last line that is shown."""
@@ -99,14 +100,22 @@ def toml_value(value: Any) -> str:
 class Command:
     """A running command of ours. It is given to the main thread's care: it ends when that thread's process does."""
 
-    def __init__(self, words: Sequence[str], files: JobFiles, environment: Mapping[str, str], killed: bool) -> None:
-        """`killed`: it is killed when this process ends; otherwise it gets SIGTERM, which it passes on to others."""
+    def __init__(
+        self,
+        words: Sequence[str],
+        files: JobFiles,
+        environment: Mapping[str, str],
+        killed: bool,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        """`killed`: it is killed when this process ends; otherwise it gets SIGTERM, which it passes on to others.
+        `program` is what runs the words."""
         self.files, self.start = files, files.size()
         number = signal.SIGKILL if killed else signal.SIGTERM
         handle = files.open_log()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cli", *words],
+                [*program, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=handle,
