@@ -4,13 +4,11 @@ Bytes that several stores share by hard links count once. Stores are only linked
 """
 
 import itertools
-import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any, Final
 
 from harvest.reuse.match import NewStore
 from harvest.serve.catalog import GONE, Catalog
@@ -18,6 +16,7 @@ from harvest.serve.database import LIVE, Database
 from harvest.serve.leases import Holds
 from harvest.serve.records import Limits, Usage
 from shared.errors import UserError
+from shared.files.inodes import Inode, set_free, walk
 from shared.files.local import LocalFiles, explained
 from shared.gate import quoted
 from shared.progress import gigabytes
@@ -39,19 +38,6 @@ EVICTABLE: Final = f"""SELECT id, key FROM store WHERE state = 'final' AND used 
   AND id NOT IN (SELECT store FROM pin) AND id NOT IN (SELECT store FROM lease WHERE deadline > ?)
   AND id NOT IN (SELECT store FROM job WHERE {LIVE})
   AND id NOT IN (SELECT value FROM job, json_each(job.donors) WHERE {LIVE}) ORDER BY used, id"""
-
-
-class Inode(NamedTuple):
-    """A file on a disk, whatever its names."""
-
-    device: int
-    number: int
-
-
-class FileSize(NamedTuple):
-    inode: Inode
-    bytes: int
-    links: int
 
 
 class Space:
@@ -281,26 +267,3 @@ def in_words(holding: Sequence[tuple[str, str]]) -> str:
     said = " and ".join(f"{words[kind]} {', '.join(names)}" for kind, names in kinds.items())
     cure = " and ".join(cures[kind] for kind in kinds)
     return f"{said}. {cure[0].upper()}{cure[1:]}"
-
-
-def walk(folder: Path) -> Iterator[FileSize]:
-    """Every file of a folder. Links are not followed; what disappears meanwhile is left out."""
-    waiting = [str(folder)]
-    while waiting:
-        with suppress(OSError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                    continue
-                with suppress(OSError):
-                    about = entry.stat(follow_symlinks=False)
-                    yield FileSize(Inode(about.st_dev, about.st_ino), about.st_size, about.st_nlink)
-
-
-def set_free(folder: Path, links: Counter[Inode]) -> int:
-    """Bytes that become free when a store goes; takes it out of `links`."""
-    size = 0
-    for file in walk(folder):
-        links[file.inode] -= 1
-        size += file.bytes if links[file.inode] <= 0 else 0
-    return size
