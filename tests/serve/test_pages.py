@@ -14,7 +14,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 from starlette.testclient import TestClient
-from support.cache import WORKER, FakeHarvest, planned, spec_of
+from support.serving.cache import WORKER, FakeHarvest, planned, spec_of
 from support.serving.live import running
 from support.serving.markup import Markup
 from support.serving.rest import ADMIN, ASK, READ, TOKENS, ScriptedPlanner, client_of, copy_of, service_of

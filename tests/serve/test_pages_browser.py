@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache import WORKER, FakeHarvest, planned, spec_of
 from support.command import ROOT
+from support.serving.cache import WORKER, FakeHarvest, planned, spec_of
 from support.serving.live import running
 from support.serving.rest import READ, TOKENS, ScriptedPlanner, copy_of, service_of
 

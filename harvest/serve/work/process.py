@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harvest.serve.database import JOBS
+from harvest.serve.planner import child_environment
 from shared.command.parent import parent_variable
 from shared.errors import DamagedError, UserError
 from shared.files.handles import close, open_regular
@@ -125,7 +126,7 @@ class Command:
                 stdout=subprocess.DEVNULL,
                 stderr=handle,
                 cwd=files.empty(),  # no name in a job can be one of a file in it
-                env={**os.environ, **environment, **parent_variable(number)},
+                env={**child_environment(), **environment, **parent_variable(number)},
                 start_new_session=True,  # Ctrl-C in a terminal is the worker's
             )
         finally:

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache import SHARD, FakeHarvest, spec_of
 from support.command import ROOT
 from support.processes import until
+from support.serving.cache import SHARD, FakeHarvest, spec_of
 
 from harvest.serve.work import process as processes
 from harvest.serve.work import worker as workers

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.cache import HOOKS, PLANNER, SHARD, WORKER, FakeHarvest, TestClock, fake_store, planned, spec_of
 from support.command import ROOT
+from support.serving.cache import HOOKS, PLANNER, SHARD, WORKER, FakeHarvest, TestClock, fake_store, planned, spec_of
 
 from harvest.serve.database import DATABASE
 from harvest.serve.records import Limits

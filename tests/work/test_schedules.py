@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.cache import HOOKS, SHARD, FakeHarvest, TestClock, disk_bytes, planned, spec_of
+from support.serving.cache import HOOKS, SHARD, FakeHarvest, TestClock, disk_bytes, planned, spec_of
 
 from harvest.serve.database import DATABASE
 from harvest.serve.records import Limits
