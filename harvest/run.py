@@ -157,7 +157,11 @@ def spec_beforehand(plan: HarvestPlan) -> StoreSpec | None:
     tokens = plan.config.tokens
     if tokens is None and (lender := find_lender(plan)):
         tokens = lender.spec.n_tokens
-    return asked_spec(plan, tokens) if tokens else None
+    try:
+        return asked_spec(plan, tokens) if tokens else None
+    except UserError:
+        check_space(plan, tokens)  # says more of a request that no disk could hold
+        raise
 
 
 def is_begun(files: Files) -> bool:
