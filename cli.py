@@ -536,6 +536,7 @@ def bench_remote(context: typer.Context, as_json: Json = False) -> None:
     ask = resolve(context)
     import tempfile
 
+    from harvest.bench.remote import serving
     from harvest.bench.store import WIDE, make_stores
     from shared.progress import progress, say
     from shared.store.opened import Store
