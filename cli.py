@@ -51,7 +51,7 @@ from shared.command.parameters import (
     Wait,
     Yes,
 )
-from shared.command.start import in_processes
+from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
@@ -323,6 +323,7 @@ def store_verify(path: StorePlace, full: Full = False, mend: Repair = False, as_
     """Check every byte of a store and list all damage.
 
     The exit code is 3 when something is damaged and stays so."""
+    start_light()
     from shared.progress import progress
     from shared.store.opened import Store
     from shared.store.verify import repair, verify
@@ -535,7 +536,7 @@ def bench_remote(context: typer.Context, as_json: Json = False) -> None:
     ask = resolve(context)
     import tempfile
 
-    from harvest.bench.serve import measured_server
+    from harvest.bench.remote import serving
     from harvest.bench.store import WIDE, make_stores
     from shared.progress import progress, say
     from shared.store.opened import Store
@@ -546,10 +547,9 @@ def bench_remote(context: typer.Context, as_json: Json = False) -> None:
         place = (ask.keep or Path(folder)).resolve()
         say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
         here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
-        server = measured_server([sys.executable, SCRIPT], place)
-        with server as measured, progress("bench", 2 * ask.rounds + 2, "runs") as done:
-            served = Store.open(f"http://127.0.0.1:{measured.line.port}/v1/stores/{here.root.name}")
-            figures = compare(here, served, WIDE, ask.rounds, measured.cpu_seconds, done)
+        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
+            served = Store.open(server.store_url(here.root.name))
+            figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
     show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 
 

@@ -3,13 +3,14 @@
 import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from harvest.plan import HarvestPlan
 from shared.config import HarvestConfig
-from shared.errors import BusyError, DamagedError
+from shared.errors import BusyError, DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles
+from shared.files.open import open_files
 from shared.progress import gigabytes, say
 from shared.store.manifest import Commit
 from shared.store.opened import Store, is_store
@@ -67,8 +68,8 @@ def usual_ratio(codec: CodecName, dtype: str) -> float:
 
 
 def check_space(plan: HarvestPlan, tokens: int | None, lent: int = 0) -> None:
-    """Prints what the harvest will write, and raises BusyError when the disk is too small. The first `lent` rows are
-    linked from other stores, which takes no space."""
+    """Prints what the harvest will write, and raises BusyError when too little disk space is free. The first `lent`
+    rows are linked from other stores, which takes no space."""
     if tokens is None:
         return
     need = estimate(plan, tokens)
@@ -101,8 +102,11 @@ def check_progress(store: Store, commits: Iterable[Commit], out: str) -> str:
 
 
 def check_fits(out: str, need: DiskNeed) -> None:
+    """Raises BusyError when the free disk space is too small, UserError when the whole disk is."""
     if not need.fits:
-        raise BusyError(
+        usage = disk_usage(open_files(out))
+        too_small = usage is not None and need.to_write > usage.total
+        raise (UserError if too_small else BusyError)(
             f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
             "Free space and run the same command again, ask for fewer --tokens or hookpoints, or choose another --out"
         )
@@ -114,10 +118,16 @@ def free_text(need: DiskNeed) -> str:
 
 def free_bytes(files: Files) -> int | None:
     """Free bytes on the store's disk; None for an object store."""
+    usage = disk_usage(files)
+    return None if usage is None else usage.free
+
+
+def disk_usage(files: Files) -> Any:
+    """Total, used and free bytes of the disk, as shutil.disk_usage returns them; None for an object store."""
     if not isinstance(files, LocalFiles):
         return None
     folder = next(p for p in (files.root, *files.root.absolute().parents) if p.exists())
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(folder)
 
 
 def stored_size(files: Files) -> int:

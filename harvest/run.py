@@ -7,6 +7,7 @@ process captures and commits its share of the missing shards. At the end the sta
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,15 +23,18 @@ from harvest.reuse.scan import read_environment
 from harvest.team import RankWork, Team
 from shared.config import HarvestConfig
 from shared.device import device_name
-from shared.errors import Interrupted, LostError, UserError
+from shared.errors import DamagedError, Interrupted, LostError, UserError
+from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.files.locks import check_alone
 from shared.files.open import open_files
+from shared.gate import BadData, parse_json
+from shared.launch import begun_by_this_command
 from shared.model.language_model import load_weights
 from shared.model.source import resolve_model, same_model
 from shared.progress import say
 from shared.stop import stop_requests
-from shared.store.create import clean_up, finish_store, reopen_store
+from shared.store.create import RECORD, clean_up, finish_store, reopen_store
 from shared.store.norms import sample
 from shared.store.opened import Store, is_store
 from shared.store.spec import DTYPES, StoreSpec
@@ -80,6 +84,9 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     """Runs rank 0: it begins and finishes the store, takes over what other stores hold, and captures its own share of
     the shards that are left."""
     plan = make_plan(config, check_stop)
+    if config.overwrite and is_begun(plan.files):
+        config = config.model_copy(update={"overwrite": False})
+        plan = make_plan(config, check_stop)
     if complete := complete_store(plan):
         team.announce(RankWork(complete.location, ()))
         team.await_others(check_stop)
@@ -153,6 +160,14 @@ def spec_beforehand(plan: HarvestPlan) -> StoreSpec | None:
     return asked_spec(plan, tokens) if tokens else None
 
 
+def is_begun(files: Files) -> bool:
+    """Whether this very command began the store before its processes were started again."""
+    with suppress(DamagedError, OSError, BadData):
+        record = parse_json(files.read(RECORD)) if is_store(files) else None
+        return isinstance(record, dict) and begun_by_this_command(record)
+    return False
+
+
 def say_massive(store: Store) -> None:
     """Prints a line for each hookpoint in which a few tokens make up most of the variance."""
     for hook in store.spec.hookpoints:
@@ -173,10 +188,11 @@ def load_model(plan: HarvestPlan, device: str, check_stop: Callable[[], None]) -
 
 
 def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], None]) -> HarvestSummary:
-    """Runs ranks 1 and up: captures their shards of the store that rank 0 announced."""
+    """Runs ranks 1 and up: captures their shards of the store that rank 0 announced. A rank that was killed and comes
+    back while the others continue leaves out those that it has committed before."""
     work = team.await_work(check_stop)
-    todo, filled = team.shards_of_rank(work), FillResult(time.monotonic(), 0.0)
     store = Store.open(work.store)
+    todo, filled = uncommitted(store, team.shards_of_rank(work)), FillResult(time.monotonic(), 0.0)
     if todo:
         source = resolve_model(config.model, None if store.spec.model["local"] else store.spec.model["commit"])
         if not same_model(source, store.spec.model["commit"]):
@@ -185,6 +201,11 @@ def join_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
             filled = fill(store, config, source, team, check_stop, todo)
     team.done()
     return summarise(store, time.monotonic() - filled.started, rows_of(store.spec, todo), filled.waited)
+
+
+def uncommitted(store: Store, shards: list[int]) -> list[int]:
+    """The shards that are in no manifest yet."""
+    return [shard for shard in shards if shard not in store.commits]
 
 
 def summarise(store: Store, seconds: float, rows: int, waited: float, reused: int = 0) -> HarvestSummary:

@@ -26,7 +26,6 @@ from harvest.disk_space import (
     check_fits,
     free_bytes,
     free_text,
-    gigabytes,
     stored_size,
     usual_ratio,
 )
@@ -40,7 +39,7 @@ from shared.files.base import Files, join
 from shared.files.local import LocalFiles
 from shared.files.locks import check_alone
 from shared.files.open import open_files
-from shared.progress import progress, say
+from shared.progress import gigabytes, progress, say
 from shared.record import provenance
 from shared.schema import build
 from shared.stop import stop_requests
@@ -199,7 +198,7 @@ def requested_values(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_space(config: SynthConfig, files: Files) -> None:
-    """Prints what will be written, and raises BusyError when the disk has too little room."""
+    """Prints what will be written, and raises BusyError when too little disk space is free."""
     raw = config.d_in * DTYPES[config.store_dtype][0].itemsize
     size = int(config.tokens * (raw / usual_ratio(config.codec, config.store_dtype) + 4))
     stored, free = stored_size(files), free_bytes(files)

@@ -57,6 +57,10 @@ def quota_of(value: object) -> object:
     return size
 
 
+SlurmOption = Annotated[str, Field(pattern=r"^(--)?[a-z][a-z0-9-]*(=[^\n]+)?$")]
+"""One long option of sbatch, with or without its dashes."""
+
+
 def gpu_numbers(value: str | None) -> str | None:
     if value is not None and not re.fullmatch("[0-9]{1,4}(,[0-9]{1,4}){0,63}", value):
         raise ValueError("must be numbers of GPUs with commas between them, such as 0,1")
@@ -319,6 +323,7 @@ class ServeConfig(Frozen):
         "Server": "host port token_file allow_host accel",
         "Names": "allow_model allow_corpus",
         "Work": "launch workers device dtype",
+        "Slurm": "url slurm_options slurm_processes slurm_jobs",
     }
 
     root: Folder = Path("stores")
@@ -349,16 +354,26 @@ class ServeConfig(Frozen):
     It needs `location /.sagsae-files/ { internal; alias ROOT/; disable_symlinks on; }` there, where ROOT is --root."""
     allow_model: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
     """A model folder or GGUF file that requests may name. Aliases and Hugging Face ids are allowed anyway."""
-    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH")] = ()
+    allow_corpus: Annotated[tuple[str, ...], Shown("NAME=PATH", option="--allow-corpus")] = ()
     """A corpus on this machine that requests may name. Hugging Face datasets are allowed anyway."""
-    launch: Literal["local", "none"] = "local"
-    """local: start a worker beside the server. none: workers come by themselves (sagsae work)."""
+    launch: Literal["local", "slurm", "none"] = "local"
+    """local: start a worker beside the server. slurm: submit each job with sbatch. none: workers come by themselves.
+
+    `sagsae work` is such a worker (docs/how-to/slurm.md)."""
     workers: Annotated[int, Field(ge=1, le=64)] = 1
     """Workers to start beside the server."""
     device: str = "auto"
     """The device of these workers: auto, cpu, cuda, cuda:1, …, or map."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """What models compute in where a request says auto. auto: as --device prefers."""
+    url: Annotated[str, Field(pattern=r"^https?://[A-Za-z0-9_.:-]{1,255}$"), Shown("URL")] | None = None
+    """The address at which workers on other machines reach the server. Default: http://HOST:PORT of this machine."""
+    slurm_options: Annotated[tuple[SlurmOption, ...], Shown("NAME=VALUE", option="--slurm")] = ()
+    """A further option of sbatch for every job, such as partition=gpu, gres=gpu:1 or time=08:00:00."""
+    slurm_processes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Processes of a harvest on each node of a Slurm job; mostly one for each of the node's GPUs."""
+    slurm_jobs: Annotated[int, Field(ge=1, le=10_000)] = 20
+    """Slurm jobs that may wait or run at a time."""
 
     @property
     def quota_bytes(self) -> int | None:
@@ -369,7 +384,7 @@ class ServeConfig(Frozen):
 class WorkConfig(Frozen):
     """One worker of the activation cache: it runs the service's jobs on this machine."""
 
-    groups: ClassVar[Mapping[str, str]] = {"Service": "service root name", "Computation": "device gpus processes"}
+    groups: ClassVar[Mapping[str, str]] = {"Service": "service root name job", "Computation": "device gpus processes"}
 
     service: str | None = None
     """The address of the service, http://HOST:PORT. Default: SAGSAE_SERVICE."""
@@ -379,6 +394,10 @@ class WorkConfig(Frozen):
     """The worker's name in lists. Default: the machine's name and a number.
 
     Two workers at one time must not have the same name."""
+    job: Annotated[int, Field(ge=1, lt=10**15)] | None = None
+    """Wait for this job only, run it once and end. Default: run one job after another.
+
+    A batch system starts such workers (docs/how-to/slurm.md)."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, …, or map, where a job does not say which."""
     gpus: Annotated[str | None, AfterValidator(gpu_numbers), Shown("N,N…")] = None

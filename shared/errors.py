@@ -9,8 +9,8 @@ class UserError(Exception):
 
 
 class BusyError(UserError):
-    """Nothing is wrong with what was asked: the same command can succeed later. Something else has to end, come back or
-    make room first: a process that holds a lock, a server, a full disk, a lost process. Exit code 75 (EX_TEMPFAIL)."""
+    """A temporary failure: the request is right, and the same command can succeed later. A lock is held, a server is
+    away, a disk is full, a process is lost. Exit code 75 (EX_TEMPFAIL)."""
 
     exit_code = 75
 

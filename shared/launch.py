@@ -18,6 +18,8 @@ LATE: Final = 20.0
 """Seconds of waiting for the other processes after which a message says so."""
 NAMES: Final = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI: Final = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "MV2_COMM_WORLD_SIZE")
+RESTARTED: Final = "SAGSAE_RESTARTED"
+"""The variable in which the launcher tells processes that it starts again when it began: --overwrite may be done."""
 CURE: Final = "Start with --processes, torchrun or accelerate launch; or unset {} to run one process"
 
 
@@ -103,6 +105,13 @@ def launched(processes: int) -> bool:
 def is_helper() -> bool:
     """Whether another process of this command does the talking."""
     return os.environ.get("RANK", "0") != "0"
+
+
+def begun_by_this_command(record: Mapping[str, object]) -> bool:
+    """Whether this very command began the output that has this record, before a process of it was killed and all were
+    started again. It must not be overwritten once more then."""
+    since = os.environ.get(RESTARTED, "")
+    return bool(since) and str(record.get("started", "")) >= since  # both in UTC, to the second
 
 
 def wait_briefly() -> None:

@@ -213,6 +213,29 @@ class Job(Frozen):
     """Grows with every change."""
 
 
+class JobAttempt(Frozen):
+    """One attempt of a job: who made it, and how it ended."""
+
+    number: int
+    worker: str
+    began: float
+    ended: float | None = None
+    code: int | None = None
+    """The command's exit code, negative for a signal; None while it runs, and where its worker fell silent."""
+    words: str = ""
+    """The command's last words."""
+
+
+class StoreReader(Frozen):
+    """A program that leased a store."""
+
+    holder: str
+    since: float
+    """When it took its last lease, in seconds since 1970."""
+    reads: bool
+    """Whether it still holds one."""
+
+
 class StoreRow(Frozen):
     """One store of the catalog, as clients see it."""
 

@@ -3,7 +3,6 @@
 import difflib
 import json
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +71,8 @@ Section = TypeVar("Section", bound=Frozen)
 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises UserError when it is missing or malformed."""
+    import tomllib
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -82,6 +82,9 @@ def train_together(config: TrainConfig, ranks: Ranks) -> TrainSummary:
     """This rank's part of it. Raises LostError when another one ended without having come to its end."""
     sweep = shared_out(config, ranks.count) is not None
     job = make_job(config, ranks.device, ranks.leads, ranks.gather)
+    if config.overwrite and ranks.gather(job.folder.is_begun())[0]:
+        config = config.model_copy(update={"overwrite": False})
+        job = make_job(config, ranks.device, ranks.leads, ranks.gather)
     set_up_torch(config)
     folder = job.folder
     if not config.overwrite and folder.exists():

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from harvest.reuse.key import store_key, token_key
+from harvest.reuse.key import rows_key, store_key, token_key
 from harvest.reuse.match import Shape, Wanted
 from harvest.run import harvest
 from harvest.serve.state import State
@@ -186,6 +186,7 @@ def planned(spec: StoreSpec) -> dict[str, Any]:
     wanted = Wanted(
         label="bench",
         shapes=(Shape(store_key(spec), (), spec.chunk_rows, spec.shard_rows),),
+        rows_key=rows_key(spec),
         token_key=token_key(spec),
         hookpoints=spec.hookpoints,
         tokens=spec.n_tokens,

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from harvest.disk_space import gigabytes
 from harvest.dry_run import trial
 from harvest.recode import recode
 from harvest.reuse.key import store_key
@@ -16,7 +15,7 @@ from shared.config import RequestConfig
 from shared.errors import UserError
 from shared.files.base import join
 from shared.files.open import open_files
-from shared.progress import say
+from shared.progress import duration, gigabytes, say
 from shared.request import CacheAnswer, Place, RequestPlan
 from shared.store.opened import Store
 
@@ -73,13 +72,6 @@ def cost_in_words(size: int | None, seconds: float | None, measured: str) -> str
     if seconds is not None:
         parts.append(f"{duration(seconds)} ({measured})")
     return ", ".join(parts)
-
-
-def duration(seconds: float) -> str:
-    """A time as people say it: `8 s`, `9 min`, `3.5 h`."""
-    if seconds < 100:
-        return f"{max(1, round(seconds))} s"
-    return f"{round(seconds / 60)} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def in_words(root: str, found: Found, stores: Sequence[CatalogStore], cost: str) -> str:

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import signal
 import socket
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable
 from typing import Any, Final
 
 import uvicorn
@@ -12,10 +12,11 @@ from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from harvest.serve.children import EmbeddedWorkers
+from harvest.serve.pages import Pages
 from harvest.serve.planner import Planner
 from harvest.serve.rest import health, jobs, session, stores, workers
 from harvest.serve.rest.endpoint import (
@@ -39,6 +40,7 @@ from harvest.serve.rest.open_stores import OpenStores
 from harvest.serve.rest.openapi import openapi_document
 from harvest.serve.rest.requests import RequestRoutes
 from harvest.serve.rest.security import Guard, Tokens, check_level, is_loopback, read_tokens
+from harvest.serve.slurm.workers import SlurmWorkers, name_for_nodes
 from harvest.serve.state import State
 from shared.config import ServeConfig
 from shared.errors import BusyError, UserError
@@ -52,13 +54,12 @@ CLOSING_S: Final = 5
 KEEP_ALIVE_S: Final = 30
 HEADER_BYTES: Final = 16 << 10
 CONNECTIONS: Final = 1024
-Pages = Callable[[Service], Sequence[BaseRoute]]
 
 
-def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
+def all_endpoints(requests: RequestRoutes) -> tuple[Endpoint, ...]:
     """Every endpoint, in the order of the reference."""
     return (
-        *RequestRoutes(names).endpoints(),
+        *requests.endpoints(),
         *stores.StoreRoutes().endpoints(),
         *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
@@ -70,7 +71,7 @@ def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
 
 def rest_document() -> dict[str, Any]:
     """The OpenAPI document of this version."""
-    return openapi_document(all_endpoints(AllowedNames({}, {})), version("sagsae") or "0")
+    return openapi_document(all_endpoints(RequestRoutes(AllowedNames({}, {}))), version("sagsae") or "0")
 
 
 def make_service(state: State, planner: Planner, config: ServeConfig, tokens: TokenBook | None = None) -> Service:
@@ -79,10 +80,11 @@ def make_service(state: State, planner: Planner, config: ServeConfig, tokens: To
     return Service(state, planner, config, root, OpenStores(root), Announcer(), tokens)
 
 
-def make_app(service: Service, pages: Pages | None = None) -> Guard:
-    """The application. `pages` makes the routes below `/`."""
+def make_app(service: Service) -> Guard:
+    """The application: the REST interface and the pages."""
     config = service.config
-    endpoints = all_endpoints(AllowedNames.of(config))
+    requests = RequestRoutes(AllowedNames.of(config))
+    endpoints, pages = all_endpoints(requests), Pages(service, requests, service.tokens)
     document = openapi_document(endpoints, version("sagsae") or "0")
 
     async def show_document(request: Request) -> Response:  # noqa: ARG001 (Starlette's signature)
@@ -90,10 +92,11 @@ def make_app(service: Service, pages: Pages | None = None) -> Guard:
 
     routes: list[BaseRoute] = [route_of(service, one) for one in endpoints]
     routes.append(Route("/openapi.json", show_document))
-    routes += pages(service) if pages else [Route("/", show_index)]
+    routes += pages.routes()
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
-    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
-    return Guard(app, service.tokens, frozenset({config.host, *config.allow_host}), not is_loopback(config.host))
+    app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service, pages))  # noqa: ARG005
+    names = frozenset({config.host, *config.allow_host, *name_for_nodes(config)})
+    return Guard(app, service.tokens, names, not is_loopback(config.host))
 
 
 def route_of(service: Service, one: Endpoint) -> Route:
@@ -114,10 +117,6 @@ def route_of(service: Service, one: Endpoint) -> Route:
     return Route(one.path, respond, methods=[one.method])
 
 
-async def show_index(request: Request) -> Response:  # noqa: ARG001 (Starlette's signature)
-    return PlainTextResponse("sagsae: the activation cache. The API is described at /openapi.json\n")
-
-
 async def answer_http_error(request: Request, error: Exception) -> Response:
     """Starlette's own errors: no such path, no such method."""
     assert isinstance(error, HTTPException)
@@ -129,7 +128,7 @@ async def answer_http_error(request: Request, error: Exception) -> Response:
 
 
 @contextlib.asynccontextmanager
-async def upkeep(service: Service) -> AsyncIterator[None]:
+async def upkeep(service: Service, pages: Pages) -> AsyncIterator[None]:
     """Keeps the state up to date while the application runs."""
     service.announcer.loop = asyncio.get_running_loop()
     unlisten = service.state.listen(service.announcer.heard)
@@ -139,6 +138,7 @@ async def upkeep(service: Service) -> AsyncIterator[None]:
     finally:
         unlisten()
         service.announcer.close()
+        pages.close()
         sweeping.cancel()
         await asyncio.gather(sweeping, return_exceptions=True)
         await service.planner.close()
@@ -214,7 +214,7 @@ class Process:
         self.planner = Planner()
         host, port = listener.getsockname()[:2]
         self.url = url_of(host, port)
-        self.workers = EmbeddedWorkers(config, url_of(reachable(host), port)) if config.launch == "local" else None
+        self.workers = workers_of(config, state, host, port)
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
         self.service = make_service(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
         app = make_app(self.service)
@@ -261,6 +261,16 @@ class Process:
         elif self.workers:
             say("stopping: workers commit what they have; once more to stop at once")
         stop.set()
+
+
+def workers_of(config: ServeConfig, state: State, host: str, port: int) -> EmbeddedWorkers | SlurmWorkers | None:
+    """The workers that the server starts. Raises UserError when Slurm cannot be used."""
+    match config.launch:
+        case "local":
+            return EmbeddedWorkers(config, url_of(reachable(host), port))
+        case "slurm":
+            return SlurmWorkers(config, state, port)
+    return None
 
 
 def url_of(host: str, port: int) -> str:

@@ -13,7 +13,7 @@ from typing import Any, Final
 from harvest.reuse.match import Found, NewStore, Wanted, find_answer, harvest_of
 from harvest.serve.catalog import Catalog
 from harvest.serve.database import OPEN
-from harvest.serve.jobs import LIGHT, JobTable, overlap
+from harvest.serve.jobs import LIGHT, JobTable, job_of, overlap
 from harvest.serve.records import Limits
 from harvest.serve.space import Space, size_of
 from shared.config import HarvestConfig
@@ -41,9 +41,9 @@ class Attempts:
         with self.database.transaction():
             self.lapse()
             self.jobs.greet(worker)
-            if not worker.light:  # it has nothing to do: it was started anew, or what it was given has not arrived
+            if not worker.light:  # it has no job: it was restarted, or what it was given has not arrived
                 for row in self.database.all("SELECT * FROM job WHERE worker = ?", worker.name):
-                    self.lose(row, f"its worker {worker.name} began anew")
+                    self.lose(row, f"its worker {worker.name} was restarted")
             for row in self.waiting():
                 if job in (None, row["id"]) and self.is_for(row, worker) and (taken := self.give(row, worker)):
                     return taken
@@ -66,9 +66,18 @@ class Attempts:
         device = json.loads(row["planned"]).get("config", {}).get("device") or "auto"
         if device.partition(":")[0] not in ("auto", "map", worker.device.partition(":")[0]):
             return False
+        return not self.is_left_to_planner(row)
+
+    def is_left_to_planner(self, row: sqlite3.Row) -> bool:
+        """Whether the server's own planner is about to make this store, which needs no model."""
         if row["action"] not in LIGHT or self.clock.now() - row["created"] >= self.limits.light_grace_s:
-            return True
-        return not any(other.worker.light for other in self.jobs.workers())
+            return False
+        return any(other.worker.light for other in self.jobs.workers())
+
+    def due(self) -> list[Job]:
+        """The jobs that a worker could take now, in their order."""
+        with self.database.lock:
+            return [job_of(row) for row in self.waiting() if not self.is_left_to_planner(row)]
 
     def give(self, row: sqlite3.Row, worker: WorkerInfo) -> TakenJob | None:
         """Begins an attempt; None when nothing is left to do, or there is no space yet. What is left to do is decided
@@ -104,6 +113,7 @@ class Attempts:
             "rate": None,
         }
         self.jobs.set(row, **values)
+        self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
 
     def repaired(self, row: sqlite3.Row) -> NewStore | None:
@@ -197,6 +207,7 @@ class Attempts:
     def lose(self, row: sqlite3.Row, words: str) -> None:
         """Ends an attempt whose worker is gone. That is mostly not the job's fault, so it may happen more often than a
         failure. Called in a transaction."""
+        self.jobs.end_attempt(row, None, words)
         if row["state"] not in ("running", "verifying"):
             self.jobs.set(row, worker=None)
             return
@@ -209,7 +220,7 @@ class Attempts:
         self.jobs.set(row, state="queued", worker=None, lost=lost, not_before=later, note=words, rate=None)
 
     def restart(self) -> None:
-        """Gives every attempt its whole time again: another process measured the deadlines."""
+        """Renews every attempt: another process measured the deadlines."""
         with self.database.transaction():
             now = self.clock.monotonic()
             self.database.run("UPDATE job SET deadline = ? WHERE worker IS NOT NULL", now + self.limits.lease_s)
@@ -225,6 +236,7 @@ class Attempts:
         with self.database.transaction():
             row = self.mine(job, attempt)
             self.measured.pop(job, None)
+            self.jobs.end_attempt(row, code, words.strip()[:MOST_WORDS])
             if row["state"] not in ("running", "verifying"):
                 self.jobs.set(row, worker=None)
             else:
@@ -282,6 +294,21 @@ class Attempts:
             if row["state"] != "cancelled":
                 self.jobs.set(row, state="cancelled", ended=self.clock.now())
             return self.jobs.job(job)
+
+    def give_up(self, job: int, words: str) -> Job:
+        """Has a queued job fail that no worker could begin. Another job is left as it is."""
+        with self.database.transaction():
+            row = self.jobs.row(job)
+            if row["state"] == "queued" and row["worker"] is None:
+                self.failed(row, words[:MOST_WORDS])
+            return self.jobs.job(job)
+
+    def remark(self, job: int, note: str) -> None:
+        """Notes what a queued job waits for."""
+        with self.database.transaction():
+            row = self.jobs.row(job)
+            if row["state"] == "queued" and row["note"] != note[:MOST_WORDS]:
+                self.jobs.set(row, note=note[:MOST_WORDS])
 
     def damaged(self, store: str, words: str) -> Job:
         """Queues the last job of a store again, to repair it first; the job itself where it is open. Raises

@@ -142,6 +142,7 @@ class Catalog:
             return
         self.database.run("DELETE FROM store WHERE id = ?", name)
         self.database.run("DELETE FROM lease WHERE store = ?", name)
+        self.database.run("DELETE FROM reader WHERE store = ?", name)
         self.database.run("INSERT OR REPLACE INTO gone VALUES(?, ?)", name, self.database.revise())
         self.database.run("UPDATE store SET own = NULL WHERE key = ?", row["key"])
         self.changes += 1

@@ -49,7 +49,8 @@ CREATE TABLE job(
   action TEXT NOT NULL, store TEXT NOT NULL, planned TEXT NOT NULL, request TEXT NOT NULL, model TEXT NOT NULL,
   who TEXT NOT NULL, asked INTEGER NOT NULL DEFAULT 1, priority INTEGER NOT NULL, donors TEXT NOT NULL,
   expected INTEGER NOT NULL, attempt INTEGER NOT NULL DEFAULT 0, failures INTEGER NOT NULL DEFAULT 0,
-  lost INTEGER NOT NULL DEFAULT 0, repair INTEGER NOT NULL DEFAULT 0, repairs INTEGER NOT NULL DEFAULT 0, worker TEXT, deadline REAL,
+  lost INTEGER NOT NULL DEFAULT 0, repair INTEGER NOT NULL DEFAULT 0, repairs INTEGER NOT NULL DEFAULT 0,
+  worker TEXT, deadline REAL,
   not_before REAL NOT NULL DEFAULT 0, began INTEGER NOT NULL DEFAULT 0, rows INTEGER NOT NULL DEFAULT 0, total INTEGER,
   rate REAL, note TEXT NOT NULL DEFAULT '', error TEXT, created REAL NOT NULL, started REAL, ended REAL,
   revision INTEGER NOT NULL);
@@ -62,6 +63,10 @@ CREATE TABLE lease(id TEXT PRIMARY KEY, store TEXT NOT NULL, holder TEXT NOT NUL
   deadline REAL NOT NULL) WITHOUT ROWID;
 CREATE INDEX lease_store ON lease(store);
 CREATE TABLE pin(store TEXT NOT NULL, name TEXT NOT NULL, PRIMARY KEY(store, name)) WITHOUT ROWID;
+CREATE TABLE attempt(job INTEGER NOT NULL, number INTEGER NOT NULL, worker TEXT NOT NULL, began REAL NOT NULL,
+  ended REAL, code INTEGER, words TEXT NOT NULL DEFAULT '', PRIMARY KEY(job, number)) WITHOUT ROWID;
+CREATE TABLE reader(store TEXT NOT NULL, holder TEXT NOT NULL, seen REAL NOT NULL, PRIMARY KEY(store, holder))
+  WITHOUT ROWID;
 CREATE TABLE memo(hash TEXT PRIMARY KEY, planned TEXT NOT NULL, until REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE worker(name TEXT PRIMARY KEY, about TEXT NOT NULL, seen REAL NOT NULL) WITHOUT ROWID;
 """,
@@ -69,7 +74,7 @@ CREATE TABLE worker(name TEXT PRIMARY KEY, about TEXT NOT NULL, seen REAL NOT NU
 
 
 class Database:
-    """One connection behind a lock. Whoever changes something does it inside `transaction`."""
+    """One connection behind a lock. Every change happens inside `transaction`."""
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.root, self.path, self.clock = root, root / DATABASE, clock

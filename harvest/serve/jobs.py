@@ -6,16 +6,18 @@ from typing import Any, Final
 
 from harvest.serve.catalog import MOST_ROWS, read_cursor
 from harvest.serve.database import JOBS, LIVE, OPEN, Database
-from harvest.serve.records import Changes
+from harvest.serve.records import Changes, StoreOrigin
 from shared.files.local import explained, touch
 from shared.refusals import UnknownError
-from shared.request import Action, Job, JobPage, JobState, WorkerInfo, WorkerRow
+from shared.request import Action, Job, JobAttempt, JobPage, JobState, WorkerInfo, WorkerRow
 
 PRIORITIES: Final = ("normal", "low")
 LIGHT: Final[tuple[Action, ...]] = ("view",)
 """Jobs that load no model."""
 HEARD_S: Final = 90.0
 """Seconds for which a worker counts as being there."""
+MOST_ATTEMPTS: Final = 20
+"""Attempts of a job that are shown."""
 KEPT_JOBS: Final = 20_000
 """Ended jobs that are remembered."""
 KEPT_GONE: Final = 10_000
@@ -129,12 +131,37 @@ class JobTable:
         old = f"state NOT IN {OPEN} AND worker IS NULL ORDER BY id DESC LIMIT -1 OFFSET {KEPT_JOBS}"
         with self.database.transaction():
             jobs = [row["id"] for row in self.database.all(f"SELECT id FROM job WHERE {old}")]
-            self.database.run("DELETE FROM job WHERE id IN (SELECT value FROM json_each(?))", json.dumps(jobs))
+            for table, column in (("job", "id"), ("attempt", "job")):
+                these = f"{column} IN (SELECT value FROM json_each(?))"
+                self.database.run(f"DELETE FROM {table} WHERE {these}", json.dumps(jobs))
             gone = f"SELECT id FROM gone ORDER BY revision DESC LIMIT -1 OFFSET {KEPT_GONE}"
             self.database.run(f"DELETE FROM gone WHERE id IN ({gone})")
         for job in jobs:
             for path in (self.database.root / JOBS).glob(f"{job}.*"):
                 path.unlink(missing_ok=True)
+
+    # attempts
+    def begin_attempt(self, job: int, number: int, worker: str) -> None:
+        """Notes who makes an attempt. Called in a transaction."""
+        query = "INSERT OR REPLACE INTO attempt(job, number, worker, began) VALUES(?, ?, ?, ?)"
+        self.database.run(query, job, number, worker, self.clock.now())
+
+    def end_attempt(self, row: sqlite3.Row, code: int | None, words: str) -> None:
+        """Notes how the attempt of a job ended; no code where its worker fell silent. Called in a transaction."""
+        query = "UPDATE attempt SET ended = ?, code = ?, words = ? WHERE job = ? AND number = ? AND ended IS NULL"
+        self.database.run(query, self.clock.now(), code, words, row["id"], row["attempt"])
+
+    def attempts(self, job: int) -> list[JobAttempt]:
+        """The last attempts of a job, the newest first."""
+        query = "SELECT * FROM attempt WHERE job = ? ORDER BY number DESC LIMIT ?"
+        rows = self.database.all(query, job, MOST_ATTEMPTS)
+        return [JobAttempt(**{name: row[name] for name in JobAttempt.model_fields}) for row in rows]
+
+    def origin(self, store: str) -> StoreOrigin | None:
+        """The last job that wrote a store; None for one that was harvested without the service."""
+        query = "SELECT id, action, donors FROM job WHERE store = ? AND attempt > 0 ORDER BY id DESC LIMIT 1"
+        row = self.database.one(query, store)
+        return None if row is None else StoreOrigin(row["id"], row["action"], tuple(json.loads(row["donors"])))
 
     # workers
     def greet(self, worker: WorkerInfo) -> None:

@@ -16,13 +16,15 @@ from shared.errors import DamagedError, UserError
 from shared.files.local import explained, read_whole, write_file
 from shared.gate import BadData, parse_json, quoted
 from shared.refusals import LapsedError, UnknownError
-from shared.request import LeaseGrant
+from shared.request import LeaseGrant, StoreReader
 
 PINS: Final = "pins.json"
 PIN_BYTES: Final = 16 << 20
 """Largest pins.json."""
 PIN_NAME: Final = re.compile(r"[\w.-]{1,64}")
 MOST_HOLDER: Final = 200
+MOST_READERS: Final = 20
+"""Holders of leases that are remembered for each store."""
 MOST_LEASES: Final = 10_000
 """Leases at one time."""
 
@@ -47,6 +49,7 @@ class Holds:
                 "lease",
                 {"id": name, "store": store, "holder": holder[:MOST_HOLDER], "ttl": ttl, "deadline": deadline},
             )
+            self.note_reader(store, holder[:MOST_HOLDER])
             self.used(store)
         return LeaseGrant(id=name, store=store, ttl_s=ttl)
 
@@ -77,7 +80,7 @@ class Holds:
             self.database.run("DELETE FROM lease WHERE deadline <= ?", now)
 
     def restart(self) -> None:
-        """Gives every lease its whole time again: another process measured the deadlines."""
+        """Renews every lease: another process measured the deadlines."""
         with self.database.transaction():
             self.database.run("UPDATE lease SET deadline = ttl + ?", self.clock.monotonic())
 
@@ -102,6 +105,21 @@ class Holds:
         now = self.clock.monotonic()
         query = "SELECT holder FROM lease WHERE store = ? AND deadline > ? ORDER BY holder"
         return [row["holder"] for row in self.database.all(query, store, now)]
+
+    def note_reader(self, store: str, holder: str) -> None:
+        """Keeps who leased a store, of each the last MOST_READERS. Called in a transaction."""
+        self.database.run("INSERT OR REPLACE INTO reader VALUES(?, ?, ?)", store, holder, self.clock.now())
+        newest = "SELECT holder FROM reader WHERE store = ? ORDER BY seen DESC LIMIT ?"
+        self.database.run(
+            f"DELETE FROM reader WHERE store = ? AND holder NOT IN ({newest})", store, store, MOST_READERS
+        )
+
+    def readers(self, store: str) -> list[StoreReader]:
+        """Who leased a store, the last first."""
+        now = set(self.holders(store))
+        query = "SELECT holder, seen FROM reader WHERE store = ? ORDER BY seen DESC"
+        rows = self.database.all(query, store)
+        return [StoreReader(holder=row["holder"], since=row["seen"], reads=row["holder"] in now) for row in rows]
 
     def pins(self, store: str) -> list[str]:
         return [row["name"] for row in self.database.all("SELECT name FROM pin WHERE store = ? ORDER BY name", store)]
@@ -128,7 +146,7 @@ class Holds:
             self.save_pins()
 
     def shown(self, store: str) -> None:
-        """Gives the store's row a new revision. Called in a transaction."""
+        """Raises the revision of the store's row. Called in a transaction."""
         if self.database.one("SELECT id FROM store WHERE id = ?", store) is not None:
             self.database.change("store", store, {})
 

@@ -81,6 +81,11 @@ class Planner:
         found: dict[str, Any] = await self.ask("texts", folder=str(folder), contexts=contexts)
         return found
 
+    async def sites(self, model: str) -> dict[str, Any]:
+        """The layers and hooks of a model: see model_sites."""
+        found: dict[str, Any] = await self.ask("sites", model=model)
+        return found
+
     async def ask(self, action: str, **arguments: Any) -> Any:
         """The child's answer. Raises the error that it names; BusyError when it died or took too long, QueueFullError
         when too many wait for it."""
@@ -226,13 +231,25 @@ def texts(folder: str, contexts: int) -> dict[str, Any]:
     return stored_texts(Path(folder), contexts)
 
 
+def sites(model: str) -> dict[str, Any]:
+    from harvest.serve.page.sites import model_sites
+
+    return model_sites(model)
+
+
 def warm() -> bool:
     import harvest.reuse.plan  # noqa: F401 (imports torch and transformers)
 
     return True
 
 
-ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {"plan": plan, "make": make, "texts": texts, "warm": warm}
+ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {
+    "plan": plan,
+    "make": make,
+    "texts": texts,
+    "sites": sites,
+    "warm": warm,
+}
 
 if __name__ == "__main__":
     main()

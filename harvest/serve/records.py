@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from shared.request import Job
+from shared.request import Action, Job
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Limits:
     min_age_s: float = 3600.0
     """A store that was used since is not evicted."""
     low_water: float = 0.9
-    """Eviction goes on down to this share of the quota."""
+    """Eviction ends at this share of the quota."""
     free_share: float = 0.05
     """Share of the disk that stays free."""
     memo_s: float = 3600.0
@@ -52,12 +52,12 @@ class Usage:
     """Bytes of the cache's disk."""
 
     used: int
-    """Of all stores; a byte that several stores share by hard links counts once."""
+    """Bytes of all stores; a byte that several stores share by hard links counts once."""
     reserved: int
     """Which the open jobs will still write."""
     pinned: int
     leaving: int
-    """Of evicted stores whose files are being deleted."""
+    """Bytes of evicted stores whose files are being deleted."""
     quota: int | None
     free: int
 
@@ -70,3 +70,13 @@ class Changes:
     jobs: list[Job]
     stores: list[str]
     """Ids of stores that came, changed or went."""
+
+
+@dataclass(frozen=True)
+class StoreOrigin:
+    """The last job that wrote a store."""
+
+    job: int
+    action: Action
+    donors: tuple[str, ...]
+    """Stores whose shards or tokens it took over."""

@@ -4,13 +4,11 @@ Bytes that several stores share by hard links count once. Stores are only linked
 """
 
 import itertools
-import os
 import shutil
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, suppress
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection, Sequence
+from contextlib import ExitStack
+from typing import Any, Final
 
 from harvest.reuse.match import NewStore
 from harvest.serve.catalog import GONE, Catalog
@@ -18,6 +16,7 @@ from harvest.serve.database import LIVE, Database
 from harvest.serve.leases import Holds
 from harvest.serve.records import Limits, Usage
 from shared.errors import UserError
+from shared.files.inodes import Inode, set_free, walk
 from shared.files.local import LocalFiles, explained
 from shared.gate import quoted
 from shared.progress import gigabytes
@@ -29,6 +28,8 @@ RESERVED: Final = f"""SELECT job.store, max(0, max(job.expected) - coalesce(stor
   FROM job LEFT JOIN store ON store.id = job.store WHERE {LIVE} GROUP BY job.store"""
 """What the jobs will still write, by store."""
 
+KEYS_AT_ONCE: Final = 200
+"""Keys whose stores are measured before their sizes are written."""
 ROW_BYTES: Final = 4
 """Bytes of a token's id, which are copied for rows that are linked."""
 ARRAY_BYTES: Final = 1024
@@ -37,19 +38,6 @@ EVICTABLE: Final = f"""SELECT id, key FROM store WHERE state = 'final' AND used 
   AND id NOT IN (SELECT store FROM pin) AND id NOT IN (SELECT store FROM lease WHERE deadline > ?)
   AND id NOT IN (SELECT store FROM job WHERE {LIVE})
   AND id NOT IN (SELECT value FROM job, json_each(job.donors) WHERE {LIVE}) ORDER BY used, id"""
-
-
-class Inode(NamedTuple):
-    """A file on a disk, whatever its names."""
-
-    device: int
-    number: int
-
-
-class FileSize(NamedTuple):
-    inode: Inode
-    bytes: int
-    links: int
 
 
 class Space:
@@ -78,19 +66,23 @@ class Space:
     # sizes
     def measure(self) -> None:
         """Looks how large the stores are that came or changed since the last look."""
-        while rows := self.database.all("SELECT DISTINCT key FROM store WHERE own IS NULL"):
+        query = f"SELECT DISTINCT key FROM store WHERE own IS NULL LIMIT {KEYS_AT_ONCE}"
+        while rows := self.database.all(query):
+            changes, sizes = self.catalog.changes, dict[str, tuple[int, int]]()
             for row in rows:
-                self.measure_key(row["key"])
+                sizes |= self.sizes_of(row["key"])
+            with self.database.transaction():
+                if changes == self.catalog.changes:  # or else they are looked at again
+                    for store, (size, own) in sizes.items():
+                        self.database.run("UPDATE store SET bytes = ?, own = ? WHERE id = ?", size, own, store)
 
-    def measure_key(self, key: str) -> None:
-        """Sizes of the unmeasured stores of one key. A linked file counts for the first store that has it; a file that
-        has a further link is another, measured store's."""
-        changes = self.catalog.changes
+    def sizes_of(self, key: str) -> dict[str, tuple[int, int]]:
+        """All bytes and own bytes of the unmeasured stores of one key. A linked file counts for the first store that
+        has it; a file that has a further link is another, measured store's."""
         rows = self.database.all("SELECT id, own FROM store WHERE key = ? ORDER BY state, created, id", key)
-        unmeasured = [row for row in rows if row["own"] is None]
-        files = {row["id"]: list(walk(self.root / row["id"])) for row in unmeasured}
+        files = {row["id"]: list(walk(self.root / row["id"])) for row in rows if row["own"] is None}
         names = Counter(file.inode for each in files.values() for file in each)
-        alone, counted, sizes = len(unmeasured) == len(rows), set[Inode](), dict[str, tuple[int, int]]()
+        alone, counted, sizes = len(files) == len(rows), set[Inode](), dict[str, tuple[int, int]]()
         for store, each in files.items():
             own = 0
             for file in each:
@@ -98,10 +90,7 @@ class Space:
                     own += file.bytes
                 counted.add(file.inode)
             sizes[store] = (sum(file.bytes for file in each), own)
-        with self.database.transaction():
-            if changes == self.catalog.changes:  # or else it is looked at again
-                for store, (size, own) in sizes.items():
-                    self.database.run("UPDATE store SET bytes = ?, own = ? WHERE id = ?", size, own, store)
+        return sizes
 
     def own(self, store: str) -> int:
         """Bytes that a store alone has; 0 when it is not there yet."""
@@ -278,26 +267,3 @@ def in_words(holding: Sequence[tuple[str, str]]) -> str:
     said = " and ".join(f"{words[kind]} {', '.join(names)}" for kind, names in kinds.items())
     cure = " and ".join(cures[kind] for kind in kinds)
     return f"{said}. {cure[0].upper()}{cure[1:]}"
-
-
-def walk(folder: Path) -> Iterator[FileSize]:
-    """Every file of a folder. Links are not followed; what disappears meanwhile is left out."""
-    waiting = [str(folder)]
-    while waiting:
-        with suppress(OSError), os.scandir(waiting.pop()) as entries:
-            for entry in entries:
-                if entry.is_dir(follow_symlinks=False):
-                    waiting.append(entry.path)
-                    continue
-                with suppress(OSError):
-                    about = entry.stat(follow_symlinks=False)
-                    yield FileSize(Inode(about.st_dev, about.st_ino), about.st_size, about.st_nlink)
-
-
-def set_free(folder: Path, links: Counter[Inode]) -> int:
-    """Bytes that become free when a store goes; takes it out of `links`."""
-    size = 0
-    for file in walk(folder):
-        links[file.inode] -= 1
-        size += file.bytes if links[file.inode] <= 0 else 0
-    return size

@@ -14,19 +14,21 @@ from harvest.serve.catalog import Catalog
 from harvest.serve.database import JOBS, Database
 from harvest.serve.jobs import JobTable
 from harvest.serve.leases import Holds
-from harvest.serve.records import Changes, Clock, Limits, Usage
+from harvest.serve.records import Changes, Clock, Limits, StoreOrigin, Usage
 from harvest.serve.space import Space
 from shared.errors import UserError
 from shared.refusals import UnknownError
 from shared.request import (
     CacheAnswer,
     Job,
+    JobAttempt,
     JobPage,
     JobState,
     LeaseGrant,
     RequestPlan,
     StoreFilter,
     StorePage,
+    StoreReader,
     StoreRow,
     StoreSort,
     TakenJob,
@@ -142,7 +144,7 @@ class State:
     # Jobs
 
     def take(self, worker: WorkerInfo, job: int | None = None) -> TakenJob | None:
-        """Gives the next job that this worker can do, or only this one; None when there is none."""
+        """Returns the next job that this worker can do, or only this one; None when there is none."""
         return self.attempts.take(worker, job)
 
     def beat(
@@ -186,9 +188,30 @@ class State:
         """One page of the jobs, newest first, at most 500. Raises UserError for a cursor of another list."""
         return self.table.page(state, cursor, limit)
 
+    def attempts_of(self, job: int) -> list[JobAttempt]:
+        """The last attempts of a job, the newest first. Raises UnknownError."""
+        self.table.row(job)
+        return self.table.attempts(job)
+
+    def origin(self, store: str) -> StoreOrigin | None:
+        """The last job that wrote a store; None for one that was harvested without the service."""
+        return self.table.origin(store)
+
     def queue(self) -> list[Job]:
         """The open jobs: those that run, then the others in the order in which they will be taken."""
         return self.table.queue()
+
+    def due(self) -> list[Job]:
+        """The queued jobs that a worker could take now, in their order."""
+        return self.attempts.due()
+
+    def give_up(self, job: int, words: str) -> Job:
+        """Has a queued job fail that no worker could begin. Any other job is left as it is. Raises UnknownError."""
+        return self.attempts.give_up(job, words)
+
+    def remark(self, job: int, note: str) -> None:
+        """Notes what a queued job waits for. Raises UnknownError."""
+        self.attempts.remark(job, note)
 
     def log_path(self, job: int) -> Path:
         """The file into which the job's worker writes. Raises UnknownError."""
@@ -211,6 +234,10 @@ class State:
     def renew(self, lease: str, ttl_s: float | None = None) -> LeaseGrant:
         """Renews a lease for its whole time, or another. Raises LapsedError."""
         return self.holds.renew(lease, ttl_s)
+
+    def readers(self, store: str) -> list[StoreReader]:
+        """Who leased a store, the last first."""
+        return self.holds.readers(store)
 
     def release(self, lease: str) -> None:
         """Ends a lease. One that is over already is no error."""

@@ -1,13 +1,15 @@
 """Running the command line, and what it prints: a result as text or JSON, an error as one message and an exit code."""
 
 import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import typer
 
@@ -42,15 +44,18 @@ def run_app(app: Callable[[], object]) -> None:
     heed_quota()
     try:
         app()
-    except (UserError, DamagedError, Interrupted, LostError) as error:
-        if isinstance(error, Interrupted):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more changes nothing now
-        if isinstance(error, LostError):
-            time.sleep(1)  # the launcher takes the exit code of who ended first
-        if not (isinstance(error, Interrupted | LostError) and is_helper()):
-            word = "stopped" if isinstance(error, Interrupted) else "error"
-            typer.echo(f"{word}: {printable(str(error))}", err=True)
-        if isinstance(error, Interrupted) and "RANK" not in os.environ:
+    except (UserError, DamagedError) as error:
+        fail(printable(str(error)), error.exit_code)
+    except LostError as error:
+        time.sleep(1)  # the launcher takes the exit code of who ended first
+        if is_helper():
+            sys.exit(error.exit_code)
+        fail(printable(str(error)), error.exit_code)
+    except Interrupted as error:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # one more changes nothing now
+        if not is_helper():
+            typer.echo(f"stopped: {printable(str(error))}", err=True)
+        if "RANK" not in os.environ:
             end_now(error.exit_code)
         sys.exit(error.exit_code)
     except OSError as error:
@@ -59,11 +64,19 @@ def run_app(app: Callable[[], object]) -> None:
         from shared.files.local import error_kind, in_words
 
         where = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        typer.echo(f"error: {f'{printable(where)}: ' if where else ''}{in_words(error)}", err=True)
-        sys.exit(error_kind(error).exit_code)
+        fail(f"{f'{printable(where)}: ' if where else ''}{in_words(error)}", error_kind(error).exit_code)
     except MemoryError as error:
-        typer.echo(f"error: there is not enough memory ({error}). Give less at once, or use a larger machine", err=True)
-        sys.exit(UserError.exit_code)
+        fail(f"there is not enough memory ({error}). Give less at once, or use a larger machine", UserError.exit_code)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Ends the command with one message. torchrun gets it, too: its summary is the last that a person reads."""
+    typer.echo(f"error: {message}", err=True)
+    if path := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": {"message": message, "errorCode": code, "extraInfo": about}}))
+    sys.exit(code)
 
 
 def end_now(code: int) -> None:

@@ -5,6 +5,8 @@ import sys
 from collections.abc import Iterable
 from typing import Any
 
+from shared.progress import duration
+
 
 def harvest_text(summary: Any) -> str:
     lines = [f"{summary.store}: {summary.tokens:,} tokens"]
@@ -55,12 +57,6 @@ def trial_text(trial: Any) -> str:
     if trial.seconds:
         lines.append(f"  about {duration(trial.seconds)} at {trial.tokens_per_second:,.0f} tokens/s")
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def knob(sae: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ class Files(Protocol):
         ...
 
     def explained(self, after: str = ...) -> AbstractContextManager[None]:
-        """Turns the errors of a disk or a server into a BusyError where they pass, otherwise into a UserError.
+        """Turns the errors of a disk or a server into a BusyError if they are temporary, otherwise into a UserError.
         Committed data stays valid. `after` says what to do once the cause is removed."""
         ...
 

@@ -60,7 +60,7 @@ class ServerFailure(NamedTuple):
     """A regular expression for obstore's message."""
     final: bool
     """Whether another try is useless."""
-    passing: bool
+    temporary: bool
     """Whether the same command can succeed later, when all tries have failed."""
     words: str
     advice: str
@@ -279,7 +279,7 @@ def parts_of(pieces: Iterable[Buffer]) -> Iterator[bytearray]:
 
 def with_retries(name: str, doing: str, request: Callable[[], Result], tries: int = TRIES) -> Result:
     """Returns the result of a request, tried up to `tries` times. Raises FileNotFoundError for a missing object,
-    UnreachableError for a failure that passes, ServerError for everything else."""
+    UnreachableError for a temporary failure, ServerError for everything else."""
     started, pause = time.monotonic(), BACKOFF_SECONDS
     for attempt in itertools.count(1):
         try:
@@ -292,7 +292,7 @@ def with_retries(name: str, doing: str, request: Callable[[], Result], tries: in
             late = time.monotonic() - started > TOTAL_SECONDS
             failure = failure_of(error)[0]
             if attempt == tries or late or failure.final:
-                kind = UnreachableError if failure.passing else ServerError
+                kind = UnreachableError if failure.temporary else ServerError
                 raise kind(failure_message(name, doing, error, attempt)) from error
         time.sleep(pause * random.SystemRandom().uniform(0.5, 1.5))
         pause *= 2

@@ -307,7 +307,7 @@ REASONS: Final = {
 }
 
 
-PASSING: Final = frozenset(
+TEMPORARY: Final = frozenset(
     {
         errno.ENOSPC,
         errno.EDQUOT,
@@ -336,12 +336,12 @@ PASSING: Final = frozenset(
         errno.ECONNRESET,
     }
 )
-"""Errors after which the same command can succeed: a disk with room again, a server that is back, a file let go."""
+"""Errors after which the same command can succeed: once there is free disk space, a server is back, a file is free."""
 
 
 def error_kind(error: OSError) -> type[UserError]:
-    """What an operating-system error is to a caller: BusyError where the same command can succeed later."""
-    return BusyError if error.errno in PASSING else UserError
+    """The class of message for an operating-system error: BusyError for a temporary one, otherwise UserError."""
+    return BusyError if error.errno in TEMPORARY else UserError
 
 
 def in_words(error: OSError) -> str:
@@ -351,8 +351,8 @@ def in_words(error: OSError) -> str:
 
 @contextmanager
 def explained(where: Any, after: str = AGAIN) -> Iterator[None]:
-    """Turns an error of the disk into a BusyError where it passes (a full disk), otherwise into a UserError (a
-    read-only one). Committed data stays valid."""
+    """Turns a temporary error of the disk (a full one) into a BusyError, any other (a read-only one) into a UserError.
+    Committed data stays valid."""
     try:
         yield
     except OSError as error:

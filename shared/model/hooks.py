@@ -9,13 +9,13 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Final, NoReturn
+from typing import Any, Final, NoReturn
 
 from shared.errors import UserError
 from shared.model.bridge import Attention
 from shared.model.configuration import ModelInfo
 from shared.model.outline import CONTEXT, N, Shapes, outline
-from shared.model.source import model_info, read_config, resolve_model
+from shared.model.source import ModelSource, model_info, read_config, resolve_model
 
 SHORT_HOOKS: Final = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 
@@ -116,7 +116,11 @@ def hook_table(model: str, revision: str | None, layers: tuple[int | str, ...], 
     """The hookpoints that can be harvested from these layers of a model, each under its short name or else its shortest
     one. Reads no weights."""
     source = resolve_model(model, revision, weights=False)
-    config = read_config(source)
+    return hooks_of(source, read_config(source), layers, attention)
+
+
+def hooks_of(source: ModelSource, config: Any, layers: tuple[int | str, ...], attention: Attention) -> list[Hook]:
+    """The table of `hook_table` for a model whose configuration was read."""
     found = outline(config, attention, source.name, resolve_layers(layers, model_info(config)))
     names: dict[int, list[str]] = {}
     for name, shapes in found.items():

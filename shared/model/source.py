@@ -228,9 +228,8 @@ def hub_commit(repo: str, revision: str | None) -> tuple[str, bool]:
 
 
 def hub_error(error: BaseException) -> type[UserError]:
-    """What a failed request to the hub is to a caller: BusyError where a network or server was away, which passes; not
-    where the hub refuses, or is not to be asked (HF_HUB_OFFLINE)."""
-    from httpx import TransportError
+    """The class of message for a failed request to the hub: BusyError if the network or the server failed, UserError if
+    the hub refused or may not be asked (HF_HUB_OFFLINE)."""
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     chain: BaseException | None = error
@@ -240,7 +239,8 @@ def hub_error(error: BaseException) -> type[UserError]:
         if isinstance(chain, HfHubHTTPError):
             status = chain.response.status_code
             return BusyError if status in (408, 429) or status >= 500 else UserError
-        if isinstance(chain, ConnectionError | TimeoutError | TransportError):
+        kinds = [kind.__name__ for kind in type(chain).__mro__]
+        if isinstance(chain, ConnectionError | TimeoutError) or "TransportError" in kinds:  # of httpx, or of httpx2
             return BusyError
         chain = chain.__cause__ or chain.__context__
     return UserError

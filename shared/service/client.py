@@ -229,9 +229,9 @@ class Client:
 
     # Workers
 
-    def take(self, worker: WorkerInfo, wait: float = LONGEST_WAIT) -> TakenJob | None:
-        """Takes a job for a worker; None when there was none for `wait` seconds."""
-        path = f"/v1/workers/{quote(worker.name, safe='')}/take?{urlencode({'wait': int(wait)})}"
+    def take(self, worker: WorkerInfo, wait: float = LONGEST_WAIT, job: int | None = None) -> TakenJob | None:
+        """Takes the next job for a worker, or only `job`; None when there was none for `wait` seconds."""
+        path = f"/v1/workers/{quote(worker.name, safe='')}/take?{urlencode({'wait': int(wait), 'job': job or 0})}"
         answer = self.exchange.ask("POST", path, worker.model_dump(mode="json"), wait=wait, again=False)
         return None if answer.status == 204 else self.checked(TakenJob, json_of(answer, self.url))
 

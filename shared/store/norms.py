@@ -155,10 +155,15 @@ class ShardNorms:
 
 def sample(store: Store, hook: str) -> Norms | None:
     """Norms over some of the committed shards, evenly spread: enough to see massive rows, and quick."""
+    return norms(spread(store), hook)
+
+
+def spread(store: Store, count: int = SAMPLED) -> Store:
+    """The same store with at most `count` of its committed shards, evenly spread."""
     shards = sorted(store.commits)
-    if len(shards) > SAMPLED:
-        shards = [shards[i * len(shards) // SAMPLED] for i in range(SAMPLED)]
-    return norms(store.only(shards), hook)
+    if len(shards) > count:
+        shards = [shards[i * len(shards) // count] for i in range(count)]
+    return store.only(shards)
 
 
 def norms(store: Store, hook: str) -> Norms | None:
@@ -180,6 +185,19 @@ def norms(store: Store, hook: str) -> Norms | None:
         found, largest, MASSIVE * quantiles[0.5], store.statistics(hook) if store.kept(hook) > 1 else None
     )
     return Norms(found.n, found.total / found.n, quantiles, at, nonfinite, there)
+
+
+def norms_by_position(store: Store, hook: str) -> NDArray[np.float64]:
+    """The mean norm at each position of a context, [context], over all committed rows whose norm is finite; NaN at a
+    position that has none."""
+    total, count = np.zeros(store.spec.context), np.zeros(store.spec.context)
+    for shard in shards(store, hook, store.commits):
+        finite = np.isfinite(shard.norms)
+        places = shard.positions[finite]
+        total += np.bincount(places, shard.norms[finite].astype(np.float64), store.spec.context)
+        count += np.bincount(places, minlength=store.spec.context)
+    with np.errstate(invalid="ignore"):
+        return total / count
 
 
 def massive_rows(

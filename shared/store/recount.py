@@ -19,7 +19,7 @@ from shared.permute import SHARD_ROWS, permutation
 from shared.store.opened import Store
 from shared.store.quantise import LEVELS, dim_scale
 from shared.store.reader import ArrayReader, Reader, read_index, read_shard
-from shared.store.shard import as_float32, crc32, decode_chunk, file_crc
+from shared.store.shard import as_float32, crc32, decoded_chunk, file_crc
 from shared.store.spec import rows_that_count, shard_file
 from shared.store.tokens import TokenRows
 
@@ -322,14 +322,15 @@ def decoded(
     for number, (offset, length) in enumerate(index[: -(-rows // layout.chunk_rows)].tolist()):
         data = file.read(offset, length)
         crc = crc32(data, crc)
-        decode_chunk(data, layout, memory, f"{what}: chunk {number}")
-        yield memory[: min(layout.chunk_rows, rows - number * layout.chunk_rows)]
+        found = decoded_chunk(data, layout, memory, f"{what}: chunk {number}")
+        yield found[: min(layout.chunk_rows, rows - number * layout.chunk_rows)]
     return crc32(file.read(end, layout.index_bytes), crc)
 
 
 def blocks(reader: Reader, shard: int) -> Iterator[NDArray[Any]]:
-    """The rows of a shard in blocks small enough for a core's cache."""
-    at_once = max(1, CACHED // (reader.layout.row_shape[0]))
+    """The rows of a shard in blocks small enough for a core's cache. They are powers of two, as chunks mostly are: then
+    none is left over."""
+    at_once = 1 << (CACHED // reader.layout.row_shape[0] | 1).bit_length() - 1
     for rows in chunks(reader, shard):
         for at in range(0, len(rows), at_once):
             yield rows[at : at + at_once]
@@ -354,21 +355,23 @@ def sums_of_levels(
 ) -> tuple[RowSums, NDArray[np.int16]]:
     """Sums of quantised rows in parts, as they are decoded, in float32; and the largest absolute level of each row."""
     norms, levels, at = np.empty(len(counted)), np.empty(len(counted), np.int16), 0
-    memory, absolute = np.empty(0, np.float32), np.empty(0, np.int8)
+    memory: tuple[NDArray[Any], ...] = (np.empty(0),)
     total, squares, wide = np.zeros(len(dim)), np.zeros(len(dim)), np.square(dim, dtype="f4")
     weights = np.where(counted, scales, np.float32(0))
     with np.errstate(all="ignore"):
         for q in parts:
-            if memory.size < q.size:
-                memory, absolute = np.empty(q.size, np.float32), np.empty(q.size, np.int8)
-            here, x = slice(at, at + len(q)), memory[: q.size].reshape(q.shape)
-            positive = np.abs(q, out=absolute[: q.size].reshape(q.shape))
-            levels[here] = positive.view(np.uint8).max(axis=1)  # -128 is its own absolute value, and 128 as uint8
-            x[...] = q
-            total += np.einsum("nd,n->d", x, weights[here])
+            if len(memory[0]) < len(q):
+                memory = tuple(np.empty(q.shape, kind) for kind in (np.int8, np.int16, np.float32))
+            here, (positive, whole, x) = slice(at, at + len(q)), (each[: len(q)] for each in memory)
+            np.abs(q, out=positive)  # -128 is its own absolute value, and 128 as uint8
+            starts = np.arange(0, q.size, q.shape[1])
+            levels[here] = np.maximum.reduceat(positive.view(np.uint8).reshape(-1), starts)  # thrice as fast as max
+            whole[...] = q  # numpy is faster by way of int16
+            x[...] = whole
+            total += weights[here] @ x
             np.square(x, out=x)
-            squares += np.einsum("nd,n->d", x, np.square(weights[here]))
-            norms[here] = np.sqrt(np.einsum("nd,d->n", x, wide)) * scales[here]
+            squares += np.square(weights[here]) @ x
+            norms[here] = np.sqrt(x @ wide) * scales[here]
             at += len(q)
         total, squares = total * dim, squares * np.square(dim, dtype="f8")
     return RowSums(norms, total, squares), levels

@@ -180,6 +180,15 @@ def decode_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str
         ) from error
 
 
+def decoded_chunk(data: Buffer, layout: ShardLayout, out: NDArray[Any], what: str) -> NDArray[Any]:
+    """The rows of one inner chunk, its crc32c checked: decoded into `out`, or a view of `data` where they are stored as
+    they are. Raises DamagedError."""
+    if CODECS[layout.codec].blosc or len(data) != out.nbytes + 4:
+        decode_chunk(data, layout, out, what)
+        return out
+    return np.frombuffer(without_crc(data, what), layout.dtype).reshape(out.shape)
+
+
 def unpack(payload: memoryview, layout: ShardLayout, out: NDArray[Any]) -> None:
     """Decodes one inner chunk without its crc32c. For any bytes, it reads nothing else and either fills `out` or raises
     ValueError or RuntimeError."""

@@ -61,6 +61,24 @@ def test_help_of_a_command_needs_its_schema_alone() -> None:
     assert done.stdout.splitlines()[-1] == "set()"
 
 
+def test_verify_starts_light(store: Store) -> None:
+    """It imports only what it needs, and numpy's matrix products get no threads of their own, which would spin."""
+    code = (
+        "import os, sys, time, cli\n"
+        f"try: cli.app(['store', 'verify', '--full', {str(store.root)!r}])\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print({'torch', 'zarr', 'rich', 'tomllib', 'shared.config', 'obstore'} & set(sys.modules))\n"
+        "ended = time.monotonic() + 5\n"
+        "while (threads := len(os.listdir('/proc/self/task'))) > 1 and time.monotonic() < ended: time.sleep(0.05)\n"
+        "print(threads)"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("_NUM_THREADS")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-2:] == ["set()", "1"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

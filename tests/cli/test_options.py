@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, get_origin
@@ -89,7 +90,7 @@ def test_every_field_has_a_meaning_a_default_and_one_place(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["settings.md", "cli.md", "rest-api.md"])
 def test_the_reference_is_what_the_schemas_say(name: str) -> None:
-    pages = {
+    pages: dict[str, Callable[[], str]] = {
         "settings.md": settings_page,
         "cli.md": partial(cli_page, APP),
         "rest-api.md": partial(rest_page, rest_document()),

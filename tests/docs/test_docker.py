@@ -26,7 +26,10 @@ import yaml
 from packaging.requirements import Requirement
 
 import cli
+from harvest.serve.rest import files
 from shared.command import options
+from shared.request import StoreRequest
+from shared.service.asking import parse_request
 
 ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text(encoding="utf-8")
@@ -35,7 +38,8 @@ PAGE = (ROOT / "docs/how-to/docker.md").read_text(encoding="utf-8")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 SCRIPTS = Path(sys.executable).parent
 HADOLINT = shutil.which("hadolint", path=str(SCRIPTS)) or shutil.which("hadolint")
-SERVICES = ("harvest", "train", "eval", "report")
+SERVICES = ("serve", "worker", "harvest", "train", "eval", "report")
+"""The services that run sagsae. nginx has an image of its own."""
 
 
 # ---- the Dockerfile
@@ -305,9 +309,9 @@ def command(service: str, **given: str) -> list[str]:
 
 
 def variables() -> set[str]:
-    return set(re.findall(r"\$\{(\w+)", json.dumps(COMPOSE))) | {
-        name for each in COMPOSE["services"].values() for name, value in each["environment"].items() if value is None
-    }
+    given = [each.get("environment", {}) for each in COMPOSE["services"].values()]
+    unset = {name for each in given for name, value in each.items() if value is None}
+    return set(re.findall(r"\$\{(\w+)", json.dumps(COMPOSE))) | unset
 
 
 @pytest.mark.parametrize(
@@ -341,7 +345,7 @@ def test_compose_follows_the_specification(schema: jsonschema.Draft7Validator, g
     ("place", "value"),
     [
         (("services", "train", "entrypont"), "sagsae"),
-        (("services", "train", "depends_on", "harvest", "condition"), "service_done"),
+        (("services", "train", "depends_on", "serve", "condition"), "service_done"),
         (("services", "train", "deploy", "resources", "reservations", "devices", 0, "gpus"), 1),
         (("services", "train", "deploy", "resources", "reservations", "devices", 0, "capabilities"), "gpu"),
         (("services", "train", "init"), [True]),
@@ -377,18 +381,42 @@ def test_compose_itself_makes_the_same_commands() -> None:
 
 def test_services_resume_stop_and_keep_secrets_outside() -> None:
     services = compose()["services"]
-    assert tuple(services) == SERVICES
-    for name, service in services.items():
+    assert set(services) == {*SERVICES, "nginx"}
+    for name in SERVICES:
+        service = services[name]
+        asks = name in ("worker", "train")
         assert service["init"] is True, name
-        assert service["restart"].startswith("on-failure"), name
+        assert service["restart"] == ("unless-stopped" if name in ("serve", "worker") else "on-failure:3"), name
         assert service["stop_grace_period"] == "2m", name
-        assert service["environment"] == {"HF_TOKEN": None}, name
+        token = {"SAGSAE_TOKEN_FILE": "/run/secrets/token"} if asks else {}
+        assert service["environment"] == {"HF_TOKEN": None, **token}, name
+        assert service.get("secrets", []) == (["token"] if asks or name == "serve" else []), name
         assert (ROOT / "docker" / service["build"]["context"] / service["build"]["dockerfile"]).is_file(), name
-        assert ("profiles" in service) == (name in ("eval", "report")), name
+        assert ("profiles" in service) == (name in ("harvest", "eval", "report")), name
         sources = {volume.split(":")[0] for volume in service["volumes"]}
         assert sources == set(compose()["volumes"]), name
-    for before, after in itertools.pairwise(SERVICES):
+    for name in ("worker", "train", "nginx"):
+        assert services[name]["depends_on"] == {"serve": {"condition": "service_healthy"}}
+    for before, after in itertools.pairwise(("train", "eval", "report")):
         assert services[after]["depends_on"] == {before: {"condition": "service_completed_successfully"}}
+
+
+def test_only_this_machine_reaches_the_cache_and_it_needs_a_token() -> None:
+    services = compose()["services"]
+    published = [port for each in services.values() for port in each.get("ports", [])]
+    assert published == ["127.0.0.1:8642:8642", "127.0.0.1:8643:8643"]
+    served = configured(command("serve"))
+    assert (served.host, served.token_file, served.launch) == ("0.0.0.0", Path("/run/secrets/token"), "none")
+    assert "readyz" in services["serve"]["healthcheck"]["test"][-1]
+
+
+def test_nginx_sends_the_files_that_the_service_points_to() -> None:
+    text = (ROOT / "docker/nginx.conf").read_text(encoding="utf-8")
+    place, inside = re.findall(r"location (\S+) {\n\s+internal;.*\n\s+alias (\S+);", text)[0]
+    assert place == files.ACCEL
+    assert inside == f"{configured(command('serve')).root}/"
+    (mount,) = [volume for volume in compose()["services"]["nginx"]["volumes"] if inside.strip("/") in volume]
+    assert mount.endswith(":/stores:ro")
 
 
 def test_mounts_are_the_folders_of_the_image() -> None:
@@ -431,6 +459,7 @@ def configured(words: list[str]) -> Any:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cli, "resolve", stop)
+        patch.setattr(cli, "answer_settings", lambda context: {"store": "answered"} if context else {})
         with pytest.raises(Resolved) as stopped:
             cli.app(words, standalone_mode=False)
     return stopped.value.config
@@ -438,7 +467,7 @@ def configured(words: list[str]) -> Any:
 
 def check_command(words: list[str]) -> None:
     parsed(words)
-    if words[0] in ("harvest", "train", "eval"):
+    if words[0] in ("harvest", "train", "eval", "serve", "work"):
         configured(words)
 
 
@@ -448,24 +477,37 @@ def test_default_commands_are_accepted(service: str) -> None:
 
 
 def test_services_hand_over_to_each_other() -> None:
-    given = {"MODEL": "tiny", "CORPUS": "/data/texts.jsonl", "CORPUS_CONFIG": "null", "TOKENS": "2000", "D_SAE": "64"}
-    harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
-    assert (harvest.model, harvest.corpus, harvest.corpus_config) == ("tiny", "/data/texts.jsonl", None)
-    assert (harvest.tokens, harvest.layers, harvest.hooks) == (2000, ("mid",), ("mlp_out",))
-    assert train.store == f"{harvest.out}/{harvest.name}"
-    assert train.hook in harvest.hooks
+    given = {"MODEL": "tiny", "CORPUS": "data", "CORPUS_CONFIG": "null", "TOKENS": "2000", "D_SAE": "64"}
+    serve, train = configured(command("serve", **given)), configured(command("train", **given))
+    assert serve.allow_corpus == ("data=/data",)
+    assert configured(command("worker", **given)).root == serve.root
+    asked = asked_by(train)
+    assert (asked.model, asked.corpus, asked.corpus_config, asked.tokens) == ("tiny", "data", None, 2000)
+    assert (asked.layers, asked.hooks) == (("mid",), ("mlp_out",))
+    assert train.follow
     assert {(sae.arch, sae.d_sae) for sae in train.saes} == {("sa-gsae", 64)}
     assert configured(command("eval", **given)).run == train.out
     report = configured(command("report", **given))
     assert (report.runs, report.out) == ((train.out,), train.out.with_suffix(".html"))
+    alone = configured(command("harvest", **given))
+    assert (alone.out, alone.name, alone.tokens) == (str(serve.root), "tiny", 2000)
+
+
+def asked_by(train: Any) -> StoreRequest:
+    return parse_request(train.request)
 
 
 def test_variables_reach_the_commands() -> None:
     arguments = {"HARVEST_ARGS": "--codec lz4", "TRAIN_ARGS": "--sparsity 0.1 --sparsity 0.3 --seed 7"}
+    arguments |= {"SERVE_ARGS": "--quota 2TB", "SERVICE": "http://cache:1", "DTYPE": "float32"}
     given = {"GPUS": "4", "MODEL": "EleutherAI/pythia-70m", "STORE": "small", "RUN": "one", **arguments}
     harvest, train = configured(command("harvest", **given)), configured(command("train", **given))
+    serve, worker = configured(command("serve", **given)), configured(command("worker", **given))
     assert (harvest.model, harvest.name, harvest.codec) == ("EleutherAI/pythia-70m", "small", "lz4")
-    assert (train.store, train.out) == ("/stores/small", Path("/runs/one"))
+    assert asked_by(train).model == "EleutherAI/pythia-70m"
+    assert train.out == Path("/runs/one")
+    assert (serve.quota, serve.dtype) == (2 * 10**12, "float32")
+    assert (worker.service, worker.processes) == ("http://cache:1", 4)
     assert [(sae.sparsity, sae.seed) for sae in train.saes] == [(0.1, 7), (0.3, 7)]
     (device,) = compose(**given)["services"]["train"]["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": "4", "capabilities": ["gpu"]}
@@ -511,7 +553,7 @@ def test_every_command_of_the_page(line: str) -> None:
         words = words[1:]
     assert set(given) <= variables(), "compose.yaml knows no such variable"
     tool, *words = words
-    if tool == "mkdir":
+    if tool in ("mkdir", "install", "openssl"):
         return
     assert tool == "docker"
     verb, *words = words
@@ -555,7 +597,9 @@ def test_page_and_compose_name_the_same_variables() -> None:
             assert set(re.findall(rf"\$\{{{name}:-([^}}]*)\}}", text)) == {default.strip("`")}, name
 
 
-@pytest.mark.parametrize(("service", "name"), [("harvest", "HARVEST_ARGS"), ("train", "TRAIN_ARGS")])
+@pytest.mark.parametrize(
+    ("service", "name"), [("harvest", "HARVEST_ARGS"), ("train", "TRAIN_ARGS"), ("serve", "SERVE_ARGS")]
+)
 def test_example_arguments_of_the_page(service: str, name: str) -> None:
     example = re.search(rf"^\| `{name}` .*?`(--[^`]+)`", PAGE, re.MULTILINE)
     assert example

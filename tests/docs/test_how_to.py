@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import typer
+import yaml
 from support.command import ROOT, Sagsae
 from support.pages import blocks_of, commands_of
 
@@ -112,6 +113,23 @@ def test_a_corpus_kind_as_its_page_adds_it(tmp_path: Path, monkeypatch: pytest.M
     skipped: list[Exception] = []
     assert list(readers.files_corpus(tmp_path, DocumentField("text", 100)).documents(skipped.append)) == []
     assert len(skipped) == 1
+
+
+def test_the_manifest_of_kubernetes_is_yaml_whose_commands_exist() -> None:
+    """No cluster runs it here; its volumes have the names that its containers mount."""
+    page = (DOCS / "how-to/kubernetes.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"^```yaml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    documents = list(yaml.safe_load_all(text))
+    assert [one["kind"] for one in documents] == ["PersistentVolumeClaim", "Deployment", "Service", "Deployment"]
+    commands = []
+    for pod in (one["spec"]["template"]["spec"] for one in documents if one["kind"] == "Deployment"):
+        volumes = {volume["name"] for volume in pod["volumes"]}
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert {mount["name"] for mount in container["volumeMounts"]} <= volumes
+            commands += [container["args"]] if "args" in container else []
+    assert [words[0] for words in commands] == ["serve", "work"]
+    for words in commands:
+        parse(words)
 
 
 @pytest.mark.slow

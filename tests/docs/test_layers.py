@@ -15,7 +15,7 @@ FORBIDDEN = {
     "train": {"harvest", "cli", "tests"},
 }
 ROUTES = "endpoint errors events files health jobs requests security session stores workers".split()
-SERVER = {"harvest/serve/app.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
+SERVER = {"harvest/serve/app.py", "harvest/serve/pages.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
 DOORS = {
     "starlette": SERVER,
     "anyio": SERVER,

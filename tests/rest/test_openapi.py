@@ -10,7 +10,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from support.cache import SHARD, fake_store, planned, spec_of
+from support.serving.cache import SHARD, fake_store, planned, spec_of
 from support.serving.rest import ScriptedPlanner, client_of, service_of
 
 from harvest.serve.app import rest_document

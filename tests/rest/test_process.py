@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache import fake_store, spec_of
 from support.command import ROOT, Sagsae
 from support.processes import children
+from support.serving.cache import fake_store, spec_of
 from support.serving.process import ServerProcess, server_process
 from support.serving.rest import ADMIN, ASK, READ
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
-from support.cache import SHARD, FakeHarvest, fake_store, planned, spec_of
+from support.serving.cache import SHARD, FakeHarvest, fake_store, planned, spec_of
 from support.serving.rest import ADMIN, ASK, TOKENS, ScriptedPlanner, client_of, service_of
 
 from harvest.serve.rest.endpoint import Service

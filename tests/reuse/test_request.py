@@ -11,7 +11,7 @@ from support.command import Sagsae
 from support.reuse import comparable, counted_shards, no_model
 
 import harvest.reuse.shape
-from harvest.reuse.answer import answer_request, duration, look_up, plan_answer
+from harvest.reuse.answer import answer_request, look_up, plan_answer
 from harvest.reuse.key import store_key
 from harvest.reuse.match import harvest_of
 from harvest.reuse.rates import RATES, known_rate, rates, remember_rate
@@ -190,10 +190,3 @@ def test_rates_are_of_the_same_model_and_device(store: Store, tmp_path: Path) ->
     (tmp_path / RATES).write_bytes(b'{"rate": "fast"}\n\xff\n[]\n{"rate": -1, "rows": 3}\n')
     assert list(rates(files)) == []
     remember_rate(LocalFiles(tmp_path / "nowhere"), spec, "cpu", 1, 1.0)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.2, "1 s"), (44.0, "44 s"), (540.0, "9 min"), (5900.0, "98 min"), (12_600.0, "3.5 h")]
-)
-def test_times_in_words(seconds: float, words: str) -> None:
-    assert duration(seconds) == words

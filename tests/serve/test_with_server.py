@@ -55,13 +55,6 @@ def server(root: Path, port: int, *options: str) -> Iterator[subprocess.Popen[st
             process.wait(30)
 
 
-def moved(store: Path) -> Path:
-    """A store in a folder of its own, which holds nothing else."""
-    root = store.parent / "stores"
-    root.mkdir()
-    return store.rename(root / store.name)
-
-
 def weights(run: Path) -> dict[str, bytes]:
     return {path: data for path, data in contents(run / "saes").items() if path.endswith(".safetensors")}
 
@@ -100,7 +93,9 @@ def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path) -> None:
     file = tmp_path / "token"
     file.touch(0o600)
     file.write_text(f"admin:{TOKEN}\n")
-    port, root = free_port(), moved(growing).parent
+    port, root = free_port(), growing.parent / "stores"
+    root.mkdir()
+    growing.rename(root / "growing")
     with server(root, port, "--launch", "none", "--token-file", str(file)):
         url = f"http://127.0.0.1:{port}"
         with pytest.raises(UserError, match="needs a token"):
@@ -127,8 +122,11 @@ def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path) -> None:
 
 
 def test_a_growing_store_is_followed_through_a_server(train_config: Config, store: Store, growing: Path) -> None:
-    growing, port = moved(growing), free_port()
-    with server(growing.parent, port, "--launch", "none"):
+    root = growing.parent / "stores"
+    root.mkdir()
+    growing = growing.rename(root / "growing")
+    port = free_port()
+    with server(root, port, "--launch", "none"):
         harvest = in_steps(growing, store, [[0, 1], [2, 3, 4], [5, 6], [7, 8, 9]], 1.0)
         config = train_config(
             store=f"http://127.0.0.1:{port}/v1/stores/growing", follow=True, tokens=24 * 64, window_rows=1024

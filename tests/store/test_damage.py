@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.command import Sagsae
 from support.crash_writer import Size, alter, files_of, harvest_again, job, read_lines, result, unfinish
@@ -11,6 +12,7 @@ from support.folders import contents
 
 from shared.store.manifest import INDEX
 from shared.store.opened import Store
+from shared.store.recount import sums_of_levels
 from shared.store.verify import verify
 
 
@@ -33,6 +35,23 @@ def test_one_altered_byte_anywhere(tmp_path: Path, hits: int, more: int) -> None
         expected = {"record.json", "zarr.json", "tokens/zarr.json", "tokens/c/0/0", "manifest/metadata.json", manifest,
                     "index/position/c/1", "layer_00/mlp_out/c/0/0", "stats/layer_01/mlp_out/sum/c/1/0"}  # fmt: skip
         assert expected | scales <= set(done["paths"])
+
+
+@pytest.mark.parametrize(("rows", "d_in", "at_once"), [(1000, 1, 256), (700, 3, 256), (37, 768, 16), (5, 2048, 1)])
+def test_sums_of_int8_rows_are_those_of_their_numbers(rows: int, d_in: int, at_once: int) -> None:
+    """With rows that were lost (scale NaN), rows that do not count, and -128, which the writer never makes."""
+    draw = np.random.default_rng(rows)
+    q = draw.integers(-127, 128, (rows, d_in)).astype(np.int8)
+    q[1], q[2, 0], q[3] = 0, -128, 1
+    scales, dim = draw.uniform(0.01, 3, rows).astype("f4"), draw.uniform(1e-3, 1e3, d_in).astype("f4")
+    counted = draw.random(rows) < 0.9
+    scales[1], counted[1] = np.nan, False
+    found, levels = sums_of_levels((q[at : at + at_once] for at in range(0, rows, at_once)), scales, dim, counted)
+    whole = q.astype("f8") * scales[:, None].astype("f8") * dim
+    assert (levels == np.abs(q.astype(int)).max(axis=1)).all()
+    np.testing.assert_allclose(found.norms, np.linalg.norm(whole, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(found.squares, np.square(whole[counted]).sum(0), rtol=3e-6)
+    np.testing.assert_allclose(found.total, whole[counted].sum(0), atol=1e-6 * np.abs(whole[counted]).sum(0).max())
 
 
 def test_repair_and_the_same_harvest_again(store: Store, model_folder: Path, sagsae: Sagsae, tmp_path: Path) -> None:

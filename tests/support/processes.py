@@ -8,6 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 
+def wait_for(true: Callable[[], object], seconds: float = 120, what: Callable[[], object] = lambda: "") -> None:
+    """Waits for something slow; `what` says what there was instead."""
+    patience = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < patience, what()
+        time.sleep(0.05)
+
+
 def until(true: Callable[[], bool]) -> None:
     patience = time.monotonic() + 10
     while not true():
@@ -48,3 +56,12 @@ def command_lines() -> list[bytes]:
         except OSError:
             continue
     return found
+
+
+def rank_of(pid: int) -> int | None:
+    """The rank that a launcher gave to a process; None for any other process."""
+    try:
+        found = [word for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") if word.startswith(b"RANK=")]
+    except OSError:
+        return None
+    return int(found[0][5:]) if found else None

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from support.command import ROOT, Sagsae
-from support.processes import children, kill, wait_until_gone
+from support.processes import children, kill, rank_of, wait_until_gone
 from support.runs import lines_of, weights_of
 from support.variants import batch, variant, weights
 
@@ -107,6 +107,40 @@ def test_two_processes_with_autoencoders_of_their_own(
     assert (both / "evaluation.json").read_bytes() == (one / "evaluation.json").read_bytes()
 
 
+def test_a_killed_process_is_started_again(
+    sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run that was there is overwritten once: after the kill the new one continues from its checkpoint."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    one, both = tmp_path / "one", tmp_path / "both"
+    assert sagsae(*command(store, one, 64 * 400)).returncode == 0
+    shutil.copytree(one, both)
+    words = command(store, both, 64 * 400, "--processes", "2", "--parallel", "sweep", "--overwrite")
+    old = RunFolder(both).read("record.json")["started"]
+    assert not list(both.glob("checkpoints/step-*")), "a finished run keeps none"
+    with subprocess.Popen(
+        [sys.executable, ROOT / "cli.py", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            while not any(both.glob("checkpoints/step-*")):
+                assert process.poll() is None
+                time.sleep(0.002)
+            begun = RunFolder(both).read("record.json")["started"]
+            assert begun != old
+            for pid in children(process.pid):
+                if rank_of(pid) == 1:
+                    kill(pid)
+            _, said = process.communicate(timeout=100)
+        finally:
+            process.terminate()
+    assert process.returncode == 0, said
+    assert "was killed (SIGKILL): all are started again and continue" in said
+    assert "Traceback" not in said
+    assert RunFolder(both).read("record.json")["started"] == begun, "not begun once more"
+    assert weights_of(both) == weights_of(one)
+    assert lines_of(both) == lines_of(one)
+
+
 def test_what_one_process_finds_wrong_ends_both_with_one_message(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,7 +151,7 @@ def test_what_one_process_finds_wrong_ends_both_with_one_message(
     (tmp_path / "run").mkdir()
     with folder_lock(tmp_path / "run"):
         done = sagsae(*words)
-    assert done.returncode == 2, done.stderr
+    assert done.returncode == 75, done.stderr
     assert done.stderr.count("error: ") == done.stderr.count(f"process {os.getpid()} on") == 1
     assert "Traceback" not in done.stderr
     shard = copy / "layer_01" / "mlp_out" / "c" / "3" / "0"

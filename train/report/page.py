@@ -14,6 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
+import shared
 from shared.saes import ARCHITECTURES
 from train.report import wording
 from train.report.comparable import differences
@@ -23,6 +24,7 @@ from train.report.sae import MeasuredSAE
 from train.report.settings import grouped, measured, sections
 
 HERE = Path(__file__).parent
+LOOK = Path(shared.__file__).parent / "look.css"
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
         plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
-        css=_own("page.css") + _architectures(),
+        css=Markup(LOOK.read_text(encoding="utf-8")) + _own("page.css") + _architectures(),
         js=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )

@@ -34,6 +34,7 @@ from shared.files.handles import open_regular
 from shared.files.local import check_removable, error_kind, read_whole, remove_tree, sync, touch, write_file
 from shared.files.locks import LOCK_FILE
 from shared.gate import SMALL, BadData, parse_json, quoted
+from shared.launch import begun_by_this_command
 from shared.record import finite, sealed_json, to_json
 from shared.schema import build
 from shared.store.spec import is_sealed
@@ -188,6 +189,13 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether training is finished. evaluation.json may still be missing; `sagsae eval` writes it again."""
         return self.exists() and "finished" in self.read("record.json")
+
+    def is_begun(self) -> bool:
+        """Whether this very command began the run before its processes were started again."""
+        try:
+            return self.exists() and begun_by_this_command(self.read("record.json"))
+        except DamagedError:
+            return False
 
     def make(self, overwrite: bool = False) -> None:
         """Creates the folder and its lock file. Raises UserError when it cannot be written to or holds something else

@@ -34,7 +34,7 @@ MAKE_ONE: Final = "Make one with: openssl rand -hex 32"
 HEADERS: Final = {
     "content-security-policy": "default-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with no-referrer, a browser's own forms are sent with `Origin: null`
     "cross-origin-resource-policy": "same-origin",
 }
 """Headers of every answer: a page loads nothing from elsewhere and is shown in no frame."""
@@ -159,6 +159,8 @@ class Guard:
         if given is None:
             return Caller("", Level.OPEN, here)
         found = self.tokens.find(given)
+        if found is None and "authorization" not in headers:
+            return Caller("", Level.OPEN, here)  # a browser's cookie of an earlier token: it may sign in again
         if found is None:
             raise unauthorized("the token is not one of this server's")
         return Caller(found.name, found.level, here)

@@ -16,6 +16,7 @@ from shared.schema import Frozen
 LOOK_S: Final = 1.0
 """Seconds between two looks of a worker that waits: a job that must wait before its next attempt announces nothing."""
 MOST_WAIT_S: Final = 25
+MOST_JOB: Final = 10**15 - 1
 
 Attempt = Annotated[int, Field(ge=0, lt=1 << 31)]
 Rows = Annotated[int, Field(ge=0, lt=1 << 50)]
@@ -58,10 +59,11 @@ async def take_job(call: RestCall) -> Response:
     if worker.name != call.path("worker"):
         raise HttpError(422, "invalid", f"name: is {worker.name}, but the path names {call.path('worker')[:64]!r}")
     end = time.monotonic() + call.query_number("wait", 0, 0, MOST_WAIT_S)
+    only = call.query_number("job", 0, 0, MOST_JOB) or None
     while True:
         if await call.request.is_disconnected():
             return no_content()  # a job that is given away now would be lost for the time of its lease
-        taken = await to_thread.run_sync(call.state.take, worker)
+        taken = await to_thread.run_sync(call.state.take, worker, only)
         if taken is not None:
             return answer(taken)
         left = end - time.monotonic()
@@ -88,10 +90,13 @@ async def end_job(call: RestCall) -> Response:
 WAIT: Final = Query(
     "wait", {"type": "integer", "minimum": 0, "maximum": MOST_WAIT_S}, "Seconds to wait for a job where there is none."
 )
+ONLY: Final = Query(
+    "job", {"type": "integer", "minimum": 0, "maximum": MOST_JOB}, "Take this job only, once it is due."
+)
 ENDPOINTS: Final = (
     Endpoint(
         "POST", "/v1/workers/{worker}/take", take_job, Level.ADMIN, "Take the next job that this worker can do.",
-        WorkerInfo, {200: TakenJob, 204: None}, (WAIT,), (400, 401, 403, 413, 422),
+        WorkerInfo, {200: TakenJob, 204: None}, (WAIT, ONLY), (400, 401, 403, 413, 422),
     ),
     Endpoint(
         "POST", "/v1/jobs/{job}/beat", beat_job, Level.ADMIN, "Say that a job is alive, and how far it is.",

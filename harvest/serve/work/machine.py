@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any, Final
 
+from harvest.serve.planner import child_environment
 from shared.errors import UserError
 
 LOOK_S: Final = 300.0
@@ -20,7 +21,12 @@ def look(device: str, environment: Mapping[str, str]) -> dict[str, Any]:
     command = [sys.executable, "-P", "-m", "harvest.serve.work.machine", device]
     try:
         done = subprocess.run(
-            command, capture_output=True, text=True, timeout=LOOK_S, env={**os.environ, **environment}, check=False
+            command,
+            capture_output=True,
+            text=True,
+            timeout=LOOK_S,
+            env={**child_environment(), **environment},
+            check=False,
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(f"--device {device}: no answer in {LOOK_S:.0f} s. Check its driver") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from harvest.serve.database import JOBS
+from harvest.serve.planner import child_environment
 from shared.command.parent import parent_variable
 from shared.errors import DamagedError, UserError
 from shared.files.handles import close, open_regular
@@ -21,6 +22,7 @@ from shared.store.opened import GrowingStore
 
 LOG_BYTES: Final = 8 << 20
 """A longer log is moved to N.log.1, and begins again."""
+PROGRAM: Final = (sys.executable, "-P", "-m", "cli")
 TAIL_BYTES: Final = 16 << 10
 LINE: Final = 500
 """Characters of the last line that is shown."""
@@ -51,7 +53,7 @@ class JobFiles:
         return open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def rotate(self) -> None:
-        """Moves a log that is too long aside. The command goes on writing at the beginning."""
+        """Moves a log that is too long aside. The command writes on at the beginning."""
         with contextlib.suppress(OSError):
             if self.log.stat().st_size <= LOG_BYTES:
                 return
@@ -104,19 +106,27 @@ def toml_value(value: Any) -> str:
 class Command:
     """A running command of ours. It is given to the main thread's care: it ends when that thread's process does."""
 
-    def __init__(self, words: Sequence[str], files: JobFiles, environment: Mapping[str, str], killed: bool) -> None:
-        """`killed`: it is killed when this process ends; otherwise it gets SIGTERM, which it passes on to others."""
+    def __init__(
+        self,
+        words: Sequence[str],
+        files: JobFiles,
+        environment: Mapping[str, str],
+        killed: bool,
+        program: Sequence[str] = PROGRAM,
+    ) -> None:
+        """`killed`: it is killed when this process ends; otherwise it gets SIGTERM, which it passes on to others.
+        `program` is what runs the words."""
         self.files, self.start = files, files.size()
         number = signal.SIGKILL if killed else signal.SIGTERM
         handle = files.open_log()
         try:
             self.process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "cli", *words],
+                [*program, *words],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=handle,
                 cwd=files.empty(),  # no name in a job can be one of a file in it
-                env={**os.environ, **environment, **parent_variable(number)},
+                env={**child_environment(), **environment, **parent_variable(number)},
                 start_new_session=True,  # Ctrl-C in a terminal is the worker's
             )
         finally:

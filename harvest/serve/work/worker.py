@@ -13,15 +13,16 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, NoReturn, Protocol, runtime_checkable
+from typing import Any, Final, Protocol, runtime_checkable
 
+from harvest.serve.slurm.nodes import is_spread, on_all_nodes
 from harvest.serve.work.machine import look
-from harvest.serve.work.process import Command, JobFiles, StoreGrowth
+from harvest.serve.work.process import PROGRAM, Command, JobFiles, StoreGrowth
 from shared.config import WorkConfig
 from shared.errors import BusyError, Interrupted, UserError
 from shared.progress import say
 from shared.refusals import NotYoursError
-from shared.request import TakenJob, WorkerInfo
+from shared.request import Job, TakenJob, WorkerInfo
 from shared.service import Client
 
 WAIT_S: Final = 25.0
@@ -33,18 +34,26 @@ LOOK_S: Final = 0.5
 STOPPED: Final = 130
 DAMAGED: Final = 3
 PASSING: Final = 75
+PATIENCE_S: Final = 300.0
+"""Seconds that a worker for one job waits for it: until an earlier attempt has lapsed, or the service is back."""
+OPEN: Final = ("queued", "running", "verifying")
 
 
 @runtime_checkable
 class WorkSource(Protocol):
     """Who gives jobs: the client of a service, or, in tests, its state."""
 
-    def take(self, worker: WorkerInfo, wait: float) -> TakenJob | None:
-        """A job; None when there was none for `wait` seconds. Raises BusyError while the service is away."""
+    def take(self, worker: WorkerInfo, wait: float, job: int | None = None) -> TakenJob | None:
+        """The next job, or only this one; None when there was none for `wait` seconds. Raises BusyError while the
+        service is away."""
+        ...
+
+    def job(self, job: int) -> Job:
+        """A job as it is now. Raises BusyError while the service is away."""
         ...
 
     def beat(self, job: int, attempt: int, rows: int, rate: float | None, note: str, verifying: bool) -> bool:
-        """Whether to go on. Raises NotYoursError when the attempt is another worker's."""
+        """Returns whether to continue. Raises NotYoursError when the attempt is another worker's."""
         ...
 
     def end(self, job: int, attempt: int, code: int, words: str) -> object:
@@ -58,19 +67,41 @@ class Worker:
     def __init__(self, source: WorkSource, config: WorkConfig, about: WorkerInfo) -> None:
         self.source, self.config, self.about = source, config, about
         self.root = config.root.resolve()
+        self.spread = is_spread(os.environ)
+        """Whether a harvest runs on every node of a Slurm job, of which this is the first."""
         self.stopping = False
         self.idle = False
         self.away = False
+        self.failed = False
+        """Whether the last command failed."""
+        self.since = time.monotonic()
+        """When this worker last had a job."""
 
-    def run(self) -> NoReturn:
-        """Works until SIGTERM or SIGINT; then the running command commits what it has, and the job is given back.
-        Raises Interrupted, and UserError when the service refuses this worker."""
+    def run(self) -> None:
+        """Works until SIGTERM or SIGINT; then the running command commits what it has, and the job is given back. A
+        worker for one job ends with that. Raises Interrupted, and UserError when the service refuses this worker."""
         with self.signals():
             while not self.stopping:
                 taken = self.next()
                 if taken is not None:
                     self.do(taken)
+                if self.config.job is not None and self.is_over(self.config.job, taken is not None):
+                    return
         raise Interrupted("the worker was stopped; its job, if it had one, was given back")
+
+    def is_over(self, job: int, worked: bool) -> bool:
+        """Whether a worker for one job has nothing more to do: the job was closed, or it failed here and had better be
+        tried elsewhere, or it could not be taken for a while."""
+        now = time.monotonic()
+        if worked and self.failed:
+            return True
+        try:
+            if self.source.job(job).state not in OPEN:
+                return True
+        except BusyError as error:
+            self.say_away(error)
+        self.since = now if worked else self.since
+        return now - self.since > PATIENCE_S
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -94,7 +125,8 @@ class Worker:
             self.idle = True
             if self.stopping:
                 return None
-            taken = self.source.take(self.about, WAIT_S)
+            only = {} if self.config.job is None else {"job": self.config.job}
+            taken = self.source.take(self.about, WAIT_S, **only)
             self.idle = self.away = False
         except BusyError as error:
             self.say_away(error)
@@ -106,7 +138,7 @@ class Worker:
 
     def say_away(self, error: Exception) -> None:
         if not self.away:
-            say(f"{error}. The worker waits, and goes on when the service is back")
+            say(f"{error}. The worker waits until the service is back")
         self.away = True
 
     # one job
@@ -117,11 +149,13 @@ class Worker:
         try:
             code, words = self.commands(taken, files)
         except NotYoursError:
+            self.failed = True
             say(f"job {taken.job}: is another worker's by now. Its command was ended; the store stays as it is")
             return
         except (UserError, OSError) as error:  # of this machine: a full disk, or another folder than the service's
             code, words = getattr(error, "exit_code", PASSING), str(error)
             say(f"job {taken.job}: {words}")
+        self.failed = code != 0
         self.give_back(taken, STOPPED if self.stopping and code < 0 else code, words)
 
     def commands(self, taken: TakenJob, files: JobFiles) -> tuple[int, str]:
@@ -150,7 +184,7 @@ class Worker:
         device = self.config.device if asked in (None, "auto") else str(asked)
         values = {**taken.settings, "out": str(self.root), "name": taken.store, "device": device}
         command = ["harvest", f"--config={files.write_settings(values)}"]
-        return [*command, f"--processes={self.processes}"] if self.processes > 1 else command
+        return [*command, f"--processes={self.processes}"] if self.processes > 1 and not self.spread else command
 
     @property
     def processes(self) -> int:
@@ -161,7 +195,10 @@ class Worker:
         after it was ended."""
         growth = StoreGrowth(self.root / taken.store)
         self.beat(taken, growth, "", verifying)
-        command = Command(words, files, gpu_environment(self.config), killed=self.processes == 1)
+        spread = self.spread and words[0] == "harvest"
+        program = on_all_nodes(self.processes) if spread else PROGRAM
+        killed = self.processes == 1 and not spread
+        command = Command(words, files, gpu_environment(self.config), killed, program)
         try:
             self.watch(taken, command, growth, verifying)
         except BaseException:
@@ -183,7 +220,7 @@ class Worker:
                 goes_on = self.beat(taken, growth, command.words(), verifying) and goes_on
 
     def beat(self, taken: TakenJob, growth: StoreGrowth, note: str, verifying: bool) -> bool:
-        """Whether to go on. Work continues while the service is away."""
+        """Returns whether to continue. Work continues while the service is away."""
         try:
             going = self.source.beat(taken.job, taken.attempt, growth.rows, growth.rate, note[:500], verifying)
         except BusyError as error:
@@ -226,10 +263,12 @@ def describe_worker(config: WorkConfig) -> WorkerInfo:
     return WorkerInfo(name=name, **found)
 
 
-def work(config: WorkConfig) -> NoReturn:
-    """Works for a service until it is stopped. Raises Interrupted then; UserError when the service refuses it."""
+def work(config: WorkConfig) -> None:
+    """Works for a service until it is stopped, or its only job is over. Raises Interrupted when it was stopped;
+    UserError when the service refuses it."""
     if not config.root.is_dir():
         raise UserError(f"--root {config.root}: no such folder. Give the folder in which the service works")
     with Client(config.service) as client:
-        say(f"worker: waits for jobs of {client.url}, in {config.root.resolve()}")
+        jobs = "jobs" if config.job is None else f"job {config.job}"
+        say(f"worker: waits for {jobs} of {client.url}, in {config.root.resolve()}")
         Worker(client, config, describe_worker(config)).run()

@@ -29,7 +29,7 @@ def main(root: str, port: str, plans: str, lease_s: str) -> None:
     limits = Limits(lease_s=float(lease_s), beat_s=0.2, backoff_s=0.5, attempts=8)
     state = State.open(Path(root), limits=limits)
     service = make_service(state, ScriptedPlanner(planned), ServeConfig(root=Path(root), launch="none"))
-    uvicorn.run(make_app(service, None), host="127.0.0.1", port=int(port), log_level="warning", ws="none")
+    uvicorn.run(make_app(service), host="127.0.0.1", port=int(port), log_level="warning", ws="none")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.cache import SHARD, FakeHarvest, spec_of
 from support.command import ROOT
 from support.processes import until
+from support.serving.cache import SHARD, FakeHarvest, spec_of
 
 from harvest.serve.work import process as processes
 from harvest.serve.work import worker as workers
@@ -24,7 +24,7 @@ from shared.command.parent import parent_variable
 from shared.config import HarvestConfig, WorkConfig
 from shared.errors import BusyError, Interrupted, UserError
 from shared.refusals import NotYoursError
-from shared.request import TakenJob, WorkerInfo
+from shared.request import Job, TakenJob, WorkerInfo
 
 
 class Script:
@@ -36,12 +36,15 @@ class Script:
         self.ends: list[tuple[int, int, int, str]] = []
         self.answers: Callable[[], bool] = lambda: True
 
-    def take(self, worker: WorkerInfo, wait: float) -> TakenJob | None:  # noqa: ARG002
+    def take(self, worker: WorkerInfo, wait: float, job: int | None = None) -> TakenJob | None:  # noqa: ARG002
         if not self.jobs:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             return None
         return self.jobs.pop(0)
+
+    def job(self, job: int) -> Job:
+        raise AssertionError(f"job {job} was asked for")
 
     def beat(self, *said: Any) -> bool:
         self.beats.append(said)

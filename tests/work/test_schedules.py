@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from support.cache import HOOKS, SHARD, FakeHarvest, TestClock, disk_bytes, planned, spec_of
+from support.serving.cache import HOOKS, SHARD, FakeHarvest, TestClock, disk_bytes, planned, spec_of
 
 from harvest.serve.database import DATABASE
 from harvest.serve.records import Limits
@@ -307,8 +307,8 @@ class Schedules(RuleBasedStateMachine):
                 self.stop_well(job)
             if not self.state.queue():
                 break
-        for job in self.state.queue():
-            assert "do not fit" in job.note, job
+        for left in self.state.queue():
+            assert "do not fit" in left.note, left
 
     def stop_well(self, job: int) -> None:
         while self.next_shard(self.running[job]):
@@ -323,4 +323,4 @@ TestSchedules.settings = settings(
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
-TestSchedules.pytestmark = [pytest.mark.timeout(280)]
+TestSchedules.pytestmark = [pytest.mark.timeout(280)]  # type: ignore[attr-defined]

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.cache import HOOKS, PLANNER, SHARD, WORKER, FakeHarvest, TestClock, fake_store, planned, spec_of
 from support.command import ROOT
+from support.serving.cache import HOOKS, PLANNER, SHARD, WORKER, FakeHarvest, TestClock, fake_store, planned, spec_of
 
 from harvest.serve.database import DATABASE
 from harvest.serve.records import Limits
@@ -41,7 +41,8 @@ def harvest(state: State, taken: TakenJob, shards: int | None = None) -> FakeHar
     spec = spec_of(taken.settings["tokens"])
     store = FakeHarvest(state.root, taken.store, spec)
     there = (state.root / taken.store / "zarr.json").exists()
-    first = state.catalog.look(taken.store).rows // SHARD if there else 0
+    held = state.catalog.look(taken.store) if there else None
+    first = held.rows // SHARD if held else 0
     if not there:
         store.begin()
     for number in range(first, min(spec.n_shards, spec.n_shards if shards is None else first + shards)):
@@ -303,11 +304,11 @@ def test_a_failed_job_is_retried(state: State) -> None:
         state.cancel(job.id)
 
 
-def test_a_worker_that_asks_again_has_begun_anew(state: State, clock: TestClock) -> None:
+def test_a_worker_that_asks_again_was_restarted(state: State, clock: TestClock) -> None:
     state.ask(planned(spec_of()), "ann")
     first = take(state)
     assert state.take(WORKER) is None
-    assert state.job(first.job).note == "its worker box:1 began anew"
+    assert state.job(first.job).note == "its worker box:1 was restarted"
     clock.move(10)
     again = take(state)
     assert (again.job, again.attempt) == (first.job, first.attempt + 1)

@@ -4,8 +4,11 @@ a wrong request."""
 import errno
 import json
 import os
+import socket
 import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +17,7 @@ import httpx
 import pytest
 from huggingface_hub import errors as hub_errors
 from support import servers
+from support.command import ROOT
 from support.servers import Server
 
 import shared.store.create
@@ -22,7 +26,7 @@ from harvest.synth import synth
 from harvest.team import Team
 from shared.config import SynthConfig
 from shared.errors import BusyError, DamagedError, Interrupted, LostError, UserError
-from shared.files.local import PASSING, LocalFiles, error_kind, explained
+from shared.files.local import TEMPORARY, LocalFiles, error_kind, explained
 from shared.files.locks import check_unread, folder_lock, held_for_reading
 from shared.files.open import open_files
 from shared.launch import ProcessPlace, meeting
@@ -73,7 +77,7 @@ def full(store: Path) -> None:
 
 
 def too_small(store: Path) -> None:
-    check_fits(str(store), DiskNeed({"all": 2 << 40}, 0, 0, 1 << 30))
+    check_fits(str(store), DiskNeed({"all": 2 << 20}, 0, 0, 1 << 20))
 
 
 def nobody_comes(_: Path) -> None:
@@ -124,6 +128,12 @@ def test_the_exit_codes() -> None:
     ]  # fmt: skip
 
 
+def test_a_disk_that_can_never_hold_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"about .* are needed, .* are free") as found:
+        check_fits(str(tmp_path), DiskNeed({"all": 1 << 60}, 0, 0, 1 << 20))
+    assert found.value.exit_code == 2
+
+
 def test_another_process_of_a_harvest_failed() -> None:
     keys = SimpleNamespace(check=lambda keys: keys == ["failed"])
     with pytest.raises(LostError, match=r"its message says why\. Run the same command again"):
@@ -143,14 +153,14 @@ def test_a_lock_that_nobody_holds_does_not_pass(store: Path, monkeypatch: pytest
 
 @pytest.mark.parametrize("number", sorted(errno.errorcode))
 def test_errors_of_the_system(number: int) -> None:
-    assert error_kind(OSError(number, "")).exit_code == (75 if number in PASSING else 2)
+    assert error_kind(OSError(number, "")).exit_code == (75 if number in TEMPORARY else 2)
 
 
 def test_which_errors_of_the_system_pass() -> None:
     passing = "ENOSPC EDQUOT EIO ESTALE ETIMEDOUT ECONNRESET ECONNREFUSED EHOSTUNREACH EAGAIN ENOMEM"
     asked = "ENOENT EACCES EPERM EROFS EISDIR ENAMETOOLONG EINVAL EFBIG EMFILE ELOOP EXDEV ENOSYS"
-    assert {getattr(errno, name) for name in passing.split()} <= PASSING
-    assert not {getattr(errno, name) for name in asked.split()} & PASSING
+    assert {getattr(errno, name) for name in passing.split()} <= TEMPORARY
+    assert not {getattr(errno, name) for name in asked.split()} & TEMPORARY
 
 
 @pytest.mark.parametrize(
@@ -181,7 +191,8 @@ def test_a_server_that_is_away_damages_nothing(store: Path, monkeypatch: pytest.
 
 
 def http_error(status: int) -> hub_errors.HfHubHTTPError:
-    return hub_errors.HfHubHTTPError("no", response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+    response: Any = httpx.Response(status, request=httpx.Request("GET", "https://hub"))
+    return hub_errors.HfHubHTTPError("no", response=response)
 
 
 @pytest.mark.parametrize(
@@ -202,3 +213,16 @@ def test_answers_of_the_hub(error: Exception, code: int) -> None:
     wrapped = OSError("cannot be loaded")
     wrapped.__cause__ = error
     assert hub_error(wrapped).exit_code == code
+
+
+@pytest.mark.parametrize(("offline", "code"), [("0", 75), ("1", 2)])
+def test_a_hub_that_nobody_answers_at(tmp_path: Path, offline: str, code: int) -> None:
+    """Nothing listens there; with HF_HUB_OFFLINE=1 nobody is asked, today or tomorrow."""
+    with closing(socket.create_server(("127.0.0.1", 0))) as unused:
+        port = unused.getsockname()[1]
+    told = {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}
+    command = [sys.executable, str(ROOT / "cli.py"), "harvest", "--model", "owner/name", "--out", str(tmp_path)]
+    done = subprocess.run(command, env={**os.environ, **told}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == code, done.stderr
+    assert "Hugging Face cannot be reached" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -1,4 +1,4 @@
-"""A short soak; the long one is a command: python tests/serve/soak.py --minutes 30."""
+"""A short soak. The long one is a command: python tests/work/soak.py --minutes 30."""
 
 import subprocess
 import sys
@@ -12,6 +12,6 @@ from support.command import ROOT
 @pytest.mark.deep
 @pytest.mark.timeout(1800)
 def test_two_minutes_of_kills(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "tests/serve/soak.py"), "--minutes", "2", "--every", "15"]
+    command = [sys.executable, str(ROOT / "tests/work/soak.py"), "--minutes", "2", "--every", "15"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.cache import (
+from support.serving.cache import (
     SHARD,
     WORKER,
     FakeHarvest,

@@ -1,6 +1,6 @@
 """A soak of the service: `sagsae serve` with its own worker, one of the two killed at random every 20 s.
 
-python tests/serve/soak.py --minutes 30
+python tests/work/soak.py --minutes 30
 
 Four requests are asked again and again; a store that is done is compared with that of an undisturbed harvest and
 deleted, so that the next harvest begins. At the end every job must be done. It prints one line a minute, then a JSON

@@ -1,0 +1,1 @@
+"""`sagsae serve --launch slurm`: one Slurm job for each job of the queue."""

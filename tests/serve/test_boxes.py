@@ -1,0 +1,69 @@
+"""Workers on several boxes: network namespaces with host names of their own, which reach the service over a network."""
+
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support.boxes.namespaces import Box, boxes, why_not
+from support.boxes.service import ServiceProcess
+from support.command import Sagsae
+from support.folders import contents
+from support.processes import wait_for
+
+from shared.store.opened import Store
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+REQUEST = ("--model", "tiny", "--hook", "mlp_out", "--layer", "1", "--tokens", "130000", "--context", "64")
+
+
+@pytest.fixture(scope="module")
+def whole(sagsae: Sagsae, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The store of an undisturbed harvest in this process."""
+    root = tmp_path_factory.mktemp("whole")
+    done = sagsae("request", *REQUEST, "--root", root, "--device", "cpu", "--json")
+    assert done.returncode == 0, done.stderr
+    (store,) = [path for path in root.iterdir() if (path / "zarr.json").exists()]
+    return contents(store)
+
+
+@pytest.fixture
+def three() -> Iterator[list[Box]]:
+    """The server's box and those of two workers."""
+    if reason := why_not():
+        pytest.skip(reason)
+    with boxes(2) as made:
+        yield made
+
+
+@pytest.fixture
+def service(three: list[Box], tmp_path: Path) -> Iterator[ServiceProcess]:
+    served = ServiceProcess(tmp_path, {}, three[0].command)
+    try:
+        served.start("--host=0.0.0.0", "--launch=none")
+        yield served
+    finally:
+        served.end()
+
+
+def rows(store: Path) -> int:
+    return Store.open(store).n_rows if (store / "zarr.json").exists() else 0
+
+
+def test_the_box_of_a_worker_dies(service: ServiceProcess, three: list[Box], whole: dict[str, bytes]) -> None:
+    workers = {}
+    for box in three[1:]:
+        url = f"http://{box.server}:{service.port}"
+        words = ("work", f"--service={url}", f"--root={service.root}", "--device=cpu")
+        workers[box.name] = service.process(*words, inside=box.command, log=f"{box.name}.log", url=url)
+    job, store = service.ask(*REQUEST)
+    wait_for(lambda: rows(store) > 20_000, 300, service.all_logs)
+    first = service.job(job)
+    assert first["state"] == "running"
+    (busy,) = [name for name in workers if first["worker"].startswith(name)]
+    workers[busy].send_signal(signal.SIGKILL)
+    before = rows(store)
+    done = service.wait_until_done(job)
+    assert before < 130_000
+    assert done["attempt"] == 2
+    assert contents(store) == whole

@@ -1,0 +1,1 @@
+"""Several boxes on one machine: virtual nodes of a real Slurm, and network namespaces."""
