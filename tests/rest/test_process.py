@@ -9,7 +9,7 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def test_a_body_that_is_too_long_is_answered(server: ServerProcess) -> None:
     assert (status, found["error"]["code"]) == (413, "too_large")
 
 
-def stream(server: ServerProcess, path: str, last: int | None = None) -> Iterator[tuple[int, str, Any]]:
+def stream(server: ServerProcess, path: str, last: int | None = None) -> Generator[tuple[int, str, Any], None, None]:
     """The events of a stream as they come: id, name, data."""
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
