@@ -165,19 +165,20 @@ def fill_catalog(root: Path, like: StoreSpec, size: int) -> None:
     spec = like.model_copy(update={"n_tokens": like.shard_rows})
     files = dict.fromkeys(spec.arrays(), (4096, 0))
     line = Commit(0, spec.shard_rows, 0, spec.shard_rows, spec.shard_rows, files).line()
-    for number in range(size):
-        folder = root / f"store-{number:06d}"
-        (folder / INDEX).parent.mkdir(parents=True)
-        (folder / INDEX).write_text(line)
-        (folder / "record.json").write_text("{}")
-        (folder / "zarr.json").write_bytes(state_document(spec.model_copy(update={"seed": number}), "final"))
-    state = State.open(root)
+    root.mkdir(parents=True)
+    state = State.open(root)  # before the stores are there: a request that finds none looks at all folders
     try:
         for number in range(size):
             answer = state.ask(planned(spec.model_copy(update={"seed": size + number})), "bench")
             state.cancel(answer.job or 0)
     finally:
         state.close()
+    for number in range(size):
+        folder = root / f"store-{number:06d}"
+        (folder / INDEX).parent.mkdir(parents=True)
+        (folder / INDEX).write_text(line)
+        (folder / "record.json").write_text("{}")
+        (folder / "zarr.json").write_bytes(state_document(spec.model_copy(update={"seed": number}), "final"))
 
 
 def planned(spec: StoreSpec) -> dict[str, Any]:

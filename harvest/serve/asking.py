@@ -22,7 +22,7 @@ MOST_MEMOS: Final = 10_000
 
 
 @dataclass(frozen=True)
-class Planned:
+class AskedPlan:
     """What the planner made of a request, read from its JSON."""
 
     document: Mapping[str, Any]
@@ -81,10 +81,10 @@ class Requests:
 
     def ask(self, document: Mapping[str, Any], who: str) -> CacheAnswer:
         """Answers, or attaches to open jobs, or queues new ones. Raises QuotaError, QueueFullError."""
-        planned = Planned(document, Wanted.from_json(document["wanted"]))
+        planned = AskedPlan(document, Wanted.from_json(document["wanted"]))
         found = self.found(planned.wanted)
         with self.database.transaction():
-            found = self.answer_in(planned.wanted)  # nobody changes the catalog from here on
+            found = self.answer_in(planned.wanted)  # the lock keeps the catalog as it is from here on
             jobs = [] if found.ready else self.jobs_for(planned, found, who)
             places = set(found.places.values()) if found.ready else {self.jobs.row(job)["store"] for job in jobs}
             for store in places:
@@ -95,7 +95,7 @@ class Requests:
         self.space.delete_leaving()
         return answer
 
-    def jobs_for(self, planned: Planned, found: Found, who: str) -> list[int]:
+    def jobs_for(self, planned: AskedPlan, found: Found, who: str) -> list[int]:
         """The jobs that make what is missing, one for each store. Called in a transaction."""
         open_now = [self.attached(planned, new) for new in found.new]
         lacking = [new for new, job in zip(found.new, open_now, strict=True) if job is None]
@@ -105,7 +105,7 @@ class Requests:
         queued = iter([self.queue(planned, found, new, who) for new in lacking])
         return [next(queued) if job is None else job for job in open_now]
 
-    def attached(self, planned: Planned, new: NewStore) -> int | None:
+    def attached(self, planned: AskedPlan, new: NewStore) -> int | None:
         """The open job that makes this, or more than this where that will do: it is asked for once more."""
         open_jobs = self.database.all(f"SELECT * FROM job WHERE key = ? AND state IN {OPEN}", key_of(planned))
         for row in open_jobs:
@@ -119,7 +119,7 @@ class Requests:
                 return int(row["id"])
         return None
 
-    def queue(self, planned: Planned, found: Found, new: NewStore, who: str) -> int:
+    def queue(self, planned: AskedPlan, found: Found, new: NewStore, who: str) -> int:
         """Adds a job. Older jobs that write the same hookpoints go first, so they get its priority, too."""
         key, now = key_of(planned), self.clock.now()
         raised = f"priority > ? AND key = ? AND state IN {OPEN}"
@@ -159,7 +159,7 @@ class Requests:
                 "Ask again when some have ended, or cancel some"
             )
 
-    def ready(self, planned: Planned, found: Found) -> CacheAnswer:
+    def ready(self, planned: AskedPlan, found: Found) -> CacheAnswer:
         return CacheAnswer(
             state="ready",
             key=key_of(planned),
@@ -175,7 +175,7 @@ class Requests:
         row = self.database.one("SELECT spec_id FROM store WHERE id = ?", min(stores)) if len(stores) == 1 else None
         return None if row is None else str(row["spec_id"])
 
-    def underway(self, planned: Planned, found: Found, jobs: Collection[int]) -> CacheAnswer:
+    def underway(self, planned: AskedPlan, found: Found, jobs: Collection[int]) -> CacheAnswer:
         """The answer while jobs make it. Its job is the last one: when that is done, mostly all are."""
         rows = [self.jobs.row(job) for job in jobs]
         stores = {hook: row["store"] for row in rows for hook in json.loads(row["extent"])[1]}
@@ -200,7 +200,7 @@ class Requests:
     # what it would take
     def preview(self, document: Mapping[str, Any]) -> RequestPlan:
         """What `ask` would do. Raises QuotaError."""
-        planned = Planned(document, Wanted.from_json(document["wanted"]))
+        planned = AskedPlan(document, Wanted.from_json(document["wanted"]))
         found = self.found(planned.wanted)
         keep = {*found.places.values(), *found.donors}
         with self.database.lock:
@@ -208,7 +208,7 @@ class Requests:
             evicts = [] if found.ready else self.space.would_evict(need, keep)
         return self.plan(planned, found, tuple(evicts))
 
-    def plan(self, planned: Planned, found: Found, evicts: tuple[str, ...]) -> RequestPlan:
+    def plan(self, planned: AskedPlan, found: Found, evicts: tuple[str, ...]) -> RequestPlan:
         speed, rows = self.jobs.rows_per_s(planned.wanted.label), rows_to_harvest(planned.wanted, found)
         seconds = 0.0 if rows == 0 else rows / speed if speed and rows is not None else None
         plan = RequestPlan(
@@ -223,12 +223,12 @@ class Requests:
         return plan.model_copy(update={"text": plan_text(plan)})
 
 
-def key_of(planned: Planned) -> str:
+def key_of(planned: AskedPlan) -> str:
     """The key of an answer. That of a whole corpus is one of two, and the first stands for both."""
     return planned.wanted.keys[0]
 
 
-def extent_of(planned: Planned, new: NewStore) -> str:
+def extent_of(planned: AskedPlan, new: NewStore) -> str:
     return json.dumps([planned.wanted.tokens, sorted(new.hookpoints)])
 
 

@@ -41,9 +41,9 @@ class Attempts:
         with self.database.transaction():
             self.lapse()
             self.jobs.greet(worker)
-            if not worker.light:  # it has nothing to do: it was started anew, or what it was given has not arrived
+            if not worker.light:  # it has no job: it was restarted, or what it was given has not arrived
                 for row in self.database.all("SELECT * FROM job WHERE worker = ?", worker.name):
-                    self.lose(row, f"its worker {worker.name} began anew")
+                    self.lose(row, f"its worker {worker.name} was restarted")
             for row in self.waiting():
                 if job in (None, row["id"]) and self.is_for(row, worker) and (taken := self.give(row, worker)):
                     return taken
@@ -220,7 +220,7 @@ class Attempts:
         self.jobs.set(row, state="queued", worker=None, lost=lost, not_before=later, note=words, rate=None)
 
     def restart(self) -> None:
-        """Gives every attempt its whole time again: another process measured the deadlines."""
+        """Renews every attempt: another process measured the deadlines."""
         with self.database.transaction():
             now = self.clock.monotonic()
             self.database.run("UPDATE job SET deadline = ? WHERE worker IS NOT NULL", now + self.limits.lease_s)

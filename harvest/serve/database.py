@@ -74,7 +74,7 @@ CREATE TABLE worker(name TEXT PRIMARY KEY, about TEXT NOT NULL, seen REAL NOT NU
 
 
 class Database:
-    """One connection behind a lock. Whoever changes something does it inside `transaction`."""
+    """One connection behind a lock. Every change happens inside `transaction`."""
 
     def __init__(self, root: Path, clock: Clock) -> None:
         self.root, self.path, self.clock = root, root / DATABASE, clock

@@ -80,7 +80,7 @@ class Holds:
             self.database.run("DELETE FROM lease WHERE deadline <= ?", now)
 
     def restart(self) -> None:
-        """Gives every lease its whole time again: another process measured the deadlines."""
+        """Renews every lease: another process measured the deadlines."""
         with self.database.transaction():
             self.database.run("UPDATE lease SET deadline = ttl + ?", self.clock.monotonic())
 
@@ -146,7 +146,7 @@ class Holds:
             self.save_pins()
 
     def shown(self, store: str) -> None:
-        """Gives the store's row a new revision. Called in a transaction."""
+        """Raises the revision of the store's row. Called in a transaction."""
         if self.database.one("SELECT id FROM store WHERE id = ?", store) is not None:
             self.database.change("store", store, {})
 

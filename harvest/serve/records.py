@@ -35,7 +35,7 @@ class Limits:
     min_age_s: float = 3600.0
     """A store that was used since is not evicted."""
     low_water: float = 0.9
-    """Eviction goes on down to this share of the quota."""
+    """Eviction ends at this share of the quota."""
     free_share: float = 0.05
     """Share of the disk that stays free."""
     memo_s: float = 3600.0
@@ -52,12 +52,12 @@ class Usage:
     """Bytes of the cache's disk."""
 
     used: int
-    """Of all stores; a byte that several stores share by hard links counts once."""
+    """Bytes of all stores; a byte that several stores share by hard links counts once."""
     reserved: int
     """Which the open jobs will still write."""
     pinned: int
     leaving: int
-    """Of evicted stores whose files are being deleted."""
+    """Bytes of evicted stores whose files are being deleted."""
     quota: int | None
     free: int
 

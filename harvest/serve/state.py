@@ -144,7 +144,7 @@ class State:
     # Jobs
 
     def take(self, worker: WorkerInfo, job: int | None = None) -> TakenJob | None:
-        """Gives the next job that this worker can do, or only this one; None when there is none."""
+        """Returns the next job that this worker can do, or only this one; None when there is none."""
         return self.attempts.take(worker, job)
 
     def beat(

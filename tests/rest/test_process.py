@@ -9,7 +9,7 @@ import signal
 import socket
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -204,7 +204,7 @@ def test_a_body_that_is_too_long_is_answered(server: ServerProcess) -> None:
     assert (status, found["error"]["code"]) == (413, "too_large")
 
 
-def stream(server: ServerProcess, path: str, last: int | None = None) -> Iterator[tuple[int, str, Any]]:
+def stream(server: ServerProcess, path: str, last: int | None = None) -> Generator[tuple[int, str, Any], None, None]:
     """The events of a stream as they come: id, name, data."""
     line = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)
     try:
@@ -228,9 +228,9 @@ def test_a_job_is_followed_live_and_after_a_lost_connection(server: ServerProces
     """Every step arrives as an event; who comes back with the last id gets what happened meanwhile, and no more."""
     _, found = ask(server, "POST", "/v1/requests", {**MODEL, "tokens": 12_345, "seed": 77})
     job = found["job"]
-    everything = stream(server, "/v1/events")
     events = stream(server, f"/v1/jobs/{job}/events")
     number, name, data = next(events)
+    queued = number
     assert (name, data["state"]) == ("job", "queued")
     _, taken = ask(server, "POST", "/v1/workers/follow/take", {"name": "follow"})
     assert taken["job"] == job
@@ -247,8 +247,9 @@ def test_a_job_is_followed_live_and_after_a_lost_connection(server: ServerProces
     assert data["rows"] == 1024
     ask(server, "POST", f"/v1/jobs/{job}/end", {"attempt": taken["attempt"], "code": 2, "words": "error: no"})
     assert [data["state"] for _, _, data in again] == ["failed"]
-    seen = [data["state"] for _, name, data in (next(everything) for _ in range(2)) if name == "job"]
-    assert seen
+    everything = stream(server, "/v1/events", queued)
+    _, name, data = next(everything)
+    assert (name, data["id"], data["state"]) == ("job", job, "failed")
     everything.close()
 
 

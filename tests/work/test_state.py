@@ -304,11 +304,11 @@ def test_a_failed_job_is_retried(state: State) -> None:
         state.cancel(job.id)
 
 
-def test_a_worker_that_asks_again_has_begun_anew(state: State, clock: TestClock) -> None:
+def test_a_worker_that_asks_again_was_restarted(state: State, clock: TestClock) -> None:
     state.ask(planned(spec_of()), "ann")
     first = take(state)
     assert state.take(WORKER) is None
-    assert state.job(first.job).note == "its worker box:1 began anew"
+    assert state.job(first.job).note == "its worker box:1 was restarted"
     clock.move(10)
     again = take(state)
     assert (again.job, again.attempt) == (first.job, first.attempt + 1)

@@ -88,6 +88,10 @@ class SlurmWorkers:
     def start(self) -> None:
         self.thread.start()
 
+    def kill(self) -> None:
+        """Ends the launcher without waiting for it; the Slurm jobs stay."""
+        self.ending.set()
+
     async def stop(self) -> None:
         """Ends the launcher, and leaves the Slurm jobs as they are."""
         self.ending.set()

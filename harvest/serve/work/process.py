@@ -53,7 +53,7 @@ class JobFiles:
         return open_regular(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 
     def rotate(self) -> None:
-        """Moves a log that is too long aside. The command goes on writing at the beginning."""
+        """Moves a log that is too long aside. The command writes on at the beginning."""
         with contextlib.suppress(OSError):
             if self.log.stat().st_size <= LOG_BYTES:
                 return

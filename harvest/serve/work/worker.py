@@ -53,7 +53,7 @@ class WorkSource(Protocol):
         ...
 
     def beat(self, job: int, attempt: int, rows: int, rate: float | None, note: str, verifying: bool) -> bool:
-        """Whether to go on. Raises NotYoursError when the attempt is another worker's."""
+        """Returns whether to continue. Raises NotYoursError when the attempt is another worker's."""
         ...
 
     def end(self, job: int, attempt: int, code: int, words: str) -> object:
@@ -138,7 +138,7 @@ class Worker:
 
     def say_away(self, error: Exception) -> None:
         if not self.away:
-            say(f"{error}. The worker waits, and goes on when the service is back")
+            say(f"{error}. The worker waits until the service is back")
         self.away = True
 
     # one job
@@ -220,7 +220,7 @@ class Worker:
                 goes_on = self.beat(taken, growth, command.words(), verifying) and goes_on
 
     def beat(self, taken: TakenJob, growth: StoreGrowth, note: str, verifying: bool) -> bool:
-        """Whether to go on. Work continues while the service is away."""
+        """Returns whether to continue. Work continues while the service is away."""
         try:
             going = self.source.beat(taken.job, taken.attempt, growth.rows, growth.rate, note[:500], verifying)
         except BusyError as error:
