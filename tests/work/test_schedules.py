@@ -43,6 +43,8 @@ class Schedules(RuleBasedStateMachine):
     def begin(self) -> None:
         self.root = Path(tempfile.mkdtemp(prefix="schedules-", dir=MEMORY))
         self.clock = TestClock(wall=4_000_000_000.0)
+        for key in range(3):  # so that the first requests need the space of others
+            FakeHarvest(self.root, f"old-{key}", spec_of(3 * SHARD, seed=key), 20_000).whole()
         self.open()
         self.running: dict[int, Attempt] = {}
         self.lapsed: list[TakenJob] = []
@@ -149,6 +151,22 @@ class Schedules(RuleBasedStateMachine):
         assert taken.job not in self.running
         assert taken.store not in {attempt.taken.store for attempt in self.running.values()}
         self.running[taken.job] = Attempt(taken, self.begun(taken), worker)
+
+    @rule(number=st.integers(0, 2))
+    def make(self, number: int) -> None:
+        """A worker does a whole job."""
+        before = set(self.running)
+        self.take(number)
+        for job in set(self.running) - before:
+            self.stop_well(job)
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        names = sorted(row.id for row in self.state.stores().stores)
+        if names and len(self.pins) < 2:
+            store = data.draw(st.sampled_from(names))
+            self.state.pin(store, "p")
+            self.pins.add(store)
 
     def begun(self, taken: TakenJob) -> FakeHarvest:
         """What `sagsae harvest` does first: it begins or finds its store, and links what others hold."""
