@@ -136,6 +136,10 @@ class Files(Protocol):
         """Allows one writer at a time, or one of each number. Raises BusyError naming the holder."""
         ...
 
+    def at_work(self) -> bool | None:
+        """Whether a process or a job writes the store now; None where that cannot be seen."""
+        ...
+
     def explained(self, after: str = ...) -> AbstractContextManager[None]:
         """Turns the errors of a disk or a server into a BusyError if they are temporary, otherwise into a UserError.
         Committed data stays valid. `after` says what to do once the cause is removed."""

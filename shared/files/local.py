@@ -16,7 +16,7 @@ from typing import Any, Final
 from shared.errors import BusyError, UserError
 from shared.files.base import AGAIN, Files, LogMark, OpenFile, Write, most_bytes, safe, too_large
 from shared.files.handles import HANDLES, Buffer, LocalFile, close, open_regular, open_to_read, retry_interrupted
-from shared.files.locks import check_unread, folder_lock, held_for_reading, lock_file
+from shared.files.locks import check_unread, folder_lock, held_for_reading, is_locked, lock_file
 from shared.progress import say
 
 
@@ -106,6 +106,9 @@ class LocalFiles:
 
     def unread(self) -> AbstractContextManager[None]:
         return check_unread(self.root)
+
+    def at_work(self) -> bool | None:
+        return is_locked(self.root)
 
     def explained(self, after: str = AGAIN) -> AbstractContextManager[None]:
         return explained(self.root, after)

@@ -208,6 +208,9 @@ class RemoteFiles:
         self.check_writable()
         return object_lock(self.client, *self.place(lock_file(writer)))
 
+    def at_work(self) -> bool | None:
+        return None  # an object store does not know its writers' processes
+
     @contextmanager
     def explained(self, after: str = AGAIN) -> Iterator[None]:
         try:

@@ -127,5 +127,14 @@ class ServiceFiles(RemoteFiles):
         holder = f"process {os.getpid()} on {socket.gethostname()}"
         return self.service().lease(self.client.where.rpartition("/")[2], holder)
 
+    def at_work(self) -> bool | None:
+        """Whether a job of the service is to write the store."""
+        try:
+            writing = {row.id: row.job for row in self.service().stores(state="writing")}
+        except UserError:
+            return None
+        name = self.client.where.rpartition("/")[2]
+        return writing[name] is not None if name in writing else None
+
     def service(self) -> Client:
         return Client.over(self.client.exchange)

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from shared.files.base import Files
-from shared.files.local import LocalFiles
-from shared.files.locks import is_locked
 from shared.store.commits import Commits
 from shared.store.opened import GrowingStore, Store
 
@@ -33,9 +31,8 @@ def watch_store(files: Files, every: float) -> Iterator[StoreLook]:
     while True:
         store = growing.open()
         new = [] if seen is store.commits else store.commits.fresh(seen or NOTHING).tolist()
-        at_work = is_locked(files.root) if isinstance(files, LocalFiles) else None
         if new or seen is None or store.state == "final":
-            yield StoreLook(store, new if seen is not None else [], time.monotonic() - started, at_work)
+            yield StoreLook(store, new if seen is not None else [], time.monotonic() - started, files.at_work())
         if store.state == "final":
             return
         seen = store.commits

@@ -110,6 +110,17 @@ def test_a_growing_store_is_followed_to_its_end(store: Store, growing: Path) -> 
     assert looks[-1].store.state == "final"
 
 
+def test_whether_a_job_writes_a_store_is_asked(growing: Path) -> None:
+    row = {"id": "growing", "key": "k", "spec_id": "i", "model": "m", "corpus": "c", "hookpoints": [HOOK], "rows": 0,
+           "n_tokens": 5000, "context": 32, "codec": "zstd", "state": "writing"}  # fmt: skip
+    with serving(growing.parent) as stub:
+        files = open_files(stub.store_url("growing"))
+        assert files.at_work() is None, "an error says nothing"
+        for stores, expected in (([{**row, "job": 7}], True), ([row], False), ([], None)):
+            stub.on(r"GET /v1/stores\?state=writing", as_json(200, {"stores": stores}))
+            assert files.at_work() is expected
+
+
 def test_only_what_is_new_of_a_log_is_read(store: Store, growing: Path) -> None:
     with serving(growing.parent) as stub:
         looks = watch_store(open_files(stub.store_url("growing")), 0.01)

@@ -23,6 +23,7 @@ from shared.files import service_files
 from shared.refusals import HeldError, UnknownError
 from shared.service import Client, address
 from shared.store.opened import Store
+from train.data.follow import waiting_text
 from train.run import train as run_train
 
 Config = Callable[..., TrainConfig]
@@ -95,7 +96,7 @@ def test_a_server_that_is_killed_while_it_is_read_is_waited_for(
     assert weights(result[0]) == weights(here.run)
 
 
-def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path) -> None:
+def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tokens, catalog, pins, leases and following, as the server has them."""
     file = tmp_path / "token"
     file.touch(0o600)
@@ -111,6 +112,12 @@ def test_a_client_speaks_with_a_server(growing: Path, tmp_path: Path) -> None:
         assert [(row.id, row.state) for row in client.stores()] == [("growing", "writing")]
         with pytest.raises(UnknownError, match="other"):
             client.store("other")
+        with monkeypatch.context() as patch:
+            patch.setenv(address.SERVICE, url)
+            patch.setenv(address.TOKEN, TOKEN)
+            look = Store.open(client.store_url("growing"))
+            assert look.files.at_work() is False
+            assert "No job is writing into it" in waiting_text(look)
         client.pin("growing", "paper")
         assert [row.pins for row in client.stores()] == [("paper",)]
         with pytest.raises(HeldError, match="paper"):

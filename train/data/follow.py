@@ -15,9 +15,8 @@ from typing import Any, Final
 import numpy as np
 
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.files.base import WHOLE_BYTES
+from shared.files.base import WHOLE_BYTES, is_served
 from shared.files.local import LocalFiles, read_whole
-from shared.files.locks import is_locked
 from shared.gate import BadData, integer, members, text
 from shared.progress import say
 from shared.store.commits import sealed, unsealed
@@ -132,9 +131,12 @@ class Segments:
 
 
 def waiting_text(store: Store) -> str:
-    """Says how many shards are committed, and what to do when no harvest holds the store's lock."""
-    at_work = not isinstance(store.files, LocalFiles) or is_locked(store.files.root) is not False
-    note = "" if at_work else ". No harvest is writing into it: run the same sagsae harvest command again"
+    """Says how many shards are committed, and what to do when nothing writes the store."""
+    note = ""
+    if store.files.at_work() is False:
+        note = ". No harvest is writing into it: run the same sagsae harvest command again"
+    if note and is_served(store.name):
+        note = ". No job is writing into it: look at sagsae jobs ls, then at sagsae jobs retry"
     return f"waiting for {store.name}: {len(store.commits)} of {store.spec.n_shards} shards are committed{note}"
 
 
