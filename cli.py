@@ -602,6 +602,23 @@ def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as
     show(found, as_json, lambda: tables.print_growth(found))
 
 
+@command(bench_app, "serve", settings=OptionsFrom("bench serve"))
+def bench_serve(context: typer.Context, as_json: Json = False) -> None:
+    """Measure the activation cache's server: repeated requests, bytes by ranges, growing catalogs.
+
+    The exit code is 1 when a figure is above its limit."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.bench.serve import measure_server
+
+    with tempfile.TemporaryDirectory(dir=ask.folder) as folder:
+        rows = [figure.row() for figure in measure_server(ask, Path(folder), [sys.executable, SCRIPT])]
+    show(rows, as_json, lambda: tables.print_table("The server, measured from outside", rows))
+    if any(row["holds"] == "NO" for row in rows):
+        raise typer.Exit(1)
+
+
 def main() -> None:
     """Entry point."""
     run_app(app)

@@ -50,10 +50,10 @@ def memory_of(value: object) -> object:
 
 
 def quota_of(value: object) -> object:
-    """A number of bytes from its text."""
-    size = parse_bytes(value) if isinstance(value, str) else value
+    """`disk`, or a number of bytes from its text."""
+    size = parse_bytes(value) if isinstance(value, str) and value != "disk" else value
     if isinstance(size, int) and size < 1:
-        raise ValueError("must be at least one byte")
+        raise ValueError("must be disk, or at least one byte")
     return size
 
 
@@ -328,8 +328,10 @@ class ServeConfig(Frozen):
 
     root: Folder = Path("stores")
     """The folder that holds the stores. It is made where there is none."""
-    quota: Annotated[int | None, BeforeValidator(quota_of), Shown("SIZE", type="a size, such as 2TB")] = None
-    """Bytes that all stores together may take. Default: what the disk has, less 5 %.
+    quota: Annotated[Literal["disk"] | int, BeforeValidator(quota_of), Shown("disk|SIZE", type="disk or a size")] = (
+        "disk"
+    )
+    """What all stores together may take, such as 2TB. disk: what the disk has, less 5 %.
 
     The least recently used stores are deleted to stay below it, unless they are pinned or leased."""
     max_tokens: Annotated[int, Field(ge=1, le=MOST_TOKENS)] = 1_000_000_000
@@ -370,6 +372,11 @@ class ServeConfig(Frozen):
     """Processes of a harvest on each node of a Slurm job; mostly one for each of the node's GPUs."""
     slurm_jobs: Annotated[int, Field(ge=1, le=10_000)] = 20
     """Slurm jobs that may wait or run at a time."""
+
+    @property
+    def quota_bytes(self) -> int | None:
+        """The quota; None for what the disk has."""
+        return self.quota if isinstance(self.quota, int) else None
 
 
 class WorkConfig(Frozen):

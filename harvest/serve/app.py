@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.planner import Planner
-from harvest.serve.rest import health, jobs, stores, workers
+from harvest.serve.rest import health, jobs, session, stores, workers
 from harvest.serve.rest.endpoint import (
     CALLER,
     Caller,
@@ -26,6 +26,7 @@ from harvest.serve.rest.endpoint import (
     Level,
     RestCall,
     Service,
+    TokenBook,
     answer,
     parse_body,
     read_body,
@@ -63,6 +64,7 @@ def all_endpoints(names: AllowedNames) -> tuple[Endpoint, ...]:
         *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
+        *session.ENDPOINTS,
         *health.ENDPOINTS,
     )
 
@@ -72,14 +74,14 @@ def rest_document() -> dict[str, Any]:
     return openapi_document(all_endpoints(AllowedNames({}, {})), version("sagsae") or "0")
 
 
-def make_service(state: State, planner: Planner, config: ServeConfig) -> Service:
-    """What the endpoints work with."""
+def make_service(state: State, planner: Planner, config: ServeConfig, tokens: TokenBook | None = None) -> Service:
+    """What the endpoints work with. `tokens` open the server; without any, every caller is an admin."""
     root = config.root.resolve()
-    return Service(state, planner, config, root, OpenStores(root), Announcer())
+    return Service(state, planner, config, root, OpenStores(root), Announcer(), tokens)
 
 
-def make_app(service: Service, tokens: Tokens | None = None, pages: Pages | None = None) -> Guard:
-    """The application. `tokens` open it; without any, every caller is an admin. `pages` makes the routes below `/`."""
+def make_app(service: Service, pages: Pages | None = None) -> Guard:
+    """The application. `pages` makes the routes below `/`."""
     config = service.config
     endpoints = all_endpoints(AllowedNames.of(config))
     document = openapi_document(endpoints, version("sagsae") or "0")
@@ -93,7 +95,7 @@ def make_app(service: Service, tokens: Tokens | None = None, pages: Pages | None
     handlers: dict[Any, Any] = {HTTPException: answer_http_error, Exception: answer_error, UserError: answer_error}
     app = Starlette(routes=routes, exception_handlers=handlers, lifespan=lambda app: upkeep(service))  # noqa: ARG005
     names = frozenset({config.host, *config.allow_host, *name_for_nodes(config)})
-    return Guard(app, tokens, names, not is_loopback(config.host))
+    return Guard(app, service.tokens, names, not is_loopback(config.host))
 
 
 def route_of(service: Service, one: Endpoint) -> Route:
@@ -168,7 +170,7 @@ def serve(config: ServeConfig, started: Callable[[str], None]) -> None:
     AllowedNames.of(config)
     with contextlib.closing(listening(config.host, config.port)) as listener:
         config.root.mkdir(parents=True, exist_ok=True)
-        state = State.open(config.root.resolve(), config.quota)
+        state = State.open(config.root.resolve(), config.quota_bytes)
         try:
             asyncio.run(Process(config, state, tokens or [], listener).run(started))
         finally:
@@ -216,8 +218,8 @@ class Process:
         self.url = url_of(host, port)
         self.workers = workers_of(config, state, host, port)
         own = [(self.workers.token, Level.ADMIN)] if self.workers else []
-        self.service = make_service(state, self.planner, config)
-        app = make_app(self.service, Tokens.of([*tokens, *own]) if tokens else None)
+        self.service = make_service(state, self.planner, config, Tokens.of([*tokens, *own]) if tokens else None)
+        app = make_app(self.service)
         self.server = ListeningServer(
             uvicorn.Config(
                 app,

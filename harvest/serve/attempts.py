@@ -83,10 +83,11 @@ class Attempts:
         """Begins an attempt; None when nothing is left to do, or there is no space yet. What is left to do is decided
         only now: since the job was queued, another may have made a part of it."""
         found = self.found(row)
-        if found.ready:
+        repaired = self.repaired(row) if found.ready and row["repair"] else None
+        if found.ready and repaired is None:
             self.done(row, next(iter(found.places.values())))
             return None
-        new = found.new[0]
+        new = repaired or found.new[0]
         expected = self.space.own(new.store) + size_of(new, found.tokens)
         if not self.space.fits_now(expected):
             return None
@@ -113,6 +114,15 @@ class Attempts:
         }
         self.jobs.set(row, **values)
         return self.taken(self.jobs.row(row["id"]), new)
+
+    def repaired(self, row: sqlite3.Row) -> NewStore | None:
+        """The store of a job that is to be repaired, as one to make: the catalog still calls it whole."""
+        store = self.catalog.look(row["store"])
+        if store is None:
+            return None
+        spec = store.spec
+        shape = (spec.hookpoints, spec.chunk_rows, spec.shard_rows)
+        return NewStore(row["store"], *shape, None, spec.n_shards, 0, row["action"])
 
     def found(self, row: sqlite3.Row) -> Found:
         """What is left to do for a job."""
@@ -288,6 +298,24 @@ class Attempts:
             row = self.jobs.row(job)
             if row["state"] == "queued" and row["note"] != note[:MOST_WORDS]:
                 self.jobs.set(row, note=note[:MOST_WORDS])
+
+    def damaged(self, store: str, words: str) -> Job:
+        """Queues the last job of a store again, to repair it first; the job itself where it is open. Raises
+        WrongStateError where there is none, or another one makes the same."""
+        with self.database.transaction():
+            row = self.database.one("SELECT * FROM job WHERE store = ? ORDER BY id DESC LIMIT 1", store)
+            if row is None:
+                raise WrongStateError(
+                    f"store {store}: no job of this service made it, so none can repair it. Run: sagsae store verify "
+                    "--repair on the server's machine, then the harvest again"
+                )
+            if row["state"] in ("done", "failed", "cancelled"):
+                twin = f"SELECT id FROM job WHERE key = ? AND extent = ? AND state IN {OPEN}"
+                if (other := self.database.one(twin, row["key"], row["extent"])) is not None:
+                    return self.jobs.job(other["id"])
+                fresh = {"failures": 0, "repair": 1, "repairs": 1, "error": None, "ended": None, "note": words[:500]}
+                self.jobs.set(row, state="queued", not_before=self.clock.monotonic(), **fresh)
+            return self.jobs.job(row["id"])
 
     def retry(self, job: int) -> Job:
         """Raises WrongStateError for a job that is open or done, or has an open twin; QuotaError."""

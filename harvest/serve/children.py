@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import os
 import secrets
 import sys
 import tempfile
@@ -10,10 +9,11 @@ import time
 from typing import Final
 
 from harvest.serve.planner import child_environment
+from shared.command.parent import parent_variable
 from shared.config import ServeConfig
 from shared.progress import say
 
-STOP_S: Final = 15.0
+STOP_S: Final = 20.0
 """Seconds that a worker has to end its command and give its job back."""
 BACKOFF_S: Final = (1.0, 2.0, 5.0, 15.0, 60.0)
 """Seconds before a worker is started again, by how often it died early."""
@@ -61,7 +61,7 @@ class EmbeddedWorkers:
     def environment(self) -> dict[str, str]:
         found = child_environment()
         found.pop("SAGSAE_TOKEN_FILE", None)
-        return {**found, "SAGSAE_SERVICE": self.url, "SAGSAE_TOKEN": self.token, "SAGSAE_PARENT": str(os.getpid())}
+        return {**found, **parent_variable(), "SAGSAE_SERVICE": self.url, "SAGSAE_TOKEN": self.token}
 
     async def stop(self) -> None:
         """Ends the workers; each gives its job back first."""

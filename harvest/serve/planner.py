@@ -8,7 +8,6 @@ too long.
 
 import asyncio
 import contextlib
-import ctypes
 import itertools
 import json
 import os
@@ -20,6 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from shared.command.parent import end_with_parent, parent_variable
 from shared.errors import BusyError, DamagedError, Interrupted, UserError
 from shared.refusals import QueueFullError
 from shared.request import StoreRequest
@@ -35,7 +35,6 @@ BACKOFF_S: Final = (0.0, 0.5, 2.0, 10.0)
 PACKAGES: Final = str(Path(__file__).resolve().parents[2])
 """Where this program's packages are."""
 KINDS: Final[Mapping[str, type[Exception]]] = {"user": UserError, "busy": BusyError, "damaged": DamagedError}
-PR_SET_PDEATHSIG: Final = 1
 WORKERS_OWN: Final = ("out", "name", "device", "batch_tokens")
 """Settings of a harvest that its worker decides."""
 
@@ -134,11 +133,11 @@ class Planner:
         if self.folder is None:  # an empty one: no name in a request can be one of a file in it
             self.folder = tempfile.TemporaryDirectory(prefix="sagsae-planner-")
         self.process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", self.module, str(os.getpid())),
+            *(sys.executable, "-P", "-m", self.module),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             cwd=self.folder.name,
-            env=child_environment(),
+            env={**child_environment(), **parent_variable(signal.SIGKILL)},
             limit=LINE_BYTES,
         )
         return self.process
@@ -174,12 +173,10 @@ def answer_in(found: Mapping[str, Any]) -> Any:
 # the child
 
 
-def main(parent: int) -> None:
+def main() -> None:
     """Answers questions until the parent ends."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is the parent's
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        return
+    end_with_parent()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints goes to the log
     for line in sys.stdin.buffer:
@@ -238,4 +235,4 @@ def warm() -> bool:
 ACTIONS: Final[Mapping[str, Callable[..., Any]]] = {"plan": plan, "make": make, "texts": texts, "warm": warm}
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()

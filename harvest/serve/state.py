@@ -172,6 +172,12 @@ class State:
         """Queues a failed or cancelled job again. Raises UnknownError, WrongStateError, QuotaError."""
         return self.attempts.retry(job)
 
+    def damaged(self, store: str, words: str) -> Job:
+        """Queues the job that made a store again, which first drops the shards that are damaged. Raises UnknownError,
+        WrongStateError when no job of this service made it."""
+        self.holds.check_store(store)
+        return self.attempts.damaged(store, words)
+
     def job(self, job: int) -> Job:
         """Raises UnknownError."""
         return self.table.job(job)

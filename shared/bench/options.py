@@ -68,3 +68,19 @@ class ScaleBenchOptions(Frozen):
     """Use small stores, to see that it works."""
     folder: Folder | None = None
     """Where the stores are made: about 3 GB and 2 million files. Default: a temporary folder."""
+
+
+class ServeBenchOptions(Frozen):
+    """What the activation cache's server takes: for a request that is answered at once, for a GB of a store, and as the
+    catalog grows."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "requests gigabytes sizes folder"}
+
+    requests: Annotated[int, Field(ge=10, le=100_000)] = 500
+    """Repeated requests."""
+    gigabytes: Annotated[float, Field(gt=0, le=1000, allow_inf_nan=False)] = 1.0
+    """GB to read by ranges."""
+    sizes: tuple[Annotated[int, Field(ge=1, le=100_000)], ...] = (10, 1000, 10_000)
+    """Stores, and jobs, in the catalogs whose start and lists are measured."""
+    folder: Folder | None = None
+    """Where the stores are made. Default: a temporary folder."""

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from shared.bench.options import ScaleBenchOptions, StoreBenchOptions, TrainBenchOptions
+from shared.bench.options import ScaleBenchOptions, ServeBenchOptions, StoreBenchOptions, TrainBenchOptions
 from shared.config import (
     EvalConfig,
     HarvestConfig,
@@ -50,6 +50,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "bench store": StoreBenchOptions,
     "bench train": TrainBenchOptions,
     "bench scale": ScaleBenchOptions,
+    "bench serve": ServeBenchOptions,
 }
 """The schema of each command that has one."""
 AUTOENCODERS: Final = "saes"

@@ -157,6 +157,24 @@ def test_a_worker_waits_for_a_job(client: TestClient) -> None:
     assert time.monotonic() - began < 5
 
 
+def test_a_damaged_store_is_repaired_by_its_job(service: Service, client: TestClient) -> None:
+    job = client.post("/v1/requests", json=REQUEST).json()["job"]
+    taken = take(client).json()
+    fake_store(service.root, taken["store"])
+    client.post(f"/v1/jobs/{job}/end", json={"attempt": taken["attempt"], "code": 0})
+    report = {"lines": ["shard 3 is not what was written"]}
+    for _ in range(2):
+        response = client.post(f"/v1/stores/{taken['store']}/damage", json=report)
+        assert (response.status_code, response.json()["id"], response.json()["state"]) == (202, job, "queued")
+    again = take(client).json()
+    assert (again["job"], again["repair"], again["attempt"]) == (job, True, taken["attempt"] + 1)
+    fake_store(service.root, "other", spec_of(seed=9))
+    service.state.scan()
+    assert client.post("/v1/stores/other/damage", json=report).status_code == 409
+    assert client.post("/v1/stores/nothing/damage", json=report).status_code == 404
+    assert client.post("/v1/stores/other/damage", json={"lines": []}).status_code == 422
+
+
 def test_a_cancelled_job_is_stopped_and_can_be_retried(client: TestClient) -> None:
     job = client.post("/v1/requests", json=REQUEST).json()["job"]
     attempt = take(client).json()["attempt"]

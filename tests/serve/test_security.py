@@ -31,6 +31,7 @@ LEVELS = [
     ("PUT", "/v1/stores/s/pins/p", Level.ASK),
     ("DELETE", "/v1/stores/s/pins/p", Level.ASK),
     ("POST", "/v1/stores/s/leases", Level.ASK),
+    ("POST", "/v1/stores/s/damage", Level.ASK),
     ("PUT", "/v1/leases/x", Level.ASK),
     ("DELETE", "/v1/leases/x", Level.ASK),
     ("DELETE", "/v1/stores/s?force=true", Level.ADMIN),
@@ -108,7 +109,7 @@ def fits(path: list[str], shape: list[str]) -> bool:
 
 @pytest.mark.parametrize("token", ["", "x", READ + "x", READ[:-1], "Bearer", "é" * 20, "a" * 5000])
 def test_a_wrong_token_is_refused_and_never_repeated(guarded: TestClient, token: str) -> None:
-    response = guarded.get("/v1/jobs", headers={"Authorization": b"Bearer " + token.encode()})
+    response = guarded.get("/v1/jobs", headers={b"Authorization": b"Bearer " + token.encode()})
     assert response.status_code == 401
     assert response.headers["www-authenticate"].startswith("Bearer")
     error = response.json()["error"]
@@ -119,6 +120,21 @@ def test_a_wrong_token_is_refused_and_never_repeated(guarded: TestClient, token:
 def test_a_token_counts_as_a_cookie_too(guarded: TestClient) -> None:
     assert guarded.get("/v1/jobs", headers={"Cookie": f"a=b; {COOKIE}={READ}"}).status_code == 200
     assert guarded.get("/v1/jobs", headers={"Cookie": f"{COOKIE}={READ}x"}).status_code == 401
+
+
+def test_a_browser_keeps_its_token_in_a_cookie(guarded: TestClient) -> None:
+    for wrong in ({"json": {"token": READ + "x"}}, {"data": {"token": "x"}}, {"json": {"token": ""}}):
+        assert guarded.post("/session", **wrong).status_code == 401  # type: ignore[arg-type]
+    for right, status in (({"json": {"token": READ}}, 204), ({"data": {"token": f" {READ}"}}, 303)):
+        response = guarded.post("/session", follow_redirects=False, **right)  # type: ignore[arg-type]
+        assert response.status_code == status
+        cookie = response.headers["set-cookie"]
+        assert all(part in cookie for part in ("HttpOnly", "SameSite=strict", "Path=/", f"{COOKIE}={READ}"))
+        guarded.cookies.clear()
+    evil = {"Origin": "http://evil.example"}
+    assert guarded.post("/session", json={"token": READ}, headers=evil).status_code == 403
+    assert "Max-Age=0" in guarded.delete("/session").headers["set-cookie"]
+    assert guarded.post("/session", content=b"[]").status_code == 400
 
 
 def test_health_needs_no_token(guarded: TestClient) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Protocol, runtime_checkable
 
 from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
@@ -57,6 +57,15 @@ class Caller:
     """Whether the caller is a program on the server's machine."""
 
 
+@runtime_checkable
+class TokenBook(Protocol):
+    """The tokens that open the server."""
+
+    def find(self, token: str) -> Caller | None:
+        """The caller that a token stands for."""
+        ...
+
+
 class HttpError(UserError):
     """A request that HTTP itself refuses: a status, a code for programs and a sentence for people."""
 
@@ -90,6 +99,8 @@ class Service:
     """The folder of stores, absolute."""
     stores: OpenStores
     announcer: Announcer
+    tokens: "TokenBook | None" = None
+    """The tokens that open the server; None: no caller needs one."""
     counters: Counters = field(default_factory=Counters)
 
 

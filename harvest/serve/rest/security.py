@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from harvest.serve.rest.endpoint import BODY_BYTES, CALLER, Caller, HttpError, Level, too_large
+from harvest.serve.rest.endpoint import BODY_BYTES, CALLER, Caller, HttpError, Level, TokenBook, too_large
 from harvest.serve.rest.errors import error_answer
 from shared.errors import UserError
 
@@ -117,7 +117,7 @@ class Guard:
     """The ASGI application that lets a request through to `app`, with its Caller, or refuses it."""
 
     app: ASGIApp
-    tokens: Tokens | None
+    tokens: TokenBook | None
     """None: no token is needed, because only programs on this machine reach the server."""
     hosts: frozenset[str]
     """Names of the server beside addresses of this machine."""

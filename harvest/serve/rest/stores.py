@@ -16,7 +16,7 @@ from harvest.serve.rest.jobs import CURSOR, LIMIT, MOST_ROWS
 from harvest.serve.rest.open_stores import ServedStore
 from harvest.serve.rest.security import check_level
 from shared.gate import members, parse_json, passed
-from shared.request import LeaseGrant, LogFile, StoreFilter, StorePage, StoreSort
+from shared.request import Job, LeaseGrant, LogFile, StoreFilter, StorePage, StoreSort
 from shared.schema import Frozen, build
 from shared.store.create import RECORD
 from shared.store.listing import described, store_rows
@@ -38,6 +38,13 @@ class LeaseBody(Frozen):
     """Who reads, for people."""
     ttl_s: Annotated[float, Field(gt=0, le=3600)] = 600.0
     """Seconds after which the lease lapses unless it is renewed."""
+
+
+class DamageBody(Frozen):
+    """What a reader found wrong with a store."""
+
+    lines: Annotated[tuple[Annotated[str, Field(max_length=1000)], ...], Field(min_length=1, max_length=100)]
+    """The sentences of `sagsae store verify`, or of the error that ended a training."""
 
 
 class Descriptions:
@@ -172,6 +179,13 @@ def manifest_lines(served: ServedStore) -> Iterator[bytes]:
     yield from in_pieces(served.store.commits.lines())
 
 
+async def report_damage(call: RestCall) -> Response:
+    """POST /v1/stores/{store}/damage"""
+    body: DamageBody = call.body
+    job = await to_thread.run_sync(call.state.damaged, call.path("store"), body.lines[0])
+    return answer(job, 202, {"Location": f"{str(call.request.base_url).rstrip('/')}/v1/jobs/{job.id}"})
+
+
 async def take_lease(call: RestCall) -> Response:
     """POST /v1/stores/{store}/leases"""
     body: LeaseBody = call.body
@@ -228,6 +242,11 @@ ENDPOINTS: Final = (
         "GET", "/v1/stores/{store}/manifest", show_manifest, Level.READ,
         "Read zarr.json and every commit of a store, consistent with each other (lines of JSON).",
         answers={200: "application/x-ndjson", 304: None}, errors=(401, 404),
+    ),
+    Endpoint(
+        "POST", "/v1/stores/{store}/damage", report_damage, Level.ASK,
+        "Report that a store is damaged: a job checks it, drops what is damaged and harvests that again.",
+        DamageBody, {202: Job}, errors=(400, 401, 403, 404, 409, 413, 422),
     ),
     Endpoint(
         "POST", "/v1/stores/{store}/leases", take_lease, Level.ASK, "Lease a store, so that it is not deleted.",

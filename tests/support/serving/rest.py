@@ -43,13 +43,14 @@ class ScriptedPlanner(Planner):
 def service_of(root: Path, planner: Planner | None = None, **settings: Any) -> Service:
     root.mkdir(parents=True, exist_ok=True)
     config = ServeConfig(root=root, launch="none", **settings)
-    return make_service(State.open(root, config.quota), planner or ScriptedPlanner(), config)
+    return make_service(State.open(root, config.quota_bytes), planner or ScriptedPlanner(), config)
 
 
 def client_of(service: Service, tokens: Tokens | None = None, token: str | None = None, **options: Any) -> TestClient:
     """A client on loopback. Use it in a `with` block, so that upkeep runs."""
     headers = {"Authorization": f"Bearer {token}"} if token else {}
-    app = make_app(service, tokens)
+    service.tokens = tokens
+    app = make_app(service)
     options = {"base_url": "http://127.0.0.1:8642", "client": ("127.0.0.1", 50000), **options}
     return TestClient(app, headers=headers, raise_server_exceptions=True, **options)
 
