@@ -16,7 +16,16 @@ from harvest.corpus.documents import BadDocument
 from harvest.corpus.pack import PackCounts
 from harvest.corpus.tokenise import forget_progress, is_resumable, write_rows
 from harvest.disk_space import check_space
-from harvest.plan import HarvestPlan, identity, lent_shape, make_spec, shape, spec_of, token_identity
+from harvest.plan import (
+    HarvestPlan,
+    identity,
+    lent_shape,
+    make_spec,
+    shape,
+    spec_of,
+    tell_of_small_shards,
+    token_identity,
+)
 from harvest.reuse.key import TOKEN_FIELDS
 from shared.device import device_name
 from shared.errors import DamagedError, UserError
@@ -82,6 +91,7 @@ def begin_store(plan: HarvestPlan, record: dict[str, Any], check_stop: Callable[
         delete_old_store(plan.files, folder.name)
         forget_progress(folder)
         place_tokens(plan.files, tokens)
+    tell_of_small_shards(plan, spec)
     create_store(plan.files, spec, tokens.files, record)
 
 

@@ -225,17 +225,24 @@ def spec_of(
 
 def shape(plan: HarvestPlan, n_tokens: int) -> tuple[int, int]:
     """Rows per chunk and per shard: as configured, else the fixed shape."""
-    config, itemsize = plan.config, DTYPES[plan.config.store_dtype][0].itemsize
-    model_row, together = plan.info.d_model * itemsize, row_bytes(plan)
-    found = fixed_shape(model_row, together, n_tokens, config.chunk_rows, config.shard_rows)
-    alone = fixed_shape(model_row, model_row, n_tokens, config.chunk_rows, config.shard_rows)
-    if found != alone:
+    config = plan.config
+    return fixed_shape(model_row(plan), row_bytes(plan), n_tokens, config.chunk_rows, config.shard_rows)
+
+
+def tell_of_small_shards(plan: HarvestPlan, spec: StoreSpec) -> None:
+    """Prints that a store cannot share shards, where its hookpoints together would take too much memory."""
+    usual = fixed_shape(model_row(plan), model_row(plan), spec.n_tokens, plan.config.chunk_rows)[1]
+    if plan.config.shard_rows is None and spec.shard_rows < usual:
         say(
             f"{plan.name}: {len(plan.hooks)} hookpoints together would take too much memory, so its shards have "
-            f"{found[1]:,} rows instead of {alone[1]:,}. Stores of fewer hookpoints cannot share them; harvest fewer "
-            "hookpoints into each store for that"
+            f"{spec.shard_rows:,} rows instead of {usual:,}. Stores of fewer hookpoints cannot share them; harvest "
+            "fewer hookpoints into each store for that"
         )
-    return found
+
+
+def model_row(plan: HarvestPlan) -> int:
+    """Bytes of a row as wide as the model, before the codec."""
+    return plan.info.d_model * DTYPES[plan.config.store_dtype][0].itemsize
 
 
 def row_bytes(plan: HarvestPlan) -> int:

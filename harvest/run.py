@@ -89,22 +89,16 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     record = record_of(plan, device)
     asked = spec_beforehand(plan)
     donors = find_donors(plan.files, asked, plan.config, environment_of(record)) if asked else []
-    lent = lent_rows(asked, donors) if asked and donors else 0
-    check_space(plan, asked.n_tokens if asked else None, lent)
+    lent, linked = lent_rows(asked, donors) if asked and donors else (0, 0)
+    check_space(plan, asked.n_tokens if asked else None, linked)
     make_folder(plan.files, config.overwrite)
     with plan.files.explained(), plan.files.lock():
         if isinstance(plan.files, LocalFiles):
             check_alone(plan.files.root)
-        model = None if asked and lent == asked.n_tokens else load_model(plan, device, check_stop)
+        model = None if asked and all_lent(plan, asked, lent) else load_model(plan, device, check_stop)
         if config.overwrite or not is_store(plan.files):
             begin_store(plan, record, check_stop)
-        clean_up(plan.files)
-        store = Store.open(plan.files)
-        check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
-        reopen_store(store)
-        donors = find_donors(plan.files, store.spec, plan.config, read_environment(plan.files))
-        reused = borrow_shards(store, plan.config, donors, check_stop)
-        store = Store.open(plan.files)
+        store, reused = reopened(plan, check_stop)
         work = RankWork(store.location, tuple(store.missing))
         team.announce(work)
         filled = FillResult(time.monotonic(), 0.0)
@@ -122,6 +116,17 @@ def lead_harvest(config: HarvestConfig, team: Team, check_stop: Callable[[], Non
     return summarise(store, seconds, rows, filled.waited, reused)
 
 
+def reopened(plan: HarvestPlan, check_stop: Callable[[], None]) -> tuple[Store, int]:
+    """The store that is there, made ready to be written, with the shards that other stores give; and their rows."""
+    clean_up(plan.files)
+    store = Store.open(plan.files)
+    check_same(plan, store.spec)  # again: another harvest may have finished meanwhile
+    reopen_store(store)
+    donors = find_donors(plan.files, store.spec, plan.config, read_environment(plan.files))
+    reused = borrow_shards(store, plan.config, donors, check_stop)
+    return Store.open(plan.files), reused
+
+
 def complete_store(plan: HarvestPlan) -> Store | None:
     """The store, where it is there and complete. Raises UserError where another one is there."""
     if plan.config.overwrite or not is_store(plan.files):
@@ -129,6 +134,13 @@ def complete_store(plan: HarvestPlan) -> Store | None:
     store = Store.open(plan.files)
     check_same(plan, store.spec)
     return store if store.state == "final" and not store.missing else None
+
+
+def all_lent(plan: HarvestPlan, spec: StoreSpec, lent: int) -> bool:
+    """Whether other stores give every shard that is missing, when they have the first `lent` rows."""
+    resumes = not plan.config.overwrite and is_store(plan.files)
+    missing = Store.open(plan.files).missing if resumes else range(spec.n_shards)
+    return all(spec.shard_range(shard)[1] <= lent for shard in missing)
 
 
 def spec_beforehand(plan: HarvestPlan) -> StoreSpec | None:

@@ -63,7 +63,7 @@ def harvest_config(model_folder: Path) -> Callable[..., HarvestConfig]:
     def config(out: Path, **changes: Any) -> HarvestConfig:
         values = {
             "model": str(model_folder), "context": CONTEXT, "tokens": 5000, "chunk_rows": 64, "shard_rows": 512,
-            "batch_tokens": 128, "device": "cpu", "out": str(out), "name": "s", **changes,
+            "batch_tokens": 128, "device": "cpu", "out": str(out), "name": "s", "reuse": "none", **changes,
         }  # fmt: skip
         return HarvestConfig(**values)
 

@@ -61,7 +61,9 @@ def bench_harvest(
     if config.codec == "int8":
         raise UserError("--codec int8: encodes nothing. Measure zstd, lz4 or none")
     with hush():
-        store = Store.open(harvest(config.model_copy(update={"out": str(folder), "name": "first"})).store)
+        store = Store.open(
+            harvest(config.model_copy(update={"out": str(folder), "name": "first", "reuse": "none"})).store
+        )
     source = resolve_model(config.model, config.revision)
     device, cores = Team().device(config.device), Team().threads
     n_models = stream_count(device, store.spec, config, cores)
@@ -102,7 +104,7 @@ def bench_harvest(
         seconds["capture"] -= seconds["moments"]
         shutil.rmtree(folder / "again", ignore_errors=True)
         with hush():
-            done = harvest(config.model_copy(update={"out": str(folder), "name": "again"}))
+            done = harvest(config.model_copy(update={"out": str(folder), "name": "again", "reuse": "none"}))
         seconds["harvest"] = done.seconds
         advance(1, "harvest")
         if number:

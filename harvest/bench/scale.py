@@ -203,7 +203,9 @@ def write(path: Path, data: bytes) -> None:
 def harvest_the_rest(place: str) -> Store:
     """Harvests the missing last shard, as a resumed harvest process does."""
     store, source = Store.open(place), resolve_model(MODEL)
-    config = HarvestConfig(model=MODEL, tokens=store.spec.n_tokens, out=str(Path(place).parent), device="cpu")
+    config = HarvestConfig(
+        model=MODEL, tokens=store.spec.n_tokens, out=str(Path(place).parent), device="cpu", reuse="none"
+    )
     with store.files.lock():
         fill(store, config, source, Team(), lambda: None, store.missing)
     return store

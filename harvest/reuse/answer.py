@@ -25,6 +25,9 @@ Answered = tuple[Planned, Found, list[CatalogStore]]
 
 def look_up(config: RequestConfig) -> Answered:
     """What is asked for, how it is answered, and the stores that are there. Raises UserError for a wrong request."""
+    if config.pin is not None or config.priority != "normal":
+        option = f"--pin {config.pin}" if config.pin is not None else f"--priority {config.priority}"
+        raise UserError(f"{option}: is for a server's queue and pins. Leave it out for a folder of stores")
     planned = plan_request(config, config.root, config.device, config.batch_tokens)
     stores = scan_stores(config.root)
     return planned, find_answer(planned.wanted, stores), stores

@@ -1,9 +1,9 @@
 """Takes over shards that other stores in the same folder hold already, before anything is captured.
 
-A whole shard is linked: the two stores share its bytes on disk, and each is deleted or repaired without the other,
-because no file of a store is changed in place. The last, partial shard is made from a larger lossless shard: its rows
-are put back into the order of the tokens, cut, and written as if they had just been captured. Every byte is compared
-with its committed checksum first, so damage is never taken over.
+A shard of a store with the same key is linked: the two stores share its bytes on disk, and each is deleted or repaired
+without the other, because no file of a store is changed in place. Other shards (a last, partial one; those of another
+codec or shape) are made from the rows of lossless stores, which are put back into the order of the tokens and written
+as if they had just been captured. Every byte is compared with its checksum first, so damage is never taken over.
 
 A store can be killed at any moment: files without a manifest line do not count, and the next attempt makes them again.
 """
@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from harvest import background
 from harvest.moments import MomentsPart, moments_on_host
 from harvest.recode import copy
-from harvest.reuse.key import store_key
+from harvest.reuse.key import rows_key, store_key
 from harvest.reuse.match import CatalogStore
 from harvest.reuse.scan import scan_stores
 from harvest.writer import ShardRows, ShardWriter
@@ -57,11 +57,25 @@ class Donor:
     store: Store
     common: int
     """Rows of the token stream with which both stores begin."""
+    alike: bool
+    """Whether it has the other store's key: then its shards can be linked."""
 
-    def has(self, hook: str, about: HookSpec, shard: int, stop: int) -> bool:
-        """Whether it has rows of a hookpoint in a shard, all rows up to `stop` being of the same tokens."""
-        same = self.store.spec.hookpoints.get(hook) == about
-        return same and stop <= self.common and shard in self.store.commits
+    def has_shard(self, hook: str, about: HookSpec, shard: int, rows: range) -> bool:
+        """Whether it has a shard of exactly these rows of a hookpoint, in the other store's format."""
+        same = self.alike and self.store.spec.hookpoints.get(hook) == about
+        there = same and rows.stop <= self.common and shard in self.store.commits
+        return there and self.store.commits[shard].rows == len(rows)
+
+    def has_rows(self, hook: str, about: HookSpec, rows: range) -> bool:
+        """Whether these rows of a hookpoint can be read from it."""
+        spec = self.store.spec
+        same = spec.hookpoints.get(hook) == about and not spec.quantised and rows.stop <= self.common
+        return same and all(shard in self.store.commits for shard in shards_with(spec, rows))
+
+
+def shards_with(spec: StoreSpec, rows: range) -> range:
+    """The shards in which these rows of the token stream are."""
+    return range(rows.start // spec.shard_rows, -(-rows.stop // spec.shard_rows))
 
 
 Sources = Mapping[str, Donor]
@@ -69,26 +83,29 @@ Sources = Mapping[str, Donor]
 
 
 def find_donors(files: Files, spec: StoreSpec, config: HarvestConfig, environment: str) -> list[CatalogStore]:
-    """The stores beside a store, of the same key, that may give it shards. `environment` is the store's own."""
+    """The stores beside a store that may give it shards, or the rows for them: those of its key first, and the largest
+    of them. `environment` is the store's own."""
     if config.reuse == "none" or not isinstance(files, LocalFiles):
         return []
-    key, own = store_key(spec), str(files.root.resolve())
-    beside = [each for each in scan_stores(config.out, tell=False) if each.key == key and each.folder != own]
-    return [each for each in beside if config.reuse == "any" or each.environment == environment]
+    key, rows, own = store_key(spec), rows_key(spec), str(files.root.resolve())
+    there = [each for each in scan_stores(config.out, tell=False) if each.folder != own]
+    beside = [each for each in there if each.key == key or (each.rows_key == rows and not each.spec.quantised)]
+    able = [each for each in beside if config.reuse == "any" or each.environment == environment]
+    return sorted(able, key=lambda each: (each.key != key, -each.rows))
 
 
 def borrow_shards(
     store: Store, config: HarvestConfig, catalog: Sequence[CatalogStore], check_stop: Callable[[], None]
 ) -> int:
-    """Takes over every missing shard that the stores of the `catalog` hold, and returns the number of rows. They must
-    have the store's key. `check_stop` is called now and then and may raise. The caller holds the store's lock."""
+    """Takes over every missing shard that the stores of the `catalog` hold, and returns the number of rows. The caller
+    holds the store's lock. `check_stop` is called now and then and may raise."""
     if not isinstance(store.files, LocalFiles) or not catalog or not store.missing:
         return 0
     with ExitStack() as held:
         donors = [donor for each in catalog if (donor := open_donor(store, each, held))]
         lending = Lending(store, donors, config.allow_nonfinite)
         try:
-            return lending.link_whole(check_stop) + lending.cut_last()
+            return lending.link_whole(check_stop) + lending.remake_rest(check_stop)
         finally:
             lending.tell()
 
@@ -101,7 +118,8 @@ def open_donor(store: Store, listed: CatalogStore, held: ExitStack) -> Donor | N
         donor = Store.open(files)
         if donor.spec.context != store.spec.context or not donor.spec.hookpoints.keys() & store.spec.hookpoints.keys():
             return None
-        return Donor(donor, common_rows(store, donor))
+        common = min(common_rows(store, donor), donor.spec.n_tokens)
+        return Donor(donor, common, listed.key == store_key(store.spec))
     except (UserError, DamagedError, OSError) as error:
         say(f"{listed.store}: lends nothing. {error}")
         return None
@@ -137,22 +155,28 @@ class Lending:
         """Folders with new names that are not synced yet."""
         self.linked, self.made = Counter[str](), Counter[str]()
         self.copied = False
+        self.ordered: dict[str, tuple[Donor, int, NDArray[Any]]] = {}
+        """The shard of a donor that was read last, by hookpoint."""
 
     def tell(self) -> None:
         """Prints what was taken over."""
         how = "copied, because they cannot be linked here" if self.copied else "linked, which takes no disk space"
         for name, count in sorted(self.linked.items()):
             say(f"{self.store.name}: took over {count:,} shards of {name} ({how})")
-        for name in sorted(self.made):
-            say(f"{self.store.name}: made its last shard from the rows of {name}")
+        for name, count in sorted(self.made.items()):
+            say(f"{self.store.name}: made {count:,} shards from the rows of {name}")
 
     def sources(self, shard: int, *, whole: bool) -> Iterator[Sources]:
-        """The ways to take a shard over: a donor for every hookpoint that has exactly its rows (`whole`), or more."""
-        start, stop = self.spec.shard_range(shard)
-        fitting: dict[str, list[Donor]] = {}
-        for hook, about in self.spec.hookpoints.items():
-            able = [donor for donor in self.donors if donor.has(hook, about, shard, stop)]
-            fitting[hook] = [donor for donor in able if (donor.store.commits[shard].rows == stop - start) == whole]
+        """The ways to take a shard over: a donor for every hookpoint that has the shard (`whole`), or its rows."""
+        rows = range(*self.spec.shard_range(shard))
+        fitting = {
+            hook: [
+                donor
+                for donor in self.donors
+                if (donor.has_shard(hook, about, shard, rows) if whole else donor.has_rows(hook, about, rows))
+            ]
+            for hook, about in self.spec.hookpoints.items()
+        }
         if all(fitting.values()):
             for number in range(max(map(len, fitting.values()))):
                 yield {hook: donors[min(number, len(donors) - 1)] for hook, donors in fitting.items()}
@@ -232,30 +256,48 @@ class Lending:
             copy(donor.store.files, self.files.write, path, size, crc)
         return size, crc
 
-    # the last shard
+    # shards from rows
 
-    def cut_last(self) -> int:
-        """Makes the last shard, where it is missing, from lossless shards with more rows. Returns its rows."""
-        last = self.spec.n_shards - 1
-        if self.spec.quantised or last in self.done or last in self.store.commits:
+    def remake_rest(self, check_stop: Callable[[], None]) -> int:
+        """Makes every other missing shard of which donors have the rows, in another shard or format. Returns the number
+        of rows."""
+        left = [shard for shard in self.store.missing if shard not in self.done]
+        todo = [shard for shard in left if any(self.sources(shard, whole=False))]
+        if not todo:
             return 0
-        commit = self.first_that_works(last, partial(self.cut_shard, last), whole=False)
-        return commit.rows if commit else 0
-
-    def cut_shard(self, shard: int, sources: Sources) -> Commit:
-        """Writes and commits the first rows of a larger shard, as if they had just been captured."""
-        start, stop = self.spec.shard_range(shard)
-        kept, found = self.keep[start:stop], {}
-        with background.pool(usable_cores(), "moments") as pool:
-            for hook, donor in sources.items():
-                rows = first_rows(donor.store, hook, shard, stop - start)
-                norms = np.empty(len(rows), np.float32)
-                ((total, squares),) = moments_on_host(pool, [MomentsPart(rows, kept, norms)])
-                found[hook] = ShardRows(rows, norms, total, squares)
+        rows = 0
         writer = ShardWriter(self.files, self.spec, self.keep, allow_nonfinite=self.allow_nonfinite)
-        with closing(writer):
-            writer.commit(shard, found)
+        with closing(writer), background.pool(usable_cores(), "moments") as pool:
+            for shard in todo:
+                check_stop()
+                remake = partial(self.remake_shard, shard, writer, pool)
+                if commit := self.first_that_works(shard, remake, whole=False):
+                    rows += commit.rows
+        return rows
+
+    def remake_shard(self, shard: int, writer: ShardWriter, pool: Executor, sources: Sources) -> Commit:
+        """Writes and commits a shard as if its rows had just been captured. Raises DamagedError where a donor is
+        damaged."""
+        rows, found = range(*self.spec.shard_range(shard)), {}
+        kept = self.keep[rows.start : rows.stop]
+        for hook, donor in sources.items():
+            taken = self.rows_of(donor, hook, rows)
+            norms = np.empty(len(taken), np.float32)
+            ((total, squares),) = moments_on_host(pool, [MomentsPart(taken, kept, norms)])
+            found[hook] = ShardRows(taken, norms, total, squares)
+        writer.commit(shard, found)
         return writer.commits[-1]
+
+    def rows_of(self, donor: Donor, hook: str, rows: range) -> NDArray[Any]:
+        """[n, d_in]: rows of a hookpoint in the order of the tokens."""
+        spec = donor.store.spec
+        parts = []
+        for shard in shards_with(spec, rows):
+            if self.ordered.get(hook, (None, 0, None))[:2] != (donor, shard):
+                self.ordered[hook] = (donor, shard, in_token_order(donor.store, hook, shard))
+            start = shard * spec.shard_rows
+            parts.append(self.ordered[hook][2][max(0, rows.start - start) : rows.stop - start])
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def hooks_of_arrays(spec: StoreSpec) -> dict[str, str | None]:
@@ -283,12 +325,11 @@ def link(source: Path, target: Path, size: int) -> bool:
     raise DamagedError(f"{source}: was replaced while it was being linked")
 
 
-def first_rows(store: Store, hook: str, shard: int, n: int) -> NDArray[Any]:
-    """[n, d_in]: the first rows of a shard in the order of the tokens."""
+def in_token_order(store: Store, hook: str, shard: int) -> NDArray[Any]:
+    """[n, d_in]: all rows of a shard, in the order of the tokens."""
     contexts, positions = (open_reader(store, f"index/{name}") for name in ("context", "position"))
     places = read_places(contexts, positions, shard)
     stored = read_shard(open_reader(store, hook), shard)
-    wanted = np.flatnonzero(places < n)
-    rows = np.empty((n, stored.shape[1]), stored.dtype)
-    rows[places[wanted]] = stored[wanted]
+    rows = np.empty_like(stored)
+    rows[places] = stored
     return rows

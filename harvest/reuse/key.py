@@ -34,16 +34,25 @@ def store_key(spec: StoreSpec) -> str:
     return digest_of(key_parts(spec))
 
 
+def rows_key(spec: StoreSpec) -> str:
+    """The identity of a store's rows, whatever their order and format: of two lossless stores with equal keys, each
+    can be made from the rows of the other, as far as they go."""
+    return digest_of(rows_parts(spec))
+
+
 def key_parts(spec: StoreSpec) -> dict[str, Any]:
     """Everything that decides the rows of a store, their order and their format, apart from its extent."""
+    shape = [spec.chunk_rows, spec.shard_rows]
+    return {**rows_parts(spec), "format_version": spec.format_version, "codec": spec.codec, "shape": shape}
+
+
+def rows_parts(spec: StoreSpec) -> dict[str, Any]:
+    """Everything that decides the rows of a store, apart from its extent."""
     return {
-        "format_version": spec.format_version,
         "model": {name: spec.model.get(name) for name in MODEL_FIELDS},
         "tokens": token_parts(spec),
         "skip_positions": spec.skip_positions,
         "dtype": spec.dtype,
-        "codec": spec.codec,
-        "shape": [spec.chunk_rows, spec.shard_rows],
     }
 
 

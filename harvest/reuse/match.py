@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Final, Literal
 
-from harvest.reuse.key import store_folder, token_key
+from harvest.reuse.key import rows_key, store_folder, store_key, token_key
 from harvest.reuse.shape import FEW_TOKENS, SHARD_BYTES
 from shared.config import HarvestConfig
 from shared.request import Accept, Action
@@ -43,6 +44,14 @@ class CatalogStore:
         """Whether it holds all of its corpus."""
         return self.spec.corpus.get("whole") is True
 
+    @cached_property
+    def rows_key(self) -> str:
+        return rows_key(self.spec)
+
+    @cached_property
+    def token_key(self) -> str:
+        return token_key(self.spec)
+
     @property
     def complete(self) -> bool:
         return self.state == "final" and self.rows == self.tokens
@@ -67,6 +76,7 @@ class Wanted:
     """The model's name, for folder names."""
     shapes: tuple[Shape, ...]
     """One, or two for a whole corpus: its size, which decides the shape, is only known after reading it."""
+    rows_key: str
     token_key: str
     hookpoints: Mapping[str, HookSpec]
     tokens: int | None
@@ -149,10 +159,10 @@ def find_answer(wanted: Wanted, stores: Iterable[CatalogStore]) -> Found:
     usable = [each for each in there if wanted.environment in (None, each.environment)]
     size, shape = extent(wanted, there)
     alike = [each for each in usable if each.key == shape.key or (size is None and each.key in wanted.keys)]
-    places = {hook: best.store for hook in wanted.hookpoints if (best := holder(wanted, hook, alike))}
+    places = {hook: best.store for hook in wanted.hookpoints if (best := holder(wanted, hook, usable))}
     new: list[NewStore] = []
     left = [hook for hook in wanted.hookpoints if hook not in places]
-    for step in (unfinished, views, recodes, harvests):
+    for step in (unfinished, views, recodes, remade, harvests):
         made = step(Situation(wanted, size, shape, alike, usable, bool(places)), left)
         new += made
         places |= {hook: one.store for one in made for hook in one.hookpoints if hook in left}
@@ -160,7 +170,7 @@ def find_answer(wanted: Wanted, stores: Iterable[CatalogStore]) -> Found:
     by_name = {each.store: each for each in there}
     extents = {by_name[name].tokens if name in by_name else size for name in places.values()}
     exact = extents <= {size}
-    lenders = donors_of(wanted, size, there, alike, new)
+    lenders = donors_of(wanted, size, there, usable, new)
     return Found(
         max((one.action for one in new), key=SLOWEST_LAST.index, default="ready"),
         dict(sorted(places.items())),
@@ -228,20 +238,24 @@ def extent(wanted: Wanted, there: Sequence[CatalogStore]) -> tuple[int | None, S
     """The size of the answer and its shape. The size of a whole corpus is known from any store with all its tokens."""
     size = wanted.tokens
     if size is None:
-        known = [s.tokens for s in there if s.whole and token_key(s.spec) == wanted.token_key]
+        known = [s.tokens for s in there if s.whole and s.token_key == wanted.token_key]
         size = known[0] if known else None
     return size, wanted.shapes[0 if size is not None and size < FEW_TOKENS else -1]
 
 
-def holder(wanted: Wanted, hook: str, alike: Sequence[CatalogStore]) -> CatalogStore | None:
-    """The finished store that answers for a hookpoint: one of just these tokens, or else the smallest with more."""
+def holder(wanted: Wanted, hook: str, usable: Sequence[CatalogStore]) -> CatalogStore | None:
+    """The finished store that answers for a hookpoint: one of just these tokens, or else the smallest with more. Where
+    more will do, the shape does not matter either."""
     found = []
-    for store in alike:
+    for store in usable:
+        alike, covering = store.key in wanted.keys, wanted.accept == "covering"
         same = store.whole if wanted.tokens is None else store.tokens == wanted.tokens
-        covers = wanted.accept == "covering" and wanted.tokens is not None and store.tokens > wanted.tokens
-        if store.complete and (same or covers) and store.spec.hookpoints.get(hook) == wanted.hookpoints[hook]:
+        more = covering and wanted.tokens is not None and store.tokens > wanted.tokens
+        if not store.complete or not (same or more) or store.spec.hookpoints.get(hook) != wanted.hookpoints[hook]:
+            continue
+        if alike or (covering and store.spec.codec == wanted.codec and store.rows_key == wanted.rows_key):
             answered = len(wanted.hookpoints.keys() & store.spec.hookpoints.keys())
-            found.append(((not same, store.tokens, -answered, store.store), store))
+            found.append(((not same, not alike, store.tokens, -answered, store.store), store))
     return min(found, key=lambda each: each[0])[1] if found else None
 
 
@@ -255,7 +269,7 @@ def unfinished(now: Situation, left: Sequence[str]) -> list[NewStore]:
         if not any(now.holds(store, hook) for hook in left if hook not in done):
             continue
         spec = store.spec
-        missing = max(0, spec.n_shards - store.rows // spec.shard_rows)
+        missing = -(-(store.tokens - store.rows) // spec.shard_rows)
         size = now.bytes_of(spec.hookpoints, store.tokens - store.rows)
         action: Action = "extend" if store.rows else "harvest"
         shape = (spec.chunk_rows, spec.shard_rows)
@@ -288,20 +302,33 @@ def recodes(now: Situation, left: Sequence[str]) -> list[NewStore]:
     return found
 
 
+def remade(now: Situation, left: Sequence[str]) -> list[NewStore]:
+    """Stores that are made from the rows of others, which have another codec or another shape."""
+    if now.size is None:
+        return []
+    hooks = [hook for hook in left if lent_shards(now, hook, remake=True) == now.shards]
+    return [now.new_store(group, "recode", 0, now.bytes_of(group, now.size)) for group in in_groups(now, hooks)]
+
+
 def harvests(now: Situation, left: Sequence[str]) -> list[NewStore]:
     """Stores that the model must be run for, at least for some of their shards."""
-    lent = min((lent_shards(now, hook) for hook in left), default=0)
+    lent = min((lent_shards(now, hook, remake=True) for hook in left), default=0)
     beside = now.partly or any(now.same_extent(store) for store in now.alike)
     action: Action = "extend" if lent else "hookpoints" if beside else "harvest"
     shards = None if now.shards is None else now.shards - lent
-    rows = None if now.size is None else now.size - lent * now.shape.shard_rows
+    linked = min((lent_shards(now, hook) for hook in left), default=0)
+    rows = None if now.size is None else now.size - linked * now.shape.shard_rows
     return [now.new_store(group, action, shards, now.bytes_of(group, rows)) for group in in_groups(now, left)]
 
 
-def lent_shards(now: Situation, hook: str) -> int:
-    """How many of the first shards other stores hold already."""
-    about, rows = now.wanted.hookpoints[hook], now.shape.shard_rows
-    return max((shards_of(store, hook, about, now.size, rows) for store in now.alike), default=0)
+def lent_shards(now: Situation, hook: str, *, remake: bool = False) -> int:
+    """How many of the first shards other stores hold already, or `remake`, have the rows for."""
+    about, shape, size = now.wanted.hookpoints[hook], now.shape, now.size
+    given = [shards_of(store, hook, about, size, shape.shard_rows) for store in now.alike]
+    if remake:
+        others = [store for store in now.usable if store not in now.alike and store.rows_key == now.wanted.rows_key]
+        given += [shards_from(store, hook, about, size, shape.shard_rows) for store in others]
+    return max(given, default=0)
 
 
 def shards_of(store: CatalogStore, hook: str, about: HookSpec, size: int | None, shard_rows: int) -> int:
@@ -309,19 +336,30 @@ def shards_of(store: CatalogStore, hook: str, about: HookSpec, size: int | None,
     if store.spec.hookpoints.get(hook) != about:
         return 0
     size = store.tokens if size is None else size
-    # the last, partial shard: the same rows, or a lossless shard with more rows to take them from
     same = store.complete and store.tokens == size
-    more = store.tokens > size and store.rows >= min(size + shard_rows, store.tokens) and not store.spec.quantised
-    return -(-size // shard_rows) if same or more else min(store.rows, size) // shard_rows
+    whole = -(-size // shard_rows) if same else min(store.rows, size) // shard_rows
+    return max(whole, shards_from(store, hook, about, size, shard_rows))
 
 
-def lent_rows(spec: StoreSpec, donors: Sequence[CatalogStore]) -> int:
-    """Rows of a store that others of its key can give: an estimate, because it trusts their order of commits."""
-    least = min(
-        max((shards_of(donor, hook, about, spec.n_tokens, spec.shard_rows) for donor in donors), default=0)
-        for hook, about in spec.hookpoints.items()
-    )
-    return min(spec.n_tokens, least * spec.shard_rows)
+def shards_from(store: CatalogStore, hook: str, about: HookSpec, size: int | None, shard_rows: int) -> int:
+    """How many of the first shards of a store of `size` rows can be made from the rows of another store."""
+    if store.spec.quantised or store.spec.hookpoints.get(hook) != about:
+        return 0
+    size = store.tokens if size is None else size
+    return -(-size // shard_rows) if store.rows >= size else store.rows // shard_rows
+
+
+def lent_rows(spec: StoreSpec, donors: Sequence[CatalogStore]) -> tuple[int, int]:
+    """Rows of a store that others can give, and how many of them are linked: an estimate, because it trusts their order
+    of commits."""
+    key, size, rows = store_key(spec), spec.n_tokens, spec.shard_rows
+    given, linked = [], []
+    for hook, about in spec.hookpoints.items():
+        links = [shards_of(donor, hook, about, size, rows) for donor in donors if donor.key == key]
+        made = [shards_from(donor, hook, about, size, rows) for donor in donors]
+        linked.append(max(links, default=0))
+        given.append(max(links + made, default=0))
+    return min(size, min(given) * rows), min(size, min(linked) * rows)
 
 
 def in_groups(now: Situation, hooks: Sequence[str]) -> list[dict[str, HookSpec]]:
@@ -341,16 +379,27 @@ def donors_of(
     wanted: Wanted,
     size: int | None,
     there: Sequence[CatalogStore],
-    alike: Sequence[CatalogStore],
+    usable: Sequence[CatalogStore],
     new: Sequence[NewStore],
 ) -> list[str]:
     """The stores that give something to those that are made: shards, rows, or else their tokens."""
     made = {one.store for one in new}
+    others = [store for store in usable if store.store not in made]
     found = {one.recode_from for one in new if one.recode_from}
-    hooks = {hook for one in new if not one.recode_from for hook in one.hookpoints}
-    found |= {s.store for s in alike if s.rows and s.store not in made and hooks & s.spec.hookpoints.keys()}
+    for one in new:
+        for hook, about in one.hookpoints.items() if not one.recode_from else ():
+            lent = {
+                store.store: (shards_of if store.key in wanted.keys else shards_from)(
+                    store, hook, about, size, one.shard_rows or store.spec.shard_rows
+                )
+                for store in others
+                if store.key in wanted.keys or store.rows_key == wanted.rows_key
+            }
+            most = max(lent.values(), default=0)
+            able = [name for name, shards in lent.items() if shards == most > 0]
+            found |= set() if found & set(able) else set(able[:1])
     if new and not found:
-        enough = [s for s in there if token_key(s.spec) == wanted.token_key and lends_tokens(wanted, size, s)]
+        enough = [s for s in there if s.token_key == wanted.token_key and lends_tokens(wanted, size, s)]
         found |= {s.store for s in enough[:1] if s.store not in made}
     return sorted(found)
 

@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from harvest.corpus.documents import StopCheck, never_stop
-from harvest.plan import HarvestPlan, asked_spec, corpus_name, make_plan, store_name
-from harvest.reuse.key import environment_of, store_key, token_key, with_codec
+from harvest.plan import HarvestPlan, asked_spec, corpus_name, make_plan, model_row, store_name
+from harvest.reuse.key import environment_of, rows_key, store_key, token_key, with_codec
 from harvest.reuse.match import Shape, Wanted, disk_bytes
 from harvest.reuse.shape import FEW_TOKENS, fixed_shape
 from shared.config import HarvestConfig
@@ -55,6 +55,7 @@ def plan_request(
     wanted = Wanted(
         label=store_name(plan.source),
         shapes=tuple(map(shape_of_spec, specs)),
+        rows_key=rows_key(specs[0]),
         token_key=token_key(specs[0]),
         hookpoints=plan.hooks,
         tokens=request.tokens,
@@ -71,13 +72,12 @@ def plan_request(
 
 def specs_of(plan: HarvestPlan) -> list[StoreSpec]:
     """The spec of the wanted store; for a whole corpus one of either shape, the small one first."""
-    itemsize = DTYPES[plan.config.store_dtype][0].itemsize
-    model_row = plan.info.d_model * itemsize
+    row, itemsize = model_row(plan), DTYPES[plan.config.store_dtype][0].itemsize
     widest = max(hook.d_in for hook in plan.hooks.values()) * itemsize
     sizes = [plan.config.tokens] if plan.config.tokens else [1, FEW_TOKENS]
     found = []
     for tokens in sizes:
-        chunk_rows, shard_rows = fixed_shape(model_row, max(model_row, widest), tokens)
+        chunk_rows, shard_rows = fixed_shape(row, max(row, widest), tokens)
         shaped = plan.config.model_copy(update={"chunk_rows": chunk_rows, "shard_rows": shard_rows})
         found.append(asked_spec(replace(plan, config=shaped), tokens))
     return found

@@ -58,6 +58,9 @@ def rates(root: Files) -> Iterator[dict[str, Any]]:
     for line in lines:
         with contextlib.suppress(BadData):
             found = parse_json(line)
-            numbers = [found.get(name) for name in ("rate", "rows")] if isinstance(found, dict) else []
-            if numbers and all(type(number) in (int, float) and number > 0 for number in numbers):
+            if isinstance(found, dict) and all(is_rate(found.get(name)) for name in ("rate", "rows")):
                 yield found
+
+
+def is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and value > 0

@@ -33,16 +33,22 @@ def scan_stores(root: str | Path, *, sizes: bool = False, tell: bool = True) -> 
 def scan_store(root: Files, name: str, *, sizes: bool = False, tell: bool = True) -> CatalogStore | None:
     """One store of the folder `root`; None where there is none that can be read."""
     files = root.at(name)
+    if isinstance(files, LocalFiles) and not (files.root / STATE_FILE).is_file():
+        return None
     try:
-        if isinstance(files, LocalFiles) and not (files.root / STATE_FILE).is_file():
-            return None
-        if not is_store(files):
-            return None
         return catalog_store(files, name, sizes)
     except (UserError, DamagedError, OSError) as error:
-        if tell:
+        if tell and not is_foreign(files):
             say(f"{files.name}: left out. {error}")
         return None
+
+
+def is_foreign(files: Files) -> bool:
+    """Whether another program wrote what is in a folder: an array of ids, for example."""
+    try:
+        return not is_store(files)
+    except (DamagedError, UserError):
+        return False
 
 
 def catalog_store(files: Files, name: str, sizes: bool) -> CatalogStore:

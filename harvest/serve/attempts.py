@@ -204,12 +204,18 @@ class Attempts:
             self.lose(row, f"its worker {row['worker']} was not heard of for {self.limits.lease_s:g} s")
 
     def lose(self, row: sqlite3.Row, words: str) -> None:
-        """Ends an attempt whose worker is gone. Called in a transaction."""
-        if row["state"] in ("running", "verifying"):
-            self.catalog.look(row["store"])
-            self.again(row, words, self.rows_in(row["store"]))
-        else:
+        """Ends an attempt whose worker is gone. That is mostly not the job's fault, so it may happen more often than a
+        failure. Called in a transaction."""
+        if row["state"] not in ("running", "verifying"):
             self.jobs.set(row, worker=None)
+            return
+        self.catalog.look(row["store"])
+        lost = 1 if self.rows_in(row["store"]) > row["began"] else row["lost"] + 1
+        if lost >= self.limits.lost_attempts:
+            self.failed(row, f"given up after {lost} workers were lost that wrote nothing. The last: {words}")
+            return
+        later = self.clock.monotonic() + self.limits.backoff_s
+        self.jobs.set(row, state="queued", worker=None, lost=lost, not_before=later, note=words, rate=None)
 
     def restart(self) -> None:
         """Gives every attempt its whole time again: another process measured the deadlines."""
@@ -263,7 +269,9 @@ class Attempts:
             return
         wait = self.limits.backoff_s * 2.0 ** (failures - 1)
         later = self.clock.monotonic() + wait
-        self.jobs.set(row, state="queued", worker=None, failures=failures, not_before=later, note=words, rate=None)
+        self.jobs.set(
+            row, state="queued", worker=None, failures=failures, lost=0, not_before=later, note=words, rate=None
+        )
 
     def done(self, row: sqlite3.Row, store: str) -> None:
         rows = self.rows_in(store)
@@ -328,7 +336,7 @@ class Attempts:
             if (other := self.database.one(twin, row["key"], row["extent"])) is not None:
                 raise WrongStateError(f"job {job}: job {other['id']} makes the same already")
             self.space.make_room(max(0, row["expected"] - self.space.own(row["store"])), {row["store"]})
-            fresh = {"failures": 0, "repair": 0, "repairs": 0, "error": None, "ended": None, "note": ""}
+            fresh = {"failures": 0, "lost": 0, "repair": 0, "repairs": 0, "error": None, "ended": None, "note": ""}
             self.jobs.set(row, state="queued", not_before=self.clock.monotonic(), **fresh)
         self.space.delete_leaving()
         return self.jobs.job(job)

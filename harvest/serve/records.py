@@ -26,6 +26,9 @@ class Limits:
     backoff_s: float = 10.0
     """Seconds before the second attempt; doubled for each further one."""
     attempts: int = 5
+    """Commands that may fail in a row and write nothing."""
+    lost_attempts: int = 20
+    """Workers that may be lost in a row and write nothing."""
     open_jobs: int = 1000
     open_jobs_each: int = 20
     """Open jobs of one asker."""

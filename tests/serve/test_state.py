@@ -224,6 +224,23 @@ def test_attempts_are_further_and_further_apart_and_end(state: State, clock: Tes
     assert job.error == "given up after 5 attempts that wrote nothing. The last: the store is locked"
 
 
+def test_workers_that_are_lost_are_not_the_job_s_failures_at_first(state: State, clock: TestClock) -> None:
+    state.ask(planned(spec_of()), "ann")
+    for _ in range(19):
+        job = take(state).job
+        clock.move(31)
+        state.sweep()
+        assert state.job(job).state == "queued"
+        clock.move(10)
+    take(state)
+    clock.move(31)
+    state.sweep()
+    error = state.job(job).error or ""
+    assert error.startswith(
+        "given up after 20 workers were lost that wrote nothing. The last: its worker box:1 was not"
+    )
+
+
 def test_an_attempt_that_wrote_something_begins_the_count_anew(state: State, clock: TestClock) -> None:
     state.ask(planned(spec_of(16 * SHARD)), "ann")
     for _ in range(8):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harvest.reuse.key import store_key, token_key
+from harvest.reuse.key import rows_key, store_key, token_key
 from harvest.reuse.match import Shape, Wanted
 from harvest.serve.records import Clock
 from shared.files.local import LocalFiles
@@ -69,6 +69,7 @@ def planned(spec: StoreSpec, accept: str = "exact", **request: Any) -> dict[str,
     wanted = Wanted(
         label=spec.model["name"],
         shapes=(Shape(store_key(spec), (), spec.chunk_rows, spec.shard_rows),),
+        rows_key=rows_key(spec),
         token_key=token_key(spec),
         hookpoints=spec.hookpoints,
         tokens=spec.n_tokens,

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 from harvest.serve.slurm.nodes import is_spread, on_all_nodes
 from harvest.serve.work.machine import look
@@ -39,6 +39,7 @@ PATIENCE_S: Final = 300.0
 OPEN: Final = ("queued", "running", "verifying")
 
 
+@runtime_checkable
 class WorkSource(Protocol):
     """Who gives jobs: the client of a service, or, in tests, its state."""
 
