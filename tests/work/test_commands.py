@@ -24,7 +24,7 @@ from shared.command.parent import parent_variable
 from shared.config import HarvestConfig, WorkConfig
 from shared.errors import BusyError, Interrupted, UserError
 from shared.refusals import NotYoursError
-from shared.request import Job, TakenJob, WorkerInfo
+from shared.request import Job, JobState, TakenJob, WorkerInfo
 
 
 class Script:
@@ -35,16 +35,23 @@ class Script:
         self.beats: list[tuple[Any, ...]] = []
         self.ends: list[tuple[int, int, int, str]] = []
         self.answers: Callable[[], bool] = lambda: True
+        self.asked: list[int | None] = []
+        self.states: list[JobState] = []
+        """What `job` says, one after another."""
+
+    def job(self, job: int) -> Job:
+        about: dict[str, Any] = {"action": "harvest", "key": "k", "store": "s", "request": {}, "asked": 1}
+        return Job(id=job, state=self.states.pop(0), attempt=3, priority="normal", **about)
 
     def take(self, worker: WorkerInfo, wait: float, job: int | None = None) -> TakenJob | None:  # noqa: ARG002
+        self.asked.append(job)
         if not self.jobs:
+            if job is not None:
+                return None
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
             return None
         return self.jobs.pop(0)
-
-    def job(self, job: int) -> Job:
-        raise AssertionError(f"job {job} was asked for")
 
     def beat(self, *said: Any) -> bool:
         self.beats.append(said)
@@ -126,6 +133,44 @@ def test_how_a_command_ended_is_said(root: Path, play: Play, script: str, code: 
     worked(source, root)
     assert source.ends == [(7, 3, code, words)]
     assert len(asked) == 1
+
+
+def run_one(script: Script, root: Path) -> None:
+    """A worker for job 7 alone. It ends by itself."""
+    asked = WorkConfig(root=root, device="cpu", name="w", job=7)
+    Worker(script, asked, describe_worker(asked)).run()
+
+
+def test_a_worker_for_one_job_ends_with_it(root: Path, play: Play) -> None:
+    """A job may take several stores: it stays open until the last one is made."""
+    play("pass", "pass", "pass", "pass")
+    source = Script(taken(), taken(store="t", attempt=4))
+    source.states = ["queued", "done"]
+    run_one(source, root)
+    assert [end[:3] for end in source.ends] == [(7, 3, 0), (7, 4, 0)]
+    assert source.asked == [7, 7]
+
+
+def test_a_worker_for_one_job_tries_it_once(root: Path, play: Play) -> None:
+    """The next try is for another machine."""
+    play("import sys; sys.exit(75)")
+    source = Script(taken(), taken(attempt=4))
+    run_one(source, root)
+    assert [end[:3] for end in source.ends] == [(7, 3, 75)]
+
+
+def test_a_worker_for_one_job_waits_for_it(root: Path, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For as long as the attempt of a lost worker may last, but not for ever."""
+    play("pass", "pass")
+    source = Script()
+    source.states = ["running", "cancelled"]
+    run_one(source, root)
+    assert source.asked == [7, 7], "somebody cancelled it"
+    monkeypatch.setattr(workers, "PATIENCE_S", 0.0)
+    source.states = ["running"]
+    run_one(source, root)
+    assert source.asked == [7, 7, 7]
+    assert source.ends == []
 
 
 def test_a_damaged_store_is_repaired_first(root: Path, play: Play) -> None:

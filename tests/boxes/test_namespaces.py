@@ -1,11 +1,12 @@
 """Workers on several boxes: network namespaces with host names of their own, which reach the service over a network."""
 
 import signal
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
-from support.boxes.namespaces import Box, boxes, why_not
+from support.boxes.namespaces import Box, boxes, ip, why_not
 from support.boxes.service import ServiceProcess
 from support.command import Sagsae
 from support.folders import contents
@@ -50,20 +51,46 @@ def rows(store: Path) -> int:
     return Store.open(store).n_rows if (store / "zarr.json").exists() else 0
 
 
-def test_the_box_of_a_worker_dies(service: ServiceProcess, three: list[Box], whole: dict[str, bytes]) -> None:
-    workers = {}
+@pytest.fixture
+def workers(service: ServiceProcess, three: list[Box]) -> dict[str, "subprocess.Popen[bytes]"]:
+    """A worker in each of the other two boxes, by the box's name."""
+    started = {}
     for box in three[1:]:
         url = f"http://{box.server}:{service.port}"
         words = ("work", f"--service={url}", f"--root={service.root}", "--device=cpu")
-        workers[box.name] = service.process(*words, inside=box.command, log=f"{box.name}.log", url=url)
+        started[box.name] = service.process(*words, inside=box.command, log=f"{box.name}.log", url=url)
+    return started
+
+
+def begin(service: ServiceProcess, workers: Mapping[str, object]) -> tuple[int, Path, str]:
+    """Asks, and waits until some rows are there. Returns the job, its store and the box that works on it."""
     job, store = service.ask(*REQUEST)
     wait_for(lambda: rows(store) > 20_000, 300, service.all_logs)
-    first = service.job(job)
-    assert first["state"] == "running"
-    (busy,) = [name for name in workers if first["worker"].startswith(name)]
+    found = service.job(job)
+    assert found["state"] == "running"
+    assert rows(store) < 130_000
+    (busy,) = [name for name in workers if found["worker"].startswith(f"{name}:")]
+    return job, store, busy
+
+
+def test_the_box_of_a_worker_dies(
+    service: ServiceProcess, workers: dict[str, "subprocess.Popen[bytes]"], whole: dict[str, bytes]
+) -> None:
+    job, store, busy = begin(service, workers)
     workers[busy].send_signal(signal.SIGKILL)
-    before = rows(store)
     done = service.wait_until_done(job)
-    assert before < 130_000
     assert done["attempt"] == 2
     assert contents(store) == whole
+
+
+def test_the_cable_of_a_worker_is_cut(
+    service: ServiceProcess, workers: dict[str, "subprocess.Popen[bytes]"], whole: dict[str, bytes]
+) -> None:
+    """Its harvest continues alone. Until it ends, the store's lock keeps out a worker that is given the job; then the
+    service finds the finished store. The worker cannot say so, and waits for the service."""
+    job, store, busy = begin(service, workers)
+    ip("-n", busy, "link", "set", "eth0", "down")
+    service.wait_until_done(job)
+    assert contents(store) == whole
+    assert workers[busy].poll() is None
+    assert "the service cannot be reached" in service.log(f"{busy}.log")

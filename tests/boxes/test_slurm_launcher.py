@@ -7,29 +7,23 @@ from pathlib import Path
 
 import pytest
 from support.boxes.slurm import SlurmCluster, slurm
+from support.cache import SHARD, planned, spec_of
 from support.processes import wait_for
 
 import harvest.serve.slurm.commands
-from harvest.reuse.match import Shape, Wanted
 from harvest.serve.slurm import launcher as module
 from harvest.serve.slurm.commands import SlurmJob, list_jobs
 from harvest.serve.slurm.launcher import SlurmLauncher, prefix_of, submissions_in
 from harvest.serve.state import State
 from shared.request import WorkerInfo
-from shared.store.spec import HookSpec
 
 __all__ = ["slurm"]
 IDLE = ["sleep", "300"]
 
 
-def ask(state: State, tokens: int = 4096) -> int:
-    """Asks for a store of a model that no test has. Returns the job."""
-    wanted = Wanted(
-        label="none", shapes=(Shape("0" * 32, (), 256, 1024),), rows_key="r", token_key="t", tokens=tokens, context=64,
-        hookpoints={"layer_0/mlp_out": HookSpec(name="blocks.0.hook_mlp_out", d_in=8)},
-        accept="exact", environment=None, codec="zstd", dtype="bfloat16",
-    )  # fmt: skip
-    job = state.ask({"wanted": wanted.as_json(), "config": {}, "request": {}}, "a test").job
+def ask(state: State, shards: int = 4) -> int:
+    """Asks for a store that nothing makes. Returns the job."""
+    job = state.ask(planned(spec_of(shards * SHARD)), "a test").job
     assert job is not None
     return job
 
@@ -120,7 +114,7 @@ def test_what_sbatch_refuses_fails_with_its_sentence(state: State, launcher: Cal
 def test_a_cancelled_job_leaves_slurm(
     state: State, launcher: Callable[..., SlurmLauncher], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    jobs = [ask(state, 1024 * n) for n in (1, 2)]
+    jobs = [ask(state, n) for n in (1, 2)]
     assert len(state.due()) == 1, "both write the same hookpoint, so the second waits for the first"
     waiting = launcher(["sleep", "300"], "--begin=now+1hour")
     waiting.step()
@@ -135,7 +129,7 @@ def test_a_cancelled_job_leaves_slurm(
     wait_for(lambda: not live(state), 30)
 
     running = launcher(["sleep", "300"])
-    job = ask(state, 5000)
+    job = ask(state, 5)
     running.step()
     wait_for(lambda: [each.state for each in live(state)] == ["RUNNING"], 30)
     state.cancel(job)
