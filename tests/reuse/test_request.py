@@ -14,11 +14,12 @@ import harvest.reuse.shape
 from harvest.reuse.answer import answer_request, duration, look_up, plan_answer
 from harvest.reuse.key import store_key
 from harvest.reuse.match import harvest_of
-from harvest.reuse.rates import RATES, known_rate, rates, remember_rate
+from harvest.reuse.rates import known_rate, rates, remember_rate
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig, RequestConfig
 from shared.errors import UserError
 from shared.files.local import LocalFiles
+from shared.request import RATES
 from shared.store.opened import Store
 from shared.store.verify import verify
 
