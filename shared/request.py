@@ -8,7 +8,7 @@ docs/explanation/cache.md.
 
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Final, Literal
 
 from pydantic import BeforeValidator, Field
 
@@ -102,6 +102,8 @@ class WantedActivations(Frozen):
     """zstd is the smallest without loss, lz4 the fastest to write; int8 is lossy: half of bfloat16, 42 dB."""
 
 
+RATES: Final = ".sagsae-rates.jsonl"
+"""The file beside the stores that says how fast harvests were."""
 Accept = Literal["exact", "covering"]
 JobState = Literal["queued", "running", "verifying", "done", "failed", "cancelled"]
 Action = Literal["ready", "view", "extend", "hookpoints", "recode", "harvest"]

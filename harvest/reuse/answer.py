@@ -96,7 +96,7 @@ def line_of(new: NewStore, donors: str, there: set[str]) -> str:
     if new.action == "view":
         return f"view of {donors}: no model is run"
     if new.action == "recode":
-        return f"recode of {new.recode_from}: no model is run"
+        return f"recode of {new.recode_from or donors}: no model is run"
     if new.action == "extend":
         return f"extends {donors}: {harvested}"
     if new.action == "hookpoints":

@@ -8,9 +8,9 @@ from typing import Any, Final
 from shared.files.base import Files
 from shared.files.local import LocalFiles, append_line, read_whole
 from shared.gate import BadData, parse_json
+from shared.request import RATES
 from shared.store.spec import StoreSpec
 
-RATES: Final = ".sagsae-rates.jsonl"
 MOST_BYTES: Final = 1 << 20
 """Size at which the file begins again."""
 LINE_BYTES: Final = 4096

@@ -14,11 +14,12 @@ import harvest.reuse.shape
 from harvest.reuse.answer import answer_request, look_up, plan_answer
 from harvest.reuse.key import store_key
 from harvest.reuse.match import harvest_of
-from harvest.reuse.rates import RATES, known_rate, rates, remember_rate
+from harvest.reuse.rates import known_rate, rates, remember_rate
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig, RequestConfig
 from shared.errors import UserError
 from shared.files.local import LocalFiles
+from shared.request import RATES
 from shared.store.opened import Store
 from shared.store.verify import verify
 
@@ -69,8 +70,11 @@ def test_from_an_empty_folder_to_every_kind_of_answer(
         uneven = ask(2000, accept="exact")
         assert plan_answer(uneven).text.startswith("view of ")
         assert Store.open(folder(uneven)).n_rows == 2000
+        part = ask(1000, codec="none", accept="exact")
+        assert plan_answer(part).text.startswith("recode of neox-l1-mlp_out-2048-")
+        assert Store.open(folder(part)).n_rows == 1000
         recoded = ask(3000, codec="lz4")
-        assert plan_answer(recoded).action == "recode"
+        assert plan_answer(recoded).text.startswith(f"recode of {first.name}: no model is run")
         assert Store.open(folder(recoded)).spec.codec == "lz4"
     longer = plan_answer(ask(5000))
     assert (longer.action, longer.shards_to_harvest) == ("extend", 5)

@@ -7,11 +7,12 @@ from typing import Final
 
 from shared.errors import UserError
 from shared.gate import quoted
+from shared.request import RATES
 
 MARK: Final = b'<meta name="generator" content="sagsae report'
 """A tag in the first 1,024 bytes of every report."""
 NAME_ANOTHER: Final = "Name another file"
-DEMO: Final = {"stores", "stores/tiny", "run", "report.html"}
+DEMO: Final = {"stores", "stores/tiny", "run", "report.html", f"stores/{RATES}"}
 """All that `sagsae demo` puts into its folder."""
 
 
