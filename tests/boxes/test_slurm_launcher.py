@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from support.boxes.slurm import SlurmCluster, slurm
-from support.cache import SHARD, planned, spec_of
 from support.processes import wait_for
+from support.serving.cache import SHARD, planned, spec_of
 
 import harvest.serve.slurm.commands
 from harvest.serve.slurm import launcher as module
