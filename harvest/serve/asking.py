@@ -9,12 +9,12 @@ from typing import Any, Final
 from pydantic import ValidationError
 
 from harvest.reuse.match import Found, NewStore, Wanted, find_answer
-from harvest.serve.catalog import Catalog
+from harvest.reuse.words import answer_in_words, cost_in_words, rows_to_harvest
+from harvest.serve.catalog import Catalog, mark_of
 from harvest.serve.database import OPEN
 from harvest.serve.jobs import LIGHT, PRIORITIES, JobTable
 from harvest.serve.records import Limits
 from harvest.serve.space import Space, size_of
-from shared.progress import gigabytes
 from shared.refusals import QueueFullError
 from shared.request import CacheAnswer, Place, RequestPlan
 
@@ -211,7 +211,10 @@ class Requests:
     def plan(self, planned: AskedPlan, found: Found, evicts: tuple[str, ...]) -> RequestPlan:
         speed, rows = self.jobs.rows_per_s(planned.wanted.label), rows_to_harvest(planned.wanted, found)
         seconds = 0.0 if rows == 0 else rows / speed if speed and rows is not None else None
-        plan = RequestPlan(
+        names = {*found.places.values(), *(new.store for new in found.new)}
+        there = {name: found.tokens or 0 for name in names if mark_of(self.catalog.root / name)}
+        cost = cost_in_words(found.bytes_to_write, seconds)
+        return RequestPlan(
             action=found.action,
             tokens=found.tokens,
             shards_to_harvest=found.shards_to_harvest,
@@ -219,8 +222,8 @@ class Requests:
             seconds=seconds,
             from_stores=found.donors if found.new else tuple(sorted(set(found.places.values()))),
             evicts=evicts,
+            text=answer_in_words(found, there, cost, evicts=evicts),
         )
-        return plan.model_copy(update={"text": plan_text(plan)})
 
 
 def key_of(planned: AskedPlan) -> str:
@@ -230,29 +233,3 @@ def key_of(planned: AskedPlan) -> str:
 
 def extent_of(planned: AskedPlan, new: NewStore) -> str:
     return json.dumps([planned.wanted.tokens, sorted(new.hookpoints)])
-
-
-def rows_to_harvest(wanted: Wanted, found: Found) -> int | None:
-    """Rows that the model must be run for; None for a whole corpus that was never read."""
-    if found.shards_to_harvest is None or found.tokens is None:
-        return None if found.shards_to_harvest != 0 else 0
-    shards = found.shards_to_harvest * min(shape.shard_rows for shape in wanted.shapes)
-    return min(shards, found.tokens * max(1, len(found.new)))
-
-
-def plan_text(plan: RequestPlan) -> str:
-    """A plan as one line for people."""
-    names = ", ".join(plan.from_stores[:3])
-    size = "" if plan.bytes_to_write is None else f", {gigabytes(plan.bytes_to_write)}"
-    shards = "" if plan.shards_to_harvest is None else f": {plan.shards_to_harvest:,} new shards"
-    time = "" if not plan.seconds else f", about {max(1.0, plan.seconds / 60):,.0f} minutes"
-    words = {
-        "ready": f"hit: {names} has it",
-        "view": f"view of {names}, without the model{size}",
-        "recode": f"recodes {names}, without the model{size}",
-        "extend": f"extends {names}{shards}{time}{size}",
-        "hookpoints": f"harvest of further hookpoints, with the tokens of {names}{shards}{time}{size}",
-        "harvest": f"harvest{shards}{time}{size}",
-    }[plan.action]
-    gone = f"; {', '.join(plan.evicts)} would go" if plan.evicts else ""
-    return f"{words}{gone}"
