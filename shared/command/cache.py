@@ -92,7 +92,7 @@ def job_row(job: Job) -> dict[str, Any]:
     rate = None if not job.rows_per_s else round(job.rows_per_s)
     return {
         "job": job.id, "state": job.state, "action": job.action, "store": job.store, "done": done, "tokens/s": rate,
-        "attempt": job.attempt, "asked": job.asked, "worker": job.worker, "note": job.error or job.note or None,
+        "attempt": job.attempt, "asked": job.asked, "worker": job.worker, "error": job.error,
     }  # fmt: skip
 
 
