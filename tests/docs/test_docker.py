@@ -546,6 +546,8 @@ def split_off_options(words: list[str]) -> tuple[dict[str, str], list[str]]:
 
 @pytest.mark.parametrize("line", list(shell_lines()))
 def test_every_command_of_the_page(line: str) -> None:
+    if line.startswith("(umask"):
+        return
     words = shlex.split(line)
     given = {}
     while match := re.fullmatch(r"([A-Z_]+)=(.*)", words[0]):
@@ -553,7 +555,7 @@ def test_every_command_of_the_page(line: str) -> None:
         words = words[1:]
     assert set(given) <= variables(), "compose.yaml knows no such variable"
     tool, *words = words
-    if tool in ("mkdir", "install", "openssl"):
+    if tool == "mkdir":
         return
     assert tool == "docker"
     verb, *words = words
