@@ -35,7 +35,8 @@ def answer_in_words(
     if found.ready:
         more = "" if found.exact else ", which hold more tokens and begin with these"
         names = sorted(set(found.places.values()))
-        places = (f"{join(root, name) if root else name} ({tokens.get(name, found.tokens or 0):,} tokens)" for name in names)
+        sizes = {name: tokens.get(name, found.tokens or 0) for name in names}
+        places = (f"{join(root, name) if root else name} ({size:,} tokens)" for name, size in sizes.items())
         return f"ready: {', '.join(places)}{more}"
     donors = ", ".join(found.donors)
     lines = [new_in_words(new, donors, tokens) for new in found.new]
