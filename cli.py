@@ -227,7 +227,7 @@ def serve(context: typer.Context, as_json: Json = False) -> None:
 
 
 @command(app, group=CACHE, settings=OptionsFrom("work"))
-def work(context: typer.Context) -> None:
+def work(context: typer.Context, as_json: Json = False) -> None:
     """Run the jobs of an activation cache on this machine, until SIGTERM or Ctrl-C.
 
     A job that is running then is given back: its store is resumed later, here or elsewhere.
@@ -238,7 +238,11 @@ def work(context: typer.Context) -> None:
     config = resolve(context)
     from harvest.serve.work.worker import work as run
 
-    run(config)
+    def started(about: dict[str, Any]) -> None:
+        if as_json:
+            show(about, as_json, lambda: None)
+
+    run(config, started)
 
 
 @command(app, group=MEASURE)

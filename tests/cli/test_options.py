@@ -186,7 +186,7 @@ def test_settings_are_listed(name: str, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_settings_of_what_has_none() -> None:
-    with pytest.raises(UserError, match=r"models: has no settings\. Those that have are harvest, synth, train"):
+    with pytest.raises(UserError, match=r"models: has no settings\. Those that have are harvest, request,"):
         all_settings("models")
 
 

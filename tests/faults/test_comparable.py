@@ -35,7 +35,8 @@ DECIDING = {
 ROUNDING = {"device", "parallel", "parts", "compile", "step"}
 """Settings that say who computes the same numbers: they may change their last bits."""
 WRITING = {
-    "store", "verify", "memory", "out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints",
+    "store", "request", "verify", "memory", "out", "overwrite", "track", "log_every", "checkpoint_every",
+    "keep_checkpoints",
 }  # fmt: skip
 """Settings of where rows come from (`snapshot` says which), and of what is written where and how often."""
 APART = {"tokens", "saes"}

@@ -150,7 +150,10 @@ def test_training_follows_a_harvest_and_ends_with_the_weights_of_the_folder(
     first = json.loads(segments.splitlines()[0])["shards"]
     log.write_text("".join(line for line in lines if json.loads(line)["k"] in first))
     rest = [json.loads(line)["shards"] for line in segments.splitlines()[1:]]
-    run_segments = in_lockstep(again, store, tmp_path / "here", [part for part in rest if len(part) < 10])
+    parts = [part for part in rest if len(part) < 10]
+    used = {*first, *(shard for part in parts for shard in part)}
+    unused = [shard for shard in range(10) if shard not in used]  # committed when training needed no more
+    run_segments = in_lockstep(again, store, tmp_path / "here", [*parts, *([unused] if unused else [])])
     here = run_train(train_config(store=str(again), out=tmp_path / "here", **options))
     run_segments.join()
     assert (here.run / SEGMENTS).read_text() == segments

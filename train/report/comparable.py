@@ -17,7 +17,7 @@ from train.report.data import ReportedRun
 
 WRITTEN: Final = ("out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints")
 """These decide what is written, and where."""
-READ: Final = ("store", "verify", "memory")
+READ: Final = ("store", "request", "verify", "memory")
 """These decide where rows come from, how they are checked and kept; `snapshot` says which rows they are."""
 COMPUTED: Final = ("device", "parallel", "parts", "compile", "step")
 """These decide how the same numbers are computed, and change rounding at most."""

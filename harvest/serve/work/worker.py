@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final, Protocol, runtime_checkable
@@ -263,12 +263,14 @@ def describe_worker(config: WorkConfig) -> WorkerInfo:
     return WorkerInfo(name=name, **found)
 
 
-def work(config: WorkConfig) -> None:
-    """Works for a service until it is stopped, or its only job is over. Raises Interrupted when it was stopped;
-    UserError when the service refuses it."""
+def work(config: WorkConfig, started: Callable[[dict[str, Any]], None]) -> None:
+    """Works for a service until it is stopped, or its only job is over. `started` is called with the worker's name, the
+    service and the folder. Raises Interrupted when it was stopped; UserError when the service refuses it."""
     if not config.root.is_dir():
         raise UserError(f"--root {config.root}: no such folder. Give the folder in which the service works")
     with Client(config.service) as client:
         jobs = "jobs" if config.job is None else f"job {config.job}"
         say(f"worker: waits for {jobs} of {client.url}, in {config.root.resolve()}")
-        Worker(client, config, describe_worker(config)).run()
+        about = describe_worker(config)
+        started({"worker": about.name, "service": client.url, "root": str(config.root.resolve())})
+        Worker(client, config, about).run()
