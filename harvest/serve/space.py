@@ -206,6 +206,12 @@ class Space:
         names = {path.name for path in self.root.glob(f"{GONE}*")}
         for name in sorted(names):
             shutil.rmtree(self.root / name, ignore_errors=True)
+        left = {name: list(walk(self.root / name)) for name in names - self.leaving.keys()}
+        links = Counter(file.inode for files in left.values() for file in files)
+        for name, files in left.items():  # of an earlier process
+            own = {file.inode: file.bytes for file in files if links[file.inode] >= file.links}
+            if own:
+                self.leaving[name] = sum(own.values())
         for name in list(self.leaving):
             if not (self.root / name).exists():
                 self.leaving.pop(name, None)

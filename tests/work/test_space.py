@@ -200,6 +200,20 @@ def test_the_rest_of_an_interrupted_deletion_is_deleted_at_the_start(state: Stat
     state.close()
 
 
+def test_what_an_earlier_server_could_not_delete_still_counts(
+    state: State, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "s0").rename(tmp_path / ".gone-s0")
+    state.close()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a file of it is still open on a network's disk
+        state = State.open(tmp_path, 480_000)
+        assert state.usage().used + state.usage().leaving == disk_bytes(tmp_path)
+    state.sweep()
+    assert state.usage().leaving == 0
+    state.close()
+
+
 def test_what_is_held_is_not_removed(state: State) -> None:
     state.pin("s0", "paper")
     state.lease("s0", "train", 600.0)
