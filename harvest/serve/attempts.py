@@ -50,13 +50,19 @@ class Attempts:
         return None
 
     def waiting(self) -> list[sqlite3.Row]:
-        """The queued jobs whose time has come, in order. A job waits for older ones that write the same hookpoints."""
+        """The queued jobs whose time has come, in order. A job waits for older ones that write the same hookpoints, and
+        for a newer one that began while it was failed."""
         live = self.jobs.live()
         return [
             row
             for row in live
             if row["state"] == "queued" and row["worker"] is None and row["not_before"] <= self.clock.monotonic()
-            if not any(other["id"] < row["id"] and overlap(other, row) for other in live)
+            if not any(
+                (other["id"] < row["id"] or other["worker"] is not None)
+                and other["id"] != row["id"]
+                and overlap(other, row)
+                for other in live
+            )
         ]
 
     def is_for(self, row: sqlite3.Row, worker: WorkerInfo) -> bool:

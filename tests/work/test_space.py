@@ -85,7 +85,7 @@ def test_the_least_recently_used_go_down_to_nine_tenths(state: State) -> None:
     assert asked.state == "queued"
     preview = state.preview(planned(spec_of(3 * SHARD, seed=9)))
     assert preview.evicts == ("s1",)
-    assert "s1 would go" in preview.text
+    assert "s1 would be deleted" in preview.text
     assert left(state) == ["s0", "s1", "s2"]
     state.ask(planned(spec_of(3 * SHARD, seed=9)), "ann")
     assert left(state) == ["s0", "s2"]

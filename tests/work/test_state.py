@@ -270,6 +270,16 @@ def test_a_command_that_ends_well_without_a_store_has_not_ended_well(state: Stat
     assert "not complete" in job.note
 
 
+def test_a_retried_job_waits_for_a_newer_one_that_began_meanwhile(state: State) -> None:
+    small = state.ask(planned(spec_of(4 * SHARD)), "ann")
+    large = state.ask(planned(spec_of(8 * SHARD)), "bob")
+    first = take(state)
+    state.end(first.job, first.attempt, 2, "no such model")
+    assert take(state, OTHER).job == large.job
+    assert state.retry(first.job).id == small.job
+    assert state.take(WORKER) is None
+
+
 def test_a_cancelled_job_stops_its_worker_and_can_be_retried(state: State) -> None:
     asked = state.ask(planned(spec_of()), "ann")
     taken = take(state)
