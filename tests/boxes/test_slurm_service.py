@@ -156,4 +156,4 @@ def test_a_cancelled_job_ends_its_slurm_job(service: ServiceProcess, slurm: Slur
     service.client("jobs", "cancel", str(job))
     wait_for(lambda: number not in map(int, slurm.run("squeue", "--noheader", "--format=%i").split()), 90)
     assert service.job(job)["state"] == "cancelled"
-    assert 0 < rows(store) < 130_000
+    assert 0 < rows(store) <= 130_000  # its last shard may have been written by then

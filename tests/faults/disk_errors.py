@@ -74,6 +74,7 @@ def digests(folder: Path) -> dict[str, str]:
     """Of what has to be the same, however often it was broken off."""
     wanted = (path for path in sorted(folder.rglob("*")) if path.is_file() and "checkpoints" not in path.parts)
     left_out = {"record.json", ".lock", "metrics.jsonl", "run.toml", "evaluation.json", "config.json"}
+    left_out |= {".sagsae-rates.jsonl"}  # speeds that were measured: no part of a store
     return {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in wanted
