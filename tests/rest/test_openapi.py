@@ -10,11 +10,13 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
-from support.serving.cache import SHARD, fake_store, planned, spec_of
+from support.serving.cache import SHARD, planned, spec_of
 from support.serving.rest import ScriptedPlanner, client_of, service_of
 
 from harvest.serve.app import rest_document
 from harvest.serve.rest.openapi import rest_page
+from harvest.synth import synth
+from shared.config import SynthConfig
 from shared.request import StoreRequest
 
 DOCUMENT = rest_document()
@@ -28,7 +30,7 @@ def plan_of(request: StoreRequest) -> dict[str, Any]:
 def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TestClient]:
     """A server with a store, a job and a lease; its planner knows every model."""
     service = service_of(tmp_path_factory.mktemp("root"), ScriptedPlanner(plan_of))
-    fake_store(service.root, "s")
+    synth(SynthConfig(d_in=8, features=12, tokens=2048, out=str(service.root), name="s"))
     service.state.scan()
     with client_of(service) as client:
         client.post("/v1/requests", json={"model": "tiny", "hooks": ["mlp_out"], "tokens": SHARD, "seed": 1})
