@@ -540,19 +540,21 @@ def bench_remote(context: typer.Context, as_json: Json = False) -> None:
     ask = resolve(context)
     import tempfile
 
-    from harvest.bench.remote import serving
+    from harvest.bench.serve import measured_server
     from harvest.bench.store import WIDE, make_stores
+    from shared.files.base import SERVED
     from shared.progress import progress, say
     from shared.store.opened import Store
-    from train.bench.remote import compare
+    from train.bench.remote import SPEEDS, compare
 
     os.environ |= {"SAGSAE_CACHE_GB": "0", "SAGSAE_SERVICE": ""}
     with tempfile.TemporaryDirectory() as folder:
         place = (ask.keep or Path(folder)).resolve()
         say(f"harvesting {ask.tokens:,} tokens of {ask.model}, and recoding them")
         here = make_stores(place, ask.model, ask.tokens, ask.width).wide["zstd"]
-        with serving(place, [sys.executable, SCRIPT]) as server, progress("bench", 2 * ask.rounds + 2, "runs") as done:
-            served = Store.open(server.store_url(here.root.name))
+        runs = 2 * ask.rounds + 2 * len(SPEEDS)
+        with measured_server([sys.executable, SCRIPT], place) as server, progress("bench", runs, "runs") as done:
+            served = Store.open(f"{server.url}{SERVED}{here.root.name}")
             figures = compare(here, served, WIDE, ask.rounds, server.cpu_seconds, done)
     show(figures, as_json, lambda: tables.print_ratios(f"{ask.tokens:,} rows of {ask.width}", [], figures))
 

@@ -105,10 +105,12 @@ def check_fits(out: str, need: DiskNeed) -> None:
     """Raises BusyError when the free disk space is too small, UserError when the whole disk is."""
     if not need.fits:
         usage = disk_usage(open_files(out))
-        too_small = usage is not None and need.to_write > usage.total
-        raise (UserError if too_small else BusyError)(
-            f"--out {out}: about {gigabytes(need.to_write)} are needed, {gigabytes(need.free or 0)} are free. "
-            "Free space and run the same command again, ask for fewer --tokens or hookpoints, or choose another --out"
+        needed = f"--out {out}: about {gigabytes(need.to_write)} are needed"
+        otherwise = "ask for fewer --tokens or hookpoints, or choose another --out"
+        if usage is not None and need.to_write > usage.total:
+            raise UserError(f"{needed}, the whole disk has {gigabytes(usage.total)}. {otherwise.capitalize()}")
+        raise BusyError(
+            f"{needed}, {gigabytes(need.free or 0)} are free. Free space and run the same command again, {otherwise}"
         )
 
 

@@ -108,7 +108,7 @@ class HarvestConfig(WantedActivations):
 
     Those 16,384 rows are at most 16 chunks. Stores of equal shape share whole shards (docs/explanation/cache.md)."""
     reuse: Literal["any", "same", "none"] = "any"
-    """Which stores beside this one may give it the shards or rows that they hold. none: every shard is captured.
+    """Which stores in the same folder this one may take shards from. any: all of them. none: it captures every shard.
 
     same: only stores that the same versions on the same kind of device wrote. Shards are linked, so they take no
     space (docs/explanation/cache.md)."""

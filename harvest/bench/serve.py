@@ -19,6 +19,7 @@ from harvest.run import harvest
 from harvest.serve.state import State
 from shared.bench.options import ServeBenchOptions
 from shared.config import HarvestConfig
+from shared.errors import UserError
 from shared.progress import hush, say
 from shared.store.manifest import INDEX, Commit
 from shared.store.opened import Store, state_document
@@ -30,6 +31,7 @@ RANGE_BYTES: Final = 2_900_000
 LISTS: Final = 20
 """Lists that medians are taken over."""
 START_S: Final = 60.0
+END_S: Final = 30.0
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,9 @@ class ServerFigure:
 class MeasuredServer:
     """A running server, and one connection to it that is kept."""
 
-    def __init__(self, process: subprocess.Popen[str], port: int, seconds: float) -> None:
-        self.process, self.seconds = process, seconds
-        self.line = http.client.HTTPConnection("127.0.0.1", port, timeout=300)
+    def __init__(self, process: subprocess.Popen[str], url: str, seconds: float) -> None:
+        self.process, self.url, self.seconds = process, url, seconds
+        self.line = http.client.HTTPConnection(url.removeprefix("http://"), timeout=300)
 
     def ask(self, method: str, path: str, body: Any = None, **headers: str) -> bytes:
         """The body of an answer. Raises RuntimeError for an error."""
@@ -78,18 +80,22 @@ class MeasuredServer:
 
 @contextmanager
 def measured_server(command: Sequence[str], root: Path) -> Iterator[MeasuredServer]:
-    """A server on a free port, without workers."""
+    """A server on a free port, without workers. Raises UserError when it does not start; its own message says why."""
     words = [*command, "serve", "--root", str(root), "--port", "0", "--launch", "none", "--device", "cpu"]
     began = time.monotonic()
-    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             url = process.stdout.readline().split()[-1:]
             if not url:
-                raise RuntimeError(f"the server did not start (exit code {process.wait(START_S)})")
-            yield MeasuredServer(process, int(url[0].rsplit(":", 1)[1]), time.monotonic() - began)
+                raise UserError(f"the server did not start (exit code {process.wait(START_S)})")
+            yield MeasuredServer(process, url[0], time.monotonic() - began)
         finally:
             process.terminate()
+            try:
+                process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
 
 
 def measure_server(options: ServeBenchOptions, folder: Path, command: Sequence[str]) -> list[ServerFigure]:

@@ -37,7 +37,7 @@ def plan_answer(config: RequestConfig) -> RequestPlan:
     batch is measured now."""
     planned, found, stores = look_up(config)
     seconds, measured = None, ""
-    rows = rows_to_harvest(planned.wanted, found)
+    rows = rows_to_harvest(found)
     if rows:
         rate = known_rate(open_files(config.root), planned.spec, planned.device)
         measured = "as fast as an earlier harvest here"

@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 
-from harvest.reuse.match import Found, NewStore, Wanted
+from harvest.reuse.match import Found, NewStore
 from shared.files.base import join
 from shared.progress import duration, gigabytes
 
 
-def rows_to_harvest(wanted: Wanted, found: Found) -> int | None:
+def rows_to_harvest(found: Found) -> int | None:
     """Rows that the model must be run for, in all stores that are made; None for a whole corpus that was never read."""
     rows = 0
     for new in found.new:
-        if new.shards_to_harvest is None:
+        if new.shards_to_harvest is None or new.shard_rows is None or found.tokens is None:
             return None
-        if new.shards_to_harvest:
-            shard_rows = new.shard_rows or min(shape.shard_rows for shape in wanted.shapes)
-            rows += min(new.shards_to_harvest * shard_rows, found.tokens or wanted.tokens or 0)
+        rows += min(new.shards_to_harvest * new.shard_rows, found.tokens)
     return rows
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -18,7 +19,7 @@ from starlette.routing import BaseRoute, Route
 from harvest.serve.children import EmbeddedWorkers
 from harvest.serve.pages import Pages
 from harvest.serve.planner import Planner
-from harvest.serve.rest import health, jobs, session, stores, workers
+from harvest.serve.rest import health, jobs, stores, workers
 from harvest.serve.rest.endpoint import (
     CALLER,
     Caller,
@@ -64,7 +65,6 @@ def all_endpoints(requests: RequestRoutes) -> tuple[Endpoint, ...]:
         *FileRoutes().endpoints(),
         *jobs.ENDPOINTS,
         *workers.ENDPOINTS,
-        *session.ENDPOINTS,
         *health.ENDPOINTS,
     )
 
@@ -188,7 +188,7 @@ def listening(host: str, port: int) -> socket.socket:
         listener.listen(CONNECTIONS)
     except OSError as error:
         listener.close()
-        if error.errno == 98 or isinstance(error, PermissionError):
+        if error.errno == errno.EADDRINUSE or isinstance(error, PermissionError):
             raise BusyError(
                 f"--port {port}: cannot be listened on ({error.strerror}). Stop what uses it, or give another one"
             ) from error

@@ -209,7 +209,7 @@ class Requests:
         return self.plan(planned, found, tuple(evicts))
 
     def plan(self, planned: AskedPlan, found: Found, evicts: tuple[str, ...]) -> RequestPlan:
-        speed, rows = self.jobs.rows_per_s(planned.wanted.label), rows_to_harvest(planned.wanted, found)
+        speed, rows = self.jobs.rows_per_s(planned.wanted.label), rows_to_harvest(found)
         seconds = 0.0 if rows == 0 else rows / speed if speed and rows is not None else None
         names = {*found.places.values(), *(new.store for new in found.new)}
         there = {name: found.tokens or 0 for name in names if mark_of(self.catalog.root / name)}

@@ -31,8 +31,7 @@ from harvest.serve.rest.events import Events
 from harvest.serve.rest.jobs import last_event, log_part, stream
 from harvest.serve.rest.names import admit
 from harvest.serve.rest.requests import RequestRoutes, with_request
-from harvest.serve.rest.security import check_level
-from harvest.serve.rest.session import keep_token
+from harvest.serve.rest.security import COOKIE, check_level
 from harvest.serve.view import (
     LOG_LINES,
     asked_facts,
@@ -59,6 +58,8 @@ SOON_S: Final = 0.5
 """Seconds that a page waits for something that it can also show later."""
 PART_S: Final = 60.0
 """Seconds that a part waits for it."""
+COOKIE_S: Final = 30 * 24 * 3600
+"""Seconds for which a browser keeps the token."""
 FIELDS: Final = 400
 """Fields of a form at most."""
 TEMPLATES: Final = {"job": "job_state.html"}
@@ -354,7 +355,8 @@ class Pages:
             return login_page(target, "The token is not one of this server’s. Ask its owner.", 401)
         answer = RedirectResponse(local_target(target), 303)
         if tokens is not None:
-            keep_token(call, answer, token)
+            secure = call.request.url.scheme == "https"
+            answer.set_cookie(COOKIE, token, COOKIE_S, path="/", secure=secure, httponly=True, samesite="strict")
         return answer
 
     async def file(self, call: RestCall) -> Response:

@@ -329,7 +329,7 @@ def plan_line(plan: RequestPlan) -> PlanLine:
 
 
 def plan_sentence(plan: RequestPlan) -> str:
-    """What is done to answer a request."""
+    """One sentence that says how a request is answered."""
     many = "all shards" if plan.shards_to_harvest is None else f"{count(plan.shards_to_harvest)} shards"
     return {
         "ready": "These activations are here already.",

@@ -458,6 +458,7 @@ def configured(words: list[str]) -> Any:
         raise Resolved(resolve(*arguments, **more))
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SAGSAE_SERVICE", "")  # --service sets it for the process
         patch.setattr(cli, "resolve", stop)
         patch.setattr(cli, "answer_settings", lambda context: {"store": "answered"} if context else {})
         with pytest.raises(Resolved) as stopped:

@@ -14,7 +14,7 @@ FORBIDDEN = {
     "harvest": {"train", "cli", "tests"},
     "train": {"harvest", "cli", "tests"},
 }
-ROUTES = "endpoint errors events files health jobs requests security session stores workers".split()
+ROUTES = "endpoint errors events files health jobs requests security stores workers".split()
 SERVER = {"harvest/serve/app.py", "harvest/serve/pages.py", *(f"harvest/serve/rest/{name}.py" for name in ROUTES)}
 DOORS = {
     "starlette": SERVER,

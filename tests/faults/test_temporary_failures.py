@@ -217,7 +217,7 @@ def test_answers_of_the_hub(error: Exception, code: int) -> None:
 
 @pytest.mark.parametrize(("offline", "code"), [("0", 75), ("1", 2)])
 def test_a_hub_that_nobody_answers_at(tmp_path: Path, offline: str, code: int) -> None:
-    """Nothing listens there; with HF_HUB_OFFLINE=1 nobody is asked, today or tomorrow."""
+    """No server listens at the port. With HF_HUB_OFFLINE=1 the command sends no request, so it cannot succeed later."""
     with closing(socket.create_server(("127.0.0.1", 0))) as unused:
         port = unused.getsockname()[1]
     told = {"HF_HUB_OFFLINE": offline, "HF_HOME": str(tmp_path), "HF_ENDPOINT": f"http://127.0.0.1:{port}"}

@@ -436,7 +436,7 @@ def test_ids_that_are_none_are_not_found(client: TestClient) -> None:
 
 
 def test_a_database_that_cannot_be_written_to_is_said_in_one_sentence(service: Service, client: TestClient) -> None:
-    """Reading goes on. When the file can be written to again, so does the rest."""
+    """The server still answers reads. It accepts requests again once the file can be written to."""
     fake_store(service.root, "s")
     service.state.scan()
     connection = service.state.database.connection

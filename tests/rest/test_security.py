@@ -123,18 +123,16 @@ def test_a_token_counts_as_a_cookie_too(guarded: TestClient) -> None:
 
 
 def test_a_browser_keeps_its_token_in_a_cookie(guarded: TestClient) -> None:
-    for wrong in ({"json": {"token": READ + "x"}}, {"data": {"token": "x"}}, {"json": {"token": ""}}):
-        assert guarded.post("/session", **wrong).status_code == 401  # type: ignore[arg-type]
-    for right, status in (({"json": {"token": READ}}, 204), ({"data": {"token": f" {READ}"}}, 303)):
-        response = guarded.post("/session", follow_redirects=False, **right)  # type: ignore[arg-type]
-        assert response.status_code == status
-        cookie = response.headers["set-cookie"]
-        assert all(part in cookie for part in ("HttpOnly", "SameSite=strict", "Path=/", f"{COOKIE}={READ}"))
-        guarded.cookies.clear()
+    for wrong in (READ + "x", "x", ""):
+        assert guarded.post("/login", data={"token": wrong}).status_code == 401
+    response = guarded.post("/login", data={"token": f" {READ}"}, follow_redirects=False)
+    assert response.status_code == 303
+    cookie = response.headers["set-cookie"]
+    assert all(part in cookie for part in ("HttpOnly", "SameSite=strict", "Path=/", f"{COOKIE}={READ}"))
+    guarded.cookies.clear()
     evil = {"Origin": "http://evil.example"}
-    assert guarded.post("/session", json={"token": READ}, headers=evil).status_code == 403
-    assert "Max-Age=0" in guarded.delete("/session").headers["set-cookie"]
-    assert guarded.post("/session", content=b"[]").status_code == 400
+    assert guarded.post("/login", data={"token": READ}, headers=evil).status_code == 403
+    assert guarded.post("/login", content=b"[]").status_code == 415
 
 
 def test_health_needs_no_token(guarded: TestClient) -> None:

@@ -210,7 +210,7 @@ def test_a_donor_that_disappears(
 
 
 def test_other_tokens_are_not_taken_over(pool: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a store whose key is equal and whose tokens are not, only what comes before the first other id is used."""
+    """A donor with the same key has other tokens from some row on: only shards before that row are linked."""
     root = linked(pool, tmp_path)
     real = borrow.common_rows
     monkeypatch.setattr(borrow, "common_rows", lambda *stores: min(real(*stores), 2 * SHARD + 128))

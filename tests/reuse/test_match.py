@@ -1,4 +1,4 @@
-"""Which stores answer a request: every row of the table in docs/explanation/cache.md, and what holds of all of them."""
+"""find_answer chooses the stores that docs/explanation/cache.md says; each row of its table is a test here."""
 
 import json
 from typing import Any

@@ -29,7 +29,7 @@ SHARD = 512
 
 @pytest.fixture(scope="module", autouse=True)
 def small_shards() -> Iterator[None]:
-    """Of the small shape: 8 chunks of 64 rows of 32 numbers of 2 bytes."""
+    """Makes default shards small: 8 chunks of 64 rows, 32 numbers of 2 bytes wide."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(harvest.reuse.shape, "CHUNK_BYTES", 64 * 64)
         patch.setattr(harvest.reuse.shape, "SMALL_ROWS", SHARD)

@@ -156,8 +156,11 @@ def test_training_follows_a_harvest_and_ends_with_the_weights_of_the_folder(
     run_segments = in_lockstep(again, store, tmp_path / "here", [*parts, *([unused] if unused else [])])
     here = run_train(train_config(store=str(again), out=tmp_path / "here", **options))
     run_segments.join()
-    pairs = zip((here.run / SEGMENTS).read_text().splitlines(), segments.splitlines(), strict=False)
-    assert all(one == other for one, other in pairs), "the last segment of one may have come too late to be needed"
+    ours, theirs = (here.run / SEGMENTS).read_text().splitlines(), segments.splitlines()
+    shorter = min(len(ours), len(theirs))  # a last segment that training does not need may come too late for one
+    assert ours[:shorter] == theirs[:shorter]
+    assert shorter > 2
+    assert max(len(ours), len(theirs)) - shorter <= 1
     assert weights(here.run) == weights(served.run)
 
 

@@ -48,7 +48,7 @@ def test_a_worker_that_wakes_too_late_ends_its_harvest(
     tmp_path: Path, documents: dict[str, Any], expected: Path
 ) -> None:
     """The whole box is stopped for longer than its lease. Another worker meets the store's lock and waits; when the
-    first wakes, it is told that the job is not its own."""
+    first one wakes, the server answers that the job belongs to another attempt."""
     with Boxes(tmp_path / "stores", documents) as boxes:
         job = boxes.ask().job
         first = boxes.start_worker()
@@ -110,7 +110,7 @@ def test_a_cancelled_job_ends_its_command_and_keeps_its_store(tmp_path: Path, do
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_twenty_kills_at_random(tmp_path: Path, documents: dict[str, Any], expected: Path) -> None:
-    """Of the server, of the worker, of the harvest, of all of them."""
+    """SIGKILL hits the server, the worker, the harvest, or all three."""
     draw = random.Random(20)
     with Boxes(tmp_path / "stores", documents) as boxes:
         job = boxes.ask().job

@@ -1,4 +1,4 @@
-"""`sagsae bench remote`, the half that reads: a store through its activation cache against the same store's folder."""
+"""`sagsae bench remote`: reading a store through its activation cache, compared with reading its folder."""
 
 import statistics
 import time
@@ -17,6 +17,8 @@ from train.bench.store import epoch_seconds, wait_share
 CHUNKS_READ: Final = 2
 """Chunks of one request: about 3 MB."""
 THREADS: Final = 2
+SPEEDS: Final = {"half_speed": 1.0, "quarter_speed": 2.0}
+"""How fast a device takes batches, and the factor of `wait_share`'s time for it, which is twice an epoch already."""
 LIMITS: Final = {"server_cpu_s_per_gb": 1.3, "wait_share_factor": 1.5, "wait_share_more": 0.05}
 """The most that the server may take, and how much longer a device may wait than with the folder: share times factor,
 plus five points."""
@@ -64,23 +66,26 @@ def compare(
     advance: Callable[[int, str], None],
 ) -> dict[str, Any]:
     """Speed, CPU seconds of the server per GB of stored bytes, and the share of time for which a device waits that
-    takes batches at a quarter of the speed at which the folder is read: the server works on the reader's cores here."""
+    takes batches at a half and at a quarter of the speed at which the folder is read. The server works on the cores of
+    the reader here."""
     folder = read_all(here, hook, rounds, advance)
     before = server_cpu()
     service = read_all(served, hook, rounds, advance)
     cpu = (server_cpu() - before) / service.gigabytes
     full_speed = epoch_seconds(here, hook, THREADS)
     waits = {}
-    for name, store in (("folder", here), ("service", served)):
-        waits[name] = wait_share(store, hook, 2 * full_speed, 2 * rounds, THREADS)
-        advance(1, f"wait share, {name}")
+    for words, part in SPEEDS.items():
+        for name, store in (("folder", here), ("service", served)):
+            waits[f"{words}_wait_share_{name}"] = wait_share(store, hook, part * full_speed, 2 * rounds, THREADS)
+            advance(1, f"wait share, {name}")
+        folder_share = waits[f"{words}_wait_share_folder"]
+        limit = LIMITS["wait_share_factor"] * folder_share + LIMITS["wait_share_more"]
+        waits[f"{words}_wait_share_limit"] = round(limit, 4)
     return {
         "server_cpu_s_per_gb": round(cpu, 2),
         "folder_mb_per_s": round(folder.megabytes_per_second),
         "service_mb_per_s": round(service.megabytes_per_second),
         "stored_gb_read": round(service.gigabytes, 3),
-        "wait_share_folder": waits["folder"],
-        "wait_share_service": waits["service"],
-        "wait_share_limit": round(LIMITS["wait_share_factor"] * waits["folder"] + LIMITS["wait_share_more"], 4),
         "server_cpu_limit": LIMITS["server_cpu_s_per_gb"],
+        **waits,
     }

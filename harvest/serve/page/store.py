@@ -49,7 +49,7 @@ class HookNumbers:
 
 @dataclass(frozen=True)
 class StoreNumbers:
-    """What is read from a store for its page: all of its sizes, and the statistics of one hookpoint."""
+    """The sizes of a store's arrays, and the statistics of one of its hookpoints."""
 
     spec: StoreSpec
     hook: str

@@ -28,7 +28,7 @@ ASKED = StoreRequest(model="tiny", layers=(1,), hooks=("mlp_out",), tokens=TOKEN
 
 
 def plans(*sizes: int, shard_rows: int = SHARD) -> dict[str, Any]:
-    """What is planned for the shipped model by number of tokens, in eighty small shards."""
+    """The planner's documents for requests of the shipped model, by number of tokens. Shards are small."""
     found = {}
     for tokens in sizes:
         planned = plan_request(ASKED.model_copy(update={"tokens": tokens}), "stores", "cpu")
