@@ -10,13 +10,14 @@ from pydantic import ValidationError
 
 from harvest.reuse.match import Found, NewStore, Wanted, find_answer
 from harvest.reuse.words import answer_in_words, cost_in_words, rows_to_harvest
-from harvest.serve.catalog import Catalog, mark_of
+from harvest.serve.catalog import Catalog, mark_of, read_spec_of
 from harvest.serve.database import OPEN
 from harvest.serve.jobs import LIGHT, PRIORITIES, JobTable
 from harvest.serve.records import Limits
 from harvest.serve.space import Space, size_of
 from shared.refusals import QueueFullError
 from shared.request import CacheAnswer, Place, RequestPlan
+from shared.store.opened import spec_id
 
 MOST_MEMOS: Final = 10_000
 
@@ -172,8 +173,8 @@ class Requests:
     def spec_id(self, found: Found) -> str | None:
         """The id of the answer's only store; None where there are several."""
         stores = set(found.places.values())
-        row = self.database.one("SELECT spec_id FROM store WHERE id = ?", min(stores)) if len(stores) == 1 else None
-        return None if row is None else str(row["spec_id"])
+        row = self.database.one("SELECT spec FROM store WHERE id = ?", min(stores)) if len(stores) == 1 else None
+        return None if row is None else spec_id(read_spec_of(row))
 
     def underway(self, planned: AskedPlan, found: Found, jobs: Collection[int]) -> CacheAnswer:
         """The answer while jobs make it. Its job is the last one: when that is done, mostly all are."""

@@ -8,29 +8,25 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from harvest.reuse.key import token_key
 from harvest.reuse.match import CatalogStore, Wanted
-from harvest.reuse.scan import scan_store
+from harvest.reuse.scan import each_of, scan_store
 from harvest.serve.database import LIVE, Database
 from shared.errors import UserError
 from shared.files.local import LocalFiles
 from shared.gate import quoted
 from shared.request import StoreFilter, StorePage, StoreRow, StoreSort
-from shared.store.opened import STATE_FILE, state_document
-from shared.store.shard import crc32c
+from shared.store.opened import STATE_FILE, spec_id
 from shared.store.spec import StoreSpec
 
 TOUCHED: Final = 60.0
 """Seconds for which a use is not noted again: an answer from the catalog then writes nothing."""
 MOST_ROWS: Final = 500
 """Rows of one page."""
-AT_ONCE: Final = 8
-"""Folders read in parallel."""
 GONE: Final = ".gone-"
 """Begins the name of a deleted store's folder, until its files are deleted, too."""
 SORTS: Final[dict[StoreSort, tuple[str, str]]] = {
@@ -41,7 +37,7 @@ SORTS: Final[dict[StoreSort, tuple[str, str]]] = {
     "id": ("id", "ASC"),
 }
 SHOWN: Final = (
-    "id, key, spec_id, model, corpus, hooks, tokens, n_tokens, context, codec, bytes, state, environment, created, used"
+    "id, key, spec, model, corpus, hooks, tokens, n_tokens, context, codec, bytes, state, environment, created, used"
 )
 
 
@@ -69,12 +65,8 @@ class Catalog:
         """Brings the rows up to date with the folders. Returns the number of stores."""
         known = {row["id"]: row["mark"] for row in self.database.all("SELECT id, mark FROM store")}
         folders = {name: (mark, created) for name, mark, created in store_folders(self.root)}
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            new = [
-                name for name, (mark, _) in folders.items() if mark not in (known.get(name), self.unreadable.get(name))
-            ]
-            read = pool.map(self.read, new)
-            found = [FoundStore(store, *folders[store.store]) for store in read if store]
+        new = [name for name, (mark, _) in folders.items() if mark not in (known.get(name), self.unreadable.get(name))]
+        found = [FoundStore(store, *folders[store.store]) for store in each_of(self.read, new) if store]
         for name in {*new} - {each.about.store for each in found}:
             self.unreadable[name] = folders[name][0]
         with self.database.transaction():
@@ -109,7 +101,6 @@ class Catalog:
         store, spec = found.about, found.about.spec
         values = {
             "key": store.key,
-            "spec_id": f"{crc32c(state_document(spec, 'final')):08x}",
             "state": store.state,
             "spec": json.dumps(spec.as_json()),
             "model": str(spec.model.get("name", "")),
@@ -155,7 +146,7 @@ class Catalog:
         return [self.about(row) for row in self.database.all(query, json.dumps(keys), wanted.token_key)]
 
     def about(self, row: sqlite3.Row) -> CatalogStore:
-        spec = StoreSpec.model_validate(json.loads(row["spec"]))
+        spec = read_spec_of(row)
         size, folder = row["bytes"] or None, str(self.root / row["id"])
         return CatalogStore(row["id"], spec, row["key"], row["tokens"], row["state"], row["environment"], size, folder)
 
@@ -194,7 +185,8 @@ class Catalog:
         readers, writers = ({row[0]: row[1] for row in rows} for rows in (leases, jobs))
         return [
             StoreRow(
-                **{name: row[name] for name in row.keys() if name not in ("hooks", "tokens", "bytes")},  # noqa: SIM118
+                **{name: row[name] for name in row.keys() if name not in ("spec", "hooks", "tokens", "bytes")},  # noqa: SIM118
+                spec_id=spec_id(read_spec_of(row)),
                 hookpoints=tuple(row["hooks"].split()),
                 rows=row["tokens"],
                 bytes=row["bytes"] or None,
@@ -213,6 +205,11 @@ class Catalog:
         with self.database.transaction():
             self.database.run("UPDATE store SET used = ? WHERE id = ?", self.database.clock.now(), name)
         self.touched[name] = now
+
+
+def read_spec_of(row: sqlite3.Row) -> StoreSpec:
+    """The spec in a store's row."""
+    return StoreSpec.model_validate(json.loads(row["spec"]))
 
 
 def conditions(filters: StoreFilter) -> tuple[list[str], list[Any]]:

@@ -41,6 +41,11 @@ def state_document(spec: StoreSpec, state: State) -> bytes:
     return as_bytes({"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
 
+def spec_id(spec: StoreSpec) -> str:
+    """An id of the store that has this spec when it is final."""
+    return f"{crc32c(state_document(spec, 'final')):08x}"
+
+
 def write_state(files: Files, spec: StoreSpec, state: State) -> None:
     files.write(STATE_FILE, [state_document(spec, state)])
 
@@ -161,7 +166,7 @@ class Store:
     @cached_property
     def spec_id(self) -> str:
         """An id of the store that this will be when it is final."""
-        return f"{crc32c(state_document(self.spec, 'final')):08x}"
+        return spec_id(self.spec)
 
     def only(self, shards: list[int]) -> "Store":
         """The same store with fewer commits."""

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from support.command import Sagsae
 from support.reuse import comparable, counted_shards, no_model
 
 import harvest.reuse.shape
+from harvest.reuse import scan
 from harvest.reuse.answer import answer_request, look_up, plan_answer
 from harvest.reuse.key import store_key
 from harvest.reuse.match import harvest_of
@@ -194,3 +197,20 @@ def test_rates_are_of_the_same_model_and_device(store: Store, tmp_path: Path) ->
     (tmp_path / RATES).write_bytes(b'{"rate": "fast"}\n\xff\n[]\n{"rate": -1, "rows": 3}\n')
     assert list(rates(files)) == []
     remember_rate(LocalFiles(tmp_path / "nowhere"), spec, "cpu", 1, 1.0)
+
+
+def test_folders_on_a_slow_disk_are_read_in_parallel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scan, "SLOW_S", 0.0)
+    names, threads = [f"s{number}" for number in range(100)], set[int]()
+
+    def read(name: str) -> Any:
+        threads.add(threading.get_ident())
+        time.sleep(0.001)
+        return name
+
+    assert scan.each_of(read, names) == names
+    assert len(threads) > 2
+    monkeypatch.setattr(scan, "SLOW_S", 1.0)
+    threads.clear()
+    assert scan.each_of(read, names) == names
+    assert len(threads) == 1
