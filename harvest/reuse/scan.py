@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Final
+from typing import Final, TypeVar
 
 from harvest.reuse.key import environment_in, environment_of, store_key
 from harvest.reuse.match import CatalogStore
@@ -17,6 +17,7 @@ from shared.store.create import RECORD
 from shared.store.manifest import read_manifest
 from shared.store.opened import STATE_FILE, is_store, read_state
 
+Read = TypeVar("Read")
 AT_ONCE: Final = 8
 """Folders read in parallel on a slow disk."""
 FEW: Final = 32
@@ -35,7 +36,7 @@ def scan_stores(root: str | Path, *, sizes: bool = False, tell: bool = True) -> 
     return [store for store in found if store]
 
 
-def each_of(read: Callable[[str], CatalogStore | None], names: Sequence[str]) -> list[CatalogStore | None]:
+def each_of(read: Callable[[str], Read], names: Sequence[str]) -> list[Read]:
     """What `read` returns for each folder. On a disk that answers at once one thread is fastest: several would wait for
     the GIL (5,000 stores: 0.7 s, and 1.5 s with eight threads). Where a folder takes longer, several are read in
     parallel."""

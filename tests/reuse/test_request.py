@@ -203,7 +203,7 @@ def test_folders_on_a_slow_disk_are_read_in_parallel(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(scan, "SLOW_S", 0.0)
     names, threads = [f"s{number}" for number in range(100)], set[int]()
 
-    def read(name: str) -> Any:
+    def read(name: str) -> str:
         threads.add(threading.get_ident())
         time.sleep(0.001)
         return name
