@@ -129,9 +129,15 @@ def test_the_exit_codes() -> None:
 
 
 def test_a_disk_that_can_never_hold_it(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"about .* are needed, .* are free") as found:
+    with pytest.raises(UserError, match=r"about .* are needed, the whole disk has .* GB") as found:
         check_fits(str(tmp_path), DiskNeed({"all": 1 << 60}, 0, 0, 1 << 20))
     assert found.value.exit_code == 2
+
+
+def test_a_disk_that_is_full_for_now(tmp_path: Path) -> None:
+    with pytest.raises(BusyError, match=r"about 2e-06 GB are needed, 1e-06 GB are free") as found:
+        check_fits(str(tmp_path), DiskNeed({"all": 2000}, 0, 0, 1000))
+    assert found.value.exit_code == 75
 
 
 def test_another_process_of_a_harvest_failed() -> None:

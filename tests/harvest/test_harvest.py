@@ -22,7 +22,7 @@ import harvest.run
 from harvest.begin import too_little
 from harvest.run import harvest as run_harvest
 from shared.config import HarvestConfig
-from shared.errors import DamagedError, Interrupted, UserError
+from shared.errors import BusyError, DamagedError, Interrupted, UserError
 from shared.files.local import LocalFiles
 from shared.files.locks import folder_lock
 from shared.store.opened import Store, is_store
@@ -218,8 +218,10 @@ def test_unwritable_output(harvest_config: Config, tmp_path: Path) -> None:
 def test_a_disk_too_small_is_refused_before_any_work(
     harvest_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.setattr("harvest.disk_space.shutil.disk_usage", lambda _path: shutil._ntuple_diskusage(10, 9, 1000))
-    with pytest.raises(UserError, match=r"about 0\.00\d+ GB are needed, 1e-06 GB are free"):
+    monkeypatch.setattr(
+        "harvest.disk_space.shutil.disk_usage", lambda _path: shutil._ntuple_diskusage(1 << 40, 9, 1000)
+    )
+    with pytest.raises(BusyError, match=r"about 0\.00\d+ GB are needed, 1e-06 GB are free"):
         run_harvest(harvest_config(tmp_path))
     said = capsys.readouterr().err
     assert "5,000 tokens of 3 hookpoints" in said
