@@ -1,0 +1,1 @@
+"""Autoencoders of other tools: files for them, files from them, and the Hugging Face hub."""

@@ -1,0 +1,78 @@
+"""Trained autoencoders on disk, with what their folders say about them."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from shared.errors import DamagedError, UserError
+from shared.gate import BadData
+from train.autoencoder import SETTINGS, Autoencoder
+from train.runs.folder import RunFolder, read_sealed
+
+SAES: Final = "saes"
+
+
+@dataclass(frozen=True)
+class SavedSAE:
+    """One autoencoder's folder."""
+
+    folder: Path
+    run: Path | None
+    """The run that it belongs to; None for a folder that stands alone."""
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def load(self, device: str = "cpu") -> Autoencoder:
+        """Raises UserError or DamagedError as `Autoencoder.load` does."""
+        return Autoencoder.load(self.folder, device)
+
+    def about(self) -> dict[str, Any]:
+        """What cfg.json says: the settings, `model`, `hook_name`, `context` and the rest. Check each value before use:
+        the folder may come from anybody."""
+        try:
+            return read_sealed(self.folder / SETTINGS)
+        except (BadData, FileNotFoundError) as error:
+            raise UserError(f"{self.folder}: does not hold a trained autoencoder ({SETTINGS}: {error})") from error
+
+    def measured(self) -> dict[str, Any]:
+        """Its entry in its run's evaluation.json; empty where nothing was measured. Raises DamagedError when the file
+        was altered."""
+        if self.run is None:
+            return {}
+        try:
+            found = read_sealed(RunFolder(self.run).evaluation)
+        except FileNotFoundError:
+            return {}
+        except BadData as error:
+            raise DamagedError(f"{RunFolder(self.run).evaluation}: {error}. Write it again: sagsae eval") from error
+        entries = found.get("saes")
+        entries = entries if isinstance(entries, list) else []
+        return next((each for each in entries if isinstance(each, dict) and each.get("name") == self.name), {})
+
+
+def find_saes(place: Path) -> list[SavedSAE]:
+    """Returns the autoencoders that `RUN`, `RUN/NAME`, `RUN/saes/NAME` or a folder with one autoencoder names, by name.
+    Raises UserError when there is none."""
+    if (place / SETTINGS).is_file():
+        return [SavedSAE(place, run_of(place))]
+    if RunFolder(place).holds(SAES):
+        found = [path for path in sorted((place / SAES).iterdir()) if (path / SETTINGS).is_file()]
+        if found:
+            return [SavedSAE(path, place) for path in found]
+        raise UserError(f"{place}: its training has saved no autoencoder yet. Run the same sagsae train command again")
+    inside = place.parent / SAES
+    if (inside / place.name / SETTINGS).is_file():
+        return [SavedSAE(inside / place.name, place.parent)]
+    if inside.is_dir():
+        names = ", ".join(sorted(path.name for path in inside.iterdir())[:8])
+        raise UserError(f"{place.parent}: has no autoencoder {place.name}. It has {names}")
+    raise UserError(f"{place}: is neither a run nor the folder of an autoencoder. Give RUN or RUN/NAME")
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run whose saes/ holds this folder."""
+    run = folder.absolute().parent.parent
+    is_run = folder.absolute().parent.name == SAES and (run / "config.json").is_file()
+    return folder.parent.parent if is_run else None
