@@ -185,11 +185,13 @@ def start(work: Callable[..., None], *arguments: Any) -> tuple[int, int]:
     os._exit(0)
 
 
-def end(process: int, reading: int, after: float | None) -> bool:
-    """Kills a process so many seconds after now; None waits for its end. Whether it was at work when it was killed.
-    Raises when it failed."""
+def end(process: int, reading: int, after: float | None, enough: Callable[[], bool] = lambda: False) -> bool:
+    """Kills a process so many seconds after now, or once it has done `enough`; None waits for its end. Whether it was
+    at work when it was killed. Raises when it failed."""
     if after is not None:
-        time.sleep(after)
+        late = time.monotonic() + after
+        while time.monotonic() < late and not enough():
+            time.sleep(0.002)
         os.kill(process, signal.SIGKILL)
     _, status = os.waitpid(process, 0)
     at_work = bool(os.read(reading, 1))
@@ -211,7 +213,8 @@ def kill_again_and_again(root: Path, size: Size, kills: int, longest: float) -> 
 
 
 def pair(root: Path, kills: int, longest: float) -> dict[str, int]:
-    """Two writers at once, odd and even shards, into a store that was begun. The odd one is killed `kills` times."""
+    """Two writers at once, odd and even shards, into a store that was begun. The odd one is killed `kills` times, each
+    time before it has committed a tenth of its shards, however fast the machine is."""
     files, rng, counts = LocalFiles(root), random.Random(0), Counter[str](kills=0)
 
     def share(number: int, begun: Callable[[], Any]) -> None:
@@ -220,14 +223,20 @@ def pair(root: Path, kills: int, longest: float) -> dict[str, int]:
 
     with files.lock():
         clean_up(files)
+        log, few = root / "manifest" / "rank-00001.jsonl", Store.open(root).spec.n_shards // 20
         even = start(share, 0)
         while counts["kills"] < kills and any(shard % 2 for shard in Store.open(root).missing):
-            counts["kills"] += end(*start(share, 1), rng.uniform(0, longest))
+            last = lines_in(log) + few - 1
+            counts["kills"] += end(*start(share, 1), rng.uniform(0, longest), lambda last=last: lines_in(log) >= last)
         for process in (start(share, 1), even):
             end(*process, None)
         counts["logs"] = len(list(root.glob("manifest/rank-*.jsonl")))
         finish_store(files, Store.open(root).spec)
     return counts
+
+
+def lines_in(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
 def die_at(step: int) -> None:
