@@ -109,14 +109,14 @@ class Space:
             want = max(must, planned - int(self.quota * self.limits.low_water))
         return must, want
 
-    def fits_now(self, expected: int) -> bool:
-        """Whether a job may begin to write: what is being deleted still takes space."""
+    def fits_now(self, need: int) -> bool:
+        """Whether a job may begin to write so much: what is being deleted still takes space."""
         if self.quota is None or not self.leaving:
             return True
         self.measure()
         running = self.database.number(f"SELECT sum(bytes) FROM ({RESERVED.replace(LIVE, 'job.worker IS NOT NULL')})")
         used = self.database.number("SELECT sum(own) FROM store")
-        return used + sum(self.leaving.values()) + running + expected <= self.quota
+        return used + sum(self.leaving.values()) + running + need <= self.quota
 
     def would_evict(self, need: int, keep: Collection[str]) -> list[str]:
         """The stores that `make_room` would delete. Raises QuotaError."""

@@ -236,6 +236,29 @@ def test_what_was_linked_from_an_evicted_store_counts_before_the_next_job_begins
     state.close()
 
 
+def test_no_job_begins_before_the_bytes_are_gone_that_it_evicts_itself(
+    state: State, clock: TestClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = state.ask(planned(spec_of(8 * SHARD, seed=0)), "ann").job
+    assert job is not None
+    state.cancel(job)
+    state.remove("s0")  # it was to lend half of the shards
+    fake_store(state.root, "s3", spec_of(seed=3), shard_bytes=25_000)
+    state.scan()
+    state.retry(job)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a slow disk
+        assert state.take(WORKER) is None
+        assert state.usage().leaving > 0
+        assert state.take(WORKER) is None
+        assert state.usage().reserved > 8 * 25_000
+        clock.move(3600)
+        state.sweep()
+        assert left(state) == [".gone-s1", ".gone-s2", "s3"]
+    state.sweep()
+    assert state.take(WORKER) is not None
+
+
 def test_the_rest_of_an_interrupted_deletion_is_deleted_at_the_start(state: State, tmp_path: Path) -> None:
     (tmp_path / "s0").rename(tmp_path / ".gone-s0")
     state.close()
