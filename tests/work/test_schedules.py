@@ -44,9 +44,9 @@ class Schedules(RuleBasedStateMachine):
     evicting: ClassVar = 0
     """Schedules that evicted a store."""
 
-    @initialize(slow=st.booleans(), old=st.integers(0, 3), hold=st.sampled_from(["", "pin", "lease"]), key=KEYS)
-    def begin(self, slow: bool, old: int, hold: str, key: int) -> None:
-        """A server starts; one of its stores may be held, and then more is asked than there is room for."""
+    @initialize(slow=st.booleans(), old=st.integers(0, 3), why=st.sampled_from(["", "pin", "lease", "used"]), key=KEYS)
+    def begin(self, slow: bool, old: int, why: str, key: int) -> None:
+        """A server starts; a store is held, or all were just used, and more is asked than there is room for."""
         self.root = Path(tempfile.mkdtemp(prefix="schedules-", dir=MEMORY))
         self.clock = TestClock(wall=4_000_000_000.0)
         self.account = Account(self.root, self.clock)
@@ -61,9 +61,11 @@ class Schedules(RuleBasedStateMachine):
         """Whether the disk deletes nothing for now."""
         self.deleting = patch("shutil.rmtree", lambda path, **how: None if self.slow else DELETE(path, **how))
         self.deleting.start()
-        if hold:
-            (self.hold_by_pin if hold == "pin" else self.hold_by_lease)(f"old-{old}")
-        self.want_much(key, 5)
+        if why in ("pin", "lease"):
+            (self.hold_by_pin if why == "pin" else self.hold_by_lease)(f"old-{old}")
+        if why != "used":
+            self.pass_time(MIN_AGE_S + 20.0)
+        self.want(key, 5, False)
 
     def open(self) -> None:
         limits = Limits(free_share=0.0, attempts=3, min_age_s=MIN_AGE_S, light_grace_s=0.0, measure_s=1.0)
@@ -89,7 +91,7 @@ class Schedules(RuleBasedStateMachine):
         try:
             answer = self.state.ask(document, "ann")
         except QuotaError as error:
-            self.check_refusal(error)
+            self.account.check_refusal({each["store"]: each["why"] for each in error.held_by})
             return
         assert self.account.there - self.account.folders() <= going
         store = answer.hookpoints[HOOKS[0]].store
@@ -114,15 +116,6 @@ class Schedules(RuleBasedStateMachine):
         assert self.account.folders() == self.account.there
         assert not {store: why for store in going if (why := self.account.why_kept(store))}
         return going
-
-    def check_refusal(self, error: QuotaError) -> None:
-        """Nothing went, and every store is named with what holds it."""
-        there, pins = self.account.there, self.account.pins
-        assert self.account.folders() == there
-        named = {each["store"]: each["why"] for each in error.held_by}
-        assert there <= named.keys()
-        assert {named[store] for store in there & pins} <= {"pin"}
-        assert {named[store] for store in {*self.account.leased()} - pins} <= {"lease"}
 
     @rule(key=KEYS, shards=SHARDS, pin=st.booleans())
     def want(self, key: int, shards: int, pin: bool) -> None:
@@ -358,18 +351,10 @@ class Schedules(RuleBasedStateMachine):
         now = self.state.changes_since(0).revision
         assert now >= self.revision
         self.revision = now
-        rows = {row.id: row for row in self.state.stores().stores}
-        assert rows.keys() == self.account.there
-        leased = self.account.leased()
-        for store, row in rows.items():
-            assert bool(row.pins) is (store in self.account.pins)
-            assert row.leases == leased.count(store)
+        self.account.check_stores(self.state.stores().stores)
         jobs = {job.id: job for job in self.state.jobs(limit=500).jobs}
         assert self.asked.keys() <= jobs.keys()
-        for job, attempt in self.running.items():
-            assert jobs[job].attempt == attempt.taken.attempt
-            assert jobs[job].worker == attempt.worker
-        assert {job.id for job in jobs.values() if job.state in ("running", "verifying")} <= self.running.keys()
+        self.account.check_jobs(jobs)
 
     def finish(self) -> None:
         """Every open job can be done, unless what is held leaves no space."""

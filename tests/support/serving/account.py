@@ -4,12 +4,12 @@ It is kept beside the service and asks it nothing: it looks at the disk, and rem
 """
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from shared.request import Job, StoreRow, TakenJob, WorkerInfo
 from support.serving.cache import HOOKS, SHARD, FakeHarvest, TestClock, disk_bytes, spec_of
-
-from shared.request import TakenJob, WorkerInfo
 
 QUOTA = 330_000
 """Room for about eleven shards."""
@@ -157,3 +157,24 @@ class Account:
         for attempt in self.running.values():
             assert not attempt.lenders or attempt.lenders & now, "a worker's shards were evicted before it linked them"
         assert disk_bytes(self.root) + sum(map(self.still_to_write, self.running.values())) <= QUOTA
+
+    def check_refusal(self, named: Mapping[str, str]) -> None:
+        """Nothing went, and every store is named with what holds it."""
+        assert self.folders() == self.there
+        assert self.there <= named.keys()
+        assert {named[store] for store in self.there & self.pins} <= {"pin"}
+        assert {named[store] for store in {*self.leased()} - self.pins} <= {"lease"}
+
+    def check_stores(self, rows: Sequence[StoreRow]) -> None:
+        """The catalog lists the stores that are there, with their holders."""
+        assert {row.id for row in rows} == self.there
+        for row in rows:
+            assert bool(row.pins) is (row.id in self.pins)
+            assert row.leases == self.leased().count(row.id)
+
+    def check_jobs(self, jobs: Mapping[int, Job]) -> None:
+        """Every attempt is its worker's, and no other job counts as running."""
+        for job, attempt in self.running.items():
+            assert jobs[job].attempt == attempt.taken.attempt
+            assert jobs[job].worker == attempt.worker
+        assert {job for job, row in jobs.items() if row.state in ("running", "verifying")} <= self.running.keys()
