@@ -378,7 +378,7 @@ class Schedules(RuleBasedStateMachine):
 
 SETTINGS = settings(
     max_examples=50,
-    stateful_step_count=50,
+    stateful_step_count=30,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )
