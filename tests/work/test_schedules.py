@@ -387,5 +387,5 @@ SETTINGS = settings(
 @pytest.mark.timeout(280)
 def test_what_must_hold_in_random_schedules() -> None:
     Schedules.evicting = 0
-    run_state_machine_as_test(Schedules, settings=SETTINGS)  # type: ignore[no-untyped-call]
+    run_state_machine_as_test(Schedules, settings=SETTINGS)
     assert Schedules.evicting >= 10, "too few schedules evict a store to say what stays"
