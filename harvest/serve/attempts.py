@@ -94,14 +94,7 @@ class Attempts:
             self.done(row, next(iter(found.places.values())))
             return None
         new = repaired or found.new[0]
-        expected = self.space.own(new.store) + size_of(new, found.tokens)
-        if not self.space.fits_now(expected):
-            return None
-        try:
-            more = expected - row["expected"]
-            self.space.make_room(max(0, more), {*found.donors, *found.places.values(), row["store"]})
-        except QuotaError as error:
-            self.jobs.set(row, note=str(error)[:MOST_WORDS], not_before=self.clock.monotonic() + self.limits.backoff_s)
+        if not self.reserve(row, found, new):
             return None
         self.jobs.start_log(row["id"])
         values = {
@@ -109,10 +102,6 @@ class Attempts:
             "attempt": row["attempt"] + 1,
             "worker": worker.name,
             "deadline": self.clock.monotonic() + self.limits.lease_s,
-            "action": new.action,
-            "store": new.store,
-            "donors": json.dumps(found.donors),
-            "expected": expected,
             "began": self.rows_in(new.store),
             "started": row["started"] or self.clock.now(),
             "note": "",
@@ -121,6 +110,22 @@ class Attempts:
         self.jobs.set(row, **values)
         self.jobs.begin_attempt(row["id"], row["attempt"] + 1, worker.name)
         return self.taken(self.jobs.row(row["id"]), new)
+
+    def reserve(self, row: sqlite3.Row, found: Found, new: NewStore) -> bool:
+        """Keeps space for what is left to do, and the stores that it needs. False while there is no space yet: other
+        stores must stay, or what was evicted is still being deleted."""
+        left = size_of(new, found.tokens)
+        expected = self.space.own(new.store) + left
+        try:
+            more = expected - row["expected"]
+            self.space.make_room(max(0, more), {*found.donors, *found.places.values(), row["store"]})
+        except QuotaError as error:
+            self.jobs.set(row, note=str(error)[:MOST_WORDS], not_before=self.clock.monotonic() + self.limits.backoff_s)
+            return False
+        values = {"action": new.action, "store": new.store, "donors": json.dumps(found.donors), "expected": expected}
+        if any(row[name] != value for name, value in values.items()):
+            self.jobs.set(row, **values)
+        return self.space.fits_now(left)
 
     def repaired(self, row: sqlite3.Row) -> NewStore | None:
         """The store of a job that is to be repaired, as one to make: the catalog still calls it whole."""

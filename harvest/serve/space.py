@@ -77,23 +77,23 @@ class Space:
                         self.database.run("UPDATE store SET bytes = ?, own = ? WHERE id = ?", size, own, store)
 
     def sizes_of(self, key: str) -> dict[str, tuple[int, int]]:
-        """All bytes and own bytes of the unmeasured stores of one key. A linked file counts for the first store that
-        has it; a file that has a further link is another, measured store's."""
+        """All bytes and own bytes of the stores of one key that are unmeasured; of all its stores where those have
+        files that others may have, too. A linked file counts for the first store that has it."""
         rows = self.database.all("SELECT id, own FROM store WHERE key = ? ORDER BY state, created, id", key)
         files = {row["id"]: list(walk(self.root / row["id"])) for row in rows if row["own"] is None}
         names = Counter(file.inode for each in files.values() for file in each)
-        alone, counted, sizes = len(files) == len(rows), set[Inode](), dict[str, tuple[int, int]]()
+        if len(files) < len(rows) and any(names[file.inode] < file.links for each in files.values() for file in each):
+            files = {row["id"]: files.get(row["id"]) or list(walk(self.root / row["id"])) for row in rows}
+        counted, sizes = set[Inode](), dict[str, tuple[int, int]]()
         for store, each in files.items():
-            own = 0
-            for file in each:
-                if file.inode not in counted and (alone or names[file.inode] >= file.links):
-                    own += file.bytes
-                counted.add(file.inode)
-            sizes[store] = (sum(file.bytes for file in each), own)
+            new = {file.inode: file.bytes for file in each if file.inode not in counted}
+            counted |= new.keys()
+            sizes[store] = (sum(file.bytes for file in each), sum(new.values()))
         return sizes
 
     def own(self, store: str) -> int:
         """Bytes that a store alone has; 0 when it is not there yet."""
+        self.measure()
         return self.database.number("SELECT own FROM store WHERE id = ?", store)
 
     # room
@@ -109,13 +109,14 @@ class Space:
             want = max(must, planned - int(self.quota * self.limits.low_water))
         return must, want
 
-    def fits_now(self, expected: int) -> bool:
-        """Whether a job may begin to write: what is being deleted still takes space."""
+    def fits_now(self, need: int) -> bool:
+        """Whether a job may begin to write so much: what is being deleted still takes space."""
         if self.quota is None or not self.leaving:
             return True
+        self.measure()
         running = self.database.number(f"SELECT sum(bytes) FROM ({RESERVED.replace(LIVE, 'job.worker IS NOT NULL')})")
         used = self.database.number("SELECT sum(own) FROM store")
-        return used + sum(self.leaving.values()) + running + expected <= self.quota
+        return used + sum(self.leaving.values()) + running + need <= self.quota
 
     def would_evict(self, need: int, keep: Collection[str]) -> list[str]:
         """The stores that `make_room` would delete. Raises QuotaError."""
@@ -203,16 +204,16 @@ class Space:
 
     def delete_leaving(self) -> None:
         """Deletes the files of stores that were taken out, now or before the server was stopped."""
-        names = {path.name for path in self.root.glob(f"{GONE}*")}
-        for name in sorted(names):
-            shutil.rmtree(self.root / name, ignore_errors=True)
-        left = {name: list(walk(self.root / name)) for name in names - self.leaving.keys()}
-        links = Counter(file.inode for files in left.values() for file in files)
-        for name, files in left.items():  # of an earlier process
-            own = {file.inode: file.bytes for file in files if links[file.inode] >= file.links}
-            if own:
-                self.leaving[name] = sum(own.values())
-        for name in list(self.leaving):
+        folders = sorted(self.root.glob(f"{GONE}*"))
+        for folder in folders:
+            shutil.rmtree(folder, ignore_errors=True)
+        left = {folder.name: list(walk(folder)) for folder in folders if folder.exists()}
+        names, counted = Counter(file.inode for files in left.values() for file in files), set[Inode]()
+        for name, files in left.items():  # what no store has any longer
+            own = {file.inode: file.bytes for file in files if names[file.inode] >= file.links}
+            self.leaving[name] = sum(size for inode, size in own.items() if inode not in counted)
+            counted |= own.keys()
+        for name in self.leaving.keys() - left.keys():
             if not (self.root / name).exists():
                 self.leaving.pop(name, None)
 

@@ -67,6 +67,21 @@ def test_linked_bytes_count_once(tmp_path: Path) -> None:
     state.close()
 
 
+def test_linked_bytes_count_once_while_their_first_store_grows(tmp_path: Path) -> None:
+    first = FakeHarvest(tmp_path, "first", spec_of(4 * SHARD)).begin()
+    first.shard(0)
+    state = State.open(tmp_path)
+    assert state.usage().used == disk_bytes(tmp_path)
+    second = FakeHarvest(tmp_path, "second", spec_of(8 * SHARD), linked=(first.files.root,)).begin()
+    second.shard(0)
+    state.scan()
+    assert state.usage().used == disk_bytes(tmp_path)
+    first.shard(1)
+    state.scan()
+    assert state.usage().used == disk_bytes(tmp_path)
+    state.close()
+
+
 def test_a_backup_by_links_elsewhere_counts_all_the_same(tmp_path: Path) -> None:
     root = tmp_path / "stores"
     root.mkdir()
@@ -181,6 +196,21 @@ def test_a_store_that_outgrows_its_estimate_takes_more_room_or_fails(state: Stat
     assert left(state) == ["s2", taken.store]
 
 
+def test_a_resumed_store_keeps_the_space_for_what_it_lacks(state: State, clock: TestClock) -> None:
+    state.ask(planned(spec_of(seed=8)), "ann")
+    whole = state.usage().reserved
+    taken = state.take(WORKER)
+    assert taken is not None
+    store = FakeHarvest(state.root, taken.store, spec_of(seed=8), shard_bytes=25_000).begin()
+    store.shard(0)
+    store.shard(1)
+    clock.move(31)  # its worker is not heard of
+    state.sweep()
+    clock.move(11)
+    assert state.take(WORKER) is not None
+    assert state.usage().reserved >= whole // 2
+
+
 def test_no_job_begins_before_the_evicted_bytes_are_gone(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a slow disk
@@ -189,6 +219,43 @@ def test_no_job_begins_before_the_evicted_bytes_are_gone(state: State, monkeypat
         assert state.take(WORKER) is None
     state.sweep()
     assert state.usage().leaving == 0
+    assert state.take(WORKER) is not None
+
+
+def test_what_was_linked_from_an_evicted_store_counts_before_the_next_job_begins(
+    tmp_path: Path, clock: TestClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = fake_store(tmp_path, "large", spec_of(8 * SHARD), shard_bytes=25_000)
+    os.utime(large / "zarr.json", (1000, 1000))
+    fake_store(tmp_path, "small", spec_of(6 * SHARD), shard_bytes=25_000, linked=(large,))
+    state = State.open(tmp_path, 310_000, clock=clock.clock, limits=LIMITS)
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)  # a slow disk
+    state.ask(planned(spec_of(4 * SHARD, seed=9)), "ann")
+    assert left(state) == [".gone-large", "small"]
+    assert state.take(WORKER) is None
+    state.close()
+
+
+def test_no_job_begins_before_the_bytes_are_gone_that_it_evicts_itself(
+    state: State, clock: TestClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = state.ask(planned(spec_of(8 * SHARD, seed=0)), "ann").job
+    assert job is not None
+    state.cancel(job)
+    state.remove("s0")  # it was to lend half of the shards
+    fake_store(state.root, "s3", spec_of(seed=3), shard_bytes=25_000)
+    state.scan()
+    state.retry(job)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda *_, **__: None)  # a slow disk
+        assert state.take(WORKER) is None
+        assert state.usage().leaving > 0
+        assert state.take(WORKER) is None
+        assert state.usage().reserved > 8 * 25_000
+        clock.move(3600)
+        state.sweep()
+        assert left(state) == [".gone-s1", ".gone-s2", "s3"]
+    state.sweep()
     assert state.take(WORKER) is not None
 
 
@@ -211,6 +278,19 @@ def test_what_an_earlier_server_could_not_delete_still_counts(
         assert state.usage().used + state.usage().leaving == disk_bytes(tmp_path)
     state.sweep()
     assert state.usage().leaving == 0
+    state.close()
+
+
+def test_what_two_deleted_stores_share_leaves_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lender = fake_store(tmp_path, ".gone-a")
+    fake_store(tmp_path, ".gone-b", spec_of(6 * SHARD), linked=(lender,))
+    delete = shutil.rmtree
+    monkeypatch.setattr("shutil.rmtree", lambda *_, **__: None)
+    state = State.open(tmp_path, 480_000)
+    assert state.usage().leaving == disk_bytes(tmp_path)
+    delete(lender)
+    state.sweep()
+    assert state.usage().leaving == disk_bytes(tmp_path) > 60_000
     state.close()
 
 
