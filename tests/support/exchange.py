@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
-from support.variants import D_IN, batch, variant, weights
 
+from support.variants import D_IN, batch, variant, weights
 from train.autoencoder import Autoencoder
 from train.exchange.saved import SavedSAE
 
