@@ -24,6 +24,8 @@ warnings.simplefilter("ignore")
 RELATIVE, FLIPS = 1e-6, 3e-6
 Case = dict[str, Any]
 Row = dict[str, Any]
+Said = tuple[str, Tensor, Tensor, bool]
+"""Who reads it, f, x̂, and whether f is larger by the norms of the decoder's rows."""
 
 
 def without_nnsight() -> None:
@@ -60,8 +62,9 @@ def joined(f: Tensor, d_sae: int) -> Tensor:
     return f if f.shape[1] == d_sae else f[:, :d_sae] - f[:, d_sae:]
 
 
-def compared(case: Case, reader: str, f: Tensor, x_hat: Tensor, reference: dict[str, Tensor], scaled: bool) -> Row:
-    """One row of the result. `scaled`: the tool's latents are larger by the norms of the decoder's rows."""
+def compared(case: Case, said: Said, reference: dict[str, Tensor]) -> Row:
+    """One row of the result."""
+    reader, f, x_hat, scaled = said
     mine = reference["f"] * reference["norms"] if scaled else reference["f"]
     found, x_hat, x = joined(f.float(), mine.shape[1]), x_hat.float(), reference["x"]
     flips = (found != 0) != (mine != 0)
@@ -75,7 +78,7 @@ def compared(case: Case, reader: str, f: Tensor, x_hat: Tensor, reference: dict[
     }  # fmt: skip
 
 
-def saelens(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterator[Row]:
+def saelens(root: Path, case: Case, x: Tensor) -> Iterator[Said]:
     """SAE.load_from_disk, before and after fold_W_dec_norm, which Neuronpedia calls."""
     folder = root / case["folder"]
     if case["form"] == "bijumprelu" and "sagsae_bijumprelu" not in sys.modules:
@@ -83,36 +86,36 @@ def saelens(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterator[Ro
         __import__("sagsae_bijumprelu")
     sae = SAE.load_from_disk(folder)
     assert sae.cfg.metadata.hook_name == "blocks.2.hook_resid_post"
-    assert sae.cfg.metadata.sagsae["pairs"] == ("i, i + d_sae/2" if doubled(case, reference) else None)
-    f = sae.encode(reference["x"])
-    yield compared(case, "SAELens", f, sae.decode(f), reference, False)
+    assert sae.cfg.metadata.sagsae["pairs"] == ("i, i + d_sae/2" if is_doubled(case) else None)
+    f = sae.encode(x)
+    yield "SAELens", f, sae.decode(f), False
     sae.fold_W_dec_norm()
-    f = sae.encode(reference["x"])
-    yield compared(case, "SAELens, folded norms", f, sae.decode(f), reference, True)
+    f = sae.encode(x)
+    yield "SAELens, folded norms", f, sae.decode(f), True
 
 
-def doubled(case: Case, reference: dict[str, Tensor]) -> bool:
-    return bool(case["width"] == 2 * reference["f"].shape[1])
+def is_doubled(case: Case) -> bool:
+    return bool(case["width"] == 2 * case["d_sae"])
 
 
-def dictionary_learning(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterator[Row]:
+def dictionary_learning(root: Path, case: Case, x: Tensor) -> Iterator[Said]:
     """load_dictionary; SAEBench's loaders and SAELens' own, which take a repository's files."""
     place = root / case["folder"]
     ours, config = dl.load_dictionary(str(place), "cpu")
-    f = ours.encode(reference["x"])
-    yield compared(case, "dictionary_learning", f, ours.decode(f), reference, True)
+    f = ours.encode(x)
+    yield "dictionary_learning", f, ours.decode(f), True
     module, name = BENCH[config["trainer"]["dict_class"]]
     vars(module)["hf_hub_download"] = from_folder(root)
     load: Callable[..., Any] = getattr(module, name)
     file = f"{case['folder']}/ae.pt"
     sae = load("o/r", file, "tiny", torch.device("cpu"), torch.float32, layer=2)
-    f = sae.encode(reference["x"])
-    yield compared(case, "SAEBench", f, sae.decode(f), reference, True)
+    f = sae.encode(x)
+    yield "SAEBench", f, sae.decode(f), True
     vars(saelens_loaders)["hf_hub_download"] = from_folder(root)
     converter = saelens_loaders.NAMED_PRETRAINED_SAE_LOADERS["dictionary_learning_1"]
     sae = SAE.from_pretrained("o/r", case["folder"], converter=converter)
-    f = sae.encode(reference["x"])
-    yield compared(case, "SAELens", f, sae.decode(f), reference, True)
+    f = sae.encode(x)
+    yield "SAELens", f, sae.decode(f), True
 
 
 def from_folder(root: Path) -> Callable[..., str]:
@@ -127,14 +130,14 @@ def from_folder(root: Path) -> Callable[..., str]:
     return hf_hub_download
 
 
-def sparsify(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterator[Row]:
+def sparsify(root: Path, case: Case, x: Tensor) -> Iterator[Said]:
     sae = SparseCoder.load_from_disk(root / case["folder"] / "layers.2")
-    values, indices, _ = sae.encode(reference["x"])
+    values, indices, _ = sae.encode(x)
     if "note" in case:
-        check_note(case, reference["x"], sae.decode(values, indices))
+        check_note(case, x, sae.decode(values, indices))
         return
-    f = torch.zeros(len(reference["x"]), sae.num_latents).scatter_(1, indices, values)
-    yield compared(case, "sparsify", f, sae.decode(values, indices), reference, False)
+    f = torch.zeros(len(x), sae.num_latents).scatter_(1, indices, values)
+    yield "sparsify", f, sae.decode(values, indices), False
 
 
 def check_note(case: Case, x: Tensor, x_hat: Tensor) -> None:
@@ -145,10 +148,10 @@ def check_note(case: Case, x: Tensor, x_hat: Tensor) -> None:
     assert abs(float(said[1]) - r2.item()) < 1e-4, (case, r2.item())
 
 
-def gemma_scope(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterator[Row]:
+def gemma_scope(root: Path, case: Case, x: Tensor) -> Iterator[Said]:
     """SAELens' loader of Gemma Scope, which finds out about a model by its repository's name."""
     vars(saelens_loaders)["hf_hub_download"] = from_folder(root / case["folder"])
-    n, d_in = case["width"], reference["x"].shape[1]
+    n, d_in = case["width"], x.shape[1]
     (root / case["folder"] / "layer_2").mkdir(exist_ok=True)
     (root / case["folder"] / "layer_2/params.npz").write_bytes((root / case["folder"] / "params.npz").read_bytes())
     converter = saelens_loaders.gemma_2_sae_huggingface_loader
@@ -157,8 +160,8 @@ def gemma_scope(root: Path, case: Case, reference: dict[str, Tensor]) -> Iterato
     cls = SAE.get_sae_class_for_architecture("jumprelu")
     sae: Any = cls(SAE.get_sae_config_class_for_architecture("jumprelu").from_dict(config))
     sae.load_state_dict(state)
-    f = sae.encode(reference["x"])
-    yield compared(case, "SAELens", f, sae.decode(f), reference, False)
+    f = sae.encode(x)
+    yield "SAELens", f, sae.decode(f), False
 
 
 def check_heads(root: Path) -> None:
@@ -186,7 +189,8 @@ def main(root: Path) -> None:
     rows: list[Row] = []
     for case in json.loads((root / "cases.json").read_text()):
         reference = load_file(root / "references" / case["name"])
-        for row in READERS[case["tool"]](root, case, reference):
+        for said in READERS[case["tool"]](root, case, reference["x"]):
+            row = compared(case, said, reference)
             rows.append(row)
             print(json.dumps(row), flush=True)  # noqa: T201
     check_heads(root)

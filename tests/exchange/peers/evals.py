@@ -52,7 +52,7 @@ def by_saelens(sae: Any, model: Any, tokens: Tensor) -> Figures:
 
 
 def activations(model: Any, hook: str, tokens: Tensor) -> Tensor:
-    found = [model.run_with_cache(part, names_filter=[hook])[1][hook] for part in tokens.split(39)]
+    found = [model.run_with_cache(part, names_filter=[hook])[1][hook] for part in torch.split(tokens, 39)]
     return torch.cat(found)
 
 
@@ -68,7 +68,7 @@ def fit(sae: Any, x: Tensor, keep: Tensor) -> Figures:
 def losses(model: Any, hook: str, tokens: Tensor, where: Tensor, change: Callable[[Tensor], Tensor] | None) -> Tensor:
     """The loss of every prediction, [contexts, context - 1], with the hookpoint changed at the positions in `where`."""
     found = []
-    for part, mask in zip(tokens.split(39), where.split(39), strict=True):
+    for part, mask in zip(torch.split(tokens, 39), torch.split(where, 39), strict=True):
 
         def replaced(x: Tensor, hook: Any, mask: Tensor = mask) -> Tensor:  # noqa: ARG001 (TransformerLens' signature)
             assert change is not None

@@ -77,7 +77,7 @@ def exports(saved: SavedSAE, root: Path) -> list[dict[str, Any]]:
         except UserError:
             continue  # a form that the autoencoder does not have; test_export.py holds which
         case = {"name": saved.name, "tool": tool, "form": done.form, "folder": str(out.relative_to(root))}
-        found.append({**case, "b_dec": "folded" if folded else "", "width": done.width})
+        found.append({**case, "b_dec": "folded" if folded else "", "width": done.width, "d_sae": WIDTH})
     return found + approximation(saved, root)
 
 
@@ -88,12 +88,13 @@ def approximation(saved: SavedSAE, root: Path) -> list[dict[str, Any]]:
     (done,) = export(config)
     notes = [note for note in done.notes if "R² " in note]
     case = {"name": saved.name, "tool": "sparsify", "form": "topk, k 24", "folder": str(out.relative_to(root))}
-    return [{**case, "b_dec": "", "width": done.width, "note": note} for note in notes]
+    return [{**case, "b_dec": "", "width": done.width, "d_sae": WIDTH, "note": note} for note in notes]
 
 
 def main(root: Path) -> None:
     hooks = ("resid_post", "blocks.2.attn.hook_z")
-    config = {"model": "tiny", "tokens": 60_000, "hooks": hooks, "layers": (2,), "out": root / "stores", "name": "s"}
+    # whole contexts: the tools see the whole of the last one
+    config = {"model": "tiny", "tokens": 64_000, "hooks": hooks, "layers": (2,), "out": root / "stores", "name": "s"}
     # float32, because the tools run the model so: every loss then has to be theirs
     store = harvest(HarvestConfig.model_validate({**config, "dtype": "float32"})).store
     cases: list[dict[str, Any]] = []
@@ -111,10 +112,10 @@ def main(root: Path) -> None:
     evaluate(EvalConfig(run=run, ce_tokens=10**9, peer_conventions=True))
     trained = RunFolder(run).config()
     opened, _ = find_hookpoint(trained.store, trained.hook)
-    parts = split(opened.spec, opened.tokens(), trained)
-    contexts = np.flatnonzero(parts.heldout.any(axis=1))
+    heldout = np.asarray(split(opened.spec, opened.tokens(), trained).heldout)
+    contexts = np.flatnonzero(heldout.any(axis=1))
     tokens = opened.tokens()[contexts].astype("int64")
-    np.savez(root / "heldout.npz", tokens=tokens, counted=parts.heldout[contexts])
+    np.savez(root / "heldout.npz", tokens=tokens, counted=heldout[contexts])
     (root / "cases.json").write_text(json.dumps(cases, indent=1))
 
 
