@@ -34,10 +34,11 @@ from train.autoencoder import Autoencoder
 from train.data.loader import Loader
 from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream, StopWaiting
-from train.evaluate import last_logged_inactive, measure_all
+from train.evaluate import last_logged_inactive
 from train.fit.member import Member
 from train.fit.optim import learning_rate
 from train.fit.thresholds import settle
+from train.measure.heldout import HeldOutRows, measure_all
 from train.measure.useless import useless
 from train.plan.job import TrainJob, make_job
 from train.plan.sweep import deal_out, shared_out
@@ -392,12 +393,15 @@ def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
     if not ranks.leads:
         return
     device = str(ranks.device)
-    saes = (Autoencoder.load(folder.sae(name), device) for name in good)  # they may not fit into memory together
+    saes = (
+        (name, Autoencoder.load(folder.sae(name), device)) for name in good
+    )  # they may not fit into memory together
     silent = last_logged_inactive(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
     limit = job.left_out.limit if job.left_out else None
-    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent, norm_limit=limit)
+    rows = HeldOutRows(store, job.hook, job.parts, limit)
+    results = measure_all(rows, saes, len(good), None, device, silent)
     job.check_unchanged(thorough=True)
     write_sealed(folder.evaluation, results)
     for line in useless(results["saes"], steered=False):

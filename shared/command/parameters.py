@@ -92,7 +92,9 @@ StoreFolder = Annotated[
 ]
 Source = Annotated[str, argument("SOURCE", "A finished store.")]
 Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
-RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
+RunFolder = Annotated[
+    Path | None, argument("RUN", "A training run's folder.", parser=at_home, show_default="none, with --sae")
+]
 RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]
 Names = Annotated[list[str] | None, argument("NAME", "A command (train, store recode, …) or an architecture.")]
 Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]
