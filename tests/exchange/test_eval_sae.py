@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from support.command import Sagsae
 from support.folders import contents
-from support.imported import imported
 from support.stores import in_token_order
+from support.variants import imported
 from transformers import AutoModelForCausalLM
 
 from harvest.run import harvest

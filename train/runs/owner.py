@@ -1,4 +1,4 @@
-"""Whose folder a path is in."""
+"""Finds the run, store or autoencoder in whose folder a path is."""
 
 import os
 from pathlib import Path
