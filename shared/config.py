@@ -186,7 +186,7 @@ class TrainConfig(Frozen):
         "Activations": (
             "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed"
         ),
-        "Autoencoders": "saes",
+        "Autoencoders": "saes warm_start",
         "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
         "Run": "out overwrite checkpoint_every keep_checkpoints log_every track dead_after_tokens",
         "Computation": "device precision memory parallel parts step compile",
@@ -208,6 +208,11 @@ class TrainConfig(Frozen):
 
     `sagsae settings gated` lists those of an architecture. The command line builds this list: every combination of what
     its options name."""
+    warm_start: Annotated[Folder, Shown(option="--from")] | None = None
+    """An autoencoder whose weights all of these start from: its folder, or RUN/NAME. Default: random weights.
+
+    It may be an imported one. The new ones have its architecture, width and tie; a gated one of width 2H can also start
+    from an sa-gsae of width H, and back. Optimisers begin from nothing."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Training tokens; more than the store holds means several epochs. Default: one epoch."""
     batch: Annotated[int, Field(ge=1)] = 4096

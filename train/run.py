@@ -153,7 +153,8 @@ def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sw
 
 
 def make_member(sae: SAEConfig, job: TrainJob, ranks: Ranks) -> Member:
-    return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks)
+    start = job.start.weights(sae, job.statistics.scale) if job.start else None
+    return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks, start)
 
 
 def open_folder(job: TrainJob, ranks: Ranks) -> None:
@@ -186,6 +187,8 @@ def open_folder(job: TrainJob, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
+    if job.start is not None:
+        about["warm_start"] = {"folder": str(job.start.saved.folder), "sha256": job.start.digest}
     folder.create(job.asked, job.identity, {**provenance(), **about})
 
 

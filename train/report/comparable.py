@@ -17,8 +17,9 @@ from train.report.data import ReportedRun
 
 WRITTEN: Final = ("out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints")
 """These decide what is written, and where."""
-READ: Final = ("store", "request", "verify", "memory")
-"""These decide where rows come from, how they are checked and kept; `snapshot` says which rows they are."""
+READ: Final = ("store", "request", "warm_start", "verify", "memory")
+"""These decide where rows and first weights come from, how they are checked and kept. `snapshot` says which rows they
+are, `start` of an autoencoder which weights."""
 COMPUTED: Final = ("device", "parallel", "parts", "compile", "step")
 """These decide how the same numbers are computed, and change rounding at most."""
 FOUND_ELSEWHERE: Final = ("tokens", "saes")
