@@ -1,0 +1,47 @@
+"""The commands that carry autoencoders to other tools and back."""
+
+import dataclasses
+from functools import partial
+from typing import TYPE_CHECKING, Final
+
+import typer
+
+from shared.command.commands import command
+from shared.command.main import show
+from shared.command.options import OptionsFrom, resolve
+from shared.command.parameters import ForeignPlace, Json
+
+if TYPE_CHECKING:
+    from train.exchange.bring import Imported
+
+GROUP: Final = "Exchange"
+
+
+def add_commands(app: typer.Typer) -> None:
+    """Adds the commands to the command line."""
+
+    @command(app, "import", group=GROUP, settings=OptionsFrom("import"))
+    def import_(context: typer.Context, source: ForeignPlace, as_json: Json = False) -> None:
+        """Bring in an autoencoder that another tool trained.
+
+        It reads SAELens, dictionary_learning, sparsify, Gemma Scope, Llamascopium and OpenAI, and runs no code of a
+        file. The folder that it writes computes the same function.
+
+        $ sagsae import downloads/blocks.8.hook_resid_post --out imported/gpt2-8
+        $ sagsae import layer_12/params.npz --model gemma-2-2b --hook blocks.12.hook_resid_post --out imported/g12
+        """
+        config = resolve(context, source=source)
+        from train.exchange.bring import bring as run
+
+        done = run(config)
+        show({**dataclasses.asdict(done), "folder": str(done.folder)}, as_json, partial(print_imported, done))
+
+
+def print_imported(done: "Imported") -> None:
+    place = f" of {done.model}" if done.model else ""
+    typer.echo(f"{done.folder}: {done.name} from {done.tool} ({done.format}), d_in {done.d_in:,}")
+    typer.echo(
+        f"  reads {done.hook_name}{place}" if done.hook_name else "  the files say no hookpoint; --hook names it"
+    )
+    for note in done.notes:
+        typer.echo(f"  {note}")
