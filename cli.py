@@ -182,6 +182,9 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
 
 
+add_commands(app)
+
+
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))
 def request(
     context: typer.Context, plan: PlanOnly = False, wait: Wait = False, service: Service = None, as_json: Json = False

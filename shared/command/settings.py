@@ -38,7 +38,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
-from shared.exchange import ImportConfig
+from shared.exchange import ExportConfig, ImportConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -51,6 +51,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
+    "export": ExportConfig,
     "import": ImportConfig,
     "serve": ServeConfig,
     "work": WorkConfig,
