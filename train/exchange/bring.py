@@ -131,7 +131,7 @@ def recognised(source: Path, asked: str) -> tuple[str, Path]:
     if asked not in ("auto", format):
         files = " and ".join(FORMATS[format].files)
         raise UserError(
-            f"--format {asked}: {source} is {FORMATS[format].tool}'s format ({files}), not {FORMATS[asked].tool}'s. "
+            f"--format {asked}: {source} is of {FORMATS[format].tool} ({files}), not of {FORMATS[asked].tool}. "
             "Leave --format out"
         )
     return format, path

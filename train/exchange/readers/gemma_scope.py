@@ -34,13 +34,14 @@ PLACES: Final = {
 def read_gemma_scope(path: Path) -> Found:
     """Raises UserError for a file without these tensors, or a transcoder of Gemma Scope 2."""
     file = read_npz(path) if path.suffix == ".npz" else read_safetensors(path)
+    folders = path.absolute().parts[:-1]
     with readable(path):
-        if "affine_skip_connection" in file.tensors or any("transcoder" in name for name in path.absolute().parts[-4:]):
+        if "affine_skip_connection" in file.tensors or any("transcoder" in name for name in folders[-4:]):
             raise BadData("is a transcoder, which predicts other activations than it reads: nothing here does")
     shapes = {lower(name) if lower(name) in file.tensors else name: axes for name, axes in NAMES.items()}
     tensors, sizes = take(file, "an autoencoder of Gemma Scope", shapes)
     named = {name: tensors[found_name] for name, found_name in zip(NAMES, shapes, strict=True)}
-    embedding = "embedding" in path.absolute().parts
+    embedding = "embedding" in folders
     with readable(path):
         parts = brought(translated(named, math.sqrt(sizes["d_in"]) if embedding else 1.0))
     notes = ["it is one of the embedding: it reads activations multiplied by sqrt(d_in)"] if embedding else []
