@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from support import foreign
-from support.foreign import HOOK, MODEL, ForeignSAE
+from support.foreign import saes as foreign
+from support.foreign.saes import HOOK, MODEL, ForeignSAE
 
 import train
 from shared.exchange import ImportConfig

@@ -14,7 +14,7 @@ from typing import Any, Final
 from torch import Tensor
 
 from shared.gate import BadData
-from train.exchange.readers.base import Found, Theirs, brought, found
+from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found
 from train.exchange.readers.ours import restored
 from train.exchange.tensors import TensorFile, read_json, read_npz, read_safetensors, readable, take
 
@@ -31,7 +31,7 @@ PLACES: Final = {
 """Parts of a folder's name, and the hookpoint in a layer."""
 
 
-def read_gemma_scope(path: Path) -> Found:
+def read_gemma_scope(path: Path) -> TranslatedSAE:
     """Raises UserError for a file without these tensors, or a transcoder of Gemma Scope 2."""
     file = read_npz(path) if path.suffix == ".npz" else read_safetensors(path)
     folders = path.absolute().parts[:-1]

@@ -15,7 +15,7 @@ from torch import Tensor
 from shared.errors import UserError
 from shared.gate import BadData, members, number, text
 from shared.saes import ARCHITECTURES, SAEConfig, SaGsae, sae_config
-from train.exchange.readers.base import LONGEST, Found
+from train.exchange.readers.base import LONGEST, TranslatedSAE
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
@@ -23,10 +23,10 @@ from train.sae.gated import GatedWeights, join
 from train.sae.relu import JumpReluWeights, ReluWeights
 
 ABOUT: Final = ("model", "hook_name", "context", "bos_id", "lambda", "corpus", "exclude_special", "exclude_positions")
-"""What cfg.json said beside the settings. Whoever uses one of them checks it, since a folder may come from anybody."""
+"""What cfg.json said beside the settings. Check each value before use: the folder may come from anybody."""
 
 
-def restored(found: Found, block: Mapping[str, Any]) -> Found:
+def restored(found: TranslatedSAE, block: Mapping[str, Any]) -> TranslatedSAE:
     """The autoencoder with the architecture and settings that `block` says it had: `cfg.json` of the folder that was
     exported, kept by the tool's format. What does not fit the tensors stays as the tool has it, and a note says why."""
     if not block:
