@@ -1,5 +1,6 @@
 """`sagsae import`: each tool's autoencoders compute here what the tool's formulas say, in float64."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from support.foreign import saes as foreign
 from support.foreign.saes import HOOK, MODEL, ForeignSAE
 
 import train
+from shared.errors import UserError
 from shared.exchange import ImportConfig
 from train.autoencoder import Autoencoder
 from train.exchange.bring import Imported, bring
@@ -81,7 +83,9 @@ def test_sparsify(tmp_path: Path, k: int, signed: bool, arch: str) -> None:
     [
         ("gemma-scope-2b-pt-res/layer_3/width_16k/average_l0_71/params.npz", False, HOOK),
         ("resid_post/layer_3_width_16k_l0_medium/params.safetensors", True, HOOK),
-        ("embedding/width_4k/average_l0_6/params.npz", False, None),
+        ("gemma-scope-9b-it-att/layer_3/width_16k/average_l0_71/params.npz", False, "blocks.3.attn.hook_z"),
+        ("attn_out/layer_3_width_16k_l0_medium/params.safetensors", True, "blocks.3.attn.hook_z"),
+        ("embedding/width_4k/average_l0_6/params.npz", False, "hook_embed"),
         ("somewhere/params.npz", True, None),
     ],
 )
@@ -90,6 +94,29 @@ def test_gemma_scope(tmp_path: Path, name: str, lower: bool, hook: str | None) -
     done, sae = imported(found, tmp_path / "ours")
     check_equal(found, sae)
     assert (sae.config.arch, done.hook_name) == ("jumprelu", hook)
+    models = {"gemma-scope-2b-pt-res": "google/gemma-2-2b", "gemma-scope-9b-it-att": "google/gemma-2-9b-it"}
+    assert done.model == models.get(name.partition("/")[0])
+
+
+def test_the_second_gemma_scope_says_its_model(tmp_path: Path) -> None:
+    place = tmp_path / "resid_post_all" / "layer_3_width_16k_l0_small" / "params.safetensors"
+    foreign.gemma_scope(place, lower=True)
+    said = {
+        "architecture": "jump_relu",
+        "model_name": "google/gemma-3-1b-pt",
+        "hf_hook_point_in": "model.layers.3.output",
+    }
+    (place.parent / "config.json").write_text(json.dumps(said))
+    done = bring(ImportConfig(source=place.parent, out=tmp_path / "ours"))
+    assert (done.model, done.hook_name) == ("google/gemma-3-1b-pt", HOOK)
+    for wrong, message in (
+        ({"hf_hook_point_out": "model.layers.3.mlp.output"}, "is a transcoder"),
+        ({"architecture": "topk"}, "has the architecture 'topk' in its config.json"),
+        ({"model_name": 5}, "model_name is 5 instead of a text"),
+    ):
+        (place.parent / "config.json").write_text(json.dumps({**said, **wrong}))
+        with pytest.raises(UserError, match=message):
+            bring(ImportConfig(source=place.parent, out=tmp_path / "more"))
 
 
 def test_openai(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ def architecture_of(cfg: dict[str, Any]) -> str:
 
 def activation_factor(cfg: dict[str, Any], factor: float | None) -> float:
     """s, which the activations were multiplied by. Raises BadData where it depends on the token, or is not said."""
-    kind = said_text(cfg, "normalize_activations") or "none"
+    said = cfg.get("normalize_activations")  # true or false in early releases
+    kind = "expected_average_only_in" if said is True else said_text(cfg, "normalize_activations") if said else "none"
     if kind == "expected_average_only_in":
         if factor is None:
             raise BadData(
