@@ -13,7 +13,7 @@ from shared.files.cache import RangeCache
 from shared.files.client import ObjectClient
 from shared.files.connect import hub_server
 from shared.files.remote import RemoteFiles
-from shared.hub.client import endpoint, headers, repo_state
+from shared.hub.client import check_online, endpoint, headers, repo_state
 from shared.hub.place import COMMIT, HubPlace, parse_place
 
 SENT: Final = ("authorization", "user-agent")
@@ -36,6 +36,7 @@ class HubFiles(RemoteFiles):
     @classmethod
     def pinned(cls, place: HubPlace) -> "HubFiles":
         """The files at a commit; sends nothing."""
+        check_online(place.repo)
         sent = {key: value for key, value in headers().items() if key.lower() in SENT}
         client = ObjectClient(*hub_server(endpoint(), sent))
         prefix = f"{place.repo.files}/{place.revision}/{place.path}".rstrip("/")

@@ -32,6 +32,7 @@ PAUSE_SECONDS: Final = 0.5
 """Pause before the second try, doubled before every further one."""
 LARGEST: Final = 1 << 50
 DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+OFFLINE: Final = "{}: the hub is not asked, because HF_HUB_OFFLINE is set. Unset it"
 LOG_IN: Final = "Log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -272,14 +273,20 @@ def raise_failure(repo: HubRepo, error: Exception, doing: str) -> NoReturn:
 
     for each in chain_of(error):
         if isinstance(each, OfflineModeIsEnabled):
-            raise UserError(f"{repo}: the hub is not asked, because HF_HUB_OFFLINE is set. Unset it") from error
+            raise UserError(OFFLINE.format(repo)) from error
         if isinstance(each, HfHubHTTPError):
             answer = each.response
             said = str(each.server_message or "")
             raise_status(repo, answer.status_code, answer.headers.get("x-error-code", ""), said, doing, error)
-    raise BusyError(
-        f"{repo}: the hub cannot be reached{doing and f' while {doing}'} ({kind_of(error)}). Check the network, then "
-        "run the same command again"
+    while_doing = doing and f" while {doing}"
+    if any(map(is_temporary, chain_of(error))):
+        raise BusyError(
+            f"{repo}: the hub cannot be reached{while_doing}, or broke off ({kind_of(error)}). Check the network, then "
+            "run the same command again"
+        ) from error
+    raise UserError(
+        f"{repo}: the hub's answer{while_doing} cannot be used ({kind_of(error)}: "
+        f"{printable(without_token(str(error)))[:200]}). Check HF_ENDPOINT"
     ) from error
 
 
@@ -343,13 +350,21 @@ def chain_of(error: BaseException) -> Iterator[BaseException]:
         found = found.__cause__ or found.__context__
 
 
-def is_temporary(error: Exception) -> bool:
-    """Whether the network failed, not the hub's will."""
+def is_temporary(error: BaseException) -> bool:
+    """Whether the network failed: another try may help."""
     kinds = {kind.__name__ for kind in type(error).__mro__}  # of httpx or httpx2, whichever huggingface_hub uses
-    return isinstance(error, ConnectionError | TimeoutError) and "OfflineModeIsEnabled" not in kinds or bool(
-        kinds & {"TransportError"}
-    )
+    if "OfflineModeIsEnabled" in kinds:
+        return False
+    return isinstance(error, ConnectionError | TimeoutError) or "TransportError" in kinds or "XetError" in kinds
 
 
 def kind_of(error: Exception) -> str:
-    return type(list(chain_of(error))[-1]).__name__
+    return type(next((each for each in chain_of(error) if is_temporary(each)), error)).__name__
+
+
+def check_online(repo: HubRepo) -> None:
+    """Raises UserError when the hub may not be asked (HF_HUB_OFFLINE)."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        raise UserError(OFFLINE.format(repo))
