@@ -94,5 +94,8 @@ Source = Annotated[str, argument("SOURCE", "A finished store.")]
 Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
 RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
 RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]
+SavedPlace = Annotated[
+    Path, argument("RUN", "A training run, RUN/NAME of one autoencoder, or an autoencoder's folder.", parser=at_home)
+]
 Names = Annotated[list[str] | None, argument("NAME", "A command (train, store recode, …) or an architecture.")]
 Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]

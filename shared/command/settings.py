@@ -38,6 +38,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
+from shared.exchange import ExportConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -50,6 +51,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
+    "export": ExportConfig,
     "serve": ServeConfig,
     "work": WorkConfig,
     "store recode": RecodeConfig,
