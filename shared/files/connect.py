@@ -52,7 +52,9 @@ def parse_url(url: str) -> SplitResult:
     except ValueError as error:
         raise UserError(f"{url}: is not a URL ({error})") from error
     if parts.scheme not in ("s3", "gs", "http", "https"):
-        raise UserError(f"{url}: {parts.scheme}:// is not known. Expected a folder, s3://, gs://, hf://, http:// or https://")
+        raise UserError(
+            f"{url}: {parts.scheme}:// is not known. Expected a folder, s3://, gs://, hf://, http:// or https://"
+        )
     if not parts.netloc:
         what = "server" if parts.scheme.startswith("http") else "bucket"
         raise UserError(f"{url}: names no {what}. Expected {parts.scheme}://{what.upper()}/PATH")

@@ -40,13 +40,16 @@ class HubFiles(RemoteFiles):
         sent = {key: value for key, value in headers().items() if key.lower() in SENT}
         client = ObjectClient(*hub_server(endpoint(), sent))
         prefix = f"{place.repo.files}/{place.revision}/{place.path}".rstrip("/")
-        return cls(client, prefix, place.url, RangeCache.of_user())
+        name = place.url if place.repo.kind == "dataset" else f"{place.repo}@{place.revision[:12]}"
+        return cls(client, prefix, name, RangeCache.of_user())
 
     def at(self, path: str) -> Files:
         return HubFiles(self.client, *self.place(path), self.cache)
 
     def marks(self, folder: str, prefix: str) -> dict[str, LogMark]:  # noqa: ARG002 (a commit never grows)
-        raise UserError(f"{self.name}: is an unfinished store, which cannot be read on the hub. Finish it, then push it")
+        raise UserError(
+            f"{self.name}: is an unfinished store, which cannot be read on the hub. Finish it, then push it"
+        )
 
     def folders(self) -> list[str]:
         raise UserError(f"{self.name}: its folders are not listed. Name the store itself")

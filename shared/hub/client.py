@@ -324,8 +324,8 @@ def words_of(repo: HubRepo, status: int, code: str, said: str) -> str:
         return f"{repo}: the hub refuses the token, or there is none. {LOG_IN}"
     if status == 403:
         return (
-            f"{repo}: this token may not do that (status 403). It needs write access to {repo.name.split('/')[0]}: make "
-            "one on the settings page of the hub, and log in with `hf auth login`"
+            f"{repo}: this token may not do that (status 403). Make one that may write to {repo.name.split('/')[0]} on "
+            "the hub's settings page, and log in with `hf auth login`"
         )
     if status == 404:
         return f"{repo}: the hub has no such file or folder"

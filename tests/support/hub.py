@@ -70,7 +70,7 @@ class Hub(ThreadingHTTPServer):
         """Large files by SHA-256, committed or not."""
         self.requests: list[str] = []
         self.puts = 0
-        self.cut: Callable[[int], bool] = lambda number: False
+        self.cut: Callable[[int], bool] = lambda _: False
         """Whether to break off the upload of this number (from 1)."""
         self.before_commit: Callable[[], None] = lambda: None
         self.answers: dict[str, Any] = {}
@@ -108,7 +108,9 @@ class Answering(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
-    def send(self, status: int, body: Any = b"", headers: dict[str, str] | None = None, length: int | None = None) -> None:
+    def send(
+        self, status: int, body: Any = b"", headers: dict[str, str] | None = None, length: int | None = None
+    ) -> None:
         kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
@@ -185,11 +187,15 @@ class HubHandler(Answering):
         sent = self.headers.get("Authorization", "")
         self.signed_in = sent == f"Bearer {TOKEN}"
         if sent and not self.signed_in:
-            self.send(401, {"error": "Invalid credentials"}, {"X-Error-Message": "Invalid credentials in Authorization header"})
+            self.send(
+                401,
+                {"error": "Invalid credentials"},
+                {"X-Error-Message": "Invalid credentials in Authorization header"},
+            )
             return
         for pattern, method in ROUTES:
             if found := re.fullmatch(pattern, f"{self.command} {path}"):
-                method(self, **found.groupdict())
+                method(self, **{key: value for key, value in found.groupdict().items() if value is not None})
                 return
         self.send(404, {"error": "no such page"})
 
@@ -289,7 +295,7 @@ class HubHandler(Answering):
     def yaml(self) -> None:
         self.send(200, {"errors": [], "warnings": []})
 
-    def preupload(self, kind: str, name: str, revision: str) -> None:
+    def preupload(self, kind: str, name: str) -> None:
         if self.repo(kind, name, write=True):
             files = json.loads(self.content)["files"]
             self.send(200, {"files": [upload_mode(each) for each in files]})
@@ -304,7 +310,7 @@ class HubHandler(Answering):
             objects.append({**each, **({"actions": {"upload": place}} if new else {})})
         self.send(200, {"transfer": "basic", "objects": objects})
 
-    def commit(self, kind: str, name: str, revision: str) -> None:
+    def commit(self, kind: str, name: str) -> None:
         self.server.before_commit()
         repo = self.repo(kind, name, write=True)
         if repo is None:
@@ -335,8 +341,8 @@ ROUTES: list[tuple[str, Callable[..., None]]] = [
     (rf"GET /api/{KIND}/{NAME}/revision/{REVISION}", HubHandler.info),
     (rf"GET /api/{KIND}/{NAME}/tree/{REVISION}(/(?P<folder>.+))?", HubHandler.tree),
     (rf"POST /api/{KIND}/{NAME}/paths-info/{REVISION}", HubHandler.paths_info),
-    (rf"POST /api/{KIND}/{NAME}/preupload/{REVISION}", HubHandler.preupload),
-    (rf"POST /api/{KIND}/{NAME}/commit/{REVISION}", HubHandler.commit),
+    (rf"POST /api/{KIND}/{NAME}/preupload/main", HubHandler.preupload),
+    (rf"POST /api/{KIND}/{NAME}/commit/main", HubHandler.commit),
     (rf"POST (/(?P<kind>datasets))?/{NAME}\.git/info/lfs/objects/batch", HubHandler.batch),
     (rf"(GET|HEAD) (/(?P<kind>datasets))?/{NAME}/resolve/{REVISION}/(?P<path>.+)", HubHandler.resolve),
 ]
@@ -395,7 +401,7 @@ def at_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch, home: Path) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(home / "hf" / "token"))
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _: None)
 
 
 @pytest.fixture

@@ -125,7 +125,9 @@ def agree(repo: HubRepo, state: RepoState | None, private: bool, what: str, conf
             f"{repo}: would be {'made' if state is None else 'kept'} public, and there is no terminal to ask on. "
             "Repeat the command with --yes, or with --private for a repository that only you can read"
         )
-    if not confirm(f"{what[:1].upper()}{what[1:]}: {doing} {repo.kind} {repo} on {endpoint()}, which anybody can read?"):
+    if not confirm(
+        f"{what[:1].upper()}{what[1:]}: {doing} {repo.kind} {repo} on {endpoint()}, which anybody can read?"
+    ):
         raise UserError(f"{repo}: nothing was sent. Repeat the command with --private for a private repository")
 
 
@@ -149,9 +151,7 @@ def changed(repo: HubRepo, state: RepoState | None, files: Sequence[OutFile]) ->
     return [file for file in files if not file.is_at(there.get(file.path))]
 
 
-def send(
-    repo: HubRepo, state: RepoState, parts: Sequence[Sequence[OutFile]], message: str
-) -> tuple[str, int]:
+def send(repo: HubRepo, state: RepoState, parts: Sequence[Sequence[OutFile]], message: str) -> tuple[str, int]:
     """Commits the files of each part, in the order of the parts: the last one is what makes the whole complete. All of
     it is one commit unless there are more than COMMIT_FILES. Returns the last commit and how many there were."""
     commit, commits, total = state.commit, 0, sum(file.size for part in parts for file in part)
@@ -233,17 +233,21 @@ def push_files(
     what: str,
     private: bool,
     confirm: Confirm | None,
+    check: Callable[[OutFile], None] = lambda _: None,
 ) -> Pushed:
     """Sends what the repository lacks, and makes the repository where there is none. `parts` are in the order in which
-    they become visible. Asks before anything becomes public; sends and asks nothing when everything is there."""
+    they become visible; `check` is called with each file that is to be sent, before any is. Asks before anything
+    becomes public; sends and asks nothing when everything is there."""
     files = [file for part in parts for file in part]
     lacking = set(map(id, changed(repo, state, files)))
     missing = [[file for file in part if id(file) in lacking] for part in parts]
     sent = [file for part in missing for file in part]
     if state is not None and not sent:
-        return pushed(repo, state, state.commit, files, [], 0)
+        return pushed(repo, state, state.commit, files, [], 0)  # no commit, and no question
     size = gigabytes(sum(file.size for file in sent))
     agree(repo, state, private, f"{what} ({len(sent):,} files, {size})", confirm)
+    for file in sent:
+        check(file)
     state = make_repo(repo, private) if state is None else state
     commit, commits = send(repo, state, missing, f"Add {what}")
     return pushed(repo, state, commit, files, sent, commits)
