@@ -284,9 +284,10 @@ def raise_failure(repo: HubRepo, error: Exception, doing: str) -> NoReturn:
             f"{repo}: the hub cannot be reached{while_doing}, or broke off ({kind_of(error)}). Check the network, then "
             "run the same command again"
         ) from error
+    first = list(chain_of(error))[-1]
     raise UserError(
-        f"{repo}: the hub's answer{while_doing} cannot be used ({kind_of(error)}: "
-        f"{printable(without_token(str(error)))[:200]}). Check HF_ENDPOINT"
+        f"{repo}: the hub's answer{while_doing} cannot be used ({type(first).__name__}: {harmless(str(first))}). "
+        "Check HF_ENDPOINT"
     ) from error
 
 
@@ -329,15 +330,16 @@ def words_of(repo: HubRepo, status: int, code: str, said: str) -> str:
         )
     if status == 404:
         return f"{repo}: the hub has no such file or folder"
-    shown = printable(without_token(said)).replace("\n", " ")[:200]
+    shown = harmless(said)
     return f"{repo}: the hub refuses the request (status {status}{shown and f': {shown}'})"
 
 
-def without_token(message: str) -> str:
-    """A text in which nothing looks like a token."""
+def harmless(message: str) -> str:
+    """Others' words on one line, without anything that looks like a token or a signed URL, and not long."""
     secret = token()
     message = message.replace(secret, "***") if secret else message
-    return re.sub(r"hf_\w{4,}|Bearer\s+\S+|[?&]\S*(?i:sign|token|credential)\S*", "***", message)
+    message = re.sub(r"hf_\w{4,}|Bearer\s+\S+|[?&]\S*(?i:sign|token|credential)\S*", "***", message)
+    return " ".join(printable(message).split())[:200]
 
 
 def chain_of(error: BaseException) -> Iterator[BaseException]:

@@ -157,7 +157,7 @@ def pull_own(files: HubFiles, repo: HubRepo, state: RepoState, sae: RemoteSAE, o
         return done(0)
     if sae.settings.size > SMALL:
         raise DamagedError(
-            f"{files.name}/{sae.settings.path}: has {sae.settings.size:,} bytes; ours have a few thousand"
+            f"{files.name}/{sae.settings.path}: has {sae.settings.size:,} bytes; at most {SMALL:,} are ours"
         )
     settings = b"".join(map(bytes, checked_pieces(files, sae.settings)))
     check_weights_size(files, settings, sae)
@@ -215,9 +215,6 @@ def pull_foreign(
     files: HubFiles, repo: HubRepo, state: RepoState, folder: str, out: Path, own: Sequence[RemoteSAE]
 ) -> Pulled:
     """Downloads the folder of another tool's autoencoder and imports it."""
-    from shared.exchange import ImportConfig
-    from train.exchange.bring import bring
-
     try:
         there = list_files(repo, state.commit, folder)
     except FileNotFoundError:
@@ -238,6 +235,9 @@ def pull_foreign(
             for file in there:
                 path = place / file.path.removeprefix(f"{folder}/")
                 write(path, advanced(checked_pieces(files, file), advance, file.path))
+        from shared.exchange import ImportConfig
+        from train.exchange.bring import bring
+
         brought = bring(ImportConfig(source=place, out=out))
     return Pulled(brought.name, out, repo.name, state.commit, size, [f"imported from {brought.tool}", *brought.notes])
 
