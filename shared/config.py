@@ -18,7 +18,7 @@ from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 
 from shared.memory import parse_bytes
 from shared.request import Layer, StoreRequest, WantedActivations
-from shared.saes import AnySAE, sae_config
+from shared.saes import AnySAE, Penalised, sae_config
 from shared.schema import Frozen, Shown
 from shared.store.spec import MOST_SHARD_ROWS, MOST_TOKENS
 from shared.synthetic import Synthetic
@@ -307,6 +307,9 @@ class TrainConfig(Frozen):
     def check(self) -> "TrainConfig":
         if not self.saes:
             raise ValueError("saes: name at least one autoencoder (arch, d_sae, sparsity)")
+        for sae in self.saes:
+            if isinstance(sae, Penalised):
+                _ = sae.known_sparsity
         names = [sae.name for sae in self.saes]
         if len(set(names)) < len(names):
             raise ValueError(f"saes: {max(names, key=names.count)} is listed twice; change its seed, or remove one")

@@ -77,10 +77,11 @@ class SAEConfig(Frozen):
 class Penalised(SAEConfig):
     """Settings where λ times a penalty decides how many latents are active."""
 
-    sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.2
+    sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 0.2
     """λ, the weight of the penalty, for activations of unit variance. With an `l0_target`, where λ begins.
 
-    The command line trains a list of several λ where you give none."""
+    The command line trains a list of several λ where you give none. An imported autoencoder has null: its λ is not
+    known."""
     l0_target: Positive | None = None
     """Active latents a token that λ is steered to, over the first 70 % of the run."""
     sparsity_warmup: Share = 0.0
@@ -96,7 +97,16 @@ class Penalised(SAEConfig):
 
     @property
     def knob(self) -> str:
+        if self.sparsity is None:
+            return "imported"
         return f"l0-{self.l0_target:g}" if self.l0_target else f"lambda{self.sparsity:g}"
+
+    @property
+    def known_sparsity(self) -> float:
+        """λ as a number. Raises ValueError where it is not known."""
+        if self.sparsity is None:
+            raise ValueError(f"sparsity: {self.name} was imported, and its λ is not known. Training needs a number")
+        return self.sparsity
 
 
 class Thresholded(Penalised):
@@ -153,7 +163,7 @@ class JumpRelu(Penalised):
     """JumpReLU with an L0 penalty and straight-through gradients (arXiv 2407.14435)."""
 
     arch: Literal["jumprelu"]
-    sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.005
+    sparsity: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = 0.005
     """λ, the price of an active latent, for activations of unit variance. With an `l0_target`, where λ begins."""
     theta0: Positive = 0.4
     """Initial threshold, in units of 1/sqrt(d_in)."""
@@ -171,7 +181,7 @@ class FixedL0(SAEConfig):
     """Active latents per token."""
     aux_k: Annotated[int, Field(ge=0)] | None = None
     """How many latents that were inactive for `aux_after` tokens reconstruct what the active ones leave. Default:
-    d_in / 8, at least 16; for topk d_in / 2."""
+    d_in / 8, at least 16; for topk and signed-topk d_in / 2."""
     aux_after: Annotated[int, Field(ge=1)] = 200_000
     """Training tokens."""
 
@@ -193,6 +203,15 @@ class TopK(FixedL0):
 
     def step_memory(self, rounded: bool) -> StepMemory:
         return StepMemory(7.1, 1.5 if rounded else 1.0)
+
+
+class SignedTopK(FixedL0):
+    """TopK by absolute value, with signed latents: the k largest |u| of each token (arXiv 2510.00404)."""
+
+    arch: Literal["signed-topk"]
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(8.1, 1.5 if rounded else 1.0)
 
 
 class BatchTopK(FixedL0):
@@ -295,6 +314,13 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             family="train.sae.topk:TopKFamily",
             label="TopK",
             colours=("#6b4226", "#c8a27c"),
+        ),
+        Architecture(
+            SignedTopK,
+            family="train.sae.topk:TopKFamily",
+            label="SignedTopK",
+            colours=("#a3333d", "#e08a92"),
+            signed=True,
         ),
     )
 }

@@ -5,7 +5,7 @@ import math
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from shared.device import native_dtype, torch_dtype
 from shared.errors import DamagedError, UserError
@@ -34,16 +34,24 @@ MOST_WIDE: Final = 1 << 24
 """Maximum d_in that cfg.json may claim."""
 
 
-@dataclass(frozen=True)
-class Autoencoder:
-    """Encodes and decodes raw activations of the language model; latents are in the same units as the activations."""
+class Autoencoder(nn.Module):
+    """Encodes and decodes raw activations of the language model; latents are in the same units as the activations.
 
-    config: SAEConfig
-    weights: Weights
-    """The weights with the normalisation folded in. Decoder rows have norm one, unless the decoder norm is free."""
-    scale: float
-    """sqrt(E|x - mean|²) of the training activations, which are divided by it in training. λ, θ0 and the loss in a
-    run's metrics are in those units."""
+    Its parameters have their names in the file, such as `W_enc` [d_sae, d_in]. They do not ask for gradients:
+    `requires_grad_()` makes them trainable. A threshold that is measured, not trained, is a buffer.
+    """
+
+    def __init__(self, config: SAEConfig, weights: Weights, scale: float) -> None:
+        """Takes the tensors of `weights`, with the normalisation folded in, without a copy. Decoder rows have norm one,
+        unless the decoder norm is free. `scale` is sqrt(E|x - mean|²) of the training activations, which are divided by
+        it in training. λ, θ0 and the loss in a run's metrics are in those units."""
+        super().__init__()
+        self.config, self.scale = config, scale
+        for name, tensor in weights.named().items():
+            if name in weights.KEPT:
+                self.register_buffer(name, tensor.detach())
+            else:
+                self.register_parameter(name, nn.Parameter(tensor.detach(), requires_grad=False))
 
     @classmethod
     def of(cls, config: SAEConfig, weights: Weights, scale: float) -> "Autoencoder":
@@ -51,33 +59,40 @@ class Autoencoder:
         return cls(config, weights.times(scale), scale)
 
     @property
+    def weights(self) -> Weights:
+        """The parameters and buffers in the form in which `train.sae` computes with them."""
+        form = family(self.config).weights
+        found: Weights = form(**{each.name: getattr(self, each.name) for each in fields(form)})
+        return found
+
+    @property
     def signed(self) -> bool:
+        """Whether latents carry a sign."""
         return family(self.config).signed
 
     @property
     def d_in(self) -> int:
+        """The width of an activation."""
         return self.weights.W_dec.shape[1]
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        """Returns the latents of raw activations, in float32. Signed architectures have latents of either sign."""
-        return family(self.config).encode(self.weights, x.float())
+        """Returns the latents of raw activations, in the type of the weights: float32, unless you changed it. Signed
+        architectures have latents of either sign."""
+        weights = self.weights
+        return family(self.config).encode(weights, x.to(weights.W_enc.dtype))
 
     def decode(self, f: Float[Tensor, "batch d_sae"]) -> Float[Tensor, "batch d_in"]:
-        """Returns the raw activations that latents stand for, in float32."""
-        return decode(self.weights, f)
+        """Returns the raw activations that latents stand for, in the type of the weights."""
+        weights = self.weights
+        return decode(weights, f.to(weights.W_dec.dtype))
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """Returns the reconstruction of raw activations."""
+    def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """Returns the reconstruction of raw activations: what calling the autoencoder does."""
         return self.decode(self.encode(x))
 
-    def to(self, device: torch.device | str) -> "Autoencoder":
-        """Returns a copy on another device."""
-        moved = {name: tensor.to(device) for name, tensor in self.weights.named().items()}
-        return replace(self, weights=replace(self.weights, **moved))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights by their names in the file."""
-        return self.weights.named()
+    def extra_repr(self) -> str:
+        """What `print` shows of it."""
+        return f"{self.config.name}, d_in={self.d_in}, d_sae={self.config.d_sae}"
 
     def fold(self) -> Folded:
         """Returns the inference form of the same function: two matrix products with one activation, Bi-JumpReLU,
@@ -93,25 +108,27 @@ class Autoencoder:
     def split(self) -> "Autoencoder":
         """Returns the Gated SAE of twice the width that computes the same function as this SA-GSAE: latent i becomes
         latents i and i + d_sae, the second for its negative pole. Raises UserError for other architectures."""
-        if not isinstance(self.config, SaGsae) or self.config.one_sided or not isinstance(self.weights, GatedWeights):
+        weights = self.weights
+        if not isinstance(self.config, SaGsae) or self.config.one_sided or not isinstance(weights, GatedWeights):
             raise UserError(f"{self.config.name}: cannot be split; only a two-sided sa-gsae has two poles with gates")
         kept = {key: value for key, value in self.config if key in Gated.model_fields and key != "arch"}
         config = sae_config(**{**kept, "arch": "gated", "d_sae": 2 * self.config.d_sae})
-        return replace(self, config=config, weights=split(self.weights))
+        return Autoencoder(config, split(weights), self.scale)
 
     def join(self) -> "Autoencoder":
         """Reverses `split`: returns the SA-GSAE of half the width. Raises UserError unless this is a Gated SAE whose
         second half of latents mirrors the first."""
-        if not isinstance(self.config, Gated) or not isinstance(self.weights, GatedWeights):
+        weights = self.weights
+        if not isinstance(self.config, Gated) or not isinstance(weights, GatedWeights):
             raise UserError(f"{self.config.name}: cannot be joined; it is not a gated autoencoder")
         try:
-            weights = join(self.weights)
+            joined = join(weights)
         except ValueError as error:
             raise UserError(f"{self.config.name}: cannot be joined to an sa-gsae: {error}") from error
-        tie = "symmetric" if len(weights.theta) == 1 else "magnitude" if len(weights.r) == 1 else "none"
+        tie = "symmetric" if len(joined.theta) == 1 else "magnitude" if len(joined.r) == 1 else "none"
         kept = {key: value for key, value in self.config if key in SaGsae.model_fields and key != "arch"}
         config = sae_config(**{**kept, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie})
-        return replace(self, config=config, weights=weights)
+        return Autoencoder(config, joined, self.scale)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:
         """Writes the folder. `about` is added to cfg.json: where the activations came from."""

@@ -38,7 +38,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
-from shared.exchange import ExportConfig, PullConfig, PushConfig
+from shared.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -52,6 +52,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
+    "import": ImportConfig,
     "push": PushConfig,
     "pull": PullConfig,
     "serve": ServeConfig,

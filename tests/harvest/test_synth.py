@@ -352,7 +352,9 @@ def test_an_unsigned_dictionary_of_that_width_has_half(store: Store, known: tupl
 
 def test_negated_latents_are_as_good(store: Store, known: tuple[KnownFeatures, Tensor]) -> None:
     sae = perfect(store, "sa-gsae")
-    flipped = replace(sae, weights=replace(sae.weights, W_enc=-sae.weights.W_enc, W_dec=-sae.weights.W_dec))
+    flipped = Autoencoder(
+        sae.config, replace(sae.weights, W_enc=-sae.weights.W_enc, W_dec=-sae.weights.W_dec), sae.scale
+    )
     assert known[0].recovery(flipped, known[1], "cpu") == known[0].recovery(sae, known[1], "cpu")
 
 

@@ -113,7 +113,7 @@ def test_r2_ignores_where_the_data_lie(sigmas: float) -> None:
     sae, x = autoencoder(), activations()
     exact = measure(sae, x, "cpu")
     offset = sigmas * x.std(0)
-    moved = replace(sae, weights=replace(sae.weights, b_dec=sae.weights.b_dec + offset))
+    moved = Autoencoder(sae.config, replace(sae.weights, b_dec=sae.weights.b_dec + offset), sae.scale)
     found = measure(moved, x + offset, "cpu")
     assert found.r2 == pytest.approx(exact.r2, abs=2e-5)
     assert found.rescaling == pytest.approx(exact.rescaling, rel=1e-4)

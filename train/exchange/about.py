@@ -117,6 +117,11 @@ class About:
         return int(found[1]) if found else None
 
     @property
+    def hook_folder(self) -> str | None:
+        """The hookpoint as the name of a folder."""
+        return re.sub(r"[^A-Za-z0-9_.-]", "_", self.hook_name).strip(".") or None if self.hook_name else None
+
+    @property
     def hook_part(self) -> str | None:
         """The hookpoint inside its block: `resid_post`, `attn.hook_z`."""
         found = HOOK.fullmatch(self.hook_name or "")
@@ -166,6 +171,8 @@ def known_model(recorded: Any) -> dict[str, Any] | None:
     BadData."""
     if recorded is None:
         return None
+    if not isinstance(recorded, dict):
+        raise BadData(f"model is {quoted(recorded)} instead of an object")
     model = members(recorded, ("name",), None)
     name = text(model["name"], "model.name")
     if truth(model.get("local", False), "model.local"):

@@ -10,10 +10,11 @@ import typer
 from shared.command.commands import command
 from shared.command.main import show
 from shared.command.options import OptionsFrom, resolve
-from shared.command.parameters import HubSource, Json, PushSource, SavedPlace
+from shared.command.parameters import ForeignPlace, HubSource, Json, PushSource, SavedPlace
 from shared.progress import gigabytes
 
 if TYPE_CHECKING:
+    from train.exchange.bring import Imported
     from train.exchange.export import Exported
     from train.hub.pull import Pulled
     from train.hub.upload import Pushed
@@ -39,6 +40,22 @@ def add_commands(app: typer.Typer) -> None:
 
         done = run(config)
         show([plain(each) for each in done], as_json, partial(print_exported, done))
+
+    @command(app, "import", group=GROUP, settings=OptionsFrom("import"))
+    def import_(context: typer.Context, source: ForeignPlace, as_json: Json = False) -> None:
+        """Bring in an autoencoder that another tool trained.
+
+        It reads SAELens, dictionary_learning, sparsify, Gemma Scope, Llamascopium and OpenAI, and runs no code of a
+        file. The folder that it writes computes the same function.
+
+        $ sagsae import downloads/blocks.8.hook_resid_post --out imported/gpt2-8
+        $ sagsae import layer_12/params.npz --model gemma-2-2b --hook blocks.12.hook_resid_post --out imported/g12
+        """
+        config = resolve(context, source=source)
+        from train.exchange.bring import bring as run
+
+        done = run(config)
+        show(plain(done), as_json, partial(print_imported, done))
 
     @command(app, group=GROUP, settings=OptionsFrom("push"))
     def push(context: typer.Context, source: PushSource, as_json: Json = False) -> None:
@@ -93,7 +110,7 @@ def print_pulled(done: "list[Pulled]") -> None:
             typer.echo(f"  {note}")
 
 
-def plain(done: "Exported | Pulled") -> dict[str, Any]:
+def plain(done: "Exported | Imported | Pulled") -> dict[str, Any]:
     return {**dataclasses.asdict(done), "folder": str(done.folder)}
 
 
@@ -102,3 +119,13 @@ def print_exported(done: "list[Exported]") -> None:
         typer.echo(f"{each.folder}: {each.name} for {each.tool} ({each.form}, {each.width:,} latents)")
         for note in each.notes:
             typer.echo(f"  {note}")
+
+
+def print_imported(done: "Imported") -> None:
+    place = f" of {done.model}" if done.model else ""
+    typer.echo(f"{done.folder}: {done.name} from {done.tool} ({done.format}), d_in {done.d_in:,}")
+    typer.echo(
+        f"  reads {done.hook_name}{place}" if done.hook_name else "  the files say no hookpoint; --hook names it"
+    )
+    for note in done.notes:
+        typer.echo(f"  {note}")

@@ -82,8 +82,8 @@ def export(config: ExportConfig) -> list[Exported]:
 
 def subfolder(about: About, config: ExportConfig) -> Path:
     """Returns the folder of one of several autoencoders. SAELens' id on the hub is the same path."""
-    hook = None if config.to == "sparsify" else about.hook_name
-    return Path(hook.replace("/", "_"), about.name) if hook else Path(about.name)
+    hook = None if config.to == "sparsify" else about.hook_folder
+    return Path(hook, about.name) if hook else Path(about.name)
 
 
 def check_out(out: Path) -> None:

@@ -28,7 +28,7 @@ class SparsityController:
 
     def __init__(self, config: SAEConfig, steps: int, device: torch.device) -> None:
         settings = config if isinstance(config, Penalised) else None
-        self.start = settings.sparsity if settings else 0.0
+        self.start = settings.known_sparsity if settings else 0.0
         self.target = settings.l0_target if settings else None
         self.warmup = settings.sparsity_warmup * steps if settings else 0.0
         self.steered = int(STEERED * steps)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
-from shared.exchange import PullConfig
+from shared.exchange import ImportConfig, PullConfig
 from shared.files.handles import Buffer
 from shared.files.hub_files import HubFiles
 from shared.files.local import explained, written_together
@@ -23,6 +23,7 @@ from shared.hub.client import HubFile, HubRefusal, RepoState, list_files, repo_s
 from shared.hub.place import HubPlace, HubRepo, checked_revision, repo_named
 from shared.progress import progress
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder, expected_size, settings_of
+from train.exchange.bring import bring
 from train.hub.layout import OWN
 from train.hub.upload import OutFile
 
@@ -235,9 +236,6 @@ def pull_foreign(
             for file in there:
                 path = place / file.path.removeprefix(f"{folder}/")
                 write(path, advanced(checked_pieces(files, file), advance, file.path))
-        from shared.exchange import ImportConfig
-        from train.exchange.bring import bring
-
         brought = bring(ImportConfig(source=place, out=out))
     return Pulled(brought.name, out, repo.name, state.commit, size, [f"imported from {brought.tool}", *brought.notes])
 

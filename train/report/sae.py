@@ -46,10 +46,10 @@ class FrontierKey:
 
 
 class SparsityKnob(NamedTuple):
-    """What set the number of active latents: `lambda`, `k` or `l0`, and its value."""
+    """What set the number of active latents: `lambda`, `k` or `l0`, and its value. None: not known."""
 
     name: str
-    value: float
+    value: float | None
 
 
 class MeasuredSAE(BaseModel):
@@ -113,7 +113,7 @@ class MeasuredSAE(BaseModel):
             return SparsityKnob("k", self.k)
         if self.l0_target is not None:
             return SparsityKnob("l0", self.l0_target)
-        return SparsityKnob("lambda", self.sparsity or 0.0)
+        return SparsityKnob("lambda" if self.sparsity is not None else "unknown", self.sparsity)
 
     @property
     def has_massive(self) -> bool:

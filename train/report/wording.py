@@ -38,7 +38,9 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def knob(setting: SparsityKnob) -> str:
-    """`λ 0.2`, `k 32`, or `target 20` where λ was steered to an L0."""
+    """`λ 0.2`, `k 32`, or `target 20` where λ was steered to an L0. `λ unknown` where nothing says it."""
+    if setting.value is None:
+        return "λ unknown"
     return f"{ {'lambda': 'λ', 'l0': 'target'}.get(setting.name, setting.name) } {setting.value:g}"
 
 

@@ -36,7 +36,7 @@ def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
     notes = []
     if config.approximate_topk is not None and exact is not None:
         notes.append(f"--approximate-topk has no effect: TopK with k {form.k} is the same function")
-    if about.hf_hook is None:
+    if not is_output(about):
         notes.append(f"the folder {folder} is no module of the language model: sparsify cannot place it")
     settings = settings_of(sae, about, form)
     root = {"model": about.model, "dataset": about.dataset, "ctx_len": about.context, "sagsae": {"name": about.name}}
@@ -51,7 +51,7 @@ def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
 def folder_name(sae: Autoencoder, about: About, force: bool) -> str:
     """Returns the hookpoint as sparsify names it: the module whose output it is, without the base model's prefix.
     Raises UserError where there is none."""
-    if about.hf_hook is not None and not about.hf_hook.is_input:
+    if about.hf_hook is not None and is_output(about):
         return about.hf_hook.module
     if not force:
         what = about.hook_name or "a hookpoint that cfg.json does not name"
@@ -59,7 +59,12 @@ def folder_name(sae: Autoencoder, about: About, force: bool) -> str:
             f"{sae.config.name}: is for {what}, and sparsify knows hookpoints by the module whose output they are, "
             "which this one does not have or which sagsae does not know. Export it to saelens, or write it with --force"
         )
-    return (about.hook_name or "unknown").replace("/", "_")
+    return about.hook_folder or "unknown"
+
+
+def is_output(about: About) -> bool:
+    """Whether the hookpoint is known to be the output of a module."""
+    return about.hf_hook is not None and not about.hf_hook.is_input
 
 
 def exact_form(sae: Autoencoder) -> forms.TopKForm | None:
