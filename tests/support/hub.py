@@ -105,6 +105,8 @@ class Hub(ThreadingHTTPServer):
 
 class Answering(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = 1 << 16  # an answer in one packet: two would wait for each other
+    disable_nagle_algorithm = True
 
     def log_message(self, format: str, *args: Any) -> None: ...
 
