@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
@@ -86,13 +87,18 @@ def token() -> str | None:
     return get_token()
 
 
+def library() -> Any:
+    """huggingface_hub.utils, whose functions are documented but not exported for type checkers."""
+    return import_module("huggingface_hub.utils")
+
+
 def headers() -> dict[str, str]:
     """The headers of every request to the hub."""
-    from huggingface_hub.utils import build_hf_headers
-
     from shared.record import version
 
-    return dict(build_hf_headers(token=token() or False, library_name="sagsae", library_version=version("sagsae")))
+    return dict(
+        library().build_hf_headers(token=token() or False, library_name="sagsae", library_version=version("sagsae"))
+    )
 
 
 # Questions
@@ -203,8 +209,6 @@ def tried(request: Callable[[], tuple[bytes, str]]) -> tuple[bytes, str]:
 
 def request_bounded(repo: HubRepo, url: str, form: Sequence[tuple[str, str]] | None) -> tuple[bytes, str]:
     """The body and the Link header of one answer. Redirects are followed on the hub's own address alone."""
-    from huggingface_hub.utils import get_session
-
     here = origin(endpoint())
     for _ in range(REDIRECTS):
         if origin(url) != here:
@@ -216,7 +220,7 @@ def request_bounded(repo: HubRepo, url: str, form: Sequence[tuple[str, str]] | N
         if form is not None:
             sent |= {"content": urlencode(form).encode()}
             sent["headers"]["Content-Type"] = "application/x-www-form-urlencoded"
-        with get_session().stream("GET" if form is None else "POST", url, **sent) as answer:
+        with library().get_session().stream("GET" if form is None else "POST", url, **sent) as answer:
             if answer.is_redirect:
                 url = urljoin(url, answer.headers.get("location", ""))
                 continue

@@ -235,7 +235,11 @@ def test_nothing_becomes_public_without_a_question(hub: Hub, one: Path) -> None:
     asked: list[str] = []
 
     def answer(yes: bool) -> Callable[[str], bool]:
-        return lambda question: bool(asked.append(question)) or yes
+        def say(question: str) -> bool:
+            asked.append(question)
+            return yes
+
+        return say
 
     with pytest.raises(UserError, match="there is no terminal to ask on"):
         push(pushing(one, private=False))

@@ -234,8 +234,9 @@ def test_places_and_their_parents() -> None:
 @pytest.mark.usefixtures("served")
 def test_the_hub_is_never_written_to_by_a_harvest() -> None:
     files = open_files(URL)
-    for action in (
-        lambda: files.write("x", [b"y"]), lambda: files.remove("zarr.json"), lambda: files.append("l.jsonl", b"", 0),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match="can only be read"):
-            action()
+    with pytest.raises(UserError, match="can only be read"):
+        files.write("x", [b"y"])
+    with pytest.raises(UserError, match="can only be read"):
+        files.remove("zarr.json")
+    with pytest.raises(UserError, match="can only be read"):
+        files.append("l.jsonl", b"", 0)

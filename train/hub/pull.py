@@ -153,9 +153,8 @@ def listed(names: Any) -> str:
 def pull_own(files: HubFiles, repo: HubRepo, state: RepoState, sae: RemoteSAE, out: Path) -> Pulled:
     """Downloads one autoencoder of sagsae's. cfg.json is read first: it says how large the weights may be."""
     sizes = {SETTINGS: sae.settings, WEIGHTS: sae.weights}
-    done = lambda size: Pulled(sae.name, out, repo.name, state.commit, size, [])  # noqa: E731
     if is_there(out, sizes):
-        return done(0)
+        return Pulled(sae.name, out, repo.name, state.commit, 0, [])
     if sae.settings.size > SMALL:
         raise DamagedError(
             f"{files.name}/{sae.settings.path}: has {sae.settings.size:,} bytes; at most {SMALL:,} are ours"
@@ -167,7 +166,8 @@ def pull_own(files: HubFiles, repo: HubRepo, state: RepoState, sae: RemoteSAE, o
             write(out / WEIGHTS, advanced(checked_pieces(files, sae.weights), advance, sae.name))
             write(out / SETTINGS, [settings])
         loadable(out)
-    return done(sae.settings.size + sae.weights.size)
+    size = sae.settings.size + sae.weights.size
+    return Pulled(sae.name, out, repo.name, state.commit, size, [])
 
 
 def loadable(out: Path) -> None:

@@ -24,6 +24,7 @@ from shared.hub.client import (
     endpoint,
     explained,
     files_at,
+    library,
     repo_state,
     token,
 )
@@ -268,10 +269,8 @@ def hub_api() -> Any:
 def quiet_library() -> Iterator[None]:
     """Keeps huggingface_hub from printing bars of its own, and warnings that quote signed URLs; a request that stalls
     ends after REQUEST_SECONDS."""
-    from huggingface_hub import utils
-    from huggingface_hub.utils import logging
-
-    session = utils.get_session()
+    utils = library()
+    session, logging = utils.get_session(), utils.logging
     before, bars, timeout = logging.get_verbosity(), not utils.are_progress_bars_disabled(), session.timeout
     logging.set_verbosity_error()
     utils.disable_progress_bars()
