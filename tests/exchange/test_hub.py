@@ -392,6 +392,49 @@ def test_a_pull_of_what_is_not_there(one: Path, tmp_path: Path, source: str, sai
     assert not (tmp_path / "sae").exists()
 
 
+# Other tools' autoencoders
+
+
+def somebodys(hub: Hub, run: Path, name: str, **more: Any) -> str:
+    """The folder of an autoencoder in another tool's files alone, in a repository of somebody else."""
+    push(pushing(run / "saes" / name, repo="tester/source", **more))
+    files = hub.model("tester/source").files
+    row = json.loads(files["sagsae/saes.json"])["saes"][0]
+    hub.add("other/saes", {path: data for path, data in files.items() if path.startswith(row["folder"])})
+    return f"other/saes/{row['folder']}"
+
+
+@pytest.mark.parametrize(
+    ("arch", "tool"),
+    [("sa-gsae", "saelens"), ("relu", "sparsify"), ("gated", "gemma-scope"), ("relu", "dictionary-learning")],
+)
+def test_another_tools_autoencoder_is_imported(hub: Hub, run: Path, tmp_path: Path, arch: str, tool: str) -> None:
+    name = f"{arch}-48-lambda0.2-seed0"
+    source = somebodys(hub, run, name, to=tool, force=tool == "dictionary-learning")
+    (done,) = pull(PullConfig(source=source, out=tmp_path / "sae"))
+    assert "imported from" in done.notes[0]
+    theirs, ours = load(done.folder), load(run / "saes" / name)
+    x = torch.randn(64, ours.d_in, generator=torch.Generator().manual_seed(2)) * ours.scale
+    torch.testing.assert_close(theirs(x), ours(x), rtol=1e-5, atol=1e-5 * float(x.abs().max()))
+
+    push(pushing(done.folder, repo="tester/again"))
+    (again,) = pull(PullConfig(source="tester/again", out=tmp_path / "again"))
+    assert torch.equal(load(again.folder)(x), theirs(x))
+
+
+def test_a_folder_that_is_no_single_autoencoder_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.add("other/many", {f"all/{number}.safetensors": b"x" for number in range(40)})
+    with pytest.raises(UserError, match=r"has 40 files .* Name the folder of one autoencoder"):
+        pull(PullConfig(source="other/many/all", out=tmp_path / "sae"))
+    with pytest.raises(UserError, match="has no autoencoder that sagsae pushed"):
+        pull(PullConfig(source="other/many", out=tmp_path / "sae"))
+    hub.add("other/text", {"notes/readme.txt": b"hello"})
+    with pytest.raises(UserError):
+        pull(PullConfig(source="other/text/notes", out=tmp_path / "sae"))
+    assert not (tmp_path / "sae").exists()
+    assert not hub.storage_saw
+
+
 # A hostile hub
 
 

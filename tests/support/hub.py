@@ -19,6 +19,7 @@ import pytest
 TOKEN = "hf_ThisIsTheSecretOfTheTests"
 PAGE = 100
 """Files on a page of a listing."""
+LARGE = (".safetensors", ".pt", ".npz")
 
 
 class HubRepository:
@@ -98,6 +99,17 @@ class Hub(ThreadingHTTPServer):
 
     def dataset(self, name: str) -> HubRepository:
         return self.repos[f"datasets/{name}"]
+
+    def add(self, name: str, files: dict[str, bytes]) -> HubRepository:
+        """A public model of somebody's; weights are in large-file storage."""
+        repo = self.repos.setdefault(f"models/{name}", HubRepository(private=False))
+        for path, data in files.items():
+            if path.endswith(LARGE):
+                digest = hashlib.sha256(data).hexdigest()
+                self.storage[digest] = data
+                repo.large.add(digest)
+        repo.commit(files)
+        return repo
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A client that hung up is no news here."""
@@ -367,7 +379,7 @@ def listed(repo: HubRepository, path: str, data: bytes) -> dict[str, Any]:
 def upload_mode(file: dict[str, Any]) -> dict[str, Any]:
     """How the hub wants a file: text below 10 MB into the commit, everything else into large-file storage."""
     sample = base64.b64decode(file["sample"])
-    large = file["path"].endswith((".safetensors", ".pt", ".npz")) or file["size"] > 10_000_000 or b"\0" in sample
+    large = file["path"].endswith(LARGE) or file["size"] > 10_000_000 or b"\0" in sample
     return {"path": file["path"], "uploadMode": "lfs" if large else "regular", "shouldIgnore": False, "oid": None}
 
 

@@ -1,6 +1,6 @@
 """Pushes the autoencoders of a run to a stand-in for the hub and lets SAELens and sparsify load them from there:
 
-    python tests/exchange/peers/hub.py FOLDER PYTHON      FOLDER/runs/resid_post as prepare.py makes it; the tools' PYTHON
+    python tests/exchange/peers/hub.py FOLDER PYTHON      FOLDER/runs/resid_post is prepare.py's; PYTHON is the tools'
 
 Every autoencoder goes through `SAE.from_pretrained`, those that sparsify can say through `SparseCoder.load_from_hub`.
 The exit code is 1 when a reconstruction is not sagsae's to 1e-6 of the largest activation, but for three rows in a
@@ -52,7 +52,8 @@ def main(folder: Path, python: str) -> int:
         from train.exchange.saved import find_saes
         from train.hub.push import push
 
-        cases, expected = [], []
+        cases: list[dict[str, str]] = []
+        expected = []
         for number, saved in enumerate(find_saes(folder / "runs/resid_post")):
             for tool in ("saelens", "sparsify"):
                 repo = f"tester/n{number}-{tool}"
