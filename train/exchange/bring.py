@@ -46,6 +46,8 @@ FORMATS: Final = {
 }
 """By the name that `--format` takes, in the order in which a folder is tried."""
 OURS: Final = frozenset({SETTINGS, WEIGHTS})
+UNSAID: Final = dict.fromkeys(("model", "hook_name", "context", "bos_id"))
+"""What cfg.json says in any case: null where nobody knows it."""
 LLAMA_SCOPE: Final = (
     "is Llama Scope, for which tools disagree about the threshold. In SAELens' environment: "
     "SAE.from_pretrained(release, sae_id).save_model(folder); then import that folder"
@@ -77,12 +79,9 @@ def bring(config: ImportConfig) -> Imported:
     if config.norm_factor is not None and format != "saelens":
         raise UserError("--norm-factor: is SAELens' norm_scaling_factor; no other tool's format leaves it out")
     found = read_saelens(place, config.norm_factor) if format == "saelens" else FORMATS[format].read(place)
-    about = {name: found.about.get(name) for name in ("model", "hook_name", "context")}
-    asked = {"model": config.model, "hook_name": config.hook}
-    about |= {name: value for name, value in asked.items() if value is not None}
-    write_folder(
-        config.out, found, {**about, "bos_id": None, "imported": record_of(found, config.source)}, config.overwrite
-    )
+    asked = {"model": {"name": config.model} if config.model else None, "hook_name": config.hook}
+    about = {**UNSAID, **found.about, **{name: value for name, value in asked.items() if value is not None}}
+    write_folder(config.out, found, {**about, "imported": record_of(found, config.source)}, config.overwrite)
     return Imported(
         config.out,
         found.tool,
@@ -90,7 +89,7 @@ def bring(config: ImportConfig) -> Imported:
         found.config.name,
         found.weights.W_enc.shape[1],
         len(found.weights.W_enc),
-        about["model"],
+        about["model"]["name"] if about["model"] else None,
         about["hook_name"],
         found.notes,
     )
@@ -104,7 +103,7 @@ def record_of(found: Found, source: Path) -> dict[str, Any]:
         "source": source.absolute().name,
         "file": found.file.path.name,
         "sha256": found.file.sha256,
-        "prepend_bos": found.about.get("prepend_bos"),
+        "prepend_bos": found.prepends_bos,
         "norms": found.norms,
         "notes": found.notes,
     }
@@ -132,7 +131,7 @@ def recognised(source: Path, asked: str) -> tuple[str, Path]:
     if asked not in ("auto", format):
         files = " and ".join(FORMATS[format].files)
         raise UserError(
-            f"--format {asked}: {source} is {FORMATS[format].tool}'s format ({files}), not {FORMATS[asked].tool}'s. "
+            f"--format {asked}: {source} is of {FORMATS[format].tool} ({files}), not of {FORMATS[asked].tool}. "
             "Leave --format out"
         )
     return format, path

@@ -27,8 +27,6 @@ UNIT: Final = 1e-5
 """A decoder whose rows all have norm one to this precision is not touched."""
 AT_ONCE: Final = 1 << 24
 """Entries of a matrix that are computed in float64 at a time."""
-UNKNOWN_SPARSITY: Final = 0.0
-"""λ of an autoencoder that another tool trained."""
 LARGEST_R: Final = 80.0
 """Where eʳ leaves float32."""
 LONGEST: Final = 300
@@ -72,8 +70,9 @@ class Found:
     norms: dict[str, Any]
     """Of the decoder's rows: lowest, highest, whether they were brought to one."""
     about: dict[str, Any] = field(default_factory=dict)
-    """model, hook_name and context, where the source says them."""
+    """Further members of cfg.json: model, hook_name and context, where the source says them."""
     notes: list[str] = field(default_factory=list)
+    prepends_bos: bool | None = None
     scale: float = 1.0
     """Autoencoder.scale; 1 where nobody knows it."""
 
@@ -189,8 +188,12 @@ def found(
     the file; `k`: active latents per token, for those that have it."""
     tool, format, file = source
     config, weights = FAMILIES[family](parts, k)
+    known = {name: value for name, value in about.items() if value is not None}
+    bos = known.pop("prepend_bos", None)
+    if "model" in known:
+        known["model"] = {"name": known["model"]}
     said = [*notes, *notes_on(file, parts, family, config)]
-    return Found(tool, format, config, weights, file, parts.norms, dict(about), said)
+    return Found(tool, format, config, weights, file, parts.norms, known, said, bos)
 
 
 def notes_on(file: TensorFile, parts: Parts, family: str, config: SAEConfig) -> list[str]:
@@ -263,7 +266,7 @@ FAMILIES: Final[Mapping[str, Callable[[Parts, int], tuple[SAEConfig, Weights]]]]
 
 def settings(arch: str, parts: Parts, **more: Any) -> SAEConfig:
     """The configuration of an autoencoder whose training is unknown."""
-    unknown = {"sparsity": UNKNOWN_SPARSITY} if ARCHITECTURES[arch].has("sparsity") else {}
+    unknown = {"sparsity": None} if ARCHITECTURES[arch].has("sparsity") else {}
     config: SAEConfig = sae_config(arch=arch, d_sae=len(parts.matrices["W_enc"]), **unknown, **more)
     return config
 

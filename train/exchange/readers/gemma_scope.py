@@ -15,7 +15,8 @@ from torch import Tensor
 
 from shared.gate import BadData
 from train.exchange.readers.base import Found, Theirs, brought, found
-from train.exchange.tensors import TensorFile, read_npz, read_safetensors, readable, take
+from train.exchange.readers.ours import restored
+from train.exchange.tensors import TensorFile, read_json, read_npz, read_safetensors, readable, take
 
 FILES: Final = ("params.npz", "params.safetensors")
 NAMES: Final = {"W_enc": "d_in d_sae", "W_dec": "d_sae d_in", "b_enc": "d_sae", "b_dec": "d_in", "threshold": "d_sae"}
@@ -33,17 +34,25 @@ PLACES: Final = {
 def read_gemma_scope(path: Path) -> Found:
     """Raises UserError for a file without these tensors, or a transcoder of Gemma Scope 2."""
     file = read_npz(path) if path.suffix == ".npz" else read_safetensors(path)
+    folders = path.absolute().parts[:-1]
     with readable(path):
-        if "affine_skip_connection" in file.tensors or "transcoder" in str(path.absolute().parent):
+        if "affine_skip_connection" in file.tensors or any("transcoder" in name for name in folders[-4:]):
             raise BadData("is a transcoder, which predicts other activations than it reads: nothing here does")
     shapes = {lower(name) if lower(name) in file.tensors else name: axes for name, axes in NAMES.items()}
     tensors, sizes = take(file, "an autoencoder of Gemma Scope", shapes)
     named = {name: tensors[found_name] for name, found_name in zip(NAMES, shapes, strict=True)}
-    embedding = "embedding" in path.absolute().parts
+    embedding = "embedding" in folders
     with readable(path):
         parts = brought(translated(named, math.sqrt(sizes["d_in"]) if embedding else 1.0))
     notes = ["it is one of the embedding: it reads activations multiplied by sqrt(d_in)"] if embedding else []
-    return found(("Gemma Scope", file_kind(file), file), "jumprelu", parts, said_about(path), notes=notes)
+    done = found(("Gemma Scope", file_kind(file), file), "jumprelu", parts, said_about(path), notes=notes)
+    return restored(done, ours_of(path.parent / "sagsae.json"))
+
+
+def ours_of(path: Path) -> dict[str, Any]:
+    """What sagsae's export writes beside the file, whose format has no description; {} for any other."""
+    block = read_json(path).get("sagsae") if path.exists() else None
+    return block if isinstance(block, dict) else {}
 
 
 def lower(name: str) -> str:

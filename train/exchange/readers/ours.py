@@ -7,20 +7,23 @@ negative pole of latent i. `restored` joins the poles where the tensors still mi
 import dataclasses
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.gate import BadData, number
+from shared.gate import BadData, members, number, text
 from shared.saes import ARCHITECTURES, SAEConfig, SaGsae, sae_config
-from train.exchange.readers.base import Found
+from train.exchange.readers.base import LONGEST, Found
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
 from train.sae.gated import GatedWeights, join
 from train.sae.relu import JumpReluWeights, ReluWeights
+
+ABOUT: Final = ("model", "hook_name", "context", "bos_id", "lambda", "corpus", "exclude_special", "exclude_positions")
+"""What cfg.json said beside the settings. Whoever uses one of them checks it, since a folder may come from anybody."""
 
 
 def restored(found: Found, block: Mapping[str, Any]) -> Found:
@@ -34,7 +37,8 @@ def restored(found: Found, block: Mapping[str, Any]) -> Found:
     except (BadData, UserError, ValueError) as error:
         why = f"it was exported by sagsae, and is {found.config.arch} here: {error}"
         return dataclasses.replace(found, notes=[*found.notes, why])
-    return dataclasses.replace(found, config=changed[0], weights=changed[1], scale=scale)
+    about = {**found.about, **{name: block[name] for name in ABOUT if block.get(name) is not None}}
+    return dataclasses.replace(found, config=changed[0], weights=changed[1], scale=scale, about=about)
 
 
 def settings_of(block: Mapping[str, Any]) -> tuple[SAEConfig, float]:
@@ -42,6 +46,10 @@ def settings_of(block: Mapping[str, Any]) -> tuple[SAEConfig, float]:
     arch = block.get("arch")
     if not isinstance(arch, str) or arch not in ARCHITECTURES:
         raise BadData("its old settings name no architecture that is known here")
+    if block.get("model") is not None:
+        text(members(block["model"], ("name",), None)["name"], "model.name", LONGEST)
+    if block.get("hook_name") is not None:
+        text(block["hook_name"], "hook_name", LONGEST)
     fields = ARCHITECTURES[arch].config.model_fields
     config: SAEConfig = sae_config(**{key: block[key] for key in fields if key in block})
     return config, number(block.get("scale"), "scale", sys.float_info.min)
@@ -50,22 +58,22 @@ def settings_of(block: Mapping[str, Any]) -> tuple[SAEConfig, float]:
 def with_settings(w: Weights, config: SAEConfig, width: int) -> tuple[SAEConfig, Weights]:
     """Raises ValueError where the tensors are not those of such an autoencoder."""
     mathematics = family(config)
-    if width != config.d_sae * (2 if mathematics.signed and config.arch != "signed-topk" else 1):
+    if width == config.d_sae and type(w) is mathematics.weights:
+        return config, w
+    if width != config.d_sae * (2 if mathematics.signed else 1):
         raise ValueError(f"it has {width:,} latents, and its old settings {config.d_sae:,}")
     if isinstance(config, SaGsae) and not config.one_sided:
         weights = with_poles(join(as_gate(w)), mathematics.poles)
         rows = (len(weights.theta), len(weights.r))
         tie = {(1, 1): "symmetric", (2, 1): "magnitude", (2, 2): "none"}[rows]
         return config.model_copy(update={"tie": tie}), weights
-    if config.arch == "abs-topk":
-        return config, join_threshold(w)
+    if mathematics.signed:
+        return config, join_halves(w, config.arch)
     if config.arch == "batch-topk" and isinstance(w, JumpReluWeights):
         return config, BatchTopKWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc, common(w.theta))
     if config.arch == "relu" and isinstance(w, JumpReluWeights) and not bool(w.theta.any()):
         return config, ReluWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc)
-    if not isinstance(w, mathematics.weights) or type(w) is not mathematics.weights:
-        raise ValueError(f"as {config.arch} its tensors would be others; the function is the same")
-    return config, w
+    raise ValueError(f"as {config.arch} its tensors would be others; the function is the same")
 
 
 def as_gate(w: Weights) -> GatedWeights:
@@ -86,20 +94,20 @@ def with_poles(w: GatedWeights, poles: Mapping[str, int]) -> GatedWeights:
     return dataclasses.replace(w, **{name: getattr(w, name).expand(count, -1).clone() for name, count in rows.items()})
 
 
-def join_threshold(w: Weights) -> BatchTopKWeights:
-    """An AbsTopK autoencoder from its two halves. Raises ValueError."""
+def join_halves(w: Weights, arch: str) -> Weights:
+    """An AbsTopK or SignedTopK autoencoder from its two halves. Raises ValueError."""
     half = len(w.W_enc) // 2
-    if not all(torch.equal(part[:half], -part[half:]) for part in (w.W_enc, w.W_dec)):
+    if not isinstance(w, ReluWeights | BatchTopKWeights):
+        raise ValueError("its latents have gates")
+    if not all(torch.equal(part[:half], -part[half:]) for part in (w.W_enc, w.W_dec, w.b_enc)):
         raise ValueError("the second half of its latents does not mirror the first")
-    if isinstance(w, BatchTopKWeights):
-        threshold = w.threshold
-    elif isinstance(w, JumpReluWeights):
-        threshold = common(w.theta)
-    else:
-        raise ValueError("it has no threshold")
-    if bool(w.b_enc.any()):
-        raise ValueError("its latents have a bias, which has a sign")
-    return BatchTopKWeights(w.W_enc[:half].clone(), w.W_dec[:half].clone(), w.b_dec, w.b_enc[:half].clone(), threshold)
+    halves = {"W_enc": w.W_enc[:half].clone(), "W_dec": w.W_dec[:half].clone(), "b_dec": w.b_dec}
+    if arch == "signed-topk" and type(w) is ReluWeights:
+        return ReluWeights(**halves, b_enc=w.b_enc[:half].clone())
+    if arch == "abs-topk" and isinstance(w, JumpReluWeights | BatchTopKWeights) and not bool(w.b_enc.any()):
+        threshold = w.threshold if isinstance(w, BatchTopKWeights) else common(w.theta)
+        return BatchTopKWeights(**halves, b_enc=w.b_enc[:half].clone(), threshold=threshold)
+    raise ValueError(f"as {arch} its tensors would be others")
 
 
 def common(theta: Tensor) -> Tensor:

@@ -50,6 +50,7 @@ REFUSED: Final = {
     "clt": "it reads one layer and writes to several",
     "temporal": "its code depends on earlier tokens",
     "matching_pursuit": "its code is found by iteration, not by an encoder",
+    "bijumprelu": "it needs code of its own. Export it again without --form bijumprelu, which says the same",
     "batchtopk": "it is a checkpoint of a training; SAELens' save_inference_model writes what is read here",
     "matryoshka_batchtopk": "it is a checkpoint of a training; SAELens' save_inference_model writes what is read here",
 }
@@ -88,7 +89,7 @@ def architecture_of(cfg: dict[str, Any]) -> str:
     if name == "standard" and old == "topk":
         name = "topk"
     if name in REFUSED:
-        raise BadData(f"says architecture {name}, which has no equal here: {REFUSED[name]}")
+        raise BadData(f"says architecture {name}, which is not read: {REFUSED[name]}")
     if activation not in ("relu", "topk"):
         raise BadData(f"says activation_fn {quoted(activation)}; relu and topk are read")
     return choice(name, "architecture", tuple(VECTORS))
@@ -119,10 +120,15 @@ def said_about(cfg: dict[str, Any]) -> dict[str, Any]:
     if metadata is not None and not isinstance(metadata, dict):
         raise BadData(f"metadata is {quoted(metadata)} instead of an object")
     values = {**cfg, **(metadata or {})}
+    hook_name = said_text(values, "hook_name", "hook_point")
+    if values.get("hook_head_index") is not None:
+        raise BadData(f"reads head {quoted(values['hook_head_index'])} alone, and hookpoints have all heads here")
+    if values.get("hook_name_out") not in (None, hook_name):
+        raise BadData("is a transcoder: it predicts other activations than it reads")
     context = values.get("context_size")
     return {
         "model": said_text(values, "model_name"),
-        "hook_name": said_text(values, "hook_name", "hook_point"),
+        "hook_name": hook_name,
         "context": None if context is None else integer(context, "context_size", 1),
         "prepend_bos": said_switch(values, "prepend_bos", False) if values.get("prepend_bos") is not None else None,
     }

@@ -44,6 +44,8 @@ def read_sparsify(folder: Path) -> Found:
     with readable(folder / SETTINGS):
         if cfg.get("d_in", sizes["d_in"]) != sizes["d_in"]:
             raise BadData(f"says d_in {quoted(cfg['d_in'])}, and {WEIGHTS} has {sizes['d_in']:,}")
+        if cfg.get("num_latents") not in (None, 0, sizes["n"]):
+            raise BadData(f"says num_latents {quoted(cfg['num_latents'])}, and {WEIGHTS} has {sizes['n']:,}")
         k = integer(cfg.get("k"), "k", 1)
     family = "signed-topk" if signed else "topk" if k < sizes["n"] else "relu"
     with readable(file.path):
