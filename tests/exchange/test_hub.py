@@ -14,9 +14,9 @@ import pytest
 import torch
 import yaml
 from support.command import Sagsae
-from support.hub import TOKEN, Hub
-from support.hub import hub as hub
 from support.runs import weights_of
+from support.serving.hub import TOKEN, Hub
+from support.serving.hub import hub as hub
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import BusyError, DamagedError, UserError
@@ -440,7 +440,7 @@ def test_a_folder_that_is_no_single_autoencoder_is_not_downloaded(hub: Hub, tmp_
 
 def lying(hub: Hub, file: str, changes: dict[str, Any]) -> None:
     """The hub lists one file otherwise than it is."""
-    from support.hub import listed
+    from support.serving.hub import listed
 
     repo = hub.model(REPO)
     entries = [listed(repo, name, data) for name, data in sorted(repo.files.items())]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 from support.folders import contents
-from support.hub import Hub
-from support.hub import hub as hub
 from support.runs import weights_of
+from support.serving.hub import Hub
+from support.serving.hub import hub as hub
 from support.stores import unfinished
 
 from shared.config import EvalConfig, TrainConfig

@@ -66,7 +66,7 @@ class RemoteSAE:
 def pull(config: PullConfig) -> list[Pulled]:
     """Downloads the autoencoders that are named, and returns where they are: `out` for one, `out`/NAME for each of
     several. Raises UserError for what is not there, or would replace other files; DamagedError for files that are not
-    what the hub lists; BusyError when the hub cannot be reached: the same command then goes on."""
+    what the hub lists; BusyError when the hub cannot be reached."""
     repo, wanted = parse_source(config.source)
     revision = None if config.revision is None else checked_revision(config.revision)
     state = repo_state_or_store(repo, revision)

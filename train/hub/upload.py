@@ -111,7 +111,7 @@ def find_repo(repo: HubRepo) -> RepoState | None:
 
 
 def agree(repo: HubRepo, state: RepoState | None, private: bool, what: str, confirm: Confirm | None) -> None:
-    """Asks before anything becomes public. Raises UserError when the answer is no, when nobody can be asked, and when a
+    """Asks before anything becomes public. Raises UserError when the answer is no, when there is no one to ask, and when a
     public repository shall be private."""
     if private and state is not None and not state.private:
         raise UserError(

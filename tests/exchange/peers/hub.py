@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 os.environ |= {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
-from support.hub import TOKEN, running_hub  # noqa: E402
+from support.serving.hub import TOKEN, running_hub  # noqa: E402
 
 ROWS, RELATIVE, SWITCHED = 1024, 1e-6, 3e-3
 LOAD = """
