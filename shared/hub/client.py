@@ -57,6 +57,14 @@ class HubFile:
     """SHA-256 of the content of a file in large-file storage."""
 
 
+@dataclass(frozen=True)
+class HubAnswer:
+    """One answer of the hub."""
+
+    body: bytes
+    headers: Mapping[str, str]
+
+
 class HubRefusal(UserError):
     """The hub answers that it will not do what was asked."""
 
@@ -123,8 +131,31 @@ def files_at(repo: HubRepo, commit: str, paths: Sequence[str]) -> dict[str, HubF
         for begin in range(0, len(paths), PATHS_AT_ONCE):
             some = paths[begin : begin + PATHS_AT_ONCE]
             answer = ask(repo, f"{repo.api}/paths-info/{commit}", form=[("paths", path) for path in some])
-            found |= {file.path: file for file in files_in(answer) if file.path in set(some)}
+            one_by_one = answer == {}  # a server that knows no such question
+            files = asked_one_by_one(repo, commit, some) if one_by_one else files_in(answer)
+            found |= {file.path: file for file in files if file.path in set(some)}
     return found
+
+
+def asked_one_by_one(repo: HubRepo, commit: str, paths: Sequence[str]) -> Iterator[HubFile]:
+    yield from (file for path in paths if (file := describe_file(repo, commit, path)))
+
+
+def describe_file(repo: HubRepo, commit: str, path: str) -> HubFile | None:
+    """Returns a file as its own address describes it; None when there is none. Its ETag is the SHA-256 in large-file
+    storage, else the SHA-1 as a git blob. Some servers give every file's SHA-256."""
+    with checked(repo), explained(repo):
+        try:
+            answer = tried(lambda: request_bounded(repo, f"{endpoint()}/{repo.files}/{commit}/{quote(path)}", "HEAD"))
+        except HubRefusal as error:
+            if error.status == 404 and not isinstance(error, MissingRepo):
+                return None
+            raise
+        size = answer.headers.get("x-linked-size") or answer.headers.get("content-length", "")
+        tag = (answer.headers.get("x-linked-etag") or answer.headers.get("etag", "")).removeprefix("W/").strip('"')
+        if not size.isdecimal():
+            raise BadData(f"gives no length of {path}")
+        return HubFile(path, integer(int(size), "length", 0, LARGEST), tag, tag if DIGEST.fullmatch(tag) else None)
 
 
 def list_files(repo: HubRepo, commit: str, folder: str = "") -> list[HubFile]:
@@ -188,11 +219,11 @@ def ask_page(repo: HubRepo, place: str, form: Sequence[tuple[str, str]] | None =
 
     url = place if "://" in place else f"{endpoint()}{place}"
     with explained(repo):
-        body, links = tried(lambda: request_bounded(repo, url, form))
-    return parse_json(body, ANSWER_BYTES), links
+        answer = tried(lambda: request_bounded(repo, url, "GET" if form is None else "POST", form))
+    return parse_json(answer.body, ANSWER_BYTES), answer.headers.get("link", "")
 
 
-def tried(request: Callable[[], tuple[bytes, str]]) -> tuple[bytes, str]:
+def tried(request: Callable[[], HubAnswer]) -> HubAnswer:
     """Tries a question again when the network or the hub fails for a moment."""
     pause = PAUSE_SECONDS
     for attempt in range(1, TRIES + 1):
@@ -207,8 +238,9 @@ def tried(request: Callable[[], tuple[bytes, str]]) -> tuple[bytes, str]:
     raise AssertionError("counting ended")
 
 
-def request_bounded(repo: HubRepo, url: str, form: Sequence[tuple[str, str]] | None) -> tuple[bytes, str]:
-    """The body and the Link header of one answer. Redirects are followed on the hub's own address alone."""
+def request_bounded(repo: HubRepo, url: str, method: str, form: Sequence[tuple[str, str]] | None = None) -> HubAnswer:
+    """Returns one answer, read whole. Redirects are followed on the hub's own address alone; one to the storage, which
+    describes a file, is an answer of its own."""
     here = origin(endpoint())
     for _ in range(REDIRECTS):
         if origin(url) != here:
@@ -220,14 +252,14 @@ def request_bounded(repo: HubRepo, url: str, form: Sequence[tuple[str, str]] | N
         if form is not None:
             sent |= {"content": urlencode(form).encode()}
             sent["headers"]["Content-Type"] = "application/x-www-form-urlencoded"
-        with library().get_session().stream("GET" if form is None else "POST", url, **sent) as answer:
-            if answer.is_redirect:
+        with library().get_session().stream(method, url, **sent) as answer:
+            if answer.is_redirect and not (method == "HEAD" and "x-linked-etag" in answer.headers):
                 url = urljoin(url, answer.headers.get("location", ""))
                 continue
             body = read_bounded(answer)
             if answer.status_code >= 400:
                 refuse(repo, answer)
-            return body, answer.headers.get("link", "")
+            return HubAnswer(body, answer.headers)
     raise UserError(f"{repo}: the hub redirects in a circle. Check HF_ENDPOINT")
 
 
@@ -309,7 +341,7 @@ def raise_status(
             f"{repo}: somebody else changed it meanwhile, and nothing of this commit was kept. Run the same command "
             "again"
         ) from error
-    if status == 404 and code in ("RepoNotFound", "GatedRepo"):
+    if status == 404 and code == "RepoNotFound":
         raise MissingRepo(words_of(repo, status, code, said), status) from error
     raise HubRefusal(words_of(repo, status, code, said), status) from error
 

@@ -19,7 +19,7 @@ from shared.files.handles import Buffer
 from shared.files.hub_files import HubFiles
 from shared.files.local import explained, written_together
 from shared.gate import SMALL, BadData, quoted, safe_path
-from shared.hub.client import HubFile, HubRefusal, RepoState, list_files, repo_state
+from shared.hub.client import HubFile, HubRefusal, RepoState, describe_file, list_files, repo_state
 from shared.hub.place import HubPlace, HubRepo, checked_revision, repo_named
 from shared.progress import progress
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder, expected_size, settings_of
@@ -28,6 +28,8 @@ from train.hub.layout import OWN
 from train.hub.upload import OutFile
 
 PART_BYTES: Final = 8 << 20
+WHOLE_BYTES: Final = 64 << 20
+"""Size up to which a file is downloaded by one request."""
 FOREIGN_FILES: Final = 16
 """Files that another tool's folder of one autoencoder has at most; theirs have two to four."""
 FOREIGN_BYTES: Final = 64 << 30
@@ -50,6 +52,19 @@ class Pulled:
 
 
 @dataclass(frozen=True)
+class PinnedRepo:
+    """A repository at one commit, with its files."""
+
+    repo: HubRepo
+    commit: str
+    files: HubFiles
+
+    def name(self, file: HubFile) -> str:
+        """A file's name for messages."""
+        return f"{self.files.name}/{file.path}"
+
+
+@dataclass(frozen=True)
 class RemoteSAE:
     """One of sagsae's own autoencoders in a repository."""
 
@@ -69,18 +84,18 @@ def pull(config: PullConfig) -> list[Pulled]:
     what the hub lists; BusyError when the hub cannot be reached."""
     repo, wanted = parse_source(config.source)
     revision = None if config.revision is None else checked_revision(config.revision)
-    state = repo_state_or_store(repo, revision)
-    files = HubFiles.pinned(HubPlace(repo, state.commit, ""))
-    own = own_saes(repo, state)
+    commit = repo_state_or_store(repo, revision).commit
+    there = PinnedRepo(repo, commit, HubFiles.pinned(HubPlace(repo, commit, "")))
+    own = own_saes(there)
     chosen = matching(own, wanted) if wanted is not None else own
     if chosen:
         check_one(repo, chosen, wanted)
-        return [pull_own(files, repo, state, sae, place) for sae, place in placed(chosen, config.out)]
+        return [pull_own(there, sae, place) for sae, place in placed(chosen, config.out)]
     if wanted is None:
         raise UserError(
             f"{repo}: has no autoencoder that sagsae pushed. Name the folder of one: sagsae pull {repo}/FOLDER"
         )
-    return [pull_foreign(files, repo, state, wanted, config.out, own)]
+    return [pull_foreign(there, wanted, config.out, own)]
 
 
 def parse_source(source: str) -> tuple[HubRepo, str | None]:
@@ -108,10 +123,10 @@ def repo_state_or_store(repo: HubRepo, revision: str | None) -> RepoState:
         raise UserError(f"{repo}: is a dataset. If it is a store, read it with --store hf://{repo}") from error
 
 
-def own_saes(repo: HubRepo, state: RepoState) -> list[RemoteSAE]:
+def own_saes(source: PinnedRepo) -> list[RemoteSAE]:
     """Returns sagsae's own autoencoders in a repository, sorted."""
     try:
-        there = {file.path: file for file in list_files(repo, state.commit, OWN)}
+        there = {file.path: file for file in list_files(source.repo, source.commit, OWN)}
     except FileNotFoundError:
         return []
     found = []
@@ -150,24 +165,22 @@ def listed(names: Any) -> str:
 # Our own
 
 
-def pull_own(files: HubFiles, repo: HubRepo, state: RepoState, sae: RemoteSAE, out: Path) -> Pulled:
+def pull_own(source: PinnedRepo, sae: RemoteSAE, out: Path) -> Pulled:
     """Downloads one autoencoder of sagsae's. cfg.json is read first: it says how large the weights may be."""
     sizes = {SETTINGS: sae.settings, WEIGHTS: sae.weights}
     if is_there(out, sizes):
-        return Pulled(sae.name, out, repo.name, state.commit, 0, [])
+        return Pulled(sae.name, out, source.repo.name, source.commit, 0, [])
     if sae.settings.size > SMALL:
-        raise DamagedError(
-            f"{files.name}/{sae.settings.path}: has {sae.settings.size:,} bytes; at most {SMALL:,} are ours"
-        )
-    settings = b"".join(map(bytes, checked_pieces(files, sae.settings)))
-    check_weights_size(files, settings, sae)
+        raise DamagedError(f"{source.name(sae.settings)}: has {sae.settings.size:,} bytes; at most {SMALL:,} are ours")
+    settings = b"".join(map(bytes, checked_pieces(source, sae.settings)))
+    check_weights_size(source, settings, sae)
     with explained(out), progress(f"pull {sae.name}", sae.weights.size, "bytes") as advance:
         with written_together() as write:
-            write(out / WEIGHTS, advanced(checked_pieces(files, sae.weights), advance, sae.name))
+            write(out / WEIGHTS, advanced(checked_pieces(source, sae.weights), advance, sae.name))
             write(out / SETTINGS, [settings])
         loadable(out)
     size = sae.settings.size + sae.weights.size
-    return Pulled(sae.name, out, repo.name, state.commit, size, [])
+    return Pulled(sae.name, out, source.repo.name, source.commit, size, [])
 
 
 def loadable(out: Path) -> None:
@@ -180,7 +193,7 @@ def loadable(out: Path) -> None:
         raise
 
 
-def check_weights_size(files: HubFiles, settings: bytes, sae: RemoteSAE) -> None:
+def check_weights_size(source: PinnedRepo, settings: bytes, sae: RemoteSAE) -> None:
     """Raises DamagedError when the hub lists weights of another size than cfg.json describes."""
     with tempfile.TemporaryDirectory(prefix="sagsae-pull-") as scratch:
         (Path(scratch) / SETTINGS).write_bytes(settings)
@@ -188,11 +201,11 @@ def check_weights_size(files: HubFiles, settings: bytes, sae: RemoteSAE) -> None
             config, d_in, *_ = settings_of(Path(scratch))
         except UserError as error:
             said = str(error).partition(f"({SETTINGS}: ")[2].rstrip(")")
-            raise UserError(f"{files.name}/{sae.settings.path}: describes no autoencoder of sagsae ({said})") from error
+            raise UserError(f"{source.name(sae.settings)}: describes no autoencoder of sagsae ({said})") from error
     least, most = expected_size(config, d_in)
     if not least < sae.weights.size <= most:
         raise DamagedError(
-            f"{files.name}/{sae.weights.path}: the hub lists {sae.weights.size:,} bytes; {SETTINGS} describes "
+            f"{source.name(sae.weights)}: the hub lists {sae.weights.size:,} bytes; {SETTINGS} describes "
             f"{least:,}. Nothing was downloaded"
         )
 
@@ -212,12 +225,11 @@ def is_there(out: Path, sizes: dict[str, HubFile]) -> bool:
 # Other tools'
 
 
-def pull_foreign(
-    files: HubFiles, repo: HubRepo, state: RepoState, folder: str, out: Path, own: Sequence[RemoteSAE]
-) -> Pulled:
+def pull_foreign(source: PinnedRepo, folder: str, out: Path, own: Sequence[RemoteSAE]) -> Pulled:
     """Downloads the folder of another tool's autoencoder and imports it."""
+    repo = source.repo
     try:
-        there = list_files(repo, state.commit, folder)
+        there = list_files(repo, source.commit, folder)
     except FileNotFoundError:
         has = f". It has {listed(sae.key for sae in own)}" if own else ""
         raise UserError(f"{repo}: has no autoencoder and no folder {folder}{has}") from None
@@ -235,29 +247,46 @@ def pull_foreign(
         ):
             for file in there:
                 path = place / file.path.removeprefix(f"{folder}/")
-                write(path, advanced(checked_pieces(files, file), advance, file.path))
+                write(path, advanced(checked_pieces(source, file), advance, file.path))
         brought = bring(ImportConfig(source=place, out=out))
-    return Pulled(brought.name, out, repo.name, state.commit, size, [f"imported from {brought.tool}", *brought.notes])
+    return Pulled(brought.name, out, repo.name, source.commit, size, [f"imported from {brought.tool}", *brought.notes])
 
 
 # Bytes
 
 
-def checked_pieces(files: HubFiles, file: HubFile) -> Iterator[Buffer]:
+def checked_pieces(source: PinnedRepo, file: HubFile) -> Iterator[Buffer]:
     """Yields a file's bytes, as many as the hub lists. Raises DamagedError at the end when their digest is not the
     listed one."""
-    opened = files.open(file.path, file.size)
     sha256 = hashlib.sha256()
     blob = hashlib.sha1(b"blob %d\0" % file.size, usedforsecurity=False)
-    for begin in range(0, file.size, PART_BYTES):
-        piece = opened.read(begin, min(PART_BYTES, file.size - begin))
+    for piece in pieces_of(source, file):
         sha256.update(piece)
         blob.update(piece)
         yield piece
-    if (sha256.hexdigest() if file.sha256 else blob.hexdigest()) != (file.sha256 or file.blob):
+    if (sha256.hexdigest() if file.sha256 else blob.hexdigest()) == (file.sha256 or file.blob):
+        return
+    described = (
+        None if file.sha256 else describe_file(source.repo, source.commit, file.path)
+    )  # some servers list other ids
+    if described is None or described.sha256 != sha256.hexdigest():
         raise DamagedError(
-            f"{files.name}/{file.path}: other bytes came than the hub lists (their digest differs). Try again"
+            f"{source.name(file)}: other bytes came than the hub lists (their digest differs). Try again"
         )
+
+
+def pieces_of(source: PinnedRepo, file: HubFile) -> Iterator[Buffer]:
+    """Yields a file's bytes: a small one as a whole, a large one by ranges."""
+    if file.size <= WHOLE_BYTES:
+        files = source.files
+        data = bytes(files.client.get(*files.place(file.path), file.size)[0])
+        if len(data) != file.size:
+            raise DamagedError(f"{source.name(file)}: {len(data):,} bytes came, the hub lists {file.size:,}. Try again")
+        yield data
+        return
+    opened = source.files.open(file.path, file.size)
+    for begin in range(0, file.size, PART_BYTES):
+        yield opened.read(begin, min(PART_BYTES, file.size - begin))
 
 
 def advanced(pieces: Iterator[Buffer], advance: Any, note: str) -> Iterator[Buffer]:

@@ -104,14 +104,12 @@ def find_repo(repo: HubRepo) -> RepoState | None:
         raise UserError(f"{repo}: pushing needs a token of the hub. {LOG_IN}")
     try:
         return repo_state(repo)
-    except MissingRepo as error:
-        if "permission" in str(error):
-            raise
+    except MissingRepo:
         return None
 
 
 def agree(repo: HubRepo, state: RepoState | None, private: bool, what: str, confirm: Confirm | None) -> None:
-    """Asks before anything becomes public. Raises UserError when the answer is no, when there is no one to ask, and when a
+    """Asks before anything becomes public. Raises UserError when the answer is no or cannot be asked for, and when a
     public repository shall be private."""
     if private and state is not None and not state.private:
         raise UserError(

@@ -74,6 +74,8 @@ class Hub(ThreadingHTTPServer):
         self.cut: Callable[[int], bool] = lambda _: False
         """Whether to break off the upload of this number (from 1)."""
         self.before_commit: Callable[[], None] = lambda: None
+        self.plain = False
+        """Whether it is one of the simple servers: it lists no digests, and gives each file's SHA-256 as its ETag."""
         self.answers: dict[str, Any] = {}
         """Answers that replace the hub's own, by a regular expression for the path: (status, headers, body)."""
         self.bytes_sent = 0
@@ -265,12 +267,18 @@ class HubHandler(Answering):
         first = int(self.query.get("cursor", ["0"])[0])
         place = f"{self.server.url}/api/{kind}/{name}/tree/{commit}" + (f"/{folder}" if folder else "")
         more = {"Link": f'<{place}?recursive=true&cursor={first + PAGE}>; rel="next"'} if paths[first + PAGE :] else {}
-        self.send(200, [listed(repo, path, files[path]) for path in paths[first : first + PAGE]], more)
+        entries = [listed(repo, path, files[path]) for path in paths[first : first + PAGE]]
+        if self.server.plain:
+            entries = [{**each, "oid": "0" * 40, "lfs": None} for each in entries]
+        self.send(200, entries, more)
 
     def paths_info(self, kind: str, name: str, revision: str) -> None:
         if found := self.revision(kind, name, revision):
             repo, _, files = found
             paths = parse_qs(self.content.decode()).get("paths", [])
+            if self.server.plain:
+                self.send(200, {})
+                return
             self.send(200, [listed(repo, path, files[path]) for path in paths if path in files])
 
     def resolve(self, name: str, revision: str, path: str, kind: str = "models") -> None:
@@ -283,7 +291,9 @@ class HubHandler(Answering):
         data = files[path]
         digest = hashlib.sha256(data).hexdigest()
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes", "ETag": f'"{git_blob(data)}"'}
-        if digest in repo.large:
+        if self.server.plain:
+            self.send(200, data, {"ETag": f'"{digest}"'})
+        elif digest in repo.large:
             place = f"{self.server.cdn_url}/storage/{digest}"
             linked = {"X-Linked-Etag": f'"{digest}"', "X-Linked-Size": str(len(data)), "Location": place}
             self.send(302, b"", headers | linked)
