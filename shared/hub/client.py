@@ -14,7 +14,7 @@ from importlib import import_module
 from typing import Any, Final, NoReturn
 from urllib.parse import quote, urlencode, urljoin, urlsplit
 
-from shared.errors import BusyError, DamagedError, UserError
+from shared.errors import BusyError, DamagedError, Interrupted, LostError, UserError
 from shared.gate import MIB, BadData, choice, integer, members, parse_json, printable, quoted, safe_path, text
 from shared.hub.place import COMMIT, HubRepo
 
@@ -298,7 +298,7 @@ def explained(repo: HubRepo, doing: str = "") -> Iterator[None]:
     later."""
     try:
         yield
-    except (UserError, DamagedError, BadData, FileNotFoundError):
+    except (UserError, DamagedError, BadData, FileNotFoundError, Interrupted, LostError, MemoryError):
         raise
     except Exception as error:  # of httpx, of huggingface_hub, of hf_xet, of sockets
         raise_failure(repo, error, doing)
@@ -314,6 +314,8 @@ def raise_failure(repo: HubRepo, error: Exception, doing: str) -> NoReturn:
             answer = each.response
             said = str(each.server_message or "")
             raise_status(repo, answer.status_code, answer.headers.get("x-error-code", ""), said, doing, error)
+        if isinstance(each, OSError) and each.filename is not None:
+            raise UserError(f"{each.filename}: cannot be read ({each.strerror}), and nothing was sent") from error
     while_doing = doing and f" while {doing}"
     if any(map(is_temporary, chain_of(error))):
         raise BusyError(
@@ -321,6 +323,10 @@ def raise_failure(repo: HubRepo, error: Exception, doing: str) -> NoReturn:
             "run the same command again"
         ) from error
     first = list(chain_of(error))[-1]
+    if type(first) is RuntimeError:  # how the hub's own upload library says that it broke off
+        raise BusyError(
+            f"{repo}: broke off{while_doing} ({harmless(str(first))}). Run the same command again"
+        ) from error
     raise UserError(
         f"{repo}: the hub's answer{while_doing} cannot be used ({type(first).__name__}: {harmless(str(first))}). "
         "Check HF_ENDPOINT"
