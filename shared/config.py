@@ -194,7 +194,7 @@ class TrainConfig(Frozen):
     }
 
     store: Location
-    """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, http(s)://).
+    """A store, or one hookpoint's array in it: a folder or a URL (s3://, gs://, hf://, http(s)://).
 
     http://HOST:PORT/v1/stores/ID is a store that an activation cache serves."""
     request: Annotated[tuple[str, ...], Shown("KEY=VALUE")] = ()

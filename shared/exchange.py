@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from shared.config import Folder
+from shared.config import Folder, Location
 from shared.schema import Frozen, Shown
 
 Tool = Literal["saelens", "dictionary-learning", "sparsify", "gemma-scope"]
@@ -82,3 +82,48 @@ class ImportConfig(Frozen):
     """The hookpoint, such as blocks.8.hook_resid_post. Default: what the source says."""
     overwrite: bool = False
     """Replace an imported autoencoder in the folder."""
+
+
+class PushConfig(Frozen):
+    """One push of autoencoders, or of a store, to the Hugging Face hub."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Repository": "source repo private license yes",
+        "Form": "to form fold_b_dec approximate_topk force",
+    }
+
+    source: Annotated[Location, Shown(option="SOURCE")]
+    """A training run, one autoencoder of it (RUN/SAE), an autoencoder's folder, or a finished store."""
+    repo: Annotated[str, Shown("OWNER/NAME")]
+    """The repository, which is made where there is none: a model for autoencoders, a dataset for a store."""
+    private: bool = False
+    """Make the repository private. A public one stays public, and is refused."""
+    license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")] | None = None
+    """The license that the card names, such as mit or cc-by-4.0. Default: none.
+
+    Once a card is there, change it on the hub."""
+    yes: bool = False
+    """Do not ask before something becomes public."""
+    to: Tool = "saelens"
+    """The tool whose files are pushed beside sagsae's own."""
+    form: FormName = "auto"
+    """The architecture to write autoencoders as. Default: the nearest one of the tool."""
+    fold_b_dec: bool = False
+    """Fold b_dec into the encoder's biases, for a reader that does not subtract it from the input. SAELens only."""
+    approximate_topk: Annotated[int, Field(ge=1)] | None = None
+    """Latents per token, where sparsify's TopK has to stand for thresholds. Default: refuse."""
+    force: bool = False
+    """Write a hookpoint that the tool's files cannot name, under a name that is not its own."""
+
+
+class PullConfig(Frozen):
+    """One download of autoencoders from the Hugging Face hub."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Repository": "source revision out"}
+
+    source: Annotated[str, Shown(option="OWNER/NAME[/SAE]")]
+    """The repository, or one autoencoder in it. Default: all that sagsae has pushed there."""
+    revision: str | None = None
+    """A branch, a tag or a commit. Default: the newest state of main."""
+    out: Folder
+    """The folder to write: one autoencoder, or a folder for each of several."""

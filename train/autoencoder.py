@@ -183,15 +183,21 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
         raise UserError(f"{folder}: does not hold a trained autoencoder ({SETTINGS}: {str(error)[:500]})") from error
 
 
+def expected_size(config: SAEConfig, d_in: int) -> tuple[int, int]:
+    """Returns the bytes of an autoencoder's tensors, and the largest size of the file that holds them."""
+    tensors = 4 * sum(math.prod(shape) for shape in family(config).shapes(d_in).values())
+    return tensors, tensors + MOST_HEADER + 8
+
+
 def weights_of(path: Path, config: SAEConfig, d_in: int) -> NDArray[np.uint8]:
     """Returns the bytes of the weights' file. Raises DamagedError when its size does not fit the configuration,
     UserError when it cannot be read."""
-    expected = 4 * sum(math.prod(shape) for shape in family(config).shapes(d_in).values())
+    expected, most = expected_size(config, d_in)
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):
             raise UserError(f"{path}: is not an ordinary file")
-        if not expected < found.st_size <= expected + MOST_HEADER + 8:
+        if not expected < found.st_size <= most:
             raise DamagedError(
                 f"{path}: has {found.st_size:,} bytes; the weights of {config.name} of d_in {d_in} are {expected:,}"
             )

@@ -100,5 +100,7 @@ SavedPlace = Annotated[
     Path, argument("RUN", "A training run, RUN/NAME of one autoencoder, or an autoencoder's folder.", parser=at_home)
 ]
 ForeignPlace = Annotated[Path, argument("SOURCE", "The other tool's folder or file.", parser=at_home)]
+PushSource = Annotated[str, argument("SOURCE", "A run, RUN/SAE, an autoencoder's folder, or a finished store.")]
+HubSource = Annotated[str, argument("OWNER/NAME[/SAE]", "A repository of the hub, or one autoencoder in it.")]
 Names = Annotated[list[str] | None, argument("NAME", "A command (train, store recode, …) or an architecture.")]
 Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]

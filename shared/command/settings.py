@@ -39,7 +39,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
-from shared.exchange import ExportConfig, ImportConfig
+from shared.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -54,6 +54,8 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,
+    "push": PushConfig,
+    "pull": PullConfig,
     "serve": ServeConfig,
     "work": WorkConfig,
     "store recode": RecodeConfig,

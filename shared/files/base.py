@@ -12,6 +12,7 @@ from typing import Final, NamedTuple, Protocol, runtime_checkable
 
 from shared.errors import DamagedError
 from shared.files.handles import VERIFY, Buffer
+from shared.hub.place import is_hub, parent_on_hub
 
 AGAIN: Final = "then run the same command again; committed data is safe"
 DOCUMENT_BYTES: Final = 64 << 20
@@ -156,7 +157,10 @@ def is_served(location: str | Path) -> bool:
 
 
 def parent_of(location: str) -> str | None:
-    """The folder that contains a location; None at the top, and for a store of an activation cache."""
+    """The folder that contains a location; None at the top, for a store of an activation cache and for a
+    dataset on the hub."""
+    if is_hub(location):
+        return parent_on_hub(location)
     head, slash, tail = location.rstrip("/").rpartition("/")
     if is_served(location) and not is_served(head):
         return None

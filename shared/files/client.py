@@ -97,8 +97,8 @@ FAILURES: Final = (
         True,
         False,
         "access was refused",
-        "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE), and that they allow this. Some servers "
-        "also answer this for a missing object",
+        "Check the credentials (AWS_* or GOOGLE_* variables, AWS_PROFILE; HF_TOKEN for hf://), and that they allow "
+        "this. Some servers also answer this for a missing object",
     ),
     ServerFailure(r"status: (408|429|5\d\d)", False, True, "the server is busy or broken", LATER),
     ServerFailure(r"status: \d", True, False, "the server refused the request", "Check the address"),

@@ -9,8 +9,9 @@ import importlib
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, Final, NamedTuple
 from urllib.parse import SplitResult, urlsplit
 
@@ -39,6 +40,8 @@ PART_SECONDS: Final = 120.0
 UPLOAD_SECONDS: Final = 300.0
 """Timeout of one part of an upload, and the time after which no part is tried again."""
 
+NO_HEADERS: Final[Mapping[str, str]] = MappingProxyType({})
+
 Server = S3Store | GCSStore | HTTPStore
 
 
@@ -49,7 +52,9 @@ def parse_url(url: str) -> SplitResult:
     except ValueError as error:
         raise UserError(f"{url}: is not a URL ({error})") from error
     if parts.scheme not in ("s3", "gs", "http", "https"):
-        raise UserError(f"{url}: {parts.scheme}:// is not known. Expected a folder, s3://, gs://, http:// or https://")
+        raise UserError(
+            f"{url}: {parts.scheme}:// is not known. Expected a folder, s3://, gs://, hf://, http:// or https://"
+        )
     if not parts.netloc:
         what = "server" if parts.scheme.startswith("http") else "bucket"
         raise UserError(f"{url}: names no {what}. Expected {parts.scheme}://{what.upper()}/PATH")
@@ -77,12 +82,15 @@ def open_connection(parts: SplitResult) -> tuple[str, Connection]:
     return {"s3": s3, "gs": gcs, "http": web_server, "https": web_server}[parts.scheme](parts)
 
 
-def connection(make: Callable[..., Server], place: str, allow_http: bool, **config: Any) -> Connection:
+def connection(
+    make: Callable[..., Server], place: str, allow_http: bool, headers: Mapping[str, str] = NO_HEADERS, **config: Any
+) -> Connection:
     backoff = {"init_backoff": timedelta(seconds=BACKOFF_SECONDS), "max_backoff": timedelta(seconds=3), "base": 2}
     retry = {"max_retries": TRIES - 1, "retry_timeout": timedelta(seconds=UPLOAD_SECONDS), "backoff": backoff}
 
     def server(seconds: float, retry: dict[str, Any], **options: Any) -> Server:
         client: dict[str, Any] = {"allow_http": True} if allow_http else {}
+        client |= {"default_headers": dict(headers)} if headers else {}
         client |= {"connect_timeout": timedelta(seconds=CONNECT_SECONDS), "timeout": timedelta(seconds=seconds)}
         return make(place, client_options=client | options, retry_config=retry, **config)
 
@@ -134,3 +142,9 @@ def gcs(parts: SplitResult) -> tuple[str, Connection]:
 def web_server(parts: SplitResult) -> tuple[str, Connection]:
     server = f"{parts.scheme}://{parts.netloc}"
     return server, connection(HTTPStore, server, parts.scheme == "http")
+
+
+def hub_server(endpoint: str, headers: Mapping[str, str]) -> tuple[str, Connection]:
+    """A text that identifies the Hugging Face hub at an address, and the clients for it. `headers` go with every
+    request; one that authorises is dropped where the hub redirects to another server (its storage)."""
+    return endpoint, connection(HTTPStore, endpoint, endpoint.startswith("http://"), headers)

@@ -8,6 +8,7 @@ from shared.errors import DamagedError, UserError
 from shared.files.base import Files
 from shared.files.local import LocalFiles
 from shared.files.open import open_files
+from shared.hub.place import is_hub
 from shared.progress import say
 from shared.store.norms import norms, outlying
 from shared.store.opened import Store, is_store
@@ -53,7 +54,11 @@ def store_rows(store: Store) -> list[dict[str, Any]]:
 
 
 def folder_name(files: Files) -> str:
-    return files.root.resolve().name if isinstance(files, LocalFiles) else files.name.rstrip("/").rsplit("/", 1)[-1]
+    """The last part of a location; without the revision of a dataset on the hub."""
+    if isinstance(files, LocalFiles):
+        return files.root.resolve().name
+    last = files.name.rstrip("/").rsplit("/", 1)[-1]
+    return last.partition("@")[0] if is_hub(files.name) else last
 
 
 def describe_store(location: str | Path) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """The commands that carry autoencoders to other tools and back."""
 
 import dataclasses
+import sys
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -9,11 +10,14 @@ import typer
 from shared.command.commands import command
 from shared.command.main import show
 from shared.command.options import OptionsFrom, resolve
-from shared.command.parameters import ForeignPlace, Json, SavedPlace
+from shared.command.parameters import ForeignPlace, HubSource, Json, PushSource, SavedPlace
+from shared.progress import gigabytes
 
 if TYPE_CHECKING:
     from train.exchange.bring import Imported
     from train.exchange.export import Exported
+    from train.hub.pull import Pulled
+    from train.hub.upload import Pushed
 
 GROUP: Final = "Exchange"
 
@@ -53,8 +57,60 @@ def add_commands(app: typer.Typer) -> None:
         done = run(config)
         show(plain(done), as_json, partial(print_imported, done))
 
+    @command(app, group=GROUP, settings=OptionsFrom("push"))
+    def push(context: typer.Context, source: PushSource, as_json: Json = False) -> None:
+        """Publish autoencoders, or a store, on the Hugging Face hub.
 
-def plain(done: "Exported | Imported") -> dict[str, Any]:
+        It sends what the repository lacks, in one commit, and asks before anything becomes public. After a cut, repeat
+        the command. The token is that of `hf auth login` or HF_TOKEN.
+
+        $ sagsae push runs/three --repo owner/my-saes --private
+        $ sagsae push stores/tiny --repo owner/my-activations
+        """
+        config = resolve(context, source=source)
+        from train.hub.push import push as run
+
+        asks = sys.stdin.isatty() and sys.stderr.isatty()
+        done = run(config, partial(typer.confirm, err=True) if asks else None)
+        show(dataclasses.asdict(done), as_json, partial(print_pushed, done))
+
+    @command(app, group=GROUP, settings=OptionsFrom("pull"))
+    def pull(context: typer.Context, source: HubSource, as_json: Json = False) -> None:
+        """Bring autoencoders from the Hugging Face hub, those of other tools too.
+
+        $ sagsae pull owner/my-saes --out saes
+        $ sagsae pull owner/my-saes/blocks.2.hook_resid_post/sa-gsae-512-lambda0.1-seed0 --out sae
+        """
+        config = resolve(context, source=source)
+        from train.hub.pull import pull as run
+
+        done = run(config)
+        show(
+            [plain(each) for each in done],
+            as_json,
+            partial(print_pulled, done),
+        )
+
+
+def print_pushed(done: "Pushed") -> None:
+    if not done.files_sent:
+        typer.echo(f"{done.url}: has everything already ({done.files_there:,} files); nothing was sent")
+        return
+    who = "private" if done.private else "public"
+    there = f", {done.files_there:,} were there" if done.files_there else ""
+    typer.echo(f"{done.url} ({who}): {done.files_sent:,} files sent, {gigabytes(done.bytes_sent)}{there}")
+    typer.echo(f"commit {done.commit}")
+
+
+def print_pulled(done: "list[Pulled]") -> None:
+    for each in done:
+        came = gigabytes(each.bytes) if each.bytes else "was there already"
+        typer.echo(f"{each.folder}: {each.name} ({came})")
+        for note in each.notes:
+            typer.echo(f"  {note}")
+
+
+def plain(done: "Exported | Imported | Pulled") -> dict[str, Any]:
     return {**dataclasses.asdict(done), "folder": str(done.folder)}
 
 

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
 from shared.files.base import is_remote, is_served
+from shared.hub.place import is_hub
 from shared.progress import say
 from shared.saes import ARCHITECTURES, FixedL0, SAEConfig
 from shared.store.listing import folder_name
@@ -214,7 +215,8 @@ def make_job(
 
 def identity_of(config: TrainConfig, store: Store, hook: str, matmul: torch.dtype) -> dict[str, Any]:
     """Returns what decides a run's result, as far as the configuration and the store decide it."""
-    far = is_remote(config.store) and not is_served(config.store)  # a cache's answer may be a folder as well as a URL
+    same_as_folder = is_served(config.store) or is_hub(config.store)  # what the URL holds may be in a folder as well
+    far = is_remote(config.store) and not same_as_folder
     usual_chunks = max(1, config.window_rows // ROWS_PER_RUN_CHUNK) if far else 1
     return {
         **config.model_dump(mode="json"),

@@ -1,0 +1,1 @@
+"""The Hugging Face hub: names of repositories, bounded requests, what its failures mean."""

@@ -1,0 +1,1 @@
+"""Publishes autoencoders and stores on the Hugging Face hub, and brings autoencoders back."""
