@@ -53,6 +53,7 @@ from shared.command.parameters import (
 )
 from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
+from train.features.commands import add_commands as add_features
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
 SCRIPT: Final = str(Path(__file__).resolve())
@@ -179,6 +180,9 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 
     page = write_report(list(config.runs), config.out, config.overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
+
+
+add_features(app, SCRIPT, STAGES)
 
 
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))

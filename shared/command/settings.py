@@ -38,6 +38,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
+from shared.features import FeaturesConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -49,6 +50,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
+    "features": FeaturesConfig,
     "reproduce": ReproduceConfig,
     "serve": ServeConfig,
     "work": WorkConfig,

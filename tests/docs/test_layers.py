@@ -32,6 +32,7 @@ DOORS = {
         "shared/command/main.py",
         "shared/command/options.py",
         "shared/command/parameters.py",
+        "train/features/commands.py",
     },
     "sae_lens": {"train/bench/runner.py"},
     "dictionary_learning": {"train/bench/runner.py"},
