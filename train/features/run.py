@@ -34,7 +34,7 @@ from train.features.cofire import PARTNERS, cofiring
 from train.features.encode import BlockEncoder
 from train.features.job import FeaturesJob, make_job
 from train.features.lens import LensTokens, NoLens, find_unembedding, logit_lens
-from train.features.tables import FeatureTables, Neighbours, file_names
+from train.features.tables import FILES, FeatureTables, Neighbours
 from train.features.tally import Tally, done_in
 from train.measure.directions import neighbours
 from train.ranks import Ranks
@@ -96,7 +96,7 @@ def complete(job: FeaturesJob) -> FeaturesSummary:
     check_same(job, about, f"{job.out}: was made")
     if job.config.model is not None and about.get("lens") is None:
         raise UserError(f"{job.out}: was made without a logit lens. Add --overwrite to make it with --model")
-    gone = [name for name in file_names() if not (job.out / name).is_file()]
+    gone = [name for name in FILES if not (job.out / name).is_file()]
     if gone:
         raise DamagedError(f"{job.out / gone[0]}: is missing. Make it again with --overwrite")
     say(f"{job.out} is complete. Nothing to do (--overwrite starts again).")
@@ -278,7 +278,7 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         "seconds": round(time.monotonic() - started, 2),
     }
     write_sealed(out / "about.json", about)
-    for name in file_names():
+    for name in FILES:
         sync(out / name)
     out.rename(job.out)
     sync(job.out.parent)

@@ -1,6 +1,5 @@
 """Writes what was counted as Parquet files: one row per pole, per example, per (pole, token)."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -11,7 +10,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.store.tokens import TokenRows
-from train.features.code import BEFORE, PLACE_BITS, WINDOW, windows_in
+from train.features.code import BEFORE, WINDOW, windows_in
 from train.features.cofire import Cofiring
 from train.features.lens import LensTokens
 from train.features.pairs import PairRun, by_poles
@@ -20,6 +19,7 @@ from train.features.rules import LexicalRules, lexical_rules
 from train.features.slots import Slots, counted_off, lottery
 from train.features.tally import KINDS, READ, Tally
 
+FILES: Final = ("latents.parquet", "examples.parquet", "pairs.parquet")
 POLES: Final = 2048
 """Poles written at a time: a row group of latents.parquet."""
 TOKENS: Final = 16
@@ -80,19 +80,19 @@ class FeatureTables:
         largest = np.abs(table.best.value[poles, 0])
         return {
             **sides_of(np.arange(poles.start, poles.stop), shape.sides),
-            "firings": pa.array(firings),
-            "mass": pa.array(mass),
-            "energy": pa.array(energy),
-            "max": pa.array(largest),
-            "mean": pa.array(mean.astype(np.float32)),
-            "q50": pa.array(np.nan_to_num(quantiles(hist, 0.5, shape.scale)).astype(np.float32)),
-            "q95": pa.array(np.nan_to_num(quantiles(hist, 0.95, shape.scale)).astype(np.float32)),
-            "share_of_energy": pa.array(share.astype(np.float32)),
-            "hist": pa.FixedSizeListArray.from_arrays(pa.array(hist.reshape(-1)), hist.shape[1]),
+            "firings": column(firings),
+            "mass": column(mass),
+            "energy": column(energy),
+            "max": column(largest),
+            "mean": column(mean.astype(np.float32)),
+            "q50": column(np.nan_to_num(quantiles(hist, 0.5, shape.scale)).astype(np.float32)),
+            "q95": column(np.nan_to_num(quantiles(hist, 0.95, shape.scale)).astype(np.float32)),
+            "share_of_energy": column(share.astype(np.float32)),
+            "hist": pa.FixedSizeListArray.from_arrays(column(hist.reshape(-1)), hist.shape[1]),
             **{kind: frequent(run, poles) for kind, run in pairs.items()},
             "lens": self.lens_column(poles),
             "rule": rule_column(rules, poles),
-            "rule_f1": pa.array(rules.f1.astype(np.float32)),
+            "rule_f1": column(rules.f1.astype(np.float32)),
             **self.directions(poles),
             "cofire": cofire_column(self.cofiring, poles, shape.sides),
         }
@@ -111,15 +111,14 @@ class FeatureTables:
         sides, found = self.tally.shape.sides, self.neighbours
         latent, below = np.divmod(np.arange(poles.start, poles.stop), sides)
         sign = np.where(below == 1, -1, 1).astype(np.float32)[:, None]
-        near = np.where(sign > 0, found.near[latent], found.far[latent]), sign
-        far = np.where(sign > 0, found.far[latent], found.near[latent]), sign
-        alike = np.where(sign > 0, found.near_cosine[latent], -found.far_cosine[latent])
-        opposite = np.where(sign > 0, found.far_cosine[latent], -found.near_cosine[latent])
+        near = found.near[latent], found.near_cosine[latent]
+        far = found.far[latent], found.far_cosine[latent]
         lengths = np.full(len(latent), found.near.shape[1])
-        return {
-            name: lists(lengths, latent=numbers.reshape(-1).astype(np.int32), cosine=cosines.reshape(-1))
-            for name, (numbers, _), cosines in (("near", near, alike), ("far", far, opposite))
-        }
+        columns = {}
+        for name, above, under in (("near", near, far), ("far", far, near)):
+            other, cosine = np.where(sign > 0, above[0], under[0]), np.where(sign > 0, above[1], -under[1])
+            columns[name] = lists(lengths, latent=other.reshape(-1).astype(np.int32), cosine=cosine.reshape(-1))
+        return columns
 
     def examples(self, poles: slice, edges: tuple[NDArray[np.int64], NDArray[np.float32]]) -> dict[str, pa.Array]:
         """The columns of examples.parquet for some poles."""
@@ -127,8 +126,8 @@ class FeatureTables:
         best, drawn = chosen(table.best, poles), chosen(table.drawn, poles)
         largest = np.abs(table.best.value[:, 0])
         band = 1 + np.minimum(BANDS - 1, BANDS * np.abs(drawn.value) // largest[drawn.pole]).astype(np.int64)
-        drawn = drawn.sorted_by(lottery(drawn.pole, drawn.value, drawn.place), band)
-        band = np.sort(band + 8 * drawn.pole) % 8
+        order = np.lexsort((lottery(drawn.pole, drawn.value, drawn.place), band, drawn.pole))
+        drawn, band = drawn.at(order), band[order]
         every = ChosenFirings.joined(best, drawn)
         group = np.concatenate([np.zeros(len(best.pole), np.int64), band])
         rank = np.concatenate([counted_off(best.pole), counted_off(8 * drawn.pole + band)])
@@ -140,19 +139,19 @@ class FeatureTables:
         end = np.minimum(every.place + WINDOW - BEFORE, end)
         lengths = end - begin
         where = np.repeat(begin - (np.cumsum(lengths) - lengths), lengths) + np.arange(int(lengths.sum()))
-        column = where - np.repeat(every.place - BEFORE, lengths)
-        values = every.window[np.repeat(np.arange(len(lengths)), lengths), column]
-        offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+        within = where - np.repeat(every.place - BEFORE, lengths)
+        values = every.window[np.repeat(np.arange(len(lengths)), lengths), within]
+        offsets = column(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
         return {
             **sides_of(every.pole, self.tally.shape.sides),
-            "group": pa.array(group.astype(np.uint8)),
-            "rank": pa.array(rank.astype(np.uint8 if rank.max(initial=0) < 256 else np.uint16)),
-            "value": pa.array(every.value),
-            "context": pa.array((every.place // spec.context).astype(np.uint32)),
-            "position": pa.array((every.place % spec.context).astype(np.uint16)),
-            "start": pa.array((begin % spec.context).astype(np.uint16)),
-            "tokens": pa.ListArray.from_arrays(offsets, pa.array(self.ids_at(where))),
-            "values": pa.ListArray.from_arrays(offsets, pa.array(values)),
+            "group": column(group.astype(np.uint8)),
+            "rank": column(rank.astype(np.uint8 if rank.max(initial=0) < 256 else np.uint16)),
+            "value": column(every.value),
+            "context": column((every.place // spec.context).astype(np.uint32)),
+            "position": column((every.place % spec.context).astype(np.uint16)),
+            "start": column((begin % spec.context).astype(np.uint16)),
+            "tokens": pa.ListArray.from_arrays(offsets, column(self.ids_at(where))),
+            "values": pa.ListArray.from_arrays(offsets, column(values)),
         }
 
     def mend(self, every: "ChosenFirings", edges: tuple[NDArray[np.int64], NDArray[np.float32]]) -> None:
@@ -181,10 +180,6 @@ class ChosenFirings:
 
     def at(self, order: NDArray[np.int64]) -> "ChosenFirings":
         return ChosenFirings(self.pole[order], self.value[order], self.place[order], self.window[order])
-
-    def sorted_by(self, rank: NDArray[np.uint64], group: NDArray[np.int64]) -> "ChosenFirings":
-        """Sorted by pole, group and rank."""
-        return self.at(np.lexsort((rank, group, self.pole)))
 
     @classmethod
     def joined(cls, one: "ChosenFirings", other: "ChosenFirings") -> "ChosenFirings":
@@ -216,16 +211,23 @@ def counts_by_token(run: PairRun) -> NDArray[np.int64]:
 # columns
 
 
+def column(values: NDArray[Any]) -> pa.Array:
+    """A column of numbers, without a copy. `pyarrow.array` would import pandas, which takes a second."""
+    values = np.ascontiguousarray(values)
+    kind = pa.from_numpy_dtype(values.dtype)
+    return pa.Array.from_buffers(kind, len(values), [None, pa.py_buffer(values)])
+
+
 def sides_of(pole: NDArray[np.int64], sides: int) -> dict[str, pa.Array]:
     """Columns `latent` and `sign`."""
     latent, below = np.divmod(pole, sides)
-    return {"latent": pa.array(latent.astype(np.int32)), "sign": pa.array((1 - 2 * below).astype(np.int8))}
+    return {"latent": column(latent.astype(np.int32)), "sign": column((1 - 2 * below).astype(np.int8))}
 
 
 def lists(lengths: NDArray[np.int64], **members: NDArray[Any]) -> pa.Array:
     """A column of lists of structs, whose members are given one list after the other."""
-    offsets = pa.array(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
-    arrays = [pa.array(values) for values in members.values()]
+    offsets = column(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32))
+    arrays = [column(values) for values in members.values()]
     return pa.ListArray.from_arrays(offsets, pa.StructArray.from_arrays(arrays, list(members)))
 
 
@@ -244,7 +246,7 @@ def frequent(run: PairRun, poles: slice) -> pa.Array:
 
 def rule_column(rules: LexicalRules, poles: slice) -> pa.Array:
     offsets = np.concatenate([[0], np.cumsum(lengths_of(rules.pole, poles))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rules.token.astype(np.uint32)))
+    return pa.ListArray.from_arrays(column(offsets), column(rules.token.astype(np.uint32)))
 
 
 def cofire_column(found: Cofiring, poles: slice, sides: int) -> pa.Array:
@@ -318,11 +320,4 @@ class SortedPairs:
                 rows = np.fromfile(path, np.int64).reshape(-1, 3) if path.exists() else np.empty((0, 3), np.int64)
                 rows = rows[np.lexsort((rows[:, 1], rows[:, 0]))]
                 token, count = rows[:, 0].astype(np.uint32), rows[:, 2].astype(np.uint32)
-                file.add({**sides_of(rows[:, 1], self.sides), "token": pa.array(token), "count": pa.array(count)})
-
-
-def file_names() -> Sequence[str]:
-    return "latents.parquet", "examples.parquet", "pairs.parquet"
-
-
-__all__ = ["PLACE_BITS", "FeatureTables", "Neighbours", "file_names"]
+                file.add({**sides_of(rows[:, 1], self.sides), "token": column(token), "count": column(count)})
