@@ -42,7 +42,9 @@ from train.runs.folder import read_sealed, write_sealed
 
 FORMAT: Final = 1
 SAVE_SECONDS: Final = 60.0
-"""Seconds between saves of what was counted, at least; ten times as long as a save takes, too."""
+"""Seconds between saves of what was counted, at least."""
+SAVE_SHARE: Final = 10.0
+"""The time between saves over the time that a save takes, at least."""
 SLOW_SECONDS: Final = 900.0
 ROWS_COMPARED: Final = 256
 """Rows of the decoder that one thread compares with all others at a time."""
@@ -236,7 +238,7 @@ class Saver:
 
     def save_now_and_then(self) -> None:
         now = time.monotonic()
-        if now - self.last >= max(SAVE_SECONDS, 10 * self.took):
+        if now - self.last >= max(SAVE_SECONDS, SAVE_SHARE * self.took):
             self.tally.save()
             self.last = time.monotonic()
             self.took = self.last - now
