@@ -53,7 +53,8 @@ from shared.command.parameters import (
 )
 from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
-from train.exchange.commands import add_commands
+from train.exchange.commands import add_commands as add_exchange
+from train.features.commands import add_commands as add_features
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
 SCRIPT: Final = str(Path(__file__).resolve())
@@ -185,7 +186,8 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
 
 
-add_commands(app)
+add_exchange(app)
+add_features(app, SCRIPT, STAGES)
 
 
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))

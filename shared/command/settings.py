@@ -40,6 +40,7 @@ from shared.config import (
 )
 from shared.errors import UserError
 from shared.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
+from shared.features import FeaturesConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -51,6 +52,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "train": TrainConfig,
     "eval": EvalConfig,
     "report": ReportConfig,
+    "features": FeaturesConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,

@@ -33,6 +33,7 @@ DOORS = {
         "shared/command/options.py",
         "shared/command/parameters.py",
         "train/exchange/commands.py",
+        "train/features/commands.py",
     },
     "sae_lens": {"train/bench/runner.py", "train/exchange/writers/sagsae_bijumprelu.py"},
     "dictionary_learning": {"train/bench/runner.py"},

@@ -88,3 +88,18 @@ def estimated_pairs(W_dec: Tensor, draw: Tensor, partner: Tensor, counts: Tensor
         return 0
     back = extremes(W_dec, partner[counts])[partners]
     return round(int((back == draw[counts]).sum()) * len(W_dec) / len(draw) / 2)
+
+
+def neighbours(
+    unit: Float[Tensor, "n d_in"], some: slice, count: int
+) -> tuple[Float[Tensor, "m count"], Int[Tensor, "m count"], Float[Tensor, "m count"], Int[Tensor, "m count"]]:
+    """Returns, for the rows `some` of unit directions, the `count` largest cosines to other rows and the rows' numbers,
+    then the smallest ones, from the smallest up. Needs n > count."""
+    cosines = unit[some] @ unit.T
+    rows = torch.arange(len(cosines), device=unit.device)
+    own = rows + some.start
+    cosines[rows, own] = -torch.inf
+    near = cosines.topk(count, dim=1)
+    cosines[rows, own] = torch.inf
+    far = cosines.topk(count, dim=1, largest=False)
+    return near.values, near.indices, far.values, far.indices

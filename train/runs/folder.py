@@ -10,6 +10,7 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
                   are removed when the run is finished, unless keep_checkpoints is set
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
@@ -68,6 +69,7 @@ OURS: Final = {
     "evaluation.json",
     "checkpoints",
     "saes",
+    "features",
     "segments.jsonl",
     "tensorboard",
     "wandb",
@@ -79,6 +81,9 @@ INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
+    "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet))?"
+    r"|[^/]+\.work(/(\.lock(\.held)?|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
+    r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
 }
 """Patterns of the paths that a run puts into these folders."""
 CURE: Final = "Restore it from a copy, or restart the run with --overwrite"

@@ -1,0 +1,86 @@
+"""Which poles fire together, on a sample of the tokens."""
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.features.slots import counted_off
+
+PARTNERS: Final = 8
+"""Poles listed for each pole."""
+FEWEST: Final = 3
+"""Tokens on which two poles must fire together to be listed."""
+AT_A_TIME: Final = 1 << 21
+"""Pairs counted at a time."""
+
+
+@dataclass(frozen=True)
+class Cofiring:
+    """For each pole, the others that fire with it most, by falling Jaccard index. Arrays are [entries], by pole."""
+
+    pole: NDArray[np.int64]
+    other: NDArray[np.int64]
+    jaccard: NDArray[np.float32]
+    """Tokens on which both fire, over the tokens on which at least one does."""
+    lift: NDArray[np.float32]
+    """Tokens on which both fire, over the number expected of independent poles."""
+
+
+def cofiring(place: NDArray[np.int64], pole: NDArray[np.int64], sides: int, poles: int, sampled: int) -> Cofiring:
+    """Counts all pairs of poles that fire on the same token. `place`, `pole`: the firings on `sampled` tokens, in any
+    order. The two poles of one latent never fire together."""
+    order = np.lexsort((pole, place))
+    pole = pole[order]
+    token = np.unique(place[order], return_inverse=True)[1] if len(place) else place
+    begins = np.searchsorted(token, np.arange(int(token.max(initial=-1)) + 2))
+    length = np.diff(begins)
+    fires = np.bincount(pole, minlength=poles)
+    by_pole = np.argsort(pole, kind="stable")
+    work = np.cumsum(length[token[by_pole]])
+    found: list[tuple[NDArray[np.int64], ...]] = [(np.empty(0, np.int64),) * 3]
+    edges = np.cumsum(fires)
+    low = 0
+    while low < poles:  # as many poles as make at most AT_A_TIME pairs, at least one
+        done = int(work[edges[low - 1] - 1]) if low and edges[low - 1] else 0
+        high = low + 1
+        if len(work):
+            reached = np.searchsorted(work, done + AT_A_TIME, "right")
+            high = max(high, int(np.searchsorted(edges, reached, "right")))
+        entries = by_pole[(edges[low - 1] if low else 0) : edges[high - 1]]
+        found.append(pairs_of(entries, pole, token, begins, length, poles))
+        low = high
+    one, other, both = (np.concatenate(parts) for parts in zip(*found, strict=True))
+    keep = (both >= FEWEST) & (one // sides != other // sides)
+    return ranked(one[keep], other[keep], both[keep], fires, sampled)
+
+
+def pairs_of(
+    entries: NDArray[np.int64],
+    pole: NDArray[np.int64],
+    token: NDArray[np.int64],
+    begins: NDArray[np.int64],
+    length: NDArray[np.int64],
+    poles: int,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """Returns, for the poles of some firings, every pole that fires on the same tokens, and on how many."""
+    at = token[entries]
+    count = length[at]
+    first = np.repeat(begins[at] - (np.cumsum(count) - count), count)
+    partner = pole[first + np.arange(len(first))]
+    keys = np.sort(np.repeat(pole[entries], count) * poles + partner)
+    starts = np.flatnonzero(np.diff(keys, prepend=-1))
+    both = np.diff(np.append(starts, len(keys)))
+    return keys[starts] // poles, keys[starts] % poles, both
+
+
+def ranked(
+    one: NDArray[np.int64], other: NDArray[np.int64], both: NDArray[np.int64], fires: NDArray[np.int64], sampled: int
+) -> Cofiring:
+    """Keeps the PARTNERS pairs of each pole with the largest Jaccard index; of equal ones the first pole."""
+    jaccard = (both / np.maximum(1, fires[one] + fires[other] - both)).astype(np.float32)
+    lift = (both * float(sampled) / np.maximum(1.0, fires[one].astype(np.float64) * fires[other])).astype(np.float32)
+    order = np.lexsort((other, -jaccard, one))
+    order = order[counted_off(one[order]) < PARTNERS]
+    return Cofiring(one[order], other[order], jaccard[order], lift[order])
