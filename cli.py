@@ -465,9 +465,6 @@ def jobs_retry(job: JobNumber, service: Service = None, as_json: Json = False) -
     show(done.model_dump(mode="json"), as_json, lambda: typer.echo(job_text(done)))
 
 
-add_commands(app)
-
-
 @command(app, group=LOOK)
 def models(as_json: Json = False) -> None:
     """List the names that stand for a model."""
