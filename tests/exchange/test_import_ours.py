@@ -15,7 +15,9 @@ from shared.saes import ARCHITECTURES
 from train.autoencoder import Autoencoder
 from train.exchange.bring import bring
 from train.exchange.export import export
+from train.exchange.readers.ours import as_gate
 from train.exchange.saved import SavedSAE
+from train.sae.relu import ReluWeights
 
 TIED = ["sa-gsae", "r tied", "no aux"]
 THRESHOLDS = [name for name in VARIANTS if "topk" not in VARIANTS[name]["arch"] or "batch" in name or "abs" in name]
@@ -136,6 +138,14 @@ def test_a_wrong_description_changes_nothing_but_a_note(tmp_path: Path, change: 
     assert len(found.notes) == 1
     assert back.config.arch == "gated"
     assert (back(rows()) - sae(rows())).abs().max() < 1e-4
+
+
+def test_topk_has_no_gates() -> None:
+    """Its tensors are those of ReLU, and its latents have no thresholds of their own."""
+    w = ReluWeights(torch.eye(2), torch.eye(2), torch.zeros(2), torch.zeros(2))
+    assert not as_gate(w, "relu").theta.any()
+    with pytest.raises(ValueError, match="no thresholds"):
+        as_gate(w, "topk")
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
