@@ -303,7 +303,7 @@ def usable_rows(spec: StoreSpec, tokens: NDArray[Any], config: SplitSettings) ->
     return usable
 
 
-def excluded_positions(spec: StoreSpec, config: TrainConfig) -> list[int]:
+def excluded_positions(spec: StoreSpec, config: SplitSettings) -> list[int]:
     """Returns the positions of a context that count neither in training nor in an evaluation."""
     positions = range(spec.skip_positions) if config.exclude_positions is None else config.exclude_positions
     return [position for position in positions if position < spec.context]
