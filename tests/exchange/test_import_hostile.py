@@ -118,9 +118,9 @@ JSON = st.recursive(
 )
 MEMBERS = {
     "saelens": "architecture d_in d_sae apply_b_dec_to_input normalize_activations metadata activation_fn_str k "
-    "finetuning_scaling_factor rescale_acts_by_decoder_norm model_name hook_name context_size prepend_bos",
+    "finetuning_scaling_factor rescale_acts_by_decoder_norm model_name hook_name context_size prepend_bos sagsae",
     "dictionary_learning": "trainer buffer sagsae",
-    "sparsify": "transcode skip_connection activation k d_in num_latents signed sagsae",
+    "sparsify": "transcode skip_connection activation k d_in num_latents signed",
     "llamascopium": "sae_type hook_point_in hook_point_out use_glu_encoder norm_activation act_fn top_k "
     "use_decoder_bias sparsity_include_decoder_norm",
 }
@@ -137,7 +137,8 @@ def test_settings_of_any_shape(tmp_path: Path, tool: str, data: st.DataObject) -
     path = folder / ("config.json" if tool in ("dictionary_learning", "llamascopium") else "cfg.json")
     cfg = json.loads(path.read_text())
     for name in data.draw(st.lists(st.sampled_from(MEMBERS[tool].split()), min_size=1, max_size=3)):
-        inside = cfg.setdefault("metadata", {}) if name == "sagsae" and tool == "saelens" else cfg
+        metadata = cfg.get("metadata")
+        inside = metadata if name == "sagsae" and isinstance(metadata, dict) else cfg
         inside[name] = data.draw(JSON)
     path.write_text(json.dumps(cfg))
     read_or_refused(folder)

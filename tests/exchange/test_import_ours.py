@@ -156,10 +156,10 @@ def test_no_description_changes_the_function(tmp_path: Path, form: str, arch: st
     (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", out=tmp_path / "out"))
     cfg = json.loads((done.folder / "cfg.json").read_text())
     d_sae = cfg["d_sae"]
-    for number, (width, more) in enumerate(
-        [(d_sae, {}), (d_sae // 2, {}), (d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
-    ):
-        block = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
+    cases: list[tuple[int, dict[str, Any]]] = [(d_sae, {}), (d_sae // 2, {})]
+    cases += [(d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
+    for number, (width, more) in enumerate(cases):
+        block: dict[str, Any] = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
         cfg["metadata"]["sagsae"] = block
         (done.folder / "cfg.json").write_text(json.dumps(cfg))
         bring(ImportConfig(source=done.folder, out=tmp_path / f"{number}"))
