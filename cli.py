@@ -53,6 +53,7 @@ from shared.command.parameters import (
 )
 from shared.command.start import in_processes, start_light
 from shared.launch import is_helper, launched
+from train.exchange.commands import add_commands
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
 SCRIPT: Final = str(Path(__file__).resolve())
@@ -182,6 +183,9 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 
     page = write_report(list(config.runs), config.out, config.overwrite)
     show({"report": page}, as_json, lambda: typer.echo(f"{page}"))
+
+
+add_commands(app)
 
 
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))
@@ -457,6 +461,9 @@ def jobs_retry(job: JobNumber, service: Service = None, as_json: Json = False) -
 
     done = retry_job(job)
     show(done.model_dump(mode="json"), as_json, lambda: typer.echo(job_text(done)))
+
+
+add_commands(app)
 
 
 @command(app, group=LOOK)

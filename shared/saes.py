@@ -204,7 +204,7 @@ class FixedL0(SAEConfig):
     """Active latents per token."""
     aux_k: Annotated[int, Field(ge=0)] | None = None
     """How many latents that were inactive for `aux_after` tokens reconstruct what the active ones leave. Default:
-    d_in / 8, at least 16; for topk d_in / 2."""
+    d_in / 8, at least 16; for topk and signed-topk d_in / 2."""
     aux_after: Annotated[int, Field(ge=1)] = 200_000
     """Training tokens."""
 
@@ -226,6 +226,15 @@ class TopK(FixedL0):
 
     def step_memory(self, rounded: bool) -> StepMemory:
         return StepMemory(7.1, 1.5 if rounded else 1.0)
+
+
+class SignedTopK(FixedL0):
+    """TopK by absolute value, with signed latents: the k largest |u| of each token (arXiv 2510.00404)."""
+
+    arch: Literal["signed-topk"]
+
+    def step_memory(self, rounded: bool) -> StepMemory:
+        return StepMemory(8.1, 1.5 if rounded else 1.0)
 
 
 class BatchTopK(FixedL0):
@@ -328,6 +337,13 @@ ARCHITECTURES: Final[Mapping[str, Architecture]] = {
             family="train.sae.topk:TopKFamily",
             label="TopK",
             colours=("#6b4226", "#c8a27c"),
+        ),
+        Architecture(
+            SignedTopK,
+            family="train.sae.topk:TopKFamily",
+            label="SignedTopK",
+            colours=("#a3333d", "#e08a92"),
+            signed=True,
         ),
     )
 }

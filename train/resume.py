@@ -10,8 +10,9 @@ from typing import Any, Final
 from shared.errors import DamagedError, UserError
 from shared.gate import BadData, integer, members, number, quoted
 from shared.progress import say
+from shared.store.spec import corpus_name
 from train.autoencoder import Autoencoder
-from train.data.order import StreamPosition
+from train.data.order import StreamPosition, excluded_positions
 from train.data.stream import BatchStream
 from train.fit.member import Member
 from train.plan.job import TrainJob
@@ -130,6 +131,9 @@ def save_autoencoder(
         "context": spec.context,
         "bos_id": spec.bos_id,
         "lambda": float(member.sparsity.now(done)),
+        "corpus": corpus_name(spec.corpus.get("source")),
+        "exclude_special": job.config.exclude_special,
+        "exclude_positions": excluded_positions(spec, job.config),
         **more,
     }
     Autoencoder.of(member.config, member.weights, job.statistics.scale).save(folder, about)

@@ -96,5 +96,9 @@ RunFolder = Annotated[
     Path | None, argument("RUN", "A training run's folder.", parser=at_home, show_default="none, with --sae")
 ]
 RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]
+SavedPlace = Annotated[
+    Path, argument("RUN", "A training run, RUN/NAME of one autoencoder, or an autoencoder's folder.", parser=at_home)
+]
+ForeignPlace = Annotated[Path, argument("SOURCE", "The other tool's folder or file.", parser=at_home)]
 Names = Annotated[list[str] | None, argument("NAME", "A command (train, store recode, …) or an architecture.")]
 Pages = Annotated[Path, argument("FOLDER", "Where settings.md and cli.md are.", parser=at_home)]

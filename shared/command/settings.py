@@ -39,6 +39,7 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
+from shared.exchange import ExportConfig, ImportConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
@@ -51,6 +52,8 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "reproduce": ReproduceConfig,
+    "export": ExportConfig,
+    "import": ImportConfig,
     "serve": ServeConfig,
     "work": WorkConfig,
     "store recode": RecodeConfig,

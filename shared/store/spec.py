@@ -220,6 +220,17 @@ def check_corpus(spec: StoreSpec) -> None:
             integer(corpus[name], f"corpus.{name}")
 
 
+def corpus_name(source: Any) -> str | None:
+    """The corpus that a store records: the dataset's id on the hub, or the name of its first file. None where it says
+    neither."""
+    if not isinstance(source, dict):
+        return None
+    files = source.get("files")
+    first = files[0].get("name") if isinstance(files, list) and files and isinstance(files[0], dict) else None
+    name = source.get("name") or first or source.get("kind")
+    return name if isinstance(name, str) else None
+
+
 def rows_that_count(tokens: NDArray[Any], spec: StoreSpec) -> NDArray[np.bool_]:
     """[contexts, context]: all but the first positions (0 is an outlier in most models) and special tokens."""
     keep = ~are_special(tokens, spec.special_ids)

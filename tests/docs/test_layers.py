@@ -32,8 +32,9 @@ DOORS = {
         "shared/command/main.py",
         "shared/command/options.py",
         "shared/command/parameters.py",
+        "train/exchange/commands.py",
     },
-    "sae_lens": {"train/bench/runner.py"},
+    "sae_lens": {"train/bench/runner.py", "train/exchange/writers/sagsae_bijumprelu.py"},
     "dictionary_learning": {"train/bench/runner.py"},
     "wandb": {"train/runs/trackers.py"},
     "tensorboard": set(),  # through accelerate

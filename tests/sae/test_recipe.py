@@ -55,9 +55,9 @@ def test_known_features_are_recovered() -> None:
     assert result("no aux", 1.0, 1000)[0] <= 0.3
 
 
-@pytest.mark.parametrize("name", ["abs-topk", "jumprelu", "relu", "batch-topk"])
+@pytest.mark.parametrize("name", ["abs-topk", "jumprelu", "relu", "batch-topk", "signed-topk"])
 def test_the_baselines_learn(name: str) -> None:
-    x, features = data(1.0 if name == "abs-topk" else 0.0, 0)
+    x, features = data(1.0 if name in ("abs-topk", "signed-topk") else 0.0, 0)
     special = {"k": 3, "aux_after": 20_000} if "topk" in name else {"sparsity": 0.03 if name == "jumprelu" else 0.2}
     config = variant(name, 128, **special)
     r2, l0, recovered = quality(config, trained(x, config, 600), x, features)

@@ -8,7 +8,7 @@ from support.command import ROOT
 from support.variants import batch, by_autograd, silences, variant, weights
 
 from shared.errors import UserError
-from shared.saes import TopK, sae_config
+from shared.saes import SignedTopK, TopK, sae_config
 from train.sae.base import StepInputs, decode
 from train.sae.families import family
 
@@ -29,6 +29,38 @@ def test_each_token_has_its_own_k_largest() -> None:
         assert set(torch.nonzero(code).flatten().tolist()) == expected
         assert all(code[latent] == u[token, latent] for latent in expected)
         assert len(expected) == (0 if token == 0 else 3 if token == 1 else 7)
+
+
+def test_signed_latents_are_the_k_largest_by_absolute_value() -> None:
+    """By sorting, token by token; the code is the pre-activation itself, bias included."""
+    config = variant("signed-topk", k=7)
+    w, x = weights(config), batch()
+    code = family(config).encode(w, x)
+    u = (x - w.b_dec) @ w.W_enc.T + w.b_enc
+    assert float(w.b_enc.abs().max()) > 0
+    for token in range(len(x)):
+        kept = sorted(range(len(u[token])), key=lambda latent: -abs(u[token, latent].item()))[:7]
+        assert set(torch.nonzero(code[token]).flatten().tolist()) == set(kept)
+        assert all(code[token, latent] == u[token, latent] for latent in kept)
+    assert bool((code < 0).any())
+
+
+def test_the_signed_auxiliary_term_is_that_of_the_paper_by_absolute_value() -> None:
+    config = variant("signed-topk")
+    assert isinstance(config, SignedTopK)
+    w, x = weights(config), batch()
+    silent = silences()
+    _, loss = by_autograd(config, w, x, StepInputs(0.0, silent=silent))
+    _, main = by_autograd(config, w, x, StepInputs(0.0, silent=torch.zeros_like(silent)))
+    u = (x - w.b_dec) @ w.W_enc.T + w.b_enc
+    rest = x - decode(w, family(config).encode(w, x))
+    total = 0.0
+    for token in range(len(x)):
+        inactive = [latent for latent in range(len(silent)) if silent[latent] >= config.aux_after]
+        chosen = sorted(inactive, key=lambda latent: -abs(u[token, latent].item()))[: config.aux_k]
+        h = sum(u[token, latent] * w.W_dec[latent] for latent in chosen)
+        total += (rest[token] - h).square().sum().item()
+    assert (loss - main).item() == pytest.approx(total / len(x) / 32, rel=1e-5)
 
 
 def test_the_auxiliary_term_is_that_of_the_paper() -> None:

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "batch-topk": {"arch": "batch-topk", "k": 4, "aux_k": 5, "aux_after": 100},
     "abs-topk": {"arch": "abs-topk", "k": 4, "aux_k": 5, "aux_after": 100},
     "topk": {"arch": "topk", "k": 4, "aux_k": 5, "aux_after": 100},
+    "signed-topk": {"arch": "signed-topk", "k": 4, "aux_k": 5, "aux_after": 100},
 }
 GATED = [name for name, values in VARIANTS.items() if values["arch"] in ("sa-gsae", "gated")]
 

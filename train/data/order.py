@@ -299,9 +299,14 @@ def split_rows(tokens: TokenRows, config: SplitSettings) -> Split:
 def usable_rows(spec: StoreSpec, tokens: NDArray[Any], config: SplitSettings) -> NDArray[np.bool_]:
     """Returns a mask [contexts, context] of all rows but excluded positions and special tokens."""
     usable = ~are_special(tokens, spec.special_ids) if config.exclude_special else np.ones(tokens.shape, dtype=bool)
-    positions = range(spec.skip_positions) if config.exclude_positions is None else config.exclude_positions
-    usable[:, [p for p in positions if p < spec.context]] = False
+    usable[:, excluded_positions(spec, config)] = False
     return usable
+
+
+def excluded_positions(spec: StoreSpec, config: SplitSettings) -> list[int]:
+    """Returns the positions of a context that count neither in training nor in an evaluation."""
+    positions = range(spec.skip_positions) if config.exclude_positions is None else config.exclude_positions
+    return [position for position in positions if position < spec.context]
 
 
 def rows_in_shards(marks: NDArray[np.bool_] | RowMask, spec: StoreSpec, shards: NDArray[np.int64]) -> int:

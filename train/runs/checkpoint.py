@@ -81,10 +81,10 @@ def pieces(tensors: Mapping[str, Tensor]) -> Iterator[Buffer]:
         yield tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file as views of `data`. The file must hold only the types in TYPES, packed
-    without gaps to its end, as `pieces` and the safetensors library write it. Raises BadData for anything else, before
-    anything is allocated."""
+def read_tensors(data: NDArray[np.uint8], types: Mapping[torch.dtype, str] = TYPES) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file as views of `data`. The file must hold only the data types in `types`,
+    packed without gaps to its end, as `pieces` and the safetensors library write it. Raises BadData for anything else,
+    before anything is allocated."""
     length = int.from_bytes(data[:8].tobytes(), "little")
     if len(data) < 8 or length > min(MOST_HEADER, len(data) - 8):
         raise BadData("is cut short, or is not a safetensors file")
@@ -93,7 +93,7 @@ def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
         raise BadData(f"has the header {quoted(header)}, which is not an object")
     header.pop("__metadata__", None)
     body, expected, tensors = data[8 + length :], 0, {}
-    entries = [(name, *tensor_entry(name, entry)) for name, entry in header.items()]
+    entries = [(name, *tensor_entry(name, entry, types)) for name, entry in header.items()]
     for name, dtype, shape, begin, end in sorted(entries, key=lambda entry: entry[3:]):
         if begin != expected or end - begin != math.prod(shape) * dtype.itemsize or end > len(body):
             raise BadData(f"has an impossible place of its tensor {quoted(name)}")
@@ -105,13 +105,15 @@ def read_tensors(data: NDArray[np.uint8]) -> dict[str, Tensor]:
     return tensors
 
 
-def tensor_entry(name: str, entry: Any) -> tuple[torch.dtype, list[int], int, int]:
+def tensor_entry(
+    name: str, entry: Any, types: Mapping[torch.dtype, str] = TYPES
+) -> tuple[torch.dtype, list[int], int, int]:
     """Returns the data type, shape, first byte and end of a tensor. Raises BadData."""
     entry = members(entry, ("dtype", "shape", "data_offsets"))
-    dtype = next((dtype for dtype, known in TYPES.items() if known == entry["dtype"]), None)
+    dtype = next((dtype for dtype, known in types.items() if known == entry["dtype"]), None)
     if dtype is None:
         raise BadData(
-            f"has its tensor {quoted(name)} in the type {quoted(entry['dtype'])} instead of {', '.join(TYPES.values())}"
+            f"has its tensor {quoted(name)} in the type {quoted(entry['dtype'])} instead of {', '.join(types.values())}"
         )
     shape, place = entry["shape"], entry["data_offsets"]
     if not (isinstance(shape, list) and isinstance(place, list) and len(shape) <= 4 and len(place) == 2):
