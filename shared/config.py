@@ -475,7 +475,8 @@ class EvalConfig(Frozen):
     peer_conventions: bool = False
     """Report R², L0 and dead by other tools' definitions, too.
 
-    The tools are SAELens, dictionary_learning and SAEBench."""
+    The tools are SAELens, dictionary_learning and SAEBench. SAELens counts position 0 of every context, which we leave
+    out: a second line of it has every position."""
 
     @model_validator(mode="after")
     def check_what(self) -> "EvalConfig":

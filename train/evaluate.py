@@ -53,7 +53,7 @@ def measured_run(config: EvalConfig, run: TrainedRows) -> dict[str, Any]:
             yield sae.name, load_checked(folder.sae(sae.name), sae, device, d_in, f"{store.name}/{hook}")
 
     tokens = store.token_rows(check=False)
-    rows = HeldOutRows.of(store, hook, tokens, trained, run.limit)
+    rows = HeldOutRows.of(store, hook, tokens, trained, run.limit, config.peer_conventions)
     inactive = last_logged_inactive(folder, trained.dead_after_tokens)
     return measure_asked(rows, tokens, config, saes, len(good), inactive)
 

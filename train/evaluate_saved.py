@@ -144,7 +144,8 @@ def measured(config: EvalConfig, rows: AskedRows, found: list[Described]) -> dic
             yield each.saved.name, each.saved.load(device)
 
     tokens = rows.store.token_rows(check=False)
-    heldout = HeldOutRows.of(rows.store, rows.hook, tokens, rows.settings, rows.limit)
+    peers = config.peer_conventions
+    heldout = HeldOutRows.of(rows.store, rows.hook, tokens, rows.settings, rows.limit, peers)
     results = measure_asked(heldout, tokens, config, saes, len(found))
     entries = [{**entry, **provenance_of(each)} for entry, each in zip(results["saes"], found, strict=True)]
     return {**results, "saes": entries}

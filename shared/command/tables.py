@@ -114,6 +114,7 @@ def print_evaluation(title: str, saes: list[dict[str, Any]], by_peers: bool) -> 
     print_saes(title, saes)
     if by_peers:
         print_peers("\nThe same by other tools' definitions", saes)
+        print_lines(["", "SAELens counts position 0 of every context too. Its line `every position` does, as well."])
 
 
 def print_findings(title: str, findings: Iterable[Any]) -> None:

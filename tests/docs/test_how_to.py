@@ -1,6 +1,7 @@
 """The how-to pages: what a CPU can run is run, and every other command is checked against the program's own options."""
 
 import functools
+import json
 import re
 import subprocess
 from pathlib import Path
@@ -146,6 +147,27 @@ def test_training_while_harvesting_as_its_page_does(
     assert Store.open(tmp_path / "stores/tiny").n_rows == 100_000
     assert (tmp_path / "runs/following/evaluation.json").exists()
     assert (tmp_path / "runs/following/segments.jsonl").read_text(encoding="utf-8").count("\n") >= 1
+
+
+@pytest.mark.slow
+def test_a_released_autoencoder_as_its_page_evaluates_it(
+    tmp_path: Path, sagsae: Sagsae, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands that need no download: export, import, measure, report, train further."""
+    monkeypatch.chdir(tmp_path)
+    commands = commands_of(DOCS / "how-to/evaluate-a-released-sae.md")
+    (first,) = (number for number, words in enumerate(commands) if words[0] == "harvest")
+    assert [words[0] for words in commands[first:]] == "harvest train export import eval report train".split()
+    for words in commands[first:]:
+        done = sagsae(*words)
+        assert done.returncode == 0, done.stderr
+    measured = json.loads((tmp_path / "evaluations/released/measured.json").read_text(encoding="utf-8"))
+    mine = json.loads((tmp_path / "runs/mine/evaluation.json").read_text(encoding="utf-8"))
+    (same,) = (sae["r2"] for sae in mine["saes"] if sae["arch"] == "relu")
+    assert measured["saes"][0]["r2"] == pytest.approx(same, abs=1e-6)
+    assert "(released)" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    (further,) = (tmp_path / "runs/further/saes").iterdir()
+    assert "-start-" in further.name
 
 
 # ---- links; tests/docs/test_style.py reads the prose

@@ -17,6 +17,7 @@ from support.variants import imported
 from transformers import AutoModelForCausalLM
 
 from harvest.run import harvest
+from shared.command.tables import print_evaluation
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import UserError
 from shared.saes import sae_config
@@ -163,6 +164,32 @@ def test_a_second_look_keeps_the_losses(store: Store, run: Path, tmp_path: Path)
     assert first["ce_clean"] == second["ce_clean"] is not None
     assert first["saes"][0]["ce_spliced"] == second["saes"][0]["ce_spliced"] is not None
     assert "peers" in second["saes"][0]
+
+
+def test_saelens_counts_position_0(exact: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its figures with every position, from the stored rows alone; ours and its line of the same rows stay as they
+    were. Norms are no reason to leave a row out of it."""
+    folder, spec = imported(tmp_path / "sae", exact, HOOK), exact.spec
+    config = asked(folder, tmp_path / "out", store=str(exact.root), hook=HOOK, peer_conventions=True)
+    (found,) = evaluate(config).results["saes"]
+    print_evaluation("title", [found], by_peers=True)
+    shown = capsys.readouterr().out
+    assert "SAELens, every position" in shown
+    assert "SAELens counts position 0" in shown
+
+    chosen = heldout_contexts(spec, 100_000, 0)
+    rows = as_float32(in_token_order(exact, HOOK), spec.dtype).astype(np.float64)
+    x = rows[: len(rows) // spec.context * spec.context].reshape(-1, spec.context, rows.shape[1])[chosen]
+    counted = ~np.isin(exact.tokens()[chosen], list(spec.special_ids))
+    for where, key in ((counted, "SAELens, every position"), (counted & (np.arange(spec.context) > 0), "SAELens")):
+        mine = x[where]
+        f, x_hat = by_hand("jumprelu", folder)(mine)
+        variance = np.square(mine).sum(1).mean() - np.square(mine.mean(0)).sum()
+        numbers = found["peers"][key]
+        assert numbers["r2"] == pytest.approx(1 - np.square(mine - x_hat).sum(1).mean() / variance, abs=1e-6)
+        assert numbers["l0"] == pytest.approx((f != 0).sum(1).mean(), abs=1e-3)
+    every, usual = (found["peers"][key] for key in ("SAELens, every position", "SAELens"))
+    assert every["r2"] != usual["r2"] == pytest.approx(found["r2"], abs=1e-6)
 
 
 def test_the_default_place_follows_from_what_is_measured(

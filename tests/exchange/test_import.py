@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.foreign import saes as foreign
 from support.foreign.saes import HOOK, MODEL, ForeignSAE
 
@@ -54,6 +55,50 @@ def test_saelens_topk_by_the_norm_of_the_decoder(tmp_path: Path, kind: str) -> N
     assert (sae.weights.W_dec.norm(dim=1) - 1).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_other_data_types(tmp_path: Path, dtype: torch.dtype) -> None:
+    found = foreign.saelens(tmp_path / "theirs", "jumprelu", dtype=dtype)
+    done, sae = imported(found, tmp_path / "ours")
+    check_equal(found, sae)
+    assert done.notes[0] == f"its weights were {str(dtype).removeprefix('torch.')}, and are float32 here"
+
+
+def test_thresholds_below_zero_are_zero(tmp_path: Path) -> None:
+    threshold = torch.linspace(-1, 1, foreign.D_SAE)
+    found = foreign.saelens(tmp_path / "theirs", "jumprelu", changes={"threshold": threshold})
+    done, sae = imported(found, tmp_path / "ours")
+    check_equal(found, sae)
+    assert float(sae.state_dict()["theta"].min()) == 0
+    assert "20 thresholds below 0 are 0 here" in done.notes[-1]
+
+
+@pytest.mark.parametrize("kind", ["standard", "gated", "jumprelu"])
+def test_a_decoder_row_of_zeros_never_fires(tmp_path: Path, kind: str) -> None:
+    """The norm of its row is 0, and so is the tool's latent times that norm; x̂ does not change."""
+    W_dec = foreign.draws(0)["W_dec"]
+    W_dec[[3, 7]] = 0
+    found = foreign.saelens(tmp_path / "theirs", kind, changes={"W_dec": W_dec})
+    done, sae = imported(found, tmp_path / "ours")
+    assert bool((found.code[:, 3] > 0).any() | (found.code[:, 7] > 0).any())
+    check_equal(found, sae)
+    assert not bool(sae.encode(found.x.float())[:, [3, 7]].any())
+    assert "2 latents have a decoder row of zeros, and never fire here" in done.notes
+
+
+def test_a_folder_of_before_saelens_6(tmp_path: Path) -> None:
+    """Metadata beside the settings, other names, no architecture, and a tensor of ones."""
+    for kind, more in (("standard", {}), ("topk", {"activation_fn_str": "topk", "activation_fn_kwargs": {"k": 5}})):
+        found = foreign.saelens(tmp_path / kind, kind)
+        cfg: dict[str, Any] = {"d_in": foreign.D_IN, "d_sae": foreign.D_SAE, "hook_point": HOOK, "model_name": MODEL}
+        cfg |= {"normalize_activations": False, "finetuning_scaling_factor": False, "hook_point_layer": 3, **more}
+        (tmp_path / kind / "cfg.json").write_text(json.dumps(cfg))
+        weights = load_file(tmp_path / kind / "sae_weights.safetensors")
+        save_file({**weights, "scaling_factor": torch.ones(foreign.D_SAE)}, tmp_path / kind / "sae_weights.safetensors")
+        done, sae = imported(found, tmp_path / f"{kind}-ours")
+        check_equal(found, sae)
+        assert (done.format, done.model, done.hook_name) == (kind, MODEL, HOOK)
+
+
 @pytest.mark.parametrize("kind", foreign.FORMULAS)
 @pytest.mark.parametrize("unit", [False, True])
 def test_dictionary_learning(tmp_path: Path, kind: str, unit: bool) -> None:
@@ -61,6 +106,19 @@ def test_dictionary_learning(tmp_path: Path, kind: str, unit: bool) -> None:
     done, sae = imported(found, tmp_path / "ours")
     check_equal(found, sae)
     assert (done.tool, done.format, done.model, done.hook_name) == ("dictionary_learning", kind, MODEL, HOOK)
+
+
+def test_dictionary_learning_of_before_k_was_a_tensor(tmp_path: Path) -> None:
+    found = foreign.dictionary_learning(tmp_path / "theirs", "AutoEncoderTopK")
+    stored = torch.load(tmp_path / "theirs/ae.pt", weights_only=True)
+    del stored["k"], stored["threshold"]
+    torch.save(stored, tmp_path / "theirs/ae.pt")
+    with pytest.raises(UserError, match="lacks k; AutoEncoderTopK"):
+        imported(found, tmp_path / "ours")
+    cfg = json.loads((tmp_path / "theirs/config.json").read_text())
+    cfg["trainer"]["k"] = 5
+    (tmp_path / "theirs/config.json").write_text(json.dumps(cfg))
+    check_equal(found, imported(found, tmp_path / "ours")[1])
 
 
 def test_a_common_threshold_stays_one_where_rows_have_norm_one(tmp_path: Path) -> None:

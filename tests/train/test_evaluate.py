@@ -14,7 +14,7 @@ from shared.config import EvalConfig, TrainConfig
 from shared.saes import sae_config
 from train.autoencoder import Autoencoder
 from train.evaluate import evaluate
-from train.measure.peers import PEERS
+from train.measure.peers import EVERY_POSITION, PEERS
 from train.measure.written import with_losses_of
 from train.report import write_report
 from train.run import train
@@ -45,7 +45,7 @@ def test_a_second_look_keeps_the_losses_of_the_first(run: Path, tmp_path: Path, 
     assert written.pop("crc32c")
     assert written == again.results
     for sae in written["saes"]:
-        assert set(sae.pop("peers")) == {peer.name for peer in PEERS}
+        assert set(sae.pop("peers")) == {EVERY_POSITION, *(peer.name for peer in PEERS)}
     assert written == first, "what was measured with the model stands, and the rest is as it was"
 
     knobs = [(sae["sparsity"], sae["l0_target"], sae["k"]) for sae in first["saes"]]

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from shared.config import EvalConfig
 from shared.device import pick_device
 from shared.errors import UserError
@@ -30,6 +33,16 @@ NamedSAEs = Iterable[tuple[str, Autoencoder]]
 
 
 @dataclass(frozen=True)
+class EveryPosition:
+    """Settings of a split that excludes no position."""
+
+    seed: int
+    heldout_tokens: int
+    exclude_special: bool
+    exclude_positions: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class HeldOutRows:
     """The held-out rows of one hookpoint."""
 
@@ -39,13 +52,26 @@ class HeldOutRows:
     parts: Split
     limit: float | None = None
     """Rows with a larger norm do not count (setting `max_norm`)."""
+    every_position: NDArray[np.bool_] | RowMask | None = None
+    """A mask of the same contexts in which the excluded positions count too; None where it is not needed."""
 
     @classmethod
     def of(
-        cls, store: Store, hook: str, tokens: TokenRows, settings: SplitSettings, limit: float | None
+        cls,
+        store: Store,
+        hook: str,
+        tokens: TokenRows,
+        settings: SplitSettings,
+        limit: float | None,
+        every_position: bool = False,
     ) -> "HeldOutRows":
-        """Returns the rows that a training with these settings holds out."""
-        return cls(store, hook, split_rows(tokens, settings), limit)
+        """Returns the rows that a training with these settings holds out, with all positions of their contexts where
+        `every_position` asks for them."""
+        whole = None
+        if every_position:
+            uncut = EveryPosition(settings.seed, settings.heldout_tokens, settings.exclude_special)
+            whole = split_rows(tokens, uncut).heldout
+        return cls(store, hook, split_rows(tokens, settings), limit, whole)
 
 
 def measure_asked(
@@ -123,6 +149,7 @@ def measure_all(
     if not len(mine):
         raise UserError(f"{rows.store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")
     known, entries = KnownFeatures.of(read, counts), []
+    more = None if rows.every_position is None else read_heldout(read, rows.every_position)
     with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, (name, sae) in enumerate(saes):
 
@@ -130,7 +157,7 @@ def measure_all(
                 advance(n, name)
 
             fit = measure(sae, heldout, device, (inactive or {}).get(name), groups, look_at_directions, taken)
-            peers = {"peers": by_peers(sae, mine, device)} if peer_conventions else {}
+            peers = {"peers": by_peers(sae, mine, device, more)} if peer_conventions else {}
             found = asdict(known.recovery(sae, mine, device)) if known else {}
             entries.append({**entry(sae, fit, losses, index), "name": name, **peers, **found})
             if fit.directions and fit.directions["sampled"]:

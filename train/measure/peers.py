@@ -7,7 +7,7 @@ from the tools' own code (tests/golden/peers.py).
 
 import math
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from typing import ClassVar, Final
 
 import torch
 from jaxtyping import Float
@@ -42,6 +42,9 @@ class SAELensMetrics(PeerMetrics):
     l0         non-zero latents per token
     dead       `sparsity/below_1e-5`: latents that fire on less than 1e-5 of the tokens. (Its `dead_features` counts
                training steps: inactive for more than `dead_feature_window`, 1000 steps.)
+
+    SAELens counts every position of a context but special tokens, position 0 too, where activations are unlike all
+    others. `by_peers` says what that gives.
     """
 
     name = "SAELens"
@@ -147,13 +150,33 @@ def legacy_ratios(x: Float[Tensor, "batch d_in"], x_hat: Float[Tensor, "batch d_
     return (1 - residuals / (x - x.mean(0)).double().square().sum(1)).sum().item()
 
 
-def by_peers(sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str) -> dict[str, Numbers]:
-    """Returns each tool's metrics of an autoencoder on raw activations, by the tool's name."""
-    peers = [peer() for peer in PEERS]
+EVERY_POSITION: Final = "SAELens, every position"
+"""SAELens' metrics on all rows that SAELens would count."""
+
+
+def by_peers(
+    sae: Autoencoder,
+    rows: Float[Tensor, "rows d_in"],
+    device: str,
+    every_position: Float[Tensor, "more d_in"] | None = None,
+) -> dict[str, Numbers]:
+    """Returns each tool's metrics of an autoencoder on raw activations, by the tool's name. `every_position`: the rows
+    of the same contexts with the excluded positions, on which SAELens' metrics are given a second time."""
+    found = {peer.name: numbers for peer, numbers in zip(PEERS, measured_by(PEERS, sae, rows, device), strict=True)}
+    if every_position is not None:
+        (found[EVERY_POSITION],) = measured_by((SAELensMetrics,), sae, every_position, device)
+    return found
+
+
+def measured_by(
+    tools: tuple[type[PeerMetrics], ...], sae: Autoencoder, rows: Float[Tensor, "rows d_in"], device: str
+) -> list[Numbers]:
+    """Returns the metrics of each tool, in their order."""
+    peers = [tool() for tool in tools]
     for x, f, x_hat in reconstructions(sae, rows, device):
         for peer in peers:
             peer.add(x, f, x_hat)
-    return {peer.name: {key: finite(value) for key, value in peer.result().items()} for peer in peers}
+    return [{key: finite(value) for key, value in peer.result().items()} for peer in peers]
 
 
 def finite(value: float | None) -> float | None:
