@@ -8,7 +8,7 @@ LOCKED  ?=
 # make test ONE=tests/store/test_shard.py runs that file (or TEST::NAME) alone, slow tests too.
 ONE     ?=
 
-.PHONY: help demo setup test test-slow test-deep gpu check lint format types docs reference clean
+.PHONY: help demo setup test test-slow test-deep test-peers gpu check lint format types docs reference clean
 .DEFAULT_GOAL := demo
 
 help:    ## print what each target does
@@ -33,6 +33,9 @@ test-slow: $(READY)    ## the tests that take longer than half a minute each
 
 test-deep: $(READY)    ## the longest tests: more kills, torch.compile, whole steps in Triton's interpreter
 	$(PYTEST) -m deep
+
+test-peers: $(READY)    ## load exports with SAELens, dictionary_learning, SAEBench and sparsify, in an environment of their own
+	$(BIN)/python tests/exchange/peers/run.py .peers
 
 gpu: $(READY)    ## GPU tests, benchmarks and a run of 16,000,000 tokens on one GPU in 8 minutes; writes gpu.md
 	@$(BIN)/python tests/gpu/run.py --out gpu.md

@@ -30,6 +30,8 @@ from train.sae.gated import GatedWeights, join, split
 
 WEIGHTS: Final = "sae_weights.safetensors"
 SETTINGS: Final = "cfg.json"
+FOR_SAELENS: Final = "sagsae's own format. For SAELens: sagsae export RUN/NAME --to saelens --out DIR"
+"""SAELens' files have the same names. It looks this up as an architecture, and its KeyError then says what to do."""
 MOST_WIDE: Final = 1 << 24
 """Maximum d_in that cfg.json may claim."""
 
@@ -141,6 +143,7 @@ class Autoencoder(nn.Module):
 
         write_file(folder / WEIGHTS, counted())
         described = {"d_in": self.d_in, "scale": self.scale, "sha256": digest.hexdigest()}
+        described |= {"dtype": "float32", "architecture": FOR_SAELENS}
         write_sealed(folder / SETTINGS, {**self.config.model_dump(), **described, **about})
 
     @classmethod

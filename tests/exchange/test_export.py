@@ -33,17 +33,12 @@ CASES = [
     ("sparsify", "topk", "auto"),
     *(("gemma-scope", name, "auto") for name in THRESHOLDS),
 ]
+SAELENS = {"relu": "standard", "jumprelu": "jumprelu", "batch-topk": "jumprelu", "abs-topk": "jumprelu", "topk": "topk"}
 AUTO = {
-    "saelens": dict.fromkeys(VARIANTS, "gated")
-    | {"relu": "standard", "jumprelu": "jumprelu", "batch-topk": "jumprelu", "abs-topk": "jumprelu", "topk": "topk"},
+    "saelens": dict.fromkeys(VARIANTS, "gated") | SAELENS,
     "dictionary-learning": dict.fromkeys(VARIANTS, "gated")
-    | {
-        "relu": "standard",
-        "jumprelu": "jumprelu",
-        "batch-topk": "batch-topk",
-        "abs-topk": "batch-topk",
-        "topk": "topk",
-    },
+    | SAELENS
+    | dict.fromkeys(("batch-topk", "abs-topk"), "batch-topk"),
     "sparsify": dict.fromkeys(VARIANTS, "topk"),
     "gemma-scope": dict.fromkeys(VARIANTS, "jumprelu"),
 }
@@ -188,10 +183,10 @@ def test_sparsify_description(tmp_path: Path) -> None:
     save(tmp_path / "sae", "relu", {"hook_name": "blocks.2.hook_mlp_out"})
     done = one(tmp_path / "sae", "sparsify")
     folder = "layers.2.mlp"
-    assert files_of(done.folder) == {"config.json", f"{folder}/cfg.json", f"{folder}/sae.safetensors"}
-    cfg = read(done.folder / folder / "cfg.json")
-    assert cfg.pop("sagsae")["pairs"] is None
-    assert cfg == {
+    inside = {f"{folder}/{name}" for name in ("cfg.json", "sae.safetensors", "sagsae.json")}
+    assert files_of(done.folder) == {"config.json", *inside}
+    assert read(done.folder / folder / "sagsae.json")["sagsae"]["pairs"] is None
+    assert read(done.folder / folder / "cfg.json") == {
         "activation": "topk", "expansion_factor": D_SAE // D_IN, "normalize_decoder": True, "num_latents": D_SAE,
         "k": D_SAE, "multi_topk": False, "skip_connection": False, "transcode": False, "d_in": D_IN,
     }  # fmt: skip
@@ -252,7 +247,7 @@ def test_what_a_format_cannot_say_is_refused(tmp_path: Path, name: str, asked: d
 )
 def test_a_hookpoint_that_the_files_cannot_name(tmp_path: Path, tool: str, hook: str | None) -> None:
     save(tmp_path / "sae", "relu", {"hook_name": hook})
-    with pytest.raises(UserError, match="Export it to saelens, or write it.* with --force"):
+    with pytest.raises(UserError, match=r"Export it to saelens, or write it.* with --force"):
         one(tmp_path / "sae", tool)
     done = one(tmp_path / "sae", tool, force=True)
     assert len(done.notes) == 1

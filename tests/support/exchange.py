@@ -1,6 +1,6 @@
 """What other tools compute from the files of an export, in float64 and numpy, as their own sources say it.
 
-Nothing of the exporter is used here. tests/exchange/peers/ runs the tools themselves.
+`SAYS` uses nothing of the exporter. tests/exchange/peers/ runs the tools themselves.
 """
 
 import json
@@ -13,9 +13,12 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
+from shared.exchange import ExportConfig
 from support.variants import D_IN, batch, variant, weights
 from train.autoencoder import Autoencoder
+from train.exchange.export import export
 from train.exchange.saved import SavedSAE
+from train.sae.families import family
 
 Array = NDArray[np.float64]
 Said = tuple[Array, Array]
@@ -152,3 +155,88 @@ def check_equal(sae: Autoencoder, x: torch.Tensor, said: Said, norms: Array | fl
     assert np.abs(f - their_f)[~flips].max() <= most
     same = ~flips.any(axis=1)
     assert np.abs(x_hat - said[1])[same].max() <= max(most, 1e-6 * np.abs(x_hat).max())  # random weights: |x̂| > |x|
+
+
+# what golden/exchange.* holds
+
+BASE: Final = ("sa-gsae", "r tied", "untied", "one-sided", "gated", "gated, free decoder", "relu", "jumprelu",
+               "batch-topk", "abs-topk", "topk")  # fmt: skip
+GATES: Final = BASE[:6]
+GOLDEN: Final = [
+    *((name, "saelens", "auto", folded) for name in BASE for folded in (False, True)),
+    *((name, "saelens", "jumprelu", False) for name in (*GATES, "relu")),
+    *((name, "saelens", "bijumprelu", False) for name in (*BASE[:3], "abs-topk")),
+    *((name, "dictionary-learning", "auto", False) for name in BASE),
+    *((name, "dictionary-learning", "jumprelu", False) for name in ("sa-gsae", "gated, free decoder")),
+    *((name, "sparsify", "auto", False) for name in ("relu", "topk")),
+    *((name, "gemma-scope", "auto", False) for name in BASE[:-1]),
+]
+"""Exports whose tools were asked: variant, tool, form, whether b_dec is folded."""
+
+
+def fixed(name: str) -> Autoencoder:
+    """A variant whose weights come from numpy's frozen stream, so that they are the same whatever the versions are."""
+    config, random = variant(name), np.random.RandomState(5)
+    shapes = family(config).shapes(D_IN)
+    drawn = {key: random.standard_normal(shape).astype(np.float32) for key, shape in sorted(shapes.items())}
+    drawn["W_dec"] /= np.linalg.norm(drawn["W_dec"], axis=1, keepdims=True)
+    if name == "gated, free decoder":
+        drawn["W_dec"] *= np.linspace(0.5, 2, len(drawn["W_dec"]), dtype=np.float32)[:, None]
+    drawn["W_enc"] = drawn["W_dec"] + 0.1 * drawn["W_enc"]
+    small = {"theta": (0.6, 0.3), "r": (0.0, 0.3), "b": (0.1, 0.2), "b_enc": (-0.2, 0.2), "threshold": (1.2, 0.0)}
+    for key, (low, by) in small.items():
+        if key in drawn:
+            drawn[key] = np.float32(low) + np.float32(by) * np.abs(drawn[key])
+    if config.arch == "abs-topk":
+        drawn["b_enc"] *= 0
+    tensors = {key: torch.from_numpy(np.asarray(each, np.float32)) for key, each in drawn.items()}
+    return Autoencoder.of(config, family(config).weights(**tensors), SCALE)
+
+
+def fixed_rows() -> torch.Tensor:
+    """Activations [6, d_in], with b_dec's length."""
+    drawn = np.random.RandomState(6).standard_normal((6, D_IN)) + np.linspace(-1, 1, D_IN)
+    return torch.from_numpy((SCALE * drawn).astype(np.float32))
+
+
+def write_golden(root: Path) -> list[dict[str, Any]]:
+    """Writes the exports of GOLDEN and returns what golden/exchange.py and the test ask about each."""
+    cases = []
+    for name in BASE:
+        fixed(name).save(root / "saes" / name, {**ABOUT, "hook_name": "blocks.2.hook_resid_post"})
+    for number, (name, tool, form, folded) in enumerate(GOLDEN):
+        values = {"source": root / "saes" / name, "to": tool, "form": form, "fold_b_dec": folded}
+        (done,) = export(ExportConfig.model_validate({**values, "out": root / f"{number}"}))
+        key = f"{tool} {name} {form}{' folded' if folded else ''}"
+        case = {"key": key, "name": name, "tool": tool, "form": done.form, "folder": f"{number}", "width": done.width}
+        cases.append({**case, "d_sae": fixed(name).config.d_sae, "b_dec": "folded" if folded else ""})
+    return cases
+
+
+DESCRIBED: Final = {
+    "saelens": "cfg.json", "dictionary-learning": "config.json", "sparsify": "layers.2/cfg.json",
+    "gemma-scope": "sagsae.json",
+}  # fmt: skip
+
+
+def described(folder: Path, tool: str) -> dict[str, Any]:
+    """An export's description without sagsae's own block, and its tensors: names, types, shapes and two sums."""
+    about = read(folder / DESCRIBED[tool])
+    about.pop("sagsae", None)
+    about.get("metadata", {}).pop("sagsae", None)
+    sums = {}
+    for name, each in sorted(tensors_of(folder, tool).items()):
+        values = np.asarray(each, np.float64).reshape(-1)
+        along = float(values @ np.cos(np.arange(values.size)))
+        sums[name] = [str(each.dtype), list(each.shape), round(along, 3), round(float(np.linalg.norm(values)), 3)]
+    return {"description": about, "tensors": sums}
+
+
+def tensors_of(folder: Path, tool: str) -> dict[str, NDArray[Any]]:
+    if tool == "saelens":
+        return dict(load_file(folder / "sae_weights.safetensors"))
+    if tool == "sparsify":
+        return dict(load_file(folder / "layers.2/sae.safetensors"))
+    if tool == "gemma-scope":
+        return dict(np.load(folder / "params.npz", allow_pickle=False))
+    return {name: each.numpy() for name, each in torch.load(folder / "ae.pt", weights_only=True).items()}

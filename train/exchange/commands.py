@@ -115,10 +115,15 @@ def plain(done: "Exported | Imported | Pulled") -> dict[str, Any]:
 
 
 def print_exported(done: "list[Exported]") -> None:
+    """Prints where each one is; notes that all have in common once, at the end."""
+    shared = [note for note in done[0].notes if len(done) > 1 and all(note in each.notes for each in done)]
     for each in done:
         typer.echo(f"{each.folder}: {each.name} for {each.tool} ({each.form}, {each.width:,} latents)")
         for note in each.notes:
-            typer.echo(f"  {note}")
+            if note not in shared:
+                typer.echo(f"  {note}")
+    for note in shared:
+        typer.echo(f"all of them: {note}")
 
 
 def print_imported(done: "Imported") -> None:

@@ -4,8 +4,10 @@ OUT/                    one autoencoder
 OUT/HOOKPOINT/NAME/     several of a run (sparsify: OUT/NAME/, in which it makes a folder for the hookpoint)
 """
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -17,8 +19,9 @@ from torch import Tensor
 
 from shared.errors import UserError
 from shared.exchange import ExportConfig
+from shared.files import local
 from shared.files.base import WHOLE_BYTES
-from shared.files.local import explained, read_whole, written_together
+from shared.files.local import explained, read_whole
 from shared.gate import BadData, parse_json
 from train.autoencoder import Autoencoder
 from train.data.order import split_rows
@@ -67,7 +70,7 @@ def export(config: ExportConfig) -> list[Exported]:
     found = find_saes(config.source)
     check_out(config.out)
     done = []
-    with explained(config.out), written_together() as write:
+    with explained(config.out), nothing_left(config.out), local.written_together() as write:
         for saved in found:
             sae, about = saved.load(), about_sae(saved)
             written = WRITERS[config.to](sae, about, config)
@@ -78,6 +81,19 @@ def export(config: ExportConfig) -> list[Exported]:
             notes = [*written.notes, *measured_loss(saved, sae, written)]
             done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes))
     return done
+
+
+@contextmanager
+def nothing_left(out: Path) -> Iterator[None]:
+    """Removes the empty folders of an export that failed."""
+    existed = out.exists()
+    try:
+        yield
+    except BaseException:
+        for folder in [] if existed else [*sorted(out.rglob("*"), reverse=True), out]:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
+        raise
 
 
 def subfolder(about: About, config: ExportConfig) -> Path:

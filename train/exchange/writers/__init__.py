@@ -8,7 +8,7 @@ from shared.errors import UserError
 from shared.exchange import ExportConfig
 from shared.files.handles import Buffer
 from shared.record import to_json, version
-from train.autoencoder import Autoencoder
+from train.autoencoder import FOR_SAELENS, Autoencoder
 from train.exchange.about import About
 from train.exchange.forms import TopKForm
 
@@ -46,7 +46,8 @@ def chosen(sae: Autoencoder, config: ExportConfig, has: Mapping[str, Callable[[A
 def provenance_block(sae: Autoencoder, about: About, width: int, **more: Any) -> dict[str, Any]:
     """Returns what the files keep of sagsae's own description: all of cfg.json, and which latents are a pair."""
     doubled = sae.signed and width == 2 * sae.config.d_sae
-    return {**about.settings, "sagsae_version": version("sagsae"), "pairs": PAIRS if doubled else None, **more}
+    settings = {key: value for key, value in about.settings.items() if value != FOR_SAELENS}
+    return {**settings, "sagsae_version": version("sagsae"), "pairs": PAIRS if doubled else None, **more}
 
 
 def json_file(value: Any) -> list[bytes]:

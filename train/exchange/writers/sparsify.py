@@ -17,6 +17,8 @@ from train.runs.checkpoint import pieces
 SETTINGS: Final = "cfg.json"
 WEIGHTS: Final = "sae.safetensors"
 ROOT_SETTINGS: Final = "config.json"
+OURS: Final = "sagsae.json"
+"""sagsae's own description: sparsify prints a warning for each member of cfg.json that it does not know."""
 
 
 def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
@@ -38,10 +40,10 @@ def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
         notes.append(f"--approximate-topk has no effect: TopK with k {form.k} is the same function")
     if not is_output(about):
         notes.append(f"the folder {folder} is no module of the language model: sparsify cannot place it")
-    settings = settings_of(sae, about, form)
     root = {"model": about.model, "dataset": about.dataset, "ctx_len": about.context, "sagsae": {"name": about.name}}
     files = {
-        f"{folder}/{SETTINGS}": json_file(settings),
+        f"{folder}/{OURS}": json_file({"sagsae": provenance_block(sae, about, form.width)}),
+        f"{folder}/{SETTINGS}": json_file(settings_of(sae, form)),
         f"{folder}/{WEIGHTS}": pieces(forms.on_disk(tensors)),
         ROOT_SETTINGS: json_file(root),
     }
@@ -89,7 +91,7 @@ def approximation(sae: Autoencoder, k: int | None) -> forms.TopKForm:
     return forms.approximate_topk(form, k)
 
 
-def settings_of(sae: Autoencoder, about: About, form: forms.TopKForm) -> dict[str, Any]:
+def settings_of(sae: Autoencoder, form: forms.TopKForm) -> dict[str, Any]:
     """Returns the content of cfg.json. `num_latents` is what counts there; `expansion_factor` has to be a whole
     number."""
     return {
@@ -102,5 +104,4 @@ def settings_of(sae: Autoencoder, about: About, form: forms.TopKForm) -> dict[st
         "skip_connection": False,
         "transcode": False,
         "d_in": sae.d_in,
-        "sagsae": provenance_block(sae, about, form.width),
     }
