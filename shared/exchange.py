@@ -70,7 +70,7 @@ class ImportConfig(Frozen):
     format: Literal["auto", "saelens", "sparsify", "dictionary-learning", "llamascopium", "gemma-scope", "openai"] = (
         "auto"
     )
-    """The tool that wrote it. auto: told by the files."""
+    """The tool that wrote it. auto: by the files that are there."""
     norm_factor: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     """SAELens' norm_scaling_factor, which its folder does not say. Default: none is needed.
 

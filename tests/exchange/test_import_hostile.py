@@ -17,8 +17,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from support import foreign
 from support.command import ROOT
+from support.foreign import saes as foreign
 
 from shared.errors import UserError
 from shared.exchange import ImportConfig
@@ -271,13 +271,13 @@ def saved(path: Path, value: Any, **options: Any) -> Path:
     return path
 
 
-def with_pickle(path: Path, content: bytes, method: int = zipfile.ZIP_STORED, **more: bytes) -> Path:
+def with_pickle(path: Path, content: bytes, method: int = zipfile.ZIP_STORED, more: Any = ()) -> Path:
     """A file as torch.save makes it, with another pickle in it."""
     saved(path, {"w": torch.ones(4)})
     with zipfile.ZipFile(path) as archive:
         parts = {name: archive.read(name) for name in archive.namelist()}
     pickled = next(name for name in parts if name.endswith("data.pkl"))
-    return npz(path, {**parts, pickled: content, **more}, method)
+    return npz(path, {**parts, pickled: content, **dict(more)}, method)
 
 
 @pytest.mark.parametrize("value", [Runs(), {"w": Runs()}, {"w": torch.ones(2), "x": [Evaluates()]}])
@@ -322,7 +322,7 @@ def test_what_is_no_file_of_torch_save(tmp_path: Path) -> None:
     assert "is not a whole torch.save file" in refusal(read_pickled, tmp_path / "b.pt")
     assert "is compressed" in refusal(read_pickled, with_pickle(tmp_path / "c.pt", b"\x80\x02}.", zipfile.ZIP_DEFLATED))
     assert "has no pickle" in refusal(read_pickled, npz(tmp_path / "d.pt", {"a": b"x"}))
-    assert "has no pickle" in refusal(read_pickled, with_pickle(tmp_path / "e.pt", b"", **{"x/data.pkl": b""}))
+    assert "has no pickle" in refusal(read_pickled, with_pickle(tmp_path / "e.pt", b"", more={"x/data.pkl": b""}))
     assert "has a damaged pickle" in refusal(read_pickled, with_pickle(tmp_path / "f.pt", b"\x80\x02X\xff\xff\xff\x7f"))
     assert "cannot be read as a table" in refusal(read_pickled, with_pickle(tmp_path / "g.pt", b"\x80\x02h\x05."))
     deep = b"\x80\x02" + b"]" + b"]a" * 100_000 + b"."
@@ -419,7 +419,7 @@ def test_bombs_take_little_memory(tmp_path: Path) -> None:
     npz(tmp_path / "a.npz", {"w.npy": zeros}, zipfile.ZIP_DEFLATED)
     npz(tmp_path / "b.npz", {"w.npy": with_shape("(1099511627775,)")})
     saved(tmp_path / "c.pt", {"w": torch.ones(4).as_strided((1 << 20, 1 << 20), (0, 0))})
-    with_pickle(tmp_path / "d.pt", b"\x80\x02}.", zipfile.ZIP_DEFLATED, **{"x/data/9": b"\0" * (1 << 28)})
+    with_pickle(tmp_path / "d.pt", b"\x80\x02}.", zipfile.ZIP_DEFLATED, {"x/data/9": b"\0" * (1 << 28)})
     with_pickle(tmp_path / "e.pt", b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
     (tmp_path / "f.safetensors").write_bytes(header(w=entry([1 << 30], 0, 1 << 32)))
     names = [str(path) for path in sorted(tmp_path.iterdir())]

@@ -11,6 +11,7 @@ from support.variants import D_SAE, VARIANTS
 
 import train
 from shared.exchange import ExportConfig, ImportConfig
+from shared.saes import ARCHITECTURES
 from train.autoencoder import Autoencoder
 from train.exchange.bring import bring
 from train.exchange.export import export
@@ -135,3 +136,21 @@ def test_a_wrong_description_changes_nothing_but_a_note(tmp_path: Path, change: 
     assert len(found.notes) == 1
     assert back.config.arch == "gated"
     assert (back(rows()) - sae(rows())).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("form", ["sa-gsae", "gated", "relu", "jumprelu", "abs-topk", "topk", "signed-topk"])
+def test_no_description_changes_the_function(tmp_path: Path, form: str, arch: str) -> None:
+    """Only the tensors are believed: with any other settings than it had, the folder computes the same."""
+    sae, x = save(tmp_path / "sae", form), rows()
+    (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", out=tmp_path / "out"))
+    cfg = json.loads((done.folder / "cfg.json").read_text())
+    d_sae = cfg["d_sae"]
+    for number, (width, more) in enumerate(
+        [(d_sae, {}), (d_sae // 2, {}), (d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
+    ):
+        block = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
+        cfg["metadata"]["sagsae"] = block
+        (done.folder / "cfg.json").write_text(json.dumps(cfg))
+        bring(ImportConfig(source=done.folder, out=tmp_path / f"{number}"))
+        assert (train.load(tmp_path / f"{number}")(x) - sae(x)).abs().max() < 1e-4, block

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import foreign
 from support.command import Sagsae
 from support.exchange import save
-from support.foreign import D_IN, D_SAE
+from support.foreign import saes as foreign
+from support.foreign.saes import D_IN, D_SAE
 
 import train
 from shared.errors import UserError

@@ -1,5 +1,5 @@
-"""Brings in an autoencoder of another tool: tells the tool by the files, reads them, writes a folder that `train.load`
-reads."""
+"""Brings in an autoencoder of another tool: recognises the tool by its files, reads them, writes a folder that
+`train.load` reads."""
 
 import os
 import shutil
@@ -14,7 +14,7 @@ from shared.exchange import ImportConfig
 from shared.files.local import explained, sync
 from shared.gate import BadData, quoted
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder
-from train.exchange.readers.base import Found
+from train.exchange.readers.base import TranslatedSAE
 from train.exchange.readers.dictionary_learning import read_dictionary_learning
 from train.exchange.readers.gemma_scope import FILES as GEMMA_FILES
 from train.exchange.readers.gemma_scope import read_gemma_scope
@@ -32,7 +32,7 @@ class Format:
     tool: str
     files: tuple[str, ...]
     """What its folder holds."""
-    read: Callable[[Path], Found]
+    read: Callable[[Path], TranslatedSAE]
     """Reads the folder, or the one file."""
 
 
@@ -47,7 +47,7 @@ FORMATS: Final = {
 """By the name that `--format` takes, in the order in which a folder is tried."""
 OURS: Final = frozenset({SETTINGS, WEIGHTS})
 UNSAID: Final = dict.fromkeys(("model", "hook_name", "context", "bos_id"))
-"""What cfg.json says in any case: null where nobody knows it."""
+"""What cfg.json says in any case: null where it is not known."""
 LLAMA_SCOPE: Final = (
     "is Llama Scope, for which tools disagree about the threshold. In SAELens' environment: "
     "SAE.from_pretrained(release, sae_id).save_model(folder); then import that folder"
@@ -95,7 +95,7 @@ def bring(config: ImportConfig) -> Imported:
     )
 
 
-def record_of(found: Found, source: Path) -> dict[str, Any]:
+def record_of(found: TranslatedSAE, source: Path) -> dict[str, Any]:
     """The `imported` block of cfg.json."""
     return {
         "tool": found.tool,
@@ -205,7 +205,7 @@ def is_imported(folder: Path) -> bool:
         return False
 
 
-def write_folder(out: Path, found: Found, about: dict[str, Any], overwrite: bool) -> None:
+def write_folder(out: Path, found: TranslatedSAE, about: dict[str, Any], overwrite: bool) -> None:
     """All of the folder or nothing: it is built beside its place and renamed."""
     with explained(f"--out {out}"), built_beside(out) as building:
         Autoencoder(found.config, found.weights, found.scale).save(building, about)

@@ -58,7 +58,7 @@ class Theirs:
 
 
 @dataclass(frozen=True)
-class Found:
+class TranslatedSAE:
     """What a reader gives."""
 
     tool: str
@@ -68,13 +68,13 @@ class Found:
     weights: Weights
     file: TensorFile
     norms: dict[str, Any]
-    """Of the decoder's rows: lowest, highest, whether they were brought to one."""
+    """The decoder's rows: lowest and highest norm, how many are zero, whether they were brought to one."""
     about: dict[str, Any] = field(default_factory=dict)
     """Further members of cfg.json: model, hook_name and context, where the source says them."""
     notes: list[str] = field(default_factory=list)
     prepends_bos: bool | None = None
     scale: float = 1.0
-    """Autoencoder.scale; 1 where nobody knows it."""
+    """Autoencoder.scale; 1 where it is not known."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def found(
     about: Mapping[str, Any],
     k: int = 0,
     notes: Iterable[str] = (),
-) -> Found:
+) -> TranslatedSAE:
     """Returns the autoencoder as one of this project's architectures. `source`: the tool, its name of the architecture,
     the file; `k`: active latents per token, for those that have it."""
     tool, format, file = source
@@ -193,7 +193,7 @@ def found(
     if "model" in known:
         known["model"] = {"name": known["model"]}
     said = [*notes, *notes_on(file, parts, family, config)]
-    return Found(tool, format, config, weights, file, parts.norms, known, said, bos)
+    return TranslatedSAE(tool, format, config, weights, file, parts.norms, known, said, bos)
 
 
 def notes_on(file: TensorFile, parts: Parts, family: str, config: SAEConfig) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from shared.gate import BadData, choice, integer, quoted
-from train.exchange.readers.base import Found, Theirs, brought, found, said_text
+from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_text
 from train.exchange.readers.ours import restored
 from train.exchange.tensors import TensorFile, read_json, read_pickled, readable, take
 
@@ -50,7 +50,7 @@ HOOKS: Final = {
 }
 
 
-def read_dictionary_learning(folder: Path) -> Found:
+def read_dictionary_learning(folder: Path) -> TranslatedSAE:
     """Raises UserError for what is no such folder, or has no equal here."""
     cfg = read_json(folder / SETTINGS)
     with readable(folder / SETTINGS):

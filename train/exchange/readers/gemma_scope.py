@@ -1,9 +1,9 @@
-"""Reads an autoencoder of Gemma Scope (params.npz) or Gemma Scope 2 (params.safetensors): JumpReLU, b_dec not
-subtracted from the input.
+"""Reads an autoencoder of Gemma Scope (params.npz) or Gemma Scope 2 (params.safetensors, config.json): JumpReLU, b_dec
+not subtracted from the input.
 
-The files say neither the model nor the hookpoint; the path does, as the repositories name their folders:
-`…-pt-res/layer_20/width_16k/average_l0_71`, `resid_post/layer_12_width_16k_l0_medium`. Those of the embedding (a folder
-`embedding` in the path) are for activations that the language model multiplies by sqrt(d_in).
+Where no config.json says the model and the hookpoint, the path does, as the repositories name their folders:
+`gemma-scope-2b-pt-res/layer_20/width_16k/average_l0_71`, `resid_post/layer_12_width_16k_l0_medium`. Those of the
+embedding (a folder `embedding` in the path) are for activations that the language model multiplies by sqrt(d_in).
 """
 
 import math
@@ -13,40 +13,64 @@ from typing import Any, Final
 
 from torch import Tensor
 
-from shared.gate import BadData
-from train.exchange.readers.base import Found, Theirs, brought, found
+from shared.gate import BadData, quoted
+from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_text
 from train.exchange.readers.ours import restored
 from train.exchange.tensors import TensorFile, read_json, read_npz, read_safetensors, readable, take
 
 FILES: Final = ("params.npz", "params.safetensors")
+SETTINGS: Final = "config.json"
+EMBEDDING: Final = "embedding"
 NAMES: Final = {"W_enc": "d_in d_sae", "W_dec": "d_sae d_in", "b_enc": "d_sae", "b_dec": "d_in", "threshold": "d_sae"}
 PLACES: Final = {
     "resid_post": "hook_resid_post",
-    "attn_out": "hook_attn_out",
+    "attn_out": "attn.hook_z",
     "mlp_out": "hook_mlp_out",
     "-res": "hook_resid_post",
     "-mlp": "hook_mlp_out",
     "-att": "attn.hook_z",
 }
-"""Parts of a folder's name, and the hookpoint in a layer."""
+"""Ends of a folder's name, and the hookpoint in a layer. Those of attention read what goes into its output matrix."""
+MODELS: Final = {
+    r"gemma-scope-2-(\w+)-(pt|it)": "google/gemma-3-{0}-{1}",
+    r"gemma-scope-(\d+b)-pt-": "google/gemma-2-{0}",
+    r"gemma-scope-(\d+b)-it-": "google/gemma-2-{0}-it",
+}
+"""Names of repositories, and the language model."""
+SCALING: Final = "scaling_factor"
+"""A tensor of the first version, all ones where nothing was finetuned."""
 
 
-def read_gemma_scope(path: Path) -> Found:
-    """Raises UserError for a file without these tensors, or a transcoder of Gemma Scope 2."""
+def read_gemma_scope(path: Path) -> TranslatedSAE:
+    """Raises UserError for a file without these tensors, or a transcoder."""
     file = read_npz(path) if path.suffix == ".npz" else read_safetensors(path)
     folders = path.absolute().parts[:-1]
+    settings = read_json(path.parent / SETTINGS) if path.suffix != ".npz" and (path.parent / SETTINGS).exists() else {}
     with readable(path):
-        if "affine_skip_connection" in file.tensors or any("transcoder" in name for name in folders[-4:]):
-            raise BadData("is a transcoder, which predicts other activations than it reads: nothing here does")
+        check_kind(file, folders, settings)
+        about = {**said_by(folders), **({"model": model} if (model := said_text(settings, "model_name")) else {})}
     shapes = {lower(name) if lower(name) in file.tensors else name: axes for name, axes in NAMES.items()}
-    tensors, sizes = take(file, "an autoencoder of Gemma Scope", shapes)
+    tensors, sizes = take(file, "an autoencoder of Gemma Scope", shapes, (SCALING,))
     named = {name: tensors[found_name] for name, found_name in zip(NAMES, shapes, strict=True)}
-    embedding = "embedding" in folders
+    embedding = EMBEDDING in folders
     with readable(path):
         parts = brought(translated(named, math.sqrt(sizes["d_in"]) if embedding else 1.0))
     notes = ["it is one of the embedding: it reads activations multiplied by sqrt(d_in)"] if embedding else []
-    done = found(("Gemma Scope", file_kind(file), file), "jumprelu", parts, said_about(path), notes=notes)
+    kind = f"jumprelu ({path.suffix.removeprefix('.')})"
+    done = found(("Gemma Scope", kind, file), "jumprelu", parts, about, notes=notes)
     return restored(done, ours_of(path.parent / "sagsae.json"))
+
+
+def check_kind(file: TensorFile, folders: tuple[str, ...], settings: dict[str, Any]) -> None:
+    """Raises BadData for a transcoder, whose tensors can have the same names, and for finetuned factors."""
+    reads, writes = settings.get("hf_hook_point_in"), settings.get("hf_hook_point_out")
+    named = any("transcoder" in name or name == "clt" for name in folders[-4:])
+    if named or "affine_skip_connection" in file.tensors or writes not in (None, reads):
+        raise BadData("is a transcoder, which predicts other activations than it reads: nothing here does")
+    if settings.get("architecture") not in (None, "jump_relu"):
+        raise BadData(f"has the architecture {quoted(settings['architecture'])} in its {SETTINGS}; jump_relu is read")
+    if SCALING in file.tensors and not bool((file.tensors[SCALING] == 1).all()):
+        raise BadData(f"has {SCALING}, which is not read. Fold it into W_dec")
 
 
 def ours_of(path: Path) -> dict[str, Any]:
@@ -59,10 +83,6 @@ def lower(name: str) -> str:
     return name.replace("W_", "w_")
 
 
-def file_kind(file: TensorFile) -> str:
-    return f"jumprelu ({file.path.suffix.removeprefix('.')})"
-
-
 def translated(w: dict[str, Tensor], by: float) -> Theirs:
     """`by`: what the model multiplies an embedding by. x = by·e: W_enc/by, W_dec·by."""
     lengths = {"b_enc": w["b_enc"], "theta": w["threshold"]}
@@ -70,12 +90,14 @@ def translated(w: dict[str, Tensor], by: float) -> Theirs:
     return Theirs(*matrices, w["b_dec"], lengths, centred=False)
 
 
-def said_about(path: Path) -> dict[str, Any]:
-    """The hookpoint, where the path names a layer and a place in it."""
-    folders = path.absolute().parts[:-1]
-    layer = re.search(r"layer_([0-9]{1,4})(?![0-9])", "/".join(folders))
+def said_by(folders: tuple[str, ...]) -> dict[str, Any]:
+    """The model and the hookpoint, where the path names them."""
+    whole = "/".join(folders)
+    layer = re.search(r"layer_([0-9]{1,4})(?![0-9])", whole)
     place = next((PLACES[word] for folder in reversed(folders) for word in PLACES if ends(folder, word)), None)
-    return {"hook_name": f"blocks.{int(layer[1])}.{place}"} if layer and place else {}
+    models = [name.format(*match.groups()) for pattern, name in MODELS.items() if (match := re.search(pattern, whole))]
+    hook = "hook_embed" if EMBEDDING in folders else f"blocks.{int(layer[1])}.{place}" if layer and place else None
+    return {"model": models[0] if models else None, "hook_name": hook}
 
 
 def ends(folder: str, word: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 
 from shared.gate import BadData, choice, integer, quoted
-from train.exchange.readers.base import Found, Parts, Theirs, brought, found, said_switch, said_text
+from train.exchange.readers.base import Parts, Theirs, TranslatedSAE, brought, found, said_switch, said_text
 from train.exchange.tensors import read_json, read_safetensors, readable, take
 
 SETTINGS: Final = "config.json"
@@ -20,7 +20,7 @@ ACTIVATIONS: Final = ("relu", "jumprelu", "topk")
 AVERAGE: Final = "dataset_average_activation_norm."
 
 
-def read_llamascopium(folder: Path) -> Found:
+def read_llamascopium(folder: Path) -> TranslatedSAE:
     """Raises UserError for what is no such folder, or has no equal here."""
     cfg = read_json(folder / SETTINGS)
     with readable(folder / SETTINGS):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Final
 
 from shared.gate import BadData, quoted
-from train.exchange.readers.base import Found, Theirs, brought, found
+from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found
 from train.exchange.tensors import read_pickled, readable, take
 
 SHAPES: Final = {"encoder.weight": "n d", "decoder.weight": "d n", "pre_bias": "d", "latent_bias": "n"}
@@ -12,7 +12,7 @@ STATISTICS: Final = ("stats_last_nonzero", "latents_activation_frequency", "late
 BESIDE: Final = ("activation", "activation_state_dict")
 
 
-def read_openai(path: Path) -> Found:
+def read_openai(path: Path) -> TranslatedSAE:
     """Raises UserError for version 5 (TopK), which normalises each token, and for other files."""
     file = read_pickled(path)
     with readable(path):

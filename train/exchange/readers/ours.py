@@ -15,25 +15,26 @@ from torch import Tensor
 from shared.errors import UserError
 from shared.gate import BadData, members, number, text
 from shared.saes import ARCHITECTURES, SAEConfig, SaGsae, sae_config
-from train.exchange.readers.base import LONGEST, Found
+from train.exchange.readers.base import LONGEST, TranslatedSAE
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
 from train.sae.gated import GatedWeights, join
 from train.sae.relu import JumpReluWeights, ReluWeights
 
+PER_TOKEN: Final = ("topk", "signed-topk")
 ABOUT: Final = ("model", "hook_name", "context", "bos_id", "lambda", "corpus", "exclude_special", "exclude_positions")
-"""What cfg.json said beside the settings. Whoever uses one of them checks it, since a folder may come from anybody."""
+"""What cfg.json said beside the settings. Check each value before use: the folder may come from anybody."""
 
 
-def restored(found: Found, block: Mapping[str, Any]) -> Found:
+def restored(found: TranslatedSAE, block: Mapping[str, Any]) -> TranslatedSAE:
     """The autoencoder with the architecture and settings that `block` says it had: `cfg.json` of the folder that was
     exported, kept by the tool's format. What does not fit the tensors stays as the tool has it, and a note says why."""
     if not block:
         return found
     try:
         config, scale = settings_of(block)
-        changed = with_settings(found.weights, config, len(found.weights.W_enc))
+        changed = with_settings(found, config)
     except (BadData, UserError, ValueError) as error:
         why = f"it was exported by sagsae, and is {found.config.arch} here: {error}"
         return dataclasses.replace(found, notes=[*found.notes, why])
@@ -55,32 +56,42 @@ def settings_of(block: Mapping[str, Any]) -> tuple[SAEConfig, float]:
     return config, number(block.get("scale"), "scale", sys.float_info.min)
 
 
-def with_settings(w: Weights, config: SAEConfig, width: int) -> tuple[SAEConfig, Weights]:
-    """Raises ValueError where the tensors are not those of such an autoencoder."""
-    mathematics = family(config)
-    if width == config.d_sae and type(w) is mathematics.weights:
-        return config, w
-    if width != config.d_sae * (2 if mathematics.signed else 1):
-        raise ValueError(f"it has {width:,} latents, and its old settings {config.d_sae:,}")
-    if isinstance(config, SaGsae) and not config.one_sided:
-        weights = with_poles(join(as_gate(w)), mathematics.poles)
+def with_settings(found: TranslatedSAE, config: SAEConfig) -> tuple[SAEConfig, Weights]:
+    """The settings and the tensors with them. Raises ValueError where the function would be another one: the settings
+    come from a file, and only the tensors are to be believed."""
+    w, now = found.weights, found.config
+    signed = family(config).signed
+    halved = signed and not family(now).signed
+    if now.d_sae != config.d_sae * (2 if halved else 1):
+        raise ValueError(f"it has {now.d_sae:,} latents, and its old settings {config.d_sae:,}")
+    if config.arch in PER_TOKEN and getattr(now, "k", None) != getattr(config, "k", None):
+        raise ValueError("its old settings have another k")
+    if not halved:
+        return config, same_width(w, now, config)
+    if isinstance(config, SaGsae):
+        weights = with_poles(join(as_gate(w, now.arch)), family(config).poles)
         rows = (len(weights.theta), len(weights.r))
         tie = {(1, 1): "symmetric", (2, 1): "magnitude", (2, 2): "none"}[rows]
         return config.model_copy(update={"tie": tie}), weights
-    if mathematics.signed:
-        return config, join_halves(w, config.arch)
-    if config.arch == "batch-topk" and isinstance(w, JumpReluWeights):
-        return config, BatchTopKWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc, common(w.theta))
-    if config.arch == "relu" and isinstance(w, JumpReluWeights) and not bool(w.theta.any()):
-        return config, ReluWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc)
-    raise ValueError(f"as {config.arch} its tensors would be others; the function is the same")
+    return config, join_halves(w, now.arch, config.arch)
 
 
-def as_gate(w: Weights) -> GatedWeights:
+def same_width(w: Weights, now: SAEConfig, config: SAEConfig) -> Weights:
+    """The tensors as those of an architecture that computes the same. Raises ValueError where it does not."""
+    if now.arch == config.arch or (now.arch == "gated" and isinstance(config, SaGsae) and config.one_sided):
+        return w
+    if isinstance(w, JumpReluWeights) and config.arch == "batch-topk":
+        return BatchTopKWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc, common(w.theta))
+    if isinstance(w, JumpReluWeights) and config.arch == "relu" and not bool(w.theta.any()):
+        return ReluWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc)
+    raise ValueError(f"as {config.arch} its tensors would be others")
+
+
+def as_gate(w: Weights, arch: str) -> GatedWeights:
     """JumpReLU as gates: u + b > T is u > T - b. Never below zero for poles, since T is max(eʳθ + b, 0)."""
     if isinstance(w, GatedWeights):
         return w
-    if isinstance(w, ReluWeights):
+    if isinstance(w, ReluWeights) and arch in ("relu", "jumprelu"):
         threshold = w.theta if isinstance(w, JumpReluWeights) else torch.zeros_like(w.b_enc)
         gates = {"theta": (threshold - w.b_enc)[None], "r": torch.zeros_like(w.b_enc)[None], "b": w.b_enc[None]}
         return GatedWeights(w.W_enc, w.W_dec, w.b_dec, **gates)
@@ -94,15 +105,16 @@ def with_poles(w: GatedWeights, poles: Mapping[str, int]) -> GatedWeights:
     return dataclasses.replace(w, **{name: getattr(w, name).expand(count, -1).clone() for name, count in rows.items()})
 
 
-def join_halves(w: Weights, arch: str) -> Weights:
-    """An AbsTopK or SignedTopK autoencoder from its two halves. Raises ValueError."""
+def join_halves(w: Weights, now: str, arch: str) -> Weights:
+    """An AbsTopK or SignedTopK autoencoder (`arch`) from its two halves, of the architecture `now`. Raises
+    ValueError."""
     half = len(w.W_enc) // 2
     if not isinstance(w, ReluWeights | BatchTopKWeights):
         raise ValueError("its latents have gates")
     if not all(torch.equal(part[:half], -part[half:]) for part in (w.W_enc, w.W_dec, w.b_enc)):
         raise ValueError("the second half of its latents does not mirror the first")
     halves = {"W_enc": w.W_enc[:half].clone(), "W_dec": w.W_dec[:half].clone(), "b_dec": w.b_dec}
-    if arch == "signed-topk" and type(w) is ReluWeights:
+    if arch == "signed-topk" and now == "topk":
         return ReluWeights(**halves, b_enc=w.b_enc[:half].clone())
     if arch == "abs-topk" and isinstance(w, JumpReluWeights | BatchTopKWeights) and not bool(w.b_enc.any()):
         threshold = w.threshold if isinstance(w, BatchTopKWeights) else common(w.theta)

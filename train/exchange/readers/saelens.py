@@ -12,8 +12,8 @@ from torch import Tensor
 
 from shared.gate import BadData, choice, integer, number, quoted
 from train.exchange.readers.base import (
-    Found,
     Theirs,
+    TranslatedSAE,
     brought,
     found,
     said_switch,
@@ -58,7 +58,7 @@ SCALING: Final = ("finetuning_scaling_factor", "scaling_factor")
 """Tensors of folders of before SAELens 6, all ones where nothing was finetuned."""
 
 
-def read_saelens(folder: Path, factor: float | None = None) -> Found:
+def read_saelens(folder: Path, factor: float | None = None) -> TranslatedSAE:
     """`factor`: SAELens' norm_scaling_factor, for a folder with normalize_activations expected_average_only_in. Raises
     UserError for what is no such folder, or has no equal here."""
     cfg = read_json(folder / SETTINGS)
@@ -96,8 +96,9 @@ def architecture_of(cfg: dict[str, Any]) -> str:
 
 
 def activation_factor(cfg: dict[str, Any], factor: float | None) -> float:
-    """s, which the activations were multiplied by. Raises BadData where it depends on the token, or nobody says it."""
-    kind = said_text(cfg, "normalize_activations") or "none"
+    """s, which the activations were multiplied by. Raises BadData where it depends on the token, or is not said."""
+    said = cfg.get("normalize_activations")  # true or false in early releases
+    kind = "expected_average_only_in" if said is True else said_text(cfg, "normalize_activations") if said else "none"
     if kind == "expected_average_only_in":
         if factor is None:
             raise BadData(

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from shared.errors import UserError
 from shared.gate import BadData, integer, quoted
-from train.exchange.readers.base import Found, Theirs, brought, found, said_switch, said_text
+from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_switch, said_text
 from train.exchange.readers.ours import restored
 from train.exchange.tensors import read_json, read_safetensors, readable, take
 
@@ -28,7 +28,7 @@ MODULES: Final = {
 }
 
 
-def read_sparsify(folder: Path) -> Found:
+def read_sparsify(folder: Path) -> TranslatedSAE:
     """Raises UserError for what is no such folder, or has no equal here."""
     cfg = read_json(folder / SETTINGS)
     with readable(folder / SETTINGS):

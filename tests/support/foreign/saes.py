@@ -88,10 +88,11 @@ def saelens(
     rescale: bool = False,
     seed: int = 0,
     dtype: torch.dtype = torch.float32,
+    changes: Mapping[str, Tensor] | None = None,
     **more: Any,
 ) -> ForeignSAE:
-    """A folder of SAELens 6. `rescale`: rescale_acts_by_decoder_norm."""
-    w = draws(seed, unit)
+    """A folder of SAELens 6. `rescale`: rescale_acts_by_decoder_norm; `changes`: other parameters."""
+    w = draws(seed, unit) | dict(changes or {})
     k = 5
     if not centred:  # so that few latents are active on raw activations
         shift = w["b_dec"] @ w["W_enc"]
