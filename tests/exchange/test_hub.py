@@ -79,7 +79,7 @@ def test_the_layout_is_what_the_tools_find(hub: Hub, run: Path) -> None:
         for name in names
         for file in ("cfg.json", "sae_weights.safetensors")
     }
-    assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", "sagsae/frontier.svg"}
+    assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", f"sagsae/{HOOK}/frontier.svg"}
     push(pushing(run / "saes" / "relu-48-lambda0.2-seed0", repo="tester/sparse", to="sparsify"))
     files = hub.model("tester/sparse").files
     assert {"layers.1.mlp/cfg.json", "layers.1.mlp/sae.safetensors"} <= files.keys()
@@ -129,8 +129,8 @@ def test_the_card_says_what_there_is(hub: Hub, run: Path) -> None:
         assert "λ 0.2" in line
         assert "1,280" in line
     assert "i + d_sae/2" in text
-    assert "sagsae/frontier.svg" in text
-    assert hub.model(REPO).files["sagsae/frontier.svg"].startswith(b"<svg")
+    assert f"sagsae/{HOOK}/frontier.svg" in text
+    assert hub.model(REPO).files[f"sagsae/{HOOK}/frontier.svg"].startswith(b"<svg")
     assert END in page
 
 
