@@ -314,6 +314,20 @@ def test_a_wrong_repository_is_one_sentence(hub: Hub, one: Path, repo: str, said
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"to": "sparsify", "fold_b_dec": True}, "fold_b_dec"),
+        ({"to": "sparsify"}, "approximate-topk K"),
+        ({"form": "topk"}, "--form topk"),
+    ],
+)
+def test_a_form_that_there_is_none_of(hub: Hub, one: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        push(pushing(one, **more))
+    assert hub.repos == {}
+
+
 @pytest.mark.usefixtures("hub")
 def test_no_token_and_a_wrong_token(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")

@@ -20,6 +20,7 @@ from shared.gate import SMALL, BadData, safe_path
 from shared.hub.client import RepoState
 from shared.hub.place import HubPlace, HubRepo
 from shared.record import finite, sealed_json
+from shared.schema import build
 from train.autoencoder import SETTINGS, WEIGHTS
 from train.exchange.about import About, about_sae
 from train.exchange.export import Exported, export
@@ -82,17 +83,8 @@ def files_of_saes(
 
 
 def exported_to(config: PushConfig, saved: SavedSAE, place: Path) -> Exported:
-    (exported,) = export(
-        ExportConfig(
-            source=saved.folder,
-            to=config.to,
-            out=place,
-            form=config.form,
-            fold_b_dec=config.fold_b_dec,
-            approximate_topk=config.approximate_topk,
-            force=config.force,
-        )
-    )
+    asked = {key: getattr(config, key) for key in ("to", "form", "fold_b_dec", "approximate_topk", "force")}
+    (exported,) = export(build(ExportConfig, {**asked, "source": saved.folder, "out": place}))
     return exported
 
 
