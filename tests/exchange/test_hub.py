@@ -403,6 +403,18 @@ def test_one_is_pulled_by_its_name_and_nothing_else_is_downloaded(
     assert load(done.folder).config.d_sae == 48
 
 
+def test_large_weights_are_pulled_by_ranges(
+    hub: Hub, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.hub.pull.WHOLE_BYTES", 0)
+    monkeypatch.setattr("train.hub.pull.PART_BYTES", 5000)
+    push(pushing(one))
+    (done,) = pull(PullConfig(source=REPO, out=tmp_path / "sae"))
+    weights = "sae_weights.safetensors"
+    assert (done.folder / weights).read_bytes() == (one / weights).read_bytes()
+    assert len([line for line in hub.requests if line.startswith("STORAGE GET")]) > 2
+
+
 def test_a_revision_is_pulled_as_it_was(hub: Hub, one: Path, tmp_path: Path) -> None:
     first = push(pushing(one)).commit
     hub.model(REPO).commit({f"sagsae/{HOOK}/{one.name}/cfg.json": b"{}"})
