@@ -155,18 +155,21 @@ def answer_settings(context: typer.Context) -> dict[str, Any]:
 
 
 @command(app, "eval", group=STAGES, settings=OptionsFrom("eval"))
-def evaluate(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:
-    """Measure a run's autoencoders on its held-out tokens.
+def evaluate(context: typer.Context, run: RunFolder = None, as_json: Json = False) -> None:
+    """Measure a run's autoencoders on its held-out tokens, or any autoencoder on those of a store.
 
     $ sagsae eval runs/three
     $ sagsae eval runs/three --no-ce --json
+    $ sagsae eval --sae imported/gemma --store stores/gemma --hook resid_post
+    $ sagsae eval --sae imported/gemma --rows-of runs/three
     """
     config = resolve(context, run=run)
     from train.evaluate import evaluate as measure
 
     done = measure(config)
     text = partial(tables.print_evaluation, f"{done.file}", done.results["saes"], config.peer_conventions)
-    show({"run": str(run), **done.results}, as_json, text)
+    measured = {"run": config.run} if config.sae is None else {"sae": config.sae, "evaluation": done.file.parent}
+    show({**{key: str(path) for key, path in measured.items()}, **done.results}, as_json, text)
 
 
 @command(app, group=STAGES, settings=OptionsFrom("report"))

@@ -186,7 +186,7 @@ class TrainConfig(Frozen):
         "Activations": (
             "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed"
         ),
-        "Autoencoders": "saes",
+        "Autoencoders": "saes warm_start",
         "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
         "Run": "out overwrite checkpoint_every keep_checkpoints log_every track dead_after_tokens",
         "Computation": "device precision memory parallel parts step compile",
@@ -208,6 +208,11 @@ class TrainConfig(Frozen):
 
     `sagsae settings gated` lists those of an architecture. The command line builds this list: every combination of what
     its options name."""
+    warm_start: Annotated[Folder, Shown(option="--from")] | None = None
+    """An autoencoder whose weights all of these start from: its folder, or RUN/NAME. Default: random weights.
+
+    It may be an imported one. The new ones have its architecture, width and tie; a gated one of width 2H can also start
+    from an sa-gsae of width H, and back. Optimisers begin from nothing."""
     tokens: Annotated[int, Field(ge=1)] | None = None
     """Training tokens; more than the store holds means several epochs. Default: one epoch."""
     batch: Annotated[int, Field(ge=1)] = 4096
@@ -423,17 +428,38 @@ class RecodeConfig(Frozen):
 
 
 class EvalConfig(Frozen):
-    """One evaluation of a finished training run on its held-out tokens."""
+    """One evaluation on held-out tokens: of a finished training run, or of autoencoders that stand alone."""
 
     groups: ClassVar[Mapping[str, str]] = {
         "Run": "run store model device",
+        "Autoencoders without a run": "sae hook rows_of heldout_tokens transfer out",
         "Measures": "ce ce_tokens directions peer_conventions",
     }
 
-    run: Annotated[Folder, Shown(option="RUN")]
-    """The training run's folder."""
+    run: Annotated[Folder, Shown(option="RUN")] | None = None
+    """The training run's folder. Default: none, with --sae."""
     store: Location | None = None
-    """Where the run's store is now. Default: where it was."""
+    """Where the run's store is now; with --sae the store to measure on. Default: where it was."""
+    sae: Folder | None = None
+    """An autoencoder to measure instead of a run: its folder, trained here or imported. Default: those of RUN.
+
+    RUN/NAME is one of a run, RUN all of them. Each is measured on rows that --store and --hook, or --rows-of, name."""
+    hook: str | None = None
+    """With --sae, the hookpoint to measure on. Default: the only one in the store."""
+    rows_of: Folder | None = None
+    """With --sae, a run whose held-out tokens to measure on. Default: the tokens that --store holds out by default.
+
+    They are the same rows, so `sagsae report` puts the results beside that run's."""
+    heldout_tokens: Annotated[int, Field(ge=1)] | None = None
+    """With --sae, tokens to measure on, as whole contexts; at most a tenth of the store. Default: 100,000.
+
+    They are the contexts that a run with this setting, and others by default, keeps from training."""
+    transfer: bool = False
+    """With --sae, measure it although it was made for another model or hookpoint of the same width.
+
+    A report says so."""
+    out: Folder | None = None
+    """With --sae, the folder for the results. Default: evaluations/NAME, where NAME follows from what is measured."""
     ce: bool | None = None
     """Splice reconstructions into the language model and measure its loss. Default: on where there is one.
 
@@ -450,6 +476,23 @@ class EvalConfig(Frozen):
     """Report R², L0 and dead by other tools' definitions, too.
 
     The tools are SAELens, dictionary_learning and SAEBench."""
+
+    @model_validator(mode="after")
+    def check_what(self) -> "EvalConfig":
+        if (self.run is None) == (self.sae is None):
+            raise ValueError(
+                "RUN: name a run, or an autoencoder and a store: --sae FOLDER --store STORE"
+                + (" (got both)" if self.run else "")
+            )
+        for key in ("hook", "rows_of", "heldout_tokens", "transfer", "out"):
+            if self.run is not None and key in self.model_fields_set:
+                raise ValueError(f"--{key.replace('_', '-')}: is for --sae; a run says it by itself")
+        if self.sae is not None and self.store is None and self.rows_of is None:
+            raise ValueError("--sae: on which rows? Give --store STORE --hook H, or --rows-of RUN")
+        for key in ("hook", "heldout_tokens"):
+            if self.rows_of is not None and key in self.model_fields_set:
+                raise ValueError(f"--{key.replace('_', '-')}: --rows-of {self.rows_of} says it. Give one of the two")
+        return self
 
 
 class ReportConfig(Frozen):

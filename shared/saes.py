@@ -8,12 +8,18 @@ docs/how-to/add-an-architecture.md explains every line of it; docs/explanation/m
 
 import difflib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
 
-from pydantic import BeforeValidator, Field, SerializeAsAny, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    model_serializer,
+    model_validator,
+)
 
 from shared.errors import UserError
 from shared.gate import quoted
@@ -22,6 +28,8 @@ from shared.schema import Frozen, build
 DEFAULT_SPARSITIES = (0.1, 0.15, 0.22, 0.33, 0.5)
 JUMPRELU_SPARSITIES = (0.001, 0.002, 0.005, 0.01, 0.02)
 """λ of JumpReLU is the price of an active latent, not of its magnitude: with the others' grid every L0 ends at 3."""
+DIGEST: Final = 12
+"""Digits of a digest that the name of an autoencoder has. Other values are shorter."""
 DEFAULT_KS = (8, 16, 32, 64, 128)
 """The default grid of k. A grid only takes those that are at most a quarter of the latents."""
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -52,6 +60,16 @@ class SAEConfig(Frozen):
     """Seeds the initial weights. --data-seed is that of the order of the activations."""
     lr: Positive | None = None
     """Peak learning rate of this one. Default: the run's."""
+    start: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
+    """SHA-256 of the weights that it starts from, which `warm_start` of the run names. Default: none, random weights.
+
+    Training sets it. It is part of the autoencoder's name."""
+
+    @model_serializer(mode="wrap")
+    def without_start(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The settings as records have them: without `start` where there is none, as before there was such a
+        setting."""
+        return {key: value for key, value in write(self).items() if key != "start" or value is not None}
 
     @property
     def knob(self) -> str:
@@ -67,11 +85,16 @@ class SAEConfig(Frozen):
         """The autoencoder's unique name in a run. It lists every setting that differs from its default."""
         usual = {"arch", "d_sae", "seed", "sparsity", "l0_target", "k"}
         special = [
-            f"-{key.replace('_', '-')}-{format(value, 'g') if isinstance(value, float) else str(value).lower()}"
+            f"-{key.replace('_', '-')}-{in_name(value)}"
             for key, value in self
             if key not in usual and value != type(self).model_fields[key].default
         ]
         return f"{self.arch}-{self.d_sae}-{self.knob}-seed{self.seed}{''.join(special)}"
+
+
+def in_name(value: Any) -> str:
+    """A setting's value as names of autoencoders tell it: six digits of a number, the beginning of a digest."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()[:DIGEST]
 
 
 class Penalised(SAEConfig):

@@ -171,8 +171,9 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
         about = read_sealed(folder / SETTINGS)
         members(about, ("arch", "d_in", "scale", "sha256"), None)
         arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
-        fields = members(about, ARCHITECTURES[arch].config.model_fields, None)
-        config = sae_config(**{key: fields[key] for key in ARCHITECTURES[arch].config.model_fields})
+        names = ARCHITECTURES[arch].config.model_fields
+        found = members(about, names.keys() - {"start"}, None)
+        config = sae_config(**{key: found[key] for key in names if key in found})
         d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
         scale = number(about["scale"], "scale", sys.float_info.min)
         return config, d_in, scale, text(about["sha256"], "sha256", 64)

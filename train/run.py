@@ -34,10 +34,11 @@ from train.autoencoder import Autoencoder
 from train.data.loader import Loader
 from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream, StopWaiting
-from train.evaluate import last_logged_inactive, measure_all
+from train.evaluate import last_logged_inactive
 from train.fit.member import Member
 from train.fit.optim import learning_rate
 from train.fit.thresholds import settle
+from train.measure.heldout import HeldOutRows, measure_all
 from train.measure.useless import useless
 from train.plan.job import TrainJob, make_job
 from train.plan.sweep import deal_out, shared_out
@@ -152,7 +153,8 @@ def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sw
 
 
 def make_member(sae: SAEConfig, job: TrainJob, ranks: Ranks) -> Member:
-    return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks)
+    start = job.start.weights(sae, job.statistics.scale) if job.start else None
+    return Member(sae, job.config, job.steps, job.matmul, job.statistics, ranks, start)
 
 
 def open_folder(job: TrainJob, ranks: Ranks) -> None:
@@ -185,6 +187,8 @@ def open_folder(job: TrainJob, ranks: Ranks) -> None:
             "heldout_tokens": job.heldout_rows,
         },
     }
+    if job.start is not None:
+        about["warm_start"] = {"folder": str(job.start.saved.folder), "sha256": job.start.digest}
     folder.create(job.asked, job.identity, {**provenance(), **about})
 
 
@@ -392,12 +396,15 @@ def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
     if not ranks.leads:
         return
     device = str(ranks.device)
-    saes = (Autoencoder.load(folder.sae(name), device) for name in good)  # they may not fit into memory together
+    saes = (
+        (name, Autoencoder.load(folder.sae(name), device)) for name in good
+    )  # they may not fit into memory together
     silent = last_logged_inactive(folder, job.config.dead_after_tokens)
     with stop_requests() as stop_asked:
         store = job.heldout_store(stop_asked)
     limit = job.left_out.limit if job.left_out else None
-    results = measure_all(store, job.hook, job.parts, saes, len(good), None, device, silent, norm_limit=limit)
+    rows = HeldOutRows(store, job.hook, job.parts, limit)
+    results = measure_all(rows, saes, len(good), None, device, silent)
     job.check_unchanged(thorough=True)
     write_sealed(folder.evaluation, results)
     for line in useless(results["saes"], steered=False):

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from keyword import iskeyword
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Final, Literal, Union, get_args, get_origin
@@ -101,7 +102,8 @@ class Setting:
     @property
     def name(self) -> str:
         """The option without dashes, as an identifier: `clip_norm`."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        word = self.flag.removeprefix("--").replace("-", "_")
+        return f"{word}_" if iskeyword(word) else word
 
     @property
     def flag(self) -> str:
@@ -299,12 +301,13 @@ def architectures() -> Mapping[str, type[SAEConfig]]:
 
 @cache
 def sae_settings() -> tuple[Setting, ...]:
-    """The options that say which autoencoders to train: `--arch`, and each setting of the architectures once."""
+    """The options that say which autoencoders to train: `--arch`, and each setting of the architectures once. `start`
+    has no option, because training sets it."""
     owners: dict[str, list[str]] = {}
     for arch, schema in architectures().items():
         for key in schema.model_fields:
             owners.setdefault(key, []).append(arch)
-    settings = [each for each in owners if each != "arch"]
+    settings = [each for each in owners if each not in ("arch", "start")]
     ordered = [*(key for key in GRID if key in settings), *(key for key in settings if key not in GRID)]
     named = {key: sae_setting(key, owners[key]) for key in ordered if key != "lr"}
     return (ARCH, named.pop("d_sae"), EXPANSION, *named.values())

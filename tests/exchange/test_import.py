@@ -108,6 +108,19 @@ def test_dictionary_learning(tmp_path: Path, kind: str, unit: bool) -> None:
     assert (done.tool, done.format, done.model, done.hook_name) == ("dictionary_learning", kind, MODEL, HOOK)
 
 
+def test_dictionary_learning_of_before_k_was_a_tensor(tmp_path: Path) -> None:
+    found = foreign.dictionary_learning(tmp_path / "theirs", "AutoEncoderTopK")
+    stored = torch.load(tmp_path / "theirs/ae.pt", weights_only=True)
+    del stored["k"], stored["threshold"]
+    torch.save(stored, tmp_path / "theirs/ae.pt")
+    with pytest.raises(UserError, match="lacks k; AutoEncoderTopK"):
+        imported(found, tmp_path / "ours")
+    cfg = json.loads((tmp_path / "theirs/config.json").read_text())
+    cfg["trainer"]["k"] = 5
+    (tmp_path / "theirs/config.json").write_text(json.dumps(cfg))
+    check_equal(found, imported(found, tmp_path / "ours")[1])
+
+
 def test_a_common_threshold_stays_one_where_rows_have_norm_one(tmp_path: Path) -> None:
     for unit, arch in ((True, "batch-topk"), (False, "jumprelu")):
         found = foreign.dictionary_learning(tmp_path / f"{unit}", "BatchTopKSAE", unit=unit)

@@ -15,7 +15,9 @@ from shared.saes import ARCHITECTURES
 from train.autoencoder import Autoencoder
 from train.exchange.bring import bring
 from train.exchange.export import export
+from train.exchange.readers.ours import as_gate
 from train.exchange.saved import SavedSAE
+from train.sae.relu import ReluWeights
 
 TIED = ["sa-gsae", "r tied", "no aux"]
 THRESHOLDS = [name for name in VARIANTS if "topk" not in VARIANTS[name]["arch"] or "batch" in name or "abs" in name]
@@ -138,6 +140,14 @@ def test_a_wrong_description_changes_nothing_but_a_note(tmp_path: Path, change: 
     assert (back(rows()) - sae(rows())).abs().max() < 1e-4
 
 
+def test_topk_has_no_gates() -> None:
+    """Its tensors are those of ReLU, and its latents have no thresholds of their own."""
+    w = ReluWeights(torch.eye(2), torch.eye(2), torch.zeros(2), torch.zeros(2))
+    assert not as_gate(w, "relu").theta.any()
+    with pytest.raises(ValueError, match="no thresholds"):
+        as_gate(w, "topk")
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("form", ["sa-gsae", "gated", "relu", "jumprelu", "abs-topk", "topk", "signed-topk"])
 def test_no_description_changes_the_function(tmp_path: Path, form: str, arch: str) -> None:
@@ -146,10 +156,10 @@ def test_no_description_changes_the_function(tmp_path: Path, form: str, arch: st
     (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", out=tmp_path / "out"))
     cfg = json.loads((done.folder / "cfg.json").read_text())
     d_sae = cfg["d_sae"]
-    for number, (width, more) in enumerate(
-        [(d_sae, {}), (d_sae // 2, {}), (d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
-    ):
-        block = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
+    cases: list[tuple[int, dict[str, Any]]] = [(d_sae, {}), (d_sae // 2, {})]
+    cases += [(d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
+    for number, (width, more) in enumerate(cases):
+        block: dict[str, Any] = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
         cfg["metadata"]["sagsae"] = block
         (done.folder / "cfg.json").write_text(json.dumps(cfg))
         bring(ImportConfig(source=done.folder, out=tmp_path / f"{number}"))

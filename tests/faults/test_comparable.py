@@ -35,7 +35,7 @@ DECIDING = {
 ROUNDING = {"device", "parallel", "parts", "compile", "step"}
 """Settings that say who computes the same numbers: they may change their last bits."""
 WRITING = {
-    "store", "request", "verify", "memory", "out", "overwrite", "track", "log_every", "checkpoint_every",
+    "store", "request", "warm_start", "verify", "memory", "out", "overwrite", "track", "log_every", "checkpoint_every",
     "keep_checkpoints",
 }  # fmt: skip
 """Settings of where rows come from (`snapshot` says which), and of what is written where and how often."""
@@ -49,6 +49,7 @@ def another(value: Any, name: str) -> Any:
         "device": "cuda:1", "memory": 10**9, "track": ["wandb"], "decay_fraction": 0.9, "checkpoint_every": 3,
         "exclude_positions": [0, 1], "max_norm": 7.0, "clip_norm": 0.5, "decoder": "free", "tie": "none",
         "reset_share": 0.0200000001, "sparsity_warmup": 0.1000000001, "l0_target": 9.0, "lr": 1.2345678e-3, "aux_k": 7,
+        "start": "ab" * 32,
     }  # fmt: skip
     if name in special:
         return special[name]

@@ -13,8 +13,9 @@ from shared.command.tables import print_peers, print_saes
 from shared.config import EvalConfig, TrainConfig
 from shared.saes import sae_config
 from train.autoencoder import Autoencoder
-from train.evaluate import evaluate, with_losses_of
+from train.evaluate import evaluate
 from train.measure.peers import PEERS
+from train.measure.written import with_losses_of
 from train.report import write_report
 from train.run import train
 

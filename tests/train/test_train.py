@@ -35,7 +35,8 @@ from shared.store.spec import shard_file
 from train import load
 from train.autoencoder import Autoencoder, matmul_dtype
 from train.data.snapshot import content_of
-from train.evaluate import evaluate, find_model
+from train.evaluate import evaluate
+from train.measure.heldout import find_model
 from train.plan.job import make_job
 from train.report import write_report
 from train.run import train as run_train
@@ -98,7 +99,7 @@ def test_the_model_of_an_evaluation_is_the_one_that_was_harvested(
         asked.append((name, revision))
         return ModelSource(name, name, False, "c0ffee")
 
-    monkeypatch.setattr("train.evaluate.resolve_model", resolve)
+    monkeypatch.setattr("train.measure.heldout.resolve_model", resolve)
     model = {**store.spec.model, "name": "owner/model", "commit": "c0ffee", "local": False}
     find_model(replace(store, spec=store.spec.model_copy(update={"model": model})), None)
     assert asked == [("owner/model", "c0ffee")]

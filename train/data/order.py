@@ -13,12 +13,11 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Final, overload
+from typing import Any, Final, Protocol, overload, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.config import TrainConfig
 from shared.permute import EPOCH_CHUNKS, HELDOUT, WINDOW_ROWS, permutation
 from shared.store.spec import StoreSpec, are_special
 from shared.store.tokens import TokenRows
@@ -249,6 +248,23 @@ def heldout_contexts(spec: StoreSpec, tokens: int, seed: int) -> NDArray[np.int6
     return np.sort(contexts[permutation(len(contexts), seed, HELDOUT, 1)[:wanted]])
 
 
+@runtime_checkable
+class SplitSettings(Protocol):
+    """The settings that decide which rows are held out, as TrainConfig has them."""
+
+    @property
+    def seed(self) -> int: ...
+
+    @property
+    def heldout_tokens(self) -> int: ...
+
+    @property
+    def exclude_positions(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def exclude_special(self) -> bool: ...
+
+
 @dataclass(frozen=True)
 class Split:
     """The rows that are trained on and those that are measured on: [contexts, context] masks that share no context."""
@@ -257,7 +273,7 @@ class Split:
     heldout: NDArray[np.bool_] | RowMask
 
 
-def split(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> Split:
+def split(spec: StoreSpec, tokens: NDArray[Any], config: SplitSettings) -> Split:
     """Returns both masks. Excluded positions, and special tokens with `exclude_special`, are in neither."""
     usable = usable_rows(spec, tokens, config)
     chosen = np.zeros((len(tokens), 1), dtype=bool)
@@ -265,7 +281,7 @@ def split(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> Split:
     return Split(usable & ~chosen, usable & chosen)
 
 
-def split_rows(tokens: TokenRows, config: TrainConfig) -> Split:
+def split_rows(tokens: TokenRows, config: SplitSettings) -> Split:
     """Like `split`, with masks in bits and without all token ids in memory. Raises DamagedError when the ids are not
     what was written."""
     spec = tokens.spec
@@ -280,14 +296,14 @@ def split_rows(tokens: TokenRows, config: TrainConfig) -> Split:
     return Split(train, heldout)
 
 
-def usable_rows(spec: StoreSpec, tokens: NDArray[Any], config: TrainConfig) -> NDArray[np.bool_]:
+def usable_rows(spec: StoreSpec, tokens: NDArray[Any], config: SplitSettings) -> NDArray[np.bool_]:
     """Returns a mask [contexts, context] of all rows but excluded positions and special tokens."""
     usable = ~are_special(tokens, spec.special_ids) if config.exclude_special else np.ones(tokens.shape, dtype=bool)
     usable[:, excluded_positions(spec, config)] = False
     return usable
 
 
-def excluded_positions(spec: StoreSpec, config: TrainConfig) -> list[int]:
+def excluded_positions(spec: StoreSpec, config: SplitSettings) -> list[int]:
     """Returns the positions of a context that count neither in training nor in an evaluation."""
     positions = range(spec.skip_positions) if config.exclude_positions is None else config.exclude_positions
     return [position for position in positions if position < spec.context]

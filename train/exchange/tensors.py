@@ -33,6 +33,8 @@ from train.runs.checkpoint import TYPES, read_tensors
 
 MOST_BYTES: Final = 1 << 36
 """Largest file of weights: 2^20 latents of 8,192 dimensions in float32."""
+MEMORY: Final = 4
+"""Bytes of memory that importing takes per byte of the file, at most."""
 MOST_UNPACKED: Final = 32
 """How many times its own size an .npz may unpack to. Weights hardly shrink."""
 MOST_ENTRIES: Final = 1024
@@ -109,9 +111,9 @@ def check_size(size: int) -> None:
     if size > MOST_BYTES:
         raise BadData(f"has {in_words(size)}; more than {in_words(MOST_BYTES)} is no autoencoder")
     free = host_memory()
-    if free is not None and 3 * size > free:
+    if free is not None and MEMORY * size > free:
         raise BadData(
-            f"holds {in_words(size)}, which take three times that while they are read; {in_words(free)} are free"
+            f"holds {in_words(size)}, which take {MEMORY} times that while they are read; {in_words(free)} are free"
         )
 
 

@@ -32,8 +32,16 @@ class Member:
     """Its updates depend on the data, its own configuration and the run's schedule; never on other members."""
 
     def __init__(
-        self, config: SAEConfig, run: TrainConfig, steps: int, matmul: torch.dtype, statistics: Statistics, ranks: Ranks
+        self,
+        config: SAEConfig,
+        run: TrainConfig,
+        steps: int,
+        matmul: torch.dtype,
+        statistics: Statistics,
+        ranks: Ranks,
+        start: Weights | None = None,
     ) -> None:
+        """`start`: the first weights, in units of unit variance. Default: random ones."""
         self.config, self.run, self.steps, self.matmul, self.ranks = config, run, steps, matmul, ranks
         self.family = family(config)
         self.parts = run.parts or ranks.count
@@ -42,7 +50,7 @@ class Member:
         self.dense = torch.compile(self.family.gradients, dynamic=False) if compiles else self.family.gradients
         self.generator = torch.Generator().manual_seed(config.seed)
         mean = torch.from_numpy(statistics.mean / statistics.scale).float()
-        weights = self.family.initial(len(mean), mean, self.generator)
+        weights = self.family.initial(len(mean), mean, self.generator) if start is None else start
         self.weights: Weights = replace(
             weights, **{name: value.to(ranks.device) for name, value in weights.named().items()}
         )
@@ -74,6 +82,11 @@ class Member:
         rows = torch.split(x, max(1, (BLOCK if x.device.type == "cpu" else GPU_BLOCK) // self.config.d_sae))
         if theta0 is None or any(self.family.encode(self.weights, part).any() for part in rows):
             return
+        if self.config.start is not None:
+            raise UserError(
+                f"{self.config.name}: no latent of the autoencoder that it starts from opens on the first batch, and a "
+                "closed latent learns nothing. Train it on the activations that it was made for"
+            )
         opened = replace(self.weights, theta=torch.zeros_like(self.weights.theta))  # type: ignore[attr-defined,call-arg]
         largest = max(self.family.encode(opened, part).abs().max().item() for part in rows) * x.shape[1] ** 0.5
         raise UserError(

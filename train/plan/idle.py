@@ -9,7 +9,8 @@ from shared.saes import FixedL0, Penalised, SAEConfig, Thresholded
 
 def idle(config: TrainConfig, steps: int) -> list[str]:
     """A sentence for each such setting, naming it. `steps` is how many the run has."""
-    each = [sentence for sae in config.saes for sentence in idle_of_sae(sae, steps, steps * config.batch)]
+    started = config.warm_start is not None
+    each = [sentence for sae in config.saes for sentence in idle_of_sae(sae, steps, steps * config.batch, started)]
     return list(dict.fromkeys([*idle_of_run(config, steps), *each]))
 
 
@@ -28,8 +29,10 @@ def idle_of_run(config: TrainConfig, steps: int) -> Iterator[str]:
         yield f"lr = {config.lr:g}: is not used, for every autoencoder has a learning rate of its own"
 
 
-def idle_of_sae(sae: SAEConfig, steps: int, tokens: int) -> Iterator[str]:
+def idle_of_sae(sae: SAEConfig, steps: int, tokens: int, started: bool = False) -> Iterator[str]:
     given = sae.model_fields_set
+    if started and "theta0" in given:
+        yield "theta0: has no effect, since the first thresholds are those of --from"
     if isinstance(sae, Thresholded):
         if sae.reset_every > steps:
             yield f"reset_every = {sae.reset_every:,}: the run has {steps:,} steps; no latent is reset"

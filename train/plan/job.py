@@ -40,6 +40,7 @@ from train.data.snapshot import (
 )
 from train.fit.optim import usual_warmup
 from train.plan.idle import idle
+from train.plan.start import StartPoint, check_start, with_start
 from train.runs.folder import FREE, RunFolder
 
 ROWS_PER_RUN_CHUNK: Final = 262_144
@@ -86,6 +87,8 @@ class TrainJob:
     measured with and without them."""
     rows_left_out: int = 0
     """How many of the rows that would count are left out."""
+    start: StartPoint | None = None
+    """What the autoencoders start from; None: random weights."""
 
     @property
     def saes(self) -> tuple[SAEConfig, ...]:
@@ -153,10 +156,13 @@ def make_job(
 ) -> TrainJob:
     """Resolves a configuration. Raises UserError when the store does not fit it. `leads`: whether this process decides
     what is read next from a growing store. `gather` returns every rank's value on every rank."""
+    asked, (config, start) = config, with_start(config)
     store, hook = find_hookpoint(config.store, config.hook)
+    if start is not None:
+        check_start(start, config, store, hook)
     folder = RunFolder(config.out or default_folder(store, hook, config))
     recorded = None if config.overwrite else folder.identity()  # before any rank can have begun the run
-    asked, config = config, config if recorded is None else with_recorded_settings(config, folder)
+    config = config if recorded is None else with_recorded_settings(config, folder)
     matmul = matmul_dtype(config.precision, device)
     identity = identity_of(config, store, hook, matmul)
     check_store(store, config, recorded is None)
@@ -200,6 +206,7 @@ def make_job(
         watch=SnapshotWatch(store, hook),
         left_out=massive,
         rows_left_out=count_marked(every) - count_marked(parts),
+        start=start,
     )
     if not config.follow:
         _ = job.statistics  # raises UserError when all activations are equal

@@ -55,7 +55,8 @@ def answer(series: Series) -> Answer:
     remarks = [] if verdicts else [_no_pair(series)]
     remarks += [_bipolar(saes) for saes in series.values() if saes[0].signed and _known(saes, "bipolar_fraction")]
     remarks += [_antipodal(saes) for saes in series.values() if not saes[0].signed and _pairs_found(saes)]
-    remarks.append(_spread([sae for saes in series.values() for sae in saes]))
+    own = [sae for key, saes in series.items() if not key.origin for sae in saes]
+    remarks += [_spread(own)] if own else []
     return Answer(verdicts, (*remarks, CAVEAT) if verdicts else tuple(remarks))
 
 
@@ -153,7 +154,9 @@ def _parameter_tile(a: int | None, b: int | None) -> list[NumberTile]:
 
 
 def _no_pair(series: Series) -> str:
-    trained = ", ".join(wording.label(key) for key in series)
+    trained = ", ".join(wording.label(key) for key in series if not key.origin)
+    if not trained:
+        return "No autoencoder of this section was trained here, so no comparison at matched L0 is stated."
     return (
         f"Trained here: {trained}. There is no pair of SA-GSAE at width H and Gated at 2H (or H), so no comparison at "
         "matched L0 is stated."

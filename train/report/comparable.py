@@ -17,12 +17,16 @@ from train.report.data import ReportedRun
 
 WRITTEN: Final = ("out", "overwrite", "track", "log_every", "checkpoint_every", "keep_checkpoints")
 """These decide what is written, and where."""
-READ: Final = ("store", "request", "verify", "memory")
-"""These decide where rows come from, how they are checked and kept; `snapshot` says which rows they are."""
+READ: Final = ("store", "request", "warm_start", "verify", "memory")
+"""These decide where rows and first weights come from, how they are checked and kept. `snapshot` says which rows they
+are, `start` of an autoencoder which weights."""
 COMPUTED: Final = ("device", "parallel", "parts", "compile", "step")
 """These decide how the same numbers are computed, and change rounding at most."""
 FOUND_ELSEWHERE: Final = ("tokens", "saes")
 """`tokens` is compared as `training tokens`; autoencoders are compared one by one."""
+MEASURED_ON: Final = ("exclude_positions", "exclude_special", "heldout_tokens", "max_norm", "norm_limit")
+"""These, with the rows and the seed of the order, decide which tokens are measured on, however autoencoders were
+trained."""
 IMMATERIAL: Final = frozenset({*WRITTEN, *READ, *COMPUTED, *FOUND_ELSEWHERE})
 """Settings that do not decide what is trained and measured."""
 LONGEST: Final = 60
@@ -43,7 +47,20 @@ class Difference:
         return f"{self.name}: " + ", ".join(f"{value} ({_settings(numbers)})" for value, numbers in self.values)
 
 
+def measured_on(run: ReportedRun) -> dict[str, Any]:
+    """Returns everything that decides which tokens a run, or an evaluation without one, was measured on, by name."""
+    found = training(run)
+    names = ("model", "hookpoint", "rows", "tokens measured on", "seed of the order", *MEASURED_ON)
+    return {name: found.get(name) for name in names}
+
+
 def deciding(run: ReportedRun) -> dict[str, Any]:
+    """Returns everything that decides results, by name: those of an evaluation without a run are decided by the tokens
+    alone, since nothing was trained in it."""
+    return training(run) if run.trained else measured_on(run)
+
+
+def training(run: ReportedRun) -> dict[str, Any]:
     """Returns everything that decides a run's results, by name. Settings that an older run lacks have their default."""
     fields = TrainConfig.model_fields.items()
     usual = {name: field.default for name, field in fields if field.default is not PydanticUndefined}
@@ -67,6 +84,12 @@ def identity(run: ReportedRun) -> str:
     return json.dumps(deciding(run), sort_keys=True, default=str)
 
 
+def same_tokens(run: ReportedRun, other: ReportedRun) -> bool:
+    """Whether both were measured on the same tokens of the same activations."""
+    one, two = (json.dumps(measured_on(each), sort_keys=True, default=str) for each in (run, other))
+    return one == two
+
+
 def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
     """Returns the values in which the settings differ. Each group holds the runs of one setting. A value that follows
     from another (`_derived`) is left out, because the other is there."""
@@ -77,6 +100,8 @@ def differences(groups: Sequence[Sequence[ReportedRun]]) -> list[Difference]:
     for name in names:
         holders: dict[str, tuple[str, list[int]]] = {}
         for number, (values, texts) in enumerate(each, 1):
+            if name not in values and not groups[number - 1][0].trained:
+                continue  # nothing was trained there
             value = json.dumps(values.get(name), sort_keys=True, default=str)
             holders.setdefault(value, (texts.get(name, "none"), []))[1].append(number)
         if len(holders) > 1 and name not in derived:

@@ -1,4 +1,5 @@
-"""Reads run folders: `config.json`, `record.json`, `evaluation.json` and, if there is one, `metrics.jsonl`.
+"""Reads run folders: `config.json`, `record.json`, `evaluation.json` and, if there is one, `metrics.jsonl`; and folders
+with the `measured.json` of an evaluation without a run.
 
 Optional keys may be missing and are shown as not recorded. NaN and infinities (of a diverged autoencoder) are shown as
 not measured. Every other fault raises UserError or DamagedError that names the folder.
@@ -19,6 +20,7 @@ from shared.files.base import most_bytes
 from shared.files.local import read_whole
 from shared.saes import SAEConfig, sae_config
 from shared.store.spec import is_sealed
+from train.measure.written import MEASURED
 from train.report.sae import MeasuredSAE
 from train.sae.families import family
 
@@ -72,6 +74,9 @@ class ReportedRun:
     record: dict[str, Any]
     evaluation: EvaluationFile
     curves: dict[str, Curve]
+    trained: bool = True
+    """Whether its autoencoders were trained here. Else this is an evaluation without a run: `config` says which rows
+    were measured, and `saes` in it has the settings of each autoencoder by its name."""
 
     @property
     def store(self) -> dict[str, Any]:
@@ -103,12 +108,13 @@ class ReportedRun:
     def configs(self) -> dict[str, SAEConfig]:
         """The configuration of each autoencoder, by name. One that this version cannot read is missing."""
         saes, found = self.config.get("saes"), {}
-        for values in saes if isinstance(saes, list) else ():
+        named = saes if isinstance(saes, dict) else dict(enumerate(saes)) if isinstance(saes, list) else {}
+        for name, values in named.items():
             try:
                 config = sae_config(**values)
             except (TypeError, UserError):
                 continue
-            found[config.name] = config
+            found[name if isinstance(name, str) else config.name] = config
         return found
 
     @cached_property
@@ -190,6 +196,8 @@ def read_run(folder: Path) -> ReportedRun:
     """Reads one run folder. Raises UserError when it is not a run, is not evaluated, or cannot be read; DamagedError
     when a file was altered."""
     try:
+        if (folder / MEASURED).is_file():
+            return _read_measured(folder)
         for name in ("config.json", "record.json"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: is not a training run: it has no {name}. Make one with: sagsae train")
@@ -200,6 +208,16 @@ def read_run(folder: Path) -> ReportedRun:
         return ReportedRun(folder, config, record, _read_evaluation(folder), _curves(metrics))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}). Make it readable, or leave it out") from error
+
+
+def _read_measured(folder: Path) -> ReportedRun:
+    """Reads an evaluation without a run."""
+    values = _read_object(folder / MEASURED)
+    rows, record, settings = (values.get(key) for key in ("rows", "record", "settings"))
+    if not (isinstance(rows, dict) and isinstance(record, dict) and isinstance(settings, dict)):
+        raise UserError(f"{folder / MEASURED}: does not say which rows it measured. Measure again: sagsae eval --sae")
+    evaluation = _evaluation_of(values, folder / MEASURED, "sagsae eval --sae")
+    return ReportedRun(folder, {**rows, "saes": settings}, record, evaluation, {}, trained=False)
 
 
 def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
@@ -213,17 +231,20 @@ def _not_evaluated(folder: Path, record: dict[str, Any], metrics: list[dict[str,
 
 
 def _read_evaluation(folder: Path) -> EvaluationFile:
-    values = _read_object(folder / "evaluation.json")
+    file = folder / "evaluation.json"
+    return _evaluation_of(_read_object(file), file, f"sagsae eval {folder}")
+
+
+def _evaluation_of(values: dict[str, Any], file: Path, command: str) -> EvaluationFile:
+    """Returns what an evaluation says. Raises UserError, which names the `command` that makes it again."""
     try:
         evaluation = EvaluationFile.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise UserError(
-            f"{folder / 'evaluation.json'}: {key}: {first['msg']}. Measure again with `sagsae eval {folder}`"
-        ) from error
+        raise UserError(f"{file}: {key}: {first['msg']}. Measure again with `{command}`") from error
     if not evaluation.saes:
-        raise UserError(f"{folder / 'evaluation.json'} lists no autoencoder: run `sagsae eval {folder}` again")
+        raise UserError(f"{file} lists no autoencoder: run `{command}` again")
     return evaluation
 
 

@@ -250,7 +250,8 @@ def _hover(sae: MeasuredSAE) -> str:
 
 
 def _head(sae: MeasuredSAE) -> str:
-    return f"<b>{escape(wording.label(sae.key))}</b>, {wording.knob(sae.knob)}, seed {sae.seed}"
+    seed = "" if sae.seed is None else f", seed {sae.seed}"
+    return f"<b>{escape(wording.label(sae.key))}</b>, {wording.knob(sae.knob)}{seed}"
 
 
 def _curve_hover(sae: MeasuredSAE, title: str) -> str:

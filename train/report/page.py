@@ -16,6 +16,7 @@ from plotly.offline import get_plotlyjs
 
 import shared
 from shared.saes import ARCHITECTURES
+from train.measure.written import MEASURED
 from train.report import wording
 from train.report.comparable import differences
 from train.report.data import ReportedRun, SkippedFolder
@@ -80,7 +81,10 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
     runs, shared = labelled(runs)
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
-    setting_of = {run.folder: number for number, part in enumerate(parts, 1) for run in part.runs}
+    settings_of: dict[Path, list[int]] = {}
+    for number, part in enumerate(parts, 1):
+        for run in part.runs:
+            settings_of.setdefault(run.folder, []).append(number)
     environment = Environment(
         loader=FileSystemLoader(HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -91,7 +95,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         shared=shared,
         left_out=[each.reason for each in left_out],
         columns=(*COLUMNS, *(column for column, more in zip((SETTING, SITE), several, strict=True) if more)),
-        rows=[_row(run, sae, several, setting_of[run.folder]) for run in runs for sae in measured(run)],
+        rows=[_row(run, sae, several, settings_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
         plots={plot.name: plot.json for part in parts for figure in part.figures for plot in figure.plots},
         css=Markup(LOOK.read_text(encoding="utf-8")) + _own("page.css") + _architectures(),
@@ -122,7 +126,7 @@ def _site(run: ReportedRun) -> str:
     return f"{run.model} {run.hook}"
 
 
-def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting: int) -> TableRow:
+def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], settings: list[int]) -> TableRow:
     """Returns the cells in the order of COLUMNS, then SETTING and SITE when the page has several."""
     where = f"{run.folder.name}/{sae.name}"
     pairs = sae.directions.antipodal_pairs if sae.directions else None
@@ -132,7 +136,7 @@ def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting
             _cell(wording.architecture(sae.key), sae.arch),
             _cell(str(sae.d_sae), sae.d_sae),
             _cell(wording.knob(sae.knob), sae.knob.value),
-            _cell(str(sae.seed), sae.seed),
+            _cell(wording.ABSENT if sae.seed is None else str(sae.seed), sae.seed),
             *(_cell(wording.fixed(value, 4), value) for value in (sae.r2, sae.r2_rest)),
             *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
             *(_cell(wording.percent(v), v) for v in (sae.dead_fraction, sae.bipolar_fraction, sae.bipolar_mass)),
@@ -142,7 +146,7 @@ def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting
             *(_cell(wording.percent(value, 2), value) for value in (sae.ce_recovered, sae.ce_recovered_mean)),
             *(_cell(wording.count(value), value) for value in (sae.tokens, sae.ce_tokens)),
             _cell(where, where),
-            *([_cell(str(setting), setting)] if several[0] else []),
+            *([_cell(", ".join(map(str, settings)), settings[0])] if several[0] else []),
             *([_cell(_site(run), _site(run))] if several[1] else []),
         ),
     )
@@ -162,9 +166,12 @@ def _provenance(run: ReportedRun) -> Provenance:
         if isinstance(versions, dict)
         else (),
         documents=(
-            ("Configuration (config.json)", _pretty(run.config)),
-            ("Record (record.json)", _pretty(run.record)),
-            ("Reference values of the evaluation (evaluation.json)", _pretty(references)),
+            (f"Configuration ({'config.json' if run.trained else MEASURED})", _pretty(run.config)),
+            (f"Record ({'record.json' if run.trained else MEASURED})", _pretty(run.record)),
+            (
+                f"Reference values of the evaluation ({'evaluation.json' if run.trained else MEASURED})",
+                _pretty(references),
+            ),
         ),
     )
 

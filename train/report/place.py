@@ -8,6 +8,7 @@ from typing import Final
 from shared.errors import UserError
 from shared.gate import quoted
 from shared.request import RATES
+from train.runs.owner import owner_of as owner_of
 
 MARK: Final = b'<meta name="generator" content="sagsae report'
 """A tag in the first 1,024 bytes of every report."""
@@ -72,15 +73,6 @@ def is_report(path: Path) -> bool:
     except OSError as error:
         raise UserError(f"--out {path}: cannot be read ({error.strerror}). {NAME_ANOTHER}") from error
     return not begin or MARK in begin
-
-
-def owner_of(out: Path) -> str | None:
-    """Returns the run, store or autoencoder's folder that the file would be in, in words; else None."""
-    for folder in Path(os.path.abspath(out)).parents:
-        for name, what in (("config.json", "the run"), ("zarr.json", "the store"), ("cfg.json", "the autoencoder")):
-            if (folder / name).is_file() and (name != "config.json" or (folder / "record.json").is_file()):
-                return f"{what} {folder}"
-    return None
 
 
 def write_page(out: Path, html: str) -> None:

@@ -33,6 +33,24 @@ class Directions(BaseModel):
     sampled: int | None = None
 
 
+class ImportSource(BaseModel):
+    """Which tool's files an imported autoencoder was read from."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    tool: str
+    source: str
+
+
+class Purpose(BaseModel):
+    """What an autoencoder was made for, as its cfg.json says. None: not known."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    model: str | None
+    hook_name: str | None
+
+
 @dataclass(frozen=True, order=True)
 class FrontierKey:
     """What autoencoders of one frontier have in common: they differ in λ (or k, or L0 target) and seed only."""
@@ -41,6 +59,8 @@ class FrontierKey:
     d_sae: int
     variant: str = ""
     """The other settings that are not as they are by default, as its name tells them."""
+    origin: str = ""
+    """Where an autoencoder comes from that was not trained in a run of the report. Empty: it was."""
     told: str | None = field(default=None, compare=False)
     """The part of `variant` that labels tell. None: all of it."""
 
@@ -63,7 +83,8 @@ class MeasuredSAE(BaseModel):
     sparsity: float | None
     k: int | None = None
     l0_target: float | None = None
-    seed: int
+    seed: int | None
+    """None: not known, as of an imported autoencoder."""
     r2: float | None
     r2_rest: float | None = None
     r2_all: float | None = None
@@ -87,6 +108,10 @@ class MeasuredSAE(BaseModel):
     """The part of its variant that labels tell (`naming.labelled`). None: all of it."""
     parameters: int | None = None
     """Number of values in its weights (`ReportedRun.parameters`)."""
+    origin: str = ""
+    """For an autoencoder that was measured without a run: its run or its folder."""
+    imported: ImportSource | None = None
+    made_for: Purpose | None = None
 
     @field_validator("arch")
     @classmethod
@@ -98,7 +123,8 @@ class MeasuredSAE(BaseModel):
     @property
     def key(self) -> FrontierKey:
         special = variant(self.model_dump(include={"name", "seed"}))
-        return FrontierKey(self.arch, self.d_sae, "-".join(filter(None, (special, self.unnamed))), self.told)
+        variant_of_all = "-".join(filter(None, (special, self.unnamed)))
+        return FrontierKey(self.arch, self.d_sae, variant_of_all, self.origin, self.told)
 
     @property
     def special(self) -> list[str]:

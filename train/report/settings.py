@@ -2,7 +2,8 @@
 
 Autoencoders are compared within a *setting* only: runs that are alike in all that decides a result (comparable.py).
 Runs of one setting (more λ, more seeds) share its figures; another setting gets a section of its own, which says in
-what it differs. An autoencoder that was trained twice counts once: a repetition is no seed.
+what it differs. An autoencoder that was trained twice counts once: a repetition is no seed. An evaluation without a run
+(`sagsae eval --sae`) stands beside every setting that was measured on the same tokens, else in a section of its own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from shared.store.norms import WORTH_SAYING, share
 from train.measure.useless import useless
 from train.report import wording
 from train.report.answer import Answer, Series, answer
-from train.report.comparable import identity
+from train.report.comparable import identity, same_tokens
 from train.report.data import ReportedRun
 from train.report.figures import Figure, figures
 from train.report.naming import folder_names
@@ -57,9 +58,18 @@ def sections(runs: Sequence[ReportedRun]) -> list[ReportSection]:
 def grouped(runs: Sequence[ReportedRun]) -> list[list[ReportedRun]]:
     """The runs of each setting, in the order in which they were named."""
     groups: dict[str, list[ReportedRun]] = {}
-    for run in runs:
-        groups.setdefault(identity(run), []).append(run)
+    for run in sorted(runs, key=lambda run: not run.trained):
+        beside = [] if run.trained else [group for group in groups.values() if joins(run, group)]
+        for group in beside:
+            group.append(run)
+        if not beside:
+            groups.setdefault(identity(run), []).append(run)
     return list(groups.values())
+
+
+def joins(evaluation: ReportedRun, group: Sequence[ReportedRun]) -> bool:
+    """Whether an evaluation without a run stands beside the runs of a setting."""
+    return group[0].trained and same_tokens(evaluation, group[0])
 
 
 def _site(run: ReportedRun) -> tuple[str, str]:
@@ -69,7 +79,7 @@ def _site(run: ReportedRun) -> tuple[str, str]:
 def in_order(saes: Iterable[MeasuredSAE]) -> list[MeasuredSAE]:
     """In the order of the registry, SA-GSAE first, then by width, variant, λ and seed."""
     order = list(ARCHITECTURES)
-    return sorted(saes, key=lambda sae: (order.index(sae.arch), sae.key, sae.knob, sae.seed))
+    return sorted(saes, key=lambda sae: (order.index(sae.arch), sae.key, sae.knob, sae.seed or 0))
 
 
 def measured(run: ReportedRun) -> list[MeasuredSAE]:
@@ -99,6 +109,9 @@ def once(pairs: Pairs) -> tuple[Pairs, list[str]]:
         if kept is sae:
             continue
         same = (kept.r2, kept.l0) == (sae.r2, sae.l0)
+        if not run.trained:
+            said.append(f"{sae.name} was measured in {owner.folder} and in {run.folder}: the first alone counts.")
+            continue
         how = "with the same result" if same else f"and ended at another R² ({_number(kept.r2)} and {_number(sae.r2)})"
         said.append(
             f"{sae.name} was trained in {owner.folder} and in {run.folder} with the same settings and seed, {how}. "
@@ -155,8 +168,29 @@ def _notes(runs: Sequence[ReportedRun], saes: Sequence[MeasuredSAE]) -> list[str
         for run in runs
         for name, step in run.diverged.items()
     ]
-    notes += [f"{run.folder} has no metrics.jsonl, so no training curves." for run in runs if not run.curves]
+    unlogged = [run.folder for run in trained_in(runs) if not run.curves]
+    notes += [f"{folder} has no metrics.jsonl, so no training curves." for folder in unlogged]
+    notes += [_guest(sae, run) for run in runs if not run.trained for sae in run.saes]
     return notes
+
+
+def trained_in(runs: Sequence[ReportedRun]) -> list[ReportedRun]:
+    """The runs among them; not the evaluations without one."""
+    return [run for run in runs if run.trained]
+
+
+def _guest(sae: MeasuredSAE, run: ReportedRun) -> str:
+    """What a reader must know of an autoencoder that was not trained in a run of this section."""
+    source = (
+        f"was imported from {sae.imported.tool} ({sae.imported.source})" if sae.imported else "was trained elsewhere"
+    )
+    text = f"{sae.name} {source}."
+    made_for = sae.made_for
+    if made_for and made_for.hook_name and made_for.hook_name != run.store.get("hook_name"):
+        text += f" It was made for {made_for.hook_name}."
+    if made_for and made_for.model and made_for.model != run.model:
+        text += f" Its language model is {made_for.model}."
+    return f"{text} It was measured on the same tokens as the others here, and may have been trained on them."
 
 
 def _massive(runs: Sequence[ReportedRun]) -> list[str]:
@@ -181,21 +215,29 @@ def _massive(runs: Sequence[ReportedRun]) -> list[str]:
 
 def _facts(runs: Sequence[ReportedRun], saes: Sequence[MeasuredSAE]) -> tuple[tuple[str, str], ...]:
     """What a reader wants to know before any number."""
-    records = [run.record for run in runs]
+    trained = trained_in(runs)
+    records = [run.record for run in trained or runs]
+    guests = len(saes) - sum(sae.origin == "" for sae in saes)
     dimensions = "" if runs[0].d_in is None else f", {runs[0].d_in:,} dimensions"
     seconds = [float(record["seconds"]) for record in records if isinstance(record.get("seconds"), int | float)]
     return (
         ("Model", runs[0].model),
         ("Hookpoint", runs[0].hook + dimensions),
         ("Store", _distinct(run.rows for run in runs)),
-        ("Trained on", wording.tokens(run.tokens_trained for run in runs)),
+        ("Trained on", wording.tokens(run.tokens_trained for run in trained) if trained else "other data"),
         ("Measured on", wording.tokens((sae.tokens for sae in saes), "held-out tokens")),
-        ("Autoencoders", f"{len(saes)}" + (f" in {len(runs)} runs" if len(runs) > 1 else "")),
+        ("Autoencoders", _counted(len(saes) - guests, len(trained), guests)),
         ("Device", _distinct(_device(record) for record in records)),
         ("Training time", wording.duration(sum(seconds)) if seconds else "not recorded"),
         ("Started", _distinct(_date(record.get("started")) for record in records)),
         ("Version", _distinct(_version(record) for record in records)),
     )
+
+
+def _counted(own: int, runs: int, guests: int) -> str:
+    """`6`, `12 in 2 runs`, `6, and 1 from elsewhere`."""
+    here = f"{own}" + (f" in {runs} runs" if runs > 1 else "")
+    return here if not guests else f"{here}, and {guests} from elsewhere" if own else f"{guests} from elsewhere"
 
 
 def _distinct(texts: Iterable[str]) -> str:

@@ -19,7 +19,8 @@ def architecture(key: FrontierKey) -> str:
 
 def special(key: FrontierKey) -> str:
     told = key.variant if key.told is None else key.told
-    return f" ({told})" if told else ""
+    inside = ", ".join(filter(None, (told, key.origin)))
+    return f" ({inside})" if inside else ""
 
 
 def fixed(value: float | None, digits: int) -> str:

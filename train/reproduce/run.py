@@ -19,7 +19,6 @@ from shared.progress import say
 from shared.record import provenance, write_json
 from shared.saes import SAEConfig
 from train.evaluate import evaluate
-from train.report.place import owner_of
 from train.reproduce.analysis import Arms as Points
 from train.reproduce.analysis import analyse
 from train.reproduce.claims import judge_all
@@ -43,6 +42,7 @@ from train.reproduce.preset import Request
 from train.reproduce.render import Results, write_results
 from train.run import train
 from train.runs.folder import RunFolder
+from train.runs.owner import owner_of
 
 PLAN: Final = "plan.json"
 Harvest = Callable[[HarvestConfig], str]

@@ -47,6 +47,7 @@ FREE: Final = {
     "device",
     "store",
     "request",
+    "warm_start",
     "verify",
     "log_every",
     "checkpoint_every",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from shared.gate import BadData, choice, integer, quoted
 from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_text
-from train.exchange.readers.ours import restored
+from train.exchange.readers.ours import block_in, restored
 from train.exchange.tensors import TensorFile, read_json, read_pickled, readable, take
 
 SETTINGS: Final = "config.json"
@@ -60,16 +60,19 @@ def read_dictionary_learning(folder: Path) -> TranslatedSAE:
         kind = choice(trainer.get("dict_class"), "dict_class", tuple(SHAPES))
         about = said_about(cfg, trainer)
     file = read_pickled(folder / WEIGHTS)
-    tensors, sizes = take(file, f"{kind} of dictionary_learning", SHAPES[kind], BESIDE.get(kind, ()))
+    shapes = {
+        name: axes for name, axes in SHAPES[kind].items() if name != "k" or "k" in file.tensors or "k" not in trainer
+    }
+    tensors, sizes = take(file, f"{kind} of dictionary_learning", shapes, BESIDE.get(kind, ()))
     with readable(folder / SETTINGS):
         for name in ("activation_dim", "dict_size"):
             if trainer.get(name, sizes[name]) != sizes[name]:
                 raise BadData(f"says {name} {quoted(trainer[name])}, and {WEIGHTS} has {sizes[name]:,}")
     with readable(file.path):
-        k = k_of(file, tensors, sizes["dict_size"]) if "k" in tensors else 0
-        free = kind == "GatedAutoEncoder" and ours_of(cfg).get("decoder") == "free"
+        k = k_of(file, trainer, sizes["dict_size"]) if "k" in SHAPES[kind] else 0
+        free = kind == "GatedAutoEncoder" and block_in(cfg).get("decoder") == "free"
         parts = brought(translated(kind, tensors, free))
-    return restored(found(("dictionary_learning", kind, file), FAMILY[kind], parts, about, k), ours_of(cfg))
+    return restored(found(("dictionary_learning", kind, file), FAMILY[kind], parts, about, k), block_in(cfg))
 
 
 def translated(kind: str, w: dict[str, Tensor], free: bool) -> Theirs:
@@ -93,16 +96,13 @@ def translated(kind: str, w: dict[str, Tensor], free: bool) -> Theirs:
     return Theirs(encoder, decoder, b_dec, lengths, threshold=threshold, centred=centred, keeps_norms=keeps)
 
 
-def k_of(file: TensorFile, tensors: dict[str, Tensor], width: int) -> int:
+def k_of(file: TensorFile, trainer: dict[str, Any], width: int) -> int:
+    """Active latents per token: a tensor, or in early releases a setting alone."""
+    if "k" not in file.tensors:
+        return integer(trainer.get("k"), "k", 1, width)
     if file.tensors["k"].dtype not in (torch.int32, torch.int64):
         raise BadData(f"has k in {file.tensors['k'].dtype} instead of an integer")
-    return integer(int(tensors["k"]), "k", 1, width)
-
-
-def ours_of(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the autoencoder that was exported to this folder by sagsae; {} for any other."""
-    block = cfg.get("sagsae")
-    return block if isinstance(block, dict) else {}
+    return integer(int(file.tensors["k"]), "k", 1, width)
 
 
 def said_about(cfg: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shared.gate import BadData, quoted
 from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_text
-from train.exchange.readers.ours import restored
+from train.exchange.readers.ours import block_beside, restored
 from train.exchange.tensors import TensorFile, read_json, read_npz, read_safetensors, readable, take
 
 FILES: Final = ("params.npz", "params.safetensors")
@@ -58,7 +58,7 @@ def read_gemma_scope(path: Path) -> TranslatedSAE:
     notes = ["it is one of the embedding: it reads activations multiplied by sqrt(d_in)"] if embedding else []
     kind = f"jumprelu ({path.suffix.removeprefix('.')})"
     done = found(("Gemma Scope", kind, file), "jumprelu", parts, about, notes=notes)
-    return restored(done, ours_of(path.parent / "sagsae.json"))
+    return restored(done, block_beside(path.parent))
 
 
 def check_kind(file: TensorFile, folders: tuple[str, ...], settings: dict[str, Any]) -> None:
@@ -71,12 +71,6 @@ def check_kind(file: TensorFile, folders: tuple[str, ...], settings: dict[str, A
         raise BadData(f"has the architecture {quoted(settings['architecture'])} in its {SETTINGS}; jump_relu is read")
     if SCALING in file.tensors and not bool((file.tensors[SCALING] == 1).all()):
         raise BadData(f"has {SCALING}, which is not read. Fold it into W_dec")
-
-
-def ours_of(path: Path) -> dict[str, Any]:
-    """What sagsae's export writes beside the file, whose format has no description; {} for any other."""
-    block = read_json(path).get("sagsae") if path.exists() else None
-    return block if isinstance(block, dict) else {}
 
 
 def lower(name: str) -> str:

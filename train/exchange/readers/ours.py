@@ -7,6 +7,7 @@ negative pole of latent i. `restored` joins the poles where the tensors still mi
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -16,6 +17,7 @@ from shared.errors import UserError
 from shared.gate import BadData, members, number, text
 from shared.saes import ARCHITECTURES, SAEConfig, SaGsae, sae_config
 from train.exchange.readers.base import LONGEST, TranslatedSAE
+from train.exchange.tensors import read_json
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
@@ -25,6 +27,21 @@ from train.sae.relu import JumpReluWeights, ReluWeights
 PER_TOKEN: Final = ("topk", "signed-topk")
 ABOUT: Final = ("model", "hook_name", "context", "bos_id", "lambda", "corpus", "exclude_special", "exclude_positions")
 """What cfg.json said beside the settings. Check each value before use: the folder may come from anybody."""
+
+
+BESIDE: Final = "sagsae.json"
+"""What an export writes beside files whose format has no place for it."""
+
+
+def block_in(values: Any) -> dict[str, Any]:
+    """The settings of the autoencoder that sagsae exported, inside a description; {} for any other."""
+    block = values.get("sagsae") if isinstance(values, dict) else None
+    return block if isinstance(block, dict) else {}
+
+
+def block_beside(folder: Path) -> dict[str, Any]:
+    """The same, from the file beside the tool's. Raises UserError when it is there and cannot be read."""
+    return block_in(read_json(folder / BESIDE)) if (folder / BESIDE).exists() else {}
 
 
 def restored(found: TranslatedSAE, block: Mapping[str, Any]) -> TranslatedSAE:

@@ -19,7 +19,7 @@ from train.exchange.readers.base import (
     said_switch,
     said_text,
 )
-from train.exchange.readers.ours import restored
+from train.exchange.readers.ours import block_in, restored
 from train.exchange.tensors import TensorFile, read_json, read_safetensors, readable, take
 
 SETTINGS: Final = "cfg.json"
@@ -78,7 +78,7 @@ def read_saelens(folder: Path, factor: float | None = None) -> TranslatedSAE:
         centred = said_switch(cfg, "apply_b_dec_to_input", True)
     with readable(file.path):
         parts = brought(translated(kind, tensors, centred, scaling, keeps))
-    return restored(found(("SAELens", kind, file), FAMILY[kind], parts, about, k), ours_of(cfg))
+    return restored(found(("SAELens", kind, file), FAMILY[kind], parts, about, k), block_in(cfg.get("metadata")))
 
 
 def architecture_of(cfg: dict[str, Any]) -> str:
@@ -135,13 +135,6 @@ def said_about(cfg: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def ours_of(cfg: dict[str, Any]) -> dict[str, Any]:
-    """The settings of the autoencoder that was exported to this folder by sagsae; {} for any other."""
-    metadata = cfg.get("metadata")
-    block = metadata.get("sagsae") if isinstance(metadata, dict) else None
-    return block if isinstance(block, dict) else {}
-
-
 def check_sizes(cfg: dict[str, Any], sizes: dict[str, int]) -> None:
     """Raises BadData where cfg.json and the tensors disagree."""
     for name in ("d_in", "d_sae"):
@@ -154,7 +147,7 @@ def keeps_norms(cfg: dict[str, Any], kind: str) -> bool:
     had a free decoder."""
     if kind in PER_TOKEN:
         return not said_switch(cfg, "rescale_acts_by_decoder_norm", False)
-    return kind == "gated" and ours_of(cfg).get("decoder") == "free"
+    return kind == "gated" and block_in(cfg.get("metadata")).get("decoder") == "free"
 
 
 def check_scaling(cfg: dict[str, Any], file: TensorFile) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Final
 from shared.errors import UserError
 from shared.gate import BadData, integer, quoted
 from train.exchange.readers.base import Theirs, TranslatedSAE, brought, found, said_switch, said_text
-from train.exchange.readers.ours import restored
+from train.exchange.readers.ours import block_beside, restored
 from train.exchange.tensors import read_json, read_safetensors, readable, take
 
 SETTINGS: Final = "cfg.json"
@@ -51,9 +51,8 @@ def read_sparsify(folder: Path) -> TranslatedSAE:
     with readable(file.path):
         matrices = (tensors["encoder.weight"], tensors["W_dec"], tensors["b_dec"])
         parts = brought(Theirs(*matrices, {"b_enc": tensors["encoder.bias"]}, keeps_norms=family != "relu"))
-    block = cfg.get("sagsae")
     done = found(("sparsify", "topk", file), family, parts, said_about(folder), min(k, sizes["n"]))
-    return restored(done, block if isinstance(block, dict) else {})
+    return restored(done, block_beside(folder))
 
 
 def said_about(folder: Path) -> dict[str, Any]:

@@ -1,0 +1,56 @@
+"""Evaluations on disk: what may be replaced, and what a new one keeps of the one before."""
+
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import Any, Final
+
+from shared.errors import UserError
+from shared.gate import BadData
+from shared.progress import say
+from train.runs.folder import read_sealed
+
+MEASURED: Final = "measured.json"
+"""The file of an evaluation without a run (`sagsae eval --sae`)."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The results of an evaluation and the file that holds them."""
+
+    file: Path
+    results: dict[str, Any]
+
+
+def check_replaceable(evaluation: Path) -> None:
+    """Raises UserError when the file is not an evaluation. A truncated evaluation may be replaced."""
+    if evaluation.is_symlink() or (evaluation.exists() and not evaluation.is_file()):
+        raise UserError(f"{evaluation}: is not an ordinary file. Move it away, then run the same command again")
+    with evaluation.open("rb") if evaluation.exists() else BytesIO() as file:
+        begin = file.read(1024).lstrip()
+    if begin and not begin.startswith(b"{"):
+        raise UserError(f"{evaluation}: is not an evaluation. Move it away, then run the same command again")
+
+
+def earlier_evaluation(file: Path) -> dict[str, Any]:
+    """Returns the evaluation that is there; empty when it is missing or cannot be read."""
+    try:
+        found = read_sealed(file)
+    except FileNotFoundError:
+        return {}
+    except BadData as error:
+        say(f"{file}: {error}. The losses of the language model in it are not kept")
+        return {}
+    return found if isinstance(found.get("saes"), list) else {}
+
+
+def with_losses_of(before: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
+    """Adds the language model's losses of an earlier evaluation to `results`, which were measured without the model.
+    An autoencoder that the earlier evaluation did not measure gets none."""
+    known = {sae.get("name"): sae for sae in before.get("saes", ()) if isinstance(sae, dict)}
+    saes = [{**sae, **with_prefix(known.get(sae["name"], {}), "ce_")} for sae in results["saes"]]
+    return {**results, **with_prefix(before, "ce_"), "saes": saes}
+
+
+def with_prefix(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key.startswith(prefix)}
