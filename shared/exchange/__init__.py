@@ -99,7 +99,7 @@ class PushConfig(Frozen):
     private: bool = False
     """Make the repository private. A public one stays public, and is refused."""
     license: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9.-]{0,63}$")] | None = None
-    """The license that the card names, such as mit or cc-by-4.0. Default: none.
+    """The license that the card names, such as mit or cc-by-4.0. Default: the card names none.
 
     Once a card is there, change it on the hub."""
     yes: bool = False

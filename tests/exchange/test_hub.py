@@ -79,7 +79,7 @@ def test_the_layout_is_what_the_tools_find(hub: Hub, run: Path) -> None:
         for name in names
         for file in ("cfg.json", "sae_weights.safetensors")
     }
-    assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", "sagsae/frontier.svg"}
+    assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", f"sagsae/{HOOK}/frontier.svg"}
     push(pushing(run / "saes" / "relu-48-lambda0.2-seed0", repo="tester/sparse", to="sparsify"))
     files = hub.model("tester/sparse").files
     assert {"layers.1.mlp/cfg.json", "layers.1.mlp/sae.safetensors"} <= files.keys()
@@ -129,8 +129,8 @@ def test_the_card_says_what_there_is(hub: Hub, run: Path) -> None:
         assert "λ 0.2" in line
         assert "1,280" in line
     assert "i + d_sae/2" in text
-    assert "sagsae/frontier.svg" in text
-    assert hub.model(REPO).files["sagsae/frontier.svg"].startswith(b"<svg")
+    assert f"sagsae/{HOOK}/frontier.svg" in text
+    assert hub.model(REPO).files[f"sagsae/{HOOK}/frontier.svg"].startswith(b"<svg")
     assert END in page
 
 
@@ -314,6 +314,20 @@ def test_a_wrong_repository_is_one_sentence(hub: Hub, one: Path, repo: str, said
     assert hub.repos == {}
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"to": "sparsify", "fold_b_dec": True}, "fold_b_dec"),
+        ({"to": "sparsify"}, "approximate-topk K"),
+        ({"form": "topk"}, "--form topk"),
+    ],
+)
+def test_a_form_that_there_is_none_of(hub: Hub, one: Path, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        push(pushing(one, **more))
+    assert hub.repos == {}
+
+
 @pytest.mark.usefixtures("hub")
 def test_no_token_and_a_wrong_token(one: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN")
@@ -387,6 +401,18 @@ def test_one_is_pulled_by_its_name_and_nothing_else_is_downloaded(
     assert done.folder == tmp_path / "sae"
     assert hub.bytes_sent - before == done.bytes == sum(path.stat().st_size for path in done.folder.iterdir())
     assert load(done.folder).config.d_sae == 48
+
+
+def test_large_weights_are_pulled_by_ranges(
+    hub: Hub, one: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("train.hub.pull.WHOLE_BYTES", 0)
+    monkeypatch.setattr("train.hub.pull.PART_BYTES", 5000)
+    push(pushing(one))
+    (done,) = pull(PullConfig(source=REPO, out=tmp_path / "sae"))
+    weights = "sae_weights.safetensors"
+    assert (done.folder / weights).read_bytes() == (one / weights).read_bytes()
+    assert len([line for line in hub.requests if line.startswith("STORAGE GET")]) > 2
 
 
 def test_a_revision_is_pulled_as_it_was(hub: Hub, one: Path, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ from train.report import wording
 BEGIN: Final = "<!-- sagsae push writes what follows, up to the end mark; write your own text before or after it -->"
 END: Final = "<!-- end of what sagsae push writes -->"
 TAGS: Final = ("sparse-autoencoder", "mechanistic-interpretability", "sagsae")
-PICTURE: Final = "sagsae/frontier.svg"
 
 
 def is_ours(page: str) -> bool:
@@ -24,9 +23,10 @@ def is_ours(page: str) -> bool:
     return BEGIN in page and END in page.partition(BEGIN)[2]
 
 
-def card(repo: str, rows: Sequence[SAERow], license: str | None, has_picture: bool, before: str | None) -> str:
-    """Returns README.md; `before` is the page that is there and is ours, of which all outside the marks is kept."""
-    text = body(repo, rows, has_picture)
+def card(repo: str, rows: Sequence[SAERow], license: str | None, pictures: Iterable[str], before: str | None) -> str:
+    """Returns README.md with the pictures at these paths. `before` is the page that is there and is ours: all of it
+    outside the marks is kept."""
+    text = body(repo, rows, pictures)
     if before is not None:
         above, _, rest = before.partition(BEGIN)
         return f"{above}{BEGIN}\n{text}{END}{rest.partition(END)[2]}"
@@ -51,14 +51,14 @@ def is_id(name: str) -> bool:
     return name.count("/") == 1 and all(map(is_part, name.split("/")))
 
 
-def body(repo: str, rows: Sequence[SAERow], has_picture: bool) -> str:
+def body(repo: str, rows: Sequence[SAERow], pictures: Iterable[str]) -> str:
     models = ", ".join(sorted({row.model for row in rows if row.model})) or "a language model that is not recorded"
     first = rows[0]
     parts = [
         f"# Sparse autoencoders of {plain(models)}",
         f"{count(len(rows), 'sparse autoencoder')}, trained with sagsae {versions(rows)} on activations of "
         f"{plain(models)}.",
-        *([f"![R² against L0]({PICTURE})"] if has_picture else []),
+        *(f"![R² against L0]({path})" for path in pictures),
         "## Autoencoders",
         table(rows),
         measures(rows),

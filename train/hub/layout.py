@@ -4,7 +4,7 @@ README.md                 the card
 HOOKPOINT/NAME/           the other tool's files (sparsify: MODULE/, as its loader wants it)
 sagsae/HOOKPOINT/NAME/    sagsae's own files: cfg.json, sae_weights.safetensors
 sagsae/saes.json          the rows of the card's table
-sagsae/frontier.svg       the card's picture
+sagsae/HOOKPOINT/frontier.svg    the card's picture of that hookpoint
 """
 
 from collections.abc import Sequence
@@ -20,12 +20,13 @@ from shared.gate import SMALL, BadData, safe_path
 from shared.hub.client import RepoState
 from shared.hub.place import HubPlace, HubRepo
 from shared.record import finite, sealed_json
+from shared.schema import build
 from train.autoencoder import SETTINGS, WEIGHTS
 from train.exchange.about import About, about_sae
 from train.exchange.export import Exported, export
-from train.exchange.saved import SavedSAE, find_saes
-from train.hub.card import PICTURE, card, is_ours
-from train.hub.picture import frontier_picture
+from train.exchange.saved import SavedSAE
+from train.hub.card import card, is_ours
+from train.hub.picture import frontier_pictures
 from train.hub.rows import SAERow, merge_rows, read_rows, row_of, rows_text
 from train.hub.upload import OutFile
 
@@ -62,11 +63,14 @@ def found(files: HubFiles, path: str, most: int) -> bytes | None:
         return None
 
 
-def files_of_saes(config: PushConfig, known: Known, scratch: Path) -> list[OutFile]:
-    """Returns all files of a push; those of another tool are written into `scratch`. Raises what an export raises."""
+def files_of_saes(
+    config: PushConfig, saes: Sequence[SavedSAE], known: Known, scratch: Path
+) -> tuple[list[OutFile], list[str]]:
+    """Returns all files of a push, and the names of the autoencoders. Files of another tool are written into `scratch`.
+    Raises what an export raises."""
     files: list[OutFile] = []
     rows: list[SAERow] = []
-    for number, saved in enumerate(find_saes(Path(config.source))):
+    for number, saved in enumerate(saes):
         place = scratch / str(number)
         about = about_sae(saved)
         exported = exported_to(config, saved, place)
@@ -75,21 +79,12 @@ def files_of_saes(config: PushConfig, known: Known, scratch: Path) -> list[OutFi
         rows.append(row_of(saved, about, exported, own, folder, config))
         files += [OutFile(f"{folder}/{name}", path) for name, path in inside.items()]
         files += own_files(saved, about, own)
-    return [*files, *card_files(config, merge_rows(known.rows, rows), known)]
+    return [*files, *card_files(config, merge_rows(known.rows, rows), known)], [row.name for row in rows]
 
 
 def exported_to(config: PushConfig, saved: SavedSAE, place: Path) -> Exported:
-    (exported,) = export(
-        ExportConfig(
-            source=saved.folder,
-            to=config.to,
-            out=place,
-            form=config.form,
-            fold_b_dec=config.fold_b_dec,
-            approximate_topk=config.approximate_topk,
-            force=config.force,
-        )
-    )
+    asked = {key: getattr(config, key) for key in ("to", "form", "fold_b_dec", "approximate_topk", "force")}
+    (exported,) = export(build(ExportConfig, {**asked, "source": saved.folder, "out": place}))
     return exported
 
 
@@ -127,14 +122,13 @@ def own_files(saved: SavedSAE, about: About, own: str) -> list[OutFile]:
 
 
 def card_files(config: PushConfig, rows: list[SAERow], known: Known) -> list[OutFile]:
-    """The card, its rows and its picture. A README that sagsae did not write stays, and the card goes elsewhere."""
-    picture = frontier_picture(rows)
+    """The card, its rows and its pictures. A README that sagsae did not write stays, and the card goes elsewhere."""
+    pictures = frontier_pictures(rows)
     ours = known.readme is None or is_ours(known.readme)
-    text = card(config.repo, rows, config.license, picture is not None, known.readme if ours else None)
-    if not ours:
-        text = text.replace(f"({PICTURE})", f"({PICTURE.rpartition('/')[2]})")
+    shown = [path if ours else path.removeprefix(f"{OWN}/") for path in pictures]
+    text = card(config.repo, rows, config.license, shown, known.readme if ours else None)
     return [
-        *([OutFile(PICTURE, picture)] if picture else []),
+        *(OutFile(path, svg) for path, svg in pictures.items()),
         OutFile(ROWS, rows_text(rows)),
         OutFile(README if ours else OTHER_CARD, text.encode()),
     ]

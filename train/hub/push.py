@@ -9,6 +9,7 @@ from shared.files.open import open_files
 from shared.hub.place import HubRepo, repo_named
 from shared.progress import say
 from shared.store.opened import is_store
+from train.exchange.saved import find_saes
 from train.hub.card import is_ours
 from train.hub.layout import OTHER_CARD, README, files_of_saes, known_in
 from train.hub.store import push_store
@@ -31,13 +32,12 @@ def agreed(config: PushConfig, confirm: Confirm | None) -> Confirm | None:
 
 
 def push_saes(config: PushConfig, repo: HubRepo, confirm: Confirm | None) -> Pushed:
+    saes = find_saes(Path(config.source))
     state = find_repo(repo)
     known = known_in(repo, state)
     if known.readme is not None and not is_ours(known.readme):
         say(f"{repo}: its {README} is not sagsae's and stays as it is; the card goes to {OTHER_CARD}")
     with tempfile.TemporaryDirectory(prefix="sagsae-push-") as scratch:
-        files = files_of_saes(config, known, Path(scratch))
-        names = {file.path.split("/")[-2] for file in files if file.path.endswith("/cfg.json")}
-        n = sum(file.path.startswith("sagsae/") and file.path.endswith("/cfg.json") for file in files)
-        what = f"{n:,} autoencoders" if n > 1 else f"autoencoder {max(names, key=len)}"
+        files, names = files_of_saes(config, saes, known, Path(scratch))
+        what = f"{len(names):,} autoencoders" if len(names) > 1 else f"autoencoder {names[0]}"
         return push_files(repo, state, [files], what, config.private, confirm)

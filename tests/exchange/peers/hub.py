@@ -3,8 +3,8 @@
     python tests/exchange/peers/hub.py FOLDER PYTHON      FOLDER/runs/resid_post is prepare.py's; PYTHON is the tools'
 
 Every autoencoder goes through `SAE.from_pretrained`, those that sparsify can say through `SparseCoder.load_from_hub`.
-The exit code is 1 when a reconstruction is not sagsae's to 1e-6 of the largest activation, but for three rows in a
-thousand (a code that switches at its threshold changes the whole row).
+FOLDER/hub.json says of how many rows the reconstruction is not sagsae's to 1e-6 of the largest activation. Three in a
+thousand may: a code that switches at its threshold changes the whole row.
 """
 
 import json
@@ -42,8 +42,7 @@ for number, case in enumerate(cases):
 """
 
 
-def main(folder: Path, python: str) -> int:
-    """Returns how many autoencoders another tool reconstructs otherwise."""
+def main(folder: Path, python: str) -> None:
     with running_hub() as hub, tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": f"{scratch}/hf"}
         from shared.errors import UserError
@@ -70,13 +69,13 @@ def main(folder: Path, python: str) -> int:
         subprocess.run(
             [python, "-c", LOAD, scratch, json.dumps(cases)], check=True, env=os.environ | {"PYTHONPATH": ""}
         )
-        wrong = 0
+        found = []
         for number, (case, (ours, largest)) in enumerate(zip(cases, expected, strict=True)):
             apart = (load_file(f"{scratch}/{number}.said")["x"] - ours).abs().amax(dim=1) > RELATIVE * largest
-            wrong += int(apart.float().mean() > SWITCHED)
-            print(f"{case['tool']} {case['name']}: {int(apart.sum())} of {ROWS} rows differ")  # noqa: T201
-        return wrong
+            holds = bool(apart.float().mean() <= SWITCHED)
+            found.append({**case, "rows": ROWS, "differ": int(apart.sum()), "holds": holds})
+        (folder / "hub.json").write_text(json.dumps(found, indent=1))
 
 
 if __name__ == "__main__":
-    sys.exit(1 if main(Path(sys.argv[1]), sys.argv[2]) else 0)
+    main(Path(sys.argv[1]), sys.argv[2])

@@ -3,8 +3,8 @@
     python tests/exchange/peers/run.py [FOLDER]      default: .peers
 
 FOLDER/env is the tools' environment (versions.txt), made once and again when the list changes. prepare.py trains and
-exports in sagsae's own, check.py and evals.py ask the tools. FOLDER/peers.md says what they said. The exit code is 1
-when a bound does not hold.
+exports in sagsae's own; check.py, evals.py and hub.py ask the tools. FOLDER/peers.md says what they said. The exit code
+is 1 when a bound does not hold.
 """
 
 import argparse
@@ -95,6 +95,13 @@ def eval_lines(evals: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
         yield ""
 
 
+def hub_line(loaded: list[dict[str, Any]]) -> str:
+    """What the tools' own loaders made of autoencoders that were pushed to a stand-in for the hub."""
+    tools = ", ".join(f"{tool} {sum(row['tool'] == tool for row in loaded)}" for tool in ("saelens", "sparsify"))
+    differ, rows = (sum(row[key] for row in loaded) for key in ("differ", "rows"))
+    return f"Loaded from a stand-in for the hub: {tools}; {differ:,} of {rows:,} rows are reconstructed otherwise."
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", default=".peers", type=Path)
@@ -105,7 +112,9 @@ def main() -> None:
     step(sys.executable, "prepare.py", asked.folder)
     step(python, "check.py", asked.folder)
     step(python, "evals.py", asked.folder, MODEL)
-    rows, evals = (json.loads((asked.folder / name).read_text()) for name in ("readers.json", "evals.json"))
+    step(sys.executable, "hub.py", asked.folder, python)
+    names = ("readers.json", "evals.json", "hub.json")
+    rows, evals, loaded = (json.loads((asked.folder / name).read_text()) for name in names)
     tools = ", ".join(line for line in (line for part in requirements() for line in part) if "==" in line)
     bound = max(row["bound"] for row in rows)
     lines = [
@@ -113,7 +122,8 @@ def main() -> None:
         "",
     ]
     lines += [*summary(rows), "", *eval_lines(evals)]
-    wrong = [json.dumps(row) for row in rows if not row["holds"]] + list(wrong_figures(evals))
+    lines += [hub_line(loaded), ""]
+    wrong = [json.dumps(row) for row in [*rows, *loaded] if not row["holds"]] + list(wrong_figures(evals))
     lines += [f"{len(rows)} comparisons, {len(wrong)} outside the bounds.", *wrong]
     (asked.folder / "peers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))  # noqa: T201
