@@ -39,21 +39,17 @@ def cofiring(place: NDArray[np.int64], pole: NDArray[np.int64], sides: int, pole
     fires = np.bincount(pole, minlength=poles)
     by_pole = np.argsort(pole, kind="stable")
     work = np.cumsum(length[token[by_pole]])
-    found: list[tuple[NDArray[np.int64], ...]] = [(np.empty(0, np.int64),) * 3]
-    edges = np.cumsum(fires)
-    low = 0
+    edges = np.concatenate([[0], np.cumsum(fires)])
+    found, low = [ranked(*(np.empty(0, np.int64),) * 3, fires, sampled)], 0
     while low < poles:  # as many poles as make at most AT_A_TIME pairs, at least one
-        done = int(work[edges[low - 1] - 1]) if low and edges[low - 1] else 0
-        high = low + 1
-        if len(work):
-            reached = np.searchsorted(work, done + AT_A_TIME, "right")
-            high = max(high, int(np.searchsorted(edges, reached, "right")))
-        entries = by_pole[(edges[low - 1] if low else 0) : edges[high - 1]]
-        found.append(pairs_of(entries, pole, token, begins, length, poles))
+        reached = np.searchsorted(work, (work[edges[low] - 1] if edges[low] else 0) + AT_A_TIME, "right")
+        high = max(low + 1, int(np.searchsorted(edges, reached, "right")) - 1)
+        one, other, both = pairs_of(by_pole[edges[low] : edges[high]], pole, token, begins, length, poles)
+        keep = (both >= FEWEST) & (one // sides != other // sides)
+        found.append(ranked(one[keep], other[keep], both[keep], fires, sampled))
         low = high
-    one, other, both = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    keep = (both >= FEWEST) & (one // sides != other // sides)
-    return ranked(one[keep], other[keep], both[keep], fires, sampled)
+    names = ("pole", "other", "jaccard", "lift")
+    return Cofiring(*(np.concatenate([getattr(each, name) for each in found]) for name in names))
 
 
 def pairs_of(

@@ -30,6 +30,8 @@ RESIDUAL: Final = re.compile(r"blocks\.\d+\.hook_(resid_pre|resid_mid|resid_post
 OUTPUT: Final = re.compile(r"(^|\.)(lm_head|embed_out|output)\.weight$")
 INPUT: Final = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|word_embeddings|tok_embeddings)\.weight$")
 NORM: Final = re.compile(r"^(?!.*\.\d+\.)(.*\.)?(norm|ln_f|final_layer_norm|final_layernorm|norm_f|ln_out)\.(weight)$")
+HUB_NAME: Final = re.compile(r"[\w-][\w.-]{0,95}(/[\w-][\w.-]{0,95})?")
+COMMIT: Final = re.compile("[0-9a-f]{40}")
 ROWS: Final = 8192
 """Tokens of the vocabulary that are compared at a time."""
 LATENTS: Final = 1024
@@ -97,7 +99,9 @@ def model_folder(harvested: str, commit: str, name: str | None) -> Path:
     wanted = name or harvested
     place = local_place(wanted)
     if place is None:
-        found = try_to_load_from_cache(ALIASES.get(wanted, wanted), CONFIG, revision=commit)
+        found = None
+        if HUB_NAME.fullmatch(location := ALIASES.get(wanted, wanted)) and COMMIT.fullmatch(commit):
+            found = try_to_load_from_cache(location, CONFIG, revision=commit)
         if not isinstance(found, str):
             raise NoLens(f"its model {wanted} is not on this machine. Name its folder with --model")
         return Path(found).parent

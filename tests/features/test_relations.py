@@ -1,0 +1,185 @@
+"""What is computed beside the counts: lexical rules, what fires together, directions alike, the logit lens."""
+
+import itertools
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from support.features import all_latents, make_run, make_sae, make_store
+from transformers import AutoModelForCausalLM
+
+from harvest.run import harvest
+from shared.config import HarvestConfig, TrainConfig
+from shared.errors import UserError
+from shared.features import FeaturesConfig
+from shared.saes import sae_config
+from shared.store.opened import Store
+from train.autoencoder import Autoencoder
+from train.features.cofire import AT_A_TIME, cofiring
+from train.features.lens import NoLens, find_unembedding
+from train.features.pairs import PairRun
+from train.features.rules import lexical_rules
+from train.features.run import features
+from train.features.slots import lottery
+from train.run import train
+
+
+def f1(chosen: tuple[int, ...], counts: np.ndarray, read: np.ndarray, firings: int) -> float:
+    return float(2 * counts[list(chosen)].sum() / (firings + read[list(chosen)].sum()))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_rule_has_the_largest_f1_of_all_sets_of_tokens(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    read = rng.integers(20, 400, 12)
+    counts = (read * rng.random((5, 12)) ** 3).astype(np.int64)
+    counts[4] = 2  # too few firings on each token
+    pole, token = np.nonzero(counts)
+    keys = np.repeat((pole + 3) << 32 | token, counts[pole, token])
+    run = PairRun.of(keys >> 32, keys & 0xFFFFFFFF)
+    firings = counts.sum(1)
+    rules = lexical_rules(run, 3, firings, read)
+    sets = [each for n in range(1, 9) for each in itertools.combinations(range(12), n)]
+    for number in range(4):
+        allowed = [each for each in sets if (counts[number][list(each)] >= 3).all()]
+        best = max(f1(each, counts[number], read, firings[number]) for each in allowed)
+        mine = tuple(rules.token[rules.pole == number + 3].tolist())
+        assert rules.f1[number] == pytest.approx(best)
+        assert f1(mine, counts[number], read, firings[number]) == pytest.approx(best)
+    assert rules.f1[4] == 0
+    assert not (rules.pole == 7).any()
+
+
+@pytest.mark.parametrize("at_a_time", [1, 500, AT_A_TIME])
+@pytest.mark.parametrize("sides", [1, 2])
+def test_what_fires_together(sides: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("train.features.cofire.AT_A_TIME", at_a_time)
+    rng = np.random.default_rng(0)
+    on = rng.random((400, 30)) < 0.15 * rng.random(30)
+    on[:, 20] = on[:, 3] | (rng.random(400) < 0.02)
+    if sides == 2:
+        on[:, 1::2] &= ~on[:, ::2]
+    order = np.random.default_rng(1).permutation(on.sum())
+    place, pole = np.nonzero(on)[0][order] * 3, np.nonzero(on)[1][order]
+    found = cofiring(place, pole, sides, 31, len(on))
+    assert np.array_equal(found.pole, np.sort(found.pole))
+    for one in range(30):
+        both = (on[:, [one]] & on).sum(0)
+        union = (on[:, [one]] | on).sum(0)
+        others = [o for o in range(30) if o // sides != one // sides and both[o] >= 3]
+        wanted = sorted(others, key=lambda o: (-np.float32(both[o] / union[o]), o))[:8]
+        mine = found.pole == one
+        assert found.other[mine].tolist() == wanted
+        assert found.jaccard[mine] == pytest.approx([both[o] / union[o] for o in wanted])
+        expected = [on[:, one].sum() * on[:, o].sum() / len(on) for o in wanted]
+        assert found.lift[mine] == pytest.approx([both[o] / e for o, e in zip(wanted, expected, strict=True)])
+
+
+def test_the_files_hold_cofiring_on_sampled_tokens_and_directions_by_pole(tmp_path: Path) -> None:
+    store, sae = make_store(tmp_path / "s", 5000), make_sae("sa-gsae", 40)
+    run = make_run(tmp_path / "run", store, [sae])
+    done = features(FeaturesConfig(run=run, device="cpu", cofire_every=3))
+    rows = pq.read_table(done.folder / "latents.parquet").to_pylist()
+    truth = all_latents(store, sae)
+    sampled = np.arange(5000) % 3 == 0
+    unit = sae.weights.W_dec.numpy() / sae.weights.W_dec.norm(dim=1, keepdim=True).numpy()
+    cosines = unit @ unit.T
+    listed = 0
+    for row in rows:
+        i, sign = row["latent"], row["sign"]
+        mine = (sign * truth.f[sampled, i]) > 0
+        for each in row["cofire"]:
+            theirs = (each["sign"] * truth.f[sampled, each["latent"]]) > 0
+            assert each["jaccard"] == pytest.approx((mine & theirs).sum() / (mine | theirs).sum(), rel=1e-6)
+            listed += 1
+        others = np.delete(np.arange(40), i)
+        by_cosine = others[np.argsort(-sign * cosines[i, others], kind="stable")]
+        assert [each["latent"] for each in row["near"]] == by_cosine[:8].tolist()
+        assert [each["latent"] for each in row["far"]] == by_cosine[::-1][:8].tolist()
+        near = [sign * cosines[i, each["latent"]] for each in row["near"]]
+        assert [each["cosine"] for each in row["near"]] == pytest.approx(near, abs=1e-6)
+    assert listed > 400
+    assert rows[0]["lens"] is None
+
+
+def test_the_lottery_is_uniform_and_differs_between_poles() -> None:
+    places = np.arange(40_000)
+    nothing = np.zeros(len(places), np.float32)
+    ranks = np.stack([lottery(np.full(len(places), pole), nothing, places) for pole in range(25)])
+    assert ranks.max() < 2**63
+    counts = np.histogram(ranks / 2.0**63, 100, (0, 1))[0]
+    assert ((counts - 10_000) ** 2 / 10_000).sum() < 148.2, "the 99.9 % quantile of χ² with 99 degrees of freedom"
+    assert len(np.unique(ranks)) == ranks.size
+    between = np.corrcoef((ranks / 2.0**63)[:, :5000])
+    assert np.abs(between - np.eye(25)).max() < 0.07
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, model_folder: Path, harvest_config: Any) -> Path:
+    folder = tmp_path_factory.mktemp("lens")
+    model = shutil.copytree(model_folder, folder / "model")
+    config: Callable[..., HarvestConfig] = harvest_config
+    asked = config(folder, model=str(model), tokens=1000, corpus=str(model_folder / "corpus.jsonl"))
+    saes = tuple(sae_config(arch=arch, d_sae=20) for arch in ("sa-gsae", "relu"))
+    return train(
+        TrainConfig(
+            store=str(harvest(asked).store), hook="mlp_out", saes=saes, tokens=640, batch=64, device="cpu",
+            out=folder / "run", heldout_tokens=64,
+        )
+    ).run  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", ["sa-gsae", "relu"])
+def test_the_lens_is_what_a_direction_raises_at_the_output(arch: str, trained: Path) -> None:
+    (name,) = [path.name for path in (trained / "saes").iterdir() if path.name.startswith(arch)]
+    done = features(FeaturesConfig(run=trained, sae=name, device="cpu"))
+    assert done.lens
+    model = AutoModelForCausalLM.from_pretrained(trained.parent / "model").double()
+    d = Autoencoder.load(trained / "saes" / name).weights.W_dec.double()
+    gamma = model.gpt_neox.final_layer_norm.weight
+    with torch.no_grad():
+        logits = ((d - d.mean(1, keepdim=True)) * gamma) @ model.get_output_embeddings().weight.T
+        logits -= logits.mean(1, keepdim=True)
+    rows = pq.read_table(done.folder / "latents.parquet", columns=["latent", "sign", "lens"]).to_pylist()
+    assert len(rows) == (40 if arch == "sa-gsae" else 20)
+    for row in rows:
+        best = (row["sign"] * logits[row["latent"]]).topk(16)
+        assert [each["token"] for each in row["lens"]] == best.indices.tolist()
+        assert [each["logit"] for each in row["lens"]] == pytest.approx(best.values.tolist(), rel=1e-4)
+
+
+def test_without_the_model_the_rest_is_there(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = trained.parent / "model"
+    (name,) = [path.name for path in (trained / "saes").iterdir() if "sa-gsae" in path.name]
+    asked = FeaturesConfig(run=trained, sae=name, device="cpu", overwrite=True)
+    moved = model.rename(trained.parent / "elsewhere")
+    try:
+        done = features(asked)
+        assert not done.lens
+        assert "no logit lens: its model" in capsys.readouterr().err
+        assert pq.read_table(done.folder / "latents.parquet")["lens"].null_count == 40
+        with pytest.raises(UserError, match=r"was made without a logit lens. Add --overwrite"):
+            features(asked.model_copy(update={"overwrite": False, "model": str(moved)}))
+        assert features(asked.model_copy(update={"model": str(moved)})).lens
+        weights = (moved / "model.safetensors").read_bytes()
+        (moved / "model.safetensors").write_bytes(weights[:-1] + bytes([weights[-1] ^ 1]))
+        with pytest.raises(UserError, match="is not the model that the store was harvested from"):
+            features(asked.model_copy(update={"model": str(moved)}))
+        (moved / "model.safetensors").write_bytes(weights)
+    finally:
+        moved.rename(model)
+
+
+def test_a_store_without_a_hookpoint_on_the_residual_stream_has_no_lens(
+    store: Store,
+) -> None:
+    hook = next(iter(store.spec.hookpoints))
+    point = store.spec.hookpoints[hook].model_copy(update={"name": "blocks.1.attn.hook_z"})
+    spec = store.spec.model_copy(update={"hookpoints": {hook: point}})
+    with pytest.raises(NoLens, match="is not on the residual stream"):
+        find_unembedding(Store(store.files, spec, store.state, store.commits), hook, None)
