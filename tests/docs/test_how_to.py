@@ -10,7 +10,7 @@ import pytest
 import typer
 import yaml
 from support.command import ROOT, Sagsae
-from support.pages import blocks_of, commands_of
+from support.pages import PageBlock, blocks_of, commands_of, run_block
 
 import cli
 from harvest.corpus import readers
@@ -187,3 +187,23 @@ def test_pages_named_in_the_text_exist() -> None:
     named = {(name, path) for path in files for name in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg|png)", path.read_text())}
     assert named
     assert sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in named if not (ROOT / name).exists()) == []
+
+
+def test_exports_as_their_page_makes_them(store: Store, tmp_path: Path, sagsae: Sagsae) -> None:
+    """The page's commands, on a run with an autoencoder of each kind."""
+    train = "--arch sa-gsae:48 --sparsity 0.2 --arch topk:48 --k 32 --batch 64 --tokens 1280 --seed 0".split()
+    place = tmp_path / "runs/three"
+    done = sagsae("train", "--store", store.root, "--hook", "resid_post", *train, "--out", place, "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    blocks = [block for block in blocks_of(DOCS / "how-to/use-in-saelens.md") if block.language == "sh"]
+    assert len(blocks) == 2
+    for block in blocks:
+        if "gemma-scope" in block.code:  # TopK has no form there: the others are one command each
+            lines = [line for line in block.code.splitlines() if "gemma-scope" not in line]
+            block = PageBlock("sh", "\n".join(lines), None)
+        run_block(block, tmp_path)
+    folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/**/*") if path.is_file()}
+    names = ("sa-gsae-48-lambda0.2-seed0", "topk-48-k32-seed0")
+    assert {f"exported/blocks.1.hook_resid_post/{name}" for name in names} <= folders
+    assert {f"for-saebench/blocks.1.hook_resid_post/{name}" for name in names} <= folders
+    assert {f"approximated/{name}/layers.1" for name in names} <= folders

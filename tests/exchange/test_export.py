@@ -33,12 +33,15 @@ CASES = [
     ("sparsify", "topk", "auto"),
     *(("gemma-scope", name, "auto") for name in THRESHOLDS),
 ]
-SAELENS = {"relu": "standard", "jumprelu": "jumprelu", "batch-topk": "jumprelu", "abs-topk": "jumprelu", "topk": "topk"}
+SAELENS = {
+    "relu": "standard", "jumprelu": "jumprelu", "batch-topk": "jumprelu", "abs-topk": "jumprelu", "topk": "topk",
+    "signed-topk": "abstopk",
+}  # fmt: skip
 AUTO = {
     "saelens": dict.fromkeys(VARIANTS, "gated") | SAELENS,
     "dictionary-learning": dict.fromkeys(VARIANTS, "gated")
     | SAELENS
-    | dict.fromkeys(("batch-topk", "abs-topk"), "batch-topk"),
+    | {"batch-topk": "batch-topk", "abs-topk": "batch-topk", "signed-topk": "topk"},
     "sparsify": dict.fromkeys(VARIANTS, "topk"),
     "gemma-scope": dict.fromkeys(VARIANTS, "jumprelu"),
 }
@@ -108,6 +111,24 @@ def test_decoder_rows_are_unit_where_the_format_wants_them(tmp_path: Path) -> No
     assert len(set(norms.tolist())) < D_SAE
     kept = load_file(one(tmp_path / "sae", "saelens", out=tmp_path / "s").folder / "sae_weights.safetensors")
     assert np.array_equal(kept["W_dec"], dead["W_dec"].numpy())
+
+
+@pytest.mark.parametrize(("name", "form"), [(name, "jumprelu") for name in GATED] + [("untied", "bijumprelu")])
+def test_thresholds_where_the_offset_decides(tmp_path: Path, name: str, form: str) -> None:
+    """With b far below zero a latent is active where eʳa + b is above zero, whatever θ is; with a θ below zero too."""
+    sae = save(tmp_path / "sae", name)
+    w = sae.weights.named()
+    w["b"][:, ::2] = -2 * (w["r"].exp() * w["theta"]).amax()
+    if not sae.signed:
+        w["theta"][:, ::3] *= -1
+    changed = Autoencoder(sae.config, type(sae.weights)(**w), sae.scale)
+    changed.save(tmp_path / "sae", ABOUT)
+    done, x = one(tmp_path / "sae", "saelens", form=form), rows()
+    tensors = load_file(done.folder / "sae_weights.safetensors")
+    if form == "jumprelu":
+        assert tensors["threshold"].min() == 0
+        assert tensors["threshold"].max() > 1
+    check_equal(changed, x, SAYS["saelens"](done.folder, x.double().numpy()))
 
 
 # what the files hold
