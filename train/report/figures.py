@@ -21,8 +21,8 @@ from train.report.data import Curve
 from train.report.frontier import mean_of_seeds
 from train.report.sae import FrontierKey, MeasuredSAE
 
-MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down")
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px,2px,2px,2px,2px")
+MARKERS = ("circle", "diamond", "square", "triangle-up", "cross", "star", "triangle-down", "hexagon")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot", "8px,2px,2px,2px,2px,2px", "10px,2px,2px,2px")
 Curves = Sequence[tuple[MeasuredSAE, Curve]]
 
 

@@ -7,10 +7,10 @@ const config = { responsive: true, displaylogo: false, modeBarButtons: [["toImag
 const markers = {
   circle: "M15 2a4 4 0 1 0 .01 0z", diamond: "M15 1l5 5-5 5-5-5z", square: "M11 2h8v8h-8z",
   "triangle-up": "M15 1l5 9H10z", cross: "M13.5 1h3v3.5H20v3h-3.5V11h-3V7.5H10v-3h3.5z", star: "M15 0l2 4 4 1-3 3 1 4-4-2-4 2 1-4-3-3 4-1z",
-  "triangle-down": "M10 2h10l-5 9z",
+  "triangle-down": "M10 2h10l-5 9z", hexagon: "M15 1l4.3 2.5v5L15 11l-4.3-2.5v-5z",
 };
 const dashes = { solid: "", dash: "6 4", dot: "2 3", dashdot: "6 3 2 3", longdash: "10 4", longdashdot: "10 3 2 3",
-  "8px,2px,2px,2px,2px,2px": "8 2 2 2 2 2" };
+  "8px,2px,2px,2px,2px,2px": "8 2 2 2 2 2", "10px,2px,2px,2px": "10 2 2 2" };
 
 function colour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue("--" + name).trim();
