@@ -35,7 +35,7 @@ def counted(folder: Path, truth: AllLatents, signed: bool, rtol: float) -> None:
     found_pairs = dict(
         zip(zip(pairs["latent"], pairs["sign"], pairs["token"], strict=True), pairs["count"], strict=True)
     )
-    expected_pairs = {}
+    expected_pairs: dict[tuple[int, int, int], int] = {}
     for at, (latent, sign) in enumerate(zip(latents["latent"], latents["sign"], strict=True)):
         size = np.maximum(sign * truth.f[:, latent], 0)
         on = np.flatnonzero(size)

@@ -87,8 +87,8 @@ class PoleTable:
         counts = np.bincount(number, minlength=many)
         self.firings[poles] += counts
         sizes = code.size.astype(np.float64)
-        self.mass.add(poles, np.bincount(number, sizes, many))
-        self.energy.add(poles, np.bincount(number, sizes**2, many))
+        self.mass.add(poles, np.bincount(number, sizes, many).astype(np.float64))
+        self.energy.add(poles, np.bincount(number, sizes**2, many).astype(np.float64))
         bins = bins_of(code.size, self.scale)
         cells = np.bincount(number * BINS + bins, minlength=many * BINS)
         self.hist[poles] += cells.reshape(many, BINS).astype(np.uint32)
