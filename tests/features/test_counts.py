@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support.features import ARCHS, VOCABULARY, AllLatents, all_latents, make_run, make_sae, make_store
+from support.exact.runs import ARCHS, VOCABULARY, AllLatents, all_latents, make_run, make_sae, make_store
 
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from train.features.run import features
 from train.features.slots import lottery
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 from support.command import Sagsae
-from support.features import HOOK, make_run, make_sae, make_store
+from support.exact.runs import HOOK, make_run, make_sae, make_store
 from support.folders import before_each_file
 
 from shared.errors import BusyError, DamagedError, UserError
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from train.features.run import features
 from train.features.tables import FILES

@@ -15,13 +15,13 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.command import ROOT, Sagsae
-from support.features import all_latents, make_run, make_sae, make_store
+from support.exact.runs import all_latents, make_run, make_sae, make_store
 from support.folders import before_each_file
 
 import train.features.pairs
 import train.features.run
 from shared.errors import Interrupted
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from train.data.rows import HookRows
 from train.features.arrays import read_arrays
 from train.features.job import FeaturesJob
@@ -192,7 +192,7 @@ LOOP = """
 import sys
 import train.features.run as run
 from pathlib import Path
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 run.SAVE_SECONDS = run.SAVE_SHARE = 0.0
 run.features(FeaturesConfig(run=Path(sys.argv[1]), device="cpu"))
 """

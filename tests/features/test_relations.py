@@ -10,14 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.features import all_latents, make_run, make_sae, make_store
+from support.exact.runs import all_latents, make_run, make_sae, make_store
 from transformers import AutoModelForCausalLM
 
 from harvest.run import harvest
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.features import FeaturesConfig
 from shared.saes import sae_config
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
 from train.features.cofire import AT_A_TIME, affordable, cofiring

@@ -11,8 +11,8 @@ import torch
 
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.features import FeaturesConfig
 from shared.files.base import is_remote
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store, find_hookpoint
 from train.autoencoder import Autoencoder, settings_of
 from train.data.follow import check_segments
