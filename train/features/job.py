@@ -33,7 +33,7 @@ COFIRE_EVERY: Final = 8
 COFIRE_FIRINGS: Final = 4_000_000
 """Maximum number of firings among which co-firing is counted."""
 SLOT_BYTES: Final = 4 + 8 + 2 * WINDOW
-BASE_BYTES: Final = 480_000_000
+BASE_BYTES: Final = 560_000_000
 """The program itself with its libraries."""
 BLOCK_BYTES: Final = 24 * VALUES
 """What a thread needs for the latents of a block: six temporaries in float32."""
