@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support.features import ARCHS, VOCABULARY, AllLatents, all_latents, make_run, make_sae, make_store
+from support.exact.runs import ARCHS, VOCABULARY, AllLatents, all_latents, make_run, make_sae, make_store
 
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from train.features.run import features
 from train.features.slots import lottery
 
@@ -35,7 +35,7 @@ def counted(folder: Path, truth: AllLatents, signed: bool, rtol: float) -> None:
     found_pairs = dict(
         zip(zip(pairs["latent"], pairs["sign"], pairs["token"], strict=True), pairs["count"], strict=True)
     )
-    expected_pairs = {}
+    expected_pairs: dict[tuple[int, int, int], int] = {}
     for at, (latent, sign) in enumerate(zip(latents["latent"], latents["sign"], strict=True)):
         size = np.maximum(sign * truth.f[:, latent], 0)
         on = np.flatnonzero(size)

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 from support.command import Sagsae
-from support.features import HOOK, make_run, make_sae, make_store
+from support.exact.runs import HOOK, make_run, make_sae, make_store
 from support.folders import before_each_file
 
 from shared.errors import BusyError, DamagedError, UserError
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
-from train.features.choice import best_at_median
-from train.features.run import FILES, features
+from train.features.run import features
+from train.features.tables import FILES
+from train.report.choice import best_at_median
 from train.report.sae import MeasuredSAE
 from train.runs.folder import RunFolder, read_sealed, write_sealed
 

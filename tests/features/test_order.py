@@ -15,17 +15,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from support.command import ROOT, Sagsae
-from support.features import all_latents, make_run, make_sae, make_store
+from support.exact.runs import all_latents, make_run, make_sae, make_store
 from support.folders import before_each_file
 
 import train.features.pairs
 import train.features.run
 from shared.errors import Interrupted
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 from train.data.rows import HookRows
 from train.features.arrays import read_arrays
 from train.features.job import FeaturesJob
-from train.features.run import FILES, features
+from train.features.run import features
+from train.features.tables import FILES
 from train.features.tally import Tally, done_in
 
 TOKENS = 6000
@@ -106,7 +107,7 @@ def test_files_of_pairs_and_threads_do_not_matter(
 ) -> None:
     monkeypatch.setattr(train.features.pairs, "SPILLED", 300)
     monkeypatch.setattr(train.features.pairs, "RUNS", 2)
-    monkeypatch.setattr(train.features.run.torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr("torch.get_num_threads", lambda: 1)
     assert result_of(run) == whole
 
 
@@ -164,7 +165,12 @@ def test_what_was_counted_is_not_counted_again(run: Path, monkeypatch: pytest.Mo
         features(FeaturesConfig(run=run, device="cpu"))
     monkeypatch.setattr(HookRows, "values", real)
     again: list[int] = []
-    monkeypatch.setattr(Tally, "take", lambda self, shard, *rest: again.append(shard) or take(self, shard, *rest))
+
+    def noted(self: Tally, shard: int, *rest: Any) -> None:
+        again.append(shard)
+        take(self, shard, *rest)
+
+    monkeypatch.setattr(Tally, "take", noted)
     features(FeaturesConfig(run=run, device="cpu"))
     assert set(again) == set(range(-(-TOKENS // 512))) - set(range(7))
 
@@ -186,7 +192,7 @@ LOOP = """
 import sys
 import train.features.run as run
 from pathlib import Path
-from shared.features import FeaturesConfig
+from shared.schemas.features import FeaturesConfig
 run.SAVE_SECONDS = run.SAVE_SHARE = 0.0
 run.features(FeaturesConfig(run=Path(sys.argv[1]), device="cpu"))
 """

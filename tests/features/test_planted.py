@@ -9,8 +9,8 @@ import torch
 
 from harvest.synth import synth
 from shared.config import SynthConfig, TrainConfig
-from shared.features import FeaturesConfig
 from shared.saes import sae_config
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from shared.synthetic import truth_of
 from train.autoencoder import Autoencoder

@@ -10,17 +10,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from support.features import all_latents, make_run, make_sae, make_store
+from support.exact.runs import all_latents, make_run, make_sae, make_store
 from transformers import AutoModelForCausalLM
 
 from harvest.run import harvest
 from shared.config import HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.features import FeaturesConfig
 from shared.saes import sae_config
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
-from train.features.cofire import AT_A_TIME, cofiring
+from train.features.cofire import AT_A_TIME, affordable, cofiring
 from train.features.lens import NoLens, find_unembedding
 from train.features.pairs import PairRun
 from train.features.rules import lexical_rules
@@ -78,6 +78,26 @@ def test_what_fires_together(sides: int, at_a_time: int, monkeypatch: pytest.Mon
         assert found.jaccard[mine] == pytest.approx([both[o] / union[o] for o in wanted])
         expected = [on[:, one].sum() * on[:, o].sum() / len(on) for o in wanted]
         assert found.lift[mine] == pytest.approx([both[o] / e for o, e in zip(wanted, expected, strict=True)])
+
+
+def test_a_few_full_tokens_do_not_make_cofiring_endless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Above the limit, only a random part of the tokens is counted, whatever the order of the firings."""
+    rng = np.random.default_rng(0)
+    on = rng.random((300, 40)) < 0.2
+    place, pole = np.nonzero(on)
+    whole = cofiring(place, pole, 1, 40, 600)
+    monkeypatch.setattr("train.features.cofire.MOST_PAIRS", int((on.sum(1) ** 2).sum() // 2))
+    kept, share = affordable(place)
+    assert 0.4 < share < 0.6
+    assert (on.sum(1)[np.unique(place[kept])] ** 2).sum() <= (on.sum(1) ** 2).sum() / 2
+    order = rng.permutation(len(place))
+    part, again = cofiring(place, pole, 1, 40, 600), cofiring(place[order], pole[order], 1, 40, 600)
+    assert np.array_equal(part.jaccard, again.jaccard)
+    monkeypatch.undo()
+    expected = cofiring(place[kept], pole[kept], 1, 40, round(600 * share))
+    assert np.array_equal(part.other, expected.other)
+    assert np.array_equal(part.lift, expected.lift)
+    assert not np.array_equal(part.jaccard, whole.jaccard)
 
 
 def test_the_files_hold_cofiring_on_sampled_tokens_and_directions_by_pole(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.features.encode import BlockCode
-from train.features.shard_rows import ShardRows
+from train.features.shard_rows import OrderedRows
 
 WINDOW: Final = 40
 """Tokens of a window of text around a firing."""
@@ -28,7 +28,7 @@ class PoleCode:
     """Firings of one block of latents, by pole and then in token order. All arrays are [firings]."""
 
     code: BlockCode
-    rows: ShardRows
+    rows: OrderedRows
     context: int
     """Tokens of a context."""
     sides: int

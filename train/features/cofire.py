@@ -6,12 +6,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from train.features.slots import counted_off
+from train.features.slots import counted_off, mixed
 
 PARTNERS: Final = 8
 """Poles listed for each pole."""
 FEWEST: Final = 3
 """Tokens on which two poles must fire together to be listed."""
+MOST_PAIRS: Final = 100_000_000
+"""Maximum number of pairs that are counted. A few tokens on which thousands of latents fire hold most of the pairs."""
 AT_A_TIME: Final = 1 << 21
 """Pairs counted at a time."""
 
@@ -30,10 +32,13 @@ class Cofiring:
 
 def cofiring(place: NDArray[np.int64], pole: NDArray[np.int64], sides: int, poles: int, sampled: int) -> Cofiring:
     """Counts all pairs of poles that fire on the same token. `place`, `pole`: the firings on `sampled` tokens, in any
-    order. The two poles of one latent never fire together."""
+    order. Where there are more than MOST_PAIRS pairs, it counts on a random part of the tokens. The two poles of one
+    latent never fire together."""
     order = np.lexsort((pole, place))
-    pole = pole[order]
-    token = np.unique(place[order], return_inverse=True)[1] if len(place) else place
+    place, pole = place[order], pole[order]
+    kept, share = affordable(place)
+    place, pole, sampled = place[kept], pole[kept], round(sampled * share)
+    token = np.unique(place, return_inverse=True)[1] if len(place) else place
     begins = np.searchsorted(token, np.arange(int(token.max(initial=-1)) + 2))
     length = np.diff(begins)
     fires = np.bincount(pole, minlength=poles)
@@ -50,6 +55,16 @@ def cofiring(place: NDArray[np.int64], pole: NDArray[np.int64], sides: int, pole
         low = high
     names = ("pole", "other", "jaccard", "lift")
     return Cofiring(*(np.concatenate([getattr(each, name) for each in found]) for name in names))
+
+
+def affordable(place: NDArray[np.int64]) -> tuple[NDArray[np.bool_], float]:
+    """Marks the firings on as many tokens, in the order of a fixed hash, as hold MOST_PAIRS pairs together; at least
+    one token. Returns the share of the tokens that are marked, too."""
+    tokens, count = np.unique(place, return_counts=True)
+    order = np.argsort(mixed(tokens.astype(np.uint64)), kind="stable")
+    many = max(1, int(np.searchsorted(np.cumsum(count[order].astype(np.int64) ** 2), MOST_PAIRS, "right")))
+    kept = np.sort(tokens[order[:many]])
+    return np.isin(place, kept), len(kept) / max(1, len(tokens))
 
 
 def pairs_of(

@@ -11,29 +11,29 @@ import torch
 
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.features import FeaturesConfig
 from shared.files.base import is_remote
+from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store, find_hookpoint
 from train.autoencoder import Autoencoder, settings_of
 from train.data.follow import check_segments
 from train.data.norm_filter import left_out, recorded_limit
 from train.data.snapshot import as_recorded, content_of
 from train.evaluate import diverged_of, load_checked
-from train.features.choice import choose
 from train.features.code import WINDOW
+from train.features.cofire import MOST_PAIRS
 from train.features.encode import VALUES, BlockEncoder
 from train.features.poles import BINS
 from train.features.shard_rows import RowSource
 from train.features.tally import TallyShape
+from train.report.choice import choose
 from train.runs.folder import RunFolder
 from train.sae.families import family
 
 COFIRE_EVERY: Final = 8
-COFIRE_PAIRS: Final = 100_000_000
 COFIRE_FIRINGS: Final = 4_000_000
-"""Most pairs of firings, and most firings, among which it is counted what fires together."""
+"""Maximum number of firings among which co-firing is counted."""
 SLOT_BYTES: Final = 4 + 8 + 2 * WINDOW
-BASE_BYTES: Final = 480_000_000
+BASE_BYTES: Final = 560_000_000
 """The program itself with its libraries."""
 BLOCK_BYTES: Final = 24 * VALUES
 """What a thread needs for the latents of a block: six temporaries in float32."""
@@ -147,5 +147,5 @@ def make_job(config: FeaturesConfig) -> FeaturesJob:
 
 
 def usual_sampling(rows: int, l0: float) -> int:
-    """Of how many tokens one is looked at to see what fires together."""
-    return max(COFIRE_EVERY, math.ceil(rows * l0**2 / COFIRE_PAIRS), math.ceil(rows * l0 / COFIRE_FIRINGS))
+    """Returns n, where co-firing is counted on every n-th token by default."""
+    return max(COFIRE_EVERY, math.ceil(rows * l0**2 / MOST_PAIRS), math.ceil(rows * l0 / COFIRE_FIRINGS))

@@ -7,7 +7,7 @@ and γ are read from the model's files; nothing else of the model is loaded, and
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +113,9 @@ def model_folder(harvested: str, commit: str, name: str | None) -> Path:
     return Path(source.location)
 
 
-def unembedding_in(folder: Path, files: list[tuple[Path, Mapping[str, Any]]], d_model: int, commit: str) -> Unembedding:
+def unembedding_in(
+    folder: Path, files: Sequence[tuple[Path, Mapping[str, Any]]], d_model: int, commit: str
+) -> Unembedding:
     """Finds both tensors by their names and shapes. Raises NoLens when they are missing or ambiguous."""
     from safetensors import safe_open
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from shared.errors import UserError
 from train.features.code import PoleCode
-from train.features.slots import Firings, Slots, lottery, strength
+from train.features.slots import CandidateFirings, Slots, lottery, strength
 
 BINS: Final = 48
 PER_OCTAVE: Final = 4
@@ -87,12 +87,12 @@ class PoleTable:
         counts = np.bincount(number, minlength=many)
         self.firings[poles] += counts
         sizes = code.size.astype(np.float64)
-        self.mass.add(poles, np.bincount(number, sizes, many))
-        self.energy.add(poles, np.bincount(number, sizes**2, many))
+        self.mass.add(poles, np.bincount(number, sizes, many).astype(np.float64))
+        self.energy.add(poles, np.bincount(number, sizes**2, many).astype(np.float64))
         bins = bins_of(code.size, self.scale)
         cells = np.bincount(number * BINS + bins, minlength=many * BINS)
         self.hist[poles] += cells.reshape(many, BINS).astype(np.uint32)
-        found = Firings(code.pole, code.value, code.place, code.windows)
+        found = CandidateFirings(code.pole, code.value, code.place, code.windows)
         self.best.take(poles, found)
         self.drawn.take(poles, found)
 

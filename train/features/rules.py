@@ -46,7 +46,8 @@ def lexical_rules(run: PairRun, first: int, firings: NDArray[np.int64], read: ND
     for _ in range(ROUNDS):
         gain = 2 * count - level[pole] * rows
         useful = gain > 0  # and never again for a larger level
-        pole, token, count, rows, gain = (each[useful] for each in (pole, token, count, rows, gain))
+        pole, token = pole[useful], token[useful]
+        count, rows, gain = count[useful], rows[useful], gain[useful]
         order = np.lexsort((token, -gain, pole))
         chosen = order[counted_off(pole[order]) < TOKENS]
         hits = np.bincount(pole[chosen], count[chosen], len(firings))

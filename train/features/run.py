@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from shared.device import pick_device
 from shared.errors import DamagedError, Interrupted, UserError
-from shared.features import FeaturesConfig
 from shared.files.local import explained, remove_tree, sync
 from shared.files.locks import LOCK_FILE, folder_lock
 from shared.gate import BadData
@@ -27,6 +26,7 @@ from shared.launch import begun_by_this_command
 from shared.memory import host_memory
 from shared.progress import duration, gigabytes, progress, say
 from shared.record import provenance, version
+from shared.schemas.features import FeaturesConfig
 from shared.stop import stop_requests
 from train.data.snapshot import SnapshotWatch
 from train.features.arrays import read_arrays

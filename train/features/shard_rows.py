@@ -25,7 +25,7 @@ from train.data.rows import HookRows, KeptRows, to_tensor
 
 
 @dataclass(frozen=True)
-class ShardRows:
+class OrderedRows:
     """The rows of one shard that count, in the order of the token stream."""
 
     start: int
@@ -43,7 +43,7 @@ class ShardRows:
     ids: NDArray[Any]
     """The token ids of every context that the shard touches."""
 
-    def on(self, device: torch.device) -> "ShardRows":
+    def on(self, device: torch.device) -> "OrderedRows":
         """Returns the same with the activations on a device."""
         return replace(self, values=self.values.to(device))
 
@@ -81,7 +81,7 @@ class RowSource:
         ranges = map(self.rows.store.spec.shard_range, self.shards)
         return sum(self.mask.count(start, stop) for start, stop in ranges)
 
-    def read(self, shard: int) -> ShardRows:
+    def read(self, shard: int) -> OrderedRows:
         """Reads and decodes one shard. Raises DamagedError when its bytes are not what was committed."""
         spec, size = self.rows.store.spec, self.rows.activations.layout.chunk_rows
         start, stop = spec.shard_range(shard)
@@ -100,7 +100,9 @@ class RowSource:
         assert values is not None
         first = start // spec.context
         ids = self.tokens[first : -(-stop // spec.context)].reshape(-1)
-        return ShardRows(start, stop, start + np.flatnonzero(counts), values, spec.n_tokens, first * spec.context, ids)
+        return OrderedRows(
+            start, stop, start + np.flatnonzero(counts), values, spec.n_tokens, first * spec.context, ids
+        )
 
 
 def contexts_within(store: Store, tokens: int | None) -> int:

@@ -42,8 +42,8 @@ def mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 
 @dataclass(frozen=True)
-class Firings:
-    """Firings that may be kept, sorted by pole and then by place."""
+class CandidateFirings:
+    """CandidateFirings that may be kept, sorted by pole and then by place."""
 
     pole: NDArray[np.int64]
     value: NDArray[np.float32]
@@ -72,7 +72,7 @@ class Slots:
         ranks = self.rank(numbers, value.reshape(-1), place.reshape(-1)).reshape(place.shape)
         return np.where(place < 0, NONE, ranks)
 
-    def take(self, poles: slice, found: Firings) -> None:
+    def take(self, poles: slice, found: CandidateFirings) -> None:
         """Keeps what belongs into the slots of `poles`, in which all poles of `found` are."""
         if not (self.n and len(found.pole)):
             return
@@ -86,7 +86,7 @@ class Slots:
         if len(which):
             self.put(found, which)
 
-    def put(self, found: Firings, which: NDArray[np.int64]) -> None:
+    def put(self, found: CandidateFirings, which: NDArray[np.int64]) -> None:
         """Merges some firings, sorted by pole, with what the slots of their poles hold."""
         touched, at = np.unique(found.pole[which], return_inverse=True)
         many, held = len(touched), len(touched) * self.n
@@ -118,7 +118,7 @@ class Slots:
         pole = np.repeat(np.arange(poles.start, poles.stop), self.n)
         held = np.flatnonzero(place >= 0)
         held = held[np.lexsort((place[held], pole[held]))]
-        self.take(poles, Firings(pole[held], value[held], place[held], lambda which: window[held[which]]))
+        self.take(poles, CandidateFirings(pole[held], value[held], place[held], lambda which: window[held[which]]))
 
 
 def likely(

@@ -20,7 +20,7 @@ from train.features.slots import Slots, counted_off, lottery
 from train.features.tally import KINDS, READ, Tally
 
 FILES: Final = ("latents.parquet", "examples.parquet", "pairs.parquet")
-POLES: Final = 2048
+POLES: Final = 512
 """Poles written at a time: a row group of latents.parquet."""
 TOKENS: Final = 16
 """Tokens listed for each pole."""
@@ -278,7 +278,9 @@ class Writer:
         """Adds a row group. The first one decides the types of the columns."""
         batch = pa.table(columns)
         if self.file is None:
-            self.file = pq.ParquetWriter(self.path, batch.schema, compression="zstd", version="2.6")
+            self.file = pq.ParquetWriter(
+                self.path, batch.schema, compression="zstd", compression_level=9, version="2.6"
+            )
         self.file.write_table(batch.cast(self.file.schema), row_group_size=max(1, len(batch)))
 
     def __exit__(self, *_: object) -> None:

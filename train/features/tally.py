@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from shared.errors import DamagedError
 from train.features.arrays import ArrayFile, read_arrays, write_arrays
 from train.features.code import PLACE_BITS, PoleCode
-from train.features.encode import BlockEncoder
+from train.features.encode import BlockCode, BlockEncoder
 from train.features.pairs import PairCounts, PairRun
 from train.features.poles import PoleTable
-from train.features.shard_rows import ShardRows
+from train.features.shard_rows import OrderedRows
 
 KINDS: Final = ("on", "before", "after")
 """The token that a pole fires on, the one before it, the one after it."""
@@ -80,7 +80,7 @@ class Tally:
     def file(self) -> Path:
         return self.folder / f"{self.name}.tally"
 
-    def take(self, shard: int, rows: ShardRows, encoder: BlockEncoder, pool: Executor) -> None:
+    def take(self, shard: int, rows: OrderedRows, encoder: BlockEncoder, pool: Executor) -> None:
         """Counts one shard. Each thread of `pool` computes one block of latents at a time."""
         if encoder.whole:
             found = list(pool.map(lambda code: self.take_block(code, rows), encoder.blocks(rows.values)))
@@ -97,7 +97,7 @@ class Tally:
         self.rows += len(rows.places)
         self.done.append(shard)
 
-    def take_block(self, code: Any, rows: ShardRows) -> BlockFindings:
+    def take_block(self, code: BlockCode, rows: OrderedRows) -> BlockFindings:
         """Counts one block of latents on one shard."""
         shape = self.shape
         poles = PoleCode(code, rows, shape.context, shape.sides)

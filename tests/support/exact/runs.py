@@ -92,7 +92,7 @@ def make_sae(arch: str, d_sae: int = 64, seed: int = 0) -> Autoencoder:
 def make_run(folder: Path, store: Store, saes: Sequence[Autoencoder], **changes: Any) -> Path:
     """A finished and evaluated run that read the whole store. The measurements in it are made up."""
     configs: tuple[SAEConfig, ...] = tuple(sae.config for sae in saes)
-    config = TrainConfig(store=str(store.root), hook=HOOK, saes=configs, out=folder, **changes)  # type: ignore[arg-type]
+    config = TrainConfig(store=str(store.root), hook=HOOK, saes=configs, out=folder, **changes)
     run = RunFolder(folder)
     run.make()
     identity = {**config.model_dump(mode="json"), **snapshot_of(store, HOOK), "norm_limit": None}

@@ -1,0 +1,1 @@
+"""Configurations of commands that shared/config.py does not hold."""

@@ -1,0 +1,1 @@
+"""Stores and runs whose arithmetic is exact."""
