@@ -39,10 +39,10 @@ from shared.config import (
     WorkConfig,
 )
 from shared.errors import UserError
-from shared.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
+from shared.schemas.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.schemas.features import FeaturesConfig
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {

@@ -12,7 +12,7 @@ from support.exchange import ABOUT, SAYS, check_equal, read, rows, save
 from support.variants import D_IN, D_SAE, VARIANTS
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange.export import Exported, export
 

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import UserError
-from shared.exchange import ExportConfig
 from shared.model.language_model import LanguageModel
 from shared.model.source import resolve_model
 from shared.saes import sae_config
+from shared.schemas.exchange import ExportConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
 from train.evaluate import evaluate

@@ -20,8 +20,8 @@ from support.serving.hub import hub as hub
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import BusyError, DamagedError, UserError
-from shared.exchange import PullConfig, PushConfig
 from shared.saes import sae_config
+from shared.schemas.exchange import PullConfig, PushConfig
 from train import load
 from train.evaluate import evaluate
 from train.hub.card import BEGIN, END

@@ -16,10 +16,10 @@ from support.stores import unfinished
 
 from shared.config import EvalConfig, TrainConfig
 from shared.errors import BusyError, DamagedError, UserError
-from shared.exchange import PullConfig, PushConfig
 from shared.files.base import parent_of
 from shared.files.open import open_files
 from shared.hub.place import parse_place
+from shared.schemas.exchange import PullConfig, PushConfig
 from shared.store.listing import describe_store, list_stores
 from shared.store.opened import Store, find_hookpoint
 from shared.store.verify import verify

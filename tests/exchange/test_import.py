@@ -12,7 +12,7 @@ from support.foreign.saes import HOOK, MODEL, ForeignSAE
 
 import train
 from shared.errors import UserError
-from shared.exchange import ImportConfig
+from shared.schemas.exchange import ImportConfig
 from train.autoencoder import Autoencoder
 from train.exchange.bring import Imported, bring
 

@@ -21,7 +21,7 @@ from support.command import ROOT
 from support.foreign import saes as foreign
 
 from shared.errors import UserError
-from shared.exchange import ImportConfig
+from shared.schemas.exchange import ImportConfig
 from train.exchange import tensors
 from train.exchange.bring import bring
 from train.exchange.tensors import read_json, read_npz, read_pickled, read_safetensors

@@ -10,8 +10,8 @@ from support.exchange import rows, save
 from support.variants import D_SAE, VARIANTS
 
 import train
-from shared.exchange import ExportConfig, ImportConfig
 from shared.saes import ARCHITECTURES
+from shared.schemas.exchange import ExportConfig, ImportConfig
 from train.autoencoder import Autoencoder
 from train.exchange.bring import bring
 from train.exchange.export import export

@@ -15,7 +15,7 @@ from support.foreign.saes import D_IN, D_SAE
 
 import train
 from shared.errors import UserError
-from shared.exchange import ImportConfig
+from shared.schemas.exchange import ImportConfig
 from train.exchange.bring import bring
 from train.exchange.saved import SavedSAE
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from support.command import ROOT
 
 import train
-from shared.exchange import ImportConfig
+from shared.schemas.exchange import ImportConfig
 from train.exchange.bring import bring
 
 ARCHIVE = ROOT / "tests/golden/released.tar.xz"

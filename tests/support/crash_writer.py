@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,8 +227,8 @@ def pair(root: Path, kills: int, longest: float) -> dict[str, int]:
         log, few = root / "manifest" / "rank-00001.jsonl", Store.open(root).spec.n_shards // 20
         even = start(share, 0)
         while counts["kills"] < kills and any(shard % 2 for shard in Store.open(root).missing):
-            last = lines_in(log) + few - 1
-            counts["kills"] += end(*start(share, 1), rng.uniform(0, longest), lambda last=last: lines_in(log) >= last)
+            enough = partial(has_lines, log, lines_in(log) + few - 1)
+            counts["kills"] += end(*start(share, 1), rng.uniform(0, longest), enough)
         for process in (start(share, 1), even):
             end(*process, None)
         counts["logs"] = len(list(root.glob("manifest/rank-*.jsonl")))
@@ -237,6 +238,10 @@ def pair(root: Path, kills: int, longest: float) -> dict[str, int]:
 
 def lines_in(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def has_lines(path: Path, count: int) -> bool:
+    return lines_in(path) >= count
 
 
 def die_at(step: int) -> None:

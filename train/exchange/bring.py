@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.exchange import ImportConfig
 from shared.files.local import explained, sync
 from shared.gate import BadData, quoted
+from shared.schemas.exchange import ImportConfig
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder
 from train.exchange.readers.base import TranslatedSAE
 from train.exchange.readers.dictionary_learning import read_dictionary_learning

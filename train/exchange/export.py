@@ -18,11 +18,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig
 from shared.files import local
 from shared.files.base import WHOLE_BYTES
 from shared.files.local import explained, read_whole
 from shared.gate import BadData, parse_json
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.data.order import split_rows
 from train.data.rows import HookRows

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Final
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig, PushConfig
 from shared.files.base import DOCUMENT_BYTES
 from shared.files.hub_files import HubFiles
 from shared.gate import SMALL, BadData, safe_path
@@ -21,6 +20,7 @@ from shared.hub.client import RepoState
 from shared.hub.place import HubPlace, HubRepo
 from shared.record import finite, sealed_json
 from shared.schema import build
+from shared.schemas.exchange import ExportConfig, PushConfig
 from train.autoencoder import SETTINGS, WEIGHTS
 from train.exchange.about import About, about_sae
 from train.exchange.export import Exported, export

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
-from shared.exchange import ImportConfig, PullConfig
 from shared.files.handles import Buffer
 from shared.files.hub_files import HubFiles
 from shared.files.local import explained, written_together
@@ -22,6 +21,7 @@ from shared.gate import SMALL, BadData, quoted, safe_path
 from shared.hub.client import HubFile, HubRefusal, RepoState, describe_file, list_files, repo_state
 from shared.hub.place import HubPlace, HubRepo, checked_revision, repo_named
 from shared.progress import progress
+from shared.schemas.exchange import ImportConfig, PullConfig
 from train.autoencoder import SETTINGS, WEIGHTS, Autoencoder, expected_size, settings_of
 from train.exchange.bring import bring
 from train.hub.layout import OWN

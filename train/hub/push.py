@@ -3,11 +3,11 @@
 import tempfile
 from pathlib import Path
 
-from shared.exchange import PushConfig
 from shared.files.base import is_remote
 from shared.files.open import open_files
 from shared.hub.place import HubRepo, repo_named
 from shared.progress import say
+from shared.schemas.exchange import PushConfig
 from shared.store.opened import is_store
 from train.exchange.saved import find_saes
 from train.hub.card import is_ours

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import DamagedError, UserError
-from shared.exchange import PushConfig
 from shared.gate import BadData, integer, members, number, parse_json, safe_path, text
 from shared.record import to_json
+from shared.schemas.exchange import PushConfig
 from train.exchange.about import About
 from train.exchange.export import Exported
 from train.exchange.saved import SavedSAE

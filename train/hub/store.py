@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from typing import Final
 
 from shared.errors import DamagedError, UserError
-from shared.exchange import PushConfig
 from shared.files.base import is_remote
 from shared.files.handles import VERIFY
 from shared.files.hub_files import HubFiles
 from shared.hub.client import RepoState
 from shared.hub.place import HubPlace, HubRepo, repo_named
 from shared.progress import say
+from shared.schemas.exchange import PushConfig
 from shared.store.create import RECORD
 from shared.store.manifest import INDEX, METADATA, read_metadata
 from shared.store.opened import STATE_FILE, Store, check_metadata_paths

@@ -46,7 +46,7 @@ def main(folder: Path, python: str) -> None:
     with running_hub() as hub, tempfile.TemporaryDirectory() as scratch:
         os.environ |= {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HOME": f"{scratch}/hf"}
         from shared.errors import UserError
-        from shared.exchange import PushConfig
+        from shared.schemas.exchange import PushConfig
         from train import load
         from train.exchange.saved import find_saes
         from train.hub.push import push

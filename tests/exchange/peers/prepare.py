@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 from harvest.run import harvest
 from shared.config import EvalConfig, HarvestConfig, TrainConfig
 from shared.errors import UserError
-from shared.exchange import ExportConfig
 from shared.saes import sae_config
+from shared.schemas.exchange import ExportConfig
 from shared.store.opened import find_hookpoint
 from train.data.order import split
 from train.data.rows import HookRows

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from support.variants import D_IN, batch, variant, weights
 from train.autoencoder import Autoencoder
 from train.exchange.export import export

@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig
 from shared.files.handles import Buffer
 from shared.record import to_json, version
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import FOR_SAELENS, Autoencoder
 from train.exchange.about import About
 from train.exchange.forms import TopKForm

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange import forms
 from train.exchange.about import About

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange import forms
 from train.exchange.about import About

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange import forms
 from train.exchange.about import About, measured_number

@@ -7,7 +7,7 @@ choose per token are exact; TopK in the place of thresholds is an approximation.
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.exchange import ExportConfig
+from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange import forms
 from train.exchange.about import About
