@@ -56,7 +56,7 @@ class BlockEncoder:
 
     def block(self, first: int, values: Shaped[Tensor, "rows d_in"]) -> BlockCode:
         """Encodes all rows with the latents of one block. Raises UserError when a latent is infinite."""
-        part = replace(self.sae, weights=self.sliced(first)).encode
+        part = Autoencoder(self.sae.config, self.sliced(first), self.sae.scale).encode
         rows = max(1, VALUES // min(self.width, self.d_sae - first))
         return by_latent(first, gathered(part, values, rows, first))
 
