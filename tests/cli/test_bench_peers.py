@@ -215,6 +215,7 @@ def test_no_process_is_left(tools: Path, settings: dict[str, Any]) -> None:  # n
     assert started[0].poll() is not None
 
 
+@pytest.mark.slow
 def test_steps_take_turns(tools: Path, store: Store, tmp_path: Path) -> None:  # noqa: ARG001
     peers = find_peers([sys.executable], "float32", "cpu")
     plan = StepBenchPlan([16, 24], 64, 3, "float32", 2, 8, 1, "cpu", peers, compiled=False, run_rounds=2)

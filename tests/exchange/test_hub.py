@@ -215,6 +215,7 @@ def test_somebody_elses_commit_in_between_is_never_overwritten(hub: Hub, one: Pa
     assert repo.files["README.md"] == b"# Somebody else's\n"
 
 
+@pytest.mark.slow
 def test_a_killed_push_resumes(hub: Hub, run: Path, sagsae: Sagsae) -> None:
     """The process ends while contents are uploaded."""
     hub.cut = lambda number: number > 2
@@ -562,6 +563,7 @@ def test_the_token_goes_to_the_hub_alone(hub: Hub, one: Path, tmp_path: Path) ->
 # The command line, and the token
 
 
+@pytest.mark.slow
 def test_the_token_is_in_no_file_and_no_output(hub: Hub, run: Path, tmp_path: Path, sagsae: Sagsae) -> None:
     outputs = []
     home = tmp_path / "work"

@@ -141,6 +141,7 @@ def test_a_resumed_run_ends_with_the_same_bits(arch: str, store: Store, train_co
     assert weights_of(stopped) == weights_of(whole) != {}
 
 
+@pytest.mark.slow
 def test_after_sigterm_from_the_command_line(store: Store, tmp_path: Path, sagsae: Sagsae) -> None:
     source = imported(tmp_path / "source", store, HOOK, "gated")
     words = [

@@ -84,6 +84,7 @@ def test_a_segment_that_changed_is_refused(train_config: Config, store: Store, g
         make_job(config, CPU).passes.get(0)
 
 
+@pytest.mark.slow
 def test_a_followed_run_that_was_killed_ends_with_the_same_bits(
     sagsae: Sagsae, harvest_config: Callable[..., HarvestConfig], tmp_path: Path
 ) -> None:

@@ -97,7 +97,7 @@ def measured(cases: list[tuple[Any, ...]]) -> list[list[int]]:
 @pytest.mark.parametrize(
     ("dtype", "form"),
     [
-        ("float32", "wide"),
+        pytest.param("float32", "wide", marks=pytest.mark.slow),
         *(
             pytest.param(*case, marks=DEEP)
             for case in (("float32", "deep"), ("bfloat16", "wide"), ("bfloat16", "deep"))

@@ -87,6 +87,7 @@ def test_processes_have_parted_when_python_ends(store: Store, tmp_path: Path, pa
     assert [(tmp_path / f"rank.py.{rank}").read_text() for rank in "01"] == ["0", "0"]
 
 
+@pytest.mark.slow
 def test_two_processes_with_autoencoders_of_their_own(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
