@@ -149,14 +149,16 @@ def print_table(title: str, rows: list[dict[str, Any]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title), title_justify="left", box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
     for column in rows[0] if rows else ():
         first = next((row[column] for row in rows if row[column] not in (None, "–")), "")
         numeric = isinstance(first, int | float) or str(first)[:1].isdigit()
         table.add_column(column, justify="right" if numeric else "left", no_wrap=True)
     for row in rows:
         table.add_row(*(Text("–" if value is None else str(value)) for value in row.values()))
-    Console(width=max(Console().width, 110)).print(table)  # a cell that is cut off is worth less than a long line
+    console = Console(width=max(Console().width, 110))  # a cell that is cut off is worth less than a long line
+    console.print(Text(title, style="italic"), soft_wrap=True)  # it may be a path, which somebody copies
+    console.print(table)
 
 
 def print_ratios(

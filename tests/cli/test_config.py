@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from shared.command import tables
 from shared.config import HarvestConfig, TrainConfig, demo_train
 from shared.errors import UserError
 from shared.saes import sae_config, sae_grid
@@ -111,3 +112,11 @@ def test_names_say_what_is_unusual() -> None:
 def test_configurations_are_frozen() -> None:
     with pytest.raises(ValueError, match="frozen"):
         demo_train(Path("demo"), "store").lr = 1.0  # type: ignore[misc]
+
+
+def test_a_long_path_above_a_table_stays_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """People copy it."""
+    path = f"evaluations/{'x' * 200}/measured.json"
+    tables.print_table(path, [{"arch": "relu", "l0": 3.0}])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.rstrip() for line in said] == [path, "arch   l0", "relu  3.0"]
