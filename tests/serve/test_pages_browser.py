@@ -269,18 +269,18 @@ def test_without_javascript_everything_is_there(browser: Any, service: Service) 
         assert page.get_by_role("row").count() >= 3
         page.locator("[name=tokens]").fill("4096")
         page.get_by_role("button", name="Plan only").click()
-        assert page.get_by_text("4 shards are harvested").is_visible()
+        page.get_by_text("4 shards are harvested").wait_for()
         assert page.locator("[name=tokens]").input_value() == "4096"
         page.get_by_role("button", name="Request", exact=True).click()
         page.wait_for_url("**/jobs/2")
-        assert page.get_by_text("queued").first.is_visible()
+        page.get_by_text("queued").first.wait_for()
         page.goto(f"{url}/stores/s")
-        assert page.get_by_text("Once upon a time").first.is_visible()
+        page.get_by_text("Once upon a time").first.wait_for()
         assert page.locator("svg.plot").count() == 2
         assert not page.locator(".copy").count()
         page.goto(f"{url}/?model=pythia-14m")
         page.get_by_role("button", name="Show the layers and hooks of this model").click()
-        assert page.get_by_text("Layers of pythia-14m").is_visible()
+        page.get_by_text("Layers of pythia-14m").wait_for()
     context.close()
 
 

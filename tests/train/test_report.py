@@ -533,7 +533,7 @@ def test_the_page_draws_alone_and_fits(visit: Visit, report: Path) -> None:
     box = visit.page.locator(".scroll").evaluate("box => [box.scrollWidth, box.clientWidth, box.offsetWidth]")
     assert box[0] > box[1], "the table is wider than its box, and says so"
     assert box[2] <= inner
-    assert visit.page.get_by_text("scroll it sideways to see all 22 columns").is_visible()
+    visit.page.get_by_text("scroll it sideways to see all 22 columns").wait_for()
     assert visit.requests == [report.as_uri()]
     assert visit.complaints == []
 
@@ -633,6 +633,6 @@ def test_without_javascript_the_numbers_are_there(browser: Any, report: Path) ->
     page = context.new_page()
     page.goto(report.as_uri())
     assert page.locator("tbody tr").count() == 18
-    assert page.get_by_text("JavaScript is switched off").first.is_visible()
+    page.get_by_text("JavaScript is switched off").first.wait_for()
     assert not page.locator(".plots").first.is_visible()
     context.close()
