@@ -127,7 +127,8 @@ def value_damaged(value: Any, rng: random.Random) -> Any:
         at = rng.randrange(len(value))
         return [*value[:at], value_damaged(value[at], rng), *value[at + 1 :]]
     if type(value) in (int, float) and rng.random() < 0.5:
-        return rng.choice([value + 1, -value, value * 1000, value / 3, int(value)])
+        third = value / 3 if abs(value) < 1e300 else value // 3  # of a huge integer there is no float
+        return rng.choice([value + 1, -value, value * 1000, third, int(value)])
     return rng.choice(VALUES)
 
 

@@ -178,6 +178,7 @@ class SlurmCluster:
             self.daemons[node].poll()
             assert time.monotonic() < patience, left
             time.sleep(0.02)
+        self.daemons[node].wait(10)
 
     def end(self) -> None:
         """Ends every job and daemon of this cluster, and nothing else."""
