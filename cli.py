@@ -38,8 +38,8 @@ from shared.command.parameters import (
     Processes,
     Repair,
     Rounds,
-    RunFolder,
     RunFolders,
+    RunOrNone,
     Scratch,
     Service,
     Source,
@@ -156,7 +156,7 @@ def answer_settings(context: typer.Context) -> dict[str, Any]:
 
 
 @command(app, "eval", group=STAGES, settings=OptionsFrom("eval"))
-def evaluate(context: typer.Context, run: RunFolder = None, as_json: Json = False) -> None:
+def evaluate(context: typer.Context, run: RunOrNone = None, as_json: Json = False) -> None:
     """Measure a run's autoencoders on its held-out tokens, or any autoencoder on those of a store.
 
     $ sagsae eval runs/three

@@ -92,7 +92,8 @@ StoreFolder = Annotated[
 ]
 Source = Annotated[str, argument("SOURCE", "A finished store.")]
 Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
-RunFolder = Annotated[
+RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
+RunOrNone = Annotated[
     Path | None, argument("RUN", "A training run's folder.", parser=at_home, show_default="none, with --sae")
 ]
 RunFolders = Annotated[list[Path], argument("RUN", "Folders of evaluated runs.", parser=at_home)]

@@ -1,4 +1,4 @@
-"""What is wrong with a run, a store or an option is said in one sentence; nothing is half-written."""
+"""A wrong run, store or option gets one sentence, and no file is left half-written."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What is computed beside the counts: lexical rules, what fires together, directions alike, the logit lens."""
+"""Lexical rules, co-firing, neighbouring directions and the logit lens equal their definitions."""
 
 import itertools
 import shutil

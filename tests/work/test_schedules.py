@@ -186,7 +186,7 @@ class Schedules(RuleBasedStateMachine):
     @precondition(lambda self: self.account.leases)
     @rule(data=st.data(), way=st.sampled_from(["renew", "release", "leave"]))
     def read(self, data: st.DataObject, way: str) -> None:
-        """A reader goes on, ends well, or is killed."""
+        """A reader renews its lease, gives it back, or is killed and does neither."""
         name = data.draw(st.sampled_from(sorted(self.account.leases)))
         lease = self.account.leases[name]
         lease.renewed = way == "renew"

@@ -1,4 +1,4 @@
-"""What is known about a saved autoencoder beside its weights: the model, the hookpoint, the corpus, what was measured.
+"""Collects what other tools ask about a saved autoencoder: model, hookpoint, corpus, and what was measured.
 
 It comes from cfg.json and, where the autoencoder belongs to a run, from the run's settings, its evaluation and its
 store. All of it may be anybody's: every value is checked here.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,72 +25,71 @@ GROUP: Final = "Exchange"
 
 def add_commands(app: typer.Typer) -> None:
     """Adds the commands to the command line."""
+    commands: dict[str, Callable[..., None]] = {"export": export, "import": import_, "push": push, "pull": pull}
+    for name, function in commands.items():
+        command(app, name, group=GROUP, settings=OptionsFrom(name))(function)
 
-    @command(app, group=GROUP, settings=OptionsFrom("export"))
-    def export(context: typer.Context, source: SavedPlace, as_json: Json = False) -> None:
-        """Write autoencoders as files that another tool loads.
 
-        The files need nothing of sagsae, and compute the same function. A signed latent becomes two latents there, i
-        and i + d_sae.
+def export(context: typer.Context, source: SavedPlace, as_json: Json = False) -> None:
+    """Write autoencoders as files that another tool loads.
 
-        $ sagsae export runs/three --to saelens --out exported
-        $ sagsae export runs/three/sa-gsae-512-lambda0.1-seed0 --to dictionary-learning --out exported
-        """
-        config = resolve(context, source=source)
-        from train.exchange.export import export as run
+    The files need nothing of sagsae, and compute the same function. A signed latent becomes two latents there, i
+    and i + d_sae.
 
-        done = run(config)
-        show([plain(each) for each in done], as_json, partial(print_exported, done))
+    $ sagsae export runs/three --to saelens --out exported
+    $ sagsae export runs/three/sa-gsae-512-lambda0.1-seed0 --to dictionary-learning --out exported
+    """
+    config = resolve(context, source=source)
+    from train.exchange.export import export as run
 
-    @command(app, "import", group=GROUP, settings=OptionsFrom("import"))
-    def import_(context: typer.Context, source: ForeignPlace, as_json: Json = False) -> None:
-        """Bring in an autoencoder that another tool trained.
+    done = run(config)
+    show([plain(each) for each in done], as_json, partial(print_exported, done))
 
-        It reads SAELens, dictionary_learning, sparsify, Gemma Scope, Llamascopium and OpenAI, and runs no code of a
-        file. The folder that it writes computes the same function.
 
-        $ sagsae import downloads/blocks.8.hook_resid_post --out imported/gpt2-8
-        $ sagsae import layer_12/params.npz --model gemma-2-2b --hook blocks.12.hook_resid_post --out imported/g12
-        """
-        config = resolve(context, source=source)
-        from train.exchange.bring import bring as run
+def import_(context: typer.Context, source: ForeignPlace, as_json: Json = False) -> None:
+    """Bring in an autoencoder that another tool trained.
 
-        done = run(config)
-        show(plain(done), as_json, partial(print_imported, done))
+    It reads SAELens, dictionary_learning, sparsify, Gemma Scope, Llamascopium and OpenAI, and runs no code of a
+    file. The folder that it writes computes the same function.
 
-    @command(app, group=GROUP, settings=OptionsFrom("push"))
-    def push(context: typer.Context, source: PushSource, as_json: Json = False) -> None:
-        """Publish autoencoders, or a store, on the Hugging Face hub.
+    $ sagsae import downloads/blocks.8.hook_resid_post --out imported/gpt2-8
+    $ sagsae import layer_12/params.npz --model gemma-2-2b --hook blocks.12.hook_resid_post --out imported/g12
+    """
+    config = resolve(context, source=source)
+    from train.exchange.bring import bring as run
 
-        It sends what the repository lacks, in one commit, and asks before anything becomes public. After a cut, repeat
-        the command. The token is that of `hf auth login` or HF_TOKEN.
+    done = run(config)
+    show(plain(done), as_json, partial(print_imported, done))
 
-        $ sagsae push runs/three --repo owner/my-saes --private
-        $ sagsae push stores/tiny --repo owner/my-activations
-        """
-        config = resolve(context, source=source)
-        from train.hub.push import push as run
 
-        asks = sys.stdin.isatty() and sys.stderr.isatty()
-        done = run(config, partial(typer.confirm, err=True) if asks else None)
-        show(dataclasses.asdict(done), as_json, partial(print_pushed, done))
+def push(context: typer.Context, source: PushSource, as_json: Json = False) -> None:
+    """Publish autoencoders, or a store, on the Hugging Face hub.
 
-    @command(app, group=GROUP, settings=OptionsFrom("pull"))
-    def pull(context: typer.Context, source: HubSource, as_json: Json = False) -> None:
-        """Bring autoencoders from the Hugging Face hub, those of other tools too.
+    It sends what the repository lacks, in one commit, and asks before anything becomes public. After a cut, repeat
+    the command. The token is that of `hf auth login` or HF_TOKEN.
 
-        $ sagsae pull owner/my-saes --out saes
-        $ sagsae pull owner/my-saes/blocks.2.hook_resid_post/sa-gsae-512-lambda0.1-seed0 --out sae
-        """
-        config = resolve(context, source=source)
-        from train.hub.pull import pull as run
+    $ sagsae push runs/three --repo owner/my-saes --private
+    $ sagsae push stores/tiny --repo owner/my-activations
+    """
+    config = resolve(context, source=source)
+    from train.hub.push import push as run
 
-        done = run(config)
-        show(
-            [plain(each) for each in done],
-            as_json,
-            partial(print_pulled, done),
-        )
+    asks = sys.stdin.isatty() and sys.stderr.isatty()
+    done = run(config, partial(typer.confirm, err=True) if asks else None)
+    show(dataclasses.asdict(done), as_json, partial(print_pushed, done))
+
+
+def pull(context: typer.Context, source: HubSource, as_json: Json = False) -> None:
+    """Bring autoencoders from the Hugging Face hub, those of other tools too.
+
+    $ sagsae pull owner/my-saes --out saes
+    $ sagsae pull owner/my-saes/blocks.2.hook_resid_post/sa-gsae-512-lambda0.1-seed0 --out sae
+    """
+    config = resolve(context, source=source)
+    from train.hub.pull import pull as run
+
+    done = run(config)
+    show([plain(each) for each in done], as_json, partial(print_pulled, done))
 
 
 def print_pushed(done: "Pushed") -> None:

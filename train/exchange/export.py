@@ -31,8 +31,8 @@ from train.exchange.forms import TopKForm, reconstruct_topk
 from train.exchange.saved import SavedSAE, find_saes
 from train.exchange.writers import Written, dictionary_learning, gemma_scope, saelens, sparsify
 from train.measure.metrics import ErrorSums, mean_row, read_heldout
-from train.report.place import owner_of
 from train.runs.folder import RunFolder
+from train.runs.owner import owner_of
 
 WRITERS: Final = MappingProxyType(
     {

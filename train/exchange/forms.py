@@ -259,7 +259,7 @@ def with_unit_rows(form: Form) -> Form:
 SCALED: Final = frozenset(
     "W_enc b_enc threshold b_gate b_mag threshold_pos threshold_neg offset_pos offset_neg".split()
 )
-"""What is multiplied by the norms of the decoder's rows: everything that grows with f."""
+"""The tensors that are multiplied by the norms of the decoder's rows when those become one: all that grow with f."""
 
 
 def approximate_topk(form: JumpReluForm, k: int) -> TopKForm:

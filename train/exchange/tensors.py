@@ -222,7 +222,7 @@ def check_pickle(archive: zipfile.ZipFile, found: list[zipfile.ZipInfo]) -> None
 
 
 def load_checked(data: bytes) -> Any:
-    """torch.load, with whatever it raises as BadData."""
+    """Reads a table of tensors with torch.load, which runs no code of the file. Raises BadData whatever goes wrong."""
     try:
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # its messages and classes are many, and some are plain AssertionError or KeyError

@@ -1,4 +1,4 @@
-"""Which poles fire together, on a sample of the tokens."""
+"""Counts how often two poles fire on the same token, on a sample of the tokens."""
 
 from dataclasses import dataclass
 from typing import Final

@@ -56,9 +56,9 @@ class BlockEncoder:
 
     def block(self, first: int, values: Shaped[Tensor, "rows d_in"]) -> BlockCode:
         """Encodes all rows with the latents of one block. Raises UserError when a latent is infinite."""
-        part = Autoencoder(self.sae.config, self.sliced(first), self.sae.scale).encode
+        weights = self.sliced(first)
         rows = max(1, VALUES // min(self.width, self.d_sae - first))
-        return by_latent(first, gathered(part, values, rows, first))
+        return by_latent(first, gathered(lambda x: self.mathematics.encode(weights, x.float()), values, rows, first))
 
     def blocks(self, values: Shaped[Tensor, "rows d_in"]) -> Iterator[BlockCode]:
         """Encodes all rows with all latents, and yields the latents block by block. Raises UserError when a latent is

@@ -3,7 +3,6 @@
 import math
 import time
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,13 +10,11 @@ import torch
 
 from shared.device import pick_device
 from shared.errors import UserError
-from shared.files.base import is_remote
 from shared.schemas.features import FeaturesConfig
-from shared.store.opened import Store, find_hookpoint
+from shared.store.opened import Store
 from train.autoencoder import Autoencoder, settings_of
-from train.data.follow import check_segments
-from train.data.norm_filter import left_out, recorded_limit
-from train.data.snapshot import as_recorded, content_of
+from train.data.norm_filter import left_out
+from train.data.snapshot import content_of
 from train.evaluate import diverged_of, load_checked
 from train.features.code import WINDOW
 from train.features.cofire import MOST_PAIRS
@@ -27,6 +24,7 @@ from train.features.shard_rows import RowSource
 from train.features.tally import TallyShape
 from train.report.choice import choose
 from train.runs.folder import RunFolder
+from train.runs.rows import trained_rows
 from train.sae.families import family
 
 COFIRE_EVERY: Final = 8
@@ -104,24 +102,14 @@ class FeaturesJob:
 def make_job(config: FeaturesConfig) -> FeaturesJob:
     """Opens the run, its store and the autoencoder. Raises UserError when the run is not finished or not evaluated, its
     store changed, or it is not clear which autoencoder is meant."""
-    folder = RunFolder(config.run)
-    trained = folder.config()
-    if not folder.finished():
-        raise UserError(f"{config.run}: its training is not finished. Run the same sagsae train command again first")
+    run = trained_rows(config.run, config.store)
+    folder, trained, store, hook = run.folder, run.config, run.store, run.hook
     diverged = diverged_of(folder)
     sae_config, measured = choose(config.run, [sae for sae in trained.saes if sae.name not in diverged], config.sae)
-    if config.store is None and not (is_remote(trained.store) or Path(trained.store).exists()):
-        raise UserError(f"{config.run}: its store {trained.store} does not exist. Name its new place with --store")
-    found, hook = find_hookpoint(config.store or trained.store, trained.hook)
-    recorded = folder.read("config.json")
-    store = as_recorded(found, hook, recorded, f"{config.run}")
-    if trained.follow:
-        check_segments(store, config.run, partial(content_of, hook=hook))
     device = pick_device(config.device)
     place = folder.sae(sae_config.name)
     sae = load_checked(place, sae_config, device, store.spec.hookpoints[hook].d_in, f"{store.name}/{hook}")
-    limit = recorded_limit(recorded, f"{config.run}")
-    source = RowSource.of(store, hook, trained, left_out(store, hook, limit), config.tokens)
+    source = RowSource.of(store, hook, trained, left_out(store, hook, run.limit), config.tokens)
     rows, l0 = source.count(), measured.l0 or 0.0
     if not rows:
         raise UserError(f"{store.name}: none of its rows that were read counts. Raise --tokens, or harvest more")
@@ -135,7 +123,7 @@ def make_job(config: FeaturesConfig) -> FeaturesJob:
         "sha256": settings_of(place)[3],
         "hook": hook,
         "snapshot": content_of(store, hook),
-        "norm_limit": limit,
+        "norm_limit": run.limit,
         "exclude_positions": trained.exclude_positions,
         "exclude_special": trained.exclude_special,
         "tokens": config.tokens,

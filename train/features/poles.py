@@ -1,4 +1,4 @@
-"""What is counted for every pole: firings, sums, a histogram, the strongest contexts and a uniform sample of firings.
+"""Keeps the counts of every pole: firings, sums, a histogram, the strongest contexts and a uniform sample of firings.
 
 Everything here is associative to the last bit. Sums over a shard are added as whole numbers, because the sum of floats
 depends on the order.

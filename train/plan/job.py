@@ -167,10 +167,7 @@ def make_job(
     identity = identity_of(config, store, hook, matmul)
     check_store(store, config, recorded is None)
     check_settings(config, store, new=recorded is None)
-    if recorded is not None and folder.differs(
-        {**identity, "warmup_steps": asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps"))}
-    ):
-        recorded = None  # the folder holds another run: `train` says so
+    recorded = same_run(folder, recorded, identity, config)
     if recorded is not None:
         say_recorded_precision(asked, config, folder, device)
         store = recorded_shards(store, hook, recorded, folder, config.follow)
@@ -211,6 +208,17 @@ def make_job(
     if not config.follow:
         _ = job.statistics  # raises UserError when all activations are equal
     return job
+
+
+def same_run(
+    folder: RunFolder, recorded: dict[str, Any] | None, identity: dict[str, Any], config: TrainConfig
+) -> dict[str, Any] | None:
+    """Returns the record of the run that is to be resumed; None where the folder holds none, or one of other settings,
+    which `train` refuses."""
+    if recorded is None:
+        return None
+    warmup_steps = asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps"))
+    return None if folder.differs({**identity, "warmup_steps": warmup_steps}) else recorded
 
 
 def identity_of(config: TrainConfig, store: Store, hook: str, matmul: torch.dtype) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Final
 from shared.errors import UserError
 from shared.gate import quoted
 from shared.request import RATES
-from train.runs.owner import owner_of as owner_of
+from train.runs.owner import owner_of
 
 MARK: Final = b'<meta name="generator" content="sagsae report'
 """A tag in the first 1,024 bytes of every report."""

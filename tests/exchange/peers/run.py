@@ -62,7 +62,7 @@ def step(python: Path | str, script: str, *arguments: object) -> None:
 
 
 def wrong_figures(evals: dict[str, dict[str, dict[str, float]]]) -> Iterator[str]:
-    """What is further from the tool's figure than BOUNDS."""
+    """Lists our figures that differ from the tool's by more than BOUNDS."""
     for name, rows in evals.items():
         ours, theirs = rows["sagsae"], rows["sagsae's conventions, in SAELens"]
         pairs = [(key, ours[key], theirs[key]) for key in BOUNDS]

@@ -24,7 +24,7 @@ class ForeignSAE:
     code: Tensor
     x_hat: Tensor
     norms: Tensor
-    """Of the decoder's rows [d_sae], in the units of the activations that the tool is given."""
+    """[d_sae] the norms of the decoder's rows, in the units of the activations that the tool is given."""
 
 
 def draws(seed: int, unit: bool = False) -> dict[str, Tensor]:

@@ -49,7 +49,7 @@ class Account:
     pins: set[str] = field(default_factory=set)
     leases: dict[str, Lease] = field(default_factory=dict)
     seeds: dict[str, int] = field(default_factory=dict)
-    """Which of the keys each store has."""
+    """The seed of each store: stores of one seed hold the same rows."""
     finished: set[str] = field(default_factory=set)
     used: dict[str, float] = field(default_factory=dict)
     """When each store was used, where the clock was not set since."""

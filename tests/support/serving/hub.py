@@ -66,7 +66,7 @@ class Hub(ThreadingHTTPServer):
         self.repos: dict[str, HubRepository] = {}
         """By `models/OWNER/NAME` or `datasets/OWNER/NAME`."""
         self.owners = {"tester"}
-        """Whose repositories the token may write."""
+        """Users and organisations to whose repositories the token may write."""
         self.storage: dict[str, bytes] = {}
         """Large files by SHA-256, committed or not."""
         self.requests: list[str] = []
