@@ -28,7 +28,7 @@ test: check
 	$(BIN)/python -m pytest -m gpu tests/gpu tests/train/test_plan.py    # one after the other: they share a device; skipped without one
 endif
 
-test-slow: $(READY)    ## the tests that take longer than half a minute each
+test-slow: $(READY)    ## the tests that take longer than about 15 seconds each
 	$(PYTEST) -m "slow and not deep"
 
 test-deep: $(READY)    ## the longest tests: more kills, torch.compile, whole steps in Triton's interpreter

@@ -211,6 +211,7 @@ def test_pages_named_in_the_text_exist() -> None:
     assert sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in named if not (ROOT / name).exists()) == []
 
 
+@pytest.mark.slow
 def test_exports_as_their_page_makes_them(store: Store, tmp_path: Path, sagsae: Sagsae) -> None:
     """The page's commands, on a run with an autoencoder of each kind."""
     train = "--arch sa-gsae:48 --sparsity 0.2 --arch topk:48 --k 32 --batch 64 --tokens 1280 --seed 0".split()

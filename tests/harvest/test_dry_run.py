@@ -51,6 +51,7 @@ def test_a_dry_run_of_what_is_there(harvest_config: Config, tmp_path: Path) -> N
         trial(harvest_config(tmp_path, skip_positions=16))
 
 
+@pytest.mark.slow
 def test_commands(sagsae: Sagsae, tmp_path: Path) -> None:
     tiny = ("--model", "tiny", "--tokens", "3000", "--context", "32", "--hook", "mlp_out")
     said = sagsae("harvest", *tiny, "--out", tmp_path / "out", "--dry-run")

@@ -170,6 +170,7 @@ def test_a_followed_request_starts_before_its_job_ends(
     assert summary.steps == 20
 
 
+@pytest.mark.slow
 def test_the_same_command_resumes_with_and_without_the_service(
     sagsae: Sagsae, stub: ServiceStub, store: Store, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

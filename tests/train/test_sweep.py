@@ -108,6 +108,7 @@ def test_two_processes_with_autoencoders_of_their_own(
     assert (both / "evaluation.json").read_bytes() == (one / "evaluation.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_started_again(
     sagsae: Sagsae, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -23,6 +23,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory, documents: dict[str, Any]
     return undisturbed(documents[str(TOKENS)], tmp_path_factory.mktemp("expected"))
 
 
+@pytest.mark.slow
 def test_server_worker_and_harvest_are_killed(tmp_path: Path, documents: dict[str, Any], expected: Path) -> None:
     with Boxes(tmp_path / "stores", documents) as boxes:
         job = boxes.ask().job
@@ -44,6 +45,7 @@ def test_server_worker_and_harvest_are_killed(tmp_path: Path, documents: dict[st
         assert differences(boxes.root / ended.store, expected) == []
 
 
+@pytest.mark.slow
 def test_a_worker_that_wakes_too_late_ends_its_harvest(
     tmp_path: Path, documents: dict[str, Any], expected: Path
 ) -> None:
