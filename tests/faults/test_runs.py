@@ -431,6 +431,16 @@ def test_setting_a_warm_up_is_kept_or_refused(train_config: Config, tmp_path: Pa
         run_train(train_config(warmup_steps=1000, out=tmp_path / "long"))
 
 
+def test_setting_a_recorded_warm_up_written_as_a_fraction_is_read_as_an_integer(
+    train_config: Config, tmp_path: Path
+) -> None:
+    """Random damage found it: 1.0 in config.json reached the training as a float."""
+    part = begun(train_config(out=tmp_path / "part"), 9)
+    rewrite(part / "config.json", lambda config: {**config, "warmup_steps": 1.0})
+    found = make_job(train_config(out=part), CPU).config.warmup_steps
+    assert (found, type(found)) == (1, int)
+
+
 def test_setting_that_cannot_be_reached_is_said_or_refused(train_config: Config, capsys: Any) -> None:
     config = train_config(heldout_tokens=100_000, streams=8, window_rows=1, run_chunks=1, batch=64)
     make_job(config, CPU)

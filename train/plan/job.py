@@ -179,7 +179,7 @@ def make_job(
     parts = without(every, massive)
     heldout_rows, epoch_rows, steps = count_rows_and_steps(store, parts, config)
     check_compiler(config, device)
-    config = config.model_copy(update={"warmup_steps": warmup(config, steps, recorded)})
+    config = config.model_copy(update={"warmup_steps": warmup(config, steps, recorded, folder)})
     identity |= rows_identity(store, hook, config, limit, recorded)
     passes, streams = make_passes(config, store, hook, parts, identity["run_chunks"], folder.path, leads)
     if leads:
@@ -375,12 +375,13 @@ def asked_or_recorded(asked: Any, recorded: Any) -> Any:
     return recorded if asked is None else asked
 
 
-def warmup(config: TrainConfig, steps: int, recorded: dict[str, Any] | None) -> int:
+def warmup(config: TrainConfig, steps: int, recorded: dict[str, Any] | None, folder: RunFolder) -> int:
     """Returns the number of warm-up steps: the user's, else what the resumed run recorded, else the usual number.
     Raises UserError when it is more than the run has."""
+    kept = None if recorded is None else folder.config().warmup_steps
     if recorded is not None and is_earlier(recorded):  # earlier versions cut long warm-ups
-        return min(int(recorded.get("warmup_steps") or 0), steps // 20)
-    asked: int | None = asked_or_recorded(config.warmup_steps, recorded.get("warmup_steps") if recorded else None)
+        return min(kept or 0, steps // 20)
+    asked: int | None = asked_or_recorded(config.warmup_steps, kept)
     if asked is None:
         return usual_warmup(steps)
     if asked > steps:
