@@ -271,7 +271,8 @@ class TrainConfig(Frozen):
     follow: bool = False
     """Train while the store is still being harvested.
 
-    Training uses what is committed so far and waits for the harvest where it must. It plans one epoch."""
+    Training reads the shards in the order of their numbers and waits for the harvest where it must, so the weights do
+    not depend on its speed. It plans one epoch."""
     verify: Literal["always", "first-epoch", "off"] = "always"
     """When to compare the checksum of each chunk.
 

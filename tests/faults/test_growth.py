@@ -283,7 +283,7 @@ def test_follow_reads_only_what_is_new(tmp_path: Path, monkeypatch: pytest.Monke
     spec = spec_of(3000)
     store = manifest_only(tmp_path / "s", spec, [commit_of(spec, k).line() for k in range(2900)], "writing")
     looks = 0
-    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "has_enough": str}
+    fields: dict[str, Any] = {"store": store, "folder": tmp_path, "leads": False, "make_pass": str, "least": 10}
     fields |= {name: str for name in ("content",) if name in Segments.__dataclass_fields__}
     segments = Segments(**fields)
 

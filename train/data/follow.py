@@ -1,8 +1,9 @@
-"""Trains from a store that is still being harvested. Committed shards are taken in segments; each segment is one pass.
+"""Trains from a store that is still being harvested. Its shards are read in segments; each segment is one pass.
 
-A segment is frozen once enough new shards are committed for one window of every stream. It is recorded in the run's
-folder before it is used, so that a resumed run and every other rank read the same segments, whatever has been committed
-since. When the harvest is complete, the last segment takes the remaining shards; later passes read the whole store.
+The segments are cut beforehand, in the order of the shards' numbers, each with enough rows for one window of every
+stream. So what a run reads depends neither on when it began nor on which shard is committed first: it ends with the
+weights that the complete store gives. A segment is read once all its shards are committed; later passes read the whole
+store. Each segment is recorded in the run's folder with the digest of what it held, before it is used.
 """
 
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.base import WHOLE_BYTES, is_served
@@ -39,18 +41,21 @@ class Segments:
     leads: bool
     """Whether this process freezes segments. The other processes wait until it has recorded them."""
     make_pass: Callable[[Store], StorePass]
-    has_enough: Callable[[Store], bool]
-    """Whether the new shards are enough for a segment."""
+    least: int
+    """The fewest shards in a segment."""
     content: Callable[[Store], str]
     """Returns the content digest of a store's committed shards (train/data/snapshot.py)."""
     frozen: list[StorePass] = field(default_factory=list)
     """The passes of the segments known so far, in order."""
     growing: GrowingStore = field(init=False)
+    read: NDArray[np.bool_] = field(init=False)
+    """Whether each shard of the store is in one of `frozen`."""
     lock: threading.Lock = field(default_factory=threading.Lock)
     closed: threading.Event = field(default_factory=threading.Event)
 
     def __post_init__(self) -> None:
         self.growing = GrowingStore(self.store.files)
+        self.read = np.zeros(self.store.spec.n_shards, bool)
 
     def open(self) -> None:
         self.closed.clear()
@@ -61,6 +66,7 @@ class Segments:
         with self.lock:
             while len(self.frozen) <= epoch:
                 self.frozen.append(self.next_segment())
+                self.read[self.frozen[-1].rows.store.commits.shards] = True
             return self.frozen[epoch]
 
     def close(self) -> None:
@@ -88,19 +94,21 @@ class Segments:
         return found[number][0] if number < len(found) else None
 
     def freeze(self, store: Store) -> list[int] | None:
-        """Chooses and records the next segment. Returns its shards, or None while too few new ones are committed."""
-        used = [part.rows.store.commits.shards for part in self.frozen]
-        fresh = store.commits.fresh(np.unique(np.concatenate([np.empty(0, np.int64), *used]))).tolist()
-        complete = store.complete
-        if not fresh and complete:
-            shards = list(store.commits)
-        elif fresh and (complete or self.has_enough(store.only(fresh))):
-            shards = fresh
-        else:
+        """Records the next segment once all its shards are committed. Returns them, or None before."""
+        shards = self.next_shards()
+        if not all(shard in store.commits for shard in shards):
             return None
         body = {"v": 1, "segment": len(self.frozen), "shards": shards, "snapshot": self.content(store.only(shards))}
         LocalFiles(self.folder).append(SEGMENTS, sealed(body).encode(), len(self.frozen))
         return shards
+
+    def next_shards(self) -> list[int]:
+        """Returns the shards of the next segment: what is not read of the first one that is not read whole, else all.
+        A run of an earlier version read shards in the order of their commits, and continues with those it has not."""
+        if self.read.all():
+            return list(range(len(self.read)))
+        planned = segment_with(int(np.argmin(self.read)), len(self.read), self.least)
+        return [shard for shard in planned if not self.read[shard]]
 
     def checked(self, store: Store, shards: list[int]) -> Store:
         """Returns the store restricted to the segment's shards. Raises UserError when they are not those that were
@@ -128,6 +136,14 @@ class Segments:
             if stop_asked():
                 raise Interrupted("stopped while waiting for held-out shards. Run the same command again")
             time.sleep(POLL_SECONDS)
+
+
+def segment_with(shard: int, n_shards: int, least: int) -> range:
+    """Returns the segment that holds `shard`: neighbours, at least `least` of them (all, where there are fewer). The
+    segments of a store are as equal as possible."""
+    count = max(1, n_shards // least)
+    number = ((shard + 1) * count - 1) // n_shards
+    return range(number * n_shards // count, (number + 1) * n_shards // count)
 
 
 def waiting_text(store: Store) -> str:

@@ -435,10 +435,8 @@ def make_passes(
         order = ReadOrder(len(units), config.streams, window_units, config.seed, block_rows)
         return StorePass(rows, KeptRows(rows, parts.train, known), units, unit_rows, order)
 
-    def has_enough(part: Store) -> bool:
-        return part.n_rows >= config.streams * window_units * unit_rows
-
-    return Segments(store, folder, leads, make_pass, has_enough, partial(content_of, hook=hook)), config.streams
+    least = -(-config.streams * window_units * unit_rows // store.spec.shard_rows)
+    return Segments(store, folder, leads, make_pass, least, partial(content_of, hook=hook)), config.streams
 
 
 def default_folder(store: Store, hook: str, config: TrainConfig) -> Path:
