@@ -58,7 +58,8 @@ def requirements() -> tuple[list[str], list[str]]:
 def make_environment(folder: Path) -> Path:
     """Makes the tools' environment, unless it is there already. Returns its Python."""
     python, mark = folder / "bin/python", folder / "made-of.json"
-    of = json.dumps([f"torch=={version('torch')}", *requirements()])
+    torch = f"torch=={version('torch').partition('+')[0]}"  # a CPU build is not in every index
+    of = json.dumps([torch, *requirements()])
     if mark.exists() and mark.read_text() == of:
         return python
     shutil.rmtree(folder, ignore_errors=True)
@@ -66,7 +67,7 @@ def make_environment(folder: Path) -> Path:
     venv.create(folder, with_pip=True)
     with_them, without = requirements()
     install = [str(python), "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, f"torch=={version('torch')}", *with_them], check=True)
+    subprocess.run([*install, torch, *with_them], check=True)
     subprocess.run([*install, "--no-deps", *without], check=True)
     mark.write_text(of)
     return python
