@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import textwrap
 import venv
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -94,10 +95,8 @@ def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     yield "|---|---|---|---|---|---|---|"
     groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        native = ", its own class" if row["form"] == "bijumprelu" else ""
-        groups.setdefault(
-            (row["tool"], f"{', b_dec folded' if row['b_dec'] else ''}{native}", row["reader"]), []
-        ).append(row)
+        kind = ", our class" if row["form"] == "bijumprelu" else ", b_dec folded" if row["b_dec"] else ""
+        groups.setdefault((row["tool"], kind, row["reader"]), []).append(row)
     for (tool, kind, reader), group in sorted(groups.items()):
         forms = ", ".join(sorted({row["form"] for row in group}))
         worst = [f"{max(row[key] for row in group):.1e}" for key in ("df", "dx")]
@@ -128,12 +127,15 @@ def report(folder: Path) -> tuple[list[str], list[str]]:
     readers, evals, loaded, rows = (json.loads((folder / f"{name}.json").read_text()) for name in names)
     wrong = [json.dumps(row) for row in [*readers, *loaded] if not row["holds"]] + list(wrong_figures(evals))
     tools = ", ".join(line.replace("==", " ") for part in requirements() for line in part if "==" in line)
-    count = len({row["name"] for row in readers})
-    lines = [
+    count, bound = len({row["name"] for row in readers}), max(row["bound"] for row in readers)
+    flips, codes = (sum(row[key] for row in readers) for key in ("flips", "codes"))
+    prose = (
         f"{datetime.now(UTC):%Y-%m-%d}, Python {platform.python_version()}, torch {version('torch')}, {tools}.",
-        f"**{len(readers)} comparisons of {count} autoencoders, {len(wrong)} figures outside the bounds**; here 1e-6 "
-        f"times the largest activation is {max(row['bound'] for row in readers):.1e}.",
-        "",
+        f"**{len(readers)} comparisons of {count} autoencoders, {len(wrong)} figures outside the bounds**, "
+        f"{flips} flips in {codes / 1e6:.0f} million codes. df and dx̂ may be {bound:.1e}.",
+    )
+    lines = [
+        *(line for text in prose for line in (*textwrap.wrap(text, 120), "")),
         *summary(readers),
         "",
         hub_line(loaded),
