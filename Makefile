@@ -7,6 +7,8 @@ PYTEST  := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist w
 LOCKED  ?=
 # make test ONE=tests/store/test_shard.py runs that file (or TEST::NAME) alone, slow tests too.
 ONE     ?=
+# make test-peers RECORD=1 writes the result into docs/records/peers.md.
+RECORD  ?=
 
 .PHONY: help demo setup test test-slow test-deep test-peers gpu check lint format types docs reference clean
 .DEFAULT_GOAL := demo
@@ -35,7 +37,7 @@ test-deep: $(READY)    ## the longest tests: more kills, torch.compile, whole st
 	$(PYTEST) -m deep
 
 test-peers: $(READY)    ## load exports with SAELens, dictionary_learning, SAEBench and sparsify, in an environment of their own
-	$(BIN)/python tests/exchange/peers/run.py .peers
+	$(BIN)/python tests/exchange/peers/run.py .peers $(if $(RECORD),--record)
 
 gpu: $(READY)    ## GPU tests, benchmarks and a run of 16,000,000 tokens on one GPU in 8 minutes; writes gpu.md
 	@$(BIN)/python tests/gpu/run.py --out gpu.md

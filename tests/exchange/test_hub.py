@@ -1,11 +1,8 @@
 """`sagsae push` and `sagsae pull` of autoencoders against a stand-in for the hub."""
 
 import json
-import re
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -140,43 +137,6 @@ def test_no_folder_of_this_machine_is_published(hub: Hub, run: Path, store: Any)
     assert store.spec.model["local"]
     for path, data in hub.model(REPO).files.items():
         assert not [folder for folder in folders if folder.encode() in data], path
-
-
-RUN_SNIPPETS = """
-import json, sys, torch
-for place, code in json.loads(sys.stdin.read()).items():
-    names = {}
-    exec(code, names)
-    f = names["encode"](torch.load(place + "/x.pt"))
-    torch.save((f, names["decode"](f)), place + "/said.pt")
-print([name for name in ("sagsae", "train", "shared") if name in sys.modules])
-"""
-
-
-def test_the_snippet_of_the_card_computes_the_same_without_sagsae(hub: Hub, run: Path, tmp_path: Path) -> None:
-    snippets: dict[str, str] = {}
-    expected = {}
-    for number, (saved, fold) in enumerate((path, fold) for path in (run / "saes").iterdir() for fold in (False, True)):
-        push(pushing(saved, repo=f"tester/n{number}", fold_b_dec=fold))
-        page = hub.model(f"tester/n{number}").files["README.md"].decode()
-        code = next(block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "def encode" in block)
-        assert len(code.splitlines()) <= 10
-        used = set(re.findall(r"^(?:from|import) (\w+)", code, re.MULTILINE))
-        assert used == {"torch", "huggingface_hub", "safetensors"}
-        sae, place = load(saved), tmp_path / str(number)
-        place.mkdir()
-        x = torch.randn(256, sae.d_in, generator=torch.Generator().manual_seed(1)) * sae.scale
-        torch.save(x, place / "x.pt")
-        snippets[str(place)] = code
-        expected[place] = (96 if saved.name.startswith("sa-gsae") else 48, sae(x), x.abs().max().item())
-    command = [sys.executable, "-I", "-c", RUN_SNIPPETS]
-    done = subprocess.run(command, input=json.dumps(snippets), capture_output=True, text=True, cwd=tmp_path)
-    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr
-    for place, (width, reconstruction, largest) in expected.items():
-        f, decoded = torch.load(place / "said.pt")
-        assert f.shape == (256, width)
-        assert (f > 0).any()
-        torch.testing.assert_close(decoded, reconstruction, rtol=1e-5, atol=1e-5 * largest)
 
 
 # Cuts, and others

@@ -71,7 +71,7 @@ def compared(case: Case, said: Said, reference: dict[str, Tensor]) -> Row:
     df = (found - mine).abs().masked_fill(flips, 0).max().item()
     dx = (x_hat - reference["x_hat"]).abs()[~flips.any(1)].max().item()
     bound, many = RELATIVE * x.abs().max().item(), int(flips.sum())
-    holds = df <= bound and dx <= bound and many <= FLIPS * flips.numel() + 1
+    holds = df <= bound and dx <= bound and many <= FLIPS * flips.numel()
     return {
         "name": case["name"], "tool": case["tool"], "form": case["form"], "b_dec": case["b_dec"], "reader": reader,
         "df": df, "dx": dx, "bound": bound, "flips": many, "codes": flips.numel(), "holds": holds,

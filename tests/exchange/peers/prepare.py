@@ -46,7 +46,7 @@ def autoencoders() -> dict[str, list[Any]]:
     saes += [sae_config(arch="sa-gsae", one_sided=True, **gates), sae_config(arch="gated", **gates)]
     saes += [sae_config(arch="gated", decoder="free", **gates), sae_config(arch="relu", **gates)]
     saes += [sae_config(arch="jumprelu", d_sae=WIDTH)]
-    saes += [sae_config(arch=arch, d_sae=WIDTH, k=24) for arch in ("batch-topk", "abs-topk", "topk")]
+    saes += [sae_config(arch=arch, d_sae=WIDTH, k=24) for arch in ("batch-topk", "abs-topk", "topk", "signed-topk")]
     return {"resid_post": saes, "attn.hook_z": saes[:1]}
 
 
@@ -95,8 +95,8 @@ def main(root: Path) -> None:
     hooks = ("resid_post", "blocks.2.attn.hook_z")
     # whole contexts: the tools see the whole of the last one
     config = {"model": "tiny", "tokens": 64_000, "hooks": hooks, "layers": (2,), "out": root / "stores", "name": "s"}
-    # float32, because the tools run the model so: every loss then has to be theirs
-    store = harvest(HarvestConfig.model_validate({**config, "dtype": "float32"})).store
+    # float32 throughout, because the tools run the model so and store nothing: every figure then has to be theirs
+    store = harvest(HarvestConfig.model_validate({**config, "dtype": "float32", "store_dtype": "float32"})).store
     cases: list[dict[str, Any]] = []
     for hook, saes in autoencoders().items():
         run = root / "runs" / hook
