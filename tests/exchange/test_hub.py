@@ -62,11 +62,11 @@ def test_a_push_makes_the_repository_with_one_commit_and_a_second_one_sends_noth
     done = push(pushing(run))
     assert (done.commits, hub.n_commits, done.files_there) == (1, 1, 0)
     assert hub.model(REPO).private
-    assert done.files_sent == len(hub.model(REPO).files) == 15  # 3 x (2 + 2), card, rows, picture
+    assert done.files_sent == len(hub.model(REPO).files) == 18  # 3 x (3 + 2), card, rows, picture
     puts = hub.puts
 
     again = push(pushing(run))
-    assert (again.files_sent, again.commits, again.files_there) == (0, 0, 15)
+    assert (again.files_sent, again.commits, again.files_there) == (0, 0, 18)
     assert (hub.n_commits, hub.puts, again.commit) == (1, puts, done.commit)
 
 
@@ -78,7 +78,7 @@ def test_the_layout_is_what_the_tools_find(hub: Hub, run: Path) -> None:
         for prefix in ("", "sagsae/")
         for name in names
         for file in ("cfg.json", "sae_weights.safetensors")
-    }
+    } | {f"{HOOK}/{name}/sparsity.safetensors" for name in names}
     assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", f"sagsae/{HOOK}/frontier.svg"}
     push(pushing(run / "saes" / "relu-48-lambda0.2-seed0", repo="tester/sparse", to="sparsify"))
     files = hub.model("tester/sparse").files

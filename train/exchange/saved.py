@@ -96,7 +96,7 @@ def firings_in(file: TensorFile, name: str, d_sae: int, tokens: int) -> FiringCo
     for counts in (positive, negative):
         if counts.dtype != torch.int64 or counts.shape != (d_sae,):
             raise BadData(f"has no {d_sae:,} whole numbers for {name}")
-    if bool((positive < 0).any() | (negative < 0).any() | (positive + negative > tokens).any()):
+    if bool(((positive < 0) | (negative < 0) | (positive > tokens - negative)).any()):  # a sum could overflow
         raise BadData(f"counts fewer than 0 or more than all {tokens:,} held-out tokens for a latent of {name}")
     return FiringCounts(positive, negative, tokens)
 

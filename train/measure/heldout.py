@@ -106,9 +106,7 @@ def measure_asked(
     losses = None
     if source is not None:
         losses = heldout_losses(source, device, rows, tokens, (sae for _, sae in saes(device)), config)
-    found = measure_all(
-        rows, saes(device), many, losses, device, inactive, config.peer_conventions, config.directions
-    )
+    found = measure_all(rows, saes(device), many, losses, device, inactive, config.peer_conventions, config.directions)
     watch.check([store], thorough=True)
     for line in [*massive_text(found.results), *useless(found.results["saes"])]:
         say(line)

@@ -15,7 +15,7 @@ from typing import Any, Final
 import torch
 
 from shared.errors import UserError
-from shared.files.local import written_together
+from shared.files import local
 from shared.gate import BadData
 from shared.progress import say
 from shared.record import finite, sealed_json
@@ -43,7 +43,7 @@ def write_evaluation(folder: RunFolder, results: dict[str, Any], firings: Mappin
         for sign in ("positive", "negative")
     }
     digest = hashlib.sha256()
-    with written_together() as write:
+    with local.written_together() as write:
         write(folder.firings, digested(pieces(signs), digest))
         write(folder.evaluation, [sealed_json(finite({**results, "firings": digest.hexdigest()}))])
 
