@@ -32,6 +32,7 @@ def python_block(page: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_released_autoencoder_as_its_page_tries_it(tmp_path: Path) -> None:
     """The commands that need no download: export, import, measure, report, train further."""
     run_block(shell_blocks("evaluate-a-released-sae.md")[-1], tmp_path)
@@ -51,6 +52,7 @@ sagsae train --store stores/gpt2 --hook resid_pre --arch relu:64 --sparsity 0.1 
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_released_autoencoder_as_its_page_measures_it(tmp_path: Path) -> None:
     """The other commands of the page, with a small model and an autoencoder of the page's width in the place of gpt2's:
     the end of layer 8 is the beginning of layer 9."""
@@ -64,16 +66,18 @@ def test_a_released_autoencoder_as_its_page_measures_it(tmp_path: Path) -> None:
     metadata = {"model_name": "gpt2", "hook_name": hook}
     foreign.write_saelens(place, "jumprelu", {**tensors, "threshold": torch.full((24576,), 3.0)}, metadata=metadata)
     *blocks, _ = shell_blocks("evaluate-a-released-sae.md")
-    assert [block.code.split()[1] for block in blocks] == ["import", "eval", "eval", "train"]
+    assert [block.code.split()[1] for block in blocks] == ["import", "eval", "eval", "features", "train"]
     for block in blocks:
         run_block(block, tmp_path)
     assert len(list((tmp_path / "evaluations").glob("*/measured.json"))) == 2
+    assert (tmp_path / "features/gpt2-8/latents.parquet").is_file()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "(gpt2-8)" in page
     assert next((tmp_path / "runs").glob("*/saes/jumprelu-24576-*-start-*/sae_weights.safetensors"))
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_exports_as_their_page_makes_them(tmp_path: Path) -> None:
     run_block(PageBlock("sh", THREE, None), tmp_path)
     blocks = shell_blocks("use-in-saelens.md")
@@ -88,6 +92,7 @@ def test_exports_as_their_page_makes_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_publishing_as_its_page_does_it(hub: Hub, tmp_path: Path) -> None:
     """Every command, against a stand-in for the hub."""
     hub.owners |= {"owner"}
