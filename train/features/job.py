@@ -148,7 +148,7 @@ class ChosenSAE:
     limit: float | None
     """Rows with a larger norm do not count."""
     l0: float | None
-    """As evaluated; None where nobody did."""
+    """As evaluated; None without an evaluation."""
     out: Path
 
 
@@ -206,7 +206,7 @@ def work_of(out: Path) -> Path:
 
 
 def sampled_l0(sae: Autoencoder, source: RowSource) -> float:
-    """Returns latents per row over the first rows of the store, for an autoencoder that nobody evaluated."""
+    """Returns latents per row over the first rows of the store, for an autoencoder without an evaluation."""
     dtype = source.rows.store.spec.dtype
     chunks = source.rows.activations.layout.chunk_rows
     for shard in source.shards:
