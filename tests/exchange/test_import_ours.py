@@ -132,8 +132,9 @@ def test_bijumprelu_comes_back_with_both_thresholds_and_signs(tmp_path: Path, na
 def test_bijumprelu_without_a_rescaling_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
     sae = save(tmp_path / "sae", name)
     if name == "r tied":
-        sae.weights.r.zero_()
-        sae.weights.theta.copy_(torch.maximum(sae.weights.theta, -sae.weights.b))  # the file has the larger one alone
+        w = sae.weights.named()
+        w["r"].zero_()
+        w["theta"].copy_(torch.maximum(w["theta"], -w["b"]))  # the file has the larger one alone
         sae.save(tmp_path / "sae", ABOUT)
     check_bits(sae, there_and_back(tmp_path, "saelens", form="bijumprelu")[0])
 

@@ -86,7 +86,8 @@ def test_a_latent_that_never_fires(run: Path, tmp_path: Path) -> None:
     """It has -10, and cfg.json counts it as dead: the negative pole of one latent, both of another."""
     folder = one(run, "sa-gsae")
     sae = Autoencoder.load(folder)
-    sae.weights.theta[1, 3] = sae.weights.theta[0, 5] = sae.weights.theta[1, 5] = 1e6
+    theta = sae.weights.named()["theta"]
+    theta[1, 3] = theta[0, 5] = theta[1, 5] = 1e6
     sae.save(folder, {})
     evaluate(EvalConfig(run=run, device="cpu", ce=False))
     (done,) = exported(folder, tmp_path / "out")

@@ -69,22 +69,22 @@ def export(config: ExportConfig) -> list[Exported]:
     what an autoencoder is, or when files are in the way that no export wrote; then nothing is written."""
     found = find_saes(config.source)
     check_out(config.out)
-    done, obsolete = [], []
+    done, obsolete = [], list[Path]()
     with explained(config.out), nothing_left(config.out), local.written_together() as write:
         for saved in found:
             sae, about = saved.load(), about_sae(saved)
             written = WRITERS[config.to](sae, about, config)
             folder = config.out if len(found) == 1 else config.out / subfolder(about, config)
             absent = [folder / name for name in written.optional if name not in written.files]
-            for path in (*absent, *(folder / path for path in written.files)):
-                check_replaceable(path, config.overwrite)
+            for place in (*absent, *(folder / path for path in written.files)):
+                check_replaceable(place, config.overwrite)
             for path, content in written.files.items():
                 write(folder / path, content)
             obsolete += absent
             notes = [*written.notes, *measured_loss(saved, sae, written)]
             done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes))
-        for path in obsolete:
-            path.unlink(missing_ok=True)
+        for place in obsolete:
+            place.unlink(missing_ok=True)
     return done
 
 

@@ -62,8 +62,8 @@ def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
 def log_frequencies(firings: FiringCounts, width: int) -> Float[Tensor, " n"]:
     """Returns log10 of the share of tokens on which each latent of the exported width fires: the two poles of a signed
     latent one behind the other, or together where the export keeps the sign."""
-    by_pole = (firings.positive, firings.negative)
-    counts = torch.cat(by_pole) if width == 2 * len(firings.positive) else sum(by_pole)
+    above, below = firings.positive, firings.negative
+    counts = torch.cat([above, below]) if width == 2 * len(above) else above + below
     return torch.log10(counts.double() / firings.tokens + NEVER).float()
 
 
