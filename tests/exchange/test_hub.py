@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from support.command import Sagsae
@@ -99,6 +100,24 @@ def test_a_later_push_adds_to_the_table_and_leaves_foreign_files_alone(hub: Hub,
     assert f"`{HOOK}/{first.name}`" in page
     assert f"`{HOOK}/{second.name}`" in page
     assert push(pushing(second)).files_sent == 0
+
+
+def test_frequencies_of_other_weights_do_not_stay(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """The later push has none, for its run was not evaluated: those of the earlier one would be of other weights. What
+    somebody else put beside an autoencoder stays."""
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    (again / "firings.safetensors").unlink()
+    first, second = (each / "saes" / "relu-48-lambda0.2-seed0" for each in (run, again))
+    frequencies = f"{HOOK}/{first.name}/sparsity.safetensors"
+    hub.add(REPO, {frequencies: b"somebody's", f"{HOOK}/{first.name}/notes.txt": b"mine"}).private = True
+    assert push(pushing(second)).files_there == 0
+    assert hub.model(REPO).files[frequencies] == b"somebody's"
+    push(pushing(first))
+    assert safetensors.torch.load(hub.model(REPO).files[frequencies])["sparsity"].shape == (48,)
+    done = push(pushing(second))
+    assert frequencies not in hub.model(REPO).files
+    assert hub.model(REPO).files[f"{HOOK}/{first.name}/notes.txt"] == b"mine"
+    assert (done.commits, push(pushing(second)).commits) == (1, 0)
 
 
 def test_a_readme_of_somebody_elses_stays(hub: Hub, one: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -62,6 +62,8 @@ class Exported:
     """Its number of latents: twice the autoencoder's where both poles of a latent are latents of their own."""
     notes: list[str]
     """What a reader has to know, a sentence each."""
+    absent: tuple[str, ...] = ()
+    """Files that another export for this tool has, and this one does not."""
 
 
 def export(config: ExportConfig) -> list[Exported]:
@@ -75,14 +77,14 @@ def export(config: ExportConfig) -> list[Exported]:
             sae, about = saved.load(), about_sae(saved)
             written = WRITERS[config.to](sae, about, config)
             folder = config.out if len(found) == 1 else config.out / subfolder(about, config)
-            absent = [folder / name for name in written.optional if name not in written.files]
-            for place in (*absent, *(folder / path for path in written.files)):
+            absent = tuple(name for name in written.optional if name not in written.files)
+            for place in (folder / path for path in (*absent, *written.files)):
                 check_replaceable(place, config.overwrite)
             for path, content in written.files.items():
                 write(folder / path, content)
-            obsolete += absent
+            obsolete += [folder / name for name in absent]
             notes = [*written.notes, *measured_loss(saved, sae, written)]
-            done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes))
+            done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes, absent))
         for place in obsolete:
             place.unlink(missing_ok=True)
     return done
