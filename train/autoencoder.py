@@ -26,7 +26,7 @@ from train.runs.folder import read_sealed, write_sealed
 from train.sae.activation import Folded
 from train.sae.base import Weights, decode
 from train.sae.families import family
-from train.sae.gated import GatedWeights, join, split
+from train.sae.gated import GatedWeights, join, split, tie_of
 
 WEIGHTS: Final = "sae_weights.safetensors"
 SETTINGS: Final = "cfg.json"
@@ -127,9 +127,8 @@ class Autoencoder(nn.Module):
             joined = join(weights)
         except ValueError as error:
             raise UserError(f"{self.config.name}: cannot be joined to an sa-gsae: {error}") from error
-        tie = "symmetric" if len(joined.theta) == 1 else "magnitude" if len(joined.r) == 1 else "none"
         kept = {key: value for key, value in self.config if key in SaGsae.model_fields and key != "arch"}
-        config = sae_config(**{**kept, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie})
+        config = sae_config(**{**kept, "arch": "sa-gsae", "d_sae": self.config.d_sae // 2, "tie": tie_of(joined)})
         return Autoencoder(config, joined, self.scale)
 
     def save(self, folder: Path, about: dict[str, Any]) -> None:

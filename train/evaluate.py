@@ -12,9 +12,15 @@ from shared.gate import integer, number, parse_json, quoted
 from shared.saes import SAEConfig
 from train.autoencoder import Autoencoder
 from train.evaluate_saved import evaluate_saved
-from train.measure.heldout import HeldOutRows, measure_asked
-from train.measure.written import Evaluation, check_replaceable, earlier_evaluation, with_losses_of
-from train.runs.folder import RunFolder, write_sealed
+from train.measure.heldout import HeldOutRows, Measurements, measure_asked
+from train.measure.written import (
+    Evaluation,
+    check_replaceable,
+    earlier_evaluation,
+    with_losses_of,
+    write_evaluation,
+)
+from train.runs.folder import RunFolder
 from train.runs.rows import TrainedRows, trained_rows
 
 
@@ -33,16 +39,17 @@ def evaluate_run(config: EvalConfig, run: Path) -> Evaluation:
     folder = found.folder
     check_replaceable(folder.evaluation)
     with found.store.files.reading():
-        results = measured_run(config, found)
+        measured = measured_run(config, found)
+    results = measured.results
     if results["ce_clean"] is None:
         results = with_losses_of(earlier_evaluation(folder.evaluation), results)
     with explained(run):
-        write_sealed(folder.evaluation, results)
+        write_evaluation(folder, results, measured.firings)
     return Evaluation(folder.evaluation, results)
 
 
-def measured_run(config: EvalConfig, run: TrainedRows) -> dict[str, Any]:
-    """Returns the content of the run's evaluation.json."""
+def measured_run(config: EvalConfig, run: TrainedRows) -> Measurements:
+    """Measures the run's autoencoders on its held-out rows."""
     store, hook, folder, trained = run.store, run.hook, run.folder, run.config
     diverged = diverged_of(folder)
     good = [sae for sae in trained.saes if sae.name not in diverged]

@@ -146,7 +146,7 @@ def measured(config: EvalConfig, rows: AskedRows, found: list[Described]) -> dic
     tokens = rows.store.token_rows(check=False)
     peers = config.peer_conventions
     heldout = HeldOutRows.of(rows.store, rows.hook, tokens, rows.settings, rows.limit, peers)
-    results = measure_asked(heldout, tokens, config, saes, len(found))
+    results = measure_asked(heldout, tokens, config, saes, len(found)).results
     entries = [{**entry, **provenance_of(each)} for entry, each in zip(results["saes"], found, strict=True)]
     return {**results, "saes": entries}
 

@@ -40,6 +40,7 @@ from train.fit.optim import learning_rate
 from train.fit.thresholds import settle
 from train.measure.heldout import HeldOutRows, measure_all
 from train.measure.useless import useless
+from train.measure.written import write_evaluation
 from train.plan.job import TrainJob, make_job
 from train.plan.sweep import deal_out, shared_out
 from train.plan.waves import plan_waves
@@ -404,10 +405,10 @@ def finish(job: TrainJob, at: ResumePoint, ranks: Ranks) -> None:
         store = job.heldout_store(stop_asked)
     limit = job.left_out.limit if job.left_out else None
     rows = HeldOutRows(store, job.hook, job.parts, limit)
-    results = measure_all(rows, saes, len(good), None, device, silent)
+    found = measure_all(rows, saes, len(good), None, device, silent)
     job.check_unchanged(thorough=True)
-    write_sealed(folder.evaluation, results)
-    for line in useless(results["saes"], steered=False):
+    write_evaluation(folder, found.results, found.firings)
+    for line in useless(found.results["saes"], steered=False):
         say(line)
     finished = datetime.now(UTC).isoformat(timespec="seconds")
     ended = {"diverged": dict(at.diverged), "seconds": round(at.seconds, 2), "finished": finished}

@@ -1,7 +1,6 @@
 """The how-to pages: what a CPU can run is run, and every other command is checked against the program's own options."""
 
 import functools
-import json
 import re
 import subprocess
 from pathlib import Path
@@ -11,7 +10,7 @@ import pytest
 import typer
 import yaml
 from support.command import ROOT, Sagsae
-from support.pages import PageBlock, blocks_of, commands_of, run_block
+from support.pages import blocks_of, commands_of
 
 import cli
 from harvest.corpus import readers
@@ -149,27 +148,6 @@ def test_training_while_harvesting_as_its_page_does(
     assert (tmp_path / "runs/following/segments.jsonl").read_text(encoding="utf-8").count("\n") >= 1
 
 
-@pytest.mark.slow
-def test_a_released_autoencoder_as_its_page_evaluates_it(
-    tmp_path: Path, sagsae: Sagsae, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The commands that need no download: export, import, measure, report, train further."""
-    monkeypatch.chdir(tmp_path)
-    commands = commands_of(DOCS / "how-to/evaluate-a-released-sae.md")
-    (first,) = (number for number, words in enumerate(commands) if words[0] == "harvest")
-    assert [words[0] for words in commands[first:]] == "harvest train export import eval report train".split()
-    for words in commands[first:]:
-        done = sagsae(*words)
-        assert done.returncode == 0, done.stderr
-    measured = json.loads((tmp_path / "evaluations/released/measured.json").read_text(encoding="utf-8"))
-    mine = json.loads((tmp_path / "runs/mine/evaluation.json").read_text(encoding="utf-8"))
-    (same,) = (sae["r2"] for sae in mine["saes"] if sae["arch"] == "relu")
-    assert measured["saes"][0]["r2"] == pytest.approx(same, abs=1e-6)
-    assert "(released)" in (tmp_path / "report.html").read_text(encoding="utf-8")
-    (further,) = (tmp_path / "runs/further/saes").iterdir()
-    assert "-start-" in further.name
-
-
 # ---- links; tests/docs/test_style.py reads the prose
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -209,24 +187,3 @@ def test_pages_named_in_the_text_exist() -> None:
     named = {(name, path) for path in files for name in re.findall(r"\bdocs/[\w/-]+\.(?:md|svg|png)", path.read_text())}
     assert named
     assert sorted(f"{path.relative_to(ROOT)}: {name}" for name, path in named if not (ROOT / name).exists()) == []
-
-
-@pytest.mark.slow
-def test_exports_as_their_page_makes_them(store: Store, tmp_path: Path, sagsae: Sagsae) -> None:
-    """The page's commands, on a run with an autoencoder of each kind."""
-    train = "--arch sa-gsae:48 --sparsity 0.2 --arch topk:48 --k 32 --batch 64 --tokens 1280 --seed 0".split()
-    place = tmp_path / "runs/three"
-    done = sagsae("train", "--store", store.root, "--hook", "resid_post", *train, "--out", place, "--device", "cpu")
-    assert done.returncode == 0, done.stderr
-    blocks = [block for block in blocks_of(DOCS / "how-to/use-in-saelens.md") if block.language == "sh"]
-    assert len(blocks) == 2
-    for block in blocks:
-        if "gemma-scope" in block.code:  # TopK has no form there: the others are one command each
-            lines = [line for line in block.code.splitlines() if "gemma-scope" not in line]
-            block = PageBlock("sh", "\n".join(lines), None)
-        run_block(block, tmp_path)
-    folders = {path.parent.relative_to(tmp_path).as_posix() for path in tmp_path.glob("*/**/*") if path.is_file()}
-    names = ("sa-gsae-48-lambda0.2-seed0", "topk-48-k32-seed0")
-    assert {f"exported/blocks.1.hook_resid_post/{name}" for name in names} <= folders
-    assert {f"for-saebench/blocks.1.hook_resid_post/{name}" for name in names} <= folders
-    assert {f"approximated/{name}/layers.1" for name in names} <= folders

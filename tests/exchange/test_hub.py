@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import yaml
 from support.command import Sagsae
@@ -59,11 +60,11 @@ def test_a_push_makes_the_repository_with_one_commit_and_a_second_one_sends_noth
     done = push(pushing(run))
     assert (done.commits, hub.n_commits, done.files_there) == (1, 1, 0)
     assert hub.model(REPO).private
-    assert done.files_sent == len(hub.model(REPO).files) == 15  # 3 x (2 + 2), card, rows, picture
+    assert done.files_sent == len(hub.model(REPO).files) == 18  # 3 x (3 + 2), card, rows, picture
     puts = hub.puts
 
     again = push(pushing(run))
-    assert (again.files_sent, again.commits, again.files_there) == (0, 0, 15)
+    assert (again.files_sent, again.commits, again.files_there) == (0, 0, 18)
     assert (hub.n_commits, hub.puts, again.commit) == (1, puts, done.commit)
 
 
@@ -75,7 +76,7 @@ def test_the_layout_is_what_the_tools_find(hub: Hub, run: Path) -> None:
         for prefix in ("", "sagsae/")
         for name in names
         for file in ("cfg.json", "sae_weights.safetensors")
-    }
+    } | {f"{HOOK}/{name}/sparsity.safetensors" for name in names}
     assert hub.model(REPO).files.keys() == expected | {"README.md", "sagsae/saes.json", f"sagsae/{HOOK}/frontier.svg"}
     push(pushing(run / "saes" / "relu-48-lambda0.2-seed0", repo="tester/sparse", to="sparsify"))
     files = hub.model("tester/sparse").files
@@ -96,6 +97,24 @@ def test_a_later_push_adds_to_the_table_and_leaves_foreign_files_alone(hub: Hub,
     assert f"`{HOOK}/{first.name}`" in page
     assert f"`{HOOK}/{second.name}`" in page
     assert push(pushing(second)).files_sent == 0
+
+
+def test_frequencies_of_other_weights_do_not_stay(hub: Hub, run: Path, tmp_path: Path) -> None:
+    """The later push has none, for its run was not evaluated: those of the earlier one would be of other weights. What
+    somebody else put beside an autoencoder stays."""
+    again = Path(shutil.copytree(run, tmp_path / "again"))
+    (again / "firings.safetensors").unlink()
+    first, second = (each / "saes" / "relu-48-lambda0.2-seed0" for each in (run, again))
+    frequencies = f"{HOOK}/{first.name}/sparsity.safetensors"
+    hub.add(REPO, {frequencies: b"somebody's", f"{HOOK}/{first.name}/notes.txt": b"mine"}).private = True
+    assert push(pushing(second)).files_there == 0
+    assert hub.model(REPO).files[frequencies] == b"somebody's"
+    push(pushing(first))
+    assert safetensors.torch.load(hub.model(REPO).files[frequencies])["sparsity"].shape == (48,)
+    done = push(pushing(second))
+    assert frequencies not in hub.model(REPO).files
+    assert hub.model(REPO).files[f"{HOOK}/{first.name}/notes.txt"] == b"mine"
+    assert (done.commits, push(pushing(second)).commits) == (1, 0)
 
 
 def test_a_readme_of_somebody_elses_stays(hub: Hub, one: Path, capsys: pytest.CaptureFixture[str]) -> None:

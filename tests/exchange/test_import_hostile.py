@@ -4,6 +4,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -17,13 +18,19 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from support.command import ROOT
+from support.exchange import SCALE, check_equal, rows, saelens_says, save
 from support.foreign import saes as foreign
+from support.variants import D_SAE
 
+import train
 from shared.errors import UserError
-from shared.schemas.exchange import ImportConfig
+from shared.schemas.exchange import ExportConfig, ImportConfig
 from train.exchange import tensors
 from train.exchange.bring import bring
+from train.exchange.export import export
+from train.exchange.readers.saelens import VECTORS
 from train.exchange.tensors import read_json, read_npz, read_pickled, read_safetensors
 
 NOW = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -92,12 +99,18 @@ def test_safetensors(tmp_path: Path, data: bytes) -> None:
     refusal(read_safetensors, tmp_path / "w.safetensors")
 
 
+@pytest.mark.parametrize("kind", ["gated", "bijumprelu"])
 @NOW
-@given(st.data())
-def test_a_damaged_folder_is_read_or_refused(tmp_path: Path, data: st.DataObject) -> None:
+@given(data=st.data())
+def test_a_damaged_folder_is_read_or_refused(tmp_path: Path, kind: str, data: st.DataObject) -> None:
     """Bytes of the weights changed, or the end cut off."""
     folder = tmp_path / "theirs"
-    foreign.saelens(folder, "gated")
+    if kind == "gated":
+        foreign.saelens(folder, kind)
+    else:
+        save(tmp_path / "sae", "untied")
+        config = {"source": tmp_path / "sae", "to": "saelens", "form": kind, "out": folder, "overwrite": True}
+        export(ExportConfig.model_validate(config))
     path = folder / "sae_weights.safetensors"
     good = path.read_bytes()
     changed = bytearray(good[: data.draw(st.integers(0, len(good)))])
@@ -106,6 +119,29 @@ def test_a_damaged_folder_is_read_or_refused(tmp_path: Path, data: st.DataObject
             changed[place] = data.draw(st.integers(0, 255))
     path.write_bytes(bytes(changed))
     read_or_refused(folder)
+
+
+def test_any_bijumprelu_is_refused_or_computes_what_its_file_says(tmp_path: Path) -> None:
+    """Numbers of any size and sign, which no autoencoder of ours would have."""
+    save(tmp_path / "sae", "untied")
+    export(ExportConfig(source=tmp_path / "sae", to="saelens", form="bijumprelu", out=tmp_path / "theirs"))
+    path, x, refused = tmp_path / "theirs/sae_weights.safetensors", rows(256), list[str]()
+    good = load_file(path)
+    for seed in range(D_SAE):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = {name: SCALE * torch.randn(D_SAE, generator=generator) for name in VECTORS["bijumprelu"]}
+        drawn |= {name: 3 * drawn[name].abs() for name in ("threshold_pos", "threshold_neg")}
+        drawn["slope_neg"] = torch.exp(drawn["slope_neg"] / SCALE) - 0.1
+        changed = {name: torch.where(torch.arange(D_SAE) == seed, drawn[name], good[name]) for name in drawn}
+        save_file({**good, **changed}, path)
+        try:
+            bring(ImportConfig(source=path.parent, out=tmp_path / "out", overwrite=True))
+        except UserError as error:
+            refused.append(str(error))
+        else:
+            check_equal(train.load(tmp_path / "out"), x, saelens_says(path.parent, x.double().numpy()))
+    assert 10 <= len(refused) <= 30
+    assert all(re.search("slope_neg from|a pole would|both poles", message) for message in refused)
 
 
 # JSON

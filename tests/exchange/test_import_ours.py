@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.exchange import rows, save
+from safetensors.torch import load_file, save_file
+from support.exchange import ABOUT, check_equal, rows, saelens_says, save
 from support.variants import D_SAE, VARIANTS
 
 import train
@@ -103,12 +104,91 @@ def test_gemma_scope(tmp_path: Path, name: str) -> None:
     assert (back(rows()) - sae(rows())).abs().max() < 1e-4
 
 
+# --form bijumprelu
+
+
+def check_same_gates(sae: Autoencoder, back: Autoencoder) -> None:
+    """The same settings, signs and thresholds of both poles; e^r of the positive pole is in W_enc now."""
+    assert (back.config, back.scale, back.signed) == (sae.config, sae.scale, True)
+    ours, theirs = sae.fold(), back.fold()
+    for name in ("W_dec", "b_dec", "offset"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for name in ("W_enc", "threshold", "slope"):
+        torch.testing.assert_close(getattr(theirs, name), getattr(ours, name), rtol=3e-7, atol=0)
+
+
+@pytest.mark.parametrize("folded", [False, True])
+@pytest.mark.parametrize("name", [*TIED, "untied", "untied, no aux"])
+def test_bijumprelu_comes_back_with_both_thresholds_and_signs(tmp_path: Path, name: str, folded: bool) -> None:
+    sae = save(tmp_path / "sae", name)
+    back, about = there_and_back(tmp_path, "saelens", form="bijumprelu", fold_b_dec=folded)
+    check_same_gates(sae, back)
+    check_function(sae, back)
+    assert (sae.encode(rows()) < 0).any()
+    assert (about["imported"]["format"], about["imported"]["notes"]) == ("bijumprelu", [])
+
+
+@pytest.mark.parametrize("name", ["r tied", "abs-topk"])
+def test_bijumprelu_without_a_rescaling_comes_back_bit_for_bit(tmp_path: Path, name: str) -> None:
+    sae = save(tmp_path / "sae", name)
+    if name == "r tied":
+        w = sae.weights.named()
+        w["r"].zero_()
+        w["theta"].copy_(torch.maximum(w["theta"], -w["b"]))  # the file has the larger one alone
+        sae.save(tmp_path / "sae", ABOUT)
+    check_bits(sae, there_and_back(tmp_path, "saelens", form="bijumprelu")[0])
+
+
+@pytest.mark.parametrize("name", [*TIED, "untied", "abs-topk"])
+def test_bijumprelu_of_an_imported_one_is_the_same_file(tmp_path: Path, name: str) -> None:
+    save(tmp_path / "sae", name)
+    there_and_back(tmp_path, "saelens", form="bijumprelu")
+    (again,) = export(ExportConfig(source=tmp_path / "back", to="saelens", form="bijumprelu", out=tmp_path / "again"))
+    before, after = (load_file(folder / "sae_weights.safetensors") for folder in (tmp_path / "out", again.folder))
+    for key, tensor in before.items():
+        torch.testing.assert_close(after[key], tensor, rtol=2e-7 if name == "untied" else 0, atol=0)
+
+
+@pytest.mark.parametrize("centred", [True, False])
+@pytest.mark.parametrize("unit", [True, False])
+def test_bijumprelu_of_anybody(tmp_path: Path, unit: bool, centred: bool) -> None:
+    """Without our description, with b_enc and with decoder rows of other norms: the function is that of the file."""
+    save(tmp_path / "sae", "untied")
+    (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", form="bijumprelu", out=tmp_path / "out"))
+    cfg = json.loads((done.folder / "cfg.json").read_text())
+    del cfg["metadata"]["sagsae"]
+    cfg["apply_b_dec_to_input"] = centred
+    (done.folder / "cfg.json").write_text(json.dumps(cfg))
+    tensors = load_file(done.folder / "sae_weights.safetensors")
+    tensors["b_enc"] = torch.linspace(-0.02, 0.02, D_SAE)
+    if not centred:
+        tensors["b_enc"] -= tensors["b_dec"] @ tensors["W_enc"]
+    tensors["threshold_pos"] += 0.05
+    tensors["threshold_neg"] += 0.05
+    norms = torch.linspace(0.5, 2, D_SAE) if not unit else torch.ones(D_SAE)
+    tensors["W_dec"] *= norms[:, None]
+    save_file(tensors, done.folder / "sae_weights.safetensors")
+    found = bring(ImportConfig(source=done.folder, out=tmp_path / "back"))
+    back = train.load(tmp_path / "back")
+    assert (found.format, back.config.arch, back.config.d_sae) == ("bijumprelu", "sa-gsae", D_SAE)
+    f, x_hat = saelens_says(done.folder, rows().double().numpy())
+    check_equal(back, rows(), (f * norms.double().numpy(), x_hat))
+
+
+def test_the_code_beside_it_is_not_run(tmp_path: Path) -> None:
+    save(tmp_path / "sae", "sa-gsae")
+    (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", form="bijumprelu", out=tmp_path / "out"))
+    (done.folder / "sagsae_bijumprelu.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    bring(ImportConfig(source=done.folder, out=tmp_path / "back"))
+    (done.folder / "sagsae_bijumprelu.py").unlink()
+    bring(ImportConfig(source=done.folder, out=tmp_path / "more"))
+    assert not (tmp_path / "ran").exists()
+
+
 def test_what_no_longer_mirrors_stays_one_sided(tmp_path: Path) -> None:
     """Somebody changed one pole of a latent: nothing is joined, and a note says so."""
     save(tmp_path / "sae", "sa-gsae")
     (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", out=tmp_path / "out"))
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(done.folder / "sae_weights.safetensors")
     tensors["W_enc"][0, 0] += 1.0
     save_file(tensors, done.folder / "sae_weights.safetensors")
@@ -149,15 +229,25 @@ def test_topk_has_no_gates() -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-@pytest.mark.parametrize("form", ["sa-gsae", "gated", "relu", "jumprelu", "abs-topk", "topk", "signed-topk"])
-def test_no_description_changes_the_function(tmp_path: Path, form: str, arch: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [
+        *((name, "auto") for name in ("sa-gsae", "gated", "relu", "jumprelu", "abs-topk", "topk", "signed-topk")),
+        *((name, "bijumprelu") for name in ("sa-gsae", "untied", "abs-topk")),
+    ],
+)
+def test_no_description_changes_the_function(tmp_path: Path, name: str, form: str, arch: str) -> None:
     """Only the tensors are believed: with any other settings than it had, the folder computes the same."""
-    sae, x = save(tmp_path / "sae", form), rows()
-    (done,) = export(ExportConfig(source=tmp_path / "sae", to="saelens", out=tmp_path / "out"))
+    sae, x = save(tmp_path / "sae", name), rows()
+    (done,) = export(
+        ExportConfig.model_validate(
+            {"source": tmp_path / "sae", "to": "saelens", "form": form, "out": tmp_path / "out"}
+        )
+    )
     cfg = json.loads((done.folder / "cfg.json").read_text())
     d_sae = cfg["d_sae"]
     cases: list[tuple[int, dict[str, Any]]] = [(d_sae, {}), (d_sae // 2, {})]
-    cases += [(d_sae, {"k": 7}), (d_sae, {"one_sided": True})]
+    cases += [(d_sae, {"k": 7}), (d_sae, {"one_sided": True}), (d_sae, {"tie": "magnitude"}), (d_sae, {"tie": "none"})]
     for number, (width, more) in enumerate(cases):
         block: dict[str, Any] = {"arch": arch, "d_sae": width, "scale": 1.0, "k": cfg.get("k", 5), **more}
         cfg["metadata"]["sagsae"] = block

@@ -15,8 +15,9 @@ from support.foreign.saes import D_IN, D_SAE
 
 import train
 from shared.errors import UserError
-from shared.schemas.exchange import ImportConfig
+from shared.schemas.exchange import ExportConfig, ImportConfig
 from train.exchange.bring import bring
+from train.exchange.export import export
 from train.exchange.saved import SavedSAE
 
 
@@ -59,7 +60,6 @@ def change_tensors(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any
         ({"architecture": "clt"}, "reads one layer and writes to several"),
         ({"architecture": "matching_pursuit"}, "found by iteration"),
         ({"architecture": "batchtopk"}, "save_inference_model"),
-        ({"architecture": "bijumprelu"}, "without --form bijumprelu"),
         ({"architecture": "new"}, "architecture is 'new' instead of standard or gated"),
         ({"architecture": 5}, "architecture is 5 instead of a text"),
         ({"normalize_activations": "layer_norm"}, "'layer_norm', which divides each token by its own length"),
@@ -116,6 +116,32 @@ def test_the_factor_is_refused_where_there_is_none(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_saelens_tensors(tmp_path: Path, change: Any, message: str) -> None:
     foreign.saelens(tmp_path / "theirs", "gated")
+    assert message in refusal(change_tensors(tmp_path / "theirs", change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda w: w.pop("threshold_neg"), "lacks threshold_neg; a SAELens autoencoder of architecture bijumprelu has"),
+        (lambda w: w.update(r_mag=torch.ones(48)), "has the tensor 'r_mag', which a SAELens autoencoder"),
+        (lambda w: w["slope_neg"].fill_(float("nan")), "has NaN or infinities in slope_neg"),
+        (lambda w: w["threshold_neg"][2:3].fill_(float("inf")), "has NaN or infinities in threshold_neg"),
+        (lambda w: w.update(slope_neg=torch.ones(47)), "has slope_neg of shape [47] instead of d_sae (48)"),
+        (lambda w: w.update(offset_pos=torch.ones(2, 24)), "has offset_pos of shape [2, 24] instead of d_sae (48)"),
+        (lambda w: w["slope_neg"][1:2].fill_(0.0), "has slope_neg from 0 to "),
+        (lambda w: w["slope_neg"][1:2].fill_(-1.0), "has slope_neg from -1 to "),
+        (lambda w: w["slope_neg"][1:2].fill_(1e31), "slopes from 1e-30 to 1e+30 are read"),
+        (lambda w: w["slope_neg"].fill_(1e-38), "has slope_neg from 1e-38 to 1e-38"),
+        (lambda w: w["offset_neg"][4:5].fill_(-1e9), "a pole would have values of the other sign"),
+        (lambda w: w["b_enc"][4:5].fill_(1e9), "both poles of a latent could be active at once"),
+        (lambda w: w["b_enc"][4:5].fill_(-1e9), "both poles of a latent could be active at once"),
+        (lambda w: (w["threshold_pos"].fill_(-1.0), w["offset_pos"].fill_(2.0)), "both poles of a latent could be"),
+        (lambda w: (w["threshold_neg"].fill_(3e38), w["slope_neg"].fill_(1e-9)), "leaves the range of float32"),
+    ],
+)  # fmt: skip
+def test_bijumprelu_tensors(tmp_path: Path, change: Any, message: str) -> None:
+    save(tmp_path / "sae", "untied")
+    export(ExportConfig(source=tmp_path / "sae", to="saelens", form="bijumprelu", out=tmp_path / "theirs"))
     assert message in refusal(change_tensors(tmp_path / "theirs", change))
 
 

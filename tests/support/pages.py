@@ -20,6 +20,14 @@ NUMBER = re.compile(r"(\d+ h )?(\d+ min )?[-+]?\d[\d,]*(\.\d+)?(e-?\d+)?( [kMGT]
 """A number, a duration or a size: what differs from machine to machine, with its unit."""
 
 
+THREE = """
+sagsae harvest --model tiny --tokens 30000 --layer 2 --hook resid_post --hook mlp_out
+sagsae train --store stores/tiny --hook resid_post --arch sa-gsae:512 --arch gated:512 --arch relu:512 --sparsity 0.1 \
+    --batch 512 --lr 5e-3 --out runs/three
+"""
+"""What the pages on other tools and on the hub have already: stores/tiny and runs/three."""
+
+
 @dataclass(frozen=True)
 class PageBlock:
     """One block that is run, and the output that the page shows for it."""
@@ -61,7 +69,7 @@ def environment(folder: Path) -> dict[str, str]:
     program.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(ROOT / "cli.py"))} "$@"\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-    quiet = {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": "2", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+    quiet = {"GOMP_SPINCOUNT": "3000", "OMP_NUM_THREADS": "2", "COLUMNS": "200"}
     return {**os.environ, **quiet, "PATH": path, "PYTHONPATH": str(ROOT)}
 
 

@@ -19,7 +19,7 @@ from shared.model.weights import CONFIG, read_json
 from shared.store.opened import Store, find_hookpoint
 from shared.store.spec import StoreSpec, corpus_name
 from train.autoencoder import SETTINGS
-from train.exchange.saved import SavedSAE
+from train.exchange.saved import FiringCounts, SavedSAE
 from train.runs.folder import RunFolder
 
 MOST_CONTEXT: Final = 1 << 24
@@ -109,6 +109,8 @@ class About:
     """How many positions at the beginning of each context were left out of training."""
     measured: Mapping[str, Any] | None = None
     """Its entry in evaluation.json."""
+    firings: FiringCounts | None = None
+    """How often each latent fired on the held-out tokens."""
 
     @property
     def layer(self) -> int | None:
@@ -150,6 +152,7 @@ def about_sae(saved: SavedSAE) -> About:
             exclude_special=optional(settings, "exclude_special", truth) if run is None else run.exclude_special,
             skip_positions=skipped(settings, run, spec),
             measured=saved.measured() or None,
+            firings=saved.firings(),
         )
     except BadData as error:
         raise UserError(f"{saved.folder / SETTINGS}: {error}") from error

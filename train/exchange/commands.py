@@ -75,8 +75,17 @@ def push(context: typer.Context, source: PushSource, as_json: Json = False) -> N
     from train.hub.push import push as run
 
     asks = sys.stdin.isatty() and sys.stderr.isatty()
-    done = run(config, partial(typer.confirm, err=True) if asks else None)
+    done = run(config, agrees if asks else None)
     show(dataclasses.asdict(done), as_json, partial(print_pushed, done))
+
+
+def agrees(question: str) -> bool:
+    """Asks on the terminal. An input that ends (Ctrl-D) is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)
+        return False
 
 
 def pull(context: typer.Context, source: HubSource, as_json: Json = False) -> None:

@@ -62,6 +62,8 @@ class Exported:
     """Its number of latents: twice the autoencoder's where both poles of a latent are latents of their own."""
     notes: list[str]
     """What a reader has to know, a sentence each."""
+    absent: tuple[str, ...] = ()
+    """Files that another export for this tool has, and this one does not."""
 
 
 def export(config: ExportConfig) -> list[Exported]:
@@ -69,17 +71,22 @@ def export(config: ExportConfig) -> list[Exported]:
     what an autoencoder is, or when files are in the way that no export wrote; then nothing is written."""
     found = find_saes(config.source)
     check_out(config.out)
-    done = []
+    done, obsolete = [], list[Path]()
     with explained(config.out), nothing_left(config.out), local.written_together() as write:
         for saved in found:
             sae, about = saved.load(), about_sae(saved)
             written = WRITERS[config.to](sae, about, config)
             folder = config.out if len(found) == 1 else config.out / subfolder(about, config)
+            absent = tuple(name for name in written.optional if name not in written.files)
+            for place in (folder / path for path in (*absent, *written.files)):
+                check_replaceable(place, config.overwrite)
             for path, content in written.files.items():
-                check_replaceable(folder / path, config.overwrite)
                 write(folder / path, content)
+            obsolete += [folder / name for name in absent]
             notes = [*written.notes, *measured_loss(saved, sae, written)]
-            done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes))
+            done.append(Exported(saved.name, folder, config.to, written.form, written.width, notes, absent))
+        for place in obsolete:
+            place.unlink(missing_ok=True)
     return done
 
 

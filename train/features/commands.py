@@ -1,4 +1,4 @@
-"""The command that looks at what the latents of a run fire on."""
+"""The command that looks at what the latents of an autoencoder fire on."""
 
 import dataclasses
 
@@ -7,7 +7,7 @@ import typer
 from shared.command.commands import command
 from shared.command.main import show
 from shared.command.options import OptionsFrom, resolve
-from shared.command.parameters import Json, Processes, RunFolder
+from shared.command.parameters import Json, Processes, RunOrNone
 from shared.command.start import in_processes
 from shared.launch import is_helper
 
@@ -16,14 +16,18 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
     """Adds the command to the command line. `script`: what several processes are started with."""
 
     @command(app, group=group, settings=OptionsFrom("features"))
-    def features(context: typer.Context, run: RunFolder, processes: Processes = 1, as_json: Json = False) -> None:
+    def features(
+        context: typer.Context, run: RunOrNone = None, processes: Processes = 1, as_json: Json = False
+    ) -> None:
         """Find what every latent of an autoencoder fires on, for both of its poles.
 
         One pass over the run's store, without the language model. It writes RUN/features/NAME/: Parquet files with
-        counts, the strongest contexts, drawn firings, tokens, the logit lens and what fires together.
+        counts, the strongest contexts, drawn firings, tokens, the logit lens and what fires together. Without RUN it
+        takes an autoencoder of any kind, trained here or imported, and a store that fits.
 
         $ sagsae features runs/three --sae sa-gsae-512-lambda0.1-seed0
         $ sagsae features runs/three --tokens 1000000 --processes 4
+        $ sagsae features --sae imported/gpt2-8 --store stores/gpt2 --hook resid_pre --out features/gpt2-8
         """
         config = resolve(context, run=run)
         in_processes(processes, script)

@@ -1,6 +1,6 @@
-"""`sagsae features`: reads the store once, counts, and writes RUN/features/NAME/.
+"""`sagsae features`: reads the store once, counts, and writes RUN/features/NAME/, or the folder of --out.
 
-The pass keeps what it has counted in RUN/features/NAME.work/, one file for each process, and resumes from there. The
+The pass keeps what it has counted in NAME.work/ beside it, one file for each process, and resumes from there. The
 result is put together in it, too, and takes its name when it is complete: it is there as a whole or not at all.
 """
 
@@ -122,7 +122,7 @@ def check_same(job: FeaturesJob, about: dict[str, Any], what: str) -> None:
     """Raises UserError, which says where it differs, unless a result or an unfinished pass has this job's identity."""
     there = about["identity"]
     differ = [key for key in job.identity if there.get(key) != plain(job.identity[key])]
-    reasons = {"sha256": "from another autoencoder of this name", "snapshot": "from other rows of the store"}
+    reasons = {"sha256": "from another autoencoder", "snapshot": "from other rows of the store"}
     if differ:
         key = next((each for each in reasons if each in differ), differ[0])
         why = reasons.get(key, f"with {key} = {there.get(key)}, and this asks for {job.identity[key]}")
@@ -137,7 +137,7 @@ def plain(value: Any) -> Any:
 @contextmanager
 def prepared(job: FeaturesJob, overwrite: bool) -> Iterator[None]:
     """Makes the folder in which the pass works, and locks it. Raises UserError when it holds another pass."""
-    if job.out.exists() and not overwrite:
+    if job.out.exists() and any(job.out.iterdir()) and not overwrite:
         raise DamagedError(f"{job.out}: has no about.json. Move it away, or start again with --overwrite")
     job.work.mkdir(parents=True, exist_ok=True)
     with folder_lock(job.work):

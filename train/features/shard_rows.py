@@ -14,12 +14,11 @@ from jaxtyping import Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.config import TrainConfig
 from shared.store.opened import Store
 from shared.store.reader import read_places
 from shared.store.tokens import TokenRows
 from train.data.norm_filter import FilteredRows
-from train.data.order import usable_rows
+from train.data.order import SplitSettings, usable_rows
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows, KeptRows, to_tensor
 
@@ -59,7 +58,7 @@ class RowSource:
 
     @classmethod
     def of(
-        cls, store: Store, hook: str, trained: TrainConfig, left: FilteredRows | None, tokens: int | None
+        cls, store: Store, hook: str, trained: SplitSettings, left: FilteredRows | None, tokens: int | None
     ) -> "RowSource":
         """The rows that a run trains and measures on, but those in `left`; with `tokens`, only those of the first whole
         contexts that hold so many tokens. Reads all token ids. Raises DamagedError when they were altered."""
@@ -120,7 +119,7 @@ def contexts_within(store: Store, tokens: int | None) -> int:
     return spec.n_contexts
 
 
-def usable_blocks(ids: TokenRows, trained: TrainConfig, contexts: int) -> Iterator[NDArray[np.bool_]]:
+def usable_blocks(ids: TokenRows, trained: SplitSettings, contexts: int) -> Iterator[NDArray[np.bool_]]:
     """Yields the mask of the rows that count, block by block; none from context `contexts` on."""
     at = 0
     for block in ids.blocks():

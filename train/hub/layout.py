@@ -78,6 +78,8 @@ def files_of_saes(
         folder, inside = folder_in_repo(config, about, own, place, merge_rows(known.rows, rows))
         rows.append(row_of(saved, about, exported, own, folder, config))
         files += [OutFile(f"{folder}/{name}", path) for name, path in inside.items()]
+        if any(row.folder == folder for row in known.rows):  # what an earlier push put there, of other weights
+            files += [OutFile(f"{folder}/{name}", None) for name in exported.absent]
         files += own_files(saved, about, own)
     return [*files, *card_files(config, merge_rows(known.rows, rows), known)], [row.name for row in rows]
 

@@ -49,11 +49,13 @@ class OutFile:
 
     path: str
     """Its path there."""
-    content: bytes | Path
-    """Its bytes, or the file that holds them."""
+    content: bytes | Path | None
+    """Its bytes, or the file that holds them; None where the repository shall have no such file."""
 
     @cached_property
     def size(self) -> int:
+        if self.content is None:
+            return 0
         return len(self.content) if isinstance(self.content, bytes) else self.content.stat().st_size
 
     @cached_property
@@ -68,7 +70,7 @@ class OutFile:
     def digest(self, into: Any) -> str:
         if isinstance(self.content, bytes):
             into.update(self.content)
-        else:
+        elif self.content is not None:
             with open(open_regular(self.content), "rb") as file:
                 while part := file.read(READ_BYTES):
                     into.update(part)
@@ -76,6 +78,8 @@ class OutFile:
 
     def is_at(self, there: HubFile | None) -> bool:
         """Whether the hub has exactly this file."""
+        if self.content is None:
+            return there is None
         if there is None or there.size != self.size:
             return False
         return there.sha256 == self.sha256 if there.sha256 else there.blob == self.blob
@@ -177,15 +181,16 @@ def send_commit(
     repo: HubRepo, parent: str, files: Sequence[OutFile], message: str, advance: Callable[[int, str], None]
 ) -> str:
     """Uploads the contents, then makes one commit of all files. Returns the commit."""
-    from huggingface_hub import CommitOperationAdd
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
     api = hub_api()
     operations: list[Any] = []
     with explained(repo, "uploading"):
         for batch in batches(files):
-            made = [CommitOperationAdd(file.path, as_content(file)) for file in batch]
+            made = [CommitOperationAdd(file.path, as_content(file)) for file in batch if file.content is not None]
             api.preupload_lfs_files(repo.name, made, repo_type=repo.kind, free_memory=False)
             operations += made
+            operations += [CommitOperationDelete(file.path) for file in batch if file.content is None]
             advance(sum(file.size for file in batch), batch[-1].path)
     with explained(repo, "committing"):
         done = api.create_commit(
@@ -220,7 +225,7 @@ def pushed(
         private=state.private,
         files_sent=len(sent),
         bytes_sent=sum(file.size for file in sent),
-        files_there=len(files) - len(sent),
+        files_there=sum(file.content is not None for file in files) - len(sent),
         commits=commits,
     )
 

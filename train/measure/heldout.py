@@ -23,6 +23,7 @@ from train.data.order import Split, SplitSettings, split_rows
 from train.data.row_mask import RowMask
 from train.data.rows import HookRows, norms_and_places
 from train.data.snapshot import SnapshotWatch
+from train.measure.census import Firings
 from train.measure.metrics import ModelLosses, RowGroups, entry, language_losses, measure, read_heldout
 from train.measure.peers import by_peers
 from train.measure.recovery import KnownFeatures
@@ -30,6 +31,16 @@ from train.measure.useless import useless
 
 NamedSAEs = Iterable[tuple[str, Autoencoder]]
 """Autoencoders with the names that evaluations list them by. Only one is in memory at a time."""
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured on held-out rows."""
+
+    results: dict[str, Any]
+    """The content of evaluation.json."""
+    firings: dict[str, Firings]
+    """By autoencoder: how often each of its latents fired."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +92,10 @@ def measure_asked(
     saes: Callable[[str], Iterator[tuple[str, Autoencoder]]],
     many: int,
     inactive: Mapping[str, dict[str, Any]] | None = None,
-) -> dict[str, Any]:
-    """Returns the content of evaluation.json for the measures that `config` asks for. `saes` loads the autoencoders
-    onto a device, one at a time: those of all waves together may not fit into memory. `many`: their number. Raises
-    DamagedError when the store was replaced meanwhile."""
+) -> Measurements:
+    """Returns the measures that `config` asks for. `saes` loads the autoencoders onto a device, one at a time: those of
+    all waves together may not fit into memory. `many`: their number. Raises DamagedError when the store was replaced
+    meanwhile."""
     store, hook = rows.store, rows.hook
     watch = SnapshotWatch(store, hook)
     device = pick_device(config.device)
@@ -95,13 +106,11 @@ def measure_asked(
     losses = None
     if source is not None:
         losses = heldout_losses(source, device, rows, tokens, (sae for _, sae in saes(device)), config)
-    results = measure_all(
-        rows, saes(device), many, losses, device, inactive, config.peer_conventions, config.directions
-    )
+    found = measure_all(rows, saes(device), many, losses, device, inactive, config.peer_conventions, config.directions)
     watch.check([store], thorough=True)
-    for line in [*massive_text(results), *useless(results["saes"])]:
+    for line in [*massive_text(found.results), *useless(found.results["saes"])]:
         say(line)
-    return results
+    return found
 
 
 def wants_ce(config: EvalConfig, store: Store) -> bool:
@@ -137,8 +146,8 @@ def measure_all(
     inactive: Mapping[str, dict[str, Any]] | None = None,
     peer_conventions: bool = False,
     look_at_directions: bool = True,
-) -> dict[str, Any]:
-    """Returns the content of evaluation.json. `many`: the number of autoencoders in `saes`. `inactive`: the result of
+) -> Measurements:
+    """Measures autoencoders on the rows. `many`: the number of autoencoders in `saes`. `inactive`: the result of
     `last_logged_inactive`."""
     read = HookRows.of(rows.store, rows.hook)
     heldout = read_heldout(read, rows.parts.heldout)
@@ -149,6 +158,7 @@ def measure_all(
     if not len(mine):
         raise UserError(f"{rows.store.name}: holds no row of the held-out contexts that counts. Harvest more tokens")
     known, entries = KnownFeatures.of(read, counts), []
+    firings: dict[str, Firings] = {}
     more = None if rows.every_position is None else read_heldout(read, rows.every_position)
     with progress("evaluate", many * len(heldout), "rows") as advance:
         for index, (name, sae) in enumerate(saes):
@@ -159,11 +169,12 @@ def measure_all(
             fit = measure(sae, heldout, device, (inactive or {}).get(name), groups, look_at_directions, taken)
             peers = {"peers": by_peers(sae, mine, device, more)} if peer_conventions else {}
             found = asdict(known.recovery(sae, mine, device)) if known else {}
+            firings[name] = fit.firings
             entries.append({**entry(sae, fit, losses, index), "name": name, **peers, **found})
             if fit.directions and fit.directions["sampled"]:
                 few, all_of_them = fit.directions["sampled"], fit.directions["latents"]
                 say(f"{name}: compared a sample of {few:,} of its {all_of_them:,} directions with all others")
-    return {
+    results = {
         "tokens": len(mine),
         "massive": groups.about(heldout),
         "norm_limit": rows.limit,
@@ -174,6 +185,7 @@ def measure_all(
         "ce_mean": losses.mean if losses else None,
         "saes": entries,
     }
+    return Measurements(results, firings)
 
 
 def massive_text(results: dict[str, Any]) -> list[str]:

@@ -8,7 +8,7 @@ counted.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Final
 
@@ -62,6 +62,8 @@ class ReconstructionFit:
     directions: dict[str, Any] | None
     """See `train.measure.directions`; None when it was not asked for."""
     tokens: int
+    firings: Firings
+    """How often each latent fired on these tokens; in a file of its own (train/measure/written.py)."""
 
 
 @dataclass
@@ -184,6 +186,7 @@ def measure(
         densities=densities(firings),
         directions=directions(sae.weights.W_dec[firings.live], sae.config.seed) if look_at_directions else None,
         tokens=n,
+        firings=firings,
     )
 
 
@@ -311,7 +314,7 @@ def entry(sae: Autoencoder, fit: ReconstructionFit, losses: ModelLosses | None, 
         "d_sae": config.d_sae,
         **knobs,
         "seed": config.seed,
-        **asdict(fit),
+        **{key: value for key, value in vars(fit).items() if key != "firings"},
         "ce_spliced": spliced,
         "ce_recovered": recovered(losses.zero, losses.spliced[index], losses.clean) if losses else None,
         "ce_recovered_mean": recovered(losses.mean, losses.spliced[index], losses.clean) if losses else None,

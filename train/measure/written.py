@@ -1,14 +1,27 @@
-"""Evaluations on disk: what may be replaced, and what a new one keeps of the one before."""
+"""Evaluations on disk: what may be replaced, and what a new one keeps of the one before.
 
+A run's evaluation.json has firings.safetensors beside it, with the tensors NAME/positive and NAME/negative, int64
+[d_sae] each, for every autoencoder: on how many held-out tokens each latent was above and below zero. evaluation.json
+holds the SHA-256 of that file as `firings`.
+"""
+
+import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from shared.errors import UserError
+from shared.files import local
 from shared.gate import BadData
 from shared.progress import say
-from train.runs.folder import read_sealed
+from shared.record import finite, sealed_json
+from train.measure.census import Firings
+from train.runs.checkpoint import digested, pieces
+from train.runs.folder import RunFolder, read_sealed
 
 MEASURED: Final = "measured.json"
 """The file of an evaluation without a run (`sagsae eval --sae`)."""
@@ -20,6 +33,19 @@ class Evaluation:
 
     file: Path
     results: dict[str, Any]
+
+
+def write_evaluation(folder: RunFolder, results: dict[str, Any], firings: Mapping[str, Firings]) -> None:
+    """Writes a run's evaluation.json and firings.safetensors: both or none."""
+    signs = {
+        f"{name}/{sign}": getattr(counts, sign).to("cpu", torch.int64)
+        for name, counts in firings.items()
+        for sign in ("positive", "negative")
+    }
+    digest = hashlib.sha256()
+    with local.written_together() as write:
+        write(folder.firings, digested(pieces(signs), digest))
+        write(folder.evaluation, [sealed_json(finite({**results, "firings": digest.hexdigest()}))])
 
 
 def check_replaceable(evaluation: Path) -> None:

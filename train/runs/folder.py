@@ -10,6 +10,7 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
                   are removed when the run is finished, unless keep_checkpoints is set
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
+firings.safetensors   how often each latent fired on them
 features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted
 tensorboard/ wandb/   with --track: the trackers' files
 
@@ -67,6 +68,7 @@ OURS: Final = {
     "record.json",
     "metrics.jsonl",
     "evaluation.json",
+    "firings.safetensors",
     "checkpoints",
     "saes",
     "features",
@@ -130,6 +132,10 @@ class RunFolder:
     @property
     def evaluation(self) -> Path:
         return self.path / "evaluation.json"
+
+    @property
+    def firings(self) -> Path:
+        return self.path / "firings.safetensors"
 
     def sae(self, name: str) -> Path:
         return self.path / "saes" / name

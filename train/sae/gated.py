@@ -14,7 +14,7 @@ reconstruction alone.
 The free decoder (`Gated.decoder`) has no bars and no unit norm; its penalty is λ Σ|g_i||d_i|.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
 import torch
@@ -203,7 +203,17 @@ def join(w: GatedWeights) -> GatedWeights:
     if (w.theta < 0).any():
         raise ValueError("a threshold is negative: both poles of a latent could be open at once")
     poles = {name: getattr(w, name).reshape(2, half) for name in ("theta", "r", "b")}
+    return tied(GatedWeights(w.W_enc[:half].clone(), w.W_dec[:half].clone(), w.b_dec, **poles))
+
+
+def tied(w: GatedWeights) -> GatedWeights:
+    """The same function with one row where those of both poles are equal, as far as a tie can say it."""
+    poles = {name: getattr(w, name) for name in ("theta", "r", "b")}
     equal = {name: torch.equal(rows[0], rows[1]) for name, rows in poles.items()}
-    tied = poles if all(equal.values()) else {"r"} if equal["r"] else {}
-    poles = {name: rows[:1] if name in tied else rows for name, rows in poles.items()}
-    return GatedWeights(w.W_enc[:half].clone(), w.W_dec[:half].clone(), w.b_dec, **poles)
+    shared = poles if all(equal.values()) else {"r"} if equal["r"] else {}
+    return replace(w, **{name: rows[:1] if name in shared else rows for name, rows in poles.items()})
+
+
+def tie_of(w: GatedWeights) -> str:
+    """The tie of two-sided weights: what both poles of a latent share."""
+    return "symmetric" if len(w.theta) == 1 else "magnitude" if len(w.r) == 1 else "none"

@@ -7,7 +7,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -44,8 +44,8 @@ class HubRepository:
             return self.commits[-1]
         return next((commit for commit in self.commits if commit[0] == revision), None)
 
-    def commit(self, changes: dict[str, bytes]) -> str:
-        content = {**self.files, **changes}
+    def commit(self, changes: dict[str, bytes], deleted: Sequence[str] = ()) -> str:
+        content = {path: data for path, data in {**self.files, **changes}.items() if path not in deleted}
         digest = hashlib.sha1(self.head.encode())
         for path in sorted(content):
             digest.update(path.encode() + hashlib.sha1(content[path]).digest())
@@ -344,14 +344,18 @@ class HubHandler(Answering):
             self.send(412, {"error": "A commit has happened since. Please refresh and try again."})
             return
         changes: dict[str, bytes] = {}
-        for value in (line["value"] for line in lines[1:]):
+        deleted = [line["value"]["path"] for line in lines[1:] if line["key"] == "deletedFile"]
+        if not repo.files.keys() >= set(deleted):
+            self.send(400, {"error": "a file to delete is missing"})
+            return
+        for value in (line["value"] for line in lines[1:] if line["key"] != "deletedFile"):
             large = "oid" in value
             if large and value["oid"] not in self.server.storage:
                 self.send(400, {"error": "a large file is missing"})
                 return
             changes[value["path"]] = self.server.storage[value["oid"]] if large else base64.b64decode(value["content"])
             repo.large |= {value["oid"]} if large else set()
-        commit = repo.commit(changes)
+        commit = repo.commit(changes, deleted)
         self.send(200, {"success": True, "commitOid": commit, "commitUrl": f"{self.server.url}/{name}/commit/{commit}"})
 
 

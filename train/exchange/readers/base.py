@@ -20,7 +20,7 @@ from shared.saes import ARCHITECTURES, SAEConfig, sae_config
 from train.exchange.tensors import TensorFile
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
-from train.sae.gated import GatedWeights
+from train.sae.gated import GatedWeights, tie_of, tied
 from train.sae.relu import JumpReluWeights, ReluWeights
 
 UNIT: Final = 1e-5
@@ -44,9 +44,10 @@ class Theirs:
     b_dec: Tensor
     """[d_in]."""
     lengths: Mapping[str, Tensor]
-    """[d_sae] each: b_enc, theta and b, whichever it has. They grow with the activations."""
+    """[d_sae] each: b_enc, theta and b, whichever it has. They grow with the activations. Of one with two poles per
+    latent [2, d_sae] each."""
     r: Tensor | None = None
-    """[d_sae], of a gated one."""
+    """[d_sae], of a gated one; [2, d_sae] with two poles per latent."""
     threshold: Tensor | None = None
     """[], common to all latents."""
     centred: bool = True
@@ -238,6 +239,13 @@ def gated(parts: Parts, k: int) -> tuple[SAEConfig, Weights]:  # noqa: ARG001
     )
 
 
+def sa_gsae(parts: Parts, k: int) -> tuple[SAEConfig, Weights]:  # noqa: ARG001
+    """With the fewest scalars that are exact."""
+    assert parts.r is not None
+    weights = tied(GatedWeights(**parts.matrices, theta=parts.lengths["theta"], r=parts.r, b=parts.lengths["b"]))
+    return settings("sa-gsae", parts, tie=tie_of(weights)), weights
+
+
 def batch_topk(parts: Parts, k: int) -> tuple[SAEConfig, Weights]:
     """JumpReLU where rows of other norms made a threshold of each latent of the common one."""
     if parts.threshold is None:
@@ -258,6 +266,7 @@ FAMILIES: Final[Mapping[str, Callable[[Parts, int], tuple[SAEConfig, Weights]]]]
     "relu": relu,
     "jumprelu": jumprelu,
     "gated": gated,
+    "sa-gsae": sa_gsae,
     "batch-topk": batch_topk,
     "topk": topk,
     "signed-topk": signed_topk,

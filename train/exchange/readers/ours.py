@@ -21,7 +21,7 @@ from train.exchange.tensors import read_json
 from train.sae.base import Weights
 from train.sae.batch_topk import BatchTopKWeights
 from train.sae.families import family
-from train.sae.gated import GatedWeights, join
+from train.sae.gated import GatedWeights, join, tie_of
 from train.sae.relu import JumpReluWeights, ReluWeights
 
 PER_TOKEN: Final = ("topk", "signed-topk")
@@ -83,14 +83,13 @@ def with_settings(found: TranslatedSAE, config: SAEConfig) -> tuple[SAEConfig, W
         raise ValueError(f"it has {now.d_sae:,} latents, and its old settings {config.d_sae:,}")
     if config.arch in PER_TOKEN and getattr(now, "k", None) != getattr(config, "k", None):
         raise ValueError("its old settings have another k")
-    if not halved:
-        return config, same_width(w, now, config)
-    if isinstance(config, SaGsae):
-        weights = with_poles(join(as_gate(w, now.arch)), family(config).poles)
-        rows = (len(weights.theta), len(weights.r))
-        tie = {(1, 1): "symmetric", (2, 1): "magnitude", (2, 2): "none"}[rows]
-        return config.model_copy(update={"tie": tie}), weights
-    return config, join_halves(w, now.arch, config.arch)
+    if family(now).signed and not signed:
+        raise ValueError("its latents have two poles, and one in its old settings")
+    if signed and isinstance(config, SaGsae):
+        gates = as_gate(w, now.arch)
+        weights = with_poles(join(gates) if halved else gates, family(config).poles)
+        return config.model_copy(update={"tie": tie_of(weights)}), weights
+    return config, join_halves(w, now.arch, config.arch) if halved else same_width(w, now, config)
 
 
 def same_width(w: Weights, now: SAEConfig, config: SAEConfig) -> Weights:
@@ -99,9 +98,16 @@ def same_width(w: Weights, now: SAEConfig, config: SAEConfig) -> Weights:
         return w
     if isinstance(w, JumpReluWeights) and config.arch == "batch-topk":
         return BatchTopKWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc, common(w.theta))
+    if isinstance(w, GatedWeights) and config.arch == "abs-topk" and is_one_jump(w):
+        return BatchTopKWeights(w.W_enc, w.W_dec, w.b_dec, torch.zeros_like(w.theta[0]), common(w.theta[0]))
     if isinstance(w, JumpReluWeights) and config.arch == "relu" and not bool(w.theta.any()):
         return ReluWeights(w.W_enc, w.W_dec, w.b_dec, w.b_enc)
     raise ValueError(f"as {config.arch} its tensors would be others")
+
+
+def is_one_jump(w: GatedWeights) -> bool:
+    """Whether both poles have the same thresholds, and magnitudes are |u| itself."""
+    return len(w.theta) == 1 and not bool(w.r.any()) and not bool(w.b.any())
 
 
 def as_gate(w: Weights, arch: str) -> GatedWeights:

@@ -1,7 +1,8 @@
 """Reads an autoencoder that SAELens saved: cfg.json and sae_weights.safetensors.
 
 Its BatchTopK and Matryoshka BatchTopK are saved for inference as jumprelu. Folders of before SAELens 6 keep what is in
-`metadata` now beside the architecture, and may lack that.
+`metadata` now beside the architecture, and may lack that. bijumprelu is the architecture that `sagsae export --form
+bijumprelu` adds to SAELens; its file of code is neither needed nor run.
 """
 
 from pathlib import Path
@@ -16,6 +17,7 @@ from train.exchange.readers.base import (
     TranslatedSAE,
     brought,
     found,
+    row_products,
     said_switch,
     said_text,
 )
@@ -31,6 +33,7 @@ VECTORS: Final = {
     "jumprelu": ("b_enc", "threshold"),
     "topk": ("b_enc",),
     "abstopk": ("b_enc",),
+    "bijumprelu": ("b_enc", "threshold_pos", "threshold_neg", "offset_pos", "offset_neg", "slope_neg"),
 }
 """The tensors [d_sae] of each architecture that is read."""
 FAMILY: Final = {
@@ -39,6 +42,7 @@ FAMILY: Final = {
     "jumprelu": "jumprelu",
     "topk": "topk",
     "abstopk": "signed-topk",
+    "bijumprelu": "sa-gsae",
 }
 PER_TOKEN: Final = ("topk", "abstopk")
 NO_AUTOENCODER: Final = "it predicts other activations than it reads"
@@ -50,10 +54,13 @@ REFUSED: Final = {
     "clt": "it reads one layer and writes to several",
     "temporal": "its code depends on earlier tokens",
     "matching_pursuit": "its code is found by iteration, not by an encoder",
-    "bijumprelu": "it needs code of its own. Export it again without --form bijumprelu, which says the same",
     "batchtopk": "it is a checkpoint of a training; SAELens' save_inference_model writes what is read here",
     "matryoshka_batchtopk": "it is a checkpoint of a training; SAELens' save_inference_model writes what is read here",
 }
+STEEPEST: Final = 1e30
+"""Largest slope of a negative pole, and one over the smallest: float32 holds its logarithm's exponential."""
+ROUNDING: Final = 2.0**-23
+"""How far float32 may be off, relative to a number."""
 SCALING: Final = ("finetuning_scaling_factor", "scaling_factor")
 """Tensors of folders of before SAELens 6, all ones where nothing was finetuned."""
 
@@ -167,9 +174,38 @@ def translated(kind: str, w: dict[str, Tensor], centred: bool, factor: float, ke
     """Gated: π = u + b_gate > 0 is u > -b_gate."""
     matrices = (w["W_enc"].T.contiguous(), w["W_dec"], w["b_dec"])
     rest: dict[str, Any] = {"centred": centred, "factor": factor, "keeps_norms": keeps}
+    if kind == "bijumprelu":
+        lengths, r = two_poles(w, matrices[0], centred)
+        return Theirs(*matrices, lengths, r, factor=factor)
     if kind == "gated":
         return Theirs(*matrices, {"theta": -w["b_gate"], "b": w["b_mag"]}, w["r_mag"], **rest)
     lengths = {"b_enc": w.get("b_enc", torch.zeros(len(w["W_dec"])))}
     if kind == "jumprelu":
         lengths["theta"] = w["threshold"]
     return Theirs(*matrices, lengths, **rest)
+
+
+def two_poles(w: dict[str, Tensor], W_enc: Tensor, centred: bool) -> tuple[dict[str, Tensor], Tensor]:
+    """Returns θ, b and r of the gates [2, d_sae] that are Bi-JumpReLU, for an input from which b_dec is subtracted:
+
+        z = u + c        z > T⁺  is  u > T⁺ - c        -ρz > T⁻  is  -u > T⁻/ρ + c        r = (0, log ρ)
+
+    c = b_enc, and W_enc b_dec more where the tool does not subtract b_dec. A c that is the rounding of b_enc alone is
+    zero. Raises BadData for what no gates compute: two signs at once, or a value of the other sign than its pole's."""
+    slope = w["slope_neg"].double()
+    if bool((slope < STEEPEST**-1).any() | (slope > STEEPEST).any()):
+        lowest, highest = slope.min().item(), slope.max().item()
+        raise BadData(
+            f"has slope_neg from {lowest:g} to {highest:g}; slopes from {STEEPEST**-1:.0e} to {STEEPEST:.0e} are read"
+        )
+    shift = torch.zeros_like(slope) if centred else row_products(W_enc, w["b_dec"])
+    c = w["b_enc"].double() + shift
+    c = torch.where(c.abs() <= ROUNDING * shift.abs(), 0.0, c)
+    threshold, offset = (torch.stack([w[f"{name}_pos"], w[f"{name}_neg"]]).double() for name in ("threshold", "offset"))
+    if bool((threshold + offset < 0).any()):
+        raise BadData("has a threshold below minus its offset: a pole would have values of the other sign")
+    theta = torch.stack([threshold[0] - c, threshold[1] / slope + c])
+    if bool((theta < 0).any()):
+        raise BadData("has a threshold below b_enc: both poles of a latent could be active at once")
+    b = torch.stack([offset[0] + c, offset[1] - slope * c])
+    return {"theta": theta, "b": b}, torch.stack([torch.zeros_like(slope), slope.log()]).float()

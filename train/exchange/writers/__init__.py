@@ -27,6 +27,8 @@ class Written:
     notes: list[str] = field(default_factory=list)
     approximation: TopKForm | None = None
     """What the files compute where that is not the autoencoder's own function."""
+    optional: tuple[str, ...] = ()
+    """Names of files that an earlier export may have left in the folder. Those that are not in `files` are removed."""
 
 
 def chosen(sae: Autoencoder, config: ExportConfig, has: Mapping[str, Callable[[Autoencoder], bool]]) -> str:

@@ -1,4 +1,4 @@
-"""SAELens' files (6.54.12): cfg.json, sae_weights.safetensors.
+"""SAELens' files (6.54.12): cfg.json, sae_weights.safetensors, and sparsity.safetensors where firings were counted.
 
 Every member of cfg.json is written, for SAELens replaces absent ones silently: without `sae_lens_version` it drops the
 whole metadata, and without `apply_b_dec_to_input` it subtracts b_dec from the input.
@@ -8,15 +8,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
 from shared.schemas.exchange import ExportConfig
 from train.autoencoder import Autoencoder
 from train.exchange import forms
 from train.exchange.about import About, measured_number
+from train.exchange.saved import FiringCounts
 from train.exchange.writers import Written, chosen, json_file, provenance_block
 from train.runs.checkpoint import pieces
 
 SETTINGS: Final = "cfg.json"
 WEIGHTS: Final = "sae_weights.safetensors"
+SPARSITY: Final = "sparsity.safetensors"
+NEVER: Final = 1e-10
+"""What SAELens adds to the share of tokens on which a latent fires, so that log10 of it is -10 for one that never does.
+"""
 NATIVE: Final = "sagsae_bijumprelu.py"
 """The class that SAELens needs for the bijumprelu form."""
 VERSION: Final = "6.54.12"
@@ -43,9 +52,19 @@ def write(sae: Autoencoder, about: About, config: ExportConfig) -> Written:
         del tensors["threshold"]
     settings = settings_of(sae, about, name, form, config)
     files = {SETTINGS: json_file(settings), WEIGHTS: pieces(forms.on_disk(tensors))}
+    if about.firings is not None:
+        files[SPARSITY] = pieces({"sparsity": log_frequencies(about.firings, form.width)})
     if name == "bijumprelu":
         files[NATIVE] = [(Path(__file__).parent / NATIVE).read_bytes()]
-    return Written(files, name, form.width, notes_of(about, name, settings))
+    return Written(files, name, form.width, notes_of(about, name, settings), optional=(SPARSITY, NATIVE))
+
+
+def log_frequencies(firings: FiringCounts, width: int) -> Float[Tensor, " n"]:
+    """Returns log10 of the share of tokens on which each latent of the exported width fires: the two poles of a signed
+    latent one behind the other, or together where the export keeps the sign."""
+    above, below = firings.positive, firings.negative
+    counts = torch.cat([above, below]) if width == 2 * len(above) else above + below
+    return torch.log10(counts.double() / firings.tokens + NEVER).float()
 
 
 def settings_of(sae: Autoencoder, about: About, name: str, form: forms.Form, config: ExportConfig) -> dict[str, Any]:
@@ -113,5 +132,6 @@ def notes_of(about: About, name: str, settings: dict[str, Any]) -> list[str]:
         notes.append("not evaluated: cfg.json says no L0 and no R². Run sagsae eval first")
     if name == "bijumprelu":
         notes.append(f"SAELens loads it after `import {NATIVE.removesuffix('.py')}`, a file beside it")
-    notes.append("no sparsity.safetensors: evaluation.json counts firings of all latents together")
+    if about.firings is None:
+        notes.append(f"no {SPARSITY}: firings of single latents were not counted. sagsae eval RUN counts them")
     return notes
