@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -65,11 +65,14 @@ class SAEConfig(Frozen):
 
     Training sets it. It is part of the autoencoder's name."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"start"})
+    """Settings that records of earlier versions lack. They are recorded only where they are not as by default."""
+
     @model_serializer(mode="wrap")
-    def without_start(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """The settings as records have them: without `start` where there is none, as before there was such a
-        setting."""
-        return {key: value for key, value in write(self).items() if key != "start" or value is not None}
+    def recorded(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The settings as records have them."""
+        usual = {key: type(self).model_fields[key].default for key in self.LATER}
+        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
     @property
     def knob(self) -> str:
@@ -150,6 +153,8 @@ class Thresholded(Penalised):
 
 class SaGsae(Thresholded):
     """Sign-Aware Gated SAE (arXiv 2605.28149)."""
+
+    LATER: ClassVar = frozenset({"start", "theta0_negative", "negative_rate", "majority_sign"})
 
     arch: Literal["sa-gsae"]
     tie: Literal["symmetric", "magnitude", "none"] = "symmetric"
