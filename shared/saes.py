@@ -168,7 +168,8 @@ class SaGsae(Thresholded):
     """Replaces `theta0_negative`: the negative poles begin at the threshold at which all of them together fire this
     share of `l0_target`, or of what the positive poles fire where there is no target. 0 keeps them closed."""
     majority_sign: bool = True
-    """After training, flip the latents whose negative pole carries more energy. It changes no reconstruction."""
+    """After training, flip the latents whose negative pole carries more energy. It changes no reconstruction. An
+    autoencoder that starts from another one (--from) keeps that one's signs."""
 
     @model_validator(mode="after")
     def check_poles(self) -> "SaGsae":

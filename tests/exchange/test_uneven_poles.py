@@ -59,6 +59,7 @@ def test_there_and_back(sae: SAEConfig, run: Path, store: Store, train_config: C
     (other,) = (again / "saes").iterdir()
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)) * saved.scale
     torch.testing.assert_close(load(other)(x), saved(x), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(load(other).encode(x), saved.encode(x), rtol=1e-4, atol=1e-4)
 
 
 def test_its_features_and_its_card(run: Path, hub: Hub, tmp_path: Path) -> None:

@@ -47,7 +47,8 @@ def rows_for(job: TrainJob, member: Member, wanted: int) -> Sequence[Float[Tenso
 def settle(job: TrainJob, member: Member) -> dict[str, Any]:
     """Sets, after the last step, the threshold of an autoencoder whose active latents a batch chose, and makes + the
     pole of a two-sided latent that carries more energy. Returns what its cfg.json says of it."""
-    if isinstance(member.config, SaGsae) and member.config.majority_sign and member.family.signed:
+    config = member.config
+    if isinstance(config, SaGsae) and config.majority_sign and member.family.signed and config.start is None:
         return order_poles(member, rows_for(job, member, ROWS))
     if not member.family.batch_k:
         return {}

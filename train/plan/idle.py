@@ -31,6 +31,8 @@ def idle_of_run(config: TrainConfig, steps: int) -> Iterator[str]:
 
 def idle_of_sae(sae: SAEConfig, steps: int, tokens: int, started: bool = False) -> Iterator[str]:
     given = sae.model_fields_set
+    if started and "majority_sign" in given and getattr(sae, "majority_sign", False):
+        yield "majority_sign: has no effect, since the signs are those of --from"
     for name in sorted(given & {"theta0", "theta0_negative", "negative_rate"}) if started else ():
         resets = isinstance(sae, Thresholded) and sae.reset_every  # which open the negative poles anew
         if name == "theta0" or not resets:
