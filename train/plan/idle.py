@@ -34,7 +34,7 @@ def idle_of_sae(sae: SAEConfig, steps: int, tokens: int, started: bool = False) 
     if started and "majority_sign" in given and getattr(sae, "majority_sign", False):
         yield "majority_sign: has no effect, since the signs are those of --from"
     for name in sorted(given & {"theta0", "theta0_negative", "negative_rate"}) if started else ():
-        resets = isinstance(sae, Thresholded) and sae.reset_every  # which open the negative poles anew
+        resets = isinstance(sae, Thresholded) and sae.reset_every  # after which the negative poles begin again
         if name == "theta0" or not resets:
             yield f"{name}: has no effect, since the first thresholds are those of --from"
     if isinstance(sae, Thresholded):
