@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Annotated, Any, Final, Literal, NamedTuple, get_args
+from typing import Annotated, Any, ClassVar, Final, Literal, NamedTuple, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -65,11 +65,14 @@ class SAEConfig(Frozen):
 
     Training sets it. It is part of the autoencoder's name."""
 
+    LATER: ClassVar[frozenset[str]] = frozenset({"start"})
+    """Settings that records of earlier versions lack. They are recorded only where they are not as by default."""
+
     @model_serializer(mode="wrap")
-    def without_start(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
-        """The settings as records have them: without `start` where there is none, as before there was such a
-        setting."""
-        return {key: value for key, value in write(self).items() if key != "start" or value is not None}
+    def recorded(self, write: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """The settings as records have them."""
+        usual = {key: type(self).model_fields[key].default for key in self.LATER}
+        return {key: value for key, value in write(self).items() if key not in usual or value != usual[key]}
 
     @property
     def knob(self) -> str:
@@ -151,11 +154,40 @@ class Thresholded(Penalised):
 class SaGsae(Thresholded):
     """Sign-Aware Gated SAE (arXiv 2605.28149)."""
 
+    LATER: ClassVar = frozenset({"start", "theta0_negative", "negative_rate", "majority_sign"})
+
     arch: Literal["sa-gsae"]
     tie: Literal["symmetric", "magnitude", "none"] = "symmetric"
     """What both poles of a latent share: all three scalars, the rescaling r alone, or none."""
     one_sided: bool = False
     """Close every negative pole (an ablation): a Gated SAE of the same width."""
+    theta0_negative: Annotated[float, Field(gt=0, le=1e6)] = 1.0
+    """Initial threshold of the negative poles, as a multiple of the positive poles'. The paper's is 1. With more, a
+    latent begins almost one-sided, and its second pole opens where the data pay for it. Not with `tie` symmetric."""
+    negative_rate: Share | None = None
+    """Replaces `theta0_negative`: the negative poles begin at the threshold at which all of them together fire this
+    share of `l0_target`, or of what the positive poles fire where there is no target. 0 keeps them closed."""
+    majority_sign: bool = True
+    """After training, flip the latents whose negative pole carries more energy. It changes no reconstruction. An
+    autoencoder that starts from another one (--from) keeps that one's signs."""
+
+    @model_validator(mode="after")
+    def check_poles(self) -> "SaGsae":
+        name = "negative_rate" if self.negative_rate is not None else "theta0_negative"
+        if not self.uneven:
+            return self
+        if self.tie == "symmetric":
+            raise ValueError(f"{name}: the poles share one threshold with tie = symmetric. Use magnitude or none")
+        if self.one_sided:
+            raise ValueError(f"{name}: has no effect with one_sided, which closes the negative poles")
+        if self.negative_rate is not None and self.theta0_negative != 1.0:
+            raise ValueError("theta0_negative: has no effect with negative_rate. Give one of the two")
+        return self
+
+    @property
+    def uneven(self) -> bool:
+        """Whether the two poles of a latent begin with different thresholds."""
+        return self.negative_rate is not None or self.theta0_negative != 1.0
 
     def step_memory(self, rounded: bool) -> StepMemory:
         if self.one_sided:

@@ -170,8 +170,9 @@ def settings_of(folder: Path) -> tuple[SAEConfig, int, float, str]:
         about = read_sealed(folder / SETTINGS)
         members(about, ("arch", "d_in", "scale", "sha256"), None)
         arch = choice(about["arch"], "arch", tuple(ARCHITECTURES))
-        names = ARCHITECTURES[arch].config.model_fields
-        found = members(about, names.keys() - {"start"}, None)
+        kind = ARCHITECTURES[arch].config
+        names = kind.model_fields
+        found = members(about, names.keys() - kind.LATER, None)
         config = sae_config(**{key: found[key] for key in names if key in found})
         d_in = integer(about["d_in"], "d_in", 1, MOST_WIDE)
         scale = number(about["scale"], "scale", sys.float_info.min)

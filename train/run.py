@@ -37,7 +37,7 @@ from train.data.stream import BatchStream, StopWaiting
 from train.evaluate import last_logged_inactive
 from train.fit.member import Member
 from train.fit.optim import learning_rate
-from train.fit.thresholds import settle
+from train.fit.thresholds import open_negative_poles, settle
 from train.measure.heldout import HeldOutRows, measure_all
 from train.measure.useless import useless
 from train.measure.written import write_evaluation
@@ -142,6 +142,9 @@ def run_wave(job: TrainJob, at: ResumePoint, made: TrainTotals, ranks: Ranks, sw
     """Trains the autoencoders of one wave to their end and saves them. Returns where the next wave begins."""
     mine, own = (deal_out(job.saes, ranks.count)[ranks.index], ranks.alone()) if sweep else (job.saes, ranks)
     members = [make_member(sae, job, own) for sae in mine]
+    for member in members if at.step == 0 else ():
+        if member.config.start is None:  # else its thresholds are those that it starts from
+            open_negative_poles(job, member)
     restore(members, at)
     if ranks.leads:
         introduce(job, ranks.device)

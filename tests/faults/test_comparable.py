@@ -49,7 +49,7 @@ def another(value: Any, name: str) -> Any:
         "device": "cuda:1", "memory": 10**9, "track": ["wandb"], "decay_fraction": 0.9, "checkpoint_every": 3,
         "exclude_positions": [0, 1], "max_norm": 7.0, "clip_norm": 0.5, "decoder": "free", "tie": "none",
         "reset_share": 0.0200000001, "sparsity_warmup": 0.1000000001, "l0_target": 9.0, "lr": 1.2345678e-3, "aux_k": 7,
-        "start": "ab" * 32,
+        "start": "ab" * 32, "negative_rate": 0.02,
     }  # fmt: skip
     if name in special:
         return special[name]
@@ -147,7 +147,12 @@ def test_every_setting_of_an_autoencoder_in_turn(tmp_path: Path, arch: str) -> N
     if "theta0" in fields:
         usual["theta0"] = 1.0
     pairs: list[tuple[dict[str, Any], dict[str, Any]]]
-    pairs = [({}, {name: another(field.default, name)}) for name, field in fields.items() if name not in usual]
+    needs = {name: {"tie": "none"} for name in ("theta0_negative", "negative_rate")}
+    pairs = [
+        (needs.get(name, {}), {**needs.get(name, {}), name: another(field.default, name)})
+        for name, field in fields.items()
+        if name not in usual
+    ]
     pairs += [({}, {name: 1.0000000001}) for name in ("theta0", "bandwidth") if name in fields]
     if "l0_target" in fields:
         begun = [{"l0_target": 9.0, "sparsity": begin} for begin in (0.2, 0.2 + 1e-9, 0.4)]

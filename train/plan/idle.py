@@ -31,8 +31,12 @@ def idle_of_run(config: TrainConfig, steps: int) -> Iterator[str]:
 
 def idle_of_sae(sae: SAEConfig, steps: int, tokens: int, started: bool = False) -> Iterator[str]:
     given = sae.model_fields_set
-    if started and "theta0" in given:
-        yield "theta0: has no effect, since the first thresholds are those of --from"
+    if started and "majority_sign" in given and getattr(sae, "majority_sign", False):
+        yield "majority_sign: has no effect, since the signs are those of --from"
+    for name in sorted(given & {"theta0", "theta0_negative", "negative_rate"}) if started else ():
+        resets = isinstance(sae, Thresholded) and sae.reset_every  # after which the negative poles begin again
+        if name == "theta0" or not resets:
+            yield f"{name}: has no effect, since the first thresholds are those of --from"
     if isinstance(sae, Thresholded):
         if sae.reset_every > steps:
             yield f"reset_every = {sae.reset_every:,}: the run has {steps:,} steps; no latent is reset"

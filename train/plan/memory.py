@@ -15,7 +15,7 @@ import torch
 
 from shared.config import TrainConfig
 from shared.memory import in_words
-from shared.saes import SAEConfig, Thresholded
+from shared.saes import SAEConfig, SaGsae, Thresholded
 from train.data.loader import FixedSnapshot
 from train.data.order import share
 from train.plan.job import TrainJob
@@ -146,9 +146,11 @@ def sparse_alive(config: SAEConfig, at: StepConditions) -> float:
     """The same for the step from open gates alone: as many as are open at first where pre-activations are normal, as
     those of random directions nearly are."""
     assert isinstance(config, Thresholded)
-    above = 0.5 * math.erfc(config.theta0 / math.sqrt(2))
     signed = family(config).signed
-    share = 2 * above if signed else above
+    thresholds = [config.theta0]
+    if isinstance(config, SaGsae) and signed:
+        thresholds.append(config.theta0 * (config.theta0_negative if config.negative_rate is None else 1.0))
+    share = sum(0.5 * math.erfc(theta / math.sqrt(2)) for theta in thresholds)
     block = min(config.d_sae * at.rows, BLOCK if at.on_cpu else GPU_BLOCK)
     return AN_OPEN_ENTRY[signed] * share + A_BLOCK_ENTRY * block / (config.d_sae * at.rows)
 

@@ -14,6 +14,7 @@ reconstruction alone.
 The free decoder (`Gated.decoder`) has no bars and no unit norm; its penalty is λ Σ|g_i||d_i|.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar, Final
 
@@ -27,6 +28,8 @@ from train.sae.base import Family, StepInputs, StepMetrics, Weights, decode, fir
 
 AT_ONCE: Final = 1 << 24
 """Pre-activations that a reset looks at."""
+CLOSED: Final = 1e30
+"""A threshold that nothing exceeds. It is finite, as every saved number is."""
 R_LIMIT: Final = 5.0
 """|r| is held below this, so that eʳ stays finite."""
 
@@ -50,15 +53,20 @@ class GatedFamily(Family[GatedWeights]):
         self.signed = isinstance(config, SaGsae) and not config.one_sided
         self.unit_decoder = not (isinstance(config, Gated) and config.decoder == "free")
         tie = config.tie if isinstance(config, SaGsae) and self.signed else "symmetric"
+        self.uneven = config if isinstance(config, SaGsae) and config.uneven else None
+        """The configuration, where the poles begin with different thresholds."""
         both = 1 if tie == "symmetric" else 2
         self.poles = {"theta": both, "r": 2 if tie == "none" else 1, "b": both}
 
     def initial(self, d_in: int, mean: Float[Tensor, " d_in"], generator: torch.Generator) -> GatedWeights:
-        """θ = theta0 / sqrt(d_in), r = b = 0."""
+        """θ = theta0 / sqrt(d_in) (of negative poles, `theta0_negative` times that), r = b = 0."""
         d_sae = self.config.d_sae
+        theta = torch.full((self.poles["theta"], d_sae), self.config.theta0 / d_in**0.5)
+        if self.uneven:
+            theta[1] *= self.uneven.theta0_negative
         return GatedWeights(
             **first_weights(d_in, d_sae, mean, generator),
-            theta=torch.full((self.poles["theta"], d_sae), self.config.theta0 / d_in**0.5),
+            theta=theta,
             r=torch.zeros(self.poles["r"], d_sae),
             b=torch.zeros(self.poles["b"], d_sae),
         )
@@ -153,18 +161,71 @@ class GatedFamily(Family[GatedWeights]):
         slope = torch.exp(w.r[-1] - w.r[0])
         return Folded(W_enc, -(W_enc @ w.b_dec), w.W_dec, w.b_dec, threshold, w.b.expand(2, -1).clone(), slope)
 
+    def first_negative(self, w: GatedWeights, batches: Sequence[Float[Tensor, "_ d_in"]], rate: float) -> float:
+        """The threshold that as many entries of all negative poles exceed on these rows as `rate` times `l0_target`, or
+        times what the positive poles fire. With a rate of 0 nothing ever exceeds it."""
+        if rate == 0.0:
+            return CLOSED
+        if self.config.l0_target is None:
+            firings = sum(int((pre_activations(w, x) > w.theta[0]).sum()) for x in batches)
+        else:
+            firings = round(self.config.l0_target * sum(map(len, batches)))
+        wanted = max(1, round(rate * firings))
+        return max(0.0, smallest_of_largest((-pre_activations(w, x) for x in batches), wanted).item())
+
+    def energy(self, w: GatedWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "2 d_sae"]:
+        """Sum of squares of the code of each latent's two poles, in float64."""
+        f = self.encode(w, x)
+        return torch.stack([(side.relu() ** 2).sum(0, dtype=torch.float64) for side in (f, -f)])
+
+    def flip_(self, w: GatedWeights, which: Bool[Tensor, " d_sae"]) -> None:
+        """Exchanges the poles of these latents. The function stays the same, bit for bit, but for the sign of f."""
+        for matrix in (w.W_enc, w.W_dec):
+            matrix[which] = -matrix[which]
+        for scalars in (w.theta, w.r, w.b):
+            if len(scalars) == 2:
+                scalars[:, which] = scalars[:, which].flip(0)
+
     def reset_(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], which: Bool[Tensor, " d_sae"]) -> None:
         """Sets for the latents in `which` the threshold above which a share `reset_share` of this batch lies, and
-        r = b = 0. Each then fires on that share, whatever the length of its encoder row."""
+        r = b = 0. Each then fires on that share, whatever the length of its encoder row. Where the poles begin with
+        different thresholds, that is the positive poles' share, and the negative poles' thresholds begin again."""
         rank = min(len(x), max(1, round(len(x) * (1 - self.config.reset_share))))
         centred = x - w.b_dec
         silent = torch.nonzero(which).flatten()  # nearly all may be
         for some in torch.split(silent, max(1, AT_ONCE // len(x))):
-            a, _ = self.size(centred @ w.W_enc[some].T)
-            theta = torch.kthvalue(a, rank, dim=0).values
+            u = centred @ w.W_enc[some].T
+            theta = torch.kthvalue(u if self.uneven else self.size(u)[0], rank, dim=0).values
             w.theta[:, some] = theta.clamp_min(0.0) if self.signed else theta
+            if self.uneven:
+                w.theta[1, some] = self.negative_after_reset(u, w.theta[0, some])
             w.r[:, some] = 0.0
             w.b[:, some] = 0.0
+
+    def negative_after_reset(
+        self, u: Float[Tensor, "batch latents"], positive: Float[Tensor, " latents"]
+    ) -> Float[Tensor, " latents"]:
+        """The negative poles' thresholds beside these of the positive ones."""
+        assert self.uneven
+        rate = self.uneven.negative_rate
+        if rate is None:
+            return positive * self.uneven.theta0_negative
+        if not rate:
+            return torch.full_like(positive, CLOSED)
+        many = max(1, round(rate * self.config.reset_share * len(u)))
+        return torch.kthvalue(-u, len(u) - many, dim=0).values.clamp_min(0.0)
+
+
+def smallest_of_largest(parts: Iterable[Tensor], wanted: int) -> Float[Tensor, ""]:
+    """The value that exactly `wanted` values of all parts exceed. Of fewer values, the smallest."""
+    largest = torch.empty(0)
+    for part in parts:
+        values = part.reshape(-1)
+        largest = largest.to(values)
+        floor = largest.min() if len(largest) > wanted else values.new_tensor(-torch.inf)
+        largest = torch.cat([largest, values[values > floor]])
+        largest = torch.topk(largest, min(len(largest), wanted + 1), sorted=False).values
+    return largest.min()
 
 
 def pre_activations(w: Weights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
