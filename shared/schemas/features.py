@@ -1,12 +1,14 @@
-"""The configuration of `sagsae features` (shared/config.py says how a schema works)."""
+"""The configurations of `sagsae features` and `sagsae explain` (shared/config.py says how a schema works)."""
 
 from collections.abc import Mapping
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config import Folder, Location
 from shared.schema import Frozen, Shown
+
+NeuronpediaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
 
 
 class FeaturesConfig(Frozen):
@@ -17,6 +19,7 @@ class FeaturesConfig(Frozen):
         "Rows": "tokens cofire_every",
         "Examples": "top drawn",
         "Computation": "device",
+        "Export": "export out creator creator_id model_id set_name split tokenizer",
     }
 
     run: Annotated[Folder, Shown(option="RUN")]
@@ -41,3 +44,95 @@ class FeaturesConfig(Frozen):
     """auto, cpu, cuda, cuda:1, …"""
     overwrite: bool = False
     """Replace what an earlier call wrote for this autoencoder."""
+    export: Literal["neuronpedia"] | None = None
+    """Write what an earlier call found for another tool, instead of reading the store. Default: no export.
+
+    neuronpedia: the files of its bulk import, OUT/MODEL/LAYER-SET/."""
+    out: Folder | None = None
+    """The folder that an export is written into. Default: none; an export needs one."""
+    creator: Annotated[str, Field(min_length=1, max_length=128)] | None = None
+    """The name that Neuronpedia shows as the maker. Default: none; an export needs one."""
+    creator_id: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] = "clkht01d40000jv08hvalcvly"
+    """The id of the Neuronpedia user who owns what is imported: an import fails without that user.
+
+    The default is the user that every new Neuronpedia database has."""
+    model_id: NeuronpediaName | None = None
+    """The language model's id in Neuronpedia. Default: the model's name in small letters, without its owner."""
+    set_name: NeuronpediaName | None = None
+    """The name of the source set. Default: made from the hookpoint, the architecture and the width."""
+    split: bool = False
+    """Export each latent as two non-negative features, i and i + d_sae, which every tool understands."""
+    tokenizer: str | None = None
+    """The tokenizer's folder or id, for an export. Default: the one that wrote the store, from this machine."""
+
+    @model_validator(mode="after")
+    def check_export(self) -> "FeaturesConfig":
+        if self.export is None:
+            given = [name for name in EXPORT_ONLY if name in self.model_fields_set]
+            if given:
+                raise ValueError(f"{given[0]}: is for an export. Add --export neuronpedia")
+        elif self.out is None:
+            raise ValueError("out: an export needs a folder to write. Add --out FOLDER")
+        elif self.creator is None:
+            raise ValueError("creator: Neuronpedia shows who made it. Add --creator NAME")
+        return self
+
+
+EXPORT_ONLY = ("out", "creator", "creator_id", "model_id", "set_name", "split", "tokenizer")
+
+
+class ExplainConfig(Frozen):
+    """Names for the poles of an autoencoder's latents, written and tested by a language model behind an endpoint."""
+
+    groups: ClassVar[Mapping[str, str]] = {
+        "Run": "run sae tokenizer",
+        "Endpoint": "endpoint model key_variable timeout at_once temperature answer_tokens",
+        "Latents": "only latents seed",
+        "Tests": "windows",
+        "Consent": "yes",
+    }
+
+    run: Annotated[Folder, Shown(option="RUN")]
+    """The training run's folder, with what `sagsae features` wrote."""
+    sae: str | None = None
+    """The autoencoder's name in the run. Default: the only one that `sagsae features` was called for."""
+    tokenizer: str | None = None
+    """The tokenizer's folder or id. Default: the one that wrote the store, from this machine."""
+    endpoint: Annotated[str, Shown("URL")] | None = None
+    """An OpenAI-compatible server, such as https://HOST/v1. Default: none, and nothing is sent.
+
+    Calls go to /v1/chat/completions below it."""
+    model: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    """The name of the language model at the endpoint. Default: none; an endpoint needs one."""
+    key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,127}$")] = "SAGSAE_EXPLAIN_KEY"
+    """The environment variable that holds the endpoint's key. Without it no key is sent.
+
+    The key is in no file and no message. It goes to the endpoint alone, and only over https or to this machine."""
+    timeout: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """Seconds that one answer may take."""
+    at_once: Annotated[int, Field(ge=1, le=64)] = 4
+    """Calls at the same time."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    """The temperature of each call."""
+    answer_tokens: Annotated[int, Field(ge=16, le=100_000)] = 400
+    """Maximum number of tokens of an answer. A model that reasons before it answers needs more."""
+    only: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Shown("LATENT")] = ()
+    """The latents to explain. Default: --latents of them."""
+    latents: Annotated[int, Field(ge=1)] = 20
+    """Number of latents to explain, drawn at random among those with enough examples.
+
+    A random draw makes the mean scores speak for the whole dictionary."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the draw."""
+    windows: Annotated[int, Field(ge=10, le=400)] = 20
+    """Windows of text per test and pole: half that fire, half that do not."""
+    yes: bool = False
+    """Do not ask before the calls are made."""
+
+    @model_validator(mode="after")
+    def check(self) -> "ExplainConfig":
+        if self.endpoint is not None and self.model is None:
+            raise ValueError("model: which model of the endpoint? Add --model NAME")
+        if self.only and "latents" in self.model_fields_set:
+            raise ValueError("latents: --only names the latents already. Give one of the two")
+        return self

@@ -1,6 +1,9 @@
-"""The command that looks at what the latents of a run fire on."""
+"""The commands that look at what the latents of a run fire on."""
 
 import dataclasses
+import sys
+from functools import partial
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,9 +14,12 @@ from shared.command.parameters import Json, Processes, RunFolder
 from shared.command.start import in_processes
 from shared.launch import is_helper
 
+if TYPE_CHECKING:
+    from train.explain.run import ExplainSummary
+
 
 def add_commands(app: typer.Typer, script: str, group: str) -> None:
-    """Adds the command to the command line. `script`: what several processes are started with."""
+    """Adds the commands to the command line. `script`: what several processes are started with."""
 
     @command(app, group=group, settings=OptionsFrom("features"))
     def features(context: typer.Context, run: RunFolder, processes: Processes = 1, as_json: Json = False) -> None:
@@ -33,3 +39,30 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
         if not is_helper():
             text = f"{done.folder}: {done.sae}, {done.rows:,} rows, L0 {done.l0:.4g}"
             show({**dataclasses.asdict(done), "folder": str(done.folder)}, as_json, lambda: typer.echo(text))
+
+    @command(app, group=group, settings=OptionsFrom("explain"))
+    def explain(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:
+        """Let a language model say what latents fire on, and test what it says.
+
+        It sends texts of the store to --endpoint: first some windows in which a pole fires, then questions about other
+        windows. Without --endpoint it prints the number of calls and tokens, and sends nothing.
+
+        $ sagsae explain runs/three
+        $ sagsae explain runs/three --endpoint http://127.0.0.1:8000/v1 --model qwen --latents 50
+        """
+        config = resolve(context, run=run)
+        from train.explain.run import explain as ask
+
+        asks = sys.stdin.isatty() and sys.stderr.isatty()
+        done = ask(config, partial(typer.confirm, err=True) if asks else None)
+        show({**dataclasses.asdict(done), "file": str(done.file)}, as_json, partial(print_explained, done))
+
+
+def print_explained(done: "ExplainSummary") -> None:
+    typer.echo(f"{done.file}: {done.explained:,} of {done.poles:,} poles explained, {done.calls:,} calls made")
+    for test, words in (("detection", "fires in a window"), ("fuzz", "fires on a token"), ("poles", "which pole")):
+        if test in done.means:
+            figures = f"{done.means[test]:.3f}, lexical rule {done.means[f'{test}_rule']:.3f}"
+            typer.echo(f"  {words}: balanced accuracy {figures} ({done.means[f'{test}_count']:,})")
+    if done.failed:
+        typer.echo(f"  {done.failed:,} poles failed; the same command asks again")

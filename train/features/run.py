@@ -266,6 +266,8 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         "pyarrow": version("pyarrow"),
         "identity": job.identity,
         "store": {"path": job.store.name, "snapshot": job.store.snapshot_id, "model": job.store.spec.model.get("name")},
+        "model": {key: job.store.spec.model.get(key) for key in ("name", "commit", "local")},
+        "tokenizer": {"blake2b": job.store.spec.tokenizer.get("blake2b")},
         "hook_name": job.store.spec.hookpoints[job.hook].name,
         "d_in": job.sae.d_in,
         "d_sae": shape.d_sae,
