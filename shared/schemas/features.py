@@ -8,7 +8,8 @@ from pydantic import Field, model_validator
 from shared.config import Folder, Location
 from shared.schema import Frozen, Shown
 
-NeuronpediaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+NEURONPEDIA_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$"
+NeuronpediaName = Annotated[str, Field(pattern=NEURONPEDIA_NAME)]
 
 
 class FeaturesConfig(Frozen):

@@ -181,10 +181,10 @@ def conduct(
     if ending is not None:
         raise ending
     failed = sum(outcome.state == FAILED for outcome in outcomes)
-    found = means(rows)
+    scores = means(rows)
     return ExplainSummary(
-        folder.path / PARQUET, len(rows), found["explained"], failed, asks.calls, asks.prompt_tokens,
-        asks.answer_tokens, found,
+        folder.path / PARQUET, len(rows), scores["explained"], failed, asks.calls, asks.prompt_tokens,
+        asks.answer_tokens, scores,
     )  # fmt: skip
 
 

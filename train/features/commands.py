@@ -16,6 +16,7 @@ from shared.launch import is_helper
 
 if TYPE_CHECKING:
     from train.explain.run import ExplainSummary
+    from train.features.writers.neuronpedia import NeuronpediaExport
 
 
 def add_commands(app: typer.Typer, script: str, group: str) -> None:
@@ -30,8 +31,17 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
 
         $ sagsae features runs/three --sae sa-gsae-512-lambda0.1-seed0
         $ sagsae features runs/three --tokens 1000000 --processes 4
+        $ sagsae features runs/three --export neuronpedia --creator NAME --out exported
         """
         config = resolve(context, run=run)
+        if config.export is not None:
+            from train.features.writers.neuronpedia import export_features
+
+            written = export_features(config)
+            show(
+                {**dataclasses.asdict(written), "folder": str(written.folder)}, as_json, partial(print_export, written)
+            )
+            return
         in_processes(processes, script)
         from train.features.run import features as find
 
@@ -56,6 +66,12 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
         asks = sys.stdin.isatty() and sys.stderr.isatty()
         done = ask(config, partial(typer.confirm, err=True) if asks else None)
         show({**dataclasses.asdict(done), "file": str(done.file)}, as_json, partial(print_explained, done))
+
+
+def print_export(done: "NeuronpediaExport") -> None:
+    typer.echo(f"{done.folder}: {done.features:,} features and {done.activations:,} activations of {done.source}")
+    if not done.lens:
+        typer.echo("  they have no logit lens: no tokens that a feature raises or lowers")
 
 
 def print_explained(done: "ExplainSummary") -> None:

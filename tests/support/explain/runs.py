@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shared.schemas.features import ExplainConfig, FeaturesConfig
 from support.exact.runs import VOCABULARY, AllLatents, all_latents, make_run, make_sae, make_store
 from support.explain.words import make_tokenizer
@@ -17,6 +19,22 @@ class NamedRun:
     tokenizer: Path
     truth: AllLatents
     features: Path
+
+    @property
+    def two_sided(self) -> list[int]:
+        """Latents that fire often on both sides."""
+        f = self.truth.f
+        return [int(latent) for latent in np.flatnonzero(np.minimum((f > 0).sum(0), (f < 0).sum(0)) >= 100)]
+
+    @property
+    def pair(self) -> tuple[int, ...]:
+        """Two of them."""
+        return tuple(self.two_sided[:2])
+
+    @property
+    def other(self) -> tuple[int, ...]:
+        """A third one."""
+        return tuple(self.two_sided[2:3])
 
     def explain(self, **settings: Any) -> ExplainSummary:
         known = {"run": self.run, "tokenizer": str(self.tokenizer), "yes": True, "timeout": 20.0}

@@ -17,9 +17,10 @@ def make_tokenizer(folder: Path, words: int) -> str:
     vocabulary = {f"w{number}": number for number in range(words)} | {"The": words, "[UNK]": words + 1}
     folder.mkdir(parents=True)
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "[UNK]"}
-    about = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None,
-             "model": model}  # fmt: skip
+    about: dict[str, Any] = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model,
+    }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(about))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
@@ -44,7 +45,9 @@ def windows_in(body: dict[str, Any]) -> list[SentWindow]:
         numbered = re.match(r'\d+\. (?:\(\d+\) )?(".*")$', line)
         if numbered:
             pieces = re.findall(r"<<|>>|w\d+", json.loads(numbered[1]))
-            ids, marked, inside = [], [], False
+            ids: list[int] = []
+            marked: list[int] = []
+            inside = False
             for piece in pieces:
                 if piece in ("<<", ">>"):
                     inside = piece == "<<"

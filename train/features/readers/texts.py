@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.gate import BadData, members
+from shared.gate import BadData, members, quoted
 from shared.model.tokenizer import Encoder, open_encoder, resolve_tokenizer, sample_ids, stored_encoder
 
 BROKEN: Final = "\ufffd"
@@ -67,4 +67,8 @@ def token_texts(about: Mapping[str, Any], name: str | None) -> TokenTexts:
         if tokenizer and encoder.digest != tokenizer["blake2b"]:
             raise UserError(f"--tokenizer {name}: is not the one that wrote the store")
         return TokenTexts(encoder)
-    return TokenTexts(stored_encoder(model, tokenizer))
+    try:
+        return TokenTexts(stored_encoder(model, tokenizer))
+    except UserError as error:
+        words = f"the tokenizer of {quoted(model['name'])} is not on this machine, or is another one by now"
+        raise UserError(f"{words}. Name its folder with --tokenizer") from error
