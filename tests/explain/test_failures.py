@@ -2,7 +2,6 @@
 was answered is never asked again."""
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -35,10 +34,12 @@ from support.explain.words import windows_in
 
 from shared.errors import BusyError, DamagedError, UserError
 from shared.schema import build
-from shared.schemas.features import ExplainConfig
+from shared.schemas.features import ExplainConfig, FeaturesConfig
 from train.explain import endpoint as client
 from train.explain import run as product
 from train.explain.run import explain
+from train.features.run import features
+from train.runs.folder import RunFolder
 
 KEY = "sk-secret-4711"
 REQUEST = {
@@ -74,7 +75,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> NamedRun:
 def named(made: NamedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NamedRun:
     """A copy of the run. Pauses are short."""
     monkeypatch.setattr(client, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(client.Endpoint.__init__, "__defaults__", (0.01,))
+    monkeypatch.setattr(client.ChatEndpoint.__init__, "__defaults__", (0.01,))
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
     return NamedRun(run, made.tokenizer, made.truth, run / "features" / made.features.name)
 
@@ -369,18 +370,18 @@ def test_settings_that_do_not_go_together(values: dict[str, Any], message: str) 
         build(ExplainConfig, {"run": "r", **values})
 
 
-def test_features_stay_complete_beside_explanations(named: NamedRun, made: NamedRun) -> None:
+def test_features_stay_complete_beside_explanations(named: NamedRun) -> None:
     """`sagsae features` and `train --overwrite` know the new files as a run's own."""
-    from shared.schemas.features import FeaturesConfig
-    from train.features.run import features
-    from train.runs.folder import RunFolder
-
     with served(good) as server:
         named.explain(endpoint=server.url, model="m", only=named.pair[:1])
-    assert features(FeaturesConfig(run=named.run, device="cpu")).complete
-    assert RunFolder(named.run).foreign_paths() == []
-    assert os.path.exists(named.features / "explanations.parquet")
-    assert made.run != named.run
+        calls = len(server.bodies)
+        assert features(FeaturesConfig(run=named.run, device="cpu")).complete
+        assert RunFolder(named.run).foreign_paths() == []
+        assert (named.features / "explanations.parquet").exists()
+        assert not features(FeaturesConfig(run=named.run, device="cpu", overwrite=True)).complete
+        assert not (named.features / "explanations.parquet").exists()
+        assert named.explain(endpoint=server.url, model="m", only=named.pair[:1]).calls == 0
+        assert len(server.bodies) == calls, "answers that were paid for outlive --overwrite"
 
 
 DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {

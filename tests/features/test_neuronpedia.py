@@ -43,7 +43,8 @@ def export(named: NamedRun, out: Path, **changes: Any) -> NeuronpediaExport:
 
 
 def parquet(named: NamedRun, name: str) -> list[dict[str, Any]]:
-    return pq.read_table(named.features / name).to_pylist()
+    found: list[dict[str, Any]] = pq.read_table(named.features / name).to_pylist()
+    return found
 
 
 @pytest.mark.parametrize("split", [False, True])

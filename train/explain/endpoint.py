@@ -71,7 +71,7 @@ class EndpointExchange(Exchange):
         return f"at most {most:,} are read"
 
 
-class Endpoint:
+class ChatEndpoint:
     """A server that answers chat completions. Any thread may ask it."""
 
     def __init__(self, url: str, key: str | None, seconds: float, pause: float = PAUSE_SECONDS) -> None:

@@ -78,8 +78,8 @@ def earlier_rows(folder: Path, identity: Mapping[str, Any]) -> list[Row]:
 
 
 def means(rows: Sequence[Row]) -> Row:
-    """The mean of each score over the poles that have it, with the number of poles."""
-    found: Row = {"explained": sum(row["state"] == EXPLAINED for row in rows), "poles": len(rows)}
+    """The mean of each score over the poles that have it, with their number."""
+    found: Row = {"explained": sum(row["state"] == EXPLAINED for row in rows), "asked": len(rows)}
     for test in TESTS:
         known = [row for row in rows if row[test] is not None and (test != "poles" or row["sign"] == 1)]
         if known:

@@ -21,15 +21,14 @@ from shared.progress import progress, say
 from shared.schemas.features import ExplainConfig
 from shared.stop import stop_requests
 from train.explain.calls import CallLog
-from train.explain.endpoint import Endpoint, key_in
+from train.explain.endpoint import ChatEndpoint, key_in
 from train.explain.interview import FAILED, LatentMaterial, PoleOutcome, interview
 from train.explain.material import choose_latents, materials
 from train.explain.prompts import ANSWER_TOKENS, VERSION, Question
 from train.explain.results import PARQUET, Row, means, write_results
-from train.features.readers.folder import FeatureFolder, open_features
+from train.features.readers.folder import CALLS, FeatureFolder, open_features
 from train.features.readers.texts import TokenTexts, token_texts
 
-LOG: Final = "explain.jsonl"
 LETTERS: Final = 4
 """Letters of a token, for the estimate."""
 LONG_EXPLANATION: Final = "x" * 130
@@ -82,7 +81,7 @@ class Interviewer:
 
     config: ExplainConfig
     log: CallLog
-    endpoint: Endpoint
+    endpoint: ChatEndpoint
     calls: int = 0
     prompt_tokens: int = 0
     answer_tokens: int = 0
@@ -109,14 +108,14 @@ def explain(config: ExplainConfig, confirm: Confirm | None = None) -> ExplainSum
     texts = token_texts(folder.about, config.tokenizer)
     latents = choose_latents(folder, config.only, config.latents, config.seed)
     with explained(folder.path), folder_lock(folder.path):
-        log = CallLog(folder.path / LOG)
+        log = CallLog(folder.path / CALLS)
         budget = estimate(folder, latents, config, log, texts)
         say(budget.sentence(folder.name, len(latents)))
         if config.endpoint is None:
             raise UserError("nothing was sent. To make these calls, add --endpoint URL and --model NAME")
         if budget.calls:
             check_agreed(config, confirm)
-        with closing(Endpoint(config.endpoint, key_in(config.key_variable), config.timeout)) as endpoint:
+        with closing(ChatEndpoint(config.endpoint, key_in(config.key_variable), config.timeout)) as endpoint:
             return conduct(folder, latents, Interviewer(config, log, endpoint), texts, budget)
 
 

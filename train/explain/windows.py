@@ -37,7 +37,7 @@ class TextWindow:
     peak: int
     """The index of the token that a test is about; -1 where the test is about the whole window."""
     strength: float
-    """|f| at the peak."""
+    """The largest |f| of the pole in the window; 0 where it does not matter."""
 
 
 @dataclass(frozen=True)
@@ -100,11 +100,12 @@ def explained_windows(examples: PoleExamples) -> list[TextWindow]:
     """The whole windows that are shown, each with the tokens marked on which the pole fires strongly; the strongest
     window first."""
     found = []
-    for each in sorted(examples.shown, key=lambda each: (-abs(each.value), each.context, each.position)):
-        least = STRONG * abs(each.value)
-        marked = {at for at, value in enumerate(each.values) if value * each.sign >= least} | {each.peak}
-        found.append(TextWindow(tuple(each.tokens), frozenset(marked), each.peak, abs(each.value)))
-    return found
+    for each in examples.shown:
+        sizes = [value * each.sign for value in each.values]
+        strongest = max(*sizes, abs(each.value))
+        marked = {at for at, size in enumerate(sizes) if size >= STRONG * strongest} | {each.peak}
+        found.append(TextWindow(tuple(each.tokens), frozenset(marked), each.peak, strongest))
+    return sorted(found, key=lambda window: -window.strength)
 
 
 def detection_windows(

@@ -84,7 +84,7 @@ INSIDE: Final = {
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
     "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet|\.lock(\.held)?|explain\.jsonl"
     r"|explanations\.(json|parquet)(\.\d+\.tmp)?))?"
-    r"|[^/]+\.work(/(\.lock(\.held)?|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
+    r"|[^/]+\.work(/(\.lock(\.held)?|explain\.jsonl|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
     r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
 }
 """Patterns of the paths that a run puts into these folders."""

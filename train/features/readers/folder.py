@@ -23,6 +23,8 @@ WINDOW_TOKENS: Final = 4096
 GROUP_BYTES: Final = 1 << 30
 """Bytes of a row group, decoded."""
 GROUP_ROWS: Final = 1 << 24
+CALLS: Final = "explain.jsonl"
+"""The file of answers that were paid for. No rewriting of the features deletes it."""
 CURE: Final = "Make it again: sagsae features --overwrite"
 POLE_KINDS: Final = {
     "latent": "int", "sign": "int", "firings": "int", "energy": "float", "max": "float", "share_of_energy": "float",
