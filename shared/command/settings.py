@@ -43,7 +43,7 @@ from shared.gate import named
 from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
 from shared.schemas.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
-from shared.schemas.features import FeaturesConfig
+from shared.schemas.features import ExplainConfig, FeaturesConfig
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
@@ -53,6 +53,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "features": FeaturesConfig,
+    "explain": ExplainConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,

@@ -6,14 +6,22 @@ Neither is accepted here.
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import UserError
-from shared.model.source import ALIASES, ModelSource, explained_loading, gguf_of, hub_commit, means_a_path
+from shared.model.source import (
+    ALIASES,
+    ModelSource,
+    explained_loading,
+    gguf_of,
+    hub_commit,
+    means_a_path,
+    resolve_model,
+)
 from shared.model.weights import check_gguf, check_regular, check_small
 
 FILES: Final = (
@@ -129,6 +137,20 @@ def open_encoder(
     encoder = Encoder(source, load_from_source(source), split_special)
     encoder = replace(encoder, eos_asked=eos_number(encoder.tokenizer, eos))
     check_knows_text(encoder)
+    return encoder
+
+
+def stored_encoder(model: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Encoder:
+    """The tokenizer that wrote a store's tokens, from this machine. `model`, `tokenizer`: as the store describes them.
+    Raises UserError where it is no longer here."""
+    name = str(model["name"])
+    if model.get("local"):
+        source = resolve_model(name, weights=False)
+    else:
+        source = ModelSource(name, ALIASES.get(name, name), False, str(model.get("commit")), cached=True)
+    encoder = open_encoder(source)
+    if encoder.digest != tokenizer.get("blake2b"):
+        raise UserError(f"{name}: its tokenizer here is not the one that wrote the store")
     return encoder
 
 

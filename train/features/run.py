@@ -34,6 +34,7 @@ from train.features.cofire import PARTNERS, cofiring
 from train.features.encode import BlockEncoder
 from train.features.job import FeaturesJob, make_job
 from train.features.lens import LensTokens, NoLens, find_unembedding, logit_lens
+from train.features.readers.folder import CALLS
 from train.features.tables import FILES, FeatureTables, Neighbours
 from train.features.tally import Tally, done_in
 from train.measure.directions import neighbours
@@ -142,7 +143,10 @@ def prepared(job: FeaturesJob, overwrite: bool) -> Iterator[None]:
     job.work.mkdir(parents=True, exist_ok=True)
     with folder_lock(job.work):
         if overwrite:
-            for path in (job.out, *(path for path in job.work.iterdir() if not path.name.startswith(LOCK_FILE))):
+            if (job.out / CALLS).exists():
+                (job.out / CALLS).rename(job.work / CALLS)
+            kept = (LOCK_FILE, CALLS)
+            for path in (job.out, *(path for path in job.work.iterdir() if not path.name.startswith(kept))):
                 if path.exists() or path.is_symlink():
                     remove_tree(path)
         described = job.work / "job.json"
@@ -266,6 +270,8 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         "pyarrow": version("pyarrow"),
         "identity": job.identity,
         "store": {"path": job.store.name, "snapshot": job.store.snapshot_id, "model": job.store.spec.model.get("name")},
+        "model": {key: job.store.spec.model.get(key) for key in ("name", "commit", "local")},
+        "tokenizer": {"blake2b": job.store.spec.tokenizer.get("blake2b")},
         "hook_name": job.store.spec.hookpoints[job.hook].name,
         "d_in": job.sae.d_in,
         "d_sae": shape.d_sae,
@@ -283,6 +289,8 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
     for name in FILES:
         sync(out / name)
     out.rename(job.out)
+    if (job.work / CALLS).exists():
+        (job.work / CALLS).rename(job.out / CALLS)
     sync(job.out.parent)
     shutil.rmtree(job.work, ignore_errors=True)
     return FeaturesSummary(job.out, job.name, tally.rows, about["l0"], model is not None, about["seconds"], False)

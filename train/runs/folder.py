@@ -11,7 +11,8 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
 firings.safetensors   how often each latent fired on them
-features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted.
+                  explanations.parquet and explain.jsonl: what `sagsae explain` got
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
@@ -83,8 +84,9 @@ INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
-    "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet))?"
-    r"|[^/]+\.work(/(\.lock(\.held)?|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
+    "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet|\.lock(\.held)?|explain\.jsonl"
+    r"|explanations\.(json|parquet)(\.\d+\.tmp)?))?"
+    r"|[^/]+\.work(/(\.lock(\.held)?|explain\.jsonl|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
     r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
 }
 """Patterns of the paths that a run puts into these folders."""

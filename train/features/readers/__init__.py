@@ -1,0 +1,1 @@
+"""Reads what `sagsae features` wrote, within bounds: it can come from anybody."""

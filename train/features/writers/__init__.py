@@ -1,0 +1,1 @@
+"""Writes what `sagsae features` found in the forms of other tools."""
