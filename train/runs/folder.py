@@ -10,7 +10,8 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
                   are removed when the run is finished, unless keep_checkpoints is set
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
-features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted. dial.json
+                  in it: whether latents steer the language model
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
@@ -81,7 +82,7 @@ INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
-    "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet))?"
+    "features": r"[^/]+(/(about\.json|dial\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet))?"
     r"|[^/]+\.work(/(\.lock(\.held)?|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
     r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
 }
