@@ -129,7 +129,7 @@ class DialConfig(Frozen):
     contexts: Annotated[int, Field(ge=1, le=1 << 20)] = 16
     """Held-out contexts on which to steer."""
     tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens to read for the next-token counts, as whole contexts. Default: all that the run read, less held-out ones."""
+    """Tokens to read for the next-token counts, as whole contexts. Default: all that the run trained on."""
     controls: Annotated[int, Field(ge=0, le=10_000)] = FEWEST_CONTROLS
     """Control directions, shared by all latents. Fewer than 40 give no verdict."""
     shuffled: Annotated[int, Field(ge=0, le=1000)] = 8

@@ -10,8 +10,8 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
                   are removed when the run is finished, unless keep_checkpoints is set
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
-features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted. dial.json
-                  in it: whether latents steer the language model
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted. Its
+                  dial.json says whether latents steer the language model
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as

@@ -127,10 +127,7 @@ def shuffled_sets(
     """Returns T+ and T- from firings whose signs were drawn again: as many of each pole, dealt to two equal parts. A
     latent with one pole has its firings dealt."""
     fewer = min(int(above.sum()), int(below.sum()))
-    if fewer:
-        both = draw(above, fewer, rng) + draw(below, fewer, rng)
-    else:
-        both = above + below
+    both = draw(above, fewer, rng) + draw(below, fewer, rng) if fewer else above + below
     plus = draw(both, int(both.sum()) // 2, rng)
     return token_sets(plus, both - plus, base, special, (True, True))
 

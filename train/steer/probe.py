@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ Change = Callable[[Tensor], Tensor]
 """Activations [n, context, ...] -> changed ones."""
 
 
+@runtime_checkable
 class CausalModel(Protocol):
     """What is needed of a language model."""
 
@@ -57,8 +58,7 @@ class SteeredContexts:
 
     def mean(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean over all predictions of means over those of each context, [n, ...]."""
-        found: NDArray[np.float64] = np.average(values, axis=0, weights=self.predictions)
-        return found
+        return np.asarray(np.average(values, axis=0, weights=self.predictions), np.float64)
 
 
 @dataclass(frozen=True)

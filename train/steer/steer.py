@@ -57,8 +57,8 @@ def on_prompt(
     info = model_info(read_config(subject.source))
     if len(prompt) + config.new_tokens > info.max_context:
         raise UserError(
-            f"--prompt: has {len(prompt):,} tokens, and with {config.new_tokens:,} new ones the text is longer than the "
-            f"{info.max_context:,} that {subject.source.name} was made for. Shorten it, or lower --new-tokens"
+            f"--prompt: {len(prompt):,} tokens and {config.new_tokens:,} new ones are too many for "
+            f"{subject.source.name}, which was made for {info.max_context:,}. Shorten it, or lower --new-tokens"
         )
     marks = prompt_marks(config, subject, prompt)
     writer = TextWriter(subject.language_model(), subject.hook_name, change, marks, encoder.eos_id)

@@ -68,20 +68,14 @@ class DialTest:
         sizes, batches = control_sizes([self.size(each) for each in self.subjects]), self.probe([]).batch_count
         total = batches * (len(GRID) * len(self.subjects) + 2 * len(sizes) * len(self.controls))
         with progress("dial", total, "passes") as advance:
-
-            def made(passes: int, what: str) -> None:
-                advance(passes, what)
-
-            slopes = self.control_slopes(sizes, lambda n: made(n, "control directions"), stop_asked)
-            responses = list(self.responses(lambda n: made(n, "latents"), stop_asked))
+            slopes = self.control_slopes(sizes, lambda n: advance(n, "control directions"), stop_asked)
+            responses = list(self.responses(lambda n: advance(n, "latents"), stop_asked))
         found, column = [], 0
         rng = np.random.default_rng(seed)
         for subject, mine in zip(self.subjects, responses, strict=True):
-            columns = slice(column, column + len(subject.pairs))
-            column = columns.stop
-            around = [
-                at_size(slopes[:, :, each], sizes, self.size(subject)) for each in range(*columns.indices(column))
-            ]
+            mine_of_all = range(column, column + len(subject.pairs))
+            column = mine_of_all.stop
+            around = [at_size(slopes[:, :, each], sizes, self.size(subject)) for each in mine_of_all]
             found.append(self.judged(subject, mine, around, rng))
         return with_verdicts(found, len(self.controls)), sizes
 

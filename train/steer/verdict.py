@@ -27,8 +27,8 @@ def sentences(latents: Sequence[DialLatent], controls: int) -> list[str]:
         ]
     passed = sum(bool(latent.passes) for latent in latents)
     found = [
-        f"{passed} of {many} latents are a dial: their slope is above those of {controls} control directions, at a false "
-        f"discovery rate of {FALSE_DISCOVERIES:.0%}.",
+        f"{passed} of {many} latents are a dial: their slopes exceed those of {controls} control directions, at a "
+        f"false discovery rate of {FALSE_DISCOVERIES:.0%}.",
         signs,
         strength(latents),
         *shuffles(latents),
@@ -52,10 +52,10 @@ def shuffles(latents: Sequence[DialLatent]) -> list[str]:
     p = [each for latent in latents for each in latent.shuffled_p]
     if not p:
         return []
-    below = sum(each <= LEVEL for each in p)
+    slopes, below = [each for latent in latents for each in latent.shuffled], np.mean(np.less(p, LEVEL))
     return [
-        f"Judged by tokens from shuffled signs, {below / len(p):.0%} of {len(p)} slopes have p of {LEVEL} or less; "
-        f"{LEVEL:.0%} are expected of no effect."
+        f"Judged by tokens from shuffled signs it moves {np.mean(slopes):+.3f} nats, and {below:.0%} of {len(p)} "
+        f"slopes have p below {LEVEL}."
     ]
 
 
@@ -74,9 +74,19 @@ def resolution(many: int, controls: int, passed: int) -> list[str]:
     if needed <= 1 or passed:
         return []
     return [
-        f"With {controls} controls p is {smallest:.3f} at the least, so none of {many} can pass unless {needed} do. Give "
-        "more --controls."
+        f"With {controls} controls p is {smallest:.3f} at the least, so none of {many} can pass unless {needed} do. "
+        "Give more --controls."
     ]
+
+
+def some(tokens: Sequence[int], text: Callable[[int], str], longest: int = 10) -> str:
+    """The first tokens of a set that fit on a line with another set."""
+    found = text(tokens[0])[:longest]
+    for token in tokens[1:]:
+        if len(found) + 1 + len(text(token)) > longest:
+            break
+        found += f" {text(token)}"
+    return found
 
 
 def rows_of(latents: Sequence[DialLatent], text: Callable[[int], str]) -> list[dict[str, Any]]:
@@ -85,7 +95,7 @@ def rows_of(latents: Sequence[DialLatent], text: Callable[[int], str]) -> list[d
     return [
         {
             "latent": latent.latent,
-            "- / +": f"{latent.firings[0]} / {latent.firings[1]}",
+            "fires - / +": f"{latent.firings[0]} / {latent.firings[1]}",
             "energy": f"{latent.energy:.0%}",
             "m/rms": f"{latent.unit_rms:.2f}",
             "slope": f"{latent.slope:+.3f}",
@@ -94,8 +104,7 @@ def rows_of(latents: Sequence[DialLatent], text: Callable[[int], str]) -> list[d
             "dial": {True: "yes", False: "no", None: "–"}[latent.passes],
             "KL": f"{(latent.kl[low] + latent.kl[high]) / 2:.4f}",
             "ΔCE": f"{(latent.ce[low] + latent.ce[high]) / 2:+.4f}",
-            "T-": " ".join(text(token) for token in latent.minus[:3]),
-            "T+": " ".join(text(token) for token in latent.plus[:3]),
+            "T- | T+": " | ".join(some(part, text) for part in (latent.minus, latent.plus)),
         }
         for latent in latents
     ]
