@@ -41,6 +41,8 @@ class ArmMeasurement:
     concentration: float | None = None
     """The share of bipolar latents among the tenth of live latents that fires most, minus their share among all."""
     loss_recovered: float | None = None
+    bipolar_energy: float | None = None
+    """The share of live latents with more than a tenth of their energy on the weaker side."""
 
 
 @dataclass(frozen=True)

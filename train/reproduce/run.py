@@ -133,6 +133,7 @@ def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> ArmMe
         bipolar=every,
         concentration=None if top is None or every is None else top - every,
         loss_recovered=entry.get("ce_recovered"),
+        bipolar_energy=entry.get("bipolar_energy"),
     )
 
 
