@@ -153,7 +153,7 @@ def test_features_of_another_autoencoder_are_refused(run: Path) -> None:
 def test_the_unit_is_the_quantile_of_the_weaker_pole(finished: Path) -> None:
     subject = make_subject(SteerConfig(run=finished, latent=0, prompt="a", device="cpu"))
     table = pq.read_table(folder_of(finished) / "latents.parquet")
-    q95, firings = (table.column(name).to_numpy().reshape(-1, 2) for name in ("q95", "firings"))
+    q95, firings = (table.column(name).to_numpy().reshape(-1, 2).copy() for name in ("q95", "firings"))
     both = firings.min(1) > 0.1 * firings.sum(1)
     assert both.all(), "a model with random weights knows no signs"
     assert subject.counts.units.tolist() == pytest.approx(q95.min(1).tolist())

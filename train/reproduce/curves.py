@@ -43,6 +43,10 @@ class ArmMeasurement:
     loss_recovered: float | None = None
     bipolar_energy: float | None = None
     """The share of live latents with more than a tenth of their energy on the weaker side."""
+    nameable: float | None = None
+    """The share of latents that have a lexical name for both poles; see `train.reproduce.look`."""
+    dial: float | None = None
+    """The share of the tested latents that are a dial."""
 
 
 @dataclass(frozen=True)
