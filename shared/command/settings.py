@@ -44,6 +44,7 @@ from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
 from shared.schemas.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.schemas.features import ExplainConfig, FeaturesConfig
+from shared.schemas.steer import DialConfig, SteerConfig
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
@@ -54,6 +55,8 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "report": ReportConfig,
     "features": FeaturesConfig,
     "explain": ExplainConfig,
+    "steer": SteerConfig,
+    "dial": DialConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,

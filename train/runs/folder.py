@@ -11,8 +11,9 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
 firings.safetensors   how often each latent fired on them
-features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted.
-                  explanations.parquet and explain.jsonl: what `sagsae explain` got
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted. Its
+                  dial.json says whether latents steer the language model; explanations.parquet and explain.jsonl hold
+                  what `sagsae explain` got
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
@@ -84,7 +85,7 @@ INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
-    "features": r"[^/]+(/(about\.json|(latents|examples|pairs)\.parquet|\.lock(\.held)?|explain\.jsonl"
+    "features": r"[^/]+(/(about\.json|dial\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|\.lock(\.held)?|explain\.jsonl"
     r"|explanations\.(json|parquet)(\.\d+\.tmp)?))?"
     r"|[^/]+\.work(/(\.lock(\.held)?|explain\.jsonl|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
     r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
