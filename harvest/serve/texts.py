@@ -8,8 +8,8 @@ import numpy as np
 
 from shared.errors import DamagedError, UserError
 from shared.gate import printable
-from shared.model.source import ALIASES, ModelSource, resolve_model
-from shared.model.tokenizer import Encoder, open_encoder
+from shared.model.tokenizer import Encoder
+from shared.model.wrote import encoder_of
 from shared.store.opened import Store
 
 MOST_IDS: Final = 2048
@@ -36,17 +36,3 @@ def stored_texts(folder: Path, contexts: int) -> dict[str, Any]:
 
 def text_of(encoder: Encoder | None, ids: list[int]) -> str | None:
     return None if encoder is None or encoder.tokenizer is None else printable(str(encoder.tokenizer.decode(ids)))
-
-
-def encoder_of(store: Store) -> Encoder:
-    """The tokenizer that wrote a store's tokens. Raises UserError where it is no longer here."""
-    model, wanted = store.spec.model, store.spec.tokenizer.get("blake2b")
-    name = str(model["name"])
-    if model.get("local"):
-        source = resolve_model(name, weights=False)
-    else:
-        source = ModelSource(name, ALIASES.get(name, name), False, str(model.get("commit")), cached=True)
-    encoder = open_encoder(source)
-    if encoder.digest != wanted:
-        raise UserError(f"{name}: its tokenizer here is not the one that wrote the store")
-    return encoder

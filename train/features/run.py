@@ -34,6 +34,8 @@ from train.features.cofire import PARTNERS, cofiring
 from train.features.encode import BlockEncoder
 from train.features.job import FeaturesJob, make_job
 from train.features.lens import LensTokens, NoLens, find_unembedding, logit_lens
+from train.features.site.build import PAGE, write_site
+from train.features.site.words import Vocabulary
 from train.features.tables import FILES, FeatureTables, Neighbours
 from train.features.tally import Tally, done_in
 from train.measure.directions import neighbours
@@ -62,6 +64,10 @@ class FeaturesSummary:
     seconds: float
     complete: bool
     """Whether it was there before the call."""
+
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
 
 
 def features(config: FeaturesConfig) -> FeaturesSummary:
@@ -101,6 +107,8 @@ def complete(job: FeaturesJob) -> FeaturesSummary:
     gone = [name for name in FILES if not (job.out / name).is_file()]
     if gone:
         raise DamagedError(f"{job.out / gone[0]}: is missing. Make it again with --overwrite")
+    if not (job.out / PAGE).is_file():
+        write_site(job.out)
     say(f"{job.out} is complete. Nothing to do (--overwrite starts again).")
     return FeaturesSummary(
         job.out, job.name, int(about["rows"]), float(about["l0"]), about.get("lens") is not None, 0.0, True
@@ -252,9 +260,10 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
     if sorted(tally.done) != job.source.shards:
         raise DamagedError(f"{job.work}: its files do not hold every shard once. Start again with --overwrite")
     lens, model = lens_of(job, pool)
+    words = Vocabulary.of(job.store, job.config.model)
     shape = job.shape
     together = cofiring(*tally.all_firings(), shape.sides, shape.poles, tally.sampled)
-    tables = FeatureTables(tally, job.source.tokens, neighbours_of(job, pool), together, lens)
+    tables = FeatureTables(tally, job.source.tokens, neighbours_of(job, pool), together, lens, words)
     out = job.work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -280,6 +289,7 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         "seconds": round(time.monotonic() - started, 2),
     }
     write_sealed(out / "about.json", about)
+    write_site(out)
     for name in FILES:
         sync(out / name)
     out.rename(job.out)

@@ -1,0 +1,134 @@
+"""Writes the page into the folder of the Parquet files."""
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from shared.errors import DamagedError
+from shared.gate import BadData
+from train.features.site.cards import PER_SHARD, SHARES, SiteIndex, TokenCounts, latents_script
+from train.features.site.columns import by_latents, check_rows, numbers
+from train.features.site.pack import smallest
+from train.features.site.search import SCRIPTS, token_scripts
+from train.runs.folder import read_sealed
+
+HERE: Final = Path(__file__).parent
+LOOK: Final = Path(__file__).parents[3] / "shared" / "look.css"
+SCRIPT_PARTS: Final = ("data.js", "tokens.js", "marks.js", "overview.js", "index.js", "latent.js", "compare.js", "routes.js")
+"""Files of js/ that make app.js, in this order."""
+PAGE: Final = "index.html"
+"""Written last: where it is, the page is complete."""
+FACTS: Final = ("hook_name", "d_in", "d_sae", "signed", "scale", "context", "rows", "firings", "l0", "sampled", "lens")
+
+
+def write_site(folder: Path) -> Path:
+    """Writes the page of the Parquet files in a folder, or writes it again. Returns index.html. Raises DamagedError
+    when the files do not belong together."""
+    try:
+        about = read_sealed(folder / "about.json")
+        source = SiteSource(folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder))
+        (folder / PAGE).unlink(missing_ok=True)
+        source.write()
+    except (BadData, FileNotFoundError, KeyError, pa.ArrowInvalid, IndexError) as error:
+        raise DamagedError(f"{folder}: cannot be shown ({error}). Make it again with --overwrite") from error
+    return folder / PAGE
+
+
+@dataclass(frozen=True)
+class VocabularyTable:
+    """tokens.parquet: the bytes of each token, None where they are not known; its rows; whether it is special."""
+
+    text: list[bytes | None]
+    rows: NDArray[np.int64]
+    special: NDArray[np.bool_]
+
+
+def read_tokens(folder: Path) -> VocabularyTable:
+    table = pq.read_table(folder / "tokens.parquet")
+    return VocabularyTable(table["bytes"].to_pylist(), numbers(table["rows"]), numbers(table["special"]))
+
+
+@dataclass(frozen=True)
+class SiteSource:
+    """What a page is made from."""
+
+    folder: Path
+    about: dict[str, Any]
+    d_sae: int
+    sides: int
+    tokens: VocabularyTable
+
+    def write(self) -> None:
+        data = self.folder / "data"
+        shutil.rmtree(data, ignore_errors=True)
+        for part in ("latents", "tokens"):
+            (data / part).mkdir(parents=True)
+        index, used = SiteIndex(self.d_sae, self.sides), np.zeros(len(self.tokens.rows), np.bool_)
+        self.write_latents(data / "latents", index, used)
+        firings = index.columns["firings"].astype(np.int64)
+        scripts = token_scripts(self.folder / "pairs.parquet", self.sides, firings, self.tokens.rows)
+        for number, script in enumerate(scripts):
+            (data / "tokens" / f"{number:02d}.js").write_bytes(script)
+        listed = index.columns["tokens"]
+        used[listed[listed > 0].astype(np.int64) - 1] = True
+        texts, arrays = self.words(np.flatnonzero(used))
+        (data / "index.js").write_bytes(index.script({"about": self.facts(), "words": texts}, arrays))
+        self.write_page()
+
+    def write_latents(self, place: Path, index: SiteIndex, used: NDArray[np.bool_]) -> None:
+        """Writes the scripts of all latents, and fills the index and the marks of tokens in use."""
+        path = self.folder / "latents.parquet"
+        check_rows(path, pq.read_metadata(path).num_rows, self.d_sae * self.sides)
+        latents = by_latents(path, self.d_sae, PER_SHARD)
+        examples = by_latents(self.folder / "examples.parquet", self.d_sae, PER_SHARD)
+        counts = TokenCounts(self.tokens.rows)
+        for shard, (table, some) in enumerate(zip(latents, examples, strict=True)):
+            index.take(shard * PER_SHARD, table)
+            (place / f"{shard:05d}.js").write_bytes(latents_script(shard, table, some, counts, used))
+
+    def words(self, ids: NDArray[np.int64]) -> tuple[list[Any], dict[str, NDArray[Any]]]:
+        """The text of some tokens: a string, a list with hexadecimal digits where the bytes are no whole characters,
+        null where it is not known. And their ids, rows, and which are special."""
+        texts = [word(self.tokens.text[token]) for token in ids]
+        special = self.tokens.special[ids].astype(np.uint8)
+        return texts, {"word": smallest(ids), "word_rows": smallest(self.tokens.rows[ids]), "special": special}
+
+    def facts(self) -> Mapping[str, Any]:
+        """What the page says about the autoencoder and the rows."""
+        store = self.about.get("store") or {}
+        return {
+            **{name: self.about.get(name) for name in FACTS},
+            "sae": self.about["identity"]["sae"],
+            "hook": self.about["identity"]["hook"],
+            "model": store.get("model"),
+            "store": os.path.basename(str(store.get("path") or "").rstrip("/")),
+            "sides": self.sides,
+            "per_shard": PER_SHARD,
+            "token_scripts": SCRIPTS,
+            "shares": SHARES,
+        }
+
+    def write_page(self) -> None:
+        parts = [(HERE / "js" / name).read_text(encoding="utf-8") for name in SCRIPT_PARTS]
+        styles = [path.read_text(encoding="utf-8") for path in (LOOK, HERE / "site.css")]
+        (self.folder / "app.js").write_text('"use strict";\n' + "\n".join(parts), encoding="utf-8")
+        (self.folder / "style.css").write_text("\n".join(styles), encoding="utf-8")
+        shutil.copyfile(HERE / PAGE, self.folder / PAGE)
+
+
+def word(raw: bytes | None) -> Any:
+    """The text of a token as the page's data hold it."""
+    if raw is None:
+        return None
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return [raw.hex()]
