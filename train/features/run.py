@@ -34,7 +34,7 @@ from train.features.cofire import PARTNERS, cofiring
 from train.features.encode import BlockEncoder
 from train.features.job import FeaturesJob, make_job
 from train.features.lens import LensTokens, NoLens, find_unembedding, logit_lens
-from train.features.site.build import PAGE, write_site
+from train.features.site.build import PAGE, is_current, write_site
 from train.features.site.words import Vocabulary
 from train.features.tables import FILES, FeatureTables, Neighbours
 from train.features.tally import Tally, done_in
@@ -78,7 +78,7 @@ def features(config: FeaturesConfig) -> FeaturesSummary:
         job = make_job(config)
         overwrite = config.overwrite and not ranks.gather(begun(job))[0]
         if not overwrite and (job.out / "about.json").exists():
-            return complete(job)
+            return complete(job, ranks.leads)
         with ExitStack() as held, explained(job.work):
             held.enter_context(job.store.files.reading())
             with ranks.failing_together():
@@ -97,8 +97,8 @@ def begun(job: FeaturesJob) -> bool:
     return False
 
 
-def complete(job: FeaturesJob) -> FeaturesSummary:
-    """Describes a result that is there. Raises UserError when it was made of something else, DamagedError when it was
+def complete(job: FeaturesJob, leads: bool) -> FeaturesSummary:
+    """Describes a result that is there, whose page the leading process writes where it is missing. Raises UserError when it was made of something else, DamagedError when it was
     altered."""
     about = about_of(job.out / "about.json")
     check_same(job, about, f"{job.out}: was made")
@@ -107,8 +107,9 @@ def complete(job: FeaturesJob) -> FeaturesSummary:
     gone = [name for name in FILES if not (job.out / name).is_file()]
     if gone:
         raise DamagedError(f"{job.out / gone[0]}: is missing. Make it again with --overwrite")
-    if not (job.out / PAGE).is_file():
-        write_site(job.out)
+    if leads and not is_current(job.out):
+        with explained(job.out):
+            write_site(job.out)
     say(f"{job.out} is complete. Nothing to do (--overwrite starts again).")
     return FeaturesSummary(
         job.out, job.name, int(about["rows"]), float(about["l0"]), about.get("lens") is not None, 0.0, True

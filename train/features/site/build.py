@@ -12,16 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+import shared
 from shared.errors import DamagedError
 from shared.gate import BadData
 from train.features.site.cards import PER_SHARD, SHARES, SiteIndex, TokenCounts, latents_script
 from train.features.site.columns import by_latents, check_rows, numbers
+from train.features.site.dials import FILE as DIAL
+from train.features.site.dials import DialTests, read_dials, some_of
 from train.features.site.pack import smallest
 from train.features.site.search import SCRIPTS, token_scripts
 from train.runs.folder import read_sealed
 
 HERE: Final = Path(__file__).parent
-LOOK: Final = Path(__file__).parents[3] / "shared" / "look.css"
+LOOK: Final = Path(shared.__file__).parent / "look.css"
 SCRIPT_PARTS: Final = ("data.js", "tokens.js", "marks.js", "overview.js", "index.js", "latent.js", "compare.js", "routes.js")
 """Files of js/ that make app.js, in this order."""
 PAGE: Final = "index.html"
@@ -34,12 +37,18 @@ def write_site(folder: Path) -> Path:
     when the files do not belong together."""
     try:
         about = read_sealed(folder / "about.json")
-        source = SiteSource(folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder))
+        source = SiteSource(folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder), read_dials(folder))
         (folder / PAGE).unlink(missing_ok=True)
         source.write()
     except (BadData, FileNotFoundError, KeyError, pa.ArrowInvalid, IndexError) as error:
         raise DamagedError(f"{folder}: cannot be shown ({error}). Make it again with --overwrite") from error
     return folder / PAGE
+
+
+def is_current(folder: Path) -> bool:
+    """Whether a folder has its page, and no dial test is newer."""
+    page, dial = folder / PAGE, folder / DIAL
+    return page.is_file() and not (dial.is_file() and dial.stat().st_mtime_ns > page.stat().st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -65,6 +74,7 @@ class SiteSource:
     d_sae: int
     sides: int
     tokens: VocabularyTable
+    dials: DialTests | None
 
     def write(self) -> None:
         data = self.folder / "data"
@@ -79,9 +89,11 @@ class SiteSource:
             (data / "tokens" / f"{number:02d}.js").write_bytes(script)
         listed = index.columns["tokens"]
         used[listed[listed > 0].astype(np.int64) - 1] = True
+        for test in self.dials.latents.values() if self.dials else ():
+            used[np.array(test["plus"] + test["minus"], np.int64)] = True
         texts, arrays = self.words(np.flatnonzero(used))
         (data / "index.js").write_bytes(index.script({"about": self.facts(), "words": texts}, arrays))
-        self.write_page()
+        write_page(self.folder)
 
     def write_latents(self, place: Path, index: SiteIndex, used: NDArray[np.bool_]) -> None:
         """Writes the scripts of all latents, and fills the index and the marks of tokens in use."""
@@ -91,8 +103,10 @@ class SiteSource:
         examples = by_latents(self.folder / "examples.parquet", self.d_sae, PER_SHARD)
         counts = TokenCounts(self.tokens.rows)
         for shard, (table, some) in enumerate(zip(latents, examples, strict=True)):
-            index.take(shard * PER_SHARD, table)
-            (place / f"{shard:05d}.js").write_bytes(latents_script(shard, table, some, counts, used))
+            first = shard * PER_SHARD
+            index.take(first, table)
+            about = {"shard": shard, "first": first, "dial": some_of(self.dials, first, first + PER_SHARD)}
+            (place / f"{shard:05d}.js").write_bytes(latents_script(about, table, some, counts, used))
 
     def words(self, ids: NDArray[np.int64]) -> tuple[list[Any], dict[str, NDArray[Any]]]:
         """The text of some tokens: a string, a list with hexadecimal digits where the bytes are no whole characters,
@@ -114,14 +128,17 @@ class SiteSource:
             "per_shard": PER_SHARD,
             "token_scripts": SCRIPTS,
             "shares": SHARES,
+            **({} if self.dials is None else {"dial_grid": self.dials.grid, "dials": self.dials.slopes}),
         }
 
-    def write_page(self) -> None:
-        parts = [(HERE / "js" / name).read_text(encoding="utf-8") for name in SCRIPT_PARTS]
-        styles = [path.read_text(encoding="utf-8") for path in (LOOK, HERE / "site.css")]
-        (self.folder / "app.js").write_text('"use strict";\n' + "\n".join(parts), encoding="utf-8")
-        (self.folder / "style.css").write_text("\n".join(styles), encoding="utf-8")
-        shutil.copyfile(HERE / PAGE, self.folder / PAGE)
+
+def write_page(folder: Path) -> None:
+    """Writes the files of the page that are the same for all autoencoders."""
+    parts = [(HERE / "js" / name).read_text(encoding="utf-8") for name in SCRIPT_PARTS]
+    styles = [path.read_text(encoding="utf-8") for path in (LOOK, HERE / "site.css")]
+    (folder / "app.js").write_text('"use strict";\n' + "\n".join(parts), encoding="utf-8")
+    (folder / "style.css").write_text("\n".join(styles), encoding="utf-8")
+    shutil.copyfile(HERE / PAGE, folder / PAGE)
 
 
 def word(raw: bytes | None) -> Any:

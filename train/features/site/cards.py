@@ -1,5 +1,6 @@
 """The data of the page: one script for every 64 latents, and the index of all of them."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -90,8 +91,10 @@ def telling(rule: ListColumn, on: ListColumn) -> NDArray[np.uint32]:
     return found
 
 
-def latents_script(shard: int, table: pa.Table, examples: pa.Table, counts: TokenCounts, used: NDArray[np.bool_]) -> bytes:
-    """The script of some latents. Marks in `used` which tokens are in it."""
+def latents_script(
+    about: Mapping[str, Any], table: pa.Table, examples: pa.Table, counts: TokenCounts, used: NDArray[np.bool_]
+) -> bytes:
+    """The script of some latents. `about`: what its header says. Marks in `used` which tokens are in it."""
     firings = np.maximum(numbers(table["firings"]), 1)
     arrays = {name: numbers(table[name]) for name in ("mass", "energy")}
     arrays |= {name: numbers(table[name]).astype(np.float32) for name in ("max", "mean", "q50", "q95", "rule_f1")}
@@ -113,7 +116,7 @@ def latents_script(shard: int, table: pa.Table, examples: pa.Table, counts: Toke
     arrays |= example_arrays(table, examples)
     for name in ("on.token", "before.token", "after.token", "lens.token", "rule", "example.token"):
         used[arrays[name].astype(np.int64)] = True
-    return packed("shard", {"shard": shard, "first": int(numbers(table["latent"])[0])}, arrays)
+    return packed("shard", about, arrays)
 
 
 def flat(name: str, column: ListColumn, **kinds: Any) -> dict[str, NDArray[Any]]:

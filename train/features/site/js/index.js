@@ -19,6 +19,7 @@ function columnsOfTable() {
     two && { name: "energy", title: "Weaker side", number: true, hint: "share of the energy on the weaker side", key: weakerShare, cell: latent => percent(weakerShare(latent)) },
     { name: "opposite", title: "Most opposite", number: true, up: true, hint: "latent with the most opposite direction, and the cosine", key: latent => oppositeOf(latent) < 0 ? 2 : cosineOf(latent),
       cell: latent => oppositeOf(latent) < 0 ? "–" : make("a", { class: isPair(latent) ? "pair" : null, href: `#/compare/${latent}/${oppositeOf(latent)}`, tabindex: -1, title: `compare with latent ${oppositeOf(latent)}` }, `${oppositeOf(latent)} `, make("small", {}, fixed(cosineOf(latent)))) },
+    facts.dials && { name: "dial", title: "Dial slope", number: true, hint: "nats for a unit of dial; ✓: it exceeds the control directions", key: latent => facts.dials[latent]?.[0] ?? -1e9, cell: latent => facts.dials[latent] ? `${fixed(facts.dials[latent][0])}${facts.dials[latent][1] ? " ✓" : ""}` : "–" },
   ].filter(Boolean);
 }
 const HIDDEN_KEYS = { named: weakerName, name: strongerName };
@@ -26,7 +27,7 @@ const HIDDEN_KEYS = { named: weakerName, name: strongerName };
 /* The part of the address behind #/? as numbers and words, and back. */
 function stateOf(params) {
   const number = (name, usual) => /^\d{1,10}$/.test(params.get(name) ?? "") ? Number(params.get(name)) : usual;
-  const state = { both: facts.sides === 2 && params.get("both") === "1", pairs: params.get("pairs") === "1", least: number("least", SEEN), token: number("token", null), word: params.get("word") ?? "", sort: params.get("sort") ?? "", dir: params.get("dir") };
+  const state = { both: facts.sides === 2 && params.get("both") === "1", pairs: params.get("pairs") === "1", dial: Boolean(facts.dials) && params.get("dial") === "1", least: number("least", SEEN), token: number("token", null), word: params.get("word") ?? "", sort: params.get("sort") ?? "", dir: params.get("dir") };
   const usual = state.token !== null ? "on" : facts.sides === 2 ? "energy" : "name";
   const known = [...columnsOfTable().filter(column => column.key).map(column => column.name), ...Object.keys(HIDDEN_KEYS), ...state.token !== null ? ["on"] : []];
   if (!known.includes(state.sort)) state.sort = usual;
@@ -38,6 +39,7 @@ function addressOf(state) {
   const params = new URLSearchParams();
   if (state.both) params.set("both", "1");
   if (state.pairs) params.set("pairs", "1");
+  if (state.dial) params.set("dial", "1");
   if (state.least !== SEEN) params.set("least", state.least);
   params.set("sort", state.sort);
   params.set("dir", state.dir);
@@ -58,6 +60,7 @@ function passing(state) {
     if (firingsOf(latent) < state.least) continue;
     if (state.both && weakerShare(latent) < BOTH) continue;
     if (state.pairs && !isPair(latent)) continue;
+    if (state.dial && !facts.dials[latent]) continue;
     if (state.on ? !state.on.has(latent) : state.word && !named(latent)) continue;
     found.push(latent);
   }
@@ -93,7 +96,7 @@ async function index(params, fresh) {
   if (fresh()) return;
   const rows = listed = passing(state);
   document.title = `Latents – ${facts.sae}`;
-  const plain = !state.both && !state.pairs && state.token === null && !state.word && state.least === SEEN;
+  const plain = !state.both && !state.pairs && !state.dial && state.token === null && !state.word && state.least === SEEN;
   const heading = make("h1", { tabindex: -1 }, rows.length === facts.d_sae ? `All ${plural(facts.d_sae, "latent")}` : `${count(rows.length)} of ${plural(facts.d_sae, "latent")}`);
   const table = tableOf(rows, state);
   $("#main").replaceChildren(heading, subject(state), plain && !params.get("sort") ? overview() : "", filters(state, rows), rows.length ? table.element : make("p", { class: "empty" }, "No latent passes these filters. ", make("a", { href: "#/?least=0" }, "Show all")));
@@ -111,7 +114,7 @@ function subject(state) {
     const tokens = [...state.matches], shown = tokens.slice(0, 24);
     return make("p", { class: "note" }, `${plural(tokens.length, "token")} with “${state.word}”: `, shown.map(id => chip(id)), tokens.length > shown.length ? " …" : "", " The table has the latents with one of them among their first tokens; click a token for all that fire on it.");
   }
-  return make("p", { class: "note" }, `Counted on ${count(facts.rows)} tokens of ${facts.store || "the store"}, L0 ${digits(facts.l0)}.`, facts.sides === 2 ? " A latent has two poles: values below and above zero. Energy is the sum of squared values." : " This architecture has no values below zero: a latent has one pole.", facts.lens ? "" : " There is no logit lens.");
+  return make("p", { class: "note wide" }, `Counted on ${count(facts.rows)} tokens of ${facts.store || "the store"}, L0 ${digits(facts.l0)}.`, facts.sides === 2 ? " A latent has two poles: values below and above zero. Energy is the sum of squared values." : " This architecture has no values below zero: a latent has one pole.", facts.lens ? "" : " There is no logit lens.");
 }
 
 function filters(state, rows) {
@@ -123,11 +126,12 @@ function filters(state, rows) {
   return make("form", { class: "filters", onsubmit: event => event.preventDefault(), "aria-label": "Filters" },
     facts.sides === 2 && box("both", "both poles", "at least 10 % of the energy on the weaker side"),
     box("pairs", "antipodal pairs", "most opposite direction with a cosine below −0.9"),
+    facts.dials && box("dial", "dial tested", "sagsae dial has tested them"),
     make("label", {}, "at least ", least, " firings"),
     make("label", {}, "by ", choice),
     make("button", { type: "button", class: "plain", title: state.dir === "up" ? "rising; turn round" : "falling; turn round", "aria-label": state.dir === "up" ? "rising order, turn round" : "falling order, turn round", onclick: () => go({ dir: state.dir === "up" ? "down" : "up" }) }, state.dir === "up" ? "↑" : "↓"),
     make("button", { type: "button", class: "plain", disabled: !rows.length, onclick: () => { location.hash = `#/latent/${rows[Math.floor(Math.random() * rows.length)]}`; } }, "Any one"),
-    state.token !== null || state.word || state.both || state.pairs || state.least !== SEEN ? make("a", { class: "plain", href: "#/" }, "Clear") : null);
+    state.token !== null || state.word || state.both || state.pairs || state.dial || state.least !== SEEN ? make("a", { class: "plain", href: "#/" }, "Clear") : null);
 }
 
 function tableOf(rows, state) {
@@ -136,17 +140,17 @@ function tableOf(rows, state) {
     const sorted = column.name === state.sort ? (state.dir === "up" ? "ascending" : "descending") : null;
     const next = sorted ? (state.dir === "up" ? "down" : "up") : column.up ? "up" : "down";
     const text = column.hint ? { title: column.hint } : {};
-    return make("span", { role: "columnheader", class: `${column.name}${column.number ? " num" : ""}`, "aria-sort": sorted },
+    return make("span", { role: "columnheader", class: `c-${column.name}${column.number ? " num" : ""}`, "aria-sort": sorted },
       column.key ? make("button", { type: "button", ...text, onclick: () => { location.hash = addressOf({ ...state, sort: column.name, dir: next }); } }, column.title) : make("span", text, column.title));
   }));
   const body = make("div", { class: "rows", role: "rowgroup" });
-  const element = make("div", { class: `grid${facts.sides === 1 ? " single" : ""}`, role: "table", "aria-label": "Latents", "aria-rowcount": rows.length + 1, "aria-colcount": shown.length, tabindex: 0 }, make("div", { role: "rowgroup", class: "head" }, heads), body);
+  const element = make("div", { class: `grid${facts.sides === 1 ? " single" : facts.dials ? " dialed" : ""}`, role: "table", "aria-label": "Latents", "aria-rowcount": rows.length + 1, "aria-colcount": shown.length, tabindex: 0 }, make("div", { role: "rowgroup", class: "head" }, heads), body);
   let first = -1, last = -1;
   const height = () => phone.matches ? (facts.sides === 2 ? 116 : 84) : 40;
   const view = () => phone.matches ? [Math.max(0, -body.getBoundingClientRect().top), innerHeight] : [element.scrollTop, element.clientHeight];
   const geometry = () => { const whole = rows.length * height(), tall = Math.min(whole, TALLEST); return { tall, factor: tall > 0 ? Math.max(1, (whole - view()[1]) / Math.max(1, tall - view()[1])) : 1 }; };
   const row = at => make("div", { class: "row", role: "row", "aria-rowindex": at + 2, "data-latent": rows[at], onclick: event => { if (!event.target.closest("a") && !String(getSelection())) location.hash = `#/latent/${rows[at]}`; } },
-    shown.map(column => make("span", { role: "cell", class: `${column.name}${column.number ? " num" : ""}` }, column.cell(rows[at], state))));
+    shown.map(column => make("span", { role: "cell", class: `c-${column.name}${column.number ? " num" : ""}` }, column.cell(rows[at], state))));
   function paint(force) {
     const [top, size] = view(), { tall, factor } = geometry(), begin = top * factor;
     body.style.height = `${tall}px`;

@@ -70,7 +70,7 @@ const largestOf = card => facts.sides === 2 ? card.poles.map(pole => pole.max) :
 
 function poleSection(pole, card) {
   const side = sideOf(pole.sign), name = facts.sides === 2 ? `${signOf(pole.sign)} pole` : "Pole";
-  const title = make("header", {}, make("h2", { class: "sign" }, name), make("span", { class: "note" }, pole.firings ? `${plural(pole.firings, "firing")}, mean ${digits(pole.mean)}, ${percent(pole.share)} of the energy` : `never fires on these ${count(facts.rows)} tokens`));
+  const title = make("header", {}, make("h2", { class: "sign" }, name), make("span", { class: "note" }, pole.firings ? `${plural(pole.firings, "firing")}, mean ${digits(pole.mean)}${facts.sides === 2 ? `, ${percent(pole.share)} of the energy` : ""}` : `never fires on these ${count(facts.rows)} tokens`));
   const lens = pole.lens.length ? lensList(pole) : null;
   if (!pole.firings) return make("section", { class: `card pole ${side}`, "data-pole": side }, title, lens ? make("div", { class: "lists" }, lens) : null);
   return make("section", { class: `card pole ${side}`, "data-pole": side }, title, ruleLine(pole),
@@ -141,7 +141,26 @@ function together(card) {
   const heads = ["latent", ...facts.sides === 2 ? ["signs"] : [], "overlap", "times chance", "tokens"];
   return make("section", { class: "card" }, make("h2", {}, "Fires together with", make("small", {}, "overlap of their tokens; times chance")), rows.length ? make("table", {}, make("thead", { class: "hidden" }, make("tr", {}, heads.map(text => make("th", { scope: "col" }, text)))), make("tbody", {}, body)) : make("p", { class: "note" }, "No other pole was seen on the same tokens."));
 }
+/* Whether the latent's values steer the next tokens, from dial.json. */
 function dialPanel(card) {
-  if (card.dial) return make("section", { class: "card dial", id: "dial" }, make("h2", {}, "Dial"), ...Object.entries(card.dial).map(([name, value]) => make("p", {}, `${name}: ${value}`)));
-  return make("section", { class: "card dial", id: "dial" }, make("h2", {}, "Dial"), make("p", {}, "Whether turning this latent turns what the model says next is not tested yet. To test it: ", make("code", {}, `sagsae dial RUN --sae ${facts.sae} --latent ${card.latent}`)));
+  const title = make("h2", {}, "Dial"), dial = card.dial;
+  if (!dial) return make("section", { class: "card dial", id: "dial" }, title, make("p", {}, "Whether turning this latent turns what the model says next was not tested. To test it: ", make("code", {}, `sagsae dial RUN --sae ${facts.sae} --latent ${card.latent}`), ", then ", make("code", {}, "sagsae features RUN"), " again."));
+  const said = dial.passes === null ? "No verdict: a verdict needs at least 40 control directions." : dial.passes ? "The dial holds: its slope exceeds those of the control directions." : "The dial does not hold: control directions of the same length do as much.";
+  const size = Math.sqrt(dial.controls.reduce((sum, slope) => sum + slope * slope, 0) / (dial.controls.length || 1));
+  const numbers = `Slope ${fixed(dial.slope, 3)} [${fixed(dial.interval[0], 3)}, ${fixed(dial.interval[1], 3)}] nats for a unit of dial, ${digits(dial.unit)}; ${plural(dial.controls.length, "control direction")} ${fixed(size, 3)} (root mean square)${dial.p === null ? "" : `; p = ${digits(dial.p)}`}. KL at the ends: ${digits(dial.kl[0])} and ${digits(dial.kl[dial.kl.length - 1])} nats.`;
+  const words = [["T+", dial.plus, 1], ["T−", dial.minus, -1]].map(([name, ids, sign]) => make("p", {}, `${name} `, ids.slice(0, 12).map(id => chip(id, sign))));
+  return make("section", { class: "card dial", id: "dial" }, title, make("div", { class: "chart" }, dialChart(dial), make("div", {}, make("p", {}, make("b", {}, said)), make("p", {}, numbers), make("p", { class: "note" }, "The curve is log p(T+) − log p(T−) with the latent held at so many units; the dashed lines are the control directions."), words)));
+}
+function dialChart(dial) {
+  const grid = facts.dial_grid, W = 520, H = 220, ends = [grid[0], grid[grid.length - 1]];
+  const middle = dial.y[grid.indexOf(0)] ?? dial.clean, rays = dial.controls.slice(0, 60).map(slope => ends.map(end => middle + slope * end));
+  const all = [...dial.y, ...rays.flat()], low = Math.min(...all), high = Math.max(...all);
+  const x = value => 58 + (value - ends[0]) / (ends[1] - ends[0]) * (W - 74), y = value => H - 34 - (value - low) / (high - low || 1) * (H - 50);
+  const label = `Response to the dial from ${minused(ends[0])} to ${minused(ends[1])}: ${dial.y.map(value => fixed(value)).join(", ")}`;
+  return draw("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": label },
+    draw("line", { class: "zero", x1: x(0), x2: x(0), y1: 10, y2: H - 30 }),
+    rays.map(([a, b]) => draw("line", { class: "ray", x1: x(ends[0]), y1: y(a), x2: x(ends[1]), y2: y(b) })),
+    draw("path", { class: "curve", d: `M${grid.map((value, n) => `${x(value).toFixed(1)} ${y(dial.y[n]).toFixed(1)}`).join("L")}` }),
+    grid.map(value => draw("text", { x: x(value), y: H - 14, "text-anchor": "middle" }, signed(value))),
+    draw("text", { x: 50, y: y(high) + 4, "text-anchor": "end" }, fixed(high)), draw("text", { x: 50, y: y(low) + 4, "text-anchor": "end" }, fixed(low)));
 }

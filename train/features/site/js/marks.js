@@ -19,7 +19,7 @@ function histogram(poles) {
   const used = poles.flatMap(pole => [...pole.hist].map((n, bin) => n ? bin : -1)).filter(bin => bin >= 0);
   if (!used.length) return null;
   const [low, high] = [Math.max(0, Math.min(...used) - 1), Math.min(47, Math.max(...used) + 1)], many = high - low + 1;
-  const both = poles.length === 2, W = Math.max(280, $("#main").clientWidth - 84), H = 150, gap = both ? 26 : 6, step = ((both ? W / 2 : W) - gap) / many;
+  const both = poles.length === 2, W = Math.max(280, $("#main").clientWidth - 84), H = 150, gap = both ? 34 : 24, step = Math.min(56, ((both ? W / 2 : W) - gap - 24) / many);
   const top = Math.max(...poles.flatMap(pole => [...pole.hist]));
   const place = (sign, bin) => both ? W / 2 + sign * (gap + (bin - low) * step) : gap + (bin - low) * step;
   const edge = bin => facts.scale * 2 ** (bin / 4 - 8);

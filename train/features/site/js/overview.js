@@ -49,11 +49,11 @@ function pairShelf(alive) {
   let pairs = 0;
   for (let latent = 0; latent < facts.d_sae; latent++) if (isPair(latent)) pairs++;
   const rows = latents.map(latent => make("li", {}, make("a", { class: "id", href: `#/compare/${latent}/${oppositeOf(latent)}` }, `${latent} | ${oppositeOf(latent)}`),
-    make("span", { class: "side" }, listedOf(latent, 1).slice(0, 2).map(id => chip(id, 1, { still: true }))),
+    make("span", { class: "side one" }, listedOf(latent, 1).slice(0, 2).map(id => chip(id, 1, { still: true }))),
     make("span", { class: "side" }, listedOf(oppositeOf(latent), 1).slice(0, 2).map(id => chip(id, 1, { still: true }))),
     make("b", {}, fixed(cosineOf(latent)))));
   const said = pairs ? `${plural(pairs, "latent")} with a cosine below −0.9` : "none has a cosine below −0.9";
-  return make("section", { class: "card shelf" }, make("h2", {}, make("a", { href: pairs ? "#/?pairs=1&sort=opposite&dir=up" : "#/?sort=opposite&dir=up" }, "Most opposite directions")), make("p", { class: "note" }, said), make("ol", {}, rows));
+  return make("section", { class: "card shelf pairs" }, make("h2", {}, make("a", { href: pairs ? "#/?pairs=1&sort=opposite&dir=up" : "#/?sort=opposite&dir=up" }, "Most opposite directions")), make("p", { class: "note" }, said), make("ol", {}, rows));
 }
 
 /* Every latent as a dot: to the right what is two-sided, up what has a name (on both poles). */
@@ -66,6 +66,8 @@ function map(two) {
   const most = Math.log(Math.max(2, ...leaders(() => true, firingsOf, 1).map(firingsOf)));
   const x = latent => two ? 2 * weakerShare(latent) : Math.log(Math.max(1, firingsOf(latent))) / most;
   const y = latent => Math.sqrt(two ? weakerName(latent) : strongerName(latent));
+  const within = latent => (two ? weakerFirings(latent) : firingsOf(latent)) >= (two ? SEEN : 1);
+  const highest = Math.sqrt([0.25, 0.5, 0.75, 1].find(f1 => leaders(within, y, 1).every(latent => y(latent) ** 2 <= f1 - 0.02)) ?? 1);
   let dots = [];
   const paint = () => {
     const [width, height] = [canvas.clientWidth, canvas.clientHeight], scale = devicePixelRatio || 1;
@@ -73,23 +75,23 @@ function map(two) {
     canvas.width = width * scale; canvas.height = height * scale;
     const pen = canvas.getContext("2d"), style = getComputedStyle(document.documentElement), colour = name => style.getPropertyValue(name).trim();
     pen.scale(scale, scale);
-    const [left, right, above, below] = [30, 8, 8, 30], across = width - left - right, up = height - above - below;
+    const [left, right, above, below] = [30, 8, 8, 38], across = width - left - right, up = height - above - below;
     pen.strokeStyle = colour("--line"); pen.fillStyle = colour("--muted"); pen.font = "11px system-ui, sans-serif";
-    for (const f1 of [0, 0.1, 0.25, 0.5, 1]) {
-      const at = above + up * (1 - Math.sqrt(f1));
+    for (const f1 of [0, 0.1, 0.25, 0.5, 0.75, 1].filter(each => Math.sqrt(each) <= highest)) {
+      const at = above + up * (1 - Math.sqrt(f1) / highest);
       pen.beginPath(); pen.moveTo(left, at); pen.lineTo(width - right, at); pen.stroke();
       pen.textAlign = "right"; pen.fillText(String(f1), left - 5, at + 4);
     }
     pen.textAlign = "center";
-    if (two) for (const share of [0, 10, 20, 30, 40, 50]) pen.fillText(`${share} %`, Math.min(width - 14, left + across * share / 50), height - 14);
-    else for (let tens = 0; tens * Math.LN10 <= most; tens++) pen.fillText(count(10 ** tens), Math.min(width - 14, left + across * tens * Math.LN10 / most), height - 14);
-    pen.textAlign = "right"; pen.fillText(two ? "energy on the weaker side →" : "firings →", width - right, height - 1);
+    if (two) for (const share of [0, 10, 20, 30, 40, 50]) pen.fillText(`${share} %`, Math.min(width - 14, left + across * share / 50), height - 22);
+    else for (let tens = 0; tens * Math.LN10 <= most; tens++) pen.fillText(count(10 ** tens), Math.min(width - 14, left + across * tens * Math.LN10 / most), height - 22);
+    pen.textAlign = "right"; pen.fillText(two ? "energy on the weaker side →" : "firings →", width - right, height - 4);
     dots = [];
     pen.fillStyle = colour("--accent");
     pen.globalAlpha = facts.d_sae > 8000 ? 0.25 : facts.d_sae > 1500 ? 0.4 : 0.6;
     for (let latent = 0; latent < facts.d_sae; latent++) {
-      if ((two ? weakerFirings(latent) : firingsOf(latent)) < (two ? SEEN : 1)) continue;
-      const [px, py] = [left + across * x(latent), above + up * (1 - y(latent))];
+      if (!within(latent)) continue;
+      const [px, py] = [left + across * x(latent), above + up * (1 - y(latent) / highest)];
       dots.push([px, py, latent]);
       const size = facts.d_sae > 8000 ? 1.2 : 1.5 + 1.5 * Math.log(firingsOf(latent)) / most;
       pen.beginPath(); pen.arc(px, py, size, 0, 7); pen.fill();
@@ -98,10 +100,10 @@ function map(two) {
     pen.fillStyle = colour("--ink"); pen.textAlign = "left"; pen.font = "600 11px system-ui, sans-serif";
     const labels = []; // the ones farthest out, where there is space
     for (const [px, py, latent] of dots.toSorted((a, b) => (two ? x(b[2]) * y(b[2]) - x(a[2]) * y(a[2]) : y(b[2]) - y(a[2]))).slice(0, 12)) {
-      if (labels.some(([lx, ly]) => Math.abs(lx - px) < 34 && Math.abs(ly - py) < 13) || labels.length > 5) continue;
-      labels.push([px, py]);
-      pen.textAlign = px > width - 40 ? "right" : "left";
-      pen.fillText(String(latent), px + (px > width - 40 ? -6 : 6), py + 4);
+      const size = pen.measureText(String(latent)).width, begin = px > width - size - 14 ? px - 6 - size : px + 6;
+      if (labels.length > 5 || labels.some(([start, end, at]) => begin < end + 6 && begin + size + 6 > start && Math.abs(at - py) < 14)) continue;
+      labels.push([begin, begin + size, py]);
+      pen.fillText(String(latent), begin, py + 4);
     }
   };
   const nearest = event => {

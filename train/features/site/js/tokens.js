@@ -29,7 +29,9 @@ function glyphs(text, inChip = false) {
     if (plain) nodes.push(plain);
     plain = "";
     const sign = character === " " ? "·" : SIGNS[character] ?? `⟨${code(character)}⟩`;
-    nodes.push(make("i", { class: character === " " || WIDE.test(character) ? "sign over" : "sign", "data-sign": sign, title: code(character) }, inChip && /[\n\r\u0085\u2028\u2029\v\f]/.test(character) ? make("span", { class: "hidden" }, character) : character));
+    const over = character === " " || WIDE.test(character), breaks = /[\n\r\u0085\u2028\u2029\v\f]/.test(character);
+    const own = over || breaks && !inChip ? character : make("span", { class: "raw" }, character);
+    nodes.push(make("i", { class: over ? "sign over" : "sign", "data-sign": sign, title: code(character) }, own));
   }
   if (plain) nodes.push(plain);
   return nodes;
