@@ -18,7 +18,13 @@ from support.latents import HOSTILE, LatentFolder, copied, make_latents, spelled
 from train.features.site.build import write_site
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
@@ -117,7 +123,7 @@ def phone(browser: Any, signed: LatentFolder) -> Iterator[Look]:
 VIEWS = ["#/", "#/?token=1", "#/?word=the", "#/?least=100000", "#/latent/3", "#/latent/5", "#/latent/6?show=plus",
          "#/compare/1/2", "#/latent/999", "#/nowhere"]  # fmt: skip
 CONTRAST = """() => {
-  const rgb = text => { const c = text.match(/[\\d.]+/g).map(Number); return c.length < 4 ? [...c.slice(0, 3), 1] : c; };
+  const rgb = text => text.match(/[\\d.]+/g).map(Number).concat(1).slice(0, 4);
   const over = (a, b) => a.slice(0, 3).map((v, n) => v * a[3] + b[n] * (1 - a[3])).concat(1);
   const behind = e => { const c = e ? rgb(getComputedStyle(e).backgroundColor) : [255, 255, 255, 1];
     return c[3] === 1 ? c : over(c, behind(e.parentElement)); };
@@ -132,12 +138,13 @@ CONTRAST = """() => {
   for (const e of document.querySelectorAll("body *")) {
     if (!e.checkVisibility() || e.closest("svg, option, .off, .hidden")) continue;
     if (e.dataset.sign) check(e, getComputedStyle(e, "::before").color, "sign");
-    if ([...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim())) check(e, getComputedStyle(e).color, "text");
+    const own = [...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+    if (own) check(e, getComputedStyle(e).color, "text");
   }
   for (const e of document.querySelectorAll("svg text")) check(e.closest("svg"), getComputedStyle(e).fill, "drawing");
   return poor;
 }"""
-SMALL = """() => [...document.querySelectorAll("main a:not(.tok), main button, main input:not([type=checkbox]), main select, header input")]
+SMALL = """() => [...document.querySelectorAll("main :is(a:not(.tok), button, input:not([type=checkbox]), select), header input")]
   .filter(e => e.checkVisibility()).map(e => [e, e.getBoundingClientRect()])
   .filter(([e, box]) => box.height < 40 && !e.closest("p")).map(([e]) => e.outerHTML.slice(0, 120))"""
 
@@ -186,13 +193,19 @@ def test_a_search_by_token_finds_every_pole(look: Look, signed: LatentFolder) ->
     token = int(pairs.token.mode()[0])
     some = pairs[pairs.token == token].groupby("latent")["count"].sum()
     page = look.open(f"#/?token={token}&least=0")
-    shown = page.locator(".row").evaluate_all("rows => rows.map(r => [r.children[0], r.children[1]].map(c => c.innerText))")
+    shown = page.locator(".row").evaluate_all(
+        "rows => rows.map(r => [r.children[0], r.children[1]].map(c => c.innerText))"
+    )
     assert shown
     for latent, text in shown:
         assert text.startswith(f"{some[int(latent)]:,} of "), "firings of both poles on the token"
     counts = [some[int(latent)] for latent, _ in shown]
     assert counts == sorted(counts, reverse=True)
     page.get_by_text(f"{len(pairs[pairs.token == token])} poles with at least 3 firings").wait_for()
+
+
+TEXTS = "all => all.map(e => e.textContent)"
+EXAMPLES = "all => all.map(e => [...e.children, e.querySelector('.peak')].map(part => part.textContent))"
 
 
 def number_in(text: str) -> float:
@@ -215,8 +228,12 @@ def test_pages_of_latents_equal_the_files(look: Look, signed: LatentFolder) -> N
             assert said.startswith(f"{pole.firings:,} firing")
             best = examples[(examples.latent == latent) & (examples.sign == pole.sign) & (examples.group == 0)]
             best = best.sort_values("rank")[:10]
-            shown = section.locator(".examples ol").first.locator("li").evaluate_all(
-                "all => all.map(e => [e.children[0].innerText, e.children[1].textContent, e.querySelector('.peak').textContent])"
+            shown = (
+                section.locator(".examples ol")
+                .first.locator("li")
+                .evaluate_all(
+                    "all => all.map(e => [e.children[0].innerText, e.children[1].textContent, e.querySelector('.peak').textContent])"
+                )
             )
             assert len(shown) == len(best)
             for (value, text, peak), (_, row) in zip(shown, best.iterrows(), strict=True):
@@ -228,7 +245,9 @@ def test_pages_of_latents_equal_the_files(look: Look, signed: LatentFolder) -> N
             assert titles == [f"{n['count']:,} firing{'s' * (n['count'] != 1)} on it" for n in pole.on[:8]]
             words = on.locator(".tok").evaluate_all("all => all.map(e => e.textContent)")
             assert words == [texts[n["token"]] for n in pole.on[:8]]
-            assert section.locator(".rule .tok").evaluate_all("all => all.map(e => e.textContent)") == [texts[n] for n in pole.rule]
+            assert section.locator(".rule .tok").evaluate_all("all => all.map(e => e.textContent)") == [
+                texts[n] for n in pole.rule
+            ]
     assert look.complaints == []
 
 
@@ -242,15 +261,29 @@ def test_hostile_tokens_are_seen_and_run_nothing(browser: Any, signed: LatentFol
         best = examples[(examples.latent == latent) & (examples.group == 0) & (examples["rank"] < 10)]
         for sign, side in ((1, "plus"), (-1, "minus")):
             rows = best[best.sign == sign].sort_values("rank")
-            shown = page.locator(f".pole.{side} .examples ol").first.locator(".window").evaluate_all("all => all.map(e => e.textContent)")
+            shown = (
+                page.locator(f".pole.{side} .examples ol")
+                .first.locator(".window")
+                .evaluate_all("all => all.map(e => e.textContent)")
+            )
             for text, tokens in zip(shown, rows.tokens, strict=True):
                 raw = b"".join(HOSTILE.get(int(t), signed_text(signed, int(t))) for t in tokens)
-                assert text == raw.decode("utf-8", "ignore"), "the text as it was, characters that tokens cut put together"
+                assert text == raw.decode("utf-8", "ignore"), (
+                    "the text as it was, characters that tokens cut put together"
+                )
     signs = set(page.locator("i.sign").evaluate_all("all => all.map(e => e.dataset.sign)"))
     assert {"⏎", "⇥", "∅", "⍽", "␍", "⟨U+202E⟩", "⟨U+0000⟩", "⟨U+2028⟩", "⟨80 94⟩", "⟨f0 9f 98⟩", "⟨ff⟩"} <= signs
-    unseen = page.locator("i.sign:not(.bytes)").evaluate_all("all => all.filter(e => e.getBoundingClientRect().width < 2).length")
+    unseen = page.locator("i.sign:not(.bytes)").evaluate_all(
+        "all => all.filter(e => e.getBoundingClientRect().width < 2).length"
+    )
     assert unseen == 0
-    for route in ("#/?least=0", "#/compare/0/1", "#/?token=0", "#/?word=%3Cscript%3E", "#/%3Cimg%20src=x%20onerror=window.owned=1%3E"):
+    for route in (
+        "#/?least=0",
+        "#/compare/0/1",
+        "#/?token=0",
+        "#/?word=%3Cscript%3E",
+        "#/%3Cimg%20src=x%20onerror=window.owned=1%3E",
+    ):
         look.open(route)
     assert page.evaluate("window.owned") is None
     assert look.complaints == []
@@ -265,7 +298,7 @@ def signed_text(folder: LatentFolder, token: int) -> bytes:
 def test_a_copy_is_the_text(browser: Any, signed: LatentFolder, tmp_path: Path) -> None:
     """What the clipboard holds, for a window with a tab, a zero-width space and a character of two tokens."""
     folder = copied(signed, tmp_path / "copy")
-    texts = {0: "a\tb".encode(), 1: "\u200bc".encode(), 2: "\u2014".encode()[:1], 3: "\u2014".encode()[1:]}
+    texts = {0: b"a\tb", 1: "\u200bc".encode(), 2: "\u2014".encode()[:1], 3: "\u2014".encode()[1:]}
     spelled(folder, texts)
     look = looked_at(browser, folder.as_uri())
     page = look.open("#/latent/0")
@@ -352,7 +385,10 @@ def test_the_keyboard_alone_is_enough(look: Look) -> None:
 def test_a_phone_shows_one_pole_soon(phone: Look) -> None:
     page = phone.open("#/latent/2?show=plus")
     page.locator(".pole.minus").wait_for(state="hidden")
-    assert page.locator(".pole.plus .text").first.evaluate("e => e.getBoundingClientRect().top + scrollY") <= 2.5 * PHONE[1]
+    assert (
+        page.locator(".pole.plus .text").first.evaluate("e => e.getBoundingClientRect().top + scrollY")
+        <= 2.5 * PHONE[1]
+    )
     page.get_by_role("button", name="− pole").click()
     page.locator(".pole.plus").wait_for(state="hidden")
     assert page.url.endswith("#/latent/2?show=minus")
@@ -376,7 +412,13 @@ def test_latents_with_one_pole_or_none(look: Look, browser: Any, unsigned: Laten
     page = other.open("#/")
     page.get_by_text("a latent has one pole").wait_for()
     assert page.locator("[name=both], .minus").count() == 0
-    assert page.locator("[role=columnheader]").all_inner_texts() == ["Latent", "Firings", "Tokens", "F1", "Most opposite"]
+    assert page.locator("[role=columnheader]").all_inner_texts() == [
+        "Latent",
+        "Firings",
+        "Tokens",
+        "F1",
+        "Most opposite",
+    ]
     page = other.open("#/latent/3")
     assert page.locator(".pole").count() == 1
     assert page.locator(".tabs").count() == 0
@@ -414,7 +456,7 @@ def test_opposite_latents_face_each_other(look: Look, signed: LatentFolder) -> N
     other = int(row.far[0]["latent"])
     page = look.open(f"#/compare/{row.latent}/{other}")
     page.get_by_text("Cosine of their directions: −").wait_for()
-    heads = page.locator(".compare .pole header h3").all_inner_texts()
+    heads = page.locator(".compare .pole header h2").all_inner_texts()
     assert heads == [f"− pole of {row.latent}", f"+ pole of {other}", f"+ pole of {row.latent}", f"− pole of {other}"]
 
 
@@ -429,10 +471,16 @@ def test_many_latents_need_few_nodes(browser: Any, tmp_path: Path, record_proper
     page = look.open("#/")
     times = {"load": time.perf_counter() - started}
     assert page.evaluate("document.querySelectorAll('*').length") <= 1500
-    for name, route in {"sort": "#/?sort=firings", "filter": "#/?sort=firings&both=1", "word": "#/?sort=firings&word=the"}.items():
+    for name, route in {
+        "sort": "#/?sort=firings",
+        "filter": "#/?sort=firings&both=1",
+        "word": "#/?sort=firings&word=the",
+    }.items():
         times[name] = page.evaluate(TIMED, route) / 1000
     page.locator(".grid").evaluate("e => { e.scrollTop = e.scrollHeight }")
-    page.wait_for_function("document.querySelector('.row:last-child').getAttribute('aria-rowindex') === document.querySelector('.grid').getAttribute('aria-rowcount')")
+    page.wait_for_function(
+        "document.querySelector('.row:last-child').getAttribute('aria-rowindex') === document.querySelector('.grid').getAttribute('aria-rowcount')"
+    )
     assert page.evaluate("document.querySelectorAll('*').length") <= 1500
     record_property("seconds", json.dumps(times))
     print("seconds", {name: round(value, 2) for name, value in times.items()})  # noqa: T201

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-from support.exact.runs import VOCABULARY, make_run, make_sae, make_store
 
 from shared.schemas.features import FeaturesConfig
+from support.exact.runs import VOCABULARY, make_run, make_sae, make_store
 from train.features.run import features
 from train.features.site.build import write_page, write_site
 from train.features.site.cards import PER_SHARD, SHARES, SiteIndex
@@ -56,10 +56,14 @@ class LatentFolder:
 
 
 def make_latents(
-    folder: Path, arch: str = "sa-gsae", d_sae: int = 64, tokens: int = 12_000, texts: Mapping[int, bytes] | None = None,
-    dead: Sequence[int] = (), one_sided: Sequence[int] = (),
-) -> LatentFolder:  # fmt: skip
-    """A run, and the features of its only autoencoder. `texts`: the bytes of tokens; others are words. `dead`: latents
+    folder: Path,
+    arch: str = "sa-gsae",
+    d_sae: int = 64,
+    tokens: int = 12_000,
+    dead: Sequence[int] = (),
+    one_sided: Sequence[int] = (),
+) -> LatentFolder:
+    """A run, and the features of its only autoencoder. Its tokens are words. `dead`: latents
     that never fire. `one_sided`: those that never fire below zero."""
     store = make_store(folder / "store", tokens)
     sae = make_sae(arch, d_sae)
@@ -69,7 +73,7 @@ def make_latents(
         sae.weights.named()["theta"][1, list(one_sided)] = 1e4
     run = make_run(folder / "run", store, [sae])
     done = features(FeaturesConfig(run=run, device="cpu"))
-    spelled(done.folder, {} if texts is None else texts)
+    spelled(done.folder, {})
     return LatentFolder(done.folder, run)
 
 
@@ -96,8 +100,9 @@ def write_dials(folder: Path, latents: Sequence[int]) -> None:
         slope = 0.02 if n else 0.3
         tests.append({
             "latent": latent, "unit": 1.5, "clean": 0.1, "slope": slope, "interval": [slope - 0.01, slope + 0.01],
-            "y": [0.1 + slope * value for value in GRID], "kl": [value**2 / 100 for value in GRID], "p": 0.01 if n == 0 else 0.6,
-            "controls": rng.normal(0, 0.05, 40).tolist(), "plus": [1, 2, 3], "minus": [4, 5], "passes": n == 0,
+            "y": [0.1 + slope * value for value in GRID], "kl": [value**2 / 100 for value in GRID],
+            "controls": rng.normal(0, 0.05, 40).tolist(), "plus": [1, 2, 3], "minus": [4, 5],
+            "p": 0.6 if n else 0.01, "passes": n == 0,
         })  # fmt: skip
     write_sealed(folder / "dial.json", {"grid": list(GRID), "latents": tests})
 
@@ -115,7 +120,11 @@ def wide_index(folder: Path, d_sae: int) -> Path:
     texts = [f" word{token}" for token in range(50_000)]
     texts[1] = " the"
     ids = np.arange(50_000)
-    words = {"word": smallest(ids), "word_rows": smallest(1_000_000 // (1 + ids)), "special": np.zeros(len(ids), np.uint8)}
+    words = {
+        "word": smallest(ids),
+        "word_rows": smallest(1_000_000 // (1 + ids)),
+        "special": np.zeros(len(ids), np.uint8),
+    }
     about = {"sae": "wide", "hook": "layer_00/mlp_out", "model": "made", "store": "made", "d_sae": d_sae, "sides": 2, "rows": 10**7,
              "l0": 64.0, "scale": 1.0, "lens": None, "per_shard": PER_SHARD, "token_scripts": SCRIPTS, "shares": SHARES}  # fmt: skip
     (folder / "data").mkdir(parents=True)

@@ -98,8 +98,8 @@ def begun(job: FeaturesJob) -> bool:
 
 
 def complete(job: FeaturesJob, leads: bool) -> FeaturesSummary:
-    """Describes a result that is there, whose page the leading process writes where it is missing. Raises UserError when it was made of something else, DamagedError when it was
-    altered."""
+    """Describes a result that is there. The leading process writes its page where that is missing or older than a dial
+    test. Raises UserError when it was made of something else, DamagedError when it was altered."""
     about = about_of(job.out / "about.json")
     check_same(job, about, f"{job.out}: was made")
     if job.config.model is not None and about.get("lens") is None:

@@ -25,8 +25,17 @@ from train.runs.folder import read_sealed
 
 HERE: Final = Path(__file__).parent
 LOOK: Final = Path(shared.__file__).parent / "look.css"
-SCRIPT_PARTS: Final = ("data.js", "tokens.js", "marks.js", "overview.js", "index.js", "latent.js", "compare.js", "routes.js")
-"""Files of js/ that make app.js, in this order."""
+SCRIPT_PARTS: Final = (
+    "data.js",
+    "tokens.js",
+    "marks.js",
+    "overview.js",
+    "index.js",
+    "latent.js",
+    "compare.js",
+    "routes.js",
+)
+"""Scripts of js/ that make app.js, in this order."""
 PAGE: Final = "index.html"
 """Written last: where it is, the page is complete."""
 FACTS: Final = ("hook_name", "d_in", "d_sae", "signed", "scale", "context", "rows", "firings", "l0", "sampled", "lens")
@@ -36,8 +45,9 @@ def write_site(folder: Path) -> Path:
     """Writes the page of the Parquet files in a folder, or writes it again. Returns index.html. Raises DamagedError
     when the files do not belong together."""
     try:
-        about = read_sealed(folder / "about.json")
-        source = SiteSource(folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder), read_dials(folder))
+        source = SiteSource(
+            folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder), read_dials(folder)
+        )
         (folder / PAGE).unlink(missing_ok=True)
         source.write()
     except (BadData, FileNotFoundError, KeyError, pa.ArrowInvalid, IndexError) as error:
@@ -75,6 +85,12 @@ class SiteSource:
     sides: int
     tokens: VocabularyTable
     dials: DialTests | None
+
+    @classmethod
+    def of(cls, folder: Path) -> "SiteSource":
+        about = read_sealed(folder / "about.json")
+        sides = 2 if about["signed"] else 1
+        return cls(folder, about, int(about["d_sae"]), sides, read_tokens(folder), read_dials(folder))
 
     def write(self) -> None:
         data = self.folder / "data"
@@ -134,7 +150,7 @@ class SiteSource:
 
 def write_page(folder: Path) -> None:
     """Writes the files of the page that are the same for all autoencoders."""
-    parts = [(HERE / "js" / name).read_text(encoding="utf-8") for name in SCRIPT_PARTS]
+    parts = [(HERE / "js" / f"{name}.js").read_text(encoding="utf-8") for name in PARTS]
     styles = [path.read_text(encoding="utf-8") for path in (LOOK, HERE / "site.css")]
     (folder / "app.js").write_text('"use strict";\n' + "\n".join(parts), encoding="utf-8")
     (folder / "style.css").write_text("\n".join(styles), encoding="utf-8")

@@ -34,7 +34,9 @@ def read_dials(folder: Path) -> DialTests | None:
         return None
     try:
         grid = floats(found["grid"], "grid")
-        return DialTests(grid, {integer(each["latent"], "latent"): test_of(each, len(grid)) for each in found["latents"]})
+        return DialTests(
+            grid, {integer(each["latent"], "latent"): test_of(each, len(grid)) for each in found["latents"]}
+        )
     except (KeyError, TypeError) as error:
         raise BadData(f"{FILE} is not what sagsae dial writes ({error})") from error
 

@@ -1,6 +1,7 @@
 """The data of a search by token: which poles fire on a token, and how often."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Final
 
@@ -31,7 +32,7 @@ def token_scripts(path: Path, sides: int, firings: NDArray[np.int64], rows: NDAr
     order = np.lexsort((pole, -f1, token, token % SCRIPTS))
     token, pole, count = token[order], pole[order], count[order]
     cuts = np.searchsorted(token % SCRIPTS, np.arange(SCRIPTS + 1))
-    for script, (first, last) in enumerate(zip(cuts[:-1], cuts[1:], strict=True)):
+    for script, (first, last) in enumerate(pairwise(cuts)):
         tokens, lengths = np.unique(token[first:last], return_counts=True)
         yield packed("tokens", {"script": script}, {
             "token": smallest(tokens),

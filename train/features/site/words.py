@@ -64,7 +64,9 @@ def vocabulary_bytes(tokenizer: Any, size: int) -> list[bytes | None]:
     added = {int(token): str(content) for token, content in tokenizer.added_tokens_decoder.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
     decode = decoder(json.loads(backend.to_str()).get("decoder") if backend is not None else None)
-    texts = [added[n].encode() if n in added else None if name is None else decode(name) for n, name in enumerate(names)]
+    texts = [
+        added[n].encode() if n in added else None if name is None else decode(name) for n, name in enumerate(names)
+    ]
     return [*texts, *[None] * (size - len(texts))]
 
 

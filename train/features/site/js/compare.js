@@ -24,7 +24,7 @@ function sharedLine(left, right) {
 }
 function brief(pole, card, facing) {
   const side = sideOf(pole.sign), theirs = tokensOf(facing);
-  const title = make("header", {}, make("h3", { class: "sign" }, facts.sides === 2 ? `${signOf(pole.sign)} pole of ${card.latent}` : `Latent ${card.latent}`), make("span", { class: "note" }, pole.firings ? `${plural(pole.firings, "firing")}, ${percent(pole.share)} of the energy` : "never fires"));
+  const title = make("header", {}, make("h2", { class: "sign" }, facts.sides === 2 ? `${signOf(pole.sign)} pole of ${card.latent}` : `Latent ${card.latent}`), make("span", { class: "note" }, pole.firings ? `${plural(pole.firings, "firing")}, ${percent(pole.share)} of the energy` : "never fires"));
   if (!pole.firings) return make("section", { class: `card pole ${side}` }, title);
   const marked = onList(pole);
   marked.querySelectorAll(".tok").forEach((element, n) => { if (theirs.has(pole.on[n].token)) element.classList.add("found"); });

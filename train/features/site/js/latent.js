@@ -135,7 +135,7 @@ function miniature(latent) {
 function together(card) {
   const rows = card.poles.flatMap(pole => pole.cofire.map(other => ({ ...other, own: pole.sign }))).sort((a, b) => b.jaccard - a.jaccard).slice(0, 12);
   const body = rows.map(({ latent, sign, jaccard, lift, own }) => make("tr", {}, make("td", {}, make("a", { href: `#/latent/${latent}` }, String(latent))),
-    facts.sides === 2 ? make("td", {}, "our ", make("b", { class: `sign ${sideOf(own)}` }, signOf(own)), " with its ", make("b", { class: `sign ${sideOf(sign)}` }, signOf(sign))) : null,
+    facts.sides === 2 ? make("td", {}, make("span", { class: "wide-only" }, "our "), make("b", { class: `sign ${sideOf(own)}` }, signOf(own)), " with ", make("span", { class: "wide-only" }, "its "), make("b", { class: `sign ${sideOf(sign)}` }, signOf(sign))) : null,
     make("td", { class: "num", title: "tokens on which both fire, over those on which at least one does" }, percent(jaccard)), make("td", { class: "num", title: "times as often as independent poles would" }, `× ${lift >= 10 ? count(Math.round(lift)) : lift.toFixed(1)}`),
     make("td", { class: "chips" }, listedOf(latent, sign).slice(0, 3).map(id => chip(id, facts.sides === 2 ? sign : undefined)))));
   const heads = ["latent", ...facts.sides === 2 ? ["signs"] : [], "overlap", "times chance", "tokens"];
