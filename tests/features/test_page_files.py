@@ -55,13 +55,8 @@ def test_the_scripts_hold_every_pole(made: LatentFolder) -> None:
         for name in ("firings", "mass", "energy", "max", "mean", "q50", "q95", "rule_f1"):
             assert arrays[name].tolist() == some[name].tolist(), name
         assert np.array_equal(arrays["hist"].reshape(len(some), -1), np.stack(some["hist"]))
-        for kind, name, many in (
-            ("on", "token", 8),
-            ("on", "count", 8),
-            ("near", "latent", 8),
-            ("cofire", "latent", 8),
-        ):
-            assert arrays[f"{kind}.{name}"].tolist() == [each[name] for row in some[kind] for each in row[:many]]
+        for kind, name in (("on", "token"), ("on", "count"), ("near", "latent"), ("cofire", "latent")):
+            assert arrays[f"{kind}.{name}"].tolist() == [each[name] for row in some[kind] for each in row[:8]]
         assert arrays["rule"].tolist() == [token for row in some.rule for token in row]
         rows = examples[(examples.latent >= first) & (examples.latent < last)]
         groups = rows.groupby(["latent", "sign", "group"]).size()

@@ -120,13 +120,13 @@ def wide_index(folder: Path, d_sae: int) -> Path:
     texts = [f" word{token}" for token in range(50_000)]
     texts[1] = " the"
     ids = np.arange(50_000)
-    words = {
-        "word": smallest(ids),
-        "word_rows": smallest(1_000_000 // (1 + ids)),
-        "special": np.zeros(len(ids), np.uint8),
-    }
-    about = {"sae": "wide", "hook": "layer_00/mlp_out", "model": "made", "store": "made", "d_sae": d_sae, "sides": 2, "rows": 10**7,
-             "l0": 64.0, "scale": 1.0, "lens": None, "per_shard": PER_SHARD, "token_scripts": SCRIPTS, "shares": SHARES}  # fmt: skip
+    special = np.zeros(len(ids), np.uint8)
+    words = {"word": smallest(ids), "word_rows": smallest(1_000_000 // (1 + ids)), "special": special}
+    about = {
+        "sae": "wide", "hook": "layer_00/mlp_out", "model": "made", "store": "made", "d_sae": d_sae, "sides": 2,
+        "rows": 10**7, "l0": 64.0, "scale": 1.0, "lens": None, "per_shard": PER_SHARD, "token_scripts": SCRIPTS,
+        "shares": SHARES,
+    }  # fmt: skip
     (folder / "data").mkdir(parents=True)
     (folder / "data" / "index.js").write_bytes(index.script({"about": about, "words": texts}, words))
     write_page(folder)

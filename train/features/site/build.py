@@ -25,16 +25,7 @@ from train.runs.folder import read_sealed
 
 HERE: Final = Path(__file__).parent
 LOOK: Final = Path(shared.__file__).parent / "look.css"
-SCRIPT_PARTS: Final = (
-    "data.js",
-    "tokens.js",
-    "marks.js",
-    "overview.js",
-    "index.js",
-    "latent.js",
-    "compare.js",
-    "routes.js",
-)
+PARTS: Final = ("data", "tokens", "marks", "overview", "index", "latent", "compare", "routes")
 """Scripts of js/ that make app.js, in this order."""
 PAGE: Final = "index.html"
 """Written last: where it is, the page is complete."""
@@ -45,9 +36,7 @@ def write_site(folder: Path) -> Path:
     """Writes the page of the Parquet files in a folder, or writes it again. Returns index.html. Raises DamagedError
     when the files do not belong together."""
     try:
-        source = SiteSource(
-            folder, about, int(about["d_sae"]), 2 if about["signed"] else 1, read_tokens(folder), read_dials(folder)
-        )
+        source = SiteSource.of(folder)
         (folder / PAGE).unlink(missing_ok=True)
         source.write()
     except (BadData, FileNotFoundError, KeyError, pa.ArrowInvalid, IndexError) as error:
