@@ -258,33 +258,40 @@ def work(context: typer.Context, as_json: Json = False) -> None:
 
 @command(app, group=MEASURE)
 def demo(out: OutFolder = Path("demo"), as_json: Json = False) -> None:
-    """Run every stage on the shipped model: harvest, train, eval, report.
+    """Run every stage on the shipped model: harvest, train, eval, features, report.
 
     It trains SA-GSAE and Gated autoencoders and takes one to four minutes."""
     from harvest.run import harvest as run_harvest
     from shared.config import EvalConfig, demo_harvest, demo_train
     from shared.progress import say
+    from shared.schemas.features import FeaturesConfig
     from train.evaluate import evaluate as measure
+    from train.features.run import features
     from train.report import write_report
+    from train.report.choice import best_of
     from train.report.place import check_demo
     from train.run import train as run_train
 
     check_demo(out)  # before the work of minutes
     started = time.monotonic()
-    say("1 of 4: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
+    say("1 of 5: harvest the shipped language model's activations (the whole demo takes one to four minutes)")
     store = run_harvest(demo_harvest(out)).store
-    say("2 of 4: train SA-GSAE and, at twice the width, Gated autoencoders")
+    say("2 of 5: train SA-GSAE and, at twice the width, Gated autoencoders")
     run = run_train(demo_train(out, store)).run
-    say("3 of 4: measure them on held-out tokens, inside the language model")
+    say("3 of 5: measure them on held-out tokens, inside the language model")
     results = measure(EvalConfig(run=run, ce_tokens=10_000)).results
-    say("4 of 4: write the report")
+    best = best_of(run, "sa-gsae")
+    say(f"4 of 5: find what the latents of {best} fire on")
+    latents = features(FeaturesConfig(run=run, sae=best)).page.resolve()
+    say("5 of 5: write the report")
     page = write_report([run], out / "report.html").resolve()
     seconds = round(time.monotonic() - started, 1)
-    document = {"store": store, "runs": [run], "report": page, "seconds": seconds, "saes": results["saes"]}
+    document = {"store": store, "runs": [run], "report": page, "latents": latents, "seconds": seconds}
+    document |= {"saes": results["saes"]}
 
     def text() -> None:
         tables.print_saes(f"{run}", results["saes"])
-        typer.echo(f"\n{seconds:.0f} seconds. The report: {page}")
+        typer.echo(f"\n{seconds:.0f} seconds. The report: {page}\nThe latents of {best}: {latents}")
 
     show(document, as_json, text)
 

@@ -140,11 +140,12 @@ def open_encoder(
     return encoder
 
 
-def stored_encoder(model: Mapping[str, Any], tokenizer: Mapping[str, Any]) -> Encoder:
-    """The tokenizer that wrote a store's tokens, from this machine. `model`, `tokenizer`: as the store describes them.
-    Raises UserError where it is no longer here."""
-    name = str(model["name"])
-    if model.get("local"):
+def stored_encoder(model: Mapping[str, Any], tokenizer: Mapping[str, Any], at: str | None = None) -> Encoder:
+    """The tokenizer that wrote a store's tokens, from this machine. `model`, `tokenizer`: as the store describes them;
+    `at`: where the model is now, when not where it was. Opens no connection: a tokenizer of Hugging Face is read from
+    the local cache. Raises UserError where it is not here."""
+    name = str(at or model["name"])
+    if at is not None or model.get("local"):
         source = resolve_model(name, weights=False)
     else:
         source = ModelSource(name, ALIASES.get(name, name), False, str(model.get("commit")), cached=True)

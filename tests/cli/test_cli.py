@@ -171,7 +171,11 @@ def test_the_demo_meets_its_promises(sagsae: Sagsae, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert {"store", "runs", "report", "seconds", "saes"} <= set(result)
-    assert Path(result["report"]).stat().st_size > 100_000
+    report, latents = Path(result["report"]), Path(result["latents"])
+    assert report.stat().st_size > 100_000
+    link = latents.relative_to(report.parent).as_posix()
+    assert latents.is_file()
+    assert f'<a href="{link}">' in report.read_text()
     assert len(result["saes"]) >= 8
     for arch in ("sa-gsae", "gated"):
         saes = [sae for sae in result["saes"] if sae["arch"] == arch]

@@ -30,6 +30,7 @@ from train.features.tables import FILES
 from train.features.tally import Tally, done_in
 
 TOKENS = 6000
+PAGE_FILES = ("app.js", "data", "index.html", "style.css")
 
 
 @pytest.fixture
@@ -67,9 +68,10 @@ def emptied(run: Path) -> Path:
 
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
-    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "about.json"])
+    assert sorted(path.name for path in folder.iterdir()) == sorted([*FILES, "about.json", *PAGE_FILES])
     assert [path.name for path in folder.parent.iterdir()] == [folder.name], "nothing is left of the work"
-    return {name: (folder / name).read_bytes() for name in FILES}
+    page = [path for name in PAGE_FILES for path in [folder / name, *(folder / name).rglob("*")] if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in [*map(folder.joinpath, FILES), *page]}
 
 
 def counted_by(run: Path, order: Callable[[list[int]], list[list[int]]]) -> dict[str, bytes]:

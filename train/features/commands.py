@@ -29,8 +29,9 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
         """Find what every latent of an autoencoder fires on, for both of its poles.
 
         One pass over the run's store, without the language model. It writes RUN/features/NAME/: Parquet files with
-        counts, the strongest contexts, drawn firings, tokens, the logit lens and what fires together. Without RUN it
-        takes an autoencoder of any kind, trained here or imported, and a store that fits.
+        counts, the strongest contexts, drawn firings, tokens, the logit lens and what fires together; and a page,
+        index.html, that shows both poles of every latent. Without RUN it takes an autoencoder of any kind, trained here
+        or imported, and a store that fits.
 
         $ sagsae features runs/three --sae sa-gsae-512-lambda0.1-seed0
         $ sagsae features runs/three --tokens 1000000 --processes 4
@@ -51,8 +52,9 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
 
         done = find(config)
         if not is_helper():
-            text = f"{done.folder}: {done.sae}, {done.rows:,} rows, L0 {done.l0:.4g}"
-            show({**dataclasses.asdict(done), "folder": str(done.folder)}, as_json, lambda: typer.echo(text))
+            text = f"{done.folder}: {done.sae}, {done.rows:,} rows, L0 {done.l0:.4g}\nLook at it: {done.page.resolve()}"
+            document = {**dataclasses.asdict(done), "folder": str(done.folder), "page": str(done.page)}
+            show(document, as_json, lambda: typer.echo(text))
 
     @command(app, group=group, settings=OptionsFrom("explain"))
     def explain(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:

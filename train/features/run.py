@@ -35,6 +35,8 @@ from train.features.encode import BlockEncoder
 from train.features.job import FeaturesJob, make_job
 from train.features.lens import LensTokens, NoLens, find_unembedding, logit_lens
 from train.features.readers.folder import CALLS
+from train.features.site.build import PAGE, is_current, write_site
+from train.features.site.words import Vocabulary
 from train.features.tables import FILES, FeatureTables, Neighbours
 from train.features.tally import Tally, done_in
 from train.measure.directions import neighbours
@@ -64,6 +66,10 @@ class FeaturesSummary:
     complete: bool
     """Whether it was there before the call."""
 
+    @property
+    def page(self) -> Path:
+        return self.folder / PAGE
+
 
 def features(config: FeaturesConfig) -> FeaturesSummary:
     """Counts what every latent of an autoencoder fires on. Raises UserError for unusable input, Interrupted after a
@@ -73,7 +79,7 @@ def features(config: FeaturesConfig) -> FeaturesSummary:
         job = make_job(config)
         overwrite = config.overwrite and not ranks.gather(begun(job))[0]
         if not overwrite and (job.out / "about.json").exists():
-            return complete(job)
+            return complete(job, ranks.leads)
         with ExitStack() as held, explained(job.work):
             held.enter_context(job.store.files.reading())
             with ranks.failing_together():
@@ -92,9 +98,9 @@ def begun(job: FeaturesJob) -> bool:
     return False
 
 
-def complete(job: FeaturesJob) -> FeaturesSummary:
-    """Describes a result that is there. Raises UserError when it was made of something else, DamagedError when it was
-    altered."""
+def complete(job: FeaturesJob, leads: bool) -> FeaturesSummary:
+    """Describes a result that is there. The leading process writes its page where that is missing or older than a dial
+    test. Raises UserError when it was made of something else, DamagedError when it was altered."""
     about = about_of(job.out / "about.json")
     check_same(job, about, f"{job.out}: was made")
     if job.config.model is not None and about.get("lens") is None:
@@ -102,6 +108,9 @@ def complete(job: FeaturesJob) -> FeaturesSummary:
     gone = [name for name in FILES if not (job.out / name).is_file()]
     if gone:
         raise DamagedError(f"{job.out / gone[0]}: is missing. Make it again with --overwrite")
+    if leads and not is_current(job.out):
+        with explained(job.out):
+            write_site(job.out)
     say(f"{job.out} is complete. Nothing to do (--overwrite starts again).")
     return FeaturesSummary(
         job.out, job.name, int(about["rows"]), float(about["l0"]), about.get("lens") is not None, 0.0, True
@@ -256,9 +265,10 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
     if sorted(tally.done) != job.source.shards:
         raise DamagedError(f"{job.work}: its files do not hold every shard once. Start again with --overwrite")
     lens, model = lens_of(job, pool)
+    words = Vocabulary.of(job.store, job.config.model)
     shape = job.shape
     together = cofiring(*tally.all_firings(), shape.sides, shape.poles, tally.sampled)
-    tables = FeatureTables(tally, job.source.tokens, neighbours_of(job, pool), together, lens)
+    tables = FeatureTables(tally, job.source.tokens, neighbours_of(job, pool), together, lens, words)
     out = job.work / "out"
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
@@ -286,6 +296,7 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         "seconds": round(time.monotonic() - started, 2),
     }
     write_sealed(out / "about.json", about)
+    write_site(out)
     for name in FILES:
         sync(out / name)
     out.rename(job.out)

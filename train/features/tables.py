@@ -1,4 +1,4 @@
-"""Writes what was counted as Parquet files: one row per pole, per example, per (pole, token)."""
+"""Writes what was counted as Parquet files: one row per pole, per example, per (pole, token), per token."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,10 +16,11 @@ from train.features.lens import LensTokens
 from train.features.pairs import PairRun, by_poles
 from train.features.poles import quantiles
 from train.features.rules import LexicalRules, lexical_rules
+from train.features.site.words import Vocabulary
 from train.features.slots import Slots, counted_off, lottery
 from train.features.tally import KINDS, READ, Tally
 
-FILES: Final = ("latents.parquet", "examples.parquet", "pairs.parquet")
+FILES: Final = ("latents.parquet", "examples.parquet", "pairs.parquet", "tokens.parquet")
 POLES: Final = 512
 """Poles written at a time: a row group of latents.parquet."""
 TOKENS: Final = 16
@@ -50,13 +51,15 @@ class FeatureTables:
     neighbours: Neighbours
     cofiring: Cofiring
     lens: LensTokens | None
+    vocabulary: Vocabulary
 
     def write(self, folder: Path) -> None:
-        """Writes the three files into a folder."""
+        """Writes the files into a folder."""
         runs = {kind: self.tally.pairs[kind].opened() for kind in (*KINDS, READ)}
         read = counts_by_token(next(by_poles(runs[READ], 1, 1)))
         steps = [by_poles(runs[kind], self.tally.shape.poles, POLES) for kind in KINDS]
         edges = sorted_edges(self.tally)
+        self.vocabulary.write(folder / "tokens.parquet", read)
         with (
             Writer(folder / "latents.parquet") as latents,
             Writer(folder / "examples.parquet") as examples,

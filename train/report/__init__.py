@@ -14,7 +14,7 @@ from pathlib import Path
 from shared.files.local import error_kind
 from shared.progress import say
 from train.report.data import read_runs
-from train.report.page import render
+from train.report.page import latent_pages, render
 from train.report.place import check_place, write_page
 
 
@@ -29,7 +29,7 @@ def write_report(runs: list[Path], out: Path, overwrite: bool = False) -> Path:
     found, left_out = read_runs(runs)
     for each in left_out:
         say(f"left out: {each.reason}")
-    html = render(found, left_out)
+    html = render(found, left_out, latent_pages(found, out))
     try:
         write_page(out, html)
     except OSError as error:

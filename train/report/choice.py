@@ -64,6 +64,13 @@ def best_at_median(saes: Sequence[MeasuredSAE]) -> tuple[MeasuredSAE | None, flo
     return min(among, key=lambda sae: (abs(math.log((sae.l0 or 1) / middle)), -(sae.r2 or 0))), middle
 
 
+def best_of(run: Path, arch: str) -> str:
+    """Returns the name of the best autoencoder of an architecture at its median L0."""
+    saes = [sae for sae in read_run(run).saes if sae.arch == arch]
+    best, _ = best_at_median(saes)
+    return (best or saes[0]).name
+
+
 def r2_at(saes: Sequence[MeasuredSAE], l0: float) -> float | None:
     """The frontier's R² at an L0; None where it does not reach so far."""
     points = mean_of_seeds(saes, "r2")

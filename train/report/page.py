@@ -5,10 +5,12 @@ and plotly's are inserted unescaped.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
@@ -62,6 +64,15 @@ class Provenance:
     documents: tuple[tuple[str, str], ...]
 
 
+@dataclass(frozen=True)
+class LatentPage:
+    """A page of `sagsae features`."""
+
+    name: str
+    """The autoencoder."""
+    href: str
+
+
 COLUMNS = (
     TableColumn("Architecture", number=False),
     *(TableColumn(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
@@ -77,8 +88,10 @@ SETTING = TableColumn("Setting")
 SITE = TableColumn("Model and hookpoint", number=False)
 
 
-def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) -> str:
-    """Returns the page as HTML."""
+def render(
+    runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = (), latents: Sequence[LatentPage] = ()
+) -> str:
+    """Returns the page as HTML. `latents`: pages that it links to."""
     runs, shared = labelled(runs)
     parts, groups = sections(runs), grouped(runs)
     several = (len(parts) > 1, len({_site(run) for run in runs}) > 1)
@@ -95,6 +108,7 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         differences=[each.text for each in differences(groups)],
         shared=shared,
         left_out=[each.reason for each in left_out],
+        latents=latents,
         columns=(*COLUMNS, *(column for column, more in zip((SETTING, SITE), several, strict=True) if more)),
         rows=[_row(run, sae, several, settings_of[run.folder]) for run in runs for sae in measured(run)],
         runs=[_provenance(run) for run in runs],
@@ -103,6 +117,13 @@ def render(runs: Sequence[ReportedRun], left_out: Sequence[SkippedFolder] = ()) 
         js=_own("page.js"),
         plotly=Markup(get_plotlyjs()),
     )
+
+
+def latent_pages(runs: Sequence[ReportedRun], out: Path) -> list[LatentPage]:
+    """Finds the pages of `sagsae features` in runs. Links are relative to the report's file `out`."""
+    found = sorted(page for run in runs for page in (run.folder / "features").glob("*/index.html"))
+    base = out.resolve().parent
+    return [LatentPage(page.parent.name, quote(os.path.relpath(page.resolve(), base))) for page in found]
 
 
 def _own(name: str) -> Markup:

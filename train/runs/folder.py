@@ -81,14 +81,20 @@ OURS: Final = {
 """Every name that a run puts into its folder. Nothing else is ever deleted there."""
 RESULTS: Final = ("evaluation.json", "saes", "checkpoints")
 """Files and folders that show that a run was here even when its config.json is gone."""
+FEATURES: Final = (
+    r"(latents|examples|pairs|tokens)\.parquet|index\.html|app\.js|style\.css"
+    r"|data(/(index\.js|latents(/\d{5,}\.js)?|tokens(/\d\d\.js)?))?"
+)
+"""Paths below features/NAME: the Parquet files and the page."""
+LATER: Final = r"\.lock(\.held)?|explain\.jsonl|(dial\.json|explanations\.(json|parquet))(\.\d+\.tmp)?"
+"""Paths below features/NAME that `sagsae dial` and `sagsae explain` write."""
 INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
-    "features": r"[^/]+(/(about\.json|dial\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|\.lock(\.held)?|explain\.jsonl"
-    r"|explanations\.(json|parquet)(\.\d+\.tmp)?))?"
-    r"|[^/]+\.work(/(\.lock(\.held)?|explain\.jsonl|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
-    r"|out(/(about\.json(\.\d+\.tmp)?|(latents|examples|pairs)\.parquet|bucket-\d+))?))?",
+    "features": rf"[^/]+(/(about\.json|{FEATURES}|{LATER}))?"
+    rf"|[^/]+\.work(/(\.lock(\.held)?|explain\.jsonl|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
+    rf"|out(/(about\.json(\.\d+\.tmp)?|{FEATURES}|bucket-\d+))?))?",
 }
 """Patterns of the paths that a run puts into these folders."""
 CURE: Final = "Restore it from a copy, or restart the run with --overwrite"

@@ -57,7 +57,8 @@ class NeuronpediaExport:
 def export_features(config: FeaturesConfig) -> NeuronpediaExport:
     """Writes an export. Raises UserError, in one sentence, for what Neuronpedia cannot hold, for a folder that is
     there, and when `sagsae features` was not called before."""
-    assert config.run is not None and config.out is not None, "the settings were checked"
+    assert config.run is not None, "the settings were checked"
+    assert config.out is not None, "the settings were checked"
     folder = open_features(config.run, config.sae)
     source = source_of(folder, config)
     if config.split and not folder.signed:
