@@ -68,10 +68,27 @@ class GatedFamily(Family[GatedWeights]):
         return (u.abs(), u.sign()) if self.signed else (u, None)
 
     def encode(self, w: GatedWeights, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_sae"]:
-        u = pre_activations(w, x)
+        return self.code(pre_activations(w, x), w.theta, w.r, w.b)
+
+    def code(
+        self,
+        u: Float[Tensor, "*batch n"],
+        theta: Float[Tensor, "poles n"],
+        r: Float[Tensor, "r_poles n"],
+        b: Float[Tensor, "poles n"],
+    ) -> Float[Tensor, "*batch n"]:
+        """f of some pre-activations. The scalars are those of their latents."""
         a, s = self.size(u)
-        magnitude = torch.relu(torch.exp(pole(w.r, u)) * a + pole(w.b, u))
-        return times(torch.where(a <= pole(w.theta, u), 0.0, magnitude), s)
+        magnitude = torch.relu(torch.exp(pole(r, u)) * a + pole(b, u))
+        return times(torch.where(a <= pole(theta, u), 0.0, magnitude), s)
+
+    def closed(self, u: Float[Tensor, "batch d_sae"], theta: Float[Tensor, "poles d_sae"]) -> Bool[Tensor, "batch d_sae"]:
+        """Where f is zero for certain, found with fewer passes over u than `code` needs. NaN is not closed."""
+        if not self.signed:
+            return u <= theta[0]
+        if len(theta) == 1:
+            return u.abs() <= theta[0]
+        return (u <= theta[0]) & (u >= -theta[1])
 
     def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
         u = pre_activations(w, x)
