@@ -41,7 +41,7 @@ def test_a_rule_has_the_largest_f1_of_all_sets_of_tokens(seed: int) -> None:
     counts[4] = 2  # too few firings on each token
     pole, token = np.nonzero(counts)
     keys = np.repeat((pole + 3) << 32 | token, counts[pole, token])
-    run = PairRun.of(keys >> 32, keys & 0xFFFFFFFF)
+    run = PairRun.of(keys)
     firings = counts.sum(1)
     rules = lexical_rules(run, 3, firings, read)
     sets = [each for n in range(1, 9) for each in itertools.combinations(range(12), n)]

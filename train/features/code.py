@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from train.features.encode import BlockCode
 from train.features.shard_rows import OrderedRows
 
-WINDOW: Final = 40
+WINDOW: Final = 32
 """Tokens of a window of text around a firing."""
-BEFORE: Final = 28
+BEFORE: Final = 20
 """Tokens of it that stand before the firing."""
 LARGEST_HALF: Final = float(np.finfo(np.float16).max)
 PLACE_BITS: Final = 44

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -79,7 +79,7 @@ class BlockEncoder:
         if not isinstance(self.mathematics, GatedFamily):
             return nonzero(self.mathematics.encode(weights, x))
         u = pre_activations(weights, x)
-        flat = marked(~self.mathematics.closed(u, weights.theta))
+        flat = marked(~self.mathematics.closed(comparable(u), comparable(weights.theta)))
         latent = flat % u.shape[1]
         scalars = (each[:, latent] for each in (weights.theta, weights.r, weights.b))
         value = self.mathematics.code(u.reshape(-1)[flat], *scalars).cpu().numpy()
@@ -114,15 +114,20 @@ def gathered(encode: Callable[[Tensor], Triple], values: Shaped[Tensor, "rows d_
 
 def nonzero(f: Shaped[Tensor, "rows latents"]) -> Triple:
     """Returns row, latent and value of the entries that are not zero, row by row."""
-    places = marked(f != 0)
+    places = marked(comparable(f) != 0)
     value, flat = f.reshape(-1)[places].cpu().numpy(), places.cpu().numpy()
     return (flat // f.shape[1]).astype(np.int32), flat % f.shape[1], value
 
 
-def marked(marks: Bool[Tensor, "rows latents"]) -> Int[Tensor, " n"]:
-    """Where marks are set, counted row by row. numpy does it in a third of torch's time."""
-    if marks.device.type == "cpu":
-        return torch.from_numpy(np.flatnonzero(marks.numpy()))
+def comparable(values: Tensor) -> Any:
+    """The same as numpy's array where that is possible: comparisons and searches there take a third of torch's time."""
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def marked(marks: Any) -> Int[Tensor, " n"]:
+    """Where marks are set, counted row by row."""
+    if isinstance(marks, np.ndarray):
+        return torch.from_numpy(np.flatnonzero(marks))
     return torch.nonzero(marks.reshape(-1)).squeeze(1)
 
 

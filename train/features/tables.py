@@ -16,7 +16,7 @@ from train.features.lens import LensTokens
 from train.features.pairs import PairRun, by_poles
 from train.features.poles import quantiles
 from train.features.rules import LexicalRules, lexical_rules
-from train.features.slots import Slots, counted_off, lottery
+from train.features.slots import Slots, counted_off, first_of_each, lottery
 from train.features.tally import KINDS, READ, Tally
 
 FILES: Final = ("latents.parquet", "examples.parquet", "pairs.parquet")
@@ -26,6 +26,7 @@ TOKENS: Final = 16
 """Tokens listed for each pole."""
 FEWEST: Final = 3
 """Firings on a token that make it a row of pairs.parquet."""
+MOST_COUNTED: Final = np.uint64((1 << 32) - 1)
 BANDS: Final = 4
 BUCKETS: Final = 64
 """Ranges of tokens in which pairs.parquet is sorted."""
@@ -238,8 +239,7 @@ def lengths_of(pole: NDArray[np.int64], poles: slice) -> NDArray[np.int64]:
 
 def frequent(run: PairRun, poles: slice) -> pa.Array:
     """The most frequent tokens of each pole with their counts."""
-    order = np.lexsort((run.tokens, -run.counts.astype(np.int64), run.poles))
-    order = order[counted_off(run.poles[order]) < TOKENS]
+    order = first_of_each(run.poles, MOST_COUNTED - run.counts.astype(np.uint64), run.tokens, TOKENS)
     token, count = run.tokens[order].astype(np.uint32), run.counts[order].astype(np.int64)
     return lists(lengths_of(run.poles[order], poles), token=token, count=count)
 

@@ -15,7 +15,7 @@ The free decoder (`Gated.decoder`) has no bars and no unit norm; its penalty is 
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Final
+from typing import Any, ClassVar, Final
 
 import torch
 from jaxtyping import Bool, Float
@@ -82,12 +82,13 @@ class GatedFamily(Family[GatedWeights]):
         magnitude = torch.relu(torch.exp(pole(r, u)) * a + pole(b, u))
         return times(torch.where(a <= pole(theta, u), 0.0, magnitude), s)
 
-    def closed(self, u: Float[Tensor, "batch d_sae"], theta: Float[Tensor, "poles d_sae"]) -> Bool[Tensor, "batch d_sae"]:
-        """Where f is zero for certain, found with fewer passes over u than `code` needs. NaN is not closed."""
+    def closed(self, u: Any, theta: Any) -> Any:
+        """Where f is zero for certain, found with fewer passes over u than `code` needs. NaN is not closed. `u` [batch,
+        d_sae] and `theta` [poles, d_sae] are both tensors, or both numpy's arrays."""
         if not self.signed:
             return u <= theta[0]
         if len(theta) == 1:
-            return u.abs() <= theta[0]
+            return abs(u) <= theta[0]
         return (u <= theta[0]) & (u >= -theta[1])
 
     def loss(self, w: GatedWeights, x: Float[Tensor, "batch d_in"], now: StepInputs) -> Float[Tensor, ""]:
