@@ -131,11 +131,11 @@ def test_the_lottery_is_uniform_and_differs_between_poles() -> None:
     places = np.arange(40_000)
     nothing = np.zeros(len(places), np.float32)
     ranks = np.stack([lottery(np.full(len(places), pole), nothing, places) for pole in range(25)])
-    assert ranks.max() < 2**63
-    counts = np.histogram(ranks / 2.0**63, 100, (0, 1))[0]
+    assert ranks.max() < 2**32
+    counts = np.histogram(ranks / 2.0**32, 100, (0, 1))[0]
     assert ((counts - 10_000) ** 2 / 10_000).sum() < 148.2, "the 99.9 % quantile of χ² with 99 degrees of freedom"
-    assert len(np.unique(ranks)) == ranks.size
-    between = np.corrcoef((ranks / 2.0**63)[:, :5000])
+    assert ranks.size - len(np.unique(ranks)) < 200, "10^6 of 2^32: 116 are expected to be equal to another"
+    between = np.corrcoef((ranks / 2.0**32)[:, :5000])
     assert np.abs(between - np.eye(25)).max() < 0.07
 
 
