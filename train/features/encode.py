@@ -22,7 +22,7 @@ from train.sae.gated import GatedFamily, pre_activations
 VALUES: Final = 1 << 20
 """Latents of all rows of a block together: 4 MiB in float32."""
 Triple = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]
-NARROWEST, WIDEST = 256, 4096
+NARROWEST, WIDEST = 512, 4096
 """Latents of a block, at least and at most."""
 
 
@@ -60,32 +60,37 @@ class BlockEncoder:
         """Encodes all rows with the latents of one block. Raises UserError when a latent is infinite."""
         weights = self.sliced(first)
         rows = max(1, VALUES // min(self.width, self.d_sae - first))
-        return by_latent(first, gathered(lambda x: self.active(weights, x.float()), values, rows, first))
+        if not isinstance(self.mathematics, GatedFamily):
+            found = gathered(lambda x: nonzero(self.mathematics.encode(weights, x.float())), values, rows)
+            return finite(by_latent(first, found))
+        found = gathered(lambda x: self.open(weights, x.float()), values, rows)
+        return finite(self.coded(weights, by_latent(first, found)))
 
     def blocks(self, values: Shaped[Tensor, "rows d_in"]) -> Iterator[BlockCode]:
         """Encodes all rows with all latents, and yields the latents block by block. Raises UserError when a latent is
         infinite."""
         rows = max(1, VALUES // self.d_sae)
-        row, latent, value = gathered(lambda x: nonzero(self.sae.encode(x)), values, rows, 0)
+        row, latent, value = gathered(lambda x: nonzero(self.sae.encode(x)), values, rows)
         order = np.argsort((latent // self.width).astype(np.uint16), kind="stable")
         edges = np.searchsorted((latent // self.width)[order], np.arange(len(self.firsts) + 1))
         for first, begin, end in zip(self.firsts, edges[:-1], edges[1:], strict=True):
             some = order[begin:end]
-            yield by_latent(first, (row[some], latent[some] - first, value[some]))
+            yield finite(by_latent(first, (row[some], latent[some] - first, value[some])))
 
-    def active(self, weights: Any, x: Float[Tensor, "rows d_in"]) -> Triple:
-        """Row, latent and value of the latents that are not zero, row by row. Of gated latents, only those whose gate
-        may be open are computed."""
-        if not isinstance(self.mathematics, GatedFamily):
-            return nonzero(self.mathematics.encode(weights, x))
+    def open(self, weights: Any, x: Float[Tensor, "rows d_in"]) -> Triple:
+        """Row, latent and pre-activation of the latents whose gate may be open, row by row."""
         u = pre_activations(weights, x)
         flat = marked(~self.mathematics.closed(comparable(u), comparable(weights.theta)))
-        latent = flat % u.shape[1]
-        scalars = (each[:, latent] for each in (weights.theta, weights.r, weights.b))
-        value = self.mathematics.code(u.reshape(-1)[flat], *scalars).cpu().numpy()
-        active = np.flatnonzero(value)
-        row, latent = np.divmod(flat.cpu().numpy()[active], u.shape[1])
-        return row.astype(np.int32), latent, value[active]
+        row, latent = np.divmod(flat.cpu().numpy(), u.shape[1])
+        return row.astype(np.int32), latent, u.reshape(-1)[flat].cpu().numpy()
+
+    def coded(self, weights: Any, found: BlockCode) -> BlockCode:
+        """The code of pre-activations."""
+        latent = torch.from_numpy(found.latent.astype(np.int64))
+        scalars = (each.cpu()[:, latent] for each in (weights.theta, weights.r, weights.b))
+        value = self.mathematics.code(torch.from_numpy(found.value), *scalars).numpy()
+        some = np.flatnonzero(value)
+        return BlockCode(found.first, found.latent[some], found.row[some], value[some])
 
     def sliced(self, first: int) -> Any:
         """The weights of one block of latents, as views."""
@@ -99,16 +104,13 @@ class BlockEncoder:
         return replace(weights, **found)
 
 
-def gathered(encode: Callable[[Tensor], Triple], values: Shaped[Tensor, "rows d_in"], rows: int, first: int) -> Triple:
+def gathered(encode: Callable[[Tensor], Triple], values: Shaped[Tensor, "rows d_in"], rows: int) -> Triple:
     """Returns row, latent and value of what `encode` finds, in the order of the rows. `rows`: encoded at a time."""
     found: list[Triple] = [(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32))]
     for at in range(0, len(values), rows):
         row, latent, value = encode(values[at : at + rows])
         found.append(((row + at).astype(np.int32), latent, value))
     row, latent, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    if not np.isfinite(value).all():
-        at = int(latent[~np.isfinite(value)][0]) + first
-        raise UserError(f"latent {at} is infinite or NaN on a row of the store. Train this autoencoder again")
     return row, latent, value
 
 
@@ -129,6 +131,14 @@ def marked(marks: Any) -> Int[Tensor, " n"]:
     if isinstance(marks, np.ndarray):
         return torch.from_numpy(np.flatnonzero(marks))
     return torch.nonzero(marks.reshape(-1)).squeeze(1)
+
+
+def finite(code: BlockCode) -> BlockCode:
+    """The same. Raises UserError when a latent is infinite or NaN."""
+    if not np.isfinite(code.value).all():
+        at = int(code.latent[~np.isfinite(code.value)][0]) + code.first
+        raise UserError(f"latent {at} is infinite or NaN on a row of the store. Train this autoencoder again")
+    return code
 
 
 def by_latent(first: int, code: Triple) -> BlockCode:

@@ -129,7 +129,9 @@ class FeatureTables:
         columns = {}
         for name, above, under in (("near", near, far), ("far", far, near)):
             other, cosine = np.where(sign > 0, above[0], under[0]), np.where(sign > 0, above[1], -under[1])
-            columns[name] = lists(lengths, latent=other.reshape(-1).astype(np.int32), cosine=rounded(cosine.reshape(-1)))
+            columns[name] = lists(
+                lengths, latent=other.reshape(-1).astype(np.int32), cosine=rounded(cosine.reshape(-1))
+            )
         return columns
 
     def examples(self, poles: slice, edges: tuple[NDArray[np.int64], NDArray[np.float32]]) -> dict[str, pa.Array]:
