@@ -2,6 +2,7 @@
 
 import itertools
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder
 from train.features.cofire import AT_A_TIME, affordable, cofiring
+from train.features.encode import BlockEncoder
 from train.features.lens import NoLens, find_unembedding
 from train.features.pairs import PairRun
 from train.features.rules import lexical_rules
 from train.features.run import features
 from train.features.slots import lottery
 from train.run import train
+from train.sae.families import family
 
 
 def f1(chosen: tuple[int, ...], counts: np.ndarray, read: np.ndarray, firings: int) -> float:
@@ -56,9 +59,12 @@ def test_a_rule_has_the_largest_f1_of_all_sets_of_tokens(seed: int) -> None:
 
 
 @pytest.mark.parametrize("at_a_time", [1, 500, AT_A_TIME])
+@pytest.mark.parametrize("dense", [0, 100])
 @pytest.mark.parametrize("sides", [1, 2])
-def test_what_fires_together(sides: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fires_together(sides: int, dense: int, at_a_time: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted by counters, and by sorting."""
     monkeypatch.setattr("train.features.cofire.AT_A_TIME", at_a_time)
+    monkeypatch.setattr("train.features.cofire.DENSE", dense)
     rng = np.random.default_rng(0)
     on = rng.random((400, 30)) < 0.15 * rng.random(30)
     on[:, 20] = on[:, 3] | (rng.random(400) < 0.02)
@@ -78,6 +84,46 @@ def test_what_fires_together(sides: int, at_a_time: int, monkeypatch: pytest.Mon
         assert found.jaccard[mine] == pytest.approx([both[o] / union[o] for o in wanted])
         expected = [on[:, one].sum() * on[:, o].sum() / len(on) for o in wanted]
         assert found.lift[mine] == pytest.approx([both[o] / e for o, e in zip(wanted, expected, strict=True)])
+
+
+@pytest.mark.parametrize("largest", [3, 2**31])
+def test_runs_of_pairs_are_added_up(largest: int) -> None:
+    """Counts and keys that fit into one word together, and that do not."""
+    rng = np.random.default_rng(0)
+    runs, sums = [], Counter[int]()
+    for _ in range(5):
+        keys = np.unique(rng.integers(0, 60, 40)) << 32 | 5
+        counts = rng.integers(1, largest // 8 + 2, len(keys)).astype(np.uint32)
+        sums.update(dict(zip(keys.tolist(), counts.tolist(), strict=True)))
+        runs.append(PairRun(keys, counts))
+    found = PairRun.merged(runs)
+    assert dict(zip(found.keys.tolist(), found.counts.tolist(), strict=True)) == dict(sums)
+    assert found.keys.tolist() == sorted(sums)
+
+
+@pytest.mark.parametrize("arch", ["gated", "sa-gsae"])
+@pytest.mark.parametrize("tie", ["none", "symmetric"])
+def test_a_block_is_what_the_autoencoder_encodes(arch: str, tie: str) -> None:
+    """On weights of no grid, a threshold below zero among them, the code is that of the whole autoencoder."""
+    more = {"tie": tie} if arch == "sa-gsae" else {}
+    config = sae_config(arch=arch, d_sae=700, **more)
+    generator = torch.Generator().manual_seed(3)
+    weights = family(config).initial(16, torch.zeros(16), generator)
+    for name, tensor in weights.named().items():
+        tensor.copy_(torch.randn(tensor.shape, generator=generator) / 3)
+        if name == "theta" and arch == "sa-gsae":
+            tensor.abs_()
+            tensor[0, 9] = -0.1
+    sae, x = Autoencoder(config, weights, 1.0), torch.randn(900, 16, generator=generator)
+    encoder, whole = BlockEncoder(sae), sae.encode(x).numpy()
+    found = np.zeros_like(whole)
+    for first in encoder.firsts:
+        block = encoder.block(first, x)
+        assert np.all(np.diff(block.latent.astype(np.int64) * 900 + block.row) > 0)
+        found[block.row, first + block.latent.astype(np.int64)] = block.value
+    assert len(encoder.firsts) > 1
+    assert np.allclose(found, whole, rtol=1e-5, atol=1e-6)
+    assert 0.05 < (whole != 0).mean() < 0.95
 
 
 def test_a_few_full_tokens_do_not_make_cofiring_endless(monkeypatch: pytest.MonkeyPatch) -> None:

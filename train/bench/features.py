@@ -65,7 +65,7 @@ def encode_seconds(job: FeaturesJob) -> float:
 
     with one_thread_each(torch.get_num_threads()) as pool, torch.no_grad():
         for shard in job.source.shards:
-            parts = job.source.read(shard).values.split(rows)
+            parts = torch.split(job.source.read(shard).values, rows)
             started = time.process_time()
             list(pool.map(encode, parts))
             spent += time.process_time() - started

@@ -17,7 +17,7 @@ from torch import Tensor
 from shared.errors import UserError
 from train.autoencoder import Autoencoder
 from train.sae.families import family
-from train.sae.gated import GatedFamily, pre_activations
+from train.sae.gated import GatedFamily, GatedWeights, pre_activations
 
 VALUES: Final = 1 << 20
 """Latents of all rows of a block together: 4 MiB in float32."""
@@ -60,11 +60,11 @@ class BlockEncoder:
         """Encodes all rows with the latents of one block. Raises UserError when a latent is infinite."""
         weights = self.sliced(first)
         rows = max(1, VALUES // min(self.width, self.d_sae - first))
-        if not isinstance(self.mathematics, GatedFamily):
-            found = gathered(lambda x: nonzero(self.mathematics.encode(weights, x.float())), values, rows)
-            return finite(by_latent(first, found))
-        found = gathered(lambda x: self.open(weights, x.float()), values, rows)
-        return finite(self.coded(weights, by_latent(first, found)))
+        if isinstance(gated := self.mathematics, GatedFamily):
+            found = gathered(lambda x: open_gates(gated, weights, x.float()), values, rows)
+            return finite(coded(gated, weights, by_latent(first, found)))
+        found = gathered(lambda x: nonzero(self.mathematics.encode(weights, x.float())), values, rows)
+        return finite(by_latent(first, found))
 
     def blocks(self, values: Shaped[Tensor, "rows d_in"]) -> Iterator[BlockCode]:
         """Encodes all rows with all latents, and yields the latents block by block. Raises UserError when a latent is
@@ -77,21 +77,6 @@ class BlockEncoder:
             some = order[begin:end]
             yield finite(by_latent(first, (row[some], latent[some] - first, value[some])))
 
-    def open(self, weights: Any, x: Float[Tensor, "rows d_in"]) -> Triple:
-        """Row, latent and pre-activation of the latents whose gate may be open, row by row."""
-        u = pre_activations(weights, x)
-        flat = marked(~self.mathematics.closed(comparable(u), comparable(weights.theta)))
-        row, latent = np.divmod(flat.cpu().numpy(), u.shape[1])
-        return row.astype(np.int32), latent, u.reshape(-1)[flat].cpu().numpy()
-
-    def coded(self, weights: Any, found: BlockCode) -> BlockCode:
-        """The code of pre-activations."""
-        latent = torch.from_numpy(found.latent.astype(np.int64))
-        scalars = (each.cpu()[:, latent] for each in (weights.theta, weights.r, weights.b))
-        value = self.mathematics.code(torch.from_numpy(found.value), *scalars).numpy()
-        some = np.flatnonzero(value)
-        return BlockCode(found.first, found.latent[some], found.row[some], value[some])
-
     def sliced(self, first: int) -> Any:
         """The weights of one block of latents, as views."""
         weights = self.sae.weights
@@ -102,6 +87,23 @@ class BlockEncoder:
             at = axes.index("d_sae") if "d_sae" in axes else None
             found[field.name] = tensor if at is None else tensor.narrow(at, first, min(self.width, self.d_sae - first))
         return replace(weights, **found)
+
+
+def open_gates(gated: GatedFamily, weights: GatedWeights, x: Float[Tensor, "rows d_in"]) -> Triple:
+    """Row, latent and pre-activation of the latents whose gate may be open, row by row."""
+    u = pre_activations(weights, x)
+    flat = marked(~gated.closed(comparable(u), comparable(weights.theta)))
+    row, latent = np.divmod(flat.cpu().numpy(), u.shape[1])
+    return row.astype(np.int32), latent, u.reshape(-1)[flat].cpu().numpy()
+
+
+def coded(gated: GatedFamily, weights: GatedWeights, found: BlockCode) -> BlockCode:
+    """The code, given pre-activations as values."""
+    latent = torch.from_numpy(found.latent.astype(np.int64))
+    theta, r, b = (each.cpu()[:, latent] for each in (weights.theta, weights.r, weights.b))
+    value = gated.code(torch.from_numpy(found.value), theta, r, b).numpy()
+    some = np.flatnonzero(value)
+    return BlockCode(found.first, found.latent[some], found.row[some], value[some])
 
 
 def gathered(encode: Callable[[Tensor], Triple], values: Shaped[Tensor, "rows d_in"], rows: int) -> Triple:

@@ -48,11 +48,16 @@ class PairRun:
         if len(runs) == 1:
             return runs[0]
         both = cls.joined(runs)
-        order = np.argsort(both.keys)
-        keys = both.keys[order]
+        bits = int(both.counts.max(initial=0)).bit_length()
+        if int(both.keys.max(initial=0)).bit_length() + bits < 64:  # whole numbers are sorted far faster than indexes
+            words = np.sort(both.keys << bits | both.counts)
+            keys, counts = words >> bits, words & ((1 << bits) - 1)
+        else:
+            order = np.argsort(both.keys)
+            keys, counts = both.keys[order], both.counts[order].astype(np.int64)
         starts = np.flatnonzero(is_first(keys))
-        counts = np.add.reduceat(both.counts[order].astype(np.int64), starts) if len(keys) else np.empty(0, np.int64)
-        return cls(keys[starts], counts.astype(np.uint32))
+        sums = np.add.reduceat(counts, starts) if len(keys) else np.empty(0, np.int64)
+        return cls(keys[starts], sums.astype(np.uint32))
 
     def within(self, low: int, high: int) -> "PairRun":
         """The pairs of the poles `low` to `high`."""
