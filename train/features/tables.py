@@ -234,7 +234,7 @@ def column(values: NDArray[Any]) -> pa.Array:
 
 
 def rounded(values: NDArray[Any]) -> NDArray[np.float32]:
-    """Rounds to KEPT_BITS of the mantissa: what nobody needs to more digits is then a third shorter."""
+    """Rounds to KEPT_BITS of the mantissa: a column of them is then a third to a half shorter."""
     gone = np.uint32(23 - KEPT_BITS)
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + (np.uint32(1) << gone - np.uint32(1))) >> gone << gone).view(np.float32)
