@@ -626,6 +626,32 @@ def bench_train(context: typer.Context, as_json: Json = False) -> None:
     show({**report.ratios, **report.raw}, as_json, text)
 
 
+@command(bench_app, "features", settings=OptionsFrom("bench features"))
+def bench_features(context: typer.Context, as_json: Json = False) -> None:
+    """Compare what `sagsae features` takes with encoding the same rows alone.
+
+    It prints the ratio of CPU seconds, the size of the result and the memory that was needed."""
+    ask = resolve(context)
+    import tempfile
+
+    from harvest.run import harvest as run_harvest
+    from shared.bench.options import features_harvest, features_train
+    from shared.progress import hush, progress
+    from train.bench.features import bench_features as measure
+    from train.run import train as run_train
+
+    with tempfile.TemporaryDirectory() as folder:
+        run = ask.run
+        if run is None:
+            with hush():
+                run = run_train(features_train(Path(folder), run_harvest(features_harvest(Path(folder))).store)).run
+        with progress("bench", 2 * (ask.rounds + 1), "runs") as advance:
+            report = measure(run, ask.sae, ask.rounds, advance)
+    title = f"Median over {ask.rounds} rounds"
+    text = partial(tables.print_ratios, title, report["table"], report["ratios"])
+    show({**report["ratios"], **report["raw"]}, as_json, text)
+
+
 @command(bench_app, "scale", settings=OptionsFrom("bench scale"))
 def bench_scale(context: typer.Context, one: Hidden = "", place: Hidden = "", as_json: Json = False) -> None:
     """Measure how time and memory grow with the size of a store.

@@ -1,11 +1,13 @@
 """What the benchmarks can be asked, as schemas: their fields are the options of `sagsae bench …`."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from shared.config import Folder, Location
+from shared.config import Folder, HarvestConfig, Location, TrainConfig
+from shared.saes import sae_config
 from shared.schema import Frozen
 
 Rounds = Annotated[int, Field(ge=1)]
@@ -64,6 +66,30 @@ class TrainBenchOptions(Frozen):
     """Measure the compiled dense step, too. Default: on a GPU."""
     peer_python: tuple[str, ...] = ()
     """Python of an environment with sae-lens, dictionary-learning or both."""
+
+
+class FeaturesBenchOptions(Frozen):
+    """The pass that finds what latents fire on, against encoding the same rows alone."""
+
+    groups: ClassVar[Mapping[str, str]] = {"Benchmark": "run sae rounds"}
+
+    run: Folder | None = None
+    """A finished training run; its features/ are made again. Default: a new one of the shipped model's mlp_out."""
+    sae: str | None = None
+    """The autoencoder's name in the run. Default: the only one in the run."""
+    rounds: Rounds = 5
+    """Rounds that medians are taken over."""
+
+
+def features_harvest(folder: Path) -> HarvestConfig:
+    """The store that is read by default."""
+    return HarvestConfig(model="tiny", hooks=("mlp_out",), tokens=524_288, device="cpu", out=folder / "store")
+
+
+def features_train(folder: Path, store: Path | str) -> TrainConfig:
+    """The autoencoder that is looked at by default: about 15 of its 1,024 latents are active."""
+    sae = sae_config(arch="sa-gsae", d_sae=1024, sparsity=0.37)
+    return TrainConfig(store=str(store), hook="mlp_out", saes=(sae,), batch=512, tokens=1_000_000, out=folder / "run")
 
 
 class ScaleBenchOptions(Frozen):

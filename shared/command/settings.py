@@ -20,6 +20,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from shared.bench.options import (
+    FeaturesBenchOptions,
     RemoteBenchOptions,
     ScaleBenchOptions,
     ServeBenchOptions,
@@ -68,6 +69,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "bench store": StoreBenchOptions,
     "bench remote": RemoteBenchOptions,
     "bench train": TrainBenchOptions,
+    "bench features": FeaturesBenchOptions,
     "bench scale": ScaleBenchOptions,
     "bench serve": ServeBenchOptions,
 }

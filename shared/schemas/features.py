@@ -41,7 +41,7 @@ class FeaturesConfig(Frozen):
     """Tokens to read, from the beginning of the store, as whole contexts. Default: all that the run read."""
     top: Annotated[int, Field(ge=1, le=256)] = 16
     """Strongest contexts to keep for each pole."""
-    drawn: Annotated[int, Field(ge=0, le=1024)] = 32
+    drawn: Annotated[int, Field(ge=0, le=1024)] = 12
     """Firings to draw uniformly at random for each pole."""
     cofire_every: Annotated[int, Field(ge=1)] | None = None
     """Count what fires together on every n-th token. Default: 8, or more where that would count 10^8 pairs."""

@@ -87,7 +87,7 @@ def drawn(chosen: list[dict[str, Any]], size: np.ndarray, pole: int, truth: AllL
     """The firings of smallest hash, in four bands of magnitude."""
     on = np.flatnonzero(size)
     hashes = lottery(np.full(len(on), pole), size[on], on)
-    places = on[np.argsort(hashes)[:32]]
+    places = on[np.argsort(hashes)[:12]]
     found = [each for each in chosen if each["group"] > 0]
     where = [each["context"] * truth.context + each["position"] for each in found]
     assert sorted(where) == sorted(places.tolist())
@@ -101,7 +101,8 @@ def window(example: dict[str, Any], truth: AllLatents, rtol: float) -> None:
     """Signed values and tokens around the firing, to the ends of the context."""
     begin = example["context"] * truth.context
     place = begin + example["position"]
-    first, last = max(begin, place - 28), min(begin + truth.context, place + 12, len(truth.ids))
+    before, after = (11, 4) if example["group"] else (20, 11)
+    first, last = max(begin, place - before), min(begin + truth.context, place + after + 1, len(truth.ids))
     assert example["start"] == first - begin
     assert example["tokens"] == truth.ids[first:last].tolist()
     values = truth.f[first:last, example["latent"]].astype(np.float16)

@@ -276,3 +276,20 @@ def test_the_command_line(run: Path, sagsae: Sagsae) -> None:
 
 def test_the_hookpoint_is_that_of_the_store(store: Store) -> None:
     assert list(store.spec.hookpoints) == [HOOK]
+
+
+def test_the_benchmark_prints_ratio_size_and_memory(run: Path, sagsae: Sagsae) -> None:
+    """That every figure is there and the sizes are those of the files; never how fast it was."""
+    done = sagsae("bench", "features", "--run", run, "--rounds", 1, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    (folder,) = (run / "features").iterdir()
+    sizes = {name: round((folder / name).stat().st_size / 32) for name in FILES}
+    assert found["bytes_per_latent_by_file"] == sizes
+    assert found["bytes_per_latent"] == sum(sizes.values())
+    assert found["rows"] == read_sealed(folder / "about.json")["rows"]
+    assert found["pass_vs_encode"] > 1
+    assert {row["what"] for row in found["figures"]} == {"encode", "pass"}
+    failed = sagsae("bench", "features", "--run", run, "--sae", "another")
+    assert failed.returncode == 2
+    assert "another" in failed.stderr

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 from train.features.encode import BlockCode
 from train.features.shard_rows import OrderedRows
 
-WINDOW: Final = 40
+WINDOW: Final = 32
 """Tokens of a window of text around a firing."""
-BEFORE: Final = 28
+BEFORE: Final = 20
 """Tokens of it that stand before the firing."""
+DRAWN_BEFORE, DRAWN_AFTER = 11, 4
+"""Tokens before and after a drawn firing that are written of its window."""
 LARGEST_HALF: Final = float(np.finfo(np.float16).max)
 PLACE_BITS: Final = 44
 """Bits of a place in a key (latent, place). A store has at most 2^40 tokens."""

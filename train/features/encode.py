@@ -4,23 +4,25 @@ The shape of a block depends on the autoencoder alone, and each block is compute
 the same bits with any number of threads and processes.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, Final
 
 import numpy as np
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
 from shared.errors import UserError
 from train.autoencoder import Autoencoder
 from train.sae.families import family
+from train.sae.gated import GatedFamily, GatedWeights, pre_activations
 
 VALUES: Final = 1 << 20
 """Latents of all rows of a block together: 4 MiB in float32."""
-NARROWEST, WIDEST = 256, 4096
+Triple = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]
+NARROWEST, WIDEST = 512, 4096
 """Latents of a block, at least and at most."""
 
 
@@ -58,17 +60,22 @@ class BlockEncoder:
         """Encodes all rows with the latents of one block. Raises UserError when a latent is infinite."""
         weights = self.sliced(first)
         rows = max(1, VALUES // min(self.width, self.d_sae - first))
-        return by_latent(first, gathered(lambda x: self.mathematics.encode(weights, x.float()), values, rows, first))
+        if isinstance(gated := self.mathematics, GatedFamily):
+            found = gathered(lambda x: open_gates(gated, weights, x.float()), values, rows)
+            return finite(coded(gated, weights, by_latent(first, found)))
+        found = gathered(lambda x: nonzero(self.mathematics.encode(weights, x.float())), values, rows)
+        return finite(by_latent(first, found))
 
     def blocks(self, values: Shaped[Tensor, "rows d_in"]) -> Iterator[BlockCode]:
         """Encodes all rows with all latents, and yields the latents block by block. Raises UserError when a latent is
         infinite."""
-        row, latent, value = gathered(self.sae.encode, values, max(1, VALUES // self.d_sae), 0)
+        rows = max(1, VALUES // self.d_sae)
+        row, latent, value = gathered(lambda x: nonzero(self.sae.encode(x)), values, rows)
         order = np.argsort((latent // self.width).astype(np.uint16), kind="stable")
         edges = np.searchsorted((latent // self.width)[order], np.arange(len(self.firsts) + 1))
         for first, begin, end in zip(self.firsts, edges[:-1], edges[1:], strict=True):
             some = order[begin:end]
-            yield by_latent(first, (row[some], latent[some] - first, value[some]))
+            yield finite(by_latent(first, (row[some], latent[some] - first, value[some])))
 
     def sliced(self, first: int) -> Any:
         """The weights of one block of latents, as views."""
@@ -82,34 +89,58 @@ class BlockEncoder:
         return replace(weights, **found)
 
 
-Triple = tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.float32]]
+def open_gates(gated: GatedFamily, weights: GatedWeights, x: Float[Tensor, "rows d_in"]) -> Triple:
+    """Row, latent and pre-activation of the latents whose gate may be open, row by row."""
+    u = pre_activations(weights, x)
+    flat = marked(~gated.closed(comparable(u), comparable(weights.theta)))
+    row, latent = np.divmod(flat.cpu().numpy(), u.shape[1])
+    return row.astype(np.int32), latent, u.reshape(-1)[flat].cpu().numpy()
 
 
-def gathered(encode: Any, values: Shaped[Tensor, "rows d_in"], rows: int, first: int) -> Triple:
-    """Returns row, latent and value of what is not zero, in the order of the rows. `rows`: encoded at a time."""
+def coded(gated: GatedFamily, weights: GatedWeights, found: BlockCode) -> BlockCode:
+    """The code, given pre-activations as values."""
+    latent = torch.from_numpy(found.latent.astype(np.int64))
+    theta, r, b = (each.cpu()[:, latent] for each in (weights.theta, weights.r, weights.b))
+    value = gated.code(torch.from_numpy(found.value), theta, r, b).numpy()
+    some = np.flatnonzero(value)
+    return BlockCode(found.first, found.latent[some], found.row[some], value[some])
+
+
+def gathered(encode: Callable[[Tensor], Triple], values: Shaped[Tensor, "rows d_in"], rows: int) -> Triple:
+    """Returns row, latent and value of what `encode` finds, in the order of the rows. `rows`: encoded at a time."""
     found: list[Triple] = [(np.empty(0, np.int32), np.empty(0, np.int64), np.empty(0, np.float32))]
     for at in range(0, len(values), rows):
-        f = encode(values[at : at + rows])
-        row, latent, value = nonzero(f)
+        row, latent, value = encode(values[at : at + rows])
         found.append(((row + at).astype(np.int32), latent, value))
     row, latent, value = (np.concatenate(parts) for parts in zip(*found, strict=True))
-    if not np.isfinite(value).all():
-        at = int(latent[~np.isfinite(value)][0]) + first
-        raise UserError(f"latent {at} is infinite or NaN on a row of the store. Train this autoencoder again")
     return row, latent, value
 
 
 def nonzero(f: Shaped[Tensor, "rows latents"]) -> Triple:
     """Returns row, latent and value of the entries that are not zero, row by row."""
-    width = f.shape[1]
-    if f.device.type == "cpu":
-        dense = f.numpy().reshape(-1)
-        flat = np.flatnonzero(dense != 0)
-        value = dense[flat]
-    else:
-        places = torch.nonzero(f.reshape(-1)).squeeze(1)
-        value, flat = f.reshape(-1)[places].cpu().numpy(), places.cpu().numpy()
-    return (flat // width).astype(np.int32), flat % width, value
+    places = marked(comparable(f) != 0)
+    value, flat = f.reshape(-1)[places].cpu().numpy(), places.cpu().numpy()
+    return (flat // f.shape[1]).astype(np.int32), flat % f.shape[1], value
+
+
+def comparable(values: Tensor) -> Any:
+    """The same as numpy's array where that is possible: comparisons and searches there take a third of torch's time."""
+    return values.numpy() if values.device.type == "cpu" else values
+
+
+def marked(marks: Any) -> Int[Tensor, " n"]:
+    """Where marks are set, counted row by row."""
+    if isinstance(marks, np.ndarray):
+        return torch.from_numpy(np.flatnonzero(marks))
+    return torch.nonzero(marks.reshape(-1)).squeeze(1)
+
+
+def finite(code: BlockCode) -> BlockCode:
+    """The same. Raises UserError when a latent is infinite or NaN."""
+    if not np.isfinite(code.value).all():
+        at = int(code.latent[~np.isfinite(code.value)][0]) + code.first
+        raise UserError(f"latent {at} is infinite or NaN on a row of the store. Train this autoencoder again")
+    return code
 
 
 def by_latent(first: int, code: Triple) -> BlockCode:

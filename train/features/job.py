@@ -93,7 +93,7 @@ class FeaturesJob:
     def seconds(self, device: torch.device, threads: int, processes: int) -> float:
         """Estimates the time of the whole pass from encoding one block of random rows."""
         encoder = BlockEncoder(self.sae)
-        rows = max(1, VALUES // (self.shape.d_sae if encoder.whole else min(encoder.width, self.shape.d_sae)))
+        rows = max(1, VALUES // 4 // (self.shape.d_sae if encoder.whole else min(encoder.width, self.shape.d_sae)))
         x = torch.randn(rows, self.sae.d_in, device=device) * (self.sae.scale / self.sae.d_in**0.5)
         x += self.sae.weights.b_dec
         took = []

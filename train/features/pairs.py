@@ -9,9 +9,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.features.arrays import read_arrays, write_arrays
+from train.features.slots import is_first
 
 TOKEN_BITS: Final = 32
 """Bits of a token id in a key (pole, token)."""
+WAITING: Final = 1 << 21
+"""Keys that are sorted and counted together: 16 MiB."""
 RUNS: Final = 8
 """Sorted runs in memory that are merged into one."""
 SPILLED: Final = 1 << 20
@@ -27,10 +30,10 @@ class PairRun:
     counts: NDArray[np.uint32]
 
     @classmethod
-    def of(cls, pole: NDArray[np.int64], token: NDArray[np.int64]) -> "PairRun":
+    def of(cls, keys: NDArray[np.int64]) -> "PairRun":
         """Counts pairs that stand in any order."""
-        keys = np.sort(pole << TOKEN_BITS | token)
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
+        keys = np.sort(keys)
+        starts = np.flatnonzero(is_first(keys))
         return cls(keys[starts], np.diff(np.append(starts, len(keys))).astype(np.uint32))
 
     @classmethod
@@ -45,11 +48,16 @@ class PairRun:
         if len(runs) == 1:
             return runs[0]
         both = cls.joined(runs)
-        order = np.argsort(both.keys)
-        keys = both.keys[order]
-        starts = np.flatnonzero(np.diff(keys, prepend=-1))
-        counts = np.add.reduceat(both.counts[order].astype(np.int64), starts) if len(keys) else np.empty(0, np.int64)
-        return cls(keys[starts], counts.astype(np.uint32))
+        bits = int(both.counts.max(initial=0)).bit_length()
+        if int(both.keys.max(initial=0)).bit_length() + bits < 64:  # whole numbers are sorted far faster than indexes
+            words = np.sort(both.keys << bits | both.counts)
+            keys, counts = words >> bits, words & ((1 << bits) - 1)
+        else:
+            order = np.argsort(both.keys)
+            keys, counts = both.keys[order], both.counts[order].astype(np.int64)
+        starts = np.flatnonzero(is_first(keys))
+        sums = np.add.reduceat(counts, starts) if len(keys) else np.empty(0, np.int64)
+        return cls(keys[starts], sums.astype(np.uint32))
 
     def within(self, low: int, high: int) -> "PairRun":
         """The pairs of the poles `low` to `high`."""
@@ -65,6 +73,10 @@ class PairRun:
         return self.keys & ((1 << TOKEN_BITS) - 1)
 
 
+def pair_keys(pole: NDArray[np.int64], token: NDArray[np.int64]) -> NDArray[np.int64]:
+    return pole << TOKEN_BITS | token
+
+
 @dataclass
 class PairCounts:
     """Counts of (pole, token) over all shards taken in so far."""
@@ -75,14 +87,26 @@ class PairCounts:
     """What their names begin with."""
     runs: list[PairRun] = field(default_factory=list)
     files: list[str] = field(default_factory=list)
+    waiting: list[NDArray[np.int64]] = field(default_factory=list)
+    """Keys that are not counted yet."""
 
-    def add(self, run: PairRun) -> None:
-        self.runs.append(run)
-        if len(self.runs) >= RUNS:
-            self.settle()
+    def add(self, keys: NDArray[np.int64]) -> None:
+        """Takes in pairs in any order."""
+        self.waiting.append(keys)
+        if sum(map(len, self.waiting)) >= WAITING:
+            self.count()
+            if len(self.runs) >= RUNS:
+                self.settle()
+
+    def count(self) -> None:
+        """Makes a run of the keys that wait."""
+        if self.waiting:
+            self.runs.append(PairRun.of(np.concatenate(self.waiting)))
+            self.waiting = []
 
     def settle(self) -> None:
         """Merges what is in memory into one run, and writes it to a file when it is long."""
+        self.count()
         if self.runs:
             self.runs = [PairRun.merged(self.runs)]
         if self.runs and len(self.runs[0].keys) > SPILLED:

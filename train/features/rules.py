@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from train.features.pairs import PairRun
-from train.features.slots import counted_off
+from train.features.slots import counted_off, foremost, strength
 
 TOKENS: Final = 8
 """Tokens of a rule, at most."""
@@ -48,7 +48,8 @@ def lexical_rules(run: PairRun, first: int, firings: NDArray[np.int64], read: ND
         useful = gain > 0  # and never again for a larger level
         pole, token = pole[useful], token[useful]
         count, rows, gain = count[useful], rows[useful], gain[useful]
-        order = np.lexsort((token, -gain, pole))
+        some = foremost(pole, strength(pole, gain.astype(np.float32), token), TOKENS)
+        order = some[np.lexsort((token[some], -gain[some], pole[some]))]
         chosen = order[counted_off(pole[order]) < TOKENS]
         hits = np.bincount(pole[chosen], count[chosen], len(firings))
         said = np.bincount(pole[chosen], rows[chosen], len(firings))

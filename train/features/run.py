@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from shared.device import pick_device
+from shared.device import pick_device, reuse_memory
 from shared.errors import DamagedError, Interrupted, UserError
 from shared.files.local import explained, remove_tree, sync
 from shared.files.locks import LOCK_FILE, folder_lock
@@ -170,6 +170,7 @@ def count_together(job: FeaturesJob, ranks: Ranks) -> FeaturesSummary:
     """This rank's part of the pass; rank 0 writes the result."""
     started = time.monotonic()
     threads = max(1, torch.get_num_threads())
+    reuse_memory(ranks.device)
     tally = Tally(job.shape, job.work, f"rank-{ranks.index:05d}")
     with ranks.failing_together():
         done = {shard for path in job.work.glob("*.tally") for shard in done_in(read_arrays(path))}

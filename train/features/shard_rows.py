@@ -6,6 +6,7 @@ in it, so that windows of text come from the same pass.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -69,7 +70,7 @@ class RowSource:
         rows = HookRows.of(store, hook)
         return cls(rows, KeptRows(rows, mask), mask, ids)
 
-    @property
+    @cached_property
     def shards(self) -> list[int]:
         """The committed shards that hold a row that counts, in the order of the token stream."""
         spec, commits = self.rows.store.spec, self.rows.store.commits
@@ -94,8 +95,9 @@ class RowSource:
             part = to_tensor(self.rows.values(shard, chunk), spec.dtype)
             if values is None:
                 values = torch.empty(int(counts.sum()), part.shape[1], dtype=part.dtype)
-            some = marks[at : at + len(part)]
-            values[torch.from_numpy(targets[at : at + len(part)][some])] = part[torch.from_numpy(some.copy())]
+            some = np.flatnonzero(marks[at : at + len(part)])
+            part = part if len(some) == len(part) else part[torch.from_numpy(some)]
+            values.index_copy_(0, torch.from_numpy(targets[at + some]), part)
         assert values is not None
         first = start // spec.context
         ids = self.tokens[first : -(-stop // spec.context)].reshape(-1)

@@ -11,12 +11,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from train.features.code import WINDOW
+from train.features.code import PLACE_BITS, WINDOW
 
 NONE: Final = np.uint64(np.iinfo(np.uint64).max)
 """The rank of an empty slot."""
 INFINITY: Final = np.uint64(0x7F800000)
 """The bits of infinity in float32: as whole numbers, the bits of positive floats are in the order of the floats."""
+RANK_BITS: Final = 32
+"""Bits of a rank."""
 Rank = Callable[[NDArray[np.int64], NDArray[np.float32], NDArray[np.int64]], NDArray[np.uint64]]
 Windows = Callable[[NDArray[np.int64]], NDArray[np.float16]]
 
@@ -31,7 +33,7 @@ def lottery(pole: NDArray[np.int64], value: NDArray[np.float32], place: NDArray[
     """Ranks firings at random, by a fixed hash of pole and place."""
     del value
     words = mixed(place.astype(np.uint64)) + pole.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    return mixed(words) >> np.uint64(1)
+    return mixed(words) >> np.uint64(64 - RANK_BITS)
 
 
 def mixed(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -96,9 +98,7 @@ class Slots:
         rank = self.rank(touched[pole], value, place)
         entries = np.flatnonzero(place >= 0)
         if self.context:
-            by_context = np.lexsort((place[entries], rank[entries], place[entries] // self.context, pole[entries]))
-            entries = entries[by_context]
-            entries = entries[is_first(pole[entries], place[entries] // self.context)]
+            entries = entries[one_of_each(pole[entries], place[entries] // self.context, rank[entries], place[entries])]
         entries = entries[first_of_each(pole[entries], rank[entries], place[entries], self.n)]
         slot = pole[entries], counted_off(pole[entries])
         values, places = np.zeros((many, self.n), np.float32), np.full((many, self.n), -1, np.int64)
@@ -130,7 +130,7 @@ def likely(
     many = poles.stop - poles.start
     counts = np.bincount(number, minlength=many)
     share = np.minimum(1.0, (n + 6 * np.sqrt(n) + 8) / np.maximum(counts, 1))
-    guess = np.where((share < 0.5) & (last == NONE), share * 2.0**63, 0).astype(np.uint64)
+    guess = np.where((share < 0.5) & (last == NONE), share * 2.0**RANK_BITS, 0).astype(np.uint64)
     reached = np.bincount(number[rank <= guess[number]], minlength=many)
     return np.where(reached >= n, guess, NONE)
 
@@ -149,8 +149,40 @@ def first_of_each(
     pole: NDArray[np.int64], rank: NDArray[np.uint64], place: NDArray[np.int64], n: int
 ) -> NDArray[np.int64]:
     """Returns the indexes of the n entries of each pole that come first by rank and place, in that order."""
-    order = np.lexsort((place, rank, pole))
+    some = foremost(pole, rank, n)
+    keys = pole[some] << RANK_BITS | rank[some].astype(np.int64)
+    order = np.argsort(keys)
+    if not is_first(keys[order]).all():
+        order = np.lexsort((place[some], keys))
+    order = some[order]
     return order[counted_off(pole[order]) < n]
+
+
+def foremost(pole: NDArray[np.int64], rank: NDArray[np.uint64], n: int) -> NDArray[np.int64]:
+    """Returns the indexes of the n entries of each pole of smallest rank, and of all whose rank equals the last one's.
+    numpy sorts whole numbers ten times as fast as `lexsort` does."""
+    if not len(pole):
+        return np.empty(0, np.int64)
+    keys = pole << RANK_BITS | rank.astype(np.int64)
+    number = pole - pole.min()
+    counts = np.bincount(number)
+    last = np.cumsum(counts) - counts + np.minimum(counts, n) - 1
+    return np.flatnonzero(keys <= np.sort(keys)[last][number])
+
+
+def one_of_each(
+    pole: NDArray[np.int64], context: NDArray[np.int64], rank: NDArray[np.uint64], place: NDArray[np.int64]
+) -> NDArray[np.int64]:
+    """Returns the index of the entry of each (pole, context) that comes first by rank and place. Few are not alone.
+    `pole` counts from 0, and has less than PLACE_BITS fewer bits than an index."""
+    keys = pole << PLACE_BITS | context
+    order = np.argsort(keys)
+    first = is_first(keys[order])
+    shared = ~first
+    shared[:-1] |= ~first[1:]
+    some = order[shared]
+    some = some[np.lexsort((place[some], rank[some], keys[some]))]
+    return np.concatenate([order[~shared], some[is_first(keys[some])]])
 
 
 def is_first(*keys: NDArray[np.int64]) -> NDArray[np.bool_]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from shared.errors import DamagedError
 from train.features.arrays import ArrayFile, read_arrays, write_arrays
 from train.features.code import PLACE_BITS, PoleCode
 from train.features.encode import BlockCode, BlockEncoder
-from train.features.pairs import PairCounts, PairRun
+from train.features.pairs import PairCounts, PairRun, pair_keys
 from train.features.poles import PoleTable
 from train.features.shard_rows import OrderedRows
 
@@ -46,7 +47,8 @@ class TallyShape:
 class BlockFindings:
     """What one block of latents adds on one shard, beside the counts in the table."""
 
-    pairs: dict[str, PairRun]
+    pairs: dict[str, NDArray[np.int64]]
+    """Keys of (pole, token), one for each firing."""
     places: NDArray[np.int64]
     poles: NDArray[np.int64]
     """The firings on sampled tokens: their places and poles."""
@@ -87,10 +89,9 @@ class Tally:
         else:
             block = partial(encoder.block, values=rows.values)
             found = list(pool.map(lambda first: self.take_block(block(first), rows), encoder.firsts))
-        for kind in KINDS:
-            self.pairs[kind].add(PairRun.joined([each.pairs[kind] for each in found]))
-        read = rows.ids[rows.places - rows.first].astype(np.int64)
-        self.pairs[READ].add(PairRun.of(np.zeros_like(read), read))
+        for kind, each in product(KINDS, found):
+            self.pairs[kind].add(each.pairs[kind])
+        self.pairs[READ].add(rows.ids[rows.places - rows.first].astype(np.int64))
         self.firings += [(each.places, each.poles) for each in found if len(each.places)]
         self.edges += [(each.edge_keys, each.edge_values) for each in found if len(each.edge_keys)]
         self.sampled += int((rows.places % self.shape.cofire_every == 0).sum())
@@ -104,10 +105,10 @@ class Tally:
         self.table.take(poles)
         pole, place, position = poles.pole, poles.place, poles.place % shape.context
         ids, here = rows.ids, poles.place - rows.first
-        pairs = {"on": PairRun.of(pole, ids[here].astype(np.int64))}
+        pairs = {"on": pair_keys(pole, ids[here].astype(np.int64))}
         last = (position == shape.context - 1) | (place == rows.end - 1)
         for kind, step, inside in (("before", -1, position > 0), ("after", 1, ~last)):
-            pairs[kind] = PairRun.of(pole[inside], ids[here[inside] + step].astype(np.int64))
+            pairs[kind] = pair_keys(pole[inside], ids[here[inside] + step].astype(np.int64))
         chosen = place % shape.cofire_every == 0
         begins = poles.place - position
         beyond = (begins < rows.start) | (begins + shape.context > rows.stop)
