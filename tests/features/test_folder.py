@@ -56,7 +56,8 @@ def test_it_finds_what_a_run_of_the_same_rows_finds(store: Store, sae: Path, tmp
         assert (done.sae, done.rows, done.l0) == (of_run.sae, of_run.rows, of_run.l0)
         for name in FILES:
             assert (done.folder / name).read_bytes() == (of_run.folder / name).read_bytes()
-        assert sorted(path.name for path in done.folder.iterdir()) == ["about.json", *sorted(FILES)]
+        page = ("app.js", "data", "index.html", "style.css")
+        assert {path.name for path in done.folder.iterdir()} == {"about.json", *FILES, *page}
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["0", "1", "2", "3"], "no .work is left"
 
 
@@ -168,11 +169,20 @@ def test_nothing_of_others_is_touched(store: Store, sae: Path, tmp_path: Path, o
     (tmp_path / "busy.work").mkdir()
     (tmp_path / "busy.work/notes.txt").write_text("mine")
     (tmp_path / "page").mkdir()
-    (tmp_path / "page/about.json").write_text("mine")
     (tmp_path / "page/index.html").write_text("mine")
+    shutil.copytree(tmp_path / "page", tmp_path / "described")
+    (tmp_path / "described/about.json").write_text('{"mine": 1}')
     before = contents(tmp_path)
     places = (sae, sae / "in", run / "features/x", store.root / "in", tmp_path / "file", tmp_path / "link")
-    for out in (*places, tmp_path / "mine", tmp_path / "busy", tmp_path / "page", Path("/"), tmp_path / ".."):
+    for out in (
+        *places,
+        tmp_path / "mine",
+        tmp_path / "busy",
+        tmp_path / "page",
+        tmp_path / "described",
+        Path("/"),
+        tmp_path / "..",
+    ):
         with pytest.raises(UserError, match="--out") as error:
             look(sae, store, out, overwrite=overwrite)
         assert "\n" not in str(error.value)

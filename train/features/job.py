@@ -13,6 +13,7 @@ import torch
 from shared.config import EvalConfig
 from shared.device import pick_device
 from shared.errors import UserError
+from shared.gate import BadData
 from shared.schemas.features import FeaturesConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder, settings_of
@@ -31,7 +32,7 @@ from train.features.poles import BINS
 from train.features.shard_rows import RowSource
 from train.features.tally import TallyShape
 from train.report.choice import choose
-from train.runs.folder import INSIDE
+from train.runs.folder import INSIDE, read_sealed
 from train.runs.owner import owner_of
 from train.runs.rows import trained_rows
 from train.sae.families import family
@@ -199,6 +200,16 @@ def check_out(out: Path) -> None:
                 raise UserError(
                     f"--out {out}: {Path(folder, other[0])} is not of sagsae features. Choose another --out"
                 )
+    if out.is_dir() and any(out.iterdir()) and not is_ours(out):  # a page of anybody has an index.html
+        raise UserError(f"--out {out}: holds files, and no about.json of sagsae features. Choose another --out")
+
+
+def is_ours(out: Path) -> bool:
+    """Whether a pass wrote this folder."""
+    try:
+        return "identity" in read_sealed(out / "about.json")
+    except (FileNotFoundError, BadData):
+        return False
 
 
 def work_of(out: Path) -> Path:
