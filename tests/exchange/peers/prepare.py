@@ -8,6 +8,7 @@ itself computes: `python prepare.py FOLDER`, in sagsae's environment. check.py t
 """
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,8 @@ def approximation(saved: SavedSAE, root: Path) -> list[dict[str, Any]]:
 
 
 def main(root: Path) -> None:
+    for old in ("stores", "runs", "exports", "references"):
+        shutil.rmtree(root / old, ignore_errors=True)  # made by another state of the code
     hooks = ("resid_post", "blocks.2.attn.hook_z")
     # whole contexts: the tools see the whole of the last one
     config = {"model": "tiny", "tokens": 64_000, "hooks": hooks, "layers": (2,), "out": root / "stores", "name": "s"}
