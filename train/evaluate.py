@@ -44,7 +44,7 @@ def evaluate_run(config: EvalConfig, run: Path) -> Evaluation:
     if results["ce_clean"] is None:
         results = with_losses_of(earlier_evaluation(folder.evaluation), results)
     with explained(run):
-        write_evaluation(folder, results, measured.firings)
+        results = write_evaluation(folder, results, measured.firings)
     return Evaluation(folder.evaluation, results)
 
 

@@ -28,9 +28,7 @@ class FeaturesConfig(Frozen):
     run: Annotated[Folder, Shown(option="RUN")] | None = None
     """The training run's folder. Default: none, with --sae FOLDER."""
     sae: str | None = None
-    """The autoencoder's name in the run. Default: the only one in the run.
-
-    Without RUN: an autoencoder's folder, trained here or imported."""
+    """The autoencoder's name in the run; without RUN its folder, trained here or imported. Default: the only one."""
     store: Location | None = None
     """Where the run's store is now; without RUN the store to read. Default: where it was."""
     model: str | None = None

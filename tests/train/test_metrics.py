@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from train.autoencoder import Autoencoder
 from train.data.rows import HookRows
 from train.measure.metrics import (
     ErrorSums,
+    entry,
     language_losses,
     measure,
     read_heldout,
@@ -107,7 +108,7 @@ def test_fit_equals_its_definition(arch: str) -> None:
     else:
         assert (fit.l0_neg, fit.bipolar_fraction, fit.bipolar_mass, fit.census) == (0, None, None, None)
         assert fit.bipolar_energy is None
-    json.dumps(asdict(fit), allow_nan=False)
+    json.dumps(entry(sae, fit, None, 0), allow_nan=False)
 
 
 @pytest.mark.parametrize("sigmas", [1, 24, 100])
@@ -136,7 +137,7 @@ def test_r2_sees_a_constant_bias() -> None:
     assert nothing.r2 == pytest.approx(0, abs=1e-5), "predicting the mean explains nothing"
     assert (nothing.l0, nothing.dead_fraction, nothing.bipolar_fraction) == (0, 1, None)
     assert (nothing.rescaling, nothing.r2_rescaled) == (None, None)
-    json.dumps(asdict(nothing), allow_nan=False)
+    json.dumps(entry(closed, nothing, None, 0), allow_nan=False)
 
 
 @pytest.mark.parametrize("factor", [0.5, 0.9, 1.0, 1.25, -1.0])

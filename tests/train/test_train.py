@@ -228,7 +228,7 @@ def test_a_run_killed_while_it_began_begins_again(train_config: Config) -> None:
     (run / "config.json").unlink()
     for name in ("checkpoints", "saes"):
         shutil.rmtree(run / name)
-    for name in ("evaluation.json", "metrics.jsonl"):
+    for name in ("evaluation.json", "firings.safetensors", "metrics.jsonl"):
         (run / name).unlink()
     (run / "config.json.123.tmp").write_text("half")
     assert sorted(path.name for path in run.iterdir()) == [".lock", "config.json.123.tmp", "record.json", "run.toml"]

@@ -35,8 +35,8 @@ class Evaluation:
     results: dict[str, Any]
 
 
-def write_evaluation(folder: RunFolder, results: dict[str, Any], firings: Mapping[str, Firings]) -> None:
-    """Writes a run's evaluation.json and firings.safetensors: both or none."""
+def write_evaluation(folder: RunFolder, results: dict[str, Any], firings: Mapping[str, Firings]) -> dict[str, Any]:
+    """Writes a run's evaluation.json and firings.safetensors, both or none, and returns the content of the first."""
     signs = {
         f"{name}/{sign}": getattr(counts, sign).to("cpu", torch.int64)
         for name, counts in firings.items()
@@ -45,7 +45,9 @@ def write_evaluation(folder: RunFolder, results: dict[str, Any], firings: Mappin
     digest = hashlib.sha256()
     with local.written_together() as write:
         write(folder.firings, digested(pieces(signs), digest))
-        write(folder.evaluation, [sealed_json(finite({**results, "firings": digest.hexdigest()}))])
+        results = {**results, "firings": digest.hexdigest()}
+        write(folder.evaluation, [sealed_json(finite(results))])
+    return results
 
 
 def check_replaceable(evaluation: Path) -> None:
