@@ -272,9 +272,17 @@ def test_a_server_that_is_away_ends_the_command(named: NamedRun, monkeypatch: py
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(BusyError, match=r"2 latents failed, the last one because of explain: 4 tries failed"):
             named.explain(endpoint=url, model="m", latents=8, at_once=1)
-    states = Counter(row["state"] for row in rows(named).values())
-    assert states["failed"] >= 2
-    assert states["explained"] == 0
+    assert not (named.features / "explanations.parquet").exists()
+
+
+def test_explanations_outlive_a_call_that_explains_nothing(named: NamedRun) -> None:
+    with served(good) as server:
+        named.explain(endpoint=server.url, model="m", only=named.pair[:1])
+        before = rows(named)
+        server.answer = lambda _: status(500)
+        with pytest.raises(BusyError, match=r"no pole was explained, the first one because of explain: 4 tries failed"):
+            named.explain(endpoint=server.url, model="other", only=named.pair[:1])
+    assert rows(named) == before
 
 
 def test_a_torn_last_line_is_asked_again_and_a_damaged_one_is_named(named: NamedRun) -> None:

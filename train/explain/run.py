@@ -22,7 +22,7 @@ from shared.schemas.features import ExplainConfig
 from shared.stop import stop_requests
 from train.explain.calls import CallLog
 from train.explain.endpoint import ChatEndpoint, key_in
-from train.explain.interview import FAILED, LatentMaterial, PoleOutcome, interview
+from train.explain.interview import EXPLAINED, FAILED, LatentMaterial, PoleOutcome, interview
 from train.explain.material import choose_latents, materials
 from train.explain.prompts import ANSWER_TOKENS, VERSION, Question
 from train.explain.results import PARQUET, Row, means, write_results
@@ -168,7 +168,8 @@ def estimate(
 def conduct(
     folder: FeatureFolder, latents: Sequence[int], asks: Interviewer, texts: TokenTexts, budget: CallBudget
 ) -> ExplainSummary:
-    """Asks about all latents, several at the same time, and writes the results, also when it is stopped."""
+    """Asks about all latents, several at the same time, and writes the results, also when it is stopped; none
+    where every pole failed."""
     outcomes: list[PoleOutcome] = []
     ending: Exception | None = None
     try:
@@ -176,13 +177,21 @@ def conduct(
             outcomes += found
     except (UserError, Interrupted) as error:
         ending = error
-    rows = write_results(folder.path, outcomes, identity_of(folder, asks.config), cost_of(asks)) if outcomes else []
+    states = [outcome.state for outcome in outcomes]
+    useless = FAILED in states and EXPLAINED not in states
+    if useless and ending is None:
+        ending = BusyError(
+            f"{asks.endpoint.url}: no pole was explained, the first one because of {failure(outcomes)}. The same command "
+            "asks again"
+        )
+    rows: list[Row] = []
+    if outcomes and not useless:
+        rows = write_results(folder.path, outcomes, identity_of(folder, asks.config), cost_of(asks))
     if ending is not None:
         raise ending
-    failed = sum(outcome.state == FAILED for outcome in outcomes)
     scores = means(rows)
     return ExplainSummary(
-        folder.path / PARQUET, len(rows), scores["explained"], failed, asks.calls, asks.prompt_tokens,
+        folder.path / PARQUET, len(rows), scores["explained"], states.count(FAILED), asks.calls, asks.prompt_tokens,
         asks.answer_tokens, scores,
     )  # fmt: skip
 
