@@ -184,7 +184,8 @@ class TrainConfig(Frozen):
 
     groups: ClassVar[Mapping[str, str]] = {
         "Activations": (
-            "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm follow seed"
+            "store request hook tokens heldout_tokens exclude_positions exclude_special max_norm longest_row follow "
+            "seed"
         ),
         "Autoencoders": "saes warm_start",
         "Optimisation": "lr batch warmup_steps decay_fraction clip_norm",
@@ -268,6 +269,11 @@ class TrainConfig(Frozen):
     """Leave out rows whose norm exceeds this many times the median. Default: no limit.
 
     5 leaves out massive activations: a few tokens that hold most of the variance (docs/explanation/method.md)."""
+    longest_row: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5.0
+    """Train on a row that is farther from the mean than this as if it were this far. 0: on all rows as they are.
+
+    In units of the root mean square distance. A single massive row in a batch would undo most of what Adam has
+    learned. Measuring takes rows as they are."""
     follow: bool = False
     """Train while the store is still being harvested.
 

@@ -32,6 +32,7 @@ from shared.stop import stop_requests
 from shared.store.norms import sample
 from train.autoencoder import Autoencoder
 from train.data.loader import Loader
+from train.data.norm_filter import shorten_
 from train.data.order import StreamPosition, share
 from train.data.stream import BatchStream, StopWaiting
 from train.evaluate import last_logged_inactive
@@ -236,6 +237,9 @@ class WaveLoop:
         self.steps_before = (job.wave - 1) * job.steps
         """Steps of the waves before this one."""
         self.started = time.monotonic()
+        mean = job.statistics.mean / job.statistics.scale
+        self.mean = torch.from_numpy(mean).float().to(ranks.device)
+        """The mean row at unit variance."""
 
     def run(self, totals: TrainTotals) -> ResumePoint:
         """Trains. Adds what it does to `totals`, and returns where the run stands then. Raises Interrupted."""
@@ -283,9 +287,14 @@ class WaveLoop:
             raise interrupted(self.job, done)
 
     def next_batch(self, step: int) -> Float[Tensor, "batch d_in"]:
-        """Activations of unit variance. Raises Interrupted where a stop was asked for while there were no rows."""
+        """Activations of unit variance, none longer than `longest_row`. Raises Interrupted where a stop was asked for
+        while there were no rows."""
+        longest = self.job.config.longest_row
         try:
-            return self.stream.next_batch().float() / self.job.statistics.scale
+            x = self.stream.next_batch().float() / self.job.statistics.scale
+            if longest:
+                shorten_(x, self.mean, longest)
+            return x
         except StopWaiting:
             if self.ranks.count == 1:  # others may be waiting for this one in a collective
                 self.checkpoints.save(self.after(step))

@@ -29,7 +29,7 @@ from train.runs.folder import RunFolder
 
 DECIDING = {
     "hook", "batch", "lr", "warmup_steps", "decay_fraction", "clip_norm", "precision", "seed", "heldout_tokens",
-    "exclude_positions", "exclude_special", "max_norm", "follow", "streams", "run_chunks", "window_rows",
+    "exclude_positions", "exclude_special", "max_norm", "longest_row", "follow", "streams", "run_chunks", "window_rows",
     "dead_after_tokens",
 }  # fmt: skip
 ROUNDING = {"device", "parallel", "parts", "compile", "step"}

@@ -1,8 +1,9 @@
-"""Leaves rows with very large norms out of training and measuring (the setting `max_norm`).
+"""Rows with very large norms: left out of training and measuring (the setting `max_norm`), or shortened for training
+(`longest_row`).
 
-The limit is `max_norm` times the median norm of the store's rows that count. It is worked out when a run begins and
-recorded in its config.json, so that evaluation leaves out the same rows as training. Mean and scale are computed on the
-rows that remain.
+The limit of the norm is `max_norm` times the median norm of the store's rows that count. It is worked out when a run
+begins and recorded in its config.json, so that evaluation leaves out the same rows as training. Mean and scale are
+computed on the rows that remain.
 """
 
 from collections.abc import Mapping
@@ -10,7 +11,10 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
+import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
 from shared.config import TrainConfig
 from shared.errors import DamagedError, UserError
@@ -119,6 +123,14 @@ def statistics(store: Store, hook: str, rows: FilteredRows | None) -> Statistics
         raise UserError(f"max_norm: only {n} rows of {store.name}/{hook} are left. Choose a larger one")
     mean = total / n
     return Statistics(n, mean, np.maximum(squares / n - mean**2, 0.0))
+
+
+def shorten_(x: Float[Tensor, "batch d_in"], mean: Float[Tensor, " d_in"], longest: float) -> None:
+    """Moves rows that are farther than `longest` from `mean` towards it, to that distance. Other rows keep every bit.
+    Never waits for the device."""
+    away = x - mean
+    distance = torch.linalg.vector_norm(away, dim=1, keepdim=True)
+    torch.where(distance > longest, away.mul_(longest / distance).add_(mean), x, out=x)
 
 
 def moments(

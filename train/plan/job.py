@@ -287,14 +287,16 @@ def recorded_shards(store: Store, hook: str, recorded: dict[str, Any], folder: R
 
 
 def with_recorded_settings(config: TrainConfig, folder: RunFolder) -> TrainConfig:
-    """Returns the configuration with the recorded values of what it leaves open (`precision = auto`, `run_chunks`), and
-    with its autoencoders in the recorded order."""
+    """Returns the configuration with the recorded values of what it leaves open (`precision = auto`, `run_chunks`, and
+    `longest_row` of a run of an earlier version), and with its autoencoders in the recorded order."""
     run = folder.config()
     found: dict[str, Any] = {}
     if config.precision == "auto":
         found["precision"] = run.precision
     if config.run_chunks is None:
         found["run_chunks"] = run.run_chunks
+    if "longest_row" not in config.model_fields_set and "longest_row" not in folder.read("config.json"):
+        found["longest_row"] = run.longest_row
     by_name = {sae.name: sae for sae in config.saes}
     names = [sae.name for sae in run.saes]
     if by_name.keys() == set(names):

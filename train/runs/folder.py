@@ -60,6 +60,8 @@ FREE: Final = {
     "track",
 }
 """Settings that may change when a run is resumed, because they do not change the result."""
+UNRECORDED: Final = {"longest_row": 0.0}
+"""Settings that records of earlier versions lack, as those versions had them."""
 CLEARING: Final = "being-cleared"
 """A file that exists while a run is being deleted: config.json is renamed to it first, and it is removed last."""
 OURS: Final = {
@@ -203,7 +205,8 @@ class RunFolder:
         """Returns the run's configuration. Raises DamagedError when config.json is not valid."""
         values = self.read("config.json")
         try:
-            return build(TrainConfig, {key: values[key] for key in TrainConfig.model_fields if key in values})
+            known = {key: values[key] for key in TrainConfig.model_fields if key in values}
+            return build(TrainConfig, {**UNRECORDED, **known})
         except UserError as error:
             raise self.damaged("config.json", error) from error
 
@@ -303,7 +306,10 @@ class RunFolder:
         """Describes every setting in which the run in this folder differs from the one asked for."""
         recorded = self.read("config.json")
         return [
-            each for key in identity if key not in FREE for each in differences(key, recorded.get(key), identity[key])
+            each
+            for key in identity
+            if key not in FREE
+            for each in differences(key, recorded.get(key, UNRECORDED.get(key)), identity[key])
         ]
 
     def check_same(self, identity: dict[str, Any]) -> None:
