@@ -44,6 +44,7 @@ from shared.saes import ARCHITECTURES, SAEConfig, sae_grid
 from shared.schema import Frozen, Shown, plain
 from shared.schemas.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.schemas.features import FeaturesConfig
+from shared.schemas.steer import DialConfig, SteerConfig
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
@@ -53,6 +54,8 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "eval": EvalConfig,
     "report": ReportConfig,
     "features": FeaturesConfig,
+    "steer": SteerConfig,
+    "dial": DialConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,

@@ -167,18 +167,27 @@ class LanguageModel:
         else:
             self.bridge(tokens, stop_at_layer=last + 1, return_type=None, use_cache=False)
 
-    def losses(self, tokens: "Tensor", splice: tuple[str, Callable[["Tensor"], "Tensor"]] | None = None) -> "Tensor":
-        """Next-token losses in nats [n, context - 1], float32. `splice` = (hook name, function): the function receives
-        the activations [n, context, ...] at that hook, and the model continues with its result."""
+    def logits(self, tokens: "Tensor", splice: tuple[str, Callable[["Tensor"], "Tensor"]] | None = None) -> "Tensor":
+        """Logits [n, context, vocab_size], float32. `splice` = (hook name, function): the function receives the
+        activations [n, context, ...] at that hook, and the model continues with its result."""
         import torch
 
-        tokens = tokens.to(self.device)
         hooks = []
         if splice is not None:
             name, replace = splice
             hooks = [(name, lambda activations, hook: replace(activations))]  # noqa: ARG005
         with torch.inference_mode():
-            logits = self.bridge.run_with_hooks(tokens, fwd_hooks=hooks, return_type="logits", use_cache=False)
-            flat = logits[:, :-1].float().flatten(0, 1)
+            found: Tensor = self.bridge.run_with_hooks(
+                tokens.to(self.device), fwd_hooks=hooks, return_type="logits", use_cache=False
+            )
+            return found.float()
+
+    def losses(self, tokens: "Tensor", splice: tuple[str, Callable[["Tensor"], "Tensor"]] | None = None) -> "Tensor":
+        """Next-token losses in nats [n, context - 1], float32. `splice`: as in `logits`."""
+        import torch
+
+        tokens = tokens.to(self.device)
+        with torch.inference_mode():
+            flat = self.logits(tokens, splice)[:, :-1].flatten(0, 1)
             loss = torch.nn.functional.cross_entropy(flat, tokens[:, 1:].flatten(), reduction="none")
         return loss.view(len(tokens), -1)

@@ -34,6 +34,7 @@ DOORS = {
         "shared/command/parameters.py",
         "train/exchange/commands.py",
         "train/features/commands.py",
+        "train/steer/commands.py",
     },
     "sae_lens": {"train/bench/runner.py", "train/exchange/writers/sagsae_bijumprelu.py"},
     "dictionary_learning": {"train/bench/runner.py"},

@@ -112,18 +112,20 @@ def wants_ce(config: EvalConfig, store: Store) -> bool:
     return not synthetic if config.ce is None else config.ce
 
 
-def find_model(store: Store, name: str | None) -> ModelSource:
-    """Returns the language model that the store was harvested from. Raises UserError when the one found is another."""
+def find_model(store: Store, name: str | None, otherwise: str = "--no-ce") -> ModelSource:
+    """Returns the language model that the store was harvested from. `otherwise`: the option that does without one;
+    empty: there is none. Raises UserError when the one found is another."""
     harvested = store.spec.model
     if lacking := [key for key in ("commit", "dtype", "attention") if harvested.get(key) is None]:
-        raise UserError(f"{store.name}: does not record its language model's {', '.join(lacking)}. Use --no-ce")
+        cure = f". Use {otherwise}" if otherwise else ", so nothing can be run on it"
+        raise UserError(f"{store.name}: does not record its language model's {', '.join(lacking)}{cure}")
     name = name or harvested["name"]
     source = resolve_model(name, None if local_place(name) else harvested["commit"])
     if not same_model(source, harvested["commit"]):
         raise UserError(
             f"--model {source.name}: is not the model that {store.name} was harvested from "
             f"({in_words(harvested['name'], harvested['commit'])}; this is {in_words(source.name, source.commit)}). "
-            "Give that model with --model, or --no-ce"
+            f"Give that model with --model{f', or {otherwise}' if otherwise else ''}"
         )
     return source
 

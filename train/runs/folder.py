@@ -10,7 +10,8 @@ checkpoints/      the two newest states, from which an interrupted run resumes, 
                   are removed when the run is finished, unless keep_checkpoints is set
 saes/NAME/        each trained autoencoder
 evaluation.json   what was measured on held-out tokens
-features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted
+features/NAME/    what each latent of an autoencoder fires on; features/NAME.work/ while that is being counted. Its
+                  dial.json says whether latents steer the language model
 tensorboard/ wandb/   with --track: the trackers' files
 
 All JSON files but metrics.jsonl hold a checksum of their content ("crc32c"). A run that cannot be read counts as
@@ -86,7 +87,7 @@ INSIDE: Final = {
     "saes": r"[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?",
     "checkpoints": r"((damaged\.|replaced\.)?step-\d+|building)(/(state\.json|tensors-\d+\.safetensors)(\.\d+\.tmp)?"
     r"|/saes(/[^/]+(/(sae_weights\.safetensors|cfg\.json)(\.\d+\.tmp)?)?)?)?",
-    "features": rf"[^/]+(/(about\.json|{FEATURES}))?"
+    "features": rf"[^/]+(/(about\.json|dial\.json(\.\d+\.tmp)?|{FEATURES}))?"
     r"|[^/]+\.work(/(\.lock(\.held)?|(job\.json|rank-\d+\.tally|rank-\d+-\w+-\d+\.pairs)(\.\d+\.tmp)?"
     rf"|out(/(about\.json(\.\d+\.tmp)?|{FEATURES}|bucket-\d+))?))?",
 }

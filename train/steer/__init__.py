@@ -1,0 +1,1 @@
+"""Steering: changes a latent's value inside the language model, and tests whether that moves the next tokens."""
