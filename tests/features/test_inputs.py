@@ -267,7 +267,9 @@ def test_the_command_line(run: Path, sagsae: Sagsae) -> None:
     done = sagsae("features", run, "--device", "cpu", "--json")
     assert done.returncode == 0, done.stderr
     document = json.loads(done.stdout)
-    assert sorted(path.name for path in Path(document["folder"]).iterdir()) == sorted([*FILES, "about.json"])
+    page = ["app.js", "data", "index.html", "style.css"]
+    assert sorted(path.name for path in Path(document["folder"]).iterdir()) == sorted([*FILES, *page, "about.json"])
+    assert document["page"] == str(Path(document["folder"]) / "index.html")
     assert "rows, about" in done.stderr
     assert "of memory" in done.stderr
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.latents import HOSTILE, LatentFolder, copied, make_latents, spelled, write_dials
+from support.exact.latents import HOSTILE, LatentFolder, copied, make_latents, spelled, write_dials
 
 from train.features.site.build import write_site
 
@@ -439,7 +439,7 @@ def test_opposite_latents_face_each_other(look: Look, signed: LatentFolder) -> N
 
 def test_many_latents_need_few_nodes(browser: Any, tmp_path: Path, record_property: Any) -> None:
     """65,536 latents: the index has at most 4.5 MB, the DOM at most 1,500 nodes. Times are printed, not judged."""
-    from support.latents import wide_index
+    from support.exact.latents import wide_index
 
     folder = wide_index(tmp_path / "wide", 65_536)
     assert (folder / "data" / "index.js").stat().st_size <= 4.5e6

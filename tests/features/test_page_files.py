@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from support.latents import HOSTILE, LatentFolder, copied, make_latents, spelled, write_dials
+from support.exact.latents import HOSTILE, LatentFolder, copied, make_latents, spelled, write_dials
 
 import train.features.site.search
 from shared.errors import DamagedError

@@ -34,7 +34,8 @@ class TokenCounts:
 
     def lift(self, token: NDArray[Any], share: NDArray[np.float64]) -> NDArray[np.float64]:
         """How much more frequent tokens are than among all rows."""
-        return share / (np.maximum(self.rows[token], 1) / max(1, int(self.rows.sum())))
+        usual = np.maximum(self.rows[token], 1) / max(1, int(self.rows.sum()))
+        return np.asarray(share / usual)
 
 
 @dataclass

@@ -43,4 +43,5 @@ def smallest(values: NDArray[Any]) -> NDArray[Any]:
 
 def half(values: NDArray[Any]) -> NDArray[np.float16]:
     """Numbers to three digits; those beyond the range of float16 are cut to its ends."""
-    return np.clip(np.nan_to_num(values), -65504, 65504).astype(np.float16)
+    halves: NDArray[np.float16] = np.clip(np.nan_to_num(values), -65504, 65504).astype(np.float16)
+    return halves

@@ -79,7 +79,8 @@ def make_latents(
 
 def spelled(folder: Path, texts: Mapping[int, bytes] | None) -> None:
     """Gives the tokens of a result their text (None: none is known), and makes its page again."""
-    rows, words = pq.read_table(folder / "tokens.parquet")["rows"].to_numpy(), [None] * VOCABULARY
+    rows = pq.read_table(folder / "tokens.parquet")["rows"].to_numpy()
+    words: list[bytes | None] = [None] * VOCABULARY
     if texts is not None:
         words = [texts.get(n, PLAIN[n % len(PLAIN)] + b"xyz"[: n // len(PLAIN)]) for n in range(VOCABULARY)]
     Vocabulary(words, {7, 11}).write(folder / "tokens.parquet", np.asarray(rows))
