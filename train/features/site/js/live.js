@@ -247,7 +247,7 @@ function encodedText(found) {
     if (nodes[to] && nodes[to] !== event.target) { event.preventDefault(); pick(to); nodes[to].focus(); }
   });
   const box = make("section", { class: "card tokens" }, text.element, caption);
-  if (order.length) { colour(order[0].latent); pick(order[0].values.keys().next().value); }
+  if (order.length) { colour(order[0].latent); pick([...order[0].values].reduce((a, b) => Math.abs(b[1]) > Math.abs(a[1]) ? b : a)[0]); }
   return [make("p", { class: "note" }, `${plural(found.tokens.length, "token")}, ${counted} of which count; L0 ${digits(l0)}.`), box, make("div", { class: "two" }, list, side)];
 }
 
