@@ -192,7 +192,7 @@ def test_a_search_by_token_finds_every_pole(look: Look, signed: LatentFolder) ->
     )
     assert shown
     for latent, text in shown:
-        assert text.startswith(f"{some[int(latent)]:,} of "), "firings of both poles on the token"
+        assert text.startswith(f"{some[int(latent)]:,} "), "firings of both poles on the token"
     counts = [some[int(latent)] for latent, _ in shown]
     assert counts == sorted(counts, reverse=True)
     page.get_by_text(f"{len(pairs[pairs.token == token])} poles with at least 3 firings").wait_for()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import shared
 from shared.errors import DamagedError
-from shared.gate import BadData
+from shared.gate import BadData, integer
 from train.features.site.cards import PER_SHARD, SHARES, SiteIndex, TokenCounts, latents_script
 from train.features.site.columns import by_latents, check_rows, numbers
 from train.features.site.dials import FILE as DIAL
@@ -39,7 +39,7 @@ def write_site(folder: Path) -> Path:
         source = SiteSource.of(folder)
         (folder / PAGE).unlink(missing_ok=True)
         source.write()
-    except (BadData, FileNotFoundError, KeyError, pa.ArrowInvalid, IndexError) as error:
+    except (BadData, FileNotFoundError, LookupError, ValueError, TypeError, pa.ArrowException) as error:
         raise DamagedError(f"{folder}: cannot be shown ({error}). Make it again with --overwrite") from error
     return folder / PAGE
 
@@ -77,9 +77,10 @@ class SiteSource:
 
     @classmethod
     def of(cls, folder: Path) -> "SiteSource":
-        about = read_sealed(folder / "about.json")
-        sides = 2 if about["signed"] else 1
-        return cls(folder, about, int(about["d_sae"]), sides, read_tokens(folder), read_dials(folder))
+        about, path = read_sealed(folder / "about.json"), folder / "latents.parquet"
+        sides, d_sae = 2 if about["signed"] else 1, integer(about["d_sae"], "d_sae", 1)
+        check_rows(path, pq.read_metadata(path).num_rows, d_sae * sides)
+        return cls(folder, about, d_sae, sides, read_tokens(folder), read_dials(folder))
 
     def write(self) -> None:
         data = self.folder / "data"
@@ -102,9 +103,7 @@ class SiteSource:
 
     def write_latents(self, place: Path, index: SiteIndex, used: NDArray[np.bool_]) -> None:
         """Writes the scripts of all latents, and fills the index and the marks of tokens in use."""
-        path = self.folder / "latents.parquet"
-        check_rows(path, pq.read_metadata(path).num_rows, self.d_sae * self.sides)
-        latents = by_latents(path, self.d_sae, PER_SHARD)
+        latents = by_latents(self.folder / "latents.parquet", self.d_sae, PER_SHARD)
         examples = by_latents(self.folder / "examples.parquet", self.d_sae, PER_SHARD)
         counts = TokenCounts(self.tokens.rows)
         for shard, (table, some) in enumerate(zip(latents, examples, strict=True)):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 TYPES: Final = {"<f2", "<f4", "<f8", "<u4", "<u2", "|u1", "|i1", "<i2"}
 """Types that train/features/site/js/data.js reads."""
 LEVEL: Final = 7
-"""Of gzip."""
+"""The level of gzip."""
 
 
 def packed(call: str, about: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:

@@ -10,7 +10,7 @@ function columnsOfTable() {
   const f1 = (latent, sign) => columns.firings[poleOf(latent, sign)] ? fixed(f1Of(latent, sign)) : "–";
   return [
     { name: "latent", title: "Latent", key: latent => latent, up: true, cell: latent => make("a", { href: `#/latent/${latent}` }, String(latent)) },
-    { name: "firings", title: "Firings", number: true, key: firingsOf, cell: (latent, state) => state.on ? make("span", { title: "firings on the token, of all" }, `${count(state.on.get(latent) ?? 0)} of ${count(firingsOf(latent))}`) : count(firingsOf(latent)) },
+    { name: "firings", title: "Firings", number: true, key: firingsOf, cell: (latent, state) => state.on ? onToken(state.on.get(latent), firingsOf(latent)) : count(firingsOf(latent)) },
     two && { name: "balance", title: "Energy − | +", key: latent => shareOf(latent, 1) - (firingsOf(latent) ? 0 : 1), cell: balance },
     two && { name: "minus", title: "Tokens of −", wide: true, key: null, cell: (latent, state) => tokens(latent, -1, state) },
     { name: "plus", title: two ? "Tokens of +" : "Tokens", wide: true, key: null, cell: (latent, state) => tokens(latent, 1, state) },
@@ -21,6 +21,10 @@ function columnsOfTable() {
       cell: latent => oppositeOf(latent) < 0 ? "–" : make("a", { class: isPair(latent) ? "pair" : null, href: `#/compare/${latent}/${oppositeOf(latent)}`, tabindex: -1, title: `compare with latent ${oppositeOf(latent)}` }, `${oppositeOf(latent)} `, make("small", {}, fixed(cosineOf(latent)))) },
     facts.dials && { name: "dial", title: "Dial slope", number: true, hint: "nats for a unit of dial; ✓: it exceeds the control directions", key: latent => facts.dials[latent]?.[0] ?? -1e9, cell: latent => facts.dials[latent] ? `${fixed(facts.dials[latent][0])}${facts.dials[latent][1] ? " ✓" : ""}` : "–" },
   ].filter(Boolean);
+}
+/* Firings on the token that is searched for, and their share of all firings. */
+function onToken(some, all) {
+  return make("span", { title: `${plural(some, "firing")} on the token, of ${count(all)}` }, `${count(some)} `, make("small", {}, percent(some / all)));
 }
 const HIDDEN_KEYS = { named: weakerName, name: strongerName };
 
