@@ -213,6 +213,7 @@ def test_against_compares_each_seed_with_its_own() -> None:
 def cell(
     hook: str = "mlp_out", r2: float = 0.01, dead: float = 0.5, no_aux: float = 0.1, one_sided: float = -0.01,
     tie: float = 0.0, bipolar: float = 0.6, large: float = 0.5, reset: float = 0.1, name: str = "m",
+    nameable: float = 0.01, dial: float = 0.7,
 ) -> CellResult:  # fmt: skip
     """A cell in which every claim can be made to hold or not."""
     one = L0S[1:2]
@@ -225,6 +226,7 @@ def cell(
         SA_HALF: points(SA_HALF, lambda x: line(x) + r2, lambda _: 0.001, bipolar=bipolar),
         GATED_FULL: points(GATED_FULL, line, lambda _: dead, width=200),
     }
+    main[SA_HALF] = [replace(p, nameable=nameable, dial=dial) if p.l0 == L0S[2] else p for p in main[SA_HALF]]
     collapsed = points(NO_AUX, lambda _: no_aux, lambda _: 1 - no_aux, at=(0.5,), loss=no_aux)
     ablations = {
         NO_AUX: collapsed,
@@ -256,6 +258,8 @@ CLAIM = {claim.name.split(":")[0] + claim.name.partition(":")[2]: claim for clai
         ("Attention", {"hook": "attn_out", "bipolar": 0.4}, {"hook": "attn_out", "bipolar": 0.9}, (REPRODUCED, NOT)),
         ("A large initial threshold", {}, {"large": 0.1}, (REPRODUCED, PARTLY)),
         ("Threshold resets", {"reset": 0.02}, {"reset": 0.4}, (REPRODUCED, NOT)),
+        ("A nameable opposition", {}, {"nameable": 0.2}, (REPRODUCED, NOT)),
+        ("A latent's value is a causal dial", {}, {"dial": 0.3}, (REPRODUCED, PARTLY)),
     ],
 )
 def test_marks_flip_with_the_numbers(
@@ -415,7 +419,7 @@ def test_smoke_on_a_small_model(model_folder: Path, tmp_path: Path) -> None:
     """The whole way on one cell; then once more, when all is there."""
     out = tmp_path / "out"
     request = make_request("smoke", (str(model_folder),), "mlp_out", out=out, device="cpu", tokens=4096)
-    preset = replace(request.preset, width=24, thin_sparsities=(0.2,), ks=(4,), pilot_tokens=2560)
+    preset = replace(request.preset, width=24, thin_sparsities=(0.2,), ks=(4,), pilot_tokens=2560, dial_latents=2)
     request = replace(request, preset=preset)
     stores: list[str] = []
 
@@ -436,6 +440,7 @@ def test_smoke_on_a_small_model(model_folder: Path, tmp_path: Path) -> None:
     assert all(finding.claim in text for finding in first.findings)
     assert "<svg" in (out / "report.html").read_text()
     assert document["autoencoders"][first.cells[0].cell][NO_AUX][0]["loss_recovered"] is not None
+    assert document["cells"][0]["nameable"]["n"] == document["cells"][0]["dial"]["n"] == 2, "seeds"
     again = reproduce(request, make_store)
     assert again.cells == first.cells
     assert again.findings == first.findings

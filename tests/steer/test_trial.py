@@ -73,8 +73,8 @@ def test_planted_directions_pass_with_both_signs_right(
     chosen = subjects(after, shuffled=8)
     raised = (model.unembedding @ model.directions.T).numpy()
     for each in chosen:
-        assert set(np.flatnonzero(raised[:, each.latent] > 1)) <= set(each.sets.plus), "counts find the direction"
-        assert set(np.flatnonzero(raised[:, each.latent] < -1)) <= set(each.sets.minus)
+        assert (raised[list(each.sets.plus), each.latent] > 1).sum() >= 2, "counts find the 3 tokens of the direction"
+        assert (raised[list(each.sets.minus), each.latent] < -1).sum() >= 2
     found, sizes = DialTest(model, "x", sae, contexts, chosen, controls_of(sae)).run(0)
     assert sizes == pytest.approx([1.0]), "all latents have one dial unit, so one size is enough"
     assert np.mean([latent.passes for latent in found]) >= 0.95

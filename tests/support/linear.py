@@ -16,8 +16,9 @@ VOCABULARY, WIDTH, CONTEXT = 240, 64, 32
 
 @dataclass
 class LinearModel:
-    """logits = x W_Uᵀ with x = E[token]. E and W_U are made of `directions`: each token has two of them, with a sign,
-    in its activation, and one in its row of W_U."""
+    """logits = x W_Uᵀ with x = E[token]. E and W_U are made of `directions`: each token has two of them, with signs, in
+    its activation, and one in its row of W_U. Each direction with each sign is in the activations of 3 tokens at least,
+    and in the rows of W_U of 3."""
 
     directions: Tensor
     seed: int = 0
@@ -28,8 +29,10 @@ class LinearModel:
         rng, many = np.random.default_rng(self.seed), len(self.directions)
         read, written = np.zeros((VOCABULARY, many)), np.zeros((VOCABULARY, many))
         for token in range(VOCABULARY):
-            read[token, rng.choice(many, 2, replace=False)] = rng.uniform(0.5, 1.5, 2) * rng.choice([-1, 1], 2)
-            written[token, token % many] = 1.5 * (1 if token // many % 2 else -1)
+            sign = 1 if token // many % 2 else -1
+            read[token, rng.choice(many)] = rng.uniform(0.5, 1.0) * rng.choice([-1, 1])
+            read[token, token % many] = rng.uniform(1.0, 1.5) * sign
+            written[token, (7 * token + 3) % many] = 1.5 * sign
         self.embedding = torch.from_numpy(read).float() @ self.directions
         self.unembedding = torch.from_numpy(written).float() @ self.directions
 

@@ -25,6 +25,7 @@ def measured(arch: str, d_sae: int, sparsity: float, seed: int = 0, **values: An
         "dead_fraction": 0.2 * sparsity,
         "bipolar_fraction": 0.9 - sparsity if signed else None,
         "bipolar_mass": 0.95 - sparsity if signed else None,
+        "bipolar_energy": 0.6 - sparsity if signed else None,
         "rescaling": 1.01,
         "census": {"deciles": {"bipolar": RISING, "bipolar_mass": [*RISING[:-1], None]}} if signed else None,
         "directions": {"latents": d_sae, "antipodal_pairs": 0 if signed else seed + 3},

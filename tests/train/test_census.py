@@ -39,6 +39,20 @@ def test_the_census_of_a_constructed_code() -> None:
     minority = dict(zip(MINORITY_EDGES, found["minority"], strict=False))
     assert {edge: n for edge, n in minority.items() if n} == {0.0: 1, 0.1: 2, 0.45: 1}
     assert sum(found["minority"]) == 4
+    assert found["bipolar_energy"] == 2 / 4
+    assert found["weaker_energy"] == found["minority"], "every firing of a latent has one magnitude"
+
+
+def test_a_rare_sign_of_small_values_is_no_pole_by_energy() -> None:
+    """A fifth of the firings, each a tenth as large as the others: a quarter of a hundredth of the energy."""
+    f = torch.ones(100, 1)
+    f[:20] = -0.1
+    f[20:] *= 3
+    found = census(counted(f[:50], f[50:]))
+    assert (found["bipolar"], found["bipolar_energy"]) == (1, 0)
+    counts = counted(f)
+    assert counts.weaker_energy.item() == pytest.approx(20 * 0.01 / (20 * 0.01 + 80 * 9))
+    assert counts.positive_energy.item() == pytest.approx(720)
 
 
 def test_deciles_go_from_the_busiest_to_the_rarest() -> None:

@@ -102,8 +102,11 @@ def test_fit_equals_its_definition(arch: str) -> None:
         assert fit.bipolar_fraction == pytest.approx((minority > 0.1).mean())
         mass = np.abs(f).sum(0)
         assert fit.bipolar_mass == pytest.approx(mass[live][minority > 0.1].sum() / mass.sum(), rel=1e-5)
+        above, below = (np.square(np.maximum(sign * f, 0)).sum(0)[live] for sign in (1, -1))
+        assert fit.bipolar_energy == pytest.approx((np.minimum(above, below) > 0.1 * (above + below)).mean())
     else:
         assert (fit.l0_neg, fit.bipolar_fraction, fit.bipolar_mass, fit.census) == (0, None, None, None)
+        assert fit.bipolar_energy is None
     json.dumps(asdict(fit), allow_nan=False)
 
 

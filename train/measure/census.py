@@ -1,7 +1,8 @@
 """Counts how often each latent fires over tokens, and with which sign, and derives statistics from these counts.
 
 A latent is *live* when it fired with either sign, and *bipolar* when it is live and its rarer sign makes up more than
-a tenth of its firings. Activation mass is Σ|f|.
+a tenth of its firings. Activation mass is Σ|f|, energy Σf². A rarer sign often holds little of the energy: it is then
+noise at the threshold more than a pole.
 """
 
 from dataclasses import dataclass
@@ -23,23 +24,26 @@ DECILES: Final = 10
 
 @dataclass
 class Firings:
-    """Sums over tokens, float64: how often each latent was positive and negative, and Σ|f|."""
+    """Sums over tokens, float64: how often each latent was positive and negative, Σ|f|, and Σf² of each sign."""
 
     positive: Float[Tensor, " d_sae"]
     negative: Float[Tensor, " d_sae"]
     mass: Float[Tensor, " d_sae"]
+    positive_energy: Float[Tensor, " d_sae"]
+    negative_energy: Float[Tensor, " d_sae"]
     tokens: int = 0
 
     @classmethod
     def none(cls, d_sae: int, device: str = "cpu") -> "Firings":
         """Returns counts over no tokens: all zero."""
-        zeros = torch.zeros(3, d_sae, dtype=torch.float64, device=device)
-        return cls(zeros[0], zeros[1], zeros[2])
+        return cls(*torch.zeros(5, d_sae, dtype=torch.float64, device=device))
 
     def add_(self, f: Float[Tensor, "batch d_sae"]) -> None:
         self.positive += (f > 0).sum(0)
         self.negative += (f < 0).sum(0)
         self.mass += f.abs().sum(0, dtype=torch.float64)
+        self.positive_energy += f.clamp_min(0).square().sum(0, dtype=torch.float64)
+        self.negative_energy += f.clamp_max(0).square().sum(0, dtype=torch.float64)
         self.tokens += len(f)
 
     @property
@@ -54,6 +58,12 @@ class Firings:
     def minority(self) -> Float[Tensor, " d_sae"]:
         """The share of each latent's firings that have its rarer sign, 0 to 1/2; 0 for latents that never fired."""
         return torch.minimum(self.positive, self.negative) / self.total.clamp_min(1)
+
+    @property
+    def weaker_energy(self) -> Float[Tensor, " d_sae"]:
+        """The share of each latent's energy on the weaker side, 0 to 1/2; 0 for latents that never fired."""
+        both = self.positive_energy + self.negative_energy
+        return torch.minimum(self.positive_energy, self.negative_energy) / torch.where(both > 0, both, 1.0)
 
     @property
     def bipolar(self) -> Bool[Tensor, " d_sae"]:
@@ -89,7 +99,8 @@ def densities(firings: Firings) -> dict[str, Any]:
 def census(firings: Firings) -> dict[str, Any]:
     """Returns how much of a signed dictionary is bipolar: the share of its live latents, the share of the activation
     mass, and both again for ten equal groups of the live latents, from those that fire most to those that fire
-    least."""
+    least. `bipolar_energy` is the share of the live latents with more than a tenth of their energy on the weaker
+    side."""
     live = torch.nonzero(firings.live).squeeze(1)
     order = live[torch.argsort(firings.total[live], descending=True, stable=True)]
     parts = torch.tensor_split(order, DECILES)
@@ -101,6 +112,8 @@ def census(firings: Firings) -> dict[str, Any]:
         "bipolar_mass": ratio(mass.sum(), everything),
         "minority_edges": MINORITY_EDGES,
         "minority": histogram(firings.minority[live], MINORITY_EDGES),
+        "bipolar_energy": ratio((firings.weaker_energy > BIPOLAR_MINORITY).sum(), firings.live.sum()),
+        "weaker_energy": histogram(firings.weaker_energy[live], MINORITY_EDGES),
         "deciles": {
             "firings": [ratio(firings.total[part].sum(), len(part) * firings.tokens) for part in parts],
             "bipolar": [ratio(firings.bipolar[part].sum(), len(part)) for part in parts],

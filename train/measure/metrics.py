@@ -57,6 +57,8 @@ class ReconstructionFit:
     """Share of the live latents that are bipolar; None for an architecture without signs or with no live latent."""
     bipolar_mass: float | None
     """Share of the activation mass Σ|f| that bipolar latents carry."""
+    bipolar_energy: float | None
+    """Share of the live latents with more than a tenth of their energy Σf² on the weaker side."""
     census: dict[str, Any] | None
     densities: dict[str, Any]
     directions: dict[str, Any] | None
@@ -180,6 +182,7 @@ def measure(
         dead=dead(firings, silent),
         bipolar_fraction=counted["bipolar"] if counted else None,
         bipolar_mass=counted["bipolar_mass"] if counted else None,
+        bipolar_energy=counted["bipolar_energy"] if counted else None,
         census=counted,
         densities=densities(firings),
         directions=directions(sae.weights.W_dec[firings.live], sae.config.seed) if look_at_directions else None,

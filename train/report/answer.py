@@ -173,11 +173,18 @@ def _shares(values: Sequence[float], start: str) -> str:
 
 
 def _bipolar(saes: Sequence[MeasuredSAE]) -> str:
-    mass = _known(saes, "bipolar_mass")
+    mass, energy = _known(saes, "bipolar_mass"), _known(saes, "bipolar_energy")
+    by_energy = (
+        f" {_shares(energy, 'Between')} have more than {wording.percent(0.1, 0)} of their energy Σf² on the weaker "
+        "side."
+        if energy
+        else ""
+    )
     carried = f" They carry {_shares(mass, 'between')} of the activation mass." if mass else ""
     return (
         f"{_shares(_known(saes, 'bipolar_fraction'), 'Between')} of the live latents of {wording.label(saes[0].key)} "
         f"use both poles (the rarer sign makes up more than {wording.percent(0.1, 0)} of a latent’s firings).{carried}"
+        f"{by_energy}"
     )
 
 

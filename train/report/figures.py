@@ -240,6 +240,7 @@ def _hover(sae: MeasuredSAE) -> str:
         f"R² {wording.fixed(sae.r2, 4)}" + (f" (rest {wording.fixed(sae.r2_rest, 4)})" if sae.has_massive else ""),
         f"L0 {wording.l0(sae.l0)} (L0+ {wording.l0(sae.l0_pos)}, L0− {wording.l0(sae.l0_neg)})",
         f"dead {wording.percent(sae.dead_fraction)}, both poles {wording.percent(sae.bipolar_fraction)}, "
+        f"by energy {wording.percent(sae.bipolar_energy)}, "
         f"rescaling {wording.fixed(sae.rescaling, 3)}",
         f"CE spliced {wording.fixed(sae.ce_spliced, 4)}",
         f"CE recovered {zero} (zero), {mean} (mean)",

@@ -76,7 +76,8 @@ class LatentPage:
 COLUMNS = (
     TableColumn("Architecture", number=False),
     *(TableColumn(title) for title in ("Width", "λ or k", "Seed", "R²", "R² rest", "L0", "L0+", "L0−", "Dead")),
-    *(TableColumn(title) for title in ("Both poles", "Mass of both poles", "Rescaling", "Antipodal pairs")),
+    *(TableColumn(title) for title in ("Both poles", "Both by energy", "Mass of both poles")),
+    *(TableColumn(title) for title in ("Rescaling", "Antipodal pairs")),
     *(
         TableColumn(title)
         for title in ("CE spliced", "CE recovered (zero)", "CE recovered (mean)", "Tokens", "CE tokens")
@@ -160,7 +161,8 @@ def _row(run: ReportedRun, sae: MeasuredSAE, several: tuple[bool, bool], setting
             _cell(wording.ABSENT if sae.seed is None else str(sae.seed), sae.seed),
             *(_cell(wording.fixed(value, 4), value) for value in (sae.r2, sae.r2_rest)),
             *(_cell(wording.fixed(value, 2), value) for value in (sae.l0, sae.l0_pos, sae.l0_neg)),
-            *(_cell(wording.percent(v), v) for v in (sae.dead_fraction, sae.bipolar_fraction, sae.bipolar_mass)),
+            *(_cell(wording.percent(value), value) for value in (sae.dead_fraction, sae.bipolar_fraction)),
+            *(_cell(wording.percent(value), value) for value in (sae.bipolar_energy, sae.bipolar_mass)),
             _cell(wording.fixed(sae.rescaling, 3), sae.rescaling),
             _cell(("≈" if sae.directions and sae.directions.sampled else "") + wording.count(pairs), pairs),
             _cell(wording.fixed(sae.ce_spliced, 4), sae.ce_spliced),

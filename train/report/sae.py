@@ -94,6 +94,7 @@ class MeasuredSAE(BaseModel):
     dead_fraction: float | None
     bipolar_fraction: float | None = None
     bipolar_mass: float | None = None
+    bipolar_energy: float | None = None
     rescaling: float | None = None
     census: Census | None = None
     directions: Directions | None = None

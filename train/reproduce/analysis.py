@@ -82,8 +82,14 @@ class CellResult:
     dead_ratio: DeadRatio | None
     bipolar: Interval | None
     """Share of the live latents of SA-GSAE at H that use both poles, at `dead.l0`."""
+    bipolar_energy: Interval | None
+    """Share of them with more than a tenth of their energy Σf² on the weaker side."""
     concentration: Interval | None
-    """The same share among the tenth of latents that fires most, minus `bipolar`."""
+    """`bipolar` among the tenth of latents that fires most, minus `bipolar`."""
+    nameable: Interval | None
+    """Share of the latents of SA-GSAE at H that have a lexical name for both poles."""
+    dial: Interval | None
+    """Share of its tested latents that are a dial."""
     equal_width: MatchedArms | None
     """SA-GSAE at H minus Gated at H."""
     full_width: MatchedArms | None
@@ -112,7 +118,10 @@ def analyse(cell: str, hook: str, main: Arms, ablations: Arms) -> CellResult:
         dead=dead,
         dead_ratio=dead_ratio(sa, gated),
         bipolar=value_at(frontiers(sa, "bipolar"), math.log(dead.l0)) if dead else None,
+        bipolar_energy=value_at(frontiers(sa, "bipolar_energy"), math.log(dead.l0)) if dead else None,
         concentration=value_at(frontiers(sa, "concentration"), math.log(dead.l0)) if dead else None,
+        nameable=interval([point.nameable for point in sa if point.nameable is not None]),
+        dial=interval([point.dial for point in sa if point.dial is not None]),
         equal_width=compare(half, r2_of.get(GATED_HALF, {})),
         full_width=compare(r2_of.get(SA_FULL, {}), half),
         tied_r=difference(ablations.get(TIE_R, ()), ablations.get(UNTIED, ()), sa),

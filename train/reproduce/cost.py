@@ -15,8 +15,8 @@ GPU_RATE: Final = 1.5e14
 """Assumed speed of training on one data-centre GPU in bfloat16, in FLOP per second."""
 CORE_RATE: Final = 1.25e11
 """Assumed speed of one CPU core that multiplies bfloat16 natively, in FLOP per second."""
-OVERHEAD: Final = 1.25
-"""Factor for harvest, evaluation and reading."""
+OVERHEAD: Final = 1.4
+"""Factor for harvest, evaluation, reading and a look at latents."""
 FLOPS: Final = 14
 """FLOP per weight of the encoder and token: seven matrix products (docs/explanation/method.md)."""
 WEIGHT_BYTES: Final = 32

@@ -41,6 +41,12 @@ class ArmMeasurement:
     concentration: float | None = None
     """The share of bipolar latents among the tenth of live latents that fires most, minus their share among all."""
     loss_recovered: float | None = None
+    bipolar_energy: float | None = None
+    """The share of live latents with more than a tenth of their energy on the weaker side."""
+    nameable: float | None = None
+    """The share of latents that have a lexical name for both poles; see `train.reproduce.look`."""
+    dial: float | None = None
+    """The share of the tested latents that are a dial."""
 
 
 @dataclass(frozen=True)

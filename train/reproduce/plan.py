@@ -119,8 +119,13 @@ def train_config(
         heldout_tokens=min(preset.heldout, request.tokens // 10),
         dead_after_tokens=max(preset.batch, tokens // 4),
         checkpoint_every=max(1, tokens // preset.batch // 3),
-        out=request.out / "runs" / cell.folder / stage,
+        out=run_folder(request, cell, stage),
     )
+
+
+def run_folder(request: Request, cell: ReproductionCell, stage: str) -> Path:
+    """The folder of one pass over a cell's activations."""
+    return request.out / "runs" / cell.folder / stage
 
 
 def method(arm: str, request: Request) -> dict[str, Any]:

@@ -39,6 +39,10 @@ class Preset:
     ks: tuple[int, ...]
     relu_sparsities: tuple[float, ...]
     jumprelu_sparsities: tuple[float, ...]
+    dial_latents: int
+    """Latents of an autoencoder that are tested as a dial."""
+    dial_contexts: int
+    """Held-out contexts that they are tested on."""
     corpus: str | None = None
     corpus_config: str | None = None
 
@@ -80,6 +84,8 @@ SMOKE: Final = Preset(
     ks=(8,),
     relu_sparsities=(0.2,),
     jumprelu_sparsities=(0.01,),
+    dial_latents=3,
+    dial_contexts=2,
 )
 """Shows in a minute or two that everything runs. Its numbers mean nothing."""
 
@@ -104,6 +110,8 @@ TINY: Final = Preset(
     ks=(8, 24, 64),
     relu_sparsities=(0.05, 0.15),
     jumprelu_sparsities=(0.001, 0.004),
+    dial_latents=20,
+    dial_contexts=16,
 )
 """The shipped model, in less than an hour on two idle cores."""
 

@@ -24,6 +24,7 @@ from train.reproduce.analysis import analyse
 from train.reproduce.claims import judge_all
 from train.reproduce.cost import check_consent, estimate
 from train.reproduce.curves import ArmMeasurement
+from train.reproduce.look import look
 from train.reproduce.pilot import Candidates, Pilot, choose
 from train.reproduce.plan import (
     GATED_FULL,
@@ -36,6 +37,7 @@ from train.reproduce.plan import (
     main_arms,
     make_cells,
     pilot_arms,
+    run_folder,
     train_config,
 )
 from train.reproduce.preset import Request
@@ -68,6 +70,7 @@ def reproduce(request: Request, harvest: Harvest, yes: bool = False) -> Results:
         pilots[cell.name] = pilot = run_pilot(request, cell, stores[cell.model])
         chosen = pilot.choice(SA_HALF), pilot.choice(GATED_FULL)
         main = run_arms(request, cell, stores[cell.model], "main", main_arms(request, *chosen))
+        main[SA_HALF] = look(request, run_folder(request, cell, "main"), main[SA_HALF])
         ablations = run_arms(request, cell, stores[cell.model], "ablations", ablation_arms(request, *chosen))
         points[cell.name] = {**main, **ablations}
         results.append(analyse(cell.name, cell.hook, main, ablations))
@@ -133,6 +136,7 @@ def point(arm: str, sae: Any, entries: Mapping[str, Mapping[str, Any]]) -> ArmMe
         bipolar=every,
         concentration=None if top is None or every is None else top - every,
         loss_recovered=entry.get("ce_recovered"),
+        bipolar_energy=entry.get("bipolar_energy"),
     )
 
 

@@ -84,14 +84,17 @@ def dead_table(cells: Sequence[CellResult]) -> ReproductionTable:
                 number(dead.difference if dead else None, 3, True),
                 times,
                 number(cell.bipolar, 3),
+                number(cell.bipolar_energy, 3),
             )
         )
-    header = ("Cell", "L0", "Dead, SA-GSAE H", "Dead, Gated 2H", "Difference", "Ratio over the sweep", "Both poles")
+    header = ("Cell", "L0", "Dead, SA-GSAE H", "Dead, Gated 2H", "Difference", "Ratio over the sweep", "Both poles",
+              "Both by energy")  # fmt: skip
     note = (
         "The share of dead latents at L0 64, or at the nearest L0 that both have. The ratio is the geometric mean of "
         "dead(Gated) / dead(SA-GSAE) over the overlap; fewer than half a dead latent counts as half (≥: the ratio is a "
         "lower bound, ≤: an upper bound, ≈: neither). Both poles: the share of SA-GSAE's live latents that fire with "
-        "both signs, at the same L0."
+        "both signs, at the same L0. Both by energy: the share with more than a tenth of their energy on the weaker "
+        "side."
     )
     return ReproductionTable("Dead latents", note, header, tuple(rows))
 
