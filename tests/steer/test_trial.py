@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support.linear import LinearModel, exact_sae, orthonormal
+from support.exact.linear import LinearModel, exact_sae, orthonormal
 from torch import Tensor
 
 from shared.errors import Interrupted

@@ -44,7 +44,9 @@ class SentWords:
         self.sent.update(new)
         known = len(self.table.text)
         return [
-            [token, word(self.table.text[token]), bool(self.table.special[token])] if token < known else [token, None, False]
+            [token, word(self.table.text[token]), bool(self.table.special[token])]
+            if token < known
+            else [token, None, False]
             for token in new
         ]
 
@@ -124,7 +126,9 @@ class LiveModel:
             "tokens": ids,
             "counted": counted.tolist(),
             "active": active.tolist(),
-            "firings": [list(each) for each in zip(*(part[first].tolist() for part in (row, latent, value)), strict=True)],
+            "firings": [
+                list(each) for each in zip(*(part[first].tolist() for part in (row, latent, value)), strict=True)
+            ],
             "words": SentWords(self.vocabulary, set()).of(ids),
         }
 

@@ -51,7 +51,7 @@ def page_folder(config: ViewConfig) -> Path:
             raise UserError(f"--sae {sae}: {config.run} is the page of {run.name}. Leave out --sae, or give the run")
         return run
     names = sorted(file.parent.name for file in run.glob(f"features/*/{ABOUT}"))
-    if sae is not None and sae not in names or not names:
+    if (sae is not None and sae not in names) or not names:
         again = f"sagsae features {config.run}{f' --sae {sae}' if sae else ''}"
         raise UserError(f"{config.run}: holds no features of {sae or 'an autoencoder'}. Run: {again}")
     if sae is None and len(names) > 1:
