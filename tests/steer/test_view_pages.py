@@ -164,10 +164,12 @@ def test_stop_and_leaving_stop_the_model(look: Look, live: LiveModel) -> None:
                 page.get_by_text("Stopped.").wait_for()
             else:
                 look.go("#/latent/1", "Latent 1")
-            time.sleep(0.5)
-            made = len(passes)
-            time.sleep(0.5)
-            assert len(passes) == made < 60
+            made = -1
+            while made != len(passes):
+                made = len(passes)
+                time.sleep(1)
+            assert made < 50
+            passes.clear()
     assert [each for each in look.complaints if "ERR_ABORTED" not in each] == []
 
 
@@ -251,12 +253,12 @@ def test_hostile_tokens_run_nothing(browser: Any, folder: Path, live: LiveModel,
     copy = Path(shutil.copytree(folder, tmp_path / "page"))
     with viewing(copy, live) as client:
         look = visiting(browser, client)
-        text = "<img src=x onerror=window.owned=1><script>window.owned=1</script>"
+        text = "<img src=x onerror=owned=1>"
         page = look.open(f"#/text?q={text.replace('<', '%3C')}")
         page.locator(".tokens").wait_for()
         assert page.locator(".tokens .window").text_content() == text
-        write(look.open(f"#/latent/{busiest(live)}"), 1, prompt=text)
-        page.locator(".before").first.wait_for()
+        write(look.open(f"#/latent/{busiest(live)}"), 1, tokens=2, prompt=text)
+        done(page)
         assert page.evaluate("window.owned") is None
         assert look.complaints == []
         look.page.context.close()

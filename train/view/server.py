@@ -139,6 +139,7 @@ class ViewServer(ThreadingHTTPServer):
             self.ending.set()
             self.shutdown()
             thread.join()
+            self.queue.lock.acquire(timeout=SILENT_S)  # an interpreter must not end inside a pass of the model
 
 
 class ViewHandler(BaseHTTPRequestHandler):
