@@ -19,6 +19,8 @@ from shared.store.opened import Store
 
 BYTE: Final = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """A token of SentencePiece that is one byte."""
+MOST: Final = 1 << 22
+"""Tokens of a vocabulary. A store may come from anywhere and claim more."""
 BAR: Final = "\u2581"
 """SentencePiece's sign for a space."""
 
@@ -35,7 +37,7 @@ class Vocabulary:
     def of(cls, store: Store, model: str | None) -> "Vocabulary":
         """Reads the tokenizer that wrote the store, and prints why where it is not on this machine. Nothing is
         downloaded. `model`: where the store's model is now."""
-        size, special = int(store.spec.corpus.get("vocab_size", 0)), set(store.spec.special_ids)
+        size, special = min(MOST, int(store.spec.corpus.get("vocab_size", 0))), set(store.spec.special_ids)
         if store.spec.tokenizer.get("blake2b") is None:
             return cls([None] * size, special)
         try:

@@ -24,7 +24,7 @@ function leaders(passes, score, many = SHELF) {
 function overview() {
   const two = facts.sides === 2, alive = latent => firingsOf(latent) >= SEEN;
   const shelves = two ? [
-    shelf("Most two-sided", "by the energy on the weaker side", "sort=energy&both=1", leaders(latent => weakerFirings(latent) >= SEEN, weakerShare), latent => percent(weakerShare(latent))),
+    shelf("Most two-sided", "by the energy on the weaker side", "sort=energy&both=1&least=100", leaders(latent => weakerFirings(latent) >= SEEN, weakerShare), latent => percent(weakerShare(latent))),
     shelf("Both poles named", "few tokens tell each pole; F1 of the worse", "sort=named", leaders(latent => weakerFirings(latent) >= SEEN, weakerName), latent => fixed(weakerName(latent))),
     shelf("One pole named best", "few tokens tell when it fires; F1", "sort=name", leaders(alive, strongerName), latent => fixed(strongerName(latent))),
   ] : [shelf("Best named", "few tokens tell when it fires; F1", "sort=name", leaders(alive, strongerName, 8), latent => fixed(strongerName(latent)))];
@@ -88,12 +88,14 @@ function map(two) {
     pen.textAlign = "right"; pen.fillText(two ? "energy on the weaker side →" : "firings →", width - right, height - 4);
     dots = [];
     pen.fillStyle = colour("--accent");
-    pen.globalAlpha = facts.d_sae > 8000 ? 0.25 : facts.d_sae > 1500 ? 0.4 : 0.6;
-    for (let latent = 0; latent < facts.d_sae; latent++) {
-      if (!within(latent)) continue;
+    const shown = [];
+    for (let latent = 0; latent < facts.d_sae; latent++) if (within(latent)) shown.push(latent);
+    const many = shown.length > 8000;
+    pen.globalAlpha = many ? 0.25 : shown.length > 1500 ? 0.4 : 0.6;
+    for (const latent of shown) {
       const [px, py] = [left + across * x(latent), above + up * (1 - y(latent) / highest)];
       dots.push([px, py, latent]);
-      const size = facts.d_sae > 8000 ? 1.2 : 1.5 + 1.5 * Math.log(firingsOf(latent)) / most;
+      const size = many ? 1.2 : 1.5 + 1.5 * Math.log(firingsOf(latent)) / most;
       pen.beginPath(); pen.arc(px, py, size, 0, 7); pen.fill();
     }
     pen.globalAlpha = 1;
