@@ -13,8 +13,8 @@ from torch import Tensor
 from shared.errors import Interrupted
 from train.measure.metrics import replaced_at
 
-LOGITS_AT_ONCE: Final = 1 << 24
-"""Logits of a batch: 64 MiB, of which about six copies are alive at a time."""
+LOGITS_AT_ONCE: Final = 1 << 23
+"""Logits of a batch: 32 MiB, of which about six copies are alive at a time."""
 
 Change = Callable[[Tensor], Tensor]
 """Activations [n, context, ...] -> changed ones."""
