@@ -5,18 +5,17 @@ import typer
 from shared.command.commands import command
 from shared.command.main import show
 from shared.command.options import OptionsFrom, resolve
-from shared.command.parameters import Json, RunFolder
+from shared.command.parameters import Json, RunOrPage
 
 
 def add_commands(app: typer.Typer, group: str) -> None:
     """Adds the command to the command line."""
 
     @command(app, group=group, settings=OptionsFrom("view"))
-    def view(context: typer.Context, run: RunFolder, as_json: Json = False) -> None:
+    def view(context: typer.Context, run: RunOrPage, as_json: Json = False) -> None:
         """Open the page of a run's latents with the language model behind it: steer with a latent, encode a text.
 
-        It serves on 127.0.0.1 until SIGTERM or Ctrl-C, and prints the address with its key. RUN may also be the folder
-        of one page.
+        It serves on 127.0.0.1 until SIGTERM or Ctrl-C, and prints the address with its key.
 
         $ sagsae view runs/three
         $ sagsae view runs/three --sae sa-gsae-512-lambda0.1-seed0 --no-model
