@@ -56,6 +56,7 @@ from shared.launch import is_helper, launched
 from train.exchange.commands import add_commands as add_exchange
 from train.features.commands import add_commands as add_features
 from train.steer.commands import add_commands as add_steer
+from train.view.commands import add_commands as add_view
 
 app, store_app, jobs_app, bench_app = (command_group() for _ in range(4))
 SCRIPT: Final = str(Path(__file__).resolve())
@@ -190,6 +191,7 @@ def report(context: typer.Context, runs: RunFolders, as_json: Json = False) -> N
 add_exchange(app)
 add_features(app, SCRIPT, STAGES)
 add_steer(app, STAGES)
+add_view(app, STAGES)
 
 
 @command(app, group=CACHE, settings=OptionsFrom("request", config=True))

@@ -93,6 +93,9 @@ StoreFolder = Annotated[
 Source = Annotated[str, argument("SOURCE", "A finished store.")]
 Target = Annotated[str, argument("TARGET", "The new store: a folder or an s3:// URL.")]
 RunFolder = Annotated[Path, argument("RUN", "A training run's folder.", parser=at_home)]
+RunOrPage = Annotated[
+    Path, argument("RUN", "A training run's folder, or the folder of one page, RUN/features/NAME.", parser=at_home)
+]
 RunOrNone = Annotated[
     Path | None, argument("RUN", "A training run's folder.", parser=at_home, show_default="none, with --sae")
 ]

@@ -46,6 +46,7 @@ from shared.schema import Frozen, Shown, plain
 from shared.schemas.exchange import ExportConfig, ImportConfig, PullConfig, PushConfig
 from shared.schemas.features import ExplainConfig, FeaturesConfig
 from shared.schemas.steer import DialConfig, SteerConfig
+from shared.schemas.view import ViewConfig
 
 SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "harvest": HarvestConfig,
@@ -58,6 +59,7 @@ SCHEMAS: Final[Mapping[str, type[Frozen]]] = {
     "explain": ExplainConfig,
     "steer": SteerConfig,
     "dial": DialConfig,
+    "view": ViewConfig,
     "reproduce": ReproduceConfig,
     "export": ExportConfig,
     "import": ImportConfig,

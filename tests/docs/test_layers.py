@@ -35,6 +35,7 @@ DOORS = {
         "train/exchange/commands.py",
         "train/features/commands.py",
         "train/steer/commands.py",
+        "train/view/commands.py",
     },
     "sae_lens": {"train/bench/runner.py", "train/exchange/writers/sagsae_bijumprelu.py"},
     "dictionary_learning": {"train/bench/runner.py"},

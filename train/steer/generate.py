@@ -1,6 +1,6 @@
 """Lets a language model continue a text, without and with an intervention, side by side."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -43,20 +43,30 @@ class TextWriter:
     """The token that ends a text."""
 
     def write(self, prompt: list[int], many: int, temperature: float, seed: int) -> Continuations:
-        """Returns `many` new tokens each. With temperature 0 each is the most probable one; else it is drawn, with the
-        same random numbers for all."""
-        drawn = np.random.default_rng(seed).random(many)
-        count = 1 + len(self.change.amount)
-        ids = torch.tensor([prompt] * count, device=self.model.device)
-        first = None
-        for random in drawn.tolist():
-            logits = self.last_logits(ids)
+        """Returns `many` new tokens each; see `steps`."""
+        first, chosen = None, []
+        for logits, tokens in self.steps(prompt, many, temperature, seed):
             first = logits.log_softmax(-1) if first is None else first
-            ids = torch.cat([ids, next_tokens_of(logits, temperature, random)[:, None]], 1)
-            if self.end is not None and bool((ids[:, len(prompt) :] == self.end).any(1).all()):
-                break
+            chosen.append(tokens)
         assert first is not None, "at least one token is asked for"
-        return Continuations([self.ended(row[len(prompt) :]) for row in ids.tolist()], first)
+        return Continuations([self.ended(list(row)) for row in zip(*chosen, strict=True)], first)
+
+    def steps(
+        self, prompt: list[int], many: int, temperature: float, seed: int
+    ) -> Iterator[tuple[Float[Tensor, "n vocab"], list[int]]]:
+        """Yields the logits of the next token, and the token of each continuation, `many` times or until all texts have
+        ended. With temperature 0 each is the most probable one; else it is drawn, with the same random numbers for
+        all."""
+        ids = torch.tensor([prompt] * (1 + len(self.change.amount)), device=self.model.device)
+        ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
+        for random in np.random.default_rng(seed).random(many).tolist():
+            logits = self.last_logits(ids)
+            tokens = next_tokens_of(logits, temperature, random)
+            yield logits, tokens.tolist()
+            ids = torch.cat([ids, tokens[:, None]], 1)
+            ended |= tokens == (-1 if self.end is None else self.end)
+            if bool(ended.all()):
+                return
 
     def ended(self, tokens: list[int]) -> list[int]:
         return tokens[: tokens.index(self.end)] if self.end in tokens else tokens

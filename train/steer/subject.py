@@ -13,6 +13,7 @@ from shared.gate import BadData
 from shared.model.language_model import LanguageModel
 from shared.model.source import ModelSource
 from shared.schemas.steer import DialConfig, SteerConfig
+from shared.schemas.view import ViewConfig
 from shared.store.opened import Store
 from train.autoencoder import Autoencoder, settings_of
 from train.data.norm_filter import FilteredRows, left_out, without
@@ -124,7 +125,7 @@ class SteeringSubject:
         return chosen, found
 
 
-def make_subject(config: SteerConfig | DialConfig) -> SteeringSubject:
+def make_subject(config: SteerConfig | DialConfig | ViewConfig) -> SteeringSubject:
     """Finds all parts, and loads the autoencoder. Raises UserError when one is missing or another one than before,
     DamagedError when one was altered."""
     rows = trained_rows(config.run, config.store)

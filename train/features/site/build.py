@@ -25,7 +25,7 @@ from train.runs.folder import read_sealed
 
 HERE: Final = Path(__file__).parent
 LOOK: Final = Path(shared.__file__).parent / "look.css"
-PARTS: Final = ("data", "tokens", "marks", "overview", "index", "latent", "compare", "routes")
+PARTS: Final = ("data", "tokens", "marks", "overview", "index", "latent", "compare", "live", "routes")
 """Scripts of js/ that make app.js, in this order."""
 PAGE: Final = "index.html"
 """Written last: where it is, the page is complete."""
@@ -138,11 +138,16 @@ class SiteSource:
 
 def write_page(folder: Path) -> None:
     """Writes the files of the page that are the same for all autoencoders."""
+    for name, data in page_files().items():
+        (folder / name).write_bytes(data)
+
+
+def page_files() -> dict[str, bytes]:
+    """The content of these files, by name; index.html last."""
     parts = [(HERE / "js" / f"{name}.js").read_text(encoding="utf-8") for name in PARTS]
     styles = [path.read_text(encoding="utf-8") for path in (LOOK, HERE / "site.css")]
-    (folder / "app.js").write_text('"use strict";\n' + "\n".join(parts), encoding="utf-8")
-    (folder / "style.css").write_text("\n".join(styles), encoding="utf-8")
-    shutil.copyfile(HERE / PAGE, folder / PAGE)
+    files = {"app.js": '"use strict";\n' + "\n".join(parts), "style.css": "\n".join(styles)}
+    return {**{name: text.encode() for name, text in files.items()}, PAGE: (HERE / PAGE).read_bytes()}
 
 
 def word(raw: bytes | None) -> Any:

@@ -20,7 +20,7 @@ async function latentPage(latent, params, fresh) {
   const poles = make("div", { class: two ? "poles" : "poles single", "data-show": two ? show : null }, card.poles.map(pole => poleSection(pole, card)));
   if (two) page.push(tabs(card, poles, show, latent));
   page.push(poles);
-  if (firings) page.push(dialPanel(card));
+  if (firings) page.push(dialPanel(card), livePanel(card));
   page.push(make("div", { class: "two" }, directions(card), firings ? together(card) : null));
   $("#main").replaceChildren(...page);
   step = by => { const to = by > 0 ? order.next : order.previous; if (to !== null) location.hash = `#/latent/${to}`; };

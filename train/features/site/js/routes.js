@@ -1,4 +1,4 @@
-/* Addresses: #/?filters  #/latent/214?show=plus  #/compare/214/655 */
+/* Addresses: #/?filters  #/latent/214?show=plus  #/compare/214/655  #/text?q=words */
 let visit = 0;
 let shownView = "";
 
@@ -14,6 +14,7 @@ async function route() {
     if (!parts.length) { listAddress = location.hash || "#/"; await index(params, fresh); }
     else if (parts[0] === "latent" && parts.length === 2 && latents[0] !== null) { check(latents); await latentPage(latents[0], params, fresh); }
     else if (parts[0] === "compare" && parts.length === 3 && !latents.includes(null)) { check(latents); await comparePage(...latents, fresh); }
+    else if (view === "text") await textPage(params, fresh);
     else throw new Error(`There is no page at ${location.hash.slice(0, 80)}.`);
   } catch (error) {
     if (fresh()) return;
