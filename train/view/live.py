@@ -17,7 +17,7 @@ from shared.model.source import model_info, read_config
 from shared.model.tokenizer import Encoder
 from shared.schemas.steer import SteerConfig
 from shared.schemas.view import EncodeQuestion, SteerQuestion, ViewConfig
-from train.features.encode import VALUES, gathered
+from train.features.encode import VALUES, gathered, nonzero
 from train.features.site.build import VocabularyTable, read_tokens, word
 from train.steer.generate import Continuations, TextWriter
 from train.steer.intervene import Intervention
@@ -114,7 +114,7 @@ class LiveModel:
         ids = self.ids(asked.text)
         tokens = torch.tensor([ids])
         counted = trained_positions(self.subject, tokens)[0].numpy()
-        row, latent, value = gathered(self.codes, self.activations(tokens), self.rows_at_once, 0)
+        row, latent, value = gathered(lambda x: nonzero(self.codes(x)), self.activations(tokens), self.rows_at_once)
         kept = counted[row]
         row, latent, value = row[kept], latent[kept], value[kept]
         order = np.lexsort((-np.abs(value), row))

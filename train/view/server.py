@@ -13,19 +13,20 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from secrets import token_urlsafe
 from socketserver import TCPServer
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from shared.errors import DamagedError, UserError
 from shared.files.local import read_whole
 from shared.gate import BadData, parse_json
 from shared.progress import say
-from shared.schema import Frozen, build
+from shared.schema import build
 from shared.schemas.view import MOST_CHARACTERS, MOST_DIAL, MOST_NEW_TOKENS, EncodeQuestion, SteerQuestion
 from train.features.site.build import page_files
 from train.view.doors import BODY_BYTES, HEADERS, Refusal, check_host, check_question
 from train.view.live import LiveModel
 
+Asked = TypeVar("Asked", SteerQuestion, EncodeQuestion)
 LOOPBACK: Final = "127.0.0.1"
 WAITING: Final = 8
 """Questions that wait for the model, at most."""
@@ -188,10 +189,10 @@ class ViewHandler(BaseHTTPRequestHandler):
 
     def post(self) -> None:
         length = check_question(self.headers, self.server.key)
-        schemas = {"/api/steer": SteerQuestion, "/api/encode": EncodeQuestion}
-        if self.path not in schemas:
+        if self.path not in ("/api/steer", "/api/encode"):
             raise Refusal(404, "there is nothing at this address")
-        asked = question(schemas[self.path], self.rfile.read(length))
+        body = self.rfile.read(length)
+        asked = question(SteerQuestion, body) if self.path == "/api/steer" else question(EncodeQuestion, body)
         live = self.server.page.live
         if live is None:
             raise Refusal(404, self.server.page.missing)
@@ -267,7 +268,7 @@ class ViewHandler(BaseHTTPRequestHandler):
         """Prints nothing: a log would hold prompts."""
 
 
-def question(schema: type[Frozen], body: bytes) -> Frozen:
+def question(schema: type[Asked], body: bytes) -> Asked:
     """The question in a body. Raises Refusal 400 for anything else."""
     try:
         values = parse_json(body, BODY_BYTES)
