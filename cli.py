@@ -18,7 +18,7 @@ import typer
 
 from shared.command import tables
 from shared.command.commands import command, command_group
-from shared.command.main import run_app, show
+from shared.command.main import agrees, run_app, show
 from shared.command.options import OptionsFrom, resolve, told_settings, typed_saes, typed_settings
 from shared.command.parameters import (
     DryRun,
@@ -396,14 +396,15 @@ def store_rm(
 ) -> None:
     """Delete a store."""
     from shared.command.cache import asks_service, remove_at_cache, what_is_removed
+    from shared.errors import UserError
     from shared.files.open import open_files
     from shared.store.create import remove_store, what_is_deleted
 
     at_service = asks_service(service, path)
     files = None if at_service else open_files(path)
     what = what_is_removed(path) if files is None else what_is_deleted(files)
-    if not yes:
-        typer.confirm(f"Delete {path} ({what})?", abort=True, err=as_json)
+    if not yes and not agrees(f"Delete {path} ({what})?"):
+        raise UserError(f"{path}: was not deleted. Answer y, or add --yes")
     if files is None:
         remove_at_cache(path, force)
     else:

@@ -28,6 +28,15 @@ def show(document: Any, as_json: bool, text: Callable[[], object]) -> None:
         text()
 
 
+def agrees(question: str) -> bool:
+    """Asks on the terminal. An input that ends (Ctrl-D), or that is not there, is a no."""
+    try:
+        return typer.confirm(question, err=True)
+    except typer.Abort:
+        typer.echo(err=True)
+        return False
+
+
 def run_app(app: Callable[[], object]) -> None:
     """Runs the command line: every error that a person can mend becomes one message and its exit code."""
     from shared.device import heed_quota

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 
 from shared.command.commands import command
-from shared.command.main import show
+from shared.command.main import agrees, show
 from shared.command.options import OptionsFrom, resolve
 from shared.command.parameters import ForeignPlace, HubSource, Json, PushSource, SavedPlace
 from shared.progress import gigabytes
@@ -77,15 +77,6 @@ def push(context: typer.Context, source: PushSource, as_json: Json = False) -> N
     asks = sys.stdin.isatty() and sys.stderr.isatty()
     done = run(config, agrees if asks else None)
     show(dataclasses.asdict(done), as_json, partial(print_pushed, done))
-
-
-def agrees(question: str) -> bool:
-    """Asks on the terminal. An input that ends (Ctrl-D) is a no."""
-    try:
-        return typer.confirm(question, err=True)
-    except typer.Abort:
-        typer.echo(err=True)
-        return False
 
 
 def pull(context: typer.Context, source: HubSource, as_json: Json = False) -> None:

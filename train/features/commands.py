@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from shared.command.commands import command
-from shared.command.main import show
+from shared.command.main import agrees, show
 from shared.command.options import OptionsFrom, resolve
 from shared.command.parameters import Json, Processes, RunFolder, RunOrNone
 from shared.command.start import in_processes
@@ -70,7 +70,7 @@ def add_commands(app: typer.Typer, script: str, group: str) -> None:
         from train.explain.run import explain as ask
 
         asks = sys.stdin.isatty() and sys.stderr.isatty()
-        done = ask(config, partial(typer.confirm, err=True) if asks else None)
+        done = ask(config, agrees if asks else None)
         show({**dataclasses.asdict(done), "file": str(done.file)}, as_json, partial(print_explained, done))
 
 

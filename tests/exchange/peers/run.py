@@ -167,6 +167,7 @@ def main() -> None:
     step(python, "evals.py", asked.folder, MODEL)
     step(sys.executable, "same_rows.py", asked.folder)
     step(sys.executable, "hub.py", asked.folder, python)
+    step(sys.executable, "pages.py", asked.folder, python)
     lines, wrong = report(asked.folder)
     (asked.folder / "peers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join([*lines, "", *(f"outside: {line}" for line in wrong)]))  # noqa: T201
