@@ -181,8 +181,8 @@ def conduct(
     useless = FAILED in states and EXPLAINED not in states
     if useless and ending is None:
         ending = BusyError(
-            f"{asks.endpoint.url}: no pole was explained, the first one because of {failure(outcomes)}. The same "
-            "command asks again"
+            f"{asks.endpoint.url}: no pole was explained, the first one because of {failure(outcomes)}. "
+            "The same command asks again"
         )
     rows: list[Row] = []
     if outcomes and not useless:
