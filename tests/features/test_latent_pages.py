@@ -204,17 +204,23 @@ def signed_text(folder: LatentFolder, token: int) -> bytes:
 
 
 def test_a_copy_is_the_text(browser: Any, signed: LatentFolder, tmp_path: Path) -> None:
-    """What the clipboard holds, for a window with a tab, a zero-width space and a character of two tokens."""
+    """What the clipboard gets of contexts with a tab, a zero-width space and a character that two tokens share."""
     folder = copied(signed, tmp_path / "copy")
-    texts = {0: b"a\tb", 1: "\u200bc".encode(), 2: "\u2014".encode()[:1], 3: "\u2014".encode()[1:]}
+    dash = "\u2014".encode()
+    texts = {0: dash[:1], 1: dash[1:], 2: b"a\tb", 3: "\u200bc".encode()}
     spelled(folder, texts)
+    examples, joined = signed.table("examples"), 0
     look = looked_at(browser, folder.as_uri())
-    page = look.open("#/latent/0")
-    for window in page.locator(".pole.plus .window").all()[:10]:
-        text = window.text_content()
-        copy = window.evaluate("e => { getSelection().selectAllChildren(e); return getSelection().toString(); }")
-        assert copy.strip() == text.strip()
-        assert "\t" in text or "\u200b" in text or "\u2014" in text
+    for latent in range(4):
+        page = look.open(f"#/latent/{latent}")
+        rows = examples[(examples.latent == latent) & (examples.sign == 1) & (examples.group == 0)].sort_values("rank")
+        windows = page.locator(".pole.plus .examples ol").first.locator(".window").all()
+        for window, tokens in zip(windows, rows.tokens[:10], strict=True):
+            raw = b"".join(texts.get(int(token), signed_text(signed, int(token))) for token in tokens)
+            copy = window.evaluate("e => { getSelection().selectAllChildren(e); return getSelection().toString(); }")
+            assert copy.strip() == raw.decode("utf-8", "ignore").strip()
+            joined += "\u2014" in copy
+    assert joined > 10
     look.page.context.close()
 
 
