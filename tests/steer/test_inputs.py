@@ -158,7 +158,7 @@ def test_the_unit_is_the_quantile_of_the_weaker_pole(finished: Path) -> None:
     assert both.all(), "a model with random weights knows no signs"
     assert subject.counts.units.tolist() == pytest.approx(q95.min(1).tolist())
     firings[:9, 1], firings[9:12, 0], firings[12] = firings[:9, 0] // 20, 0, 0
-    counts = LatentCounts(firings, np.ones((48, 2)), np.where(firings > 0, q95, 0))
+    counts = LatentCounts(firings, np.ones((48, 2)), np.where(firings > 0, q95, 0).astype("f8"))
     assert counts.units.tolist() == pytest.approx([*q95[:9, 0], *q95[9:12, 1], 0, *q95[13:].min(1)])
     assert [counts.poles(latent) for latent in (0, 9, 20)] == [(True, False), (False, True), (True, True)]
 

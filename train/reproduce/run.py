@@ -70,7 +70,7 @@ def reproduce(request: Request, harvest: Harvest, yes: bool = False) -> Results:
         pilots[cell.name] = pilot = run_pilot(request, cell, stores[cell.model])
         chosen = pilot.choice(SA_HALF), pilot.choice(GATED_FULL)
         main = run_arms(request, cell, stores[cell.model], "main", main_arms(request, *chosen))
-        main[SA_HALF] = look(request, run_folder(request, cell, "main"), main[SA_HALF])
+        main = {**main, SA_HALF: look(request, run_folder(request, cell, "main"), main[SA_HALF])}
         ablations = run_arms(request, cell, stores[cell.model], "ablations", ablation_arms(request, *chosen))
         points[cell.name] = {**main, **ablations}
         results.append(analyse(cell.name, cell.hook, main, ablations))

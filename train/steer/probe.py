@@ -54,7 +54,7 @@ class SteeredContexts:
     @property
     def predictions(self) -> NDArray[np.int64]:
         """[n] predictions that count in each context."""
-        return self.predicted.sum(axis=1)
+        return np.asarray(self.predicted.sum(axis=1), np.int64)
 
     def mean(self, values: NDArray[np.float64]) -> NDArray[np.float64]:
         """The mean over all predictions of means over those of each context, [n, ...]."""
@@ -96,9 +96,11 @@ class ProbeResponse:
 
     @classmethod
     def joined(cls, parts: Sequence["ProbeResponse"]) -> "ProbeResponse":
-        columns = (np.concatenate([getattr(part, name) for part in parts]) for name in ("contrast", "kl", "ce"))
+        contrast, kl, ce = (
+            np.concatenate([getattr(part, name) for part in parts]) for name in ("contrast", "kl", "ce")
+        )
         means = [part.mean for part in parts if part.mean is not None]
-        return cls(*columns, np.sum(means, axis=0) if means else None)
+        return cls(contrast, kl, ce, np.sum(means, axis=0) if means else None)
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Probe:
     @property
     def batch_contexts(self) -> int:
         """Contexts in a batch."""
-        return max(1, LOGITS_AT_ONCE // (self.contexts.tokens.shape[1] * self.model.vocab_size))
+        return max(1, LOGITS_AT_ONCE // (int(self.contexts.tokens.shape[1]) * self.model.vocab_size))
 
     @property
     def batch_count(self) -> int:
@@ -181,11 +183,8 @@ class Probe:
         """Means over each context's predictions."""
         weights = batch.weights
         level = torch.bmm(weights[:, None], steered)[:, 0, self.tokens].double().cpu().numpy()
-        kl = torch.nn.functional.kl_div(steered, clean, log_target=True, reduction="none").sum(-1)
-        ce = -steered.gather(-1, batch.ids[:, 1:, None])[..., 0]
+        distance = torch.nn.functional.kl_div(steered, clean, log_target=True, reduction="none").sum(-1)
+        loss = -steered.gather(-1, batch.ids[:, 1:, None])[..., 0]
         means = torch.einsum("npv,np->v", steered.exp(), batch.share) if self.with_means else None
-        return ProbeResponse(
-            level @ self.weights,
-            *((value.double() * weights).sum(1).cpu().numpy() for value in (kl, ce)),
-            None if means is None else means.double().cpu().numpy(),
-        )
+        kl, ce = ((value.double() * weights).sum(1).cpu().numpy() for value in (distance, loss))
+        return ProbeResponse(level @ self.weights, kl, ce, None if means is None else means.double().cpu().numpy())

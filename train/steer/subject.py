@@ -52,13 +52,13 @@ class LatentCounts:
         """[d_sae] the dial unit: the quantile of the weaker pole where a latent uses both, else of the one that it
         uses; 0 for a latent that never fires."""
         used = self.q95[np.arange(len(self.q95)), self.firings.argmax(1)]
-        return np.where(self.two_sided, self.q95.min(1), used)
+        return np.asarray(np.where(self.two_sided, self.q95.min(1), used), np.float64)
 
     @property
     def weaker_energy(self) -> NDArray[np.float64]:
         """[d_sae] the weaker pole's share of the latent's energy Σf²."""
         whole = self.energy.sum(1)
-        return np.divide(self.energy.min(1), whole, out=np.zeros_like(whole), where=whole > 0)
+        return np.asarray(self.energy.min(1) / np.where(whole > 0, whole, 1.0), np.float64)
 
     def poles(self, latent: int) -> tuple[bool, bool]:
         """Whether a latent uses the pole above zero, and the one below."""

@@ -52,7 +52,8 @@ class LinearModel:
 
 def orthonormal(many: int, seed: int = 0) -> Tensor:
     """[many, WIDTH]"""
-    return torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed)))[0][:many]
+    square: Tensor = torch.linalg.qr(torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(seed)))[0]
+    return square[:many]
 
 
 def exact_sae(encoder: Tensor, decoder: Tensor) -> Autoencoder:
