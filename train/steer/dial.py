@@ -27,6 +27,7 @@ from shared.schemas.steer import GRID, DialConfig, DialFile, DialSettings, Skipp
 from shared.stop import stop_requests
 from train.data.row_mask import RowMask
 from train.data.snapshot import SnapshotWatch, content_of
+from train.features.site.build import write_site
 from train.runs.folder import read_sealed, write_sealed
 from train.steer.contrast import NextTokens, shuffled_sets, token_sets
 from train.steer.controls import draw_controls
@@ -61,6 +62,7 @@ def dial(config: DialConfig) -> DialSummary:
     found = tested(config, subject, settings)
     with explained(subject.folder):
         write_sealed(file, {**provenance(), **found.model_dump(mode="json")})
+        write_site(subject.folder)
     return DialSummary(file, found, encoder, False)
 
 
