@@ -6,7 +6,7 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -20,7 +20,7 @@ from shared.errors import DamagedError, UserError
 from shared.files.local import read_whole
 from shared.gate import BadData, parse_json
 from shared.progress import say
-from shared.schema import Frozen, build
+from shared.schema import build
 from shared.schemas.view import MOST_CHARACTERS, MOST_DIAL, MOST_NEW_TOKENS, EncodeQuestion, SteerQuestion
 from train.features.site.build import page_files
 from train.view.doors import BODY_BYTES, HEADERS, Refusal, check_host, check_question
@@ -39,6 +39,10 @@ FILE_BYTES: Final = 1 << 28
 """Bytes of a file of the page, at most."""
 DATA: Final = re.compile(r"data/(index|latents/\d{5,9}|tokens/\d\d)\.js")
 """Files that are read from the folder. The others are those of this version."""
+QUESTIONS: Final[Mapping[str, type[SteerQuestion] | type[EncodeQuestion]]] = {
+    "/api/steer": SteerQuestion,
+    "/api/encode": EncodeQuestion,
+}
 KINDS: Final = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 
 
@@ -188,10 +192,9 @@ class ViewHandler(BaseHTTPRequestHandler):
 
     def post(self) -> None:
         length = check_question(self.headers, self.server.key)
-        schemas = {"/api/steer": SteerQuestion, "/api/encode": EncodeQuestion}
-        if self.path not in schemas:
+        if self.path not in QUESTIONS:
             raise Refusal(404, "there is nothing at this address")
-        asked = question(schemas[self.path], self.rfile.read(length))
+        asked = question(QUESTIONS[self.path], self.rfile.read(length))
         live = self.server.page.live
         if live is None:
             raise Refusal(404, self.server.page.missing)
@@ -267,7 +270,7 @@ class ViewHandler(BaseHTTPRequestHandler):
         """Prints nothing: a log would hold prompts."""
 
 
-def question(schema: type[Frozen], body: bytes) -> Frozen:
+def question(schema: type[SteerQuestion] | type[EncodeQuestion], body: bytes) -> SteerQuestion | EncodeQuestion:
     """The question in a body. Raises Refusal 400 for anything else."""
     try:
         values = parse_json(body, BODY_BYTES)
