@@ -70,7 +70,7 @@ class SteerConfig(Frozen):
     prompt: str | None = None
     """The text to continue. Default: none, with --contexts."""
     contexts: Annotated[int, Field(ge=1, le=1 << 20)] | None = None
-    """Held-out contexts of the store on which to measure the change, instead of a prompt. Default: none."""
+    """Held-out contexts on which to measure the change, instead of a prompt. Default: none, with --prompt."""
     new_tokens: Annotated[int, Field(ge=1, le=4096)] = 24
     """Tokens to write after the prompt."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
