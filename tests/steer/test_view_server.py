@@ -319,27 +319,24 @@ def test_twenty_questions_are_answered_or_refused(folder: Path, live: LiveModel)
         assert client.ask("steer", QUESTION).status == 200
 
 
-def hung_up(client: ViewClient, question: dict[str, Any], lines: int) -> None:
-    """Asks, reads some lines (-1: not even the head), and breaks the connection."""
+def asking(client: ViewClient, question: dict[str, Any]) -> socket.socket:
+    """A connection that has sent a question, and breaks when it is closed."""
     body = json.dumps(question)
     head = {**client.own, "Host": f"127.0.0.1:{client.server.server_port}", "Content-Length": str(len(body))}
-    with socket.create_connection(("127.0.0.1", client.server.server_port)) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        words = "".join(f"{name}: {value}\r\n" for name, value in head.items())
-        connection.sendall(f"POST /api/steer HTTP/1.0\r\n{words}\r\n{body}".encode())
-        if lines < 0:
-            return
-        reader = connection.makefile("rb")
-        while reader.readline().strip():
-            pass
-        for _ in range(lines):
-            assert json.loads(reader.readline())
-        reader.close()
+    words = "".join(f"{name}: {value}\r\n" for name, value in head.items())
+    connection = socket.create_connection(("127.0.0.1", client.server.server_port))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.sendall(f"POST /api/steer HTTP/1.0\r\n{words}\r\n{body}".encode())
+    return connection
 
 
 def test_a_question_that_was_given_up_stops_between_tokens(folder: Path, live: LiveModel) -> None:
     with slowed(live.model, 0.1) as passes, viewing(folder, live) as client:
-        hung_up(client, {**QUESTION, "latent": busiest(live), "new_tokens": 50}, lines=4)
+        question = {**QUESTION, "latent": busiest(live), "new_tokens": 50}
+        with asking(client, question) as connection, connection.makefile("rb") as reader:
+            while reader.readline().strip():
+                pass
+            assert [json.loads(reader.readline()) for _ in range(4)]
         assert at_rest(passes) < 50
         assert client.ask("steer", QUESTION).status == 200
 
@@ -355,12 +352,16 @@ def at_rest(passes: list[float]) -> int:
 
 def test_a_waiting_question_that_was_given_up_leaves_the_queue(folder: Path, live: LiveModel) -> None:
     with viewing(folder, live) as client:
+        places = client.server.queue.places
         with client.server.queue.lock:
-            for _ in range(1 + WAITING):
-                hung_up(client, QUESTION, lines=-1)
-            places = client.server.queue.places
-            assert all(places.acquire(timeout=20) for _ in range(1 + WAITING))
-            places.release(1 + WAITING)
+            waiting = [asking(client, QUESTION) for _ in range(1 + WAITING)]
+            while places.acquire(blocking=False):  # until all of them wait
+                places.release()
+                time.sleep(0.05)
+            for each in waiting:
+                each.close()
+            assert all(places.acquire(timeout=20) for _ in waiting)
+            places.release(len(waiting))
         assert client.ask("steer", QUESTION).status == 200
 
 

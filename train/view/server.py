@@ -6,14 +6,14 @@ import select
 import socket
 import sys
 import threading
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from secrets import token_urlsafe
 from socketserver import TCPServer
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 from urllib.parse import urlsplit
 
 from shared.errors import DamagedError, UserError
@@ -26,7 +26,6 @@ from train.features.site.build import page_files
 from train.view.doors import BODY_BYTES, HEADERS, Refusal, check_host, check_question
 from train.view.live import LiveModel
 
-Asked = TypeVar("Asked", SteerQuestion, EncodeQuestion)
 LOOPBACK: Final = "127.0.0.1"
 WAITING: Final = 8
 """Questions that wait for the model, at most."""
@@ -40,6 +39,10 @@ FILE_BYTES: Final = 1 << 28
 """Bytes of a file of the page, at most."""
 DATA: Final = re.compile(r"data/(index|latents/\d{5,9}|tokens/\d\d)\.js")
 """Files that are read from the folder. The others are those of this version."""
+QUESTIONS: Final[Mapping[str, type[SteerQuestion] | type[EncodeQuestion]]] = {
+    "/api/steer": SteerQuestion,
+    "/api/encode": EncodeQuestion,
+}
 KINDS: Final = {"html": "text/html", "js": "text/javascript", "css": "text/css"}
 
 
@@ -189,10 +192,9 @@ class ViewHandler(BaseHTTPRequestHandler):
 
     def post(self) -> None:
         length = check_question(self.headers, self.server.key)
-        if self.path not in ("/api/steer", "/api/encode"):
+        if self.path not in QUESTIONS:
             raise Refusal(404, "there is nothing at this address")
-        body = self.rfile.read(length)
-        asked = question(SteerQuestion, body) if self.path == "/api/steer" else question(EncodeQuestion, body)
+        asked = question(QUESTIONS[self.path], self.rfile.read(length))
         live = self.server.page.live
         if live is None:
             raise Refusal(404, self.server.page.missing)
@@ -268,7 +270,7 @@ class ViewHandler(BaseHTTPRequestHandler):
         """Prints nothing: a log would hold prompts."""
 
 
-def question(schema: type[Asked], body: bytes) -> Asked:
+def question(schema: type[SteerQuestion] | type[EncodeQuestion], body: bytes) -> SteerQuestion | EncodeQuestion:
     """The question in a body. Raises Refusal 400 for anything else."""
     try:
         values = parse_json(body, BODY_BYTES)
