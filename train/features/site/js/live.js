@@ -150,7 +150,7 @@ async function showSteered(answer, asked, result, state) {
   for await (const line of linesOf(answer)) {
     learn(line.words);
     if (line.error) throw new Error(sentenceOf(line.error));
-    if (line.unit) head = `${asked.mode === "ablate" ? "" : `Dial ${signed(asked.dial)} is ${signed(line.value)}; a unit is ${digits(line.unit)}, ${fixed(line.unit_rms)} of the layer’s size. `}${line.changed ? "" : "No position of this prompt is one that the run trains on, so it is not changed. "}`;
+    if (line.unit) head = `${asked.mode === "ablate" ? "" : `Dial ${signed(asked.dial)} is ${signed(line.value)}; a unit is ${digits(line.unit)}, ${fixed(line.unit_rms)} of the layer’s rms. `}${line.changed ? "" : "No position of this prompt is one that the run trains on, so it is not changed. "}`;
     if (line.next) table.replaceChildren(nextTable(line, names[1]));
     if (line.new) {
       line.new.forEach((id, n) => { if (id !== null) texts[n].add(id, { class: n && id !== line.new[0] ? "other" : null }); });
@@ -194,7 +194,7 @@ async function textPage(params, fresh) {
   const stopping = new AbortController();
   stopListening = () => stopping.abort();
   state.textContent = "Waiting for the model …";
-  ask("encode", { text }, stopping.signal).then(answer => answer.json()).then(found => {
+  ask("encode", { text, top: 128 }, stopping.signal).then(answer => answer.json()).then(found => {
     state.textContent = "";
     result.replaceChildren(...encodedText(found));
   }).catch(error => { if (error.name !== "AbortError") state.textContent = error.message; });
@@ -231,8 +231,8 @@ function encodedText(found) {
   const pick = n => {
     nodes.forEach((node, each) => { node.setAttribute("aria-pressed", String(each === n)); node.tabIndex = each === n ? 0 : -1; });
     const top = Math.max(...at[n].map(([, value]) => Math.abs(value)));
-    side.replaceChildren(make("h2", {}, "On ", chip(found.tokens[n]), make("small", {}, found.counted[n] ? `${plural(found.active[n], "latent")}${found.active[n] > at[n].length ? `, the ${at[n].length} strongest` : ""}` : "the run does not train on this position")),
-      make("ol", { class: "fires" }, at[n].map(([latent, value]) => make("li", { class: sideOf(value) }, make("a", { href: `#/latent/${latent}` }, String(latent)), make("span", { class: "track" }, make("i", { width: `${50 * Math.abs(value) / top}%` })), make("span", { class: "value" }, signed(value)), make("span", { class: "chips" }, listedOf(latent, value).slice(0, 2).map(id => chip(id, facts.sides === 2 ? value : undefined)))))));
+    side.replaceChildren(make("h2", {}, "On ", chip(found.tokens[n]), make("small", {}, found.counted[n] ? `${plural(found.active[n], "latent")}, the strongest first` : "the run does not train on this position")),
+      make("ol", { class: "fires" }, at[n].slice(0, 32).map(([latent, value]) => make("li", { class: sideOf(value) }, make("a", { href: `#/latent/${latent}` }, String(latent)), make("span", { class: "track" }, make("i", { width: `${50 * Math.abs(value) / top}%` })), make("span", { class: "value" }, signed(value)), make("span", { class: "chips" }, listedOf(latent, value).slice(0, 2).map(id => chip(id, facts.sides === 2 ? value : undefined)))))));
   };
   const list = make("section", { class: "card" }, make("h2", {}, "Strongest on this text", make("small", {}, "share of the energy")), make("ol", { class: "fires all" }, order.slice(0, 24).map(({ latent, energy, values }) => {
     const all = [...values.values()], button = make("button", { type: "button", class: "plain", "aria-pressed": "false", onclick: () => colour(latent) }, "colour");
