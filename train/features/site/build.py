@@ -126,7 +126,7 @@ class SiteSource:
             **{name: self.about.get(name) for name in FACTS},
             "sae": self.about["identity"]["sae"],
             "hook": self.about["identity"]["hook"],
-            "model": store.get("model"),
+            "model": without_folders(store.get("model")),
             "store": os.path.basename(str(store.get("path") or "").rstrip("/")),
             "sides": self.sides,
             "per_shard": PER_SHARD,
@@ -134,6 +134,11 @@ class SiteSource:
             "shares": SHARES,
             **({} if self.dials is None else {"dial_grid": self.dials.grid, "dials": self.dials.slopes}),
         }
+
+
+def without_folders(model: Any) -> Any:
+    """A model's name as others may read it: of a folder on this machine, the last part alone."""
+    return os.path.basename(model.rstrip("/")) if isinstance(model, str) and os.path.isabs(model) else model
 
 
 def write_page(folder: Path) -> None:

@@ -144,7 +144,7 @@ function together(card) {
 /* Whether the latent's values steer the next tokens, from dial.json. */
 function dialPanel(card) {
   const title = make("h2", {}, "Dial"), dial = card.dial;
-  if (!dial) return make("section", { class: "card dial", id: "dial" }, title, make("p", {}, "Whether turning this latent turns what the model says next was not tested. To test it: ", make("code", {}, `sagsae dial RUN --sae ${facts.sae} --latent ${card.latent}`), ", then ", make("code", {}, "sagsae features RUN"), " again."));
+  if (!dial) return make("section", { class: "card dial", id: "dial" }, title, make("p", {}, "Whether turning this latent turns what the model says next was not tested. To test it: ", make("code", {}, `sagsae dial RUN --sae ${facts.sae} --latent ${card.latent}`), "."));
   const said = dial.passes === null ? "No verdict: a verdict needs at least 40 control directions." : dial.passes ? "The dial holds: its slope exceeds those of the control directions." : "The dial does not hold: control directions of the same length do as much.";
   const size = Math.sqrt(dial.controls.reduce((sum, slope) => sum + slope * slope, 0) / (dial.controls.length || 1));
   const numbers = `Slope ${fixed(dial.slope, 3)} [${fixed(dial.interval[0], 3)}, ${fixed(dial.interval[1], 3)}] nats for a unit of dial, ${digits(dial.unit)}; ${plural(dial.controls.length, "control direction")} ${fixed(size, 3)} (root mean square)${dial.p === null ? "" : `; p = ${digits(dial.p)}`}. KL at the ends: ${digits(dial.kl[0])} and ${digits(dial.kl[dial.kl.length - 1])} nats.`;
