@@ -383,10 +383,10 @@ def test_features_stay_complete_beside_explanations(named: NamedRun) -> None:
     with served(good) as server:
         named.explain(endpoint=server.url, model="m", only=named.pair[:1])
         calls = len(server.bodies)
-        assert features(FeaturesConfig(run=named.run, device="cpu")).complete
+        assert features(FeaturesConfig(run=named.run, device="cpu", drawn=32)).complete
         assert RunFolder(named.run).foreign_paths() == []
         assert (named.features / "explanations.parquet").exists()
-        assert not features(FeaturesConfig(run=named.run, device="cpu", overwrite=True)).complete
+        assert not features(FeaturesConfig(run=named.run, device="cpu", drawn=32, overwrite=True)).complete
         assert not (named.features / "explanations.parquet").exists()
         assert named.explain(endpoint=server.url, model="m", only=named.pair[:1]).calls == 0
         assert len(server.bodies) == calls, "answers that were paid for outlive --overwrite"

@@ -157,7 +157,7 @@ def test_a_followed_run_that_was_killed_ends_with_the_same_bits(
     def started() -> bool:
         if lock.read_bytes() == before:
             return False
-        time.sleep(8)
+        time.sleep(15)
         return True
 
     stopped = sagsae(*command("killed"), stop=(signal.SIGTERM, started))

@@ -46,5 +46,5 @@ def make_named_run(root: Path, tokens: int = 12_000, arch: str = "sa-gsae", d_sa
     store = make_store(root / "store", tokens, context=96, tokenizer={"blake2b": digest})
     sae = make_sae(arch, d_sae)
     run = make_run(root / "run", store, [sae])
-    done = features(FeaturesConfig(run=run, device="cpu"))
+    done = features(FeaturesConfig(run=run, device="cpu", drawn=32))
     return NamedRun(run, root / "words", all_latents(store, sae), done.folder)
