@@ -374,14 +374,18 @@ def test_its_settings_are_a_file_that_repeats_it(train_config: Config, sagsae: S
 
 
 def test_a_checkpoint_holds_autoencoders_as_they_were(train_config: Config) -> None:
-    """Each takes raw activations: the one of the last step is the run's."""
-    run = run_train(train_config()).run
+    """Each takes raw activations: the one of the last step is the run's, up to the signs that are chosen after it."""
+    saes = [sae_config(arch="sa-gsae", d_sae=48, majority_sign=ordered) for ordered in (False, True)]
+    run = run_train(train_config(saes=(*saes, sae_config(arch="gated", d_sae=48)))).run
     for folder in sorted((run / "saes").iterdir()):
         early, late = (run / "checkpoints" / f"step-{step:08d}" / "saes" / folder.name for step in (16, 20))
+        as_trained = folder.name != saes[1].name
         for name in ("cfg.json", "sae_weights.safetensors"):
-            assert (late / name).read_bytes() == (folder / name).read_bytes()
+            assert ((late / name).read_bytes() == (folder / name).read_bytes()) == as_trained
         x = 30 * torch.randn(8, load(folder).d_in)
-        assert torch.equal(load(late).encode(x), load(folder).encode(x))
+        assert torch.equal(load(late)(x), load(folder)(x))
+        assert torch.equal(load(late).encode(x), load(folder).encode(x)) == as_trained
+        assert torch.equal(load(late).encode(x).abs(), load(folder).encode(x).abs())
         assert not torch.equal(load(early).encode(x), load(folder).encode(x))
 
 
