@@ -85,10 +85,24 @@ class Manifest:
         raise DamagedError(f"{self.files.name}/manifest: the listed logs cannot be read")
 
     def read_changed(self, marks: dict[str, LogMark]) -> dict[str, ManifestLog]:
-        new = [path for path, mark in marks.items() if path not in self.known or self.known[path].mark != mark]
+        new = [path for path, mark in marks.items() if not self.is_unchanged(path, mark)]
         with ThreadPoolExecutor(AT_ONCE) as pool:
             read = dict(zip(new, pool.map(lambda path: self.read(path, marks[path]), new), strict=True))
-        return {path: read.get(path) or self.known[path] for path in marks}
+        return {path: self.newer(path, read.get(path)) for path in marks}
+
+    def is_unchanged(self, path: str, mark: LogMark) -> bool:
+        """Whether a log need not be read again. A torn one must be: the line that replaces the torn one may end at the
+        same byte."""
+        before = self.known.get(path)
+        return before is not None and before.mark == mark and not before.torn
+
+    def newer(self, path: str, read: ManifestLog | None) -> ManifestLog:
+        """Returns the log as it was known, if what was read says the same."""
+        before = self.known.get(path)
+        if before is None or read is None:
+            return read or self.known[path]
+        same = (before.mark, before.whole, before.torn) == (read.mark, read.whole, read.torn)
+        return before if same else read
 
     def read(self, path: str, mark: LogMark | None) -> ManifestLog:
         """Reads a log, or only what was appended to it. Raises FileNotFoundError; for the index of a final store

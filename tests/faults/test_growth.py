@@ -346,6 +346,21 @@ def test_what_is_known_is_right_whatever_happens_to_the_logs(tmp_path: Path) -> 
     assert check().state == "final"
 
 
+def test_a_commit_as_long_as_the_torn_line_that_it_replaces_is_seen(tmp_path: Path) -> None:
+    """By its size alone the log has not changed."""
+    spec = spec_of(12, hooks=1)
+    store = manifest_only(tmp_path / "s", spec, [commit_of(spec, 0).line()], "writing")
+    growing, log, line = GrowingStore(store.files), tmp_path / "s" / LOG, commit_of(spec, 7).line()
+    whole = log.read_text()
+    log.write_text(whole + "{" * len(line))
+    first = growing.open().commits
+    assert list(first) == [0]
+    assert growing.open().commits is first, "nothing is new"
+    append_commit(store.files, 0, commit_of(spec, 7))
+    assert log.stat().st_size == len(whole) + len(line)
+    assert list(growing.open().commits) == [0, 7]
+
+
 # A bucket
 
 

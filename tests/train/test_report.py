@@ -533,7 +533,7 @@ def test_the_page_draws_alone_and_fits(visit: Visit, report: Path) -> None:
     box = visit.page.locator(".scroll").evaluate("box => [box.scrollWidth, box.clientWidth, box.offsetWidth]")
     assert box[0] > box[1], "the table is wider than its box, and says so"
     assert box[2] <= inner
-    visit.page.get_by_text("scroll it sideways to see all 22 columns").wait_for()
+    visit.page.get_by_text("scroll it sideways to see all 23 columns").wait_for()
     assert visit.requests == [report.as_uri()]
     assert visit.complaints == []
 
