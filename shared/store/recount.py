@@ -34,8 +34,6 @@ HALF_A_STEP: Final = 0.5001
 """Largest error of int8, in steps of row * dim."""
 AT_ONCE: Final = 256
 """Rows that are summed in float32 before float64 takes over."""
-WIDE: Final = 512
-"""Narrower rows are summed several side by side, up to this width."""
 CACHED: Final = 1 << 18
 """Numbers that are processed at a time: 1 MB of float32, about a core's cache."""
 
@@ -385,22 +383,25 @@ def row_sums(parts: Iterable[NDArray[Any]], counted: Marks) -> RowSums:
     with np.errstate(all="ignore"):
         for x in parts:
             here = slice(at, at + len(x))
-            norms[here] = np.sqrt(np.einsum("nd,nd->n", x, x))
-            x[~counted[here]] = 0
-            total = total + column_sums(x)
+            weights, ones = counted[here].astype(x.dtype), np.ones(x.shape[1], x.dtype)
+            found = weighted_sums(weights, x)
+            lost = None if np.isfinite(found).all() else ~np.isfinite(x).all(axis=1)
+            if lost is not None:  # a NaN times 0 is a NaN
+                x[lost], weights[lost] = 0, 0
+                found = weighted_sums(weights, x)
+            total = total + found
             np.multiply(x, x, out=x)
-            squares = squares + column_sums(x)
+            squares = squares + weighted_sums(weights, x)
+            norms[here] = np.sqrt(x @ ones)
+            if lost is not None:
+                norms[here][lost] = np.nan
             at += len(x)
     return RowSums(norms, np.asarray(total), np.asarray(squares))
 
 
-def column_sums(x: NDArray[Any]) -> Floats:
-    """[d_in] sums over rows [n, d_in], AT_ONCE at a time in the type of `x`."""
-    n, d_in = x.shape
-    side = max(1, WIDE // d_in)
-    whole = n // side * side
-    wide = x[:whole].reshape(-1, side * d_in)
-    total: Floats = x[whole:].sum(axis=0, dtype=np.float64)
-    for at in range(0, len(wide), AT_ONCE):
-        total += wide[at : at + AT_ONCE].sum(axis=0).reshape(side, d_in).sum(axis=0, dtype=np.float64)
-    return np.asarray(total)
+def weighted_sums(weights: NDArray[Any], x: NDArray[Any]) -> Floats:
+    """[d_in] sums over rows [n, d_in] times their weights [n], AT_ONCE at a time in the type of `x`."""
+    total = np.zeros(x.shape[1])
+    for at in range(0, len(x), AT_ONCE):
+        total += weights[at : at + AT_ONCE] @ x[at : at + AT_ONCE]
+    return total
