@@ -1,6 +1,7 @@
 """The page of `sagsae features` in Chromium, by double click (file://) and from a web server."""
 
 import json
+import re
 import shutil
 import threading
 import time
@@ -231,14 +232,17 @@ def test_addresses_bring_everything_back(look: Look) -> None:
     page.wait_for_url("**/*least=50*sort=firings&dir=up")
     assert "both" not in page.url
     page.locator(".row .c-latent a").first.click()
-    page.get_by_role("heading", name="Latent").first.wait_for()
+    page.get_by_role("heading", name=re.compile(r"^Latent \d+$")).wait_for()
     latent = page.locator("h1").inner_text()
     page.reload()
     page.get_by_role("heading", name=latent, exact=True).wait_for()
     page.go_back()
+    page.wait_for_url("**/*?least=50*sort=firings&dir=up")
     page.locator(".grid").wait_for()
     page.go_back()
-    page.get_by_role("heading", name=count, exact=True).wait_for()
+    page.wait_for_url("**/*both=1*")
+    page.locator(".grid").wait_for()
+    assert page.locator("h1").inner_text() == count
     assert page.locator("[name=both]").is_checked()
     assert page.locator("[name=least]").input_value() == "50"
     assert page.locator("[aria-sort=ascending]").inner_text().startswith("Firings")
