@@ -22,7 +22,7 @@ class FeaturesConfig(Frozen):
         "Rows": "tokens cofire_every",
         "Examples": "top drawn",
         "Computation": "device",
-        "Export": "export creator creator_id model_id set_name split tokenizer",
+        "Export": "export creator creator_id model_id set_name split",
     }
 
     run: Annotated[Folder, Shown(option="RUN")] | None = None
@@ -69,8 +69,6 @@ class FeaturesConfig(Frozen):
     """The name of the source set. Default: made from the hookpoint, the architecture and the width."""
     split: bool = False
     """Export each latent as two non-negative features, i and i + d_sae, which every tool understands."""
-    tokenizer: str | None = None
-    """The tokenizer's folder or id, for an export. Default: the one that wrote the store, from this machine."""
 
     @model_validator(mode="after")
     def check_what(self) -> "FeaturesConfig":
@@ -103,14 +101,14 @@ class FeaturesConfig(Frozen):
         return self
 
 
-EXPORT_ONLY = ("creator", "creator_id", "model_id", "set_name", "split", "tokenizer")
+EXPORT_ONLY = ("creator", "creator_id", "model_id", "set_name", "split")
 
 
 class ExplainConfig(Frozen):
     """Names for the poles of an autoencoder's latents, written and tested by a language model behind an endpoint."""
 
     groups: ClassVar[Mapping[str, str]] = {
-        "Run": "run sae tokenizer",
+        "Run": "run sae",
         "Endpoint": "endpoint model key_variable timeout at_once temperature answer_tokens",
         "Latents": "only latents seed",
         "Tests": "windows",
@@ -121,8 +119,6 @@ class ExplainConfig(Frozen):
     """The training run's folder, with what `sagsae features` wrote."""
     sae: str | None = None
     """The autoencoder's name in the run. Default: the only one that `sagsae features` was called for."""
-    tokenizer: str | None = None
-    """The tokenizer's folder or id. Default: the one that wrote the store, from this machine."""
     endpoint: Annotated[str, Shown("URL")] | None = None
     """An OpenAI-compatible server, such as https://HOST/v1. Default: none, and nothing is sent.
 

@@ -106,7 +106,7 @@ def test_an_evaluation_counts_the_same_again(run: Path) -> None:
 
 @pytest.mark.parametrize("gone", ["evaluation.json", "firings.safetensors"])
 def test_without_counts_there_is_no_file_and_a_line_says_so(run: Path, tmp_path: Path, gone: str) -> None:
-    """That of an earlier export does not stay: it would be of other weights."""
+    """An export deletes the file of an earlier export, which belongs to other weights."""
     exported(one(run, "sa-gsae"), tmp_path / "out", form="bijumprelu")
     (run / gone).unlink()
     with pytest.raises(UserError, match="--overwrite"):

@@ -75,9 +75,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> NamedRun:
 def named(made: NamedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> NamedRun:
     """A copy of the run. Pauses are short."""
     monkeypatch.setattr(client, "PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(client.ChatEndpoint.__init__, "__defaults__", (0.01,))
     run = Path(shutil.copytree(made.run, tmp_path / "run"))
-    return NamedRun(run, made.tokenizer, made.truth, run / "features" / made.features.name)
+    return NamedRun(run, made.truth, run / "features" / made.features.name)
 
 
 def good(body: Body) -> str:
@@ -222,9 +221,7 @@ def test_nothing_is_sent_before_it_is_agreed_to(named: NamedRun) -> None:
             asked.append(question)
             return False
 
-        config = ExplainConfig(
-            run=named.run, tokenizer=str(named.tokenizer), endpoint=server.url, model="m", only=named.pair[:1]
-        )
+        config = ExplainConfig(run=named.run, endpoint=server.url, model="m", only=named.pair[:1])
         with pytest.raises(UserError, match="nothing was sent"):
             explain(config, refuse)
         with pytest.raises(UserError, match=r"nothing was sent. Agree to these calls with --yes"):
@@ -312,7 +309,7 @@ def test_interrupted_and_repeated_no_call_is_made_twice(named: NamedRun, sagsae:
         return good(body)
 
     with served(answer) as server:
-        words = ["explain", named.run, "--tokenizer", named.tokenizer, "--endpoint", server.url, "--model", "m",
+        words = ["explain", named.run, "--endpoint", server.url, "--model", "m",
                  "--latents", "6", "--at-once", "2"]  # fmt: skip
         ended = sagsae(*words, "--yes", stop=(signal.SIGINT, lambda: len(server.bodies) >= 20))
         assert ended.returncode == 130, ended.stderr
@@ -356,8 +353,6 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "no such autoencoder": ({"sae": "x"}, "--sae x: .* has no such autoencoder"),
     "no URL": ({"endpoint": "host", "model": "m"}, "--endpoint: 'host' is no address"),
     "a password": ({"endpoint": "http://a:b@host", "model": "m"}, "a URL here has no user and no password"),
-    "another tokenizer": ({"tokenizer": "tiny"}, "--tokenizer tiny: is not the one that wrote the store"),
-    "no tokenizer": ({"tokenizer": None}, "the tokenizer of 'made' is not on this machine"),
 }
 
 

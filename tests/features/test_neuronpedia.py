@@ -20,7 +20,7 @@ from transformers import AutoTokenizer
 
 from harvest.run import harvest
 from shared.config import TrainConfig
-from shared.errors import UserError
+from shared.errors import DamagedError, UserError
 from shared.saes import sae_config
 from shared.schema import build
 from shared.schemas.features import FeaturesConfig
@@ -39,7 +39,7 @@ def named(tmp_path_factory: pytest.TempPathFactory) -> NamedRun:
 
 def export(named: NamedRun, out: Path, **changes: Any) -> NeuronpediaExport:
     known = {"run": named.run, "export": "neuronpedia", "creator": "a maker", "out": out}
-    return export_features(FeaturesConfig(**{**known, "tokenizer": str(named.tokenizer), **changes}))
+    return export_features(FeaturesConfig(**{**known, **changes}))
 
 
 def parquet(named: NamedRun, name: str) -> list[dict[str, Any]]:
@@ -177,11 +177,14 @@ def test_what_cannot_be_exported(named: NamedRun, tmp_path: Path) -> None:
     export(named, tmp_path / "out", overwrite=True)
     assert rows_in(done.folder / "release.jsonl")
     assert sorted(path.name for path in done.folder.parent.iterdir()) == [done.source]
-    with pytest.raises(UserError, match=r"the tokenizer of 'made' is not on this machine"):
-        export(named, tmp_path / "b", tokenizer=None)
     with pytest.raises(UserError, match="has no such autoencoder"):
         export(named, tmp_path / "b", sae="other")
-    copy = NamedRun(Path(shutil.copytree(named.run, tmp_path / "copy")), named.tokenizer, named.truth, named.features)
+    torn = shutil.copytree(named.run, tmp_path / "torn") / "features" / named.features.name / "tokens.parquet"
+    for content, message in ((torn.read_bytes()[:-9], "cannot be read as Parquet"), (None, "is missing")):
+        torn.unlink() if content is None else torn.write_bytes(content)
+        with pytest.raises(DamagedError, match=rf"tokens.parquet: {message}"):
+            export(named, tmp_path / "b", run=tmp_path / "torn")
+    copy = NamedRun(Path(shutil.copytree(named.run, tmp_path / "copy")), named.truth, named.features)
     about = copy.run / "features" / named.features.name / "about.json"
     write_sealed(about, {**read_sealed(about), "hook_name": "ln_final"})
     with pytest.raises(UserError, match="ln_final: Neuronpedia orders features by layer"):
@@ -196,7 +199,7 @@ def test_unsigned_latents_are_not_split(tmp_path: Path) -> None:
     store = make_store(tmp_path / "s", 1_000)
     run = make_run(tmp_path / "run", store, [make_sae("relu", 8)])
     features(FeaturesConfig(run=run, device="cpu"))
-    named = NamedRun(run, tmp_path, all_latents(store, make_sae("relu", 8)), run)
+    named = NamedRun(run, all_latents(store, make_sae("relu", 8)), run)
     with pytest.raises(UserError, match="have one pole each"):
         export(named, tmp_path / "out", split=True)
     with pytest.raises(UserError, match="holds no text"):

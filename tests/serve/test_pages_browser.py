@@ -1,35 +1,26 @@
 """The pages of the cache in Chromium: a request by form, live progress, a restart of the server, narrow and dark."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.command import ROOT
 from support.serving.cache import WORKER, FakeHarvest, planned, spec_of
+from support.serving.chromium import CHROMIUM, Watched, launched
 from support.serving.live import running
 from support.serving.rest import READ, TOKENS, ScriptedPlanner, copy_of, service_of
 
 from harvest.serve.rest.endpoint import Service
 from shared.store.opened import Store
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 pytestmark = [
     pytest.mark.browser,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH"),
@@ -52,19 +43,8 @@ class PagesPlanner(ScriptedPlanner):
         return {"contexts": [{"context": n, **line} for n in range(contexts)], "note": ""}
 
 
-@dataclass
-class Tab:
-    """A page, and what it did that it should not have done."""
-
-    page: Any
-    url: str
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+class Tab(Watched):
+    """A page of the service."""
 
     def open(self, path: str) -> Any:
         self.page.goto(self.url + path)
@@ -73,19 +53,11 @@ class Tab:
     def wait_for(self, text: str, inside: str = "body") -> None:
         self.page.locator(inside).get_by_text(text).first.wait_for(timeout=20_000)
 
-    @property
-    def elsewhere(self) -> list[str]:
-        return [url for url in self.requests if not url.startswith(self.url)]
-
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture

@@ -1,17 +1,22 @@
 """A small run that was trained, evaluated inside the language model and counted by `features`."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.serving.loopback import ViewClient, viewing
 
 from shared.config import EvalConfig, TrainConfig
 from shared.saes import sae_config
 from shared.schemas.features import FeaturesConfig
+from shared.schemas.view import ViewConfig
 from shared.store.opened import Store
 from train.evaluate import evaluate
 from train.features.run import features
 from train.run import train
+from train.view.live import LiveModel
+from train.view.run import page_folder
 
 NAME = "sa-gsae-48-lambda0.05-seed0"
 
@@ -45,3 +50,21 @@ def finished(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of it to change."""
     return Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def folder(finished: Path) -> Path:
+    """The folder of its page."""
+    return page_folder(ViewConfig(run=finished))
+
+
+@pytest.fixture(scope="module")
+def live(finished: Path, folder: Path) -> LiveModel:
+    return LiveModel.load(ViewConfig(run=finished, sae=folder.name, device="cpu"), folder)
+
+
+@pytest.fixture(scope="module")
+def client(folder: Path, live: LiveModel) -> Iterator[ViewClient]:
+    """A client of the page, served with its language model."""
+    with viewing(folder, live) as found:
+        yield found

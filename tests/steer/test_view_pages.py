@@ -19,7 +19,6 @@ from train.evaluate import evaluate
 from train.features.run import features
 from train.run import train
 from train.view.live import LiveModel
-from train.view.run import page_folder
 
 pytestmark = [
     pytest.mark.browser,
@@ -32,22 +31,6 @@ TEXT = "the cat sat on the mat, and the dog said: “no”"
 def browser() -> Iterator[Any]:
     with launched() as chromium:
         yield chromium
-
-
-@pytest.fixture(scope="module")
-def folder(finished: Path) -> Path:
-    return page_folder(ViewConfig(run=finished))
-
-
-@pytest.fixture(scope="module")
-def live(finished: Path, folder: Path) -> LiveModel:
-    return LiveModel.load(ViewConfig(run=finished, sae=folder.name, device="cpu"), folder)
-
-
-@pytest.fixture(scope="module")
-def client(folder: Path, live: LiveModel) -> Iterator[ViewClient]:
-    with viewing(folder, live) as found:
-        yield found
 
 
 @pytest.fixture

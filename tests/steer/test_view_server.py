@@ -7,7 +7,6 @@ import signal
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from itertools import islice
 from pathlib import Path
@@ -28,22 +27,6 @@ from train.view.run import listening, page_folder, served_page
 from train.view.server import WAITING, ServedPage
 
 PROMPT = "the cat sat on"
-
-
-@pytest.fixture(scope="module")
-def folder(finished: Path) -> Path:
-    return page_folder(ViewConfig(run=finished))
-
-
-@pytest.fixture(scope="module")
-def live(finished: Path, folder: Path) -> LiveModel:
-    return LiveModel.load(ViewConfig(run=finished, sae=folder.name, device="cpu"), folder)
-
-
-@pytest.fixture(scope="module")
-def client(folder: Path, live: LiveModel) -> Iterator[ViewClient]:
-    with viewing(folder, live) as found:
-        yield found
 
 
 def busiest(live: LiveModel) -> int:

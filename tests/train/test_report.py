@@ -3,14 +3,13 @@
 import json
 import math
 import re
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.reports import RISING, measured, sweep, write_run
+from support.serving.chromium import CHROMIUM, Watched, launched
 
 import train.report
 from shared.errors import UserError
@@ -24,15 +23,6 @@ from train.report.frontier import FrontierPoint, compare, mean_of_seeds, seed_sp
 from train.report.sae import FrontierKey, MeasuredSAE
 from train.report.settings import sections
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 needs_chromium = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on PATH")
 
 
@@ -470,18 +460,10 @@ def test_the_file_is_replaced_whole(runs: list[Path], tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- the browser
 
 
-@dataclass
-class Visit:
-    """A page and everything it did that it should not have done."""
-
-    page: Any
-    requests: list[str] = field(default_factory=list)
-    complaints: list[str] = field(default_factory=list)
+class Visit(Watched):
+    """A report."""
 
     def open(self, path: Path) -> None:
-        self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
         self.page.goto(path.as_uri())
         self.page.wait_for_function(
             "[...document.querySelectorAll('.plot')].every(plot => plot.querySelector('.scatterlayer .trace'))"
@@ -490,19 +472,15 @@ class Visit:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+    with launched() as chromium:
         yield chromium
-        chromium.close()
 
 
 @pytest.fixture
 def visit(browser: Any, request: pytest.FixtureRequest) -> Iterator[Visit]:
     width, scheme = getattr(request, "param", (1280, "light"))
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    yield Visit(context.new_page())
+    yield Visit(context.new_page(), "file://")
     context.close()
 
 

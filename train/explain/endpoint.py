@@ -74,7 +74,7 @@ class EndpointExchange(Exchange):
 class ChatEndpoint:
     """A server that answers chat completions. Any thread may ask it."""
 
-    def __init__(self, url: str, key: str | None, seconds: float, pause: float = PAUSE_SECONDS) -> None:
+    def __init__(self, url: str, key: str | None, seconds: float) -> None:
         """Sends nothing. `seconds`: timeout of one answer. Raises UserError for a URL that cannot be used, and for a
         key that would travel unencrypted."""
         if "@" in url:
@@ -82,7 +82,7 @@ class ChatEndpoint:
         self.address = endpoint_address(url)
         if key and not self.address.secure and self.address.host not in LOOPBACK:
             raise UserError(f"--endpoint {self.url}: the key would travel unencrypted. Use https, or unset the key")
-        self.key, self.pause = key, pause
+        self.key = key
         self.stopped = Event()
         """Set: no further call is made, and pauses end."""
         connect = min(CONNECT_SECONDS, seconds)
@@ -99,7 +99,7 @@ class ChatEndpoint:
     def ask(self, body: Mapping[str, Any], read: Callable[[str], Value]) -> tuple[Value, CallAnswer]:
         """Sends a question until `read` accepts the answer, at most 1 + RETRIES times. Raises CallFailed, and UserError
         when no other question would be answered, either."""
-        pause = self.pause
+        pause = PAUSE_SECONDS
         for retry in range(RETRIES + 1):
             if self.stopped.is_set():
                 break

@@ -1,4 +1,4 @@
-"""Which latents are explained, and what the questions about them are made from."""
+"""Chooses the latents to explain, and gathers the examples that questions about them show."""
 
 from collections.abc import Iterator, Sequence
 

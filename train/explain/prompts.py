@@ -1,4 +1,4 @@
-"""What is sent for each question, and how its answer is read."""
+"""Writes the messages of each question, and reads the answer to it."""
 
 import json
 import re

@@ -105,7 +105,7 @@ def explain(config: ExplainConfig, confirm: Confirm | None = None) -> ExplainSum
     nothing may be sent or the endpoint refuses everything, BusyError when it is away, Interrupted after a signal; what
     was answered is kept."""
     folder = open_features(config.run, config.sae)
-    texts = token_texts(folder.about, config.tokenizer)
+    texts = token_texts(folder.path)
     latents = choose_latents(folder, config.only, config.latents, config.seed)
     with explained(folder.path), folder_lock(folder.path):
         log = CallLog(folder.path / CALLS)
@@ -203,7 +203,7 @@ def interviews(
     FAILED_IN_A_ROW latents that failed, Interrupted after a signal; calls under way are waited for."""
     at_once, in_a_row = asks.config.at_once, 0
     running: set[Future[list[PoleOutcome]]] = set()
-    text, many = Locked(texts.text), asks.config.windows
+    many = asks.config.windows
     with (
         stop_requests() as stop_asked,
         progress("explain", budget.calls, "calls") as advance,
@@ -213,7 +213,7 @@ def interviews(
             shown = 0
             while True:
                 for material in islice(all_materials, at_once - len(running)):
-                    running.add(pool.submit(interview, material, asks.ask, text, many))
+                    running.add(pool.submit(interview, material, asks.ask, texts.text, many))
                 if not running:
                     return
                 done, running = wait(running, LOOK_SECONDS, FIRST_COMPLETED)
@@ -230,17 +230,6 @@ def interviews(
                     raise Interrupted("stopped; answers are kept. To continue, run the same command again")
         finally:
             asks.endpoint.stopped.set()
-
-
-class Locked:
-    """A function that one thread calls at a time: tokenizers are not made for several."""
-
-    def __init__(self, function: Callable[[Sequence[int]], str]) -> None:
-        self.function, self.guard = function, threading.Lock()
-
-    def __call__(self, ids: Sequence[int]) -> str:
-        with self.guard:
-            return self.function(ids)
 
 
 def failure(outcomes: Sequence[PoleOutcome]) -> str:

@@ -28,7 +28,9 @@ from shared.progress import duration, gigabytes, progress, say
 from shared.record import provenance, version
 from shared.schemas.features import FeaturesConfig
 from shared.stop import stop_requests
+from shared.store.spec import StoreSpec
 from train.data.snapshot import SnapshotWatch
+from train.exchange.about import known_model
 from train.features.arrays import read_arrays
 from train.features.cofire import PARTNERS, cofiring
 from train.features.encode import BlockEncoder
@@ -280,9 +282,7 @@ def write(job: FeaturesJob, tally: Tally, pool: Executor, started: float) -> Fea
         **provenance(),
         "pyarrow": version("pyarrow"),
         "identity": job.identity,
-        "store": {"path": job.store.name, "snapshot": job.store.snapshot_id, "model": job.store.spec.model.get("name")},
-        "model": {key: job.store.spec.model.get(key) for key in ("name", "commit", "local")},
-        "tokenizer": {"blake2b": job.store.spec.tokenizer.get("blake2b")},
+        "store": {"path": job.store.name, "snapshot": job.store.snapshot_id, "model": model_name(job.store.spec)},
         "hook_name": job.store.spec.hookpoints[job.hook].name,
         "d_in": job.sae.d_in,
         "d_sae": shape.d_sae,
@@ -316,6 +316,12 @@ def lens_of(job: FeaturesJob, pool: Executor) -> tuple[LensTokens | None, str | 
     except NoLens as error:
         say(f"no logit lens: {error}")
         return None, None
+
+
+def model_name(spec: StoreSpec) -> str | None:
+    """The model's name as others know it."""
+    model = known_model(spec.model)
+    return None if model is None else str(model["name"])
 
 
 def neighbours_of(job: FeaturesJob, pool: Executor) -> Neighbours:

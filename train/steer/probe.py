@@ -22,7 +22,7 @@ Change = Callable[[Tensor], Tensor]
 
 @runtime_checkable
 class CausalModel(Protocol):
-    """What is needed of a language model."""
+    """A language model as the dial test uses it."""
 
     device: torch.device
     vocab_size: int

@@ -1,4 +1,4 @@
-"""What is steered: an autoencoder of a finished run, the counts of `sagsae features`, and the language model."""
+"""Opens what steering needs: an autoencoder of a finished run, its counts by `sagsae features`, the language model."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -91,7 +91,7 @@ def losses(model: Any, hook: str, tokens: Tensor, where: Tensor, change: Callabl
 
 @dataclass(frozen=True)
 class Convention:
-    """Which positions [contexts, context] count in R² and L0, which predictions [contexts, context - 1] in the losses,
+    """The positions [contexts, context] that count in R² and L0, the predictions [contexts, context - 1] in the losses,
     and where the hookpoint is replaced by the reconstruction and by zero."""
 
     fitted: Tensor

@@ -39,7 +39,7 @@ EQUAL = [
     ("evaluation.json, every position", "SAELens"),
     ("evaluation.json", "sagsae's conventions, in SAELens"),
 ]
-"""Whose figures have to be equal."""
+"""Pairs of programs that must report equal figures."""
 FLIPS = 3e-6 * 256
 """How far L0 may lie apart where each has rows of its own: three of a million codes, 256 a row."""
 

@@ -86,7 +86,7 @@ def served(answer: Callable[[Body], "str | Act"]) -> Iterator[EndpointStub]:
 
 
 def kind_of(body: Body) -> str:
-    """Which question a request asks."""
+    """The kind of question in a request."""
     system, user = (message["content"] for message in body["messages"])
     if "Pole A:" in user:
         return "poles"

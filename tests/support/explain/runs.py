@@ -16,7 +16,6 @@ from train.features.run import features
 @dataclass(frozen=True)
 class NamedRun:
     run: Path
-    tokenizer: Path
     truth: AllLatents
     features: Path
 
@@ -37,14 +36,15 @@ class NamedRun:
         return tuple(self.two_sided[2:3])
 
     def explain(self, **settings: Any) -> ExplainSummary:
-        known = {"run": self.run, "tokenizer": str(self.tokenizer), "yes": True, "timeout": 20.0}
+        known = {"run": self.run, "yes": True, "timeout": 20.0}
         return explain(ExplainConfig(**{**known, **settings}))
 
 
 def make_named_run(root: Path, tokens: int = 12_000, arch: str = "sa-gsae", d_sae: int = 16) -> NamedRun:
-    digest = make_tokenizer(root / "words", VOCABULARY)
-    store = make_store(root / "store", tokens, context=96, tokenizer={"blake2b": digest})
+    digest = make_tokenizer(root / "made", VOCABULARY)
+    model = {"name": str(root / "made"), "commit": "0" * 32, "local": True, "dtype": "float32", "attention": "sdpa"}
+    store = make_store(root / "store", tokens, context=96, model=model, tokenizer={"blake2b": digest})
     sae = make_sae(arch, d_sae)
     run = make_run(root / "run", store, [sae])
     done = features(FeaturesConfig(run=run, device="cpu", drawn=32))
-    return NamedRun(run, root / "words", all_latents(store, sae), done.folder)
+    return NamedRun(run, all_latents(store, sae), done.folder)

@@ -23,6 +23,7 @@ def make_tokenizer(folder: Path, words: int) -> str:
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(about))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (folder / "config.json").write_text("{}")
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     digest = open_encoder(resolve_tokenizer(str(folder))).digest
     assert digest is not None

@@ -7,12 +7,19 @@ from dataclasses import dataclass, field
 from typing import Any
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--no-first-run",
+]
 PHONE = (390, 844)
 
 
 @dataclass
-class Look:
+class Watched:
     """A page, and what it did that it should not have done."""
 
     page: Any
@@ -24,6 +31,19 @@ class Look:
         self.page.on("request", lambda request: self.requests.append(request.url))
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("console", lambda message: self.complaints.append(f"{message.type}: {message.text}"))
+
+    @property
+    def elsewhere(self) -> list[str]:
+        """Addresses of other hosts that it asked for."""
+        return [url for url in self.requests if not url.startswith(self.url)]
+
+
+class Look(Watched):
+    """The page of the latents."""
+
+    @property
+    def elsewhere(self) -> list[str]:
+        return [url for url in super().elsewhere if not url.startswith(("about:", "data:"))]
 
     def open(self, route: str) -> Any:
         """Opens an address as a new visitor."""
@@ -37,10 +57,6 @@ class Look:
         self.page.evaluate("hash => { location.hash = hash }", route)
         self.page.get_by_role("heading", name=heading, exact=True).wait_for()
         return self.page
-
-    @property
-    def elsewhere(self) -> list[str]:
-        return [url for url in self.requests if not url.startswith((self.url, "about:", "data:"))]
 
 
 @contextmanager

@@ -23,6 +23,7 @@ WINDOW_TOKENS: Final = 4096
 GROUP_BYTES: Final = 1 << 30
 """Bytes of a row group, decoded."""
 GROUP_ROWS: Final = 1 << 24
+TOKENS: Final = "tokens.parquet"
 CALLS: Final = "explain.jsonl"
 """The file of answers that were paid for. No rewriting of the features deletes it."""
 CURE: Final = "Make it again: sagsae features --overwrite"
@@ -211,6 +212,8 @@ def opened(path: Path, kinds: Mapping[str, str]) -> Iterator[pq.ParquetFile]:
 
 
 def is_kind(kind: pa.DataType, wanted: str) -> bool:
+    if wanted == "bytes":
+        return bool(pa.types.is_binary(kind))
     if wanted == "list":
         return bool(pa.types.is_list(kind) or pa.types.is_fixed_size_list(kind))
     return bool(pa.types.is_integer(kind) if wanted == "int" else pa.types.is_floating(kind))

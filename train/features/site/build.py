@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 import shared
 from shared.errors import DamagedError
 from shared.gate import BadData, integer
+from train.features.readers.folder import TOKENS, opened
 from train.features.site.cards import PER_SHARD, SHARES, SiteIndex, TokenCounts, latents_script
 from train.features.site.columns import by_latents, check_rows, numbers
 from train.features.site.dials import FILE as DIAL
@@ -60,7 +61,8 @@ class VocabularyTable:
 
 
 def read_tokens(folder: Path) -> VocabularyTable:
-    table = pq.read_table(folder / "tokens.parquet")
+    with opened(folder / TOKENS, {"token": "int", "bytes": "bytes", "rows": "int"}) as file:
+        table = file.read()
     return VocabularyTable(table["bytes"].to_pylist(), numbers(table["rows"]), numbers(table["special"]))
 
 
@@ -126,7 +128,7 @@ class SiteSource:
             **{name: self.about.get(name) for name in FACTS},
             "sae": self.about["identity"]["sae"],
             "hook": self.about["identity"]["hook"],
-            "model": without_folders(store.get("model")),
+            "model": store.get("model"),
             "store": os.path.basename(str(store.get("path") or "").rstrip("/")),
             "sides": self.sides,
             "per_shard": PER_SHARD,
@@ -134,11 +136,6 @@ class SiteSource:
             "shares": SHARES,
             **({} if self.dials is None else {"dial_grid": self.dials.grid, "dials": self.dials.slopes}),
         }
-
-
-def without_folders(model: Any) -> Any:
-    """A model's name as others may read it: of a folder on this machine, the last part alone."""
-    return os.path.basename(model.rstrip("/")) if isinstance(model, str) and os.path.isabs(model) else model
 
 
 def write_page(folder: Path) -> None:

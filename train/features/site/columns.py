@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from shared.errors import DamagedError
+from train.features.readers.folder import opened
 from train.features.slots import counted_off
 
 
 def by_latents(path: Path, d_sae: int, step: int) -> Iterator[pa.Table]:
     """Yields the rows of latents 0 to step, step to 2 step, …, of a file that is sorted by latent. Only a row group and
     what is left of the one before it are in memory."""
-    with pq.ParquetFile(path) as file:
+    with opened(path, {"latent": "int"}) as file:
         groups = iter(range(file.num_row_groups))
         held = file.schema_arrow.empty_table()
         for start in range(0, d_sae, step):

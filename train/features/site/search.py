@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from train.features.readers.folder import opened
 from train.features.site.columns import numbers
 from train.features.site.pack import packed, smallest
 
@@ -45,6 +45,7 @@ def token_scripts(path: Path, sides: int, firings: NDArray[np.int64], rows: NDAr
 
 def read_pairs(path: Path, sides: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Token, pole and count of every row of pairs.parquet."""
-    table = pq.read_table(path)
+    with opened(path, {"latent": "int", "sign": "int", "token": "int", "count": "int"}) as file:
+        table = file.read()
     pole = sides * numbers(table["latent"]).astype(np.int64) + (numbers(table["sign"]) < 0)
     return numbers(table["token"]).astype(np.int64), pole, numbers(table["count"]).astype(np.int64)

@@ -65,7 +65,7 @@ def vocabulary_bytes(tokenizer: Any, size: int) -> list[bytes | None]:
     names = tokenizer.convert_ids_to_tokens(range(min(size, len(tokenizer))))
     added = {int(token): str(content) for token, content in tokenizer.added_tokens_decoder.items()}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    decode = decoder(json.loads(backend.to_str()).get("decoder") if backend is not None else None)
+    decode = sentencepiece if backend is None else decoder(json.loads(backend.to_str()).get("decoder"))
     texts = [
         added[n].encode() if n in added else None if name is None else decode(name) for n, name in enumerate(names)
     ]
@@ -73,7 +73,10 @@ def vocabulary_bytes(tokenizer: Any, size: int) -> list[bytes | None]:
 
 
 def decoder(about: Any) -> Callable[[str], bytes]:
-    """Returns the function from a token's name to its bytes, for a tokenizer's description of its decoder."""
+    """Returns the function from a token's name to its bytes, for a tokenizer's description of its decoder. Without a
+    decoder, the names are words with spaces between them."""
+    if about is None:
+        return lambda name: f" {name}".encode()
     kinds = json.dumps(about)
     if '"ByteLevel"' in kinds:
         return byte_level

@@ -63,7 +63,7 @@ def export_features(config: FeaturesConfig) -> NeuronpediaExport:
     source = source_of(folder, config)
     if config.split and not folder.signed:
         raise UserError(f"--split: the latents of {folder.name} have one pole each. Leave --split out")
-    texts = token_texts(folder.about, config.tokenizer)
+    texts = token_texts(folder.path)
     out = config.out / source.model / source.id
     if out.exists() and not config.overwrite:
         raise UserError(f"{out}: is there already. Choose another --out, or add --overwrite")
